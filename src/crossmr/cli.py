@@ -1,0 +1,258 @@
+"""The command line: one verb, one function. Heavy imports wait until a verb needs them."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crossmr.errors import ConfigError, CrossmrError, Interrupted
+
+app = typer.Typer(
+    name="crossmr",
+    help="Completes brain MRI: synthesises the missing contrasts of a study. Research use only; not a medical device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Precision = Annotated[str, typer.Option(help="auto (bfloat16 where the hardware has it), bfloat16 or float32.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Mapping = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="MOD=GLOB",
+        help="Name the files yourself, e.g. --map t1n='*_MPRAGE.nii.gz'; repeatable.",
+    ),
+]
+Targets = Annotated[str | None, typer.Option(help="Modalities wanted, e.g. t1c,t2f.")]
+
+
+@app.command()
+def prepare(
+    cohort: Annotated[list[Path], typer.Argument(help="Folder(s) of studies: BraTS, UPenn-GBM, IXI or BIDS names.")],
+    out: Out,
+    split: Annotated[str, typer.Option(help="Train/val/test, percent of patients.")] = "70/10/20",
+    seed: Seed = 0,
+    workers: Annotated[int, typer.Option(help="Processes; 0 for one a processor.")] = 0,
+    mapping: Mapping = None,
+) -> None:
+    """Check, normalise and crop a cohort into a set that trains fast. Run again, it goes on where it stopped."""
+    from crossmr.data.prepare import Split, default_workers
+    from crossmr.data.prepare import prepare as run
+    from crossmr.display import Display
+
+    display = Display()
+    manifest = run(
+        cohort,
+        out,
+        mapping=_mapping(mapping),
+        split=Split.parse(split, seed),
+        workers=workers or default_workers(),
+        display=display,
+    )
+    found, parts = manifest["fingerprint"], manifest["split"]
+    counts = ", ".join(f"{part} {len(parts[part])}" for part in ("train", "val", "test"))
+    display.say(f"{found['studies']} studies of {found['patients']} patients ({counts}) in {out}")
+    display.say("modalities: " + ", ".join(f"{m} {n}" for m, n in found["modalities"].items()))
+    _report_failures(manifest["refused"] and {r["case"]: r["reason"] for r in manifest["refused"]}, "refused")
+
+
+@app.command()
+def train(
+    prepared: Annotated[Path, typer.Argument(metavar="SET", help="A set made by 'crossmr prepare'.")],
+    out: Out,
+    recipe: Annotated[str, typer.Option(help="paper or tiny.")] = "paper",
+    sources: Annotated[str | None, typer.Option(help="Modalities to read, e.g. t1n,t2w.")] = None,
+    targets: Targets = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Train this stage alone; repeatable.")] = None,
+    twin: Annotated[bool, typer.Option(help="Train the unguided twin too, for evaluations.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Steps of every stage.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for all stages together.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a recipe, e.g. --set synthesis.channels=32; repeatable.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Train the three networks. The same command again goes on exactly where it stopped."""
+    from crossmr.config import with_settings
+    from crossmr.display import Display
+    from crossmr.recipes import RECIPES
+    from crossmr.training import train as run
+
+    if recipe not in RECIPES:
+        raise ConfigError(f"--recipe is '{recipe}'; wanted one of {', '.join(RECIPES)}.")
+    display = Display()
+    model = run(
+        prepared,
+        out,
+        recipe=with_settings(RECIPES[recipe], _pairs(settings, "--set", "synthesis.channels=32")),
+        sources=_modalities(sources),
+        targets=_modalities(targets),
+        stages=stage,
+        twin=twin,
+        steps=steps,
+        minutes=minutes,
+        device=device,
+        precision=precision,
+        seed=seed,
+        display=display,
+    )
+    display.say(f"model: {model}" if (model / "config.json").exists() else f"no model yet: {model} needs every stage")
+
+
+@app.command()
+def complete(
+    study_or_cohort: Annotated[Path, typer.Argument(help="Folder of one study or of many.")],
+    out: Out,
+    model: Annotated[Path, typer.Option(help="Folder of a trained model.")],
+    targets: Targets = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="sample, unconditional or none; by default as the model was trained.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="DDIM steps of the sampled representation.")] = 50,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
+    mapping: Mapping = None,
+) -> None:
+    """Synthesise what is missing, on each study's exact grid, marked SYNTHETIC."""
+    from crossmr.completion import ENHANCEMENT, complete_cohort
+    from crossmr.display import Display
+
+    display = Display()
+    result = complete_cohort(
+        study_or_cohort,
+        out,
+        model,
+        settings=_settings(targets, guidance, steps, seed, precision),
+        device=device,
+        mapping=_mapping(mapping),
+        overwrite=overwrite,
+        display=display,
+    )
+    for case, modalities in result["completed"].items():
+        display.say(f"{case}: synthesised {', '.join(modalities)}")
+    for case, reasons in result["not_filled"].items():
+        for modality, reason in reasons.items():
+            display.say(f"{case}: {modality} not filled: {reason}")
+    if result["skipped"]:
+        display.say(f"{len(result['skipped'])} cases were finished before; --overwrite does them again")
+    if any("t1c" in modalities for modalities in result["completed"].values()):
+        display.say(f"Note: {ENHANCEMENT}")
+    left = len(result["not_filled"].keys() - result["completed"].keys())
+    display.say(f"{len(result['completed'])} cases completed in {out}, {left} could not be; research use only")
+    _report_failures(result["failed"], "failed")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a trained model.")],
+    data: Annotated[Path, typer.Argument(metavar="SET_OR_COHORT", help="A prepared set, or a folder of studies.")],
+    out: Out,
+    part: Annotated[str, typer.Option(help="Part of a prepared set: train, val or test.")] = "test",
+    guidance: Annotated[list[str] | None, typer.Option(help="Measure this guidance too; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(help="DDIM steps of the sampled representation.")] = 50,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    mapping: Mapping = None,
+) -> None:
+    """Hide each target in turn, synthesise it, and measure, beside the unguided twin and trivial predictors."""
+    from crossmr.display import Display
+    from crossmr.evaluation import evaluate as run
+    from crossmr.evaluation import tables
+
+    display = Display()
+    arms = [_settings(None, arm, steps, seed, precision).guidance for arm in guidance or ()]
+    result = run(
+        model,
+        data,
+        out,
+        part=part,
+        guidances=[arm for arm in arms if arm],
+        settings=_settings(None, None, steps, seed, precision),
+        device=device,
+        mapping=_mapping(mapping),
+        display=display,
+    )
+    display.print_tables(tables(result["summary"]))
+    if result["trained_on"]:
+        display.say(f"Warning: the model was trained on {len(result['trained_on'])} of these patients.")
+    display.say(f"{len(result['cases'])} cases measured; every number is in {out}")
+    _report_failures(result["failed"], "failed")
+
+
+@app.command()
+def demo(out: Out, seed: Seed = 0) -> None:
+    """The whole of it in minutes: make phantom heads, prepare, train small, complete a study with a hole, measure."""
+    from crossmr.demo import demo as run
+    from crossmr.display import Display
+
+    run(out, seed=seed, display=Display())
+
+
+def main() -> None:
+    """Run the command line; errors that crossmr raises on purpose are one line, and the exit code is 1."""
+    try:
+        app()
+    except Interrupted as error:
+        _stop(f"crossmr: {error}", 130)
+    except CrossmrError as error:
+        _stop(f"crossmr: {error}", 1)
+
+
+def _stop(message: str, code: int) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _report_failures(failures: Any, word: str) -> None:
+    """Name each study that went wrong, and end with exit code 1 if any did."""
+    if failures:
+        for case, reason in failures.items():
+            print(f"{case} {word}: {reason}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _pairs(items: list[str] | None, option: str, example: str) -> dict[str, str]:
+    pairs = {}
+    for item in items or ():
+        key, separator, value = item.partition("=")
+        if not separator or not key or not value:
+            raise ConfigError(f"{option} is '{item}'; wanted KEY=VALUE, such as {example}.")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def _mapping(items: list[str] | None) -> dict[str, str] | None:
+    return _pairs(items, "--map", "t1n='*_MPRAGE.nii.gz'") or None
+
+
+def _modalities(text: str | None) -> tuple[str, ...] | None:
+    from crossmr.data.naming import modality_name
+
+    return None if text is None else tuple(modality_name(part.strip()) for part in text.split(","))
+
+
+def _settings(targets: str | None, guidance: str | None, steps: int, seed: int, precision: str) -> Any:
+    from crossmr.completion import Settings
+
+    return Settings(
+        targets=_modalities(targets),
+        guidance=guidance,  # type: ignore[arg-type]
+        steps=steps,
+        seed=seed,
+        precision=precision,
+    )

@@ -1,0 +1,388 @@
+"""Completing studies: what is missing is synthesised from what is there, on its exact grid, and labelled synthetic."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crossmr.data.dataset import as_inputs, fit_size, seeded, useful_slices
+from crossmr.data.naming import StudyFiles, find_studies, modality_name
+from crossmr.data.study import Study, load_study
+from crossmr.data.volume import content_sha256, on_grid, read_volume, write_volume
+from crossmr.device import choose_device, choose_precision
+from crossmr.diffusion import ddim_timesteps
+from crossmr.display import SILENT, Display
+from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
+from crossmr.files import read_json, write_json
+from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
+
+EXPECTED = ("t1n", "t1c", "t2w", "t2f")
+"""A whole study; what of it a model cannot fill is said."""
+BATCH = 16
+"""Slices synthesised at once."""
+INTENSITY = {
+    "range": [0, 1],
+    "meaning": "the model's normalised scale: 0 is air, 1 the 99.9th percentile within the head of a real scan; "
+    "no MR unit",
+}
+ENHANCEMENT = (
+    "Contrast enhancement cannot in general be inferred from unenhanced images: "
+    "absence or presence of enhancement in this synthetic T1ce is no finding."
+)
+DISCLAIMER = "Synthetic, for research use only; crossmr is not a medical device."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to complete; the same settings and inputs give the same voxels."""
+
+    targets: tuple[str, ...] | None = None
+    """Modalities wanted; None for all that are missing and the model knows."""
+    guidance: Guidance | None = None
+    """'sample' (MDN told the sources), 'unconditional' (as published), 'none'; None for the model's own."""
+    steps: int = 50
+    """DDIM steps of the MDN."""
+    eta: float = 1.0
+    """0 makes DDIM deterministic, 1 as random as DDPM."""
+    seed: int = 0
+    """Of the sampled representation; each case derives its own from it and its name."""
+    precision: str = "auto"
+    """'auto', 'bfloat16' or 'float32'."""
+
+    def __post_init__(self) -> None:
+        if self.guidance is not None and self.guidance not in GUIDANCES:
+            raise ConfigError(f"--guidance is '{self.guidance}'; wanted one of {', '.join(GUIDANCES)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Completed:
+    """What became of one study."""
+
+    images: Mapping[str, Any]
+    """Modality → nibabel image on the reference's grid, float32 in [0, 1], its header marked SYNTHETIC."""
+    manifest: Mapping[str, Any]
+    """Inputs with hashes, model, seed, guidance, scale, what could not be filled and why."""
+
+
+def complete(
+    study: Path | str | Mapping[str, Any],
+    model: CrossConditionedModel | Path | str,
+    *,
+    targets: Sequence[str] | None = None,
+    guidance: Guidance | None = None,
+    steps: int = 50,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    case: str = "study",
+) -> Completed:
+    """Synthesise what a study lacks and return it; nothing is written.
+
+    Args:
+        study: the study's folder, or modality → path or nibabel image, such as {"t1n": "t1.nii.gz"}.
+        model: a model, or the folder of one.
+        targets: modalities wanted; all that are missing and the model knows by default.
+        guidance: see `Settings`.
+        steps: DDIM steps.
+        seed: of the sampled representation.
+        device: 'auto', 'cpu', 'cuda', 'mps'; a model that was already loaded stays where it is.
+        precision: see `Settings`.
+        case: the study's name where it has none: it seeds the sample.
+
+    Raises:
+        CrossmrError: with one line that says what is wrong with the study, the model or the wish.
+    """
+    if not isinstance(model, CrossConditionedModel):
+        model = load_model(model, choose_device(device))
+    settings = Settings(None if targets is None else tuple(targets), guidance, steps, 1.0, seed, precision)
+    if isinstance(study, Mapping):
+        given = _by_modality(study, (*model.config.sources, *model.config.targets))
+        return complete_study(load_study(given, case), model, settings, _hashes(given))
+    found = find_studies(Path(study))
+    if len(found) != 1:
+        raise NamingError(f"{study} holds {len(found)} studies; name one of them, or use complete_cohort.")
+    return complete_study(load_study(found[0]), model, settings, _hashes(found[0].images()))
+
+
+def complete_study(
+    study: Study, model: CrossConditionedModel, settings: Settings, inputs: Mapping[str, Any] | None = None
+) -> Completed:
+    """Complete a loaded study; `inputs` is what the manifest says of its files."""
+    start = time.perf_counter()
+    check_settings(model, settings)
+    config = model.config
+    wanted, not_filled = what_to_fill(tuple(study.volumes), model, settings)
+    images: dict[str, Any] = {}
+    if wanted:
+        box = study.box()
+        sources = np.stack([study.normalised(m)[box] for m in config.sources])
+        head = study.mask[box]
+        predicted = synthesise(model, torch.from_numpy(sources), head.sum((1, 2)).tolist(), study.case, settings)
+        for modality in wanted:
+            full = np.zeros(study.mask.shape, np.float32)
+            full[box] = predicted[config.targets.index(modality)].numpy()
+            if study.masked_background:
+                full[~study.mask] = 0
+            images[modality] = on_grid(
+                full,
+                study.reference,
+                description=_description(modality, model.config.sources),
+                display_range=(0.0, 1.0),
+            )
+    manifest = {
+        "case": study.case,
+        "synthetic": {
+            modality: {
+                "file": f"{study.case}-{modality}.nii.gz",
+                "from": list(model.config.sources),
+                "warnings": [DISCLAIMER, *([ENHANCEMENT] if modality == "t1c" else [])],
+            }
+            for modality in images
+        },
+        "not_filled": not_filled,
+        "acquired": list(study.volumes),
+        "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},
+        "normalisation": {m: {"low": n.low, "high": n.high} for m, n in study.normalisation.items()},
+        "intensity": INTENSITY,
+        "notes": list(study.notes),
+        "settings": _recorded(model, settings),
+        "seconds": round(time.perf_counter() - start, 3),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("crossmr", "torch", "monai", "nibabel")},
+    }
+    return Completed(images, manifest)
+
+
+def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
+    """Refuse, before anything runs, what this model cannot do.
+
+    Raises:
+        ConfigError: a target it was not trained for, a condition its MDN does not know, an impossible step count.
+    """
+    for target in settings.targets or ():
+        if target not in model.config.targets:
+            known = ", ".join(model.config.targets)
+            raise ConfigError(f"This model cannot synthesise {target}; it was trained for {known}.")
+    if settings.guidance == "sample" and model.source_representation is None:
+        raise ConfigError("This model's MDN knows no condition; use guidance 'unconditional' or 'none'.")
+    ddim_timesteps(model.config.distribution.schedule.steps, settings.steps)
+
+
+def what_to_fill(
+    acquired: Sequence[str], model: CrossConditionedModel, settings: Settings
+) -> tuple[list[str], dict[str, str]]:
+    """Which targets to synthesise, and for every other gap the reason why not."""
+    config = model.config
+    missing = [m for m in dict.fromkeys((*EXPECTED, *config.targets)) if m not in acquired]
+    if settings.targets is not None:
+        missing = [m for m in missing if m in settings.targets]
+    lacking = [source for source in config.sources if source not in acquired]
+    wanted, not_filled = [], {}
+    for modality in missing:
+        if modality not in config.targets:
+            not_filled[modality] = f"the model was trained for {', '.join(config.targets)} only"
+        elif lacking:
+            not_filled[modality] = f"the model needs {', '.join(config.sources)}, and {', '.join(lacking)} is missing"
+        else:
+            wanted.append(modality)
+    return wanted, not_filled
+
+
+@torch.no_grad()
+def synthesise(
+    model: CrossConditionedModel,
+    sources: Tensor,
+    head_voxels: Sequence[int],
+    case: str,
+    settings: Settings,
+    *,
+    network: str = "synthesis",
+) -> Tensor:
+    """Synthesise all targets (T, Z, Y, X) in [0, 1] on the CPU from sources (S, Z, Y, X) in [0, 1], head-cropped.
+
+    One representation is drawn for the volume, from a seed derived from settings.seed and the case's name. Axial
+    slices without any head stay zero. `network` may be 'twin', which no representation guides.
+    """
+    config, device = model.config, model.device
+    dims = config.spatial_dims
+    dtype = choose_precision(settings.precision, device)
+    guidance = settings.guidance or default_guidance(model)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+        y_0 = None
+        if network == "synthesis" and guidance != "none":
+            pooled = None
+            if guidance == "sample":
+                inputs = as_inputs(sources, useful_slices(head_voxels), dims, config.divisor)
+                pooled = torch.cat([model.pool_sources(chunk.to(device)) for chunk in torch.split(inputs, BATCH)])
+            generator = seeded("case", settings.seed, case)
+            y_0 = model.guide(pooled, [generator], steps=settings.steps, eta=settings.eta)
+
+        def predict(images: Tensor) -> Tensor:
+            guide = None if y_0 is None else y_0.expand(len(images), -1)
+            return cast(Tensor, getattr(model, network)(images, guide)).float()
+
+        shape = sources.shape[1:]
+        if dims == 3:
+            from monai.inferers import sliding_window_inference
+
+            padded = as_inputs(sources, (), dims, config.divisor).to(device)
+            window = sliding_window_inference(padded, config.window, 1, predict, overlap=0.25, mode="gaussian")
+            return fit_size(cast(Tensor, window)[0].cpu(), shape, [0.5] * 3).clamp(0, 1)
+        result = torch.zeros(len(config.targets), *shape)
+        slices = [z for z, voxels in enumerate(head_voxels) if voxels]
+        inputs = as_inputs(sources, slices, dims, config.divisor)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        predicted = torch.cat([predict(chunk.to(device)).cpu() for chunk in torch.split(inputs, BATCH)])
+        result[:, slices] = fit_size(predicted, shape[1:], [0.5] * 2).transpose(0, 1)
+        return result.clamp(0, 1)
+
+
+def default_guidance(model: CrossConditionedModel) -> Guidance:
+    """The guidance that the C-UNet was trained with, as far as it is to be had at completion."""
+    trained = model.config.guidance
+    if trained == "truth":
+        return "sample" if model.config.distribution.conditional else "unconditional"
+    return trained
+
+
+def complete_cohort(
+    cohort: Path | str,
+    out: Path | str,
+    model: CrossConditionedModel | Path | str,
+    *,
+    settings: Settings | None = None,
+    device: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    display: Display = SILENT,
+) -> dict[str, Any]:
+    """Complete every study of a folder into OUT/CASE/, and return what OUT/manifest.json says.
+
+    A study that fails is listed under 'failed' with its reason; the others are finished. A finished case, which is
+    one with a manifest.json, is skipped unless `overwrite`.
+
+    Raises:
+        NamingError: no study at all. ModelError: no usable model. OutputError: OUT cannot be written.
+    """
+    out, settings = Path(out), settings or Settings()
+    if not isinstance(model, CrossConditionedModel):
+        model = load_model(model, choose_device(device))
+    check_settings(model, settings)
+    found = find_studies(Path(cohort), mapping)
+    summary: dict[str, Any] = {"completed": {}, "skipped": [], "failed": {}, "not_filled": {}}
+    write_json(out / "manifest.json", {"finished": False})
+    with display.task("complete", len(found)) as task:
+        for files in found:
+            try:
+                manifest = _complete_case(files, out / files.case, model, settings, overwrite, display)
+                if manifest is None:
+                    summary["skipped"].append(files.case)
+                else:
+                    if manifest["synthetic"]:
+                        summary["completed"][files.case] = list(manifest["synthetic"])
+                    if manifest["not_filled"]:
+                        summary["not_filled"][files.case] = manifest["not_filled"]
+            except CrossmrError as error:
+                summary["failed"][files.case] = str(error)
+            task.advance(files.case)
+    body = {"finished": True, **summary, "settings": _recorded(model, settings)}
+    write_json(out / "manifest.json", body)
+    return body
+
+
+def _complete_case(
+    files: StudyFiles,
+    folder: Path,
+    model: CrossConditionedModel,
+    settings: Settings,
+    overwrite: bool,
+    display: Display,
+) -> Mapping[str, Any] | None:
+    """Complete one case of a cohort and write it, its manifest last; None if it was finished before."""
+    done = folder / "manifest.json"
+    if done.exists() and not overwrite:
+        if read_json(done, OutputError).get("settings") != _recorded(model, settings):
+            display.say(f"{files.case}: finished before with other settings and kept; --overwrite replaces it")
+        return None
+    start = time.perf_counter()
+    result = complete_study(load_study(files), model, settings, _hashes(files.images()))
+    earlier = _earlier(folder, files.case, model, result)
+    written: list[Path] = []
+    try:
+        for path in (done, *earlier):
+            path.unlink(missing_ok=True)
+        for modality, image in result.images.items():
+            path = folder / f"{files.case}-{modality}.nii.gz"
+            write_volume(image, path)
+            written.append(path)
+        manifest = {**result.manifest, "seconds": round(time.perf_counter() - start, 3)}
+        write_json(done, manifest)
+    except BaseException as error:
+        for path in written:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{folder} could not be written: {error.strerror or error}.") from error
+        raise
+    return manifest
+
+
+def _earlier(folder: Path, case: str, model: CrossConditionedModel, result: Completed) -> list[Path]:
+    """What was synthesised here before, which must not outlive its manifest.
+
+    Raises:
+        OutputError: an acquired scan lies where a synthetic one would be written.
+    """
+    earlier = []
+    for modality in dict.fromkeys((*EXPECTED, *model.config.targets)):
+        path = folder / f"{case}-{modality}.nii.gz"
+        if not path.exists():
+            continue
+        if read_volume(path).synthetic:
+            earlier.append(path)
+        elif modality in result.images:
+            raise OutputError(f"{path} is an acquired scan and is not replaced. Name another folder with -o.")
+    return earlier
+
+
+def _by_modality(study: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """The study under the names used everywhere inside: 'T1ce' becomes t1c."""
+    given: dict[str, Any] = {}
+    for text, image in study.items():
+        modality = modality_name(text, known)
+        if modality in given:
+            raise NamingError(f"The study names {modality} twice, in two spellings. Keep one of them.")
+        given[modality] = image
+    return given
+
+
+def _hashes(images: Mapping[str, Any]) -> dict[str, Any]:
+    """File name and SHA-256 of every image that is a file."""
+    paths = {m: Path(image) for m, image in images.items() if isinstance(image, (str, Path))}
+    return {m: {"file": path.name, "sha256": content_sha256(path)} for m, path in paths.items()}
+
+
+def _description(modality: str, sources: Sequence[str]) -> str:
+    """What the header says, in the 79 characters it has."""
+    return f"SYNTHETIC {modality} by crossmr {version('crossmr')} from {'+'.join(sources)}"[:79]
+
+
+def _recorded(model: CrossConditionedModel, settings: Settings) -> dict[str, Any]:
+    """Everything that decides the voxels, for the manifest."""
+    return {
+        "model_sha256": model.record.get("sha256"),
+        "sources": list(model.config.sources),
+        "targets": list(settings.targets or model.config.targets),
+        "guidance": settings.guidance or default_guidance(model),
+        "ddim_steps": settings.steps,
+        "eta": settings.eta,
+        "seed": settings.seed,
+        "device": model.device.type,
+        "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),
+    }

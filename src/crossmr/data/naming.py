@@ -1,0 +1,316 @@
+"""Which file is which: studies and their modalities, from file names alone.
+
+Nothing is opened here, and no channel order is ever assumed. `recognise` is pure; `find_studies` walks a
+folder and calls it. A study whose files cannot be told apart is still listed: its error comes from
+`StudyFiles.images()` or `.label()`, so that one patient never stops a cohort.
+"""
+
+import difflib
+import fnmatch
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from crossmr.errors import ConfigError, NamingError
+
+MODALITIES = ("t1n", "t1c", "t2w", "t2f", "pdw")
+"""Canonical names of the modalities that file names are searched for."""
+
+_LABEL, _OTHER = "label", ""
+
+# What the last words of a file name mean, in lower case, with "-" for any separator between words.
+_WORDS = {
+    "t1n": "t1n t1 t1w t1pre t1-pre",
+    "t1c": "t1c t1ce t1gd t1post t1wce t1wgd t1-c t1-ce t1-gd t1-post t1w-ce t1w-gd t1w-post",
+    "t2w": "t2w t2",
+    "t2f": "t2f flair t2flair t2-flair t2w-flair",
+    "pdw": "pdw pd",
+    _LABEL: "seg segm segmentation dseg label labels lesion lesions mask roi tumor tumour "
+    "tumor-seg tumor-mask tumor-segmentation lesion-seg lesion-mask automated-approx-segm",
+    # A brain mask is no segmentation of a disease: known, so that it is not taken for one.
+    _OTHER: "brain-mask brainmask brain-seg brain-segmentation",
+}
+_MEANING = {word: meaning for meaning, words in _WORDS.items() for word in words.split()}
+_LONGEST = max(word.count("-") for word in _MEANING) + 1
+
+_SEPARATORS = "-_. "
+_WORD = re.compile(r"[^-_. ]+")
+_NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_BIDS_CASE = re.compile(r"sub-[A-Za-z0-9+]+(_ses-[A-Za-z0-9+]+)?(?=_|$)")
+_BIDS_FILE = re.compile(_BIDS_CASE.pattern + r"(?P<entities>(_[A-Za-z]+-[A-Za-z0-9+.]+)*)_(?P<suffix>[A-Za-z0-9]+)")
+_PATIENTS = (
+    re.compile(r"(sub-[A-Za-z0-9+]+)(_.*)?"),
+    re.compile(r"(IXI\d+)-.*"),
+    re.compile(r"(UPENN-GBM-\d{5})_\d{2}"),
+    re.compile(r"([A-Za-z][A-Za-z-]*-\d{5})-\d{3}"),  # BraTS-GLI-00000-000: the last three are the time point
+)
+# Folders that say what kind of file they hold, not whose: BIDS' anat/, and the like.
+_ANONYMOUS = frozenset({"anat", "nifti", "nii", "mri", "images"})
+
+
+@dataclass(frozen=True)
+class StudyFiles:
+    """The files of one study, as found on disk: not opened yet."""
+
+    case: str
+    """Unique name of the study, fit for a file name: `BraTS-GLI-00000-000`, `sub-01_ses-02`."""
+    patient: str
+    """Whom it is of: `BraTS-GLI-00000`, `sub-01`; the case where names say no more. Splits are made by it."""
+    candidates: Mapping[str, tuple[Path, ...]]
+    """Modality -> the files that claim to be it; in the order of `MODALITIES`, custom ones after."""
+    labels: tuple[Path, ...]
+    """Segmentations (seg, lesion, mask ...), at best one."""
+    unrecognised: tuple[Path, ...]
+    """NIfTI files of this study whose names say nothing that we know."""
+
+    def images(self) -> dict[str, Path]:
+        """One file a modality, in the order of `candidates`.
+
+        Raises:
+            NamingError: two files claim one modality, or one file two modalities (a mapping can do that).
+        """
+        images: dict[str, Path] = {}
+        for modality, paths in self.candidates.items():
+            if len(paths) > 1:
+                raise NamingError(
+                    f"{self.case}: {len(paths)} files claim to be {modality}: {_listed(paths)}. "
+                    f"Keep one of them, or say which with a mapping such as {modality}='*_NAME.nii.gz'."
+                )
+            for other, path in images.items():
+                if path == paths[0]:
+                    raise NamingError(
+                        f"{self.case}: {path} claims to be both {other} and {modality}. "
+                        "Narrow the globs of the mapping until each file matches one."
+                    )
+            images[modality] = paths[0]
+        return images
+
+    def label(self) -> Path | None:
+        """The segmentation, or None where there is none.
+
+        Raises:
+            NamingError: there are several.
+        """
+        if len(self.labels) > 1:
+            raise NamingError(
+                f"{self.case}: {len(self.labels)} files claim to be the segmentation: {_listed(self.labels)}"
+                ". Keep one of them, or say which with a mapping such as seg='*_NAME.nii.gz'."
+            )
+        return self.labels[0] if self.labels else None
+
+
+def modality_name(text: str, extra: Collection[str] = ()) -> str:
+    """The canonical name of a modality: 'T1CE' and 't1 gd' are t1c, 'FLAIR' is t2f; names in `extra` stay.
+
+    Raises:
+        ConfigError: no such modality.
+    """
+    if text in extra:
+        return text
+    meaning = _MEANING.get("-".join(_WORD.findall(text)).lower(), _OTHER)
+    if meaning in MODALITIES:
+        return meaning
+    known = [*MODALITIES, *extra]
+    spellings = [word for word, meaning in _MEANING.items() if meaning in MODALITIES] + list(extra)
+    close = difflib.get_close_matches(text.lower(), spellings, n=1)
+    hint = f" Did you mean {_MEANING.get(close[0], close[0])}?" if close else ""
+    raise ConfigError(
+        f"{text!r} is no modality: expected one of {', '.join(known)} (or T1, T1ce, T2, FLAIR, PD).{hint}"
+    )
+
+
+def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:
+    """The studies under a folder (at any depth), or the one study that the folder is; sorted by case.
+
+    Takes `.nii` and `.nii.gz`; passes over hidden files and folders and those ending `.partial`, and follows
+    links. Paths come back absolute. `mapping` is as in `recognise`.
+
+    Raises:
+        NamingError: the folder is missing, not a folder, not readable, or holds no NIfTI at all.
+        ConfigError: a key of the mapping is no name for a modality.
+    """
+    root = Path(os.path.abspath(folder))
+    if not root.is_dir():
+        fault = "is a file, not a folder: give the folder that holds it" if root.exists() else "does not exist"
+        raise NamingError(f"{folder}: {fault}. Wanted a folder with .nii or .nii.gz files, of one study or of many.")
+
+    def refuse(error: OSError) -> None:
+        raise NamingError(f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions.") from error
+
+    found: list[Path] = []
+    others, seen = 0, set()
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".")
+            and not name.endswith(".partial")
+            and os.path.realpath(os.path.join(place, name)) not in seen  # a link back up would never end
+        ]
+        nifti = [name for name in files if _NIFTI.search(name) and not name.startswith(".")]
+        found += [Path(place, name) for name in nifti]
+        others += len(files) - len(nifti)
+    if not found:
+        raise NamingError(
+            f"{folder}: no .nii or .nii.gz file in it or below ({others} other files). "
+            "Give the folder of the studies; convert DICOM with dcm2niix first."
+        )
+    return recognise(found, mapping)
+
+
+def recognise(paths: Iterable[Path], mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:
+    """Group NIfTI files into studies and tell their modalities, from their names only; sorted by case.
+
+    The modality is the last word (or words: `T2_FLAIR`, `T1_Gd`) of the file name, in any case; words part at
+    `-`, `_`, `.` and spaces. What stands before it is the case; where nothing does (`PATIENT1/t1.nii.gz`), it
+    is the folder's name, with as many of its parents as it takes to be unique. BIDS names are read by their
+    entities: a `ce-` makes a T1w t1c, and the case is `sub-X[_ses-Y]`. Files of one case belong together,
+    wherever they lie.
+
+    A `mapping` from modality to a glob on the file name replaces all this, for instance
+    `{"t1n": "*_MPRAGE.nii.gz", "swi": "*_SWI*"}` (case-sensitive). Its keys are modalities in any spelling,
+    `seg` for the segmentation, or new names in lower-case letters and digits. The case is what the leading
+    `*` of the glob stands for (as little as possible, without trailing separators; in BIDS names its
+    `sub-X[_ses-Y]`), or else the folder's name.
+
+    Raises:
+        ConfigError: a key of the mapping is no name for a modality.
+    """
+    globs = [(_mapping_key(key), glob) for key, glob in mapping.items()] if mapping is not None else None
+    claims: list[tuple[Path, str, str]] = []  # path, case ('' = ask the folder), meaning ('' = unrecognised)
+    for path in sorted(set(paths)):
+        if globs is None:
+            claims.append((path, *_read_name(path.name)))
+        else:
+            matches = [
+                (_glob_case(path.name, glob), key) for key, glob in globs if fnmatch.fnmatchcase(path.name, glob)
+            ]
+            claims += [(path, *match) for match in matches] or [(path, *_bids_only(path.name))]
+
+    folders = _folder_names({_home(path) for path, case, meaning in claims if meaning and not case})
+    named = [(path, case or folders[_home(path)], meaning) for path, case, meaning in claims if meaning]
+    imaged = {case for _, case, meaning in named if meaning != _LABEL}
+    lodgers: dict[Path, set[str]] = defaultdict(set)  # folder -> the cases that have images in it
+    for path, case, meaning in named:
+        if meaning != _LABEL:
+            lodgers[path.parent].add(case)
+
+    studies: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for path, case, meaning in named:
+        # A segmentation of another name in a study's own folder is that study's (BraTS20_Training_355).
+        own = {_home(path).name}
+        stray = meaning == _LABEL and case not in imaged and lodgers[path.parent] == own
+        studies[own.pop() if stray else case].append((meaning, path))
+    for path, case, meaning in claims:
+        if not meaning:
+            studies[case or _adopt(path, imaged, lodgers[path.parent], folders)].append((_OTHER, path))
+
+    return [_study(case, files) for case, files in sorted(studies.items())]
+
+
+def _study(case: str, files: list[tuple[str, Path]]) -> StudyFiles:
+    by_meaning: dict[str, list[Path]] = defaultdict(list)
+    for meaning, path in files:
+        by_meaning[meaning].append(path)
+    custom = sorted(by_meaning.keys() - {*MODALITIES, _LABEL, _OTHER})
+    patient = next((match[1] for rule in _PATIENTS if (match := rule.fullmatch(case))), case)
+    return StudyFiles(
+        case=case,
+        patient=patient,
+        candidates={name: tuple(by_meaning[name]) for name in (*MODALITIES, *custom) if name in by_meaning},
+        labels=tuple(by_meaning.get(_LABEL, ())),
+        unrecognised=tuple(by_meaning.get(_OTHER, ())),
+    )
+
+
+def _read_name(name: str) -> tuple[str, str]:
+    """(case, meaning) of a file name, either of them '' where the name does not say."""
+    stem = _stem(name)
+    if bids := _BIDS_FILE.fullmatch(stem):
+        return _bids_case(stem), _bids_meaning(bids["suffix"], bids["entities"])
+    words = list(_WORD.finditer(stem))
+    for count in range(min(_LONGEST, len(words)), 0, -1):
+        meaning = _MEANING.get("-".join(word[0] for word in words[-count:]).lower())
+        if meaning is not None:
+            return stem[: words[-count].start()].rstrip(_SEPARATORS) if meaning else "", meaning
+    return "", _OTHER
+
+
+def _bids_meaning(suffix: str, entities: str) -> str:
+    meaning = _MEANING.get(suffix.lower(), _OTHER)
+    if "_ce-" in entities:  # an enhanced T1w is t1c; any other enhanced image is none that we know
+        return {"t1n": "t1c", "t1c": "t1c", _LABEL: _LABEL}.get(meaning, _OTHER)
+    return _OTHER if "_part-phase" in entities or (meaning == _LABEL and "_desc-brain" in entities) else meaning
+
+
+def _bids_case(stem: str) -> str:
+    """`sub-X` or `sub-X_ses-Y` of a BIDS name, any other name as it is."""
+    match = _BIDS_CASE.match(stem)
+    return match[0] if match else stem
+
+
+def _bids_only(name: str) -> tuple[str, str]:
+    stem = _stem(name)
+    return (_bids_case(stem) if _BIDS_CASE.match(stem) else "", _OTHER)
+
+
+def _mapping_key(key: str) -> str:
+    meaning = _MEANING.get(key.lower(), _OTHER)
+    if meaning or re.fullmatch(r"[a-z0-9]+", key):
+        return meaning or key
+    raise ConfigError(
+        f"mapping: {key!r} cannot name a modality: wanted one of {', '.join(MODALITIES)}, 'seg', "
+        "or a new name in lower-case letters and digits, such as swi."
+    )
+
+
+def _glob_case(name: str, glob: str) -> str:
+    if not glob.startswith("*"):
+        return ""
+    match = re.match("(.*?)" + fnmatch.translate(glob[1:]), name, re.DOTALL)
+    return _bids_case(match[1].rstrip(_SEPARATORS)) if match else ""
+
+
+def _adopt(path: Path, cases: Collection[str], lodgers: set[str], folders: Mapping[Path, str]) -> str:
+    """The study that an unrecognised file belongs to: by its name's beginning, else by its folder."""
+    stem = _stem(path.name)
+    for end in range(len(stem), 0, -1):
+        if (end == len(stem) or stem[end] in _SEPARATORS) and stem[:end] in cases:
+            return stem[:end]
+    home = _home(path)
+    return next(iter(lodgers)) if len(lodgers) == 1 else folders.get(home, home.name or "study")
+
+
+def _home(path: Path) -> Path:
+    """The folder that a file without a case of its own is named after."""
+    folder = path.parent
+    while folder.name.lower() in _ANONYMOUS and folder.parent.name:
+        folder = folder.parent
+    return folder
+
+
+def _folder_names(folders: Collection[Path]) -> dict[Path, str]:
+    """Each folder's name, with its parents' before it until no other folder is called the same."""
+    names: dict[Path, str] = {}
+    depth, left = 0, set(folders)
+    while left:
+        depth += 1
+        count = Counter(folder.parts[-depth:] for folder in folders)
+        for folder in sorted(left):
+            if count[folder.parts[-depth:]] == 1 or depth >= len(folder.parts):
+                parts = [part for part in folder.parts[-depth:] if part != folder.anchor]
+                names[folder] = "_".join(parts) or "study"
+        left -= names.keys()
+    return names
+
+
+def _stem(name: str) -> str:
+    return _NIFTI.sub("", name)
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(map(str, paths))

@@ -1,0 +1,248 @@
+"""One patient's study: volumes on one grid, checked, with a head mask and intensities scaled to [0, 1]."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from crossmr.data.naming import MODALITIES, StudyFiles
+from crossmr.data.volume import Volume, describe_grid, read_labels, read_volume, same_grid
+from crossmr.errors import StudyError, VolumeError
+
+Array = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Box = tuple[slice, slice, slice]
+
+HIGH_PERCENTILE = 99.9
+"""The head's brightest 0.1 % saturate: artefacts must not set the scale. No more: what enhances is bright."""
+SMALLEST_SIDE = 8
+"""Voxels; a volume with a shorter side than this in two directions is no scan of a head."""
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """The linear map of one volume's intensities: `low` → 0, `high` → 1; kept so that it can be inverted."""
+
+    low: float
+    """Intensity of air (the median outside the head), or lower where the head itself is darker (z-scores)."""
+    high: float
+    """The 99.9th percentile of the intensities within the head."""
+
+    def apply(self, intensities: Array) -> Array:
+        """Map intensities to [0, 1]; what lies outside `low`..`high` saturates."""
+        return np.clip(self.scale(intensities), 0, 1)
+
+    def scale(self, intensities: Array) -> Array:
+        """Map intensities without saturating."""
+        return (intensities - np.float32(self.low)) / np.float32(self.high - self.low)
+
+    def invert(self, normalised: Array) -> Array:
+        """Map [0, 1] back to the volume's own intensities."""
+        return normalised * np.float32(self.high - self.low) + np.float32(self.low)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """One patient's volumes, all on one grid."""
+
+    case: str
+    patient: str
+    volumes: Mapping[str, Volume]
+    """Modality → volume with its own intensities, float32 (Z, Y, X)."""
+    mask: Mask
+    """The head, or the brain where skull-stripped: bool (Z, Y, X), one component without holes."""
+    masked_background: bool
+    """Whether every volume's background is one exact value, as after skull-stripping or masking."""
+    normalisation: Mapping[str, Normalisation]
+    labels: npt.NDArray[np.uint8] | None = None
+    """Lesion labels (Z, Y, X), 0 outside, or None."""
+    notes: Sequence[str] = field(default_factory=tuple)
+    """What a reader of the results should know about the input, in plain words."""
+
+    @property
+    def reference(self) -> Volume:
+        """The volume whose grid is everyone's: the first in modality order."""
+        return next(iter(self.volumes.values()))
+
+    def normalised(self, modality: str) -> Array:
+        """One volume in [0, 1], float32 (Z, Y, X), with 0 outside the mask where the background is masked."""
+        image = self.normalisation[modality].apply(self.volumes[modality].data)
+        return np.where(self.mask, image, np.float32(0)) if self.masked_background else image
+
+    def box(self, margin: int = 4) -> Box:
+        """The head's bounding box, `margin` voxels wider where the volume allows."""
+        return bounding_box(self.mask, margin)
+
+
+def bounding_box(mask: Mask, margin: int) -> Box:
+    """The smallest box around a mask (Z, Y, X), `margin` voxels wider on every side, cut at the border."""
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    z, y, x = (slice(max(0, s.start - margin), min(n, s.stop + margin)) for s, n in zip(box, mask.shape, strict=True))
+    return z, y, x
+
+
+def load_study(
+    source: StudyFiles | Mapping[str, Any], case: str = "study", *, allow: Sequence[str] | None = None
+) -> Study:
+    """Read and check one study.
+
+    `source` is what `find_studies` found, or modality → path or nibabel image, in any order. Volumes that
+    their header marks as synthetic count as missing. `allow` limits which modalities are read.
+
+    Raises:
+        NamingError, VolumeError, StudyError: one line that names the case, the volume and the remedy.
+    """
+    if isinstance(source, StudyFiles):
+        case, patient, label = source.case, source.patient, source.label()
+        images: Mapping[str, Any] = source.images()
+    else:
+        patient, label = case, None
+        images = {m: source[m] for m in sorted(source, key=_modality_order)}
+    volumes, notes = {}, []
+    for modality, image in images.items():
+        if allow is not None and modality not in allow:
+            continue
+        volume = read_volume(image, name=_name(case, modality, image))
+        if volume.synthetic:
+            notes.append(f"{modality} is itself synthetic, so it was not used as an input.")
+        else:
+            volumes[modality] = volume
+    if not volumes:
+        raise StudyError(f"{case}: no acquired volume to work from. Wanted at least one of T1, T1ce, T2, FLAIR.")
+    reference_modality, reference = next(iter(volumes.items()))
+    for modality, volume in volumes.items():
+        _check_values(case, modality, volume)
+        if not same_grid(volume, reference):
+            raise StudyError(
+                f"{case}: {modality} is {describe_grid(volume)}, but {reference_modality} is "
+                f"{describe_grid(reference)}{_same_shape_hint(volume, reference)}. "
+                "Register and resample them to one grid first."
+            )
+    mask, masked = head_mask(case, volumes)
+    return Study(
+        case=case,
+        patient=patient,
+        volumes=volumes,
+        mask=mask,
+        masked_background=masked,
+        normalisation={m: fit_normalisation(volume.data, mask) for m, volume in volumes.items()},
+        labels=None if label is None else _read_labels(case, label, reference),
+        notes=tuple(notes),
+    )
+
+
+def _modality_order(modality: str) -> int:
+    return MODALITIES.index(modality) if modality in MODALITIES else len(MODALITIES)
+
+
+def _read_labels(case: str, label: Path, reference: Volume) -> npt.NDArray[np.uint8]:
+    try:
+        return read_labels(label, reference)
+    except VolumeError as error:
+        raise VolumeError(f"{case}: {error}") from error
+
+
+def _name(case: str, modality: str, image: Any) -> str:
+    return f"{case}: {Path(image).name}" if isinstance(image, (str, Path)) else f"{case}: {modality}"
+
+
+def _same_shape_hint(a: Volume, b: Volume) -> str:
+    if a.data.shape != b.data.shape:
+        return ""
+    return f" placed elsewhere (affines differ by up to {np.abs(a.affine - b.affine).max():.3g} mm)"
+
+
+def _check_values(case: str, modality: str, volume: Volume) -> None:
+    """Refuse intensities that no scan has."""
+    data = volume.data
+    if sorted(data.shape)[1] < SMALLEST_SIDE:
+        raise StudyError(
+            f"{case}: {modality} is {describe_grid(volume)}; that is too small to be a scan of a head. "
+            "Export the whole series, or leave this study out."
+        )
+    if not np.isfinite(data).all():
+        bad = int(data.size - np.isfinite(data).sum())
+        raise StudyError(
+            f"{case}: {modality} has {bad} voxels that are NaN or infinite. "
+            "Repair them, or replace them by 0, and run again."
+        )
+    if data.min() == data.max():
+        what = "all zero" if data.max() == 0 else f"constant at {data.max():g}"
+        raise StudyError(f"{case}: {modality} is {what}: it holds no image. Export it again, or remove the file.")
+
+
+def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool]:
+    """Find the head in a study's volumes: bool (Z, Y, X), and whether every background is one exact value.
+
+    The union of the volumes' foregrounds, its largest component, filled slice by slice.
+    """
+    masks = [foreground(volume.data) for volume in volumes.values()]
+    masked = all(exact for _, exact in masks)
+    union = largest_component(np.logical_or.reduce([mask for mask, _ in masks]))
+    if union.sum() < SMALLEST_SIDE**3:
+        raise StudyError(
+            f"{case}: no head was found ({int(union.sum())} voxels above the background) in "
+            f"{', '.join(volumes)}. Look at the volumes, and export them again or leave this study out."
+        )
+    return fill_slices(union), masked
+
+
+def foreground(data: Array) -> tuple[Mask, bool]:
+    """Tell one volume's head from its background, and whether that background is one exact value.
+
+    A volume whose border is one exact value is foreground wherever it differs from it (skull-stripped, or
+    masked), unless much of that is air: then, as in any other volume, Otsu's threshold tells air from tissue.
+    """
+    tissue = ndimage.binary_opening(data > otsu_threshold(data))
+    tissue = ndimage.binary_closing(np.pad(tissue, 3), iterations=3)[3:-3, 3:-3, 3:-3]
+    tissue = fill_slices(largest_component(tissue))
+    faces = [data[0], data[-1], data[:, 0], data[:, -1], data[:, :, 0], data[:, :, -1]]
+    border = np.concatenate([face.ravel() for face in faces])
+    different = data != data[0, 0, 0]
+    if (border == data[0, 0, 0]).mean() >= 0.95 and (different & ~tissue).sum() < 0.25 * different.sum():
+        return different, True
+    return tissue, False
+
+
+def largest_component(mask: Mask) -> Mask:
+    """The largest connected part of a mask."""
+    components, count = ndimage.label(mask)
+    if count <= 1:
+        return mask
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    largest: Mask = components == sizes.argmax()
+    return largest
+
+
+def fill_slices(mask: Mask) -> Mask:
+    """A mask whose axial slices have no holes."""
+    return np.stack([ndimage.binary_fill_holes(plane) for plane in mask])
+
+
+def otsu_threshold(data: Array) -> float:
+    """Half of Otsu's threshold between air and tissue, which keeps dark tissue in (Otsu 1979)."""
+    low, high = (float(p) for p in np.percentile(data, (0.5, 98)))
+    counts, edges = np.histogram(data, bins=256, range=(low, high if high > low else float(data.max())))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts).astype(float)
+    above = below[-1] - below
+    sum_below = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sum_below / below - (sum_below[-1] - sum_below) / above) ** 2
+    best = int(np.nan_to_num(between).argmax())  # a cut with nothing on one side separates nothing
+    return float(low + (centres[best] - low) / 2)
+
+
+def fit_normalisation(data: Array, mask: Mask) -> Normalisation:
+    """Choose the intensities that become 0 and 1, from the voxels within the head."""
+    inside, outside = data[mask], data[~mask]
+    floor, high = (float(p) for p in np.percentile(inside, (0.5, HIGH_PERCENTILE)))
+    low = min(floor, float(np.median(outside)) if outside.size else 0.0)
+    if high <= low:
+        high = float(inside.max())
+    return Normalisation(low=low, high=high if high > low else low + 1.0)

@@ -1,0 +1,111 @@
+"""The main job on the product's own phantom, end to end, offline, on a laptop."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossmr.completion import Settings, complete_cohort
+from crossmr.data.naming import find_studies
+from crossmr.data.prepare import Split, default_workers, prepare
+from crossmr.data.study import load_study
+from crossmr.data.volume import read_volume
+from crossmr.display import SILENT, Display
+from crossmr.errors import OutputError
+from crossmr.evaluation import evaluate, tables
+from crossmr.phantom import write_cohort
+from crossmr.picture import save_picture
+from crossmr.recipes import TINY
+from crossmr.training import train
+
+PATIENTS = 14
+SHAPE, SPACING_MM = (72, 84, 56), (2.6, 2.6, 3.2)
+TARGETS = ("t1c", "t2f")
+MINUTES = 2.5
+"""Of training, for all stages and the unguided twin together."""
+
+
+def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: Display = SILENT) -> dict[str, Any]:
+    """Make a phantom cohort, prepare it, train small, complete a study with a hole, and measure it.
+
+    OUT gets cohort/, incomplete/, set/, run/, completed/, evaluation/ and picture.png. Returns the evaluation.
+
+    Raises:
+        OutputError: OUT holds something else, or cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "cohort").exists():
+        raise OutputError(f"{out} exists and is no earlier demo; name another folder.")
+    start = time.monotonic()
+    display.say(f"1/5 phantom: {PATIENTS} heads with lesions, made in code")
+    write_cohort(out / "cohort", PATIENTS, seed=seed, shape=SHAPE, spacing_mm=SPACING_MM)
+    (case,) = write_cohort(
+        out / "incomplete",
+        1,
+        seed=seed + 1,
+        missing={0: TARGETS},
+        lesion=True,
+        shape=SHAPE,
+        spacing_mm=SPACING_MM,
+    )
+    write_cohort(out / "truth", 1, seed=seed + 1, lesion=True, shape=SHAPE, spacing_mm=SPACING_MM)
+    display.say("2/5 prepare")
+    prepare(
+        out / "cohort",
+        out / "set",
+        split=Split.parse("70/10/20", seed),
+        workers=default_workers(),
+        display=display,
+    )
+    display.say(f"3/5 train for about {minutes:g} minutes: far too short for good images, long enough to see it work")
+    model = train(
+        out / "set",
+        out / "run",
+        recipe=TINY,
+        sources=("t1n", "t2w"),
+        targets=TARGETS,
+        twin=True,
+        minutes=minutes,
+        seed=seed,
+        display=display,
+    )
+    display.say(f"4/5 complete {case}, which lacks {' and '.join(TARGETS)}")
+    complete_cohort(
+        out / "incomplete",
+        out / "completed",
+        model,
+        settings=Settings(seed=seed),
+        overwrite=True,
+        display=display,
+    )
+    display.say("5/5 evaluate on phantoms that training never saw")
+    result = evaluate(model, out / "set", out / "evaluation", settings=Settings(seed=seed), display=display)
+    display.print_tables(tables(result["summary"]))
+    _picture(out, case)
+    display.say(
+        f"done in {time.monotonic() - start:.0f} s: look at {out / 'picture.png'} and {out / 'completed' / case}"
+    )
+    return result
+
+
+def _picture(out: Path, case: str) -> None:
+    """What was there, what was synthesised, and what it should have been, on the slice with most lesion."""
+    (files,) = find_studies(out / "truth")
+    study = load_study(files)
+    lesion = study.labels if study.labels is not None else np.zeros_like(study.mask, np.uint8)
+    z = int(lesion.astype(bool).sum((1, 2)).argmax())
+    rows = []
+    for target in TARGETS:
+        synthetic = read_volume(out / "completed" / case / f"{case}-{target}.nii.gz").data[z]
+        real = study.normalised(target)[z]
+        row = [(f"{m} acquired", study.normalised(m)[z]) for m in ("t1n", "t2w")]
+        rows.append(
+            [
+                *row,
+                (f"{target} synthetic", synthetic),
+                (f"{target} truth", real),
+                ("|error|", np.abs(synthetic - real)),
+            ]
+        )
+    save_picture(out / "picture.png", rows)

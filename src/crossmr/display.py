@@ -1,0 +1,78 @@
+"""What a person sees while a long job runs: a live bar in a terminal, a plain line now and then in a log."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Task:
+    """One job of a known length; `advance` it, with a note such as the loss."""
+
+    def __init__(self, display: "Display", name: str, total: int, done: int, bar: Progress | None):
+        self._display, self._name, self._total, self._done, self._bar = display, name, total, done, bar
+        self._identity = bar.add_task(name, total=total, completed=done, note="") if bar else None
+        self._start, self._first, self._last_line = time.monotonic(), done, time.monotonic()
+
+    def advance(self, note: str = "") -> None:
+        """Count one more step done."""
+        self._done += 1
+        if self._bar is not None and self._identity is not None:
+            self._bar.update(self._identity, completed=self._done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self._total:
+            self._last_line = now
+            pace = (now - self._start) / max(1, self._done - self._first)
+            left = f"{pace * (self._total - self._done):.0f} s left"
+            self._display.say(f"{self._name}: {self._done}/{self._total}  {note}  {left}")
+
+
+class Display:
+    """Where messages and progress go; `Display(quiet=True)` shows nothing."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.console = Console(quiet=quiet, highlight=False, emoji=False, soft_wrap=True)
+        self._quiet = quiet
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, markup=False)
+
+    def print_tables(self, tables: Iterable[Table]) -> None:
+        """Print tables; where there is no terminal, as wide as they need to be."""
+        for table in tables:
+            self.console.print(table, width=None if self.console.is_terminal else max(140, self.console.width))
+
+    @contextmanager
+    def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
+        """Show the progress of a job of `total` steps, `done` of which were done before."""
+        if self._quiet or not self.console.is_terminal:
+            yield Task(self, name, total, done, None)
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as bar:
+            yield Task(self, name, total, done, bar)
+
+
+SILENT = Display(quiet=True)

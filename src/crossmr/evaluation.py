@@ -1,0 +1,373 @@
+"""Measuring a model: hide each target, synthesise it, and compare, always beside the trivial predictors.
+
+Two protocols, both on intensities normalised per volume (0 air, 1 the 99.9th percentile within the head):
+
+volume  Within the head's bounding box plus 4 voxels (the empty rest would only flatter). Prediction and truth are
+        scaled by the truth's 0–99.9 percentile range, the prediction never by itself. PSNR, SSIM (3D, Gaussian 1.5),
+        MAE, NMSE and HaarPSI (axial slices with head) over the whole box, the brain (the head mask where the skull
+        is there) and the tumour.
+slice   As CDM, ResViT and SynDiff measure: PSNR, SSIM (2D, Gaussian 1.5) and MAE of each axial slice in [0, 1],
+        averaged over the slices that hold at least a tenth of the head area of the fullest one.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from crossmr import metrics
+from crossmr.completion import Settings, check_settings, default_guidance, synthesise
+from crossmr.data.dataset import Case, PreparedSet, useful_slices
+from crossmr.data.naming import StudyFiles, find_studies
+from crossmr.data.study import load_study
+from crossmr.device import choose_device, choose_precision
+from crossmr.display import SILENT, Display
+from crossmr.errors import CrossmrError, StudyError
+from crossmr.files import write_atomically, write_json
+from crossmr.model import CrossConditionedModel, Guidance, load_model, pseudonym
+from crossmr.picture import save_picture
+from crossmr.trivial import predict_trivial
+
+Array = npt.NDArray[np.float32]
+Row = dict[str, Any]
+METRICS = ("psnr", "ssim", "mae", "nmse", "haarpsi")
+TWIN = "unguided twin"
+COLUMNS: tuple[tuple[str, str, int, str], ...] = (
+    ("brain", "psnr", 2, "PSNR, brain"),
+    ("brain", "ssim", 3, "SSIM, brain"),
+    ("brain", "haarpsi", 3, "HaarPSI, brain"),
+    ("tumour", "psnr", 2, "PSNR, tumour"),
+    ("tumour", "ssim", 3, "SSIM, tumour"),
+    ("slices", "psnr", 2, "PSNR, slice"),
+    ("slices", "ssim", 3, "SSIM, slice"),
+)
+"""What the printed tables show: region, metric, digits, heading."""
+PICTURES = 6
+"""Cases of which a picture is made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One study as it is measured: head-cropped volumes (Z, Y, X) in [0, 1] and masks."""
+
+    name: str
+    patient: str
+    volumes: Mapping[str, Array]
+    head: npt.NDArray[np.bool_]
+    tumour: npt.NDArray[np.bool_]
+    masked_background: bool
+
+
+def evaluate(
+    model: CrossConditionedModel | Path | str,
+    data: Path | str,
+    out: Path | str,
+    *,
+    part: str = "test",
+    guidances: Sequence[Guidance] = (),
+    settings: Settings | None = None,
+    device: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    display: Display = SILENT,
+) -> dict[str, Any]:
+    """Hide, synthesise and measure every target of every study, and return what OUT/metrics.json says.
+
+    Args:
+        model: a model, or the folder of one.
+        data: a prepared set, of which `part` is measured, or a folder of studies.
+        out: gets metrics.csv (a row a case, target, predictor and region), metrics.json and pictures.
+        part: 'train', 'val' or 'test' of a prepared set.
+        guidances: arms measured beside the model's own guidance.
+        settings: seed, steps and precision of the completion.
+        device: see `complete`.
+        mapping: see `find_studies`.
+        display: where progress goes.
+
+    Raises:
+        CrossmrError: nothing could be measured. A study that fails is listed under 'failed'.
+    """
+    out, settings = Path(out), settings or Settings()
+    if not isinstance(model, CrossConditionedModel):
+        model = load_model(model, choose_device(device))
+    own = settings.guidance or default_guidance(model)
+    for arm in (own, *guidances):
+        check_settings(model, replace(settings, guidance=arm))
+    arms = list(dict.fromkeys((own, *guidances)))
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    trained_on = set(model.record.get("training", {}).get("patients", {}).get("train", []))
+    seen, pictures = [], 0
+    readers = list(_subjects(Path(data), part, mapping))
+    write_json(out / "metrics.json", {"finished": False})
+    with display.task("evaluate", len(readers)) as task:
+        for name, read in readers:
+            try:
+                subject = read()
+                predictions = predict_all(model, subject, arms, settings)
+                rows += measure(model, subject, predictions)
+                if pseudonym(subject.patient) in trained_on:
+                    seen.append(name)
+                if pictures < PICTURES:
+                    _draw(out / "pictures" / f"{name}.png", model, subject, predictions)
+                    pictures += 1
+            except CrossmrError as error:
+                failed[name] = str(error)
+            task.advance(name)
+    if not rows:
+        reason = next(iter(failed.values()), f"the '{part}' part is empty")
+        raise StudyError(f"No study of {data} could be measured: {reason}")
+    body = {
+        "finished": True,
+        "protocol": (__doc__ or "").strip(),
+        "summary": summarise(rows),
+        "own": predictor_name(own),
+        "cases": sorted({row["case"] for row in rows}),
+        "trained_on": seen,
+        "failed": failed,
+        "model_sha256": model.record.get("sha256"),
+        "settings": {
+            "seed": settings.seed,
+            "ddim_steps": settings.steps,
+            "eta": settings.eta,
+            "device": model.device.type,
+            "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),
+        },
+        "versions": {name: version(name) for name in ("crossmr", "torch")},
+    }
+    write_atomically(out / "metrics.csv", _csv(rows))
+    write_json(out / "metrics.json", body)
+    return body
+
+
+def predictor_name(guidance: str) -> str:
+    """How an arm of the model is called in tables."""
+    return f"crossmr, guidance {guidance}"
+
+
+def _subjects(data: Path, part: str, mapping: Mapping[str, str] | None) -> Iterator[tuple[str, Callable[[], Subject]]]:
+    """Name and reader of each study of a prepared set's part, or of a folder of studies."""
+    if (data / "manifest.json").exists() and (data / "cases").exists():
+        for case in PreparedSet(data).part(part):
+            yield case.name, lambda case=case: _from_set(case)  # type: ignore[misc]
+        return
+    for files in find_studies(data, mapping):
+        yield files.case, lambda files=files: _from_files(files)  # type: ignore[misc]
+
+
+def _from_set(case: Case) -> Subject:
+    masks = np.asarray(case.masks())
+    volumes = {modality: case.volume(modality) for modality in case.modalities}
+    return Subject(case.name, case.patient, volumes, masks[:, 0] > 0, masks[:, 1] > 0, case.masked_background)
+
+
+def _from_files(files: StudyFiles) -> Subject:
+    study = load_study(files)
+    box = study.box()
+    volumes = {m: np.ascontiguousarray(study.normalised(m)[box]) for m in study.volumes}
+    head = study.mask[box]
+    tumour = np.zeros_like(head) if study.labels is None else study.labels[box] > 0
+    return Subject(study.case, study.patient, volumes, head, tumour, study.masked_background)
+
+
+def predict_all(
+    model: CrossConditionedModel, subject: Subject, arms: Sequence[Guidance], settings: Settings
+) -> dict[str, list[Array]]:
+    """Every predictor's targets for one study: name → one volume (Z, Y, X) in [0, 1] a target.
+
+    Raises:
+        StudyError: the study lacks a source, or has none of the targets to compare with.
+    """
+    config = model.config
+    lacking = [source for source in config.sources if source not in subject.volumes]
+    if lacking or not any(target in subject.volumes for target in config.targets):
+        what = f"it lacks {', '.join(lacking)}" if lacking else f"it has none of {', '.join(config.targets)}"
+        raise StudyError(f"{subject.name}: cannot be measured: {what}.")
+    sources = [subject.volumes[source] for source in config.sources]
+    stacked, head = torch.from_numpy(np.stack(sources)), subject.head.sum((1, 2)).tolist()
+    predictions = {}
+    for arm in arms:
+        chosen = replace(settings, guidance=arm)
+        predictions[predictor_name(arm)] = list(synthesise(model, stacked, head, subject.name, chosen).numpy())
+    if model.twin is not None:
+        twin = synthesise(model, stacked, head, subject.name, settings, network="twin")
+        predictions[TWIN] = list(twin.numpy())
+    if model.trivial:
+        predictions |= predict_trivial(model.trivial, sources)
+    if subject.masked_background:
+        predictions = {n: [np.where(subject.head, v, np.float32(0)) for v in vs] for n, vs in predictions.items()}
+    return predictions
+
+
+def measure(model: CrossConditionedModel, subject: Subject, predictions: Mapping[str, Sequence[Array]]) -> list[Row]:
+    """Score every predictor of one study by both protocols, over every region it has."""
+    rows = []
+    slices = useful_slices(subject.head.sum((1, 2)).tolist())
+    regions = {
+        "volume": None,
+        "brain": subject.head,
+        "tumour": subject.tumour if subject.tumour.any() else None,
+    }
+    for index, target in enumerate(model.config.targets):
+        if target not in subject.volumes:
+            continue
+        truth = torch.from_numpy(subject.volumes[target])
+        for name, volumes in predictions.items():
+            prediction = torch.from_numpy(np.ascontiguousarray(volumes[index]))
+            common = {"case": subject.name, "target": target, "predictor": name}
+            try:
+                scores = _volume_scores(prediction, truth, regions, slices)
+            except ValueError as error:
+                raise StudyError(f"{subject.name}: {target} cannot be measured: {error}") from error
+            rows += [{**common, "protocol": "volume", "region": region, **score} for region, score in scores.items()]
+            rows.append(
+                {
+                    **common,
+                    "protocol": "slice",
+                    "region": "slices",
+                    **_slice_scores(prediction[slices], truth[slices]),
+                }
+            )
+    return rows
+
+
+def _volume_scores(
+    prediction: Tensor,
+    truth: Tensor,
+    regions: Mapping[str, npt.NDArray[np.bool_] | None],
+    slices: Sequence[int],
+) -> dict[str, dict[str, float]]:
+    scaled, reference = metrics.scale_by_truth(prediction[None], truth[None])
+    similarity = metrics.ssim_map(scaled, reference, 1.0)
+    scores = {}
+    for region, chosen in regions.items():
+        if region == "tumour" and chosen is None:
+            continue
+        mask = torch.ones_like(truth, dtype=torch.bool)[None] if chosen is None else torch.from_numpy(chosen)[None]
+        perceptual = metrics.haarpsi(scaled[0, slices], reference[0, slices], 1.0, mask[0, slices])
+        scores[region] = {
+            "psnr": float(metrics.psnr(scaled, reference, 1.0, mask)),
+            "ssim": float(similarity[mask].mean()),
+            "mae": float(metrics.mae(scaled, reference, mask)),
+            "nmse": float(metrics.nmse(scaled, reference, mask)),
+            "haarpsi": float(perceptual.nanmean()),
+        }
+    return scores
+
+
+def _slice_scores(prediction: Tensor, truth: Tensor) -> dict[str, float]:
+    return {
+        "psnr": float(metrics.psnr(prediction, truth, 1.0).mean()),
+        "ssim": float(metrics.ssim(prediction, truth, 1.0).mean()),
+        "mae": float(metrics.mae(prediction, truth).mean()),
+        "nmse": float(metrics.nmse(prediction, truth).mean()),
+        "haarpsi": float(metrics.haarpsi(prediction, truth, 1.0).nanmean()),
+    }
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """Mean, bootstrap 95 % interval and count of each metric by target, predictor, protocol and region.
+
+    `p_against_first` is the paired Wilcoxon test over cases of this predictor against the first one, the model's own.
+    """
+    keys = list(dict.fromkeys((r["target"], r["predictor"], r["protocol"], r["region"]) for r in rows))
+    first = rows[0]["predictor"]
+    table: dict[tuple[str, ...], dict[str, Row]] = {key: {} for key in keys}
+    for row in rows:
+        table[row["target"], row["predictor"], row["protocol"], row["region"]][row["case"]] = row
+    summary = []
+    for key in keys:
+        target, predictor, protocol, region = key
+        cases = table[key]
+        own = table.get((target, first, protocol, region), {})
+        entry: Row = {
+            "target": target,
+            "predictor": predictor,
+            "protocol": protocol,
+            "region": region,
+            "cases": len(cases),
+        }
+        for metric in METRICS:
+            values = [row[metric] for row in cases.values()]
+            low, high = metrics.bootstrap_interval(values)
+            entry[metric] = {
+                "mean": _finite(float(np.nanmean(values)) if np.isfinite(values).any() else math.nan),
+                "low": _finite(low),
+                "high": _finite(high),
+            }
+            if predictor != first:
+                paired = [(cases[c][metric], own[c][metric]) for c in cases if c in own]
+                p = metrics.paired_wilcoxon(*zip(*paired, strict=True)) if paired else math.nan
+                entry[metric]["p_against_first"] = _finite(p)
+        summary.append(entry)
+    return summary
+
+
+def _finite(value: float) -> float | None:
+    """What JSON can hold."""
+    return value if math.isfinite(value) else None
+
+
+def tables(summary: Sequence[Row]) -> list[Table]:
+    """The summary as people read it, a table a target: brain and tumour by our protocol, and the slice protocol."""
+    entries = {(e["target"], e["predictor"], e["region"]): e for e in summary}
+    shown = []
+    for target in dict.fromkeys(e["target"] for e in summary):
+        cases = max(e["cases"] for e in summary if e["target"] == target)
+        table = Table(title=f"{target}: mean and 95 % interval over {cases} cases", title_justify="left")
+        table.add_column("predictor", no_wrap=True)
+        for _, _, _, heading in COLUMNS:
+            table.add_column(heading, justify="right")
+        for predictor in dict.fromkeys(e["predictor"] for e in summary if e["target"] == target):
+            cells = (
+                _cell(entries.get((target, predictor, region)), metric, digits) for region, metric, digits, _ in COLUMNS
+            )
+            table.add_row(predictor, *cells)
+        shown.append(table)
+    return shown
+
+
+def _cell(entry: Row | None, metric: str, digits: int) -> str:
+    if entry is None or entry[metric]["mean"] is None:
+        return "–"
+    value = entry[metric]
+    if value["low"] is None or value["high"] is None:
+        return f"{value['mean']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}\n{value['low']:.{digits}f}–{value['high']:.{digits}f}"
+
+
+def _csv(rows: Sequence[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["case", "target", "predictor", "protocol", "region", *METRICS], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode(errors="surrogatepass")  # file names may be no Unicode
+
+
+def _draw(
+    path: Path, model: CrossConditionedModel, subject: Subject, predictions: Mapping[str, Sequence[Array]]
+) -> None:
+    """Sources, each network's synthesis, truth and error of the slice with most tumour, or else most head."""
+    region = subject.tumour if subject.tumour.any() else subject.head
+    z = int(region.sum((1, 2)).argmax())
+    sources = [(f"{m} source", subject.volumes[m][z]) for m in model.config.sources]
+    rows = []
+    for index, target in enumerate(model.config.targets):
+        if target not in subject.volumes:
+            continue
+        truth = subject.volumes[target][z]
+        own = next(iter(predictions.values()))[index][z]
+        row = [*sources, (f"{target} synthetic", own)]
+        if TWIN in predictions:
+            row.append((f"{target} unguided twin", predictions[TWIN][index][z]))
+        rows.append([*row, (f"{target} truth", truth), (f"{target} |error|", np.abs(own - truth))])
+    save_picture(path, rows)

@@ -1,0 +1,80 @@
+"""Files that are whole or not there: atomic writes, JSON, SHA-256."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from crossmr.errors import CrossmrError, ModelError, OutputError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Raises:
+        OutputError: the folder is missing, read-only or full; nothing is left behind.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise OutputError(
+            f"{path} could not be written: {error.strerror or error}. "
+            "Check free space and permissions, or name another folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write readable JSON atomically; NaN is refused, since JSON has none."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, text.encode(errors="surrogatepass"))  # file names may be no Unicode
+
+
+def read_json(path: Path, error: type[CrossmrError] = ModelError) -> dict[str, Any]:
+    """Read a JSON object, raising `error` with one clear line when it is missing or damaged."""
+    try:
+        data = json.loads(path.read_bytes(), parse_float=_finite, parse_constant=_finite)
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}.") from reason
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{path} is damaged: it is not valid JSON ({reason}). Copy or make it again.") from reason
+    if not isinstance(data, dict):
+        raise error(f"{path} is damaged: it holds no JSON object. Copy or make it again.")
+    return data
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number")
+    return number
+
+
+def digest(content: bytes | Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of bytes or of a JSON object in its canonical form."""
+    if not isinstance(content, bytes):
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        content = text.encode(errors="surrogatepass")
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,195 @@
+"""The three networks composed into one model, and the folder it lives in.
+
+MODEL/
+├── config.json                      the configuration, how it was trained, and the SHA-256 of every file
+├── representation.safetensors       MRM of the targets
+├── source_representation.safetensors  MRM of the sources, where the MDN is conditional
+├── distribution.safetensors         MDN
+├── synthesis.safetensors            C-UNet
+├── twin.safetensors                 its unguided twin, where one was trained
+└── trivial.safetensors              the trivial predictors that every evaluation prints beside the model
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from crossmr.checkpoint import load_bundle, save_bundle
+from crossmr.config import from_dict, to_dict
+from crossmr.errors import ConfigError, CrossmrError, ModelError
+from crossmr.files import digest
+from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
+from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfig, z_score
+from crossmr.stages.synthesis import CUNet, SynthesisConfig
+
+FORMAT = "crossmr-model"
+FORMAT_VERSION = 1
+Guidance = Literal["sample", "unconditional", "none"]
+GUIDANCES: tuple[Guidance, ...] = ("sample", "unconditional", "none")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that is needed to build the networks and to use them."""
+
+    sources: tuple[str, ...]
+    """Modalities the model reads, in channel order."""
+    targets: tuple[str, ...]
+    """Modalities it synthesises, in channel order."""
+    spatial_dims: int = 2
+    """2: axial slices, as published. 3: volumes."""
+    window: tuple[int, ...] = (224, 224)
+    """Size of the training crops, in voxels; larger volumes are completed 3D window by 3D window."""
+    guidance: Literal["sample", "unconditional", "truth", "none"] = "unconditional"
+    """What the C-UNet was shown in training: MDN samples given the sources, MDN samples given nothing (as
+    published), the true target's representation (as in RCG), or nothing."""
+    representation: RepresentationConfig = field(default_factory=RepresentationConfig)
+    """Stage 1."""
+    distribution: DistributionConfig = field(default_factory=DistributionConfig)
+    """Stage 2."""
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    """Stage 3."""
+
+    def __post_init__(self) -> None:
+        both = set(self.sources) & set(self.targets)
+        if not self.sources or not self.targets or both:
+            sources, targets = ", ".join(self.sources) or "none", ", ".join(self.targets) or "none"
+            raise ConfigError(
+                f"sources are {sources}, targets {targets}; wanted at least one of each and none in both."
+            )
+        if self.spatial_dims not in (2, 3) or len(self.window) != self.spatial_dims:
+            raise ConfigError(
+                f"spatial_dims is {self.spatial_dims} and the crop {self.window}; wanted 2 or 3, and as many sides."
+            )
+        if any(side < 1 or side % self.divisor for side in self.window):
+            raise ConfigError(f"The crop is {self.window}; wanted multiples of {self.divisor}, the networks' stride.")
+        if self.guidance == "sample" and not self.distribution.conditional:
+            raise ConfigError("guidance 'sample' needs distribution.conditional = true.")
+
+    @property
+    def divisor(self) -> int:
+        """What every side of an image must be a multiple of."""
+        return int(max(self.synthesis.divisor, 2 ** (len(self.representation.multipliers) - 1)))
+
+
+class CrossConditionedModel(nn.Module):
+    """MRM, MDN and C-UNet of one configuration.
+
+    `trivial` holds the fitted trivial predictors; `record`, once loaded, its SHA-256 and how it was trained.
+    """
+
+    def __init__(self, config: ModelConfig, *, twin: bool = False):
+        super().__init__()
+        dims, dim = config.spatial_dims, config.representation.dim
+        sources, targets = len(config.sources), len(config.targets)
+        conditional = config.distribution.conditional
+        self.config = config
+        self.representation = MaskedAutoencoder(config.representation, targets, dims)
+        self.source_representation = MaskedAutoencoder(config.representation, sources, dims) if conditional else None
+        self.distribution = DistributionNetwork(config.distribution, dim, dim)
+        self.synthesis = CUNet(config.synthesis, sources, targets, dim, dims)
+        self.twin = CUNet(config.synthesis, sources, targets, None, dims) if twin else None
+        self.trivial: dict[str, Tensor] = {}
+        self.record: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def pool_sources(self, sources: Tensor) -> Tensor:
+        """The pooled features (N, D) of source images (N, S, *S), from which `guide` makes its condition.
+
+        Raises:
+            ConfigError: the MDN was trained without the condition.
+        """
+        if self.source_representation is None:
+            raise ConfigError("This model's MDN knows no condition; use guidance 'unconditional' or 'none'.")
+        return self.source_representation.pooled(sources)
+
+    def guide(
+        self,
+        pooled: Tensor | None,
+        generators: Sequence[torch.Generator],
+        *,
+        steps: int = 50,
+        eta: float = 1.0,
+    ) -> Tensor:
+        """Draw one representation (K, D) a generator for one volume.
+
+        `pooled` (N, D) are the pooled features of the volume's slices: their mean, z-scored, is the
+        condition, so that one vector stands for the volume. None draws from p(y_0), as published.
+        """
+        condition = None
+        if pooled is not None:
+            condition = z_score(pooled.mean(0, keepdim=True)).expand(len(generators), -1)
+        return self.distribution.sample(generators, condition, steps=steps, eta=eta)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks there are, by the names of their files."""
+        return dict(self.named_children())
+
+
+def pseudonym(patient: str) -> str:
+    """A hash that tells whether a patient was trained on, without naming them in the model."""
+    return digest(f"crossmr patient {patient}".encode(errors="surrogatepass"))[:16]
+
+
+def save_model(folder: Path, model: CrossConditionedModel, training: Mapping[str, Any]) -> None:
+    """Write a model folder; config.json comes last, so that a half-written folder is no model."""
+    tensors: dict[str, Mapping[str, Tensor]] = {name: net.state_dict() for name, net in model.networks().items()}
+    if model.trivial:
+        tensors["trivial"] = model.trivial
+    data = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": to_dict(model.config),
+        "training": dict(training),
+    }
+    save_bundle(folder, tensors, data, "config")
+
+
+def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossConditionedModel:
+    """Read a model folder, ready for use.
+
+    Raises:
+        ModelError: it is missing, damaged, of another version, or its weights do not fit its configuration.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        nested = folder / "model" / "config.json"
+        hint = f"Did you mean {nested.parent}?" if nested.exists() else "Train one with: crossmr train SET -o RUN"
+        raise ModelError(f"{folder} is no model: it has no config.json. {hint}")
+    tensors, data = load_bundle(folder, "config")
+    found = (data.get("format"), data.get("format_version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        raise ModelError(
+            f"{folder} is {found[0]} {found[1]}; this crossmr reads {FORMAT} {FORMAT_VERSION}. "
+            "Update crossmr, or train the model again."
+        )
+    if missing := {"config", "training"} - set(data):
+        raise ModelError(f"{folder / 'config.json'} has no '{min(missing)}'. Copy or train the model again.")
+    trivial = tensors.pop("trivial", {})
+    try:
+        model = CrossConditionedModel(
+            from_dict(ModelConfig, cast(dict[str, Any], data["config"])), twin="twin" in tensors
+        )
+    except CrossmrError as error:
+        raise ModelError(f"{folder / 'config.json'}: {error}") from error
+    if set(tensors) != set(model.networks()):
+        raise ModelError(f"{folder} holds {', '.join(sorted(tensors))}; wanted {', '.join(sorted(model.networks()))}.")
+    for name, network in model.networks().items():
+        try:
+            network.load_state_dict(tensors[name])
+        except RuntimeError as error:
+            first = str(error).splitlines()[-1].strip()
+            raise ModelError(f"{folder / name}.safetensors does not fit config.json: {first}") from error
+        if not all(torch.isfinite(tensor).all() for tensor in tensors[name].values()):
+            raise ModelError(f"{folder / name}.safetensors holds NaN or infinite weights; the training diverged.")
+    model.trivial = trivial
+    model.record = {"sha256": digest(data), "training": data["training"]}
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,435 @@
+"""The stages of the Cross-conditioned Diffusion Model, trained one after the other by the loop of fitting.py.
+
+RUN/
+├── run.json       what is trained on what; the same command continues it, another is refused
+├── plan.json      steps of each stage, fixed when the stage starts
+├── stages/STAGE/  the two newest checkpoints
+├── metrics.jsonl  losses and validation
+├── pictures/      source, prediction, truth and error on held-out patients
+└── model/         the result; see model.py
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from crossmr import metrics
+from crossmr.checkpoint import load_checkpoint
+from crossmr.config import to_dict
+from crossmr.data.dataset import Batch, Batches, Case, PreparedSet, as_inputs, seeded, useful_slices
+from crossmr.device import choose_device, choose_precision
+from crossmr.display import SILENT, Display
+from crossmr.errors import ConfigError, ModelError
+from crossmr.files import read_json, write_json
+from crossmr.fitting import Job, Loop, fit, steps_in
+from crossmr.model import CrossConditionedModel, pseudonym, save_model
+from crossmr.picture import save_picture
+from crossmr.recipes import PAPER, STAGES, Recipe
+from crossmr.stages.representation import MaskedAutoencoder, z_score
+from crossmr.trivial import fit_trivial
+
+PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
+VALIDATION_SLICES = 48
+CHUNK = 16
+"""Slices through a network at once, where no gradient is needed."""
+READERS = 4
+"""Processes that read batches for a GPU."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage of one training shares."""
+
+    loop: Loop
+    recipe: Recipe
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    train: tuple[Case, ...]
+    val: tuple[Case, ...]
+
+    def batches(self, stage: str, cases: Sequence[Case], modalities: Sequence[str]) -> Batches:
+        """The batches of a stage; the twin's are the C-UNet's."""
+        return Batches(
+            cases,
+            modalities,
+            size=self.recipe.crop,
+            batch_size=self.recipe.fit_config(stage).batch_size,
+            seed=self.loop.seed,
+            flip=self.recipe.flip,
+        )
+
+
+def train(
+    prepared: Path | str,
+    run: Path | str,
+    *,
+    recipe: Recipe = PAPER,
+    sources: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    stages: Sequence[str] | None = None,
+    twin: bool = False,
+    steps: int | None = None,
+    minutes: float | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    seed: int = 0,
+    display: Display = SILENT,
+) -> Path:
+    """Train the stages one after another on a prepared set, or go on where an earlier call stopped.
+
+    Args:
+        prepared: the set's folder, as `prepare` wrote it.
+        run: where the run lives; its 'model' folder is the result.
+        recipe: networks and optimisation.
+        sources: modalities to read; by default the published T1 and T2, as far as the set has them.
+        targets: modalities to synthesise; by default the published T1ce and FLAIR.
+        stages: train these alone; the stages before them must be finished.
+        twin: train the C-UNet's unguided twin too, which evaluations print beside it.
+        steps: steps of every stage, instead of the recipe's epochs.
+        minutes: time for all stages together, instead of the recipe's epochs.
+        device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.
+        precision: 'auto', 'bfloat16' or 'float32'.
+        seed: of weights, batches, masks and noise.
+        display: where progress goes.
+
+    Returns:
+        The model's folder; it holds a model once every stage is finished.
+
+    Raises:
+        SetError, ConfigError, ModelError, OutputError: with one line that says what to do.
+        Interrupted: on Ctrl-C, after a checkpoint.
+    """
+    opened, folder = PreparedSet(prepared), Path(run)
+    known = list(opened.manifest["fingerprint"]["modalities"])
+    sources = tuple(sources or [m for m in PUBLISHED_SOURCES if m in known and m not in (targets or ())])
+    targets = tuple(targets or [m for m in PUBLISHED_TARGETS if m in known and m not in sources])
+    for modality in (*sources, *targets):
+        if modality not in known:
+            raise ConfigError(f"No study of {opened.folder} has {modality}; it has {', '.join(known)}.")
+    if steps is not None and minutes is not None:
+        raise ConfigError("Give --steps or --minutes, not both.")
+    if (steps is not None and steps < 1) or (minutes is not None and minutes <= 0):
+        raise ConfigError("--steps and --minutes are positive.")
+    fabric, dtype = _fabric(device, precision)
+    state = Run(Loop(folder, fabric, seed, display), recipe, sources, targets, opened.part("train"), opened.part("val"))
+    _claim(state, opened, dtype)
+    model = _initial_model(state, twin)
+    order = [stage for stage in STAGES if stage in model.networks()]
+    chosen = list(stages or order)
+    if unknown := set(chosen) - set(order):
+        raise ConfigError(f"'{min(unknown)}' is no stage of this training; it has {', '.join(order)}.")
+    shares = sum(recipe.fit_config(stage).share for stage in chosen)
+    for stage in order:
+        if _load_finished(state, model, stage):
+            display.say(f"{stage}: finished before")
+        elif stage in chosen:
+            share = None if minutes is None else minutes * recipe.fit_config(stage).share / shares
+            _train_stage(state, model, stage, steps, share)
+        elif any(order.index(later) > order.index(stage) for later in chosen):
+            raise ConfigError(f"Stage '{stage}' comes before '{chosen[-1]}' and is not finished; train it first.")
+        else:
+            display.say(f"{stage}: not trained yet, so there is no model yet")
+            return folder / "model"
+    display.say("trivial predictors")
+    model.trivial = fit_trivial([_reader(case) for case in state.train], sources, targets)
+    save_model(folder / "model", model, {**read_json(folder / "run.json"), "plan": read_json(folder / "plan.json")})
+    return folder / "model"
+
+
+def _fabric(device: str, precision: str) -> tuple[Fabric, str]:
+    chosen = choose_device(device)
+    dtype = choose_precision(precision, chosen)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    fabric = Fabric(
+        accelerator=chosen.type,
+        devices=1 if chosen.index is None else [chosen.index],
+        precision="bf16-mixed" if dtype is torch.bfloat16 else "32-true",
+    )
+    fabric.launch()
+    return fabric, str(dtype).removeprefix("torch.")
+
+
+def _reader(case: Case) -> Callable[[], dict[str, Any]]:
+    return lambda: {modality: case.volume(modality) for modality in case.modalities}
+
+
+def _claim(run: Run, prepared: PreparedSet, dtype: str) -> None:
+    """Make the folder this run's, or see that it already is."""
+    identity = {
+        "recipe": to_dict(run.recipe),
+        "sources": list(run.sources),
+        "targets": list(run.targets),
+        "seed": run.loop.seed,
+        "set": prepared.fingerprint,
+        "precision": dtype,
+        "device": run.loop.fabric.device.type,
+        "patients": {"train": _pseudonyms(run.train), "val": _pseudonyms(run.val)},
+    }
+    path = run.loop.folder / "run.json"
+    if not path.exists():
+        write_json(path, {**identity, "versions": {name: version(name) for name in ("crossmr", "torch", "monai")}})
+        return
+    earlier = read_json(path)
+    for key, value in identity.items():
+        if earlier.get(key) != value:
+            raise ConfigError(
+                f"{run.loop.folder} holds a run with another {key}; name another folder, or repeat its settings."
+            )
+
+
+def _pseudonyms(cases: Sequence[Case]) -> list[str]:
+    return sorted({pseudonym(case.patient) for case in cases})
+
+
+def _initial_model(run: Run, twin: bool) -> CrossConditionedModel:
+    """The untrained networks; each one's first weights depend on the seed and its own name alone."""
+    config = run.recipe.model_config(run.sources, run.targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.loop.seed)
+        model = CrossConditionedModel(config, twin=twin or (run.loop.folder / "stages" / "twin").exists())
+    if config.spatial_dims == 2:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(run.loop.fabric.device)
+
+
+def _load_finished(run: Run, model: CrossConditionedModel, stage: str) -> bool:
+    """Load a stage's averaged weights if it was trained to its end."""
+    found = load_checkpoint(run.loop.folder / "stages" / stage, run.loop.display.say)
+    if found is None or found[1]["step"] < found[1]["steps"]:
+        return False
+    weights = {key.removeprefix("ema."): value for key, value in found[0].items() if key.startswith("ema.")}
+    model.networks()[stage].load_state_dict(weights)
+    return True
+
+
+def _train_stage(run: Run, model: CrossConditionedModel, stage: str, steps: int | None, minutes: float | None) -> None:
+    job = _job(run, model, stage)
+    config = run.recipe.fit_config(stage)
+    plan_path = run.loop.folder / "plan.json"
+    plan = read_json(plan_path) if plan_path.exists() else {}
+    if stage not in plan:
+        if minutes is not None:
+            plan[stage] = steps_in(run.loop, model.networks()[stage], job, config, minutes)
+        else:
+            plan[stage] = steps or max(1, round(config.epochs * job.data.steps_per_epoch))
+        write_json(plan_path, plan)
+    network = model.networks()[stage].requires_grad_(True)
+    averaged = fit(run.loop, network, job, config, plan[stage])
+    network.load_state_dict(averaged.state_dict())
+    network.requires_grad_(False)
+
+
+# The stages' jobs
+
+
+def _job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
+    match stage:
+        case "representation":
+            return _representation_job(run, stage, run.targets)
+        case "source_representation":
+            return _representation_job(run, stage, run.sources)
+        case "distribution":
+            return _distribution_job(run, model)
+        case _:
+            return _synthesis_job(run, model, stage)
+
+
+def _having(cases: Sequence[Case], wanted: Sequence[str], *, all_of: bool) -> list[Case]:
+    """Cases that have all, or any, of the modalities."""
+    test = all if all_of else any
+    return [case for case in cases if test(m in case.modalities for m in wanted)]
+
+
+def _placed(run: Run, batch: Batch) -> Batch:
+    """A batch on the run's device, its images channels_last in 2D."""
+    batch = batch.to(run.loop.fabric.device)
+    if run.recipe.spatial_dims == 2:
+        batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+    return batch
+
+
+def _representation_job(run: Run, stage: str, modalities: tuple[str, ...]) -> Job:
+    """MRM over one group of modalities; a patient who lacks some of them brings no loss for these."""
+
+    def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        batch = _placed(run, batch)
+        return network.loss(batch.images, batch.present, generator)  # type: ignore[operator, no-any-return]
+
+    data = run.batches(stage, _having(run.train, modalities, all_of=False), modalities)
+    held_out = _having(run.val, modalities, all_of=False)
+    fixed = run.batches(stage, held_out, modalities).fixed(VALIDATION_SLICES) if held_out else None
+
+    @torch.no_grad()
+    def validate(network: nn.Module, picture: Path) -> dict[str, float]:
+        with run.loop.fabric.autocast():
+            return {"val_loss": float(loss(network.eval(), cast(Batch, fixed), seeded("validate", run.loop.seed)))}
+
+    return Job(stage, data, loss, validate if fixed else None, READERS)
+
+
+@torch.no_grad()
+def _pooled(run: Run, network: MaskedAutoencoder, cases: Sequence[Case], modalities: Sequence[str]) -> list[Tensor]:
+    """The pooled features (N, D) of each case's useful slices (2D) or of its volume (3D), on the CPU."""
+    network.eval()
+    pooled = []
+    reader = run.batches("representation", cases, modalities)
+    divisor = run.recipe.model_config(run.sources, run.targets).divisor
+    with run.loop.display.task("represent", len(cases)) as task, run.loop.fabric.autocast():
+        for index, case in enumerate(cases):
+            images = as_inputs(
+                reader.read(index, -1), useful_slices(case.head_voxels), run.recipe.spatial_dims, divisor
+            )
+            parts = [
+                network.pooled(chunk.to(run.loop.fabric.device)).float().cpu() for chunk in torch.split(images, CHUNK)
+            ]
+            pooled.append(torch.cat(parts))
+            task.advance()
+    return pooled
+
+
+class _Vectors(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of (representation, condition), drawn from seed and step alone."""
+
+    def __init__(self, y_0: Tensor, condition: Tensor, batch_size: int, seed: int):
+        self.y_0, self.condition, self.batch_size, self.seed = y_0, condition, batch_size, seed
+        self.steps_per_epoch = -(-len(y_0) // batch_size)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(self.y_0), (self.batch_size,), generator=seeded("vectors", self.seed, step))
+        return self.y_0[chosen], self.condition[chosen]
+
+
+def _distribution_job(run: Run, model: CrossConditionedModel) -> Job:
+    """MDN over the representations of every useful slice of patients who have all modalities."""
+    conditional = model.source_representation is not None
+
+    def vectors(cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
+        y_0 = z_score(torch.cat(_pooled(run, model.representation, cases, run.targets)))
+        if model.source_representation is None:
+            return y_0, y_0
+        return y_0, z_score(torch.cat(_pooled(run, model.source_representation, cases, run.sources)))
+
+    def usable(cases: Sequence[Case]) -> list[Case]:
+        return _having(cases, (*run.targets, *(run.sources if conditional else ())), all_of=True)
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+        y_0, told = (tensor.to(run.loop.fabric.device) for tensor in batch)
+        return network.loss(y_0, told if conditional else None, generator)  # type: ignore[operator, no-any-return]
+
+    if not usable(run.train):
+        raise ModelError(f"No training patient has all of {', '.join((*run.sources, *run.targets))}.")
+    config = run.recipe.fit_config("distribution")
+    data = _Vectors(*vectors(usable(run.train)), config.batch_size, run.loop.seed)
+    held_out = vectors(usable(run.val)) if usable(run.val) else None
+
+    @torch.no_grad()
+    def validate(network: nn.Module, picture: Path) -> dict[str, float]:
+        with run.loop.fabric.autocast():
+            return {"val_loss": float(loss(network.eval(), held_out, seeded("validate", run.loop.seed)))}  # type: ignore[arg-type]
+
+    return Job("distribution", data, loss, validate if held_out else None)
+
+
+def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
+    """C-UNet, guided as the recipe says, or its twin, never guided."""
+    guidance = "none" if stage == "twin" else run.recipe.guidance
+    modalities, count = (*run.sources, *run.targets), len(run.sources)
+    usable = [
+        case for case in _having(run.train, run.sources, all_of=True) if _having([case], run.targets, all_of=False)
+    ]
+    held_out = [
+        case for case in _having(run.val, run.sources, all_of=True) if _having([case], run.targets, all_of=False)
+    ]
+    data = run.batches(stage, usable, modalities)
+    vectors = _drawn(run, model, usable, guidance)
+
+    def guide(batch: Batch, drawn: Tensor | None, generator: torch.Generator) -> Tensor | None:
+        if guidance == "truth":
+            with torch.no_grad(), run.loop.fabric.autocast():
+                return model.representation.represent(batch.images[:, count:])
+        if drawn is None:
+            return None
+        which = torch.randint(drawn.shape[1], (len(batch.case),), generator=generator)
+        return drawn[batch.case.to(drawn.device), which.to(drawn.device)]
+
+    def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        batch = _placed(run, batch)
+        keep = (torch.rand(len(batch.case), 1, generator=generator) >= run.recipe.guidance_dropout).float()
+        y_0 = guide(batch, vectors, generator)
+        images, present = batch.images, batch.present[:, count:]
+        return network.loss(  # type: ignore[operator, no-any-return]
+            images[:, :count], images[:, count:], present, y_0, keep.to(images.device)
+        )
+
+    if not held_out:
+        return Job(stage, data, loss, None, READERS)
+    fixed = _placed(run, run.batches(stage, held_out, modalities).fixed(VALIDATION_SLICES))
+    fixed_vectors = _drawn(run, model, held_out, guidance)
+
+    @torch.no_grad()
+    def validate(network: nn.Module, picture: Path) -> dict[str, float]:
+        sources, truth = fixed.images[:, :count], fixed.images[:, count:]
+        y_0 = guide(fixed, fixed_vectors, seeded("validate", run.loop.seed))
+        with run.loop.fabric.autocast():
+            network.eval()
+            chunks = [slice(i, i + CHUNK) for i in range(0, len(sources), CHUNK)]
+            parts = [network(sources[c], None if y_0 is None else y_0[c]).float() for c in chunks]
+            prediction = torch.cat(parts).clamp(0, 1)
+        scores = {}
+        for index, target in enumerate(run.targets):
+            there = fixed.present[:, count + index] > 0
+            if there.any():
+                pair = prediction[there, index], truth[there, index]
+                scores[f"val_psnr_{target}"] = float(metrics.psnr(*pair, 1.0).mean())
+                scores[f"val_ssim_{target}"] = float(metrics.ssim(*pair, 1.0).mean())
+        _draw(run, picture, sources, prediction, truth)
+        return scores
+
+    return Job(stage, data, loss, validate, READERS)
+
+
+def _drawn(run: Run, model: CrossConditionedModel, cases: Sequence[Case], guidance: str) -> Tensor | None:
+    """Representations (cases, K, D) sampled for each patient exactly as completion does, or None."""
+    if guidance not in ("sample", "unconditional"):
+        return None
+    pooled: Sequence[Tensor | None] = [None] * len(cases)
+    if guidance == "sample" and model.source_representation is not None:
+        pooled = _pooled(run, model.source_representation, cases, run.sources)
+    drawn = []
+    model.distribution.eval()
+    with run.loop.display.task("sample", len(cases)) as task:
+        for case, features in zip(cases, pooled, strict=True):
+            generators = [seeded("drawn", run.loop.seed, case.name, k) for k in range(run.recipe.samples)]
+            device = run.loop.fabric.device
+            drawn.append(model.guide(None if features is None else features.to(device), generators))
+            task.advance()
+    return torch.stack(drawn)
+
+
+def _draw(run: Run, path: Path, sources: Tensor, prediction: Tensor, truth: Tensor) -> None:
+    """Source, prediction, truth and error of four held-out slices."""
+    rows = []
+    for index in sorted({round(i * (len(sources) - 1) / 3) for i in range(4)}):
+
+        def plane(images: Tensor, channel: int, index: int = index) -> Any:
+            image = images[index, channel].float().cpu()
+            return (image if image.ndim == 2 else image[len(image) // 2]).numpy()
+
+        row = [(name, plane(sources, i)) for i, name in enumerate(run.sources)]
+        for i, name in enumerate(run.targets):
+            row += [
+                (f"{name} synthetic", plane(prediction, i)),
+                (f"{name} truth", plane(truth, i)),
+                (f"{name} |error|", abs(plane(prediction, i) - plane(truth, i))),
+            ]
+        rows.append(row)
+    save_picture(path, rows)

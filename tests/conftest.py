@@ -1,0 +1,58 @@
+"""Tiny heads, written in a few milliseconds: for tests of the data, where a phantom would be too slow."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+SHAPE = (28, 32, 24)
+"""(X, Y, Z) of a tiny head."""
+SEMI_AXES = (10.0, 12.0, 9.0)
+CONTRASTS = {"t1n": (90, 30), "t1c": (100, 40), "t2w": (60, 80), "t2f": (70, 60)}
+
+
+def ellipsoid(shape: Sequence[int] = SHAPE, centre: Sequence[float] | None = None) -> np.ndarray:
+    """Where the head of `make_head` is: bool (X, Y, Z)."""
+    centre = centre or [(n - 1) / 2 for n in shape]
+    axes = np.ogrid[tuple(slice(n) for n in shape)]
+    return sum(((a - c) / r) ** 2 for a, c, r in zip(axes, centre, SEMI_AXES, strict=True)) <= 1
+
+
+def make_head(modality: str = "t1n", *, seed: int = 0, air: bool = True, shape: Sequence[int] = SHAPE) -> np.ndarray:
+    """A magnitude image, float32 (X, Y, Z): tissue of 60 to 140, not symmetric, in noisy or exactly 0 air."""
+    rng = np.random.default_rng([seed, *modality.encode()])
+    base, contrast = CONTRASTS[modality]
+    x, y, z = np.ogrid[tuple(slice(0, 1, n * 1j) for n in shape)]
+    head = ellipsoid(shape)
+    tissue = np.where(head, base + contrast * (x / 2 + y * y / 3 + z / 6) + 10 * (np.sin(9 * x + 5 * y) > 0), 0)
+    noisy = np.hypot(tissue + rng.normal(0, 2, shape), rng.normal(0, 2, shape))
+    return (noisy if air else np.where(head, noisy, 0)).astype(np.float32)
+
+
+def image(data: np.ndarray, affine: np.ndarray | None = None, description: str = "") -> nib.Nifti1Image:
+    """A NIfTI image of 6 × 6 × 7 mm voxels."""
+    made = nib.Nifti1Image(data, np.diag([6.0, 6.0, 7.0, 1.0]) if affine is None else affine)
+    made.header["descrip"] = description.encode()
+    return made
+
+
+def write_study(
+    folder: Path,
+    case: str,
+    modalities: Sequence[str] = ("t1n", "t1c", "t2f"),
+    *,
+    seed: int = 0,
+    air: bool = True,
+    lesion: bool = False,
+    replace: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Write FOLDER/CASE/CASE-{modality}.nii.gz of tiny heads, and -seg where a lesion is wanted."""
+    (folder / case).mkdir(parents=True, exist_ok=True)
+    volumes = {m: make_head(m, seed=seed, air=air) for m in modalities} | dict(replace or {})
+    if lesion:
+        volumes["seg"] = np.zeros(SHAPE, np.uint8)
+        volumes["seg"][12:16, 14:18, 10:13] = 3
+    for modality, data in volumes.items():
+        nib.save(image(data), folder / case / f"{case}-{modality}.nii.gz")
+    return folder / case

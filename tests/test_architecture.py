@@ -1,0 +1,76 @@
+"""The house rules that a machine can check: layers, lint, types, and no unpickling."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import crossmr
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "crossmr"
+
+
+def run(*command: str) -> None:
+    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_imports_run_downwards():
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_ruff_format():
+    run("ruff", "format", "--check", ".")
+
+
+def test_ruff_check():
+    run("ruff", "check", ".")
+
+
+def test_mypy():
+    run("mypy")
+
+
+def test_nothing_is_ever_unpickled():
+    for path in SOURCE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            assert not {"pickle", "dill", "joblib", "shelve", "marshal"} & set(names), path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("torch.load", "pickle.load", "pickle.loads"), f"{path}: {called}"
+                if called == "np.load":
+                    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    assert keywords.get("allow_pickle") == "False", path
+
+
+def test_public_names_exist_and_are_few():
+    assert len(crossmr.__all__) <= 15
+    for name in crossmr.__all__:
+        assert getattr(crossmr, name).__doc__ or name == "RECIPES", name
+
+
+def test_every_module_has_its_tests():
+    modules = {path.stem for path in SOURCE.rglob("*.py")} - {"__init__", "anatomy", "scanner", "cohort"}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert modules - tests == set()
+
+
+def test_readme_maps_every_module():
+    readme = (ROOT / "README.md").read_text()
+    for path in SOURCE.rglob("*.py"):
+        if path.stem != "__init__":
+            assert re.search(rf"\b{path.stem}\b", readme), f"{path.stem} is not in the README's file map"
+
+
+def test_nothing_pulls_torchvision_or_downloads():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert not [d for d in dependencies if "torchvision" in d or "torchmetrics" in d]
+    for path in SOURCE.rglob("*.py"):
+        assert not re.search(r"\b(urllib|requests|httpx|socket|from_pretrained)\b", path.read_text()), path

@@ -1,0 +1,314 @@
+"""The command line: help, verbs end to end, and one clear line for every kind of bad input."""
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from crossmr.cli import main
+from crossmr.data.prepare import Split, prepare
+from crossmr.model import CrossConditionedModel, ModelConfig, save_model
+from crossmr.phantom import write_cohort
+from crossmr.stages.distribution import DistributionConfig
+from crossmr.stages.representation import RepresentationConfig
+from crossmr.stages.synthesis import SynthesisConfig
+
+GRID = {"shape": (40, 48, 32), "spacing_mm": (4.8, 4.8, 5.6)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one call of the command line left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def crossmr(*arguments: object) -> Result:
+    """Run the command line in this process, which spares the imports."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["crossmr", *map(str, arguments)]
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as stopped,
+        ):
+            main()
+    finally:
+        sys.argv = before
+    return Result(int(stopped.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def refused(result: Result, *wanted: str, code: int = 1) -> None:
+    """Exit code, one line that says everything wanted, and no traceback."""
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    for text in wanted:
+        assert text in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A small model of T1 + T2 → T1ce + FLAIR that learnt nothing."""
+    folder = tmp_path_factory.mktemp("model")
+    config = ModelConfig(
+        sources=("t1n", "t2w"),
+        targets=("t1c", "t2f"),
+        window=(32, 32),
+        representation=RepresentationConfig(channels=4, multipliers=(1, 2)),
+        distribution=DistributionConfig(width=16, blocks=1),
+        synthesis=SynthesisConfig(channels=4, multipliers=(1, 2)),
+    )
+    save_model(folder, CrossConditionedModel(config), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    """Two phantom patients without T1ce and FLAIR."""
+    folder = tmp_path_factory.mktemp("cohort")
+    write_cohort(folder, 2, seed=1, missing={0: ["t1c", "t2f"], 1: ["t1c", "t2f"]}, **GRID)
+    return folder
+
+
+@pytest.fixture
+def study(cohort, tmp_path) -> Path:
+    """A copy of the first patient's study, to spoil."""
+    source = sorted(cohort.iterdir())[0]
+    return Path(shutil.copytree(source, tmp_path / "cohort" / source.name))
+
+
+def image(study: Path, modality: str) -> Path:
+    return study / f"{study.name}-{modality}.nii.gz"
+
+
+def rewrite(path: Path, change) -> None:
+    """Replace an image's voxels."""
+    loaded = nib.load(path)
+    data = change(np.asarray(loaded.dataobj, np.float32))
+    nib.save(nib.Nifti1Image(data, loaded.affine), path)
+
+
+def test_help_is_quick_and_names_every_verb():
+    result = crossmr("--help")
+    assert result.returncode == 0
+    for verb in ("prepare", "train", "complete", "evaluate", "demo"):
+        assert verb in result.stdout
+    code = "import sys, crossmr.cli; sys.exit('torch' in sys.modules or 'nibabel' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path):
+    result = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--steps", 4)
+    assert result.returncode == 0, result.stderr
+    assert "synthesised t1c, t2f" in result.stdout
+    assert "no finding" in result.stdout
+    for case in (path.name for path in cohort.iterdir()):
+        written = nib.load(tmp_path / case / f"{case}-t2f.nii.gz")
+        reference = nib.load(cohort / case / f"{case}-t1n.nii.gz")
+        assert written.shape == reference.shape
+        assert written.header["sform_code"] == reference.header["sform_code"]
+        np.testing.assert_array_equal(written.affine, reference.affine)
+        assert written.header["descrip"].item().startswith(b"SYNTHETIC t2f from t1n+t2w, crossmr")
+        assert json.loads((tmp_path / case / "manifest.json").read_text())["settings"]["ddim_steps"] == 4
+    again = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--steps", 4)
+    assert again.returncode == 0
+    assert "2 cases were finished before" in again.stdout
+
+
+def test_a_bad_patient_is_reported_and_the_others_finished(cohort, study, model, tmp_path):
+    shutil.copytree(sorted(cohort.iterdir())[1], study.parent / sorted(cohort.iterdir())[1].name)
+    rewrite(image(study, "t1n"), np.zeros_like)
+    result = crossmr("complete", study.parent, "-o", tmp_path / "out", "--model", model)
+    refused(result, study.name, "t1n is all zero", "Export it again")
+    assert "1 cases completed" in result.stdout
+    assert not (tmp_path / "out" / study.name).exists()
+
+
+def spoil_truncated(study: Path) -> None:
+    path = image(study, "t1n")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def spoil_text(study: Path) -> None:
+    image(study, "t1n").write_text("this is no image\n")
+
+
+def spoil_gzipped_text(study: Path) -> None:
+    image(study, "t1n").write_bytes(gzip.compress(b"this is no image either, only longer than a header" * 20))
+
+
+def spoil_4d(study: Path) -> None:
+    rewrite(image(study, "t1n"), lambda data: np.stack([data, data], axis=-1))
+
+
+def spoil_nan(study: Path) -> None:
+    rewrite(image(study, "t2w"), lambda data: np.where(data > np.percentile(data, 99), np.nan, data))
+
+
+def spoil_infinite(study: Path) -> None:
+    rewrite(image(study, "t2w"), lambda data: np.where(data == data.max(), np.inf, data))
+
+
+def spoil_constant(study: Path) -> None:
+    rewrite(image(study, "t2w"), lambda data: np.full_like(data, 7))
+
+
+def spoil_second_t1(study: Path) -> None:
+    shutil.copy(image(study, "t1n"), study / f"{study.name}_T1.nii.gz")
+
+
+def spoil_grid(study: Path) -> None:
+    rewrite(image(study, "t2w"), lambda data: data[:, :, ::2])
+
+
+def spoil_place(study: Path) -> None:
+    path = image(study, "t2w")
+    loaded = nib.load(path)
+    affine = loaded.affine.copy()
+    affine[:3, 3] += 12
+    nib.save(nib.Nifti1Image(np.asarray(loaded.dataobj), affine), path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "wanted"),
+    [
+        (spoil_truncated, ["t1n.nii.gz", "truncated", "Copy the file again"]),
+        (spoil_text, ["t1n.nii.gz", "is not a NIfTI file"]),
+        (spoil_gzipped_text, ["t1n.nii.gz", "is not a NIfTI file"]),
+        (spoil_4d, ["t1n.nii.gz", "2 volumes, wanted one", "Split it"]),
+        (spoil_nan, ["t2w", "NaN or infinite", "replace them by 0"]),
+        (spoil_infinite, ["t2w", "1 voxels that are NaN or infinite"]),
+        (spoil_constant, ["t2w is constant at 7", "Export it again"]),
+        (spoil_second_t1, ["2 files claim to be t1n", "_T1.nii.gz", "-t1n.nii.gz", "mapping"]),
+        (spoil_grid, ["t2w is 40×48×16", "t1n is 40×48×32", "Register and resample"]),
+        (spoil_place, ["t2w is", "12 mm", "Register and resample"]),
+    ],
+    ids=lambda value: value.__name__.removeprefix("spoil_") if callable(value) else "",
+)
+@pytest.mark.parametrize("verb", ["complete", "prepare"])
+def test_bad_images(study, model, tmp_path, spoil, wanted, verb):
+    spoil(study)
+    options = ["--model", model] if verb == "complete" else ["--workers", 1]
+    result = crossmr(verb, study.parent, "-o", tmp_path / "out", *options)
+    refused(result, study.name, *wanted)
+    assert not list((tmp_path / "out").rglob("*.nii.gz"))
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    assert not list((tmp_path / "out").rglob("case.json"))
+
+
+def test_empty_and_missing_folders(model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(crossmr("complete", tmp_path / "empty", "-o", tmp_path / "o", "--model", model), "no .nii or .nii.gz")
+    refused(crossmr("complete", tmp_path / "gone", "-o", tmp_path / "o", "--model", model), "does not exist")
+    refused(crossmr("prepare", tmp_path / "empty", "-o", tmp_path / "o"), "no .nii or .nii.gz")
+    assert not (tmp_path / "o").exists()
+
+
+def test_output_that_cannot_be_written(cohort, model, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for verb, options in (("complete", ["--model", model]), ("prepare", ["--workers", 1])):
+        result = crossmr(verb, cohort, "-o", tmp_path / "file" / "out", *options)
+        refused(result, "could not be written", "ame another folder")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind root")
+def test_read_only_output(cohort, model, tmp_path):
+    (tmp_path / "out").mkdir(mode=0o555)
+    result = crossmr("complete", cohort, "-o", tmp_path / "out", "--model", model)
+    refused(result, "could not be written", "permissions")
+
+
+def test_full_disk(cohort, model, tmp_path):
+    """A limit on file size fails a write halfway, as a full disk does, and needs no privilege."""
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); from crossmr.cli import main; main()"
+    )
+    for verb, options in (("complete", ["--model", str(model)]), ("prepare", ["--workers", "1"])):
+        out = tmp_path / verb
+        result = subprocess.run(
+            [sys.executable, "-c", code, verb, str(cohort), "-o", str(out), *options],
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+        assert "could not be written" in result.stderr
+        assert not [p for p in out.rglob("*") if p.suffix in (".gz", ".npy", ".partial")]
+
+
+def test_unknown_names(cohort, model, tmp_path):
+    out = ("-o", tmp_path / "out")
+    refused(crossmr("complete", cohort, *out, "--model", model, "--targets", "t1x"), "'t1x' is no modality", "t1n")
+    refused(
+        crossmr("complete", cohort, *out, "--model", model, "--targets", "t1n"),
+        "cannot synthesise t1n",
+        "t1c, t2f",
+    )
+    refused(
+        crossmr("complete", cohort, *out, "--model", model, "--guidance", "oracle"),
+        "--guidance is 'oracle'",
+        "sample",
+    )
+    refused(crossmr("complete", cohort, *out, "--model", model, "--device", "tpu"), "--device is 'tpu'", "cpu")
+    refused(crossmr("complete", cohort, *out, "--model", model, "--steps", 0), "0 sampling steps", "1 to 1000")
+    refused(crossmr("complete", cohort, *out, "--model", model, "--map", "t1n"), "--map is 't1n'", "KEY=VALUE")
+    refused(crossmr("prepare", cohort, *out, "--split", "70/40"), "--split is '70/40'", "70/10/20")
+    refused(crossmr("train", cohort, *out), "is no prepared set", "crossmr prepare")
+    refused(crossmr("train", cohort, *out, "--recipe", "huge"), "--recipe is 'huge'", "paper, tiny")
+    refused(crossmr("train", cohort, *out, "--set", "synthesis.chanels=3"), "chanels", "Did you mean 'channels'?")
+    assert not (tmp_path / "out").exists()
+    assert crossmr("complete", cohort).returncode == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "synthesis.safetensors", "distribution.safetensors"])
+def test_a_model_with_one_flipped_byte(cohort, model, tmp_path, name):
+    damaged = Path(shutil.copytree(model, tmp_path / "model"))
+    content = bytearray((damaged / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / name).write_bytes(content)
+    result = crossmr("complete", cohort, "-o", tmp_path / "out", "--model", damaged)
+    refused(result, name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_evaluate_and_mapping(tmp_path, model):
+    write_cohort(tmp_path / "whole", 3, seed=2, **GRID)
+    for path in sorted((tmp_path / "whole").rglob("*.nii.gz")):
+        path.rename(path.with_name(path.name.replace("-t1n.nii.gz", "-MPRAGE.nii.gz")))
+    globs = [f"--map={m}=*-{n}.nii.gz" for m, n in {"t1n": "MPRAGE", "t1c": "t1c", "t2w": "t2w", "t2f": "t2f"}.items()]
+    result = crossmr(
+        "prepare", tmp_path / "whole", "-o", tmp_path / "set", "--workers", 1, "--split", "34/33/33", *globs
+    )
+    assert result.returncode == 0, result.stderr
+    assert "3 studies of 3 patients (train 1, val 1, test 1)" in result.stdout
+    result = crossmr("evaluate", model, tmp_path / "set", "-o", tmp_path / "evaluation", "--guidance", "none")
+    assert result.returncode == 0, result.stderr
+    assert "crossmr, guidance unconditional" in result.stdout
+    assert (tmp_path / "evaluation" / "metrics.csv").exists()
+
+
+def test_a_damaged_set(tmp_path):
+    write_cohort(tmp_path / "whole", 3, seed=2, **GRID)
+    prepare(tmp_path / "whole", tmp_path / "set", split=Split(0.4, 0.3, 0.3))
+    manifest = tmp_path / "set" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"train"', '"test"', 1))
+    refused(
+        crossmr("train", tmp_path / "set", "-o", tmp_path / "run", "--recipe", "tiny"),
+        "does not match its own SHA-256",
+    )

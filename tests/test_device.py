@@ -1,0 +1,79 @@
+"""Which device, which precision; the machine is simulated where it has to be another."""
+
+import pytest
+import torch
+
+from crossmr.device import PRECISIONS, choose_device, choose_precision
+from crossmr.errors import ConfigError
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend that the machine has some accelerators."""
+
+    def pretend(*, cuda=0, mps=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "want"), [(0, False, "cpu"), (0, True, "mps"), (2, False, "cuda"), (1, True, "cuda")]
+)
+def test_auto_takes_the_best_that_is_there(machine, cuda, mps, want):
+    machine(cuda=cuda, mps=mps)
+    assert choose_device() == choose_device("auto") == torch.device(want)
+
+
+def test_a_device_that_is_there_is_taken(machine):
+    machine(cuda=2, mps=True)
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1", "mps"):
+        assert choose_device(name) == torch.device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "cpu:1", "meta", "xla"])
+def test_a_device_that_is_not_there_is_refused_with_what_is(machine, name):
+    machine()
+    with pytest.raises(ConfigError, match=rf"--device is '{name}', but .* have only: cpu\.$"):
+        choose_device(name)
+
+
+def test_a_second_gpu_that_is_not_there_is_refused_with_what_is(machine):
+    machine(cuda=1)
+    with pytest.raises(ConfigError, match=r"'cuda:1', but .* have only: cpu, cuda\.$"):
+        choose_device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "CPU", "0"])
+def test_no_device_at_all_is_refused(machine, name):
+    machine(cuda=1)
+    with pytest.raises(ConfigError, match=f"--device is '{name}'.* cuda"):
+        choose_device(name)
+
+
+def test_precision_by_name():
+    for device in (torch.device("cpu"), torch.device("mps")):
+        assert choose_precision("float32", device) is torch.float32
+        assert choose_precision("bfloat16", device) is torch.bfloat16
+
+
+@pytest.mark.parametrize(("native", "want"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_asks_the_hardware(monkeypatch, native, want):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert choose_precision("auto", torch.device("cpu")) is want
+    assert choose_precision("auto", torch.device("cuda")) is want
+    assert choose_precision("auto", torch.device("mps")) is torch.float32
+
+
+def test_an_older_pytorch_that_cannot_tell_means_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert choose_precision("auto", torch.device("cpu")) is torch.float32
+
+
+@pytest.mark.parametrize("name", ["float16", "", "bf16", "double"])
+def test_another_precision_is_refused_with_those_there_are(name):
+    with pytest.raises(ConfigError, match=f"--precision is '{name}'; wanted one of {', '.join(PRECISIONS)}"):
+        choose_precision(name, torch.device("cpu"))

@@ -1,0 +1,164 @@
+"""Files are whole or not there."""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+
+import pytest
+
+from crossmr import files
+from crossmr.errors import ModelError, OutputError, SetError
+from crossmr.files import digest, read_json, write_atomically, write_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def failing(number):
+    def fail(*_args, **_kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_content_is_written_and_replaced_in_new_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "file.bin"
+    write_atomically(path, b"old")
+    write_atomically(path, b"new\x00")
+    assert path.read_bytes() == b"new\x00"
+    assert names(path.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_umask_decides_who_may_read(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "file", b"")
+        assert os.umask(mask) == mask  # left as it was
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync", "chmod"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch, call, number):
+    path = tmp_path / "file.bin"
+    write_atomically(path, b"old")
+    monkeypatch.setattr(files.os, call, failing(number))
+    with pytest.raises(OutputError) as caught:
+        write_atomically(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.bin"]
+    assert str(path) in str(caught.value)
+    assert os.strerror(number) in str(caught.value)
+
+
+def test_being_stopped_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file.bin"
+    write_atomically(path, b"old")
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.bin"]
+
+
+def test_a_folder_without_permission_is_an_output_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "mkstemp", failing(errno.EACCES))
+    with pytest.raises(OutputError, match=r"Permission denied.*permissions"):
+        write_atomically(tmp_path / "file", b"")
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_output_error(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(OutputError):
+        write_atomically(tmp_path / "taken" / "file", b"")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_the_file_is_an_output_error(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OutputError):
+        write_atomically(tmp_path / "taken", b"")
+    assert names(tmp_path) == ["taken"]
+
+
+def test_json_survives(tmp_path):
+    data = {"é": [1, 2.5, None, True], "n": {"x": "µ"}, "tiny": 5e-324, "big": 10**20}
+    write_json(tmp_path / "a.json", data)
+    assert read_json(tmp_path / "a.json") == data
+    assert (tmp_path / "a.json").read_text(encoding="utf-8").endswith("}\n")
+    assert "é" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_names_that_are_no_unicode_survive(tmp_path):
+    data = {"patient": os.fsdecode(b"M\xfcller")}
+    write_json(tmp_path / "a.json", data)
+    assert read_json(tmp_path / "a.json") == data
+    assert digest(data) != digest({"patient": "Müller"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_json_holds_nan(tmp_path, value):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"x": value})
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+    with pytest.raises(ValueError, match="JSON"):
+        digest({"x": value})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b'{"a": 1',
+        b"[1]",
+        b"3",
+        b"null",
+        b"\xff\xfe\x00",
+        b"\x00" * 64,
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b'{"a": 1e999}',
+        b'{"a": ' + b"[" * 100_000,
+    ],
+)
+def test_damaged_json_is_one_clear_line(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(SetError, match="is damaged") as caught:
+        read_json(tmp_path / "a.json", SetError)
+    assert str(tmp_path / "a.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_json_is_one_clear_line(tmp_path):
+    with pytest.raises(ModelError, match=r"a\.json cannot be read: No such file"):
+        read_json(tmp_path / "a.json")
+
+
+def test_digest_of_bytes_is_sha256():
+    assert digest(b"abc") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_digest_of_json_ignores_order_and_survives_a_round_trip():
+    data = {"b": [1, {"y": 0.1, "x": 2}], "a": "é"}
+    shuffled = {"a": "é", "b": [1, {"x": 2, "y": 0.1}]}
+    assert digest(data) == digest(shuffled) == digest(json.loads(json.dumps(data)))
+    assert digest(data) != digest({**data, "b": [{"y": 0.1, "x": 2}, 1]})
+
+
+def test_digest_never_changes():
+    """What is on people's disks was hashed this way; another form would make all of it 'damaged'."""
+    want = hashlib.sha256('{"a": "é", "b": [1, 0.1, null]}'.encode()).hexdigest()
+    assert digest({"b": [1, 0.1, None], "a": "é"}) == want

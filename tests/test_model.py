@@ -1,0 +1,357 @@
+"""The model folder: what comes back is what was saved, or one clear line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from crossmr.checkpoint import load_bundle, save_bundle
+from crossmr.config import to_dict
+from crossmr.errors import ConfigError, ModelError
+from crossmr.files import digest, write_json
+from crossmr.model import CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model
+from crossmr.stages.distribution import DistributionConfig
+from crossmr.stages.representation import RepresentationConfig, z_score
+from crossmr.stages.synthesis import SynthesisConfig
+
+FORM = {"channels": 4, "multipliers": (1, 2)}
+
+
+def config(*, conditional=True, guidance="none", **more):
+    return ModelConfig(
+        sources=("t1n", "t2w"),
+        targets=("t1c",),
+        window=(8, 8),
+        guidance=guidance,
+        representation=RepresentationConfig(**FORM, patch_size=2),
+        distribution=DistributionConfig(width=8, blocks=1, conditional=conditional),
+        synthesis=SynthesisConfig(**FORM),
+        **more,
+    )
+
+
+def random_model(*, twin=True, **settings):
+    torch.manual_seed(0)
+    model = CrossConditionedModel(config(**settings), twin=twin)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    model.trivial = {"linear": torch.randn(1, 3), "mean_image": torch.rand(1, 2, 2, 2)}
+    return model.eval().requires_grad_(False)
+
+
+def generators(count):
+    return [torch.Generator().manual_seed(k) for k in range(count)]
+
+
+def images(count=3, channels=2):
+    return torch.rand(count, channels, 8, 8, generator=torch.Generator().manual_seed(9))
+
+
+def outputs(model):
+    """What the model says, by every network it has."""
+    pooled = model.pool_sources(images()) if model.source_representation is not None else None
+    y_0 = model.guide(pooled, generators(3), steps=3)
+    said = [
+        y_0,
+        model.guide(None, generators(3), steps=3),
+        model.synthesis(images(), y_0),
+        model.synthesis(images()),
+    ]
+    said += [model.representation(images(channels=1)), model.representation.represent(images(channels=1))]
+    if model.twin is not None:
+        said.append(model.twin(images()))
+    return said
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(folder, random_model(), {"steps": 3})
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def resave(folder, change):
+    """Write the folder again, hashes and all, after `change(tensors, data)`."""
+    tensors, data = load_bundle(folder, "config")
+    data.pop("files")
+    change(tensors, data)
+    save_bundle(folder, tensors, data, "config")
+
+
+def refused(folder, match):
+    with pytest.raises(ModelError, match=match) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("twin", [True, False])
+@pytest.mark.parametrize("conditional", [True, False])
+def test_a_model_comes_back_bit_for_bit(tmp_path, twin, conditional):
+    model = random_model(twin=twin, conditional=conditional)
+    save_model(tmp_path, model, {"steps": 3, "note": "é"})
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config
+    assert set(loaded.networks()) == set(model.networks())
+    assert ("twin" in loaded.networks()) == twin
+    assert ("source_representation" in loaded.networks()) == conditional
+    for mine, theirs in zip(outputs(model), outputs(loaded), strict=True):
+        assert torch.equal(mine, theirs)
+    assert loaded.trivial.keys() == model.trivial.keys()
+    for name, tensor in model.trivial.items():
+        assert torch.equal(loaded.trivial[name], tensor)
+    assert loaded.record["training"] == {"steps": 3, "note": "é"}
+
+
+def test_a_loaded_model_is_ready_for_use(saved):
+    model = load_model(str(saved))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.device == torch.device("cpu")
+
+
+def test_a_model_without_trivial_predictors_loads(tmp_path):
+    model = random_model()
+    model.trivial = {}
+    save_model(tmp_path, model, {})
+    assert load_model(tmp_path).trivial == {}
+
+
+def test_the_record_tells_models_apart(saved, tmp_path):
+    model = random_model()
+    save_model(tmp_path / "same", model, {"steps": 3})
+    with torch.no_grad():
+        model.synthesis.decoder.out.bias[0] += 1e-3
+    save_model(tmp_path / "other", model, {"steps": 3})
+    first, same, other = (load_model(f).record["sha256"] for f in (saved, tmp_path / "same", tmp_path / "other"))
+    assert first == same
+    assert first != other
+
+
+def test_saving_over_a_larger_model_leaves_no_part_of_it(folder):
+    model = random_model(twin=False)
+    save_model(folder, model, {})
+    assert load_model(folder).twin is None
+
+
+@pytest.mark.parametrize("change", [{"format_version": 2}, {"format_version": None}, {"format": "somebody-else"}])
+def test_another_format_is_refused(folder, change):
+    resave(folder, lambda _, data: data.update(change))
+    refused(folder, "this crossmr reads crossmr-model 1")
+
+
+@pytest.mark.parametrize("key", ["format", "format_version", "config", "training"])
+def test_a_config_that_lacks_a_part_is_refused(folder, key):
+    resave(folder, lambda _, data: data.pop(key))
+    refused(folder, f"has no '{key}'|this crossmr reads crossmr-model 1")
+
+
+@pytest.mark.parametrize("name", ["representation", "source_representation", "distribution", "synthesis"])
+def test_a_network_that_is_missing_is_refused(folder, name):
+    resave(folder, lambda tensors, _: tensors.pop(name))
+    refused(folder, f"holds .*; wanted .*{name}")
+
+
+def test_a_network_too_many_is_refused(folder):
+    resave(folder, lambda tensors, _: tensors.update(surprise={"w": torch.zeros(1)}))
+    refused(folder, "holds .*surprise.*; wanted")
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    def widen(tensors, _):
+        tensors["synthesis"]["decoder.out.weight"] = torch.zeros(2, 4, 3, 3)
+
+    resave(folder, widen)
+    refused(folder, r"synthesis\.safetensors does not fit config\.json: .*decoder\.out\.weight")
+
+
+def test_a_config_of_another_size_is_refused(folder):
+    resave(folder, lambda _, data: data["config"]["distribution"].update(width=16))
+    refused(folder, r"distribution\.safetensors does not fit")
+
+
+@pytest.mark.parametrize("change", ["lack", "surplus"])
+def test_weights_by_other_names_are_refused(folder, change):
+    def rename(tensors, _):
+        weight = tensors["twin"].pop("decoder.out.bias")
+        if change == "surplus":
+            tensors["twin"].update({"decoder.out.bias": weight, "decoder.out.surplus": weight.clone()})
+
+    resave(folder, rename)
+    refused(folder, r"twin\.safetensors does not fit config\.json: .*decoder\.out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["representation", "twin"])
+def test_weights_that_are_no_numbers_are_refused(folder, name, value):
+    def spoil(tensors, _):
+        tensors[name]["encoder.stem.weight"][0, 0, 0, 0] = value
+
+    resave(folder, spoil)
+    refused(folder, rf"{name}\.safetensors holds NaN or infinite")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"sources": []}, "sources are none"),
+        ({"targets": ["t1n"]}, "none in both"),
+        ({"spatial_dims": 4}, "spatial_dims is 4"),
+        ({"window": [8, 7]}, "multiples of 2"),
+        ({"chanels": 3}, "'chanels' is no setting"),
+        ({"synthesis": 3}, "wanted settings by name"),
+        ({"guidance": "psychic"}, "guidance is 'psychic'"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(folder, change, match):
+    resave(folder, lambda _, data: data["config"].update(change))
+    refused(folder, match)
+
+
+@pytest.mark.parametrize("value", [None, 3, [], "model"])
+def test_a_config_that_is_no_mapping_is_refused(folder, value):
+    resave(folder, lambda _, data: data.update(config=value))
+    refused(folder, "wanted settings by name")
+
+
+def test_a_changed_config_is_noticed(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"width": 8', '"width": 6'))
+    refused(folder, "SHA-256")
+
+
+def test_nan_in_config_is_refused_even_if_signed(folder):
+    data = json.loads((folder / "config.json").read_text())
+    data["training"]["steps"] = float("nan")
+    (folder / "config.json").write_text(json.dumps(data))
+    refused(folder, "damaged")
+
+
+def test_the_run_is_met_with_the_model_inside_it(folder):
+    with pytest.raises(ModelError, match=rf"no model.* Did you mean {folder}\?$"):
+        load_model(folder.parent)
+
+
+@pytest.mark.parametrize("name", ["", "missing"])
+def test_a_folder_without_a_model_is_met_with_how_to_make_one(tmp_path, name):
+    with pytest.raises(ModelError, match=r"no config\.json.*crossmr train"):
+        load_model(tmp_path / name)
+
+
+def test_a_half_written_model_is_no_model(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("crossmr.checkpoint.write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tmp_path, random_model(), {})
+    assert (tmp_path / "synthesis.safetensors").exists()
+    refused(tmp_path, "no config.json")
+
+
+def test_a_version_1_folder_is_laid_out_as_ever(saved):
+    """What is on people's disks looks like this."""
+    body = json.loads((saved / "config.json").read_text())
+    assert set(body) == {"format", "format_version", "config", "training", "files", "sha256"}
+    names = ["representation", "source_representation", "distribution", "synthesis", "twin", "trivial"]
+    assert sorted(p.name for p in saved.iterdir()) == sorted(["config.json", *(f"{n}.safetensors" for n in names)])
+    assert body["config"] == json.loads(json.dumps(to_dict(config())))
+    sha256 = body.pop("sha256")
+    assert sha256 == digest(body)
+    for file, want in body["files"].items():
+        assert digest((saved / file).read_bytes()) == want
+    tensors, _ = load_bundle(saved, "config")
+    assert {"encoder.stem.weight", "decoder.out.bias", "condition.no_guidance"} <= set(tensors["synthesis"])
+    assert {"inwards.weight", "no_condition", "embed_condition.weight"} <= set(tensors["distribution"])
+
+
+def test_settings_that_a_later_crossmr_added_take_their_defaults(folder):
+    body = json.loads((folder / "config.json").read_text())
+    body.pop("sha256")
+    del body["config"]["representation"]["decoder"]
+    write_json(folder / "config.json", {**body, "sha256": digest(body)})
+    assert load_model(folder).config == config()
+
+
+def test_a_guide_depends_on_its_generator_alone():
+    model = random_model()
+    pooled = model.pool_sources(images())
+    first, again = (model.guide(pooled, generators(2), steps=3) for _ in range(2))
+    assert first.shape == (2, model.config.representation.dim)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first[0], first[1], atol=1e-3)
+    torch.testing.assert_close(model.guide(pooled, generators(1), steps=3), first[:1])
+
+
+def test_a_guide_with_sources_is_another_than_without():
+    model = random_model()
+    told = model.guide(model.pool_sources(images()), generators(2), steps=3)
+    other = model.guide(model.pool_sources(1 - images()), generators(2), steps=3)
+    nothing = model.guide(None, generators(2), steps=3)
+    assert (told - nothing).abs().amax(1).min() > 1e-3
+    assert (told - other).abs().amax(1).min() > 1e-3
+
+
+def test_a_guides_condition_is_the_scored_mean_over_the_volume():
+    model = random_model()
+    pooled = model.pool_sources(images())
+    want = model.distribution.sample(generators(2), z_score(pooled.mean(0)).expand(2, -1), steps=3)
+    torch.testing.assert_close(model.guide(pooled, generators(2), steps=3), want)
+    torch.testing.assert_close(model.guide(pooled.flip(0), generators(2), steps=3), want)
+
+
+def test_a_model_that_knows_no_condition_says_so():
+    with pytest.raises(ConfigError, match="unconditional"):
+        random_model(conditional=False).pool_sources(images())
+    with pytest.raises(ConfigError, match="conditional = true"):
+        config(conditional=False, guidance="sample")
+
+
+def test_a_model_of_volumes_works_alike():
+    torch.manual_seed(0)
+    model = CrossConditionedModel(
+        ModelConfig(
+            sources=("t1n",),
+            targets=("t1c", "t2f"),
+            spatial_dims=3,
+            window=(4, 8, 8),
+            guidance="sample",
+            representation=RepresentationConfig(**FORM),
+            distribution=DistributionConfig(width=8, blocks=1),
+            synthesis=SynthesisConfig(**FORM),
+        )
+    )
+    sources = torch.rand(1, 1, 4, 8, 8)
+    y_0 = model.guide(model.pool_sources(sources), generators(1), steps=2)
+    assert model.synthesis(sources, y_0).shape == (1, 2, 4, 8, 8)
+
+
+def test_the_divisor_is_the_largest_stride():
+    more = {"sources": ("t1n",), "targets": ("t1c",), "window": (16, 16)}
+    deep, flat = (1, 1, 1, 1), (1, 1)
+    for one, other in ((deep, flat), (flat, deep)):
+        form = ModelConfig(
+            **more,
+            representation=RepresentationConfig(multipliers=one),
+            synthesis=SynthesisConfig(multipliers=other),
+        )
+        assert form.divisor == 8
+
+
+def test_pseudonyms_are_stable_and_hide_the_name():
+    assert pseudonym("Müller") == digest("crossmr patient Müller".encode())[:16]
+    made = {pseudonym(name) for name in ("a", "A", "a ", "", "Müller", "M\udcfcller")}
+    assert len(made) == 6
+    assert all(set(p) <= set("0123456789abcdef") and len(p) == 16 for p in made)
+
+
+def test_no_patient_is_named_in_the_folder(tmp_path):
+    save_model(tmp_path, random_model(), {"patients": [pseudonym("Doe^Jane")]})
+    assert all(b"Doe" not in path.read_bytes() for path in tmp_path.iterdir())

@@ -1,0 +1,345 @@
+"""File names in, studies and modalities out."""
+
+from pathlib import Path
+
+import pytest
+
+from crossmr.data.naming import MODALITIES, StudyFiles, find_studies, modality_name, recognise
+from crossmr.errors import ConfigError, NamingError
+
+SCANS = Path(__file__).parents[2] / "shared" / "data"
+
+
+def study(*names: str, mapping: dict[str, str] | None = None) -> StudyFiles:
+    (only,) = recognise([Path(name) for name in names], mapping)
+    return only
+
+
+def names(found: StudyFiles) -> dict[str, str]:
+    return {modality: path.name for modality, path in found.images().items()}
+
+
+def touch(folder: Path, *files: str) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
+CONVENTIONS = {
+    "brats 2023": (
+        [f"BraTS-GLI-00000-000/BraTS-GLI-00000-000-{m}.nii.gz" for m in ("seg", "t2f", "t1n", "t1c", "t2w")],
+        "BraTS-GLI-00000-000",
+        "BraTS-GLI-00000",
+        ["t1n", "t1c", "t2w", "t2f"],
+    ),
+    "brats 2021": (
+        [f"BraTS2021_00495/BraTS2021_00495_{m}.nii.gz" for m in ("flair", "t1", "t1ce", "t2", "seg")],
+        "BraTS2021_00495",
+        "BraTS2021_00495",
+        ["t1n", "t1c", "t2w", "t2f"],
+    ),
+    "brats 2018 of TCIA": (
+        [f"LGG/x/Brats18_TCIA01_131_1_{m}.nii.gz" for m in ("t1", "t1ce", "seg")],
+        "Brats18_TCIA01_131_1",
+        "Brats18_TCIA01_131_1",
+        ["t1n", "t1c"],
+    ),
+    "upenn": (
+        [
+            "images/UPENN-GBM-00001_11/UPENN-GBM-00001_11_FLAIR.nii.gz",
+            "images/UPENN-GBM-00001_11/UPENN-GBM-00001_11_T1.nii.gz",
+            "images/UPENN-GBM-00001_11/UPENN-GBM-00001_11_T1GD.nii.gz",
+            "images/UPENN-GBM-00001_11/UPENN-GBM-00001_11_T2.nii.gz",
+            "images_segm/UPENN-GBM-00001_11_segm.nii.gz",
+        ],
+        "UPENN-GBM-00001_11",
+        "UPENN-GBM-00001",
+        ["t1n", "t1c", "t2w", "t2f"],
+    ),
+    "ixi": (
+        [f"IXI-{m}/IXI002-Guys-0828-{m}.nii.gz" for m in ("T1", "T2", "PD")],
+        "IXI002-Guys-0828",
+        "IXI002",
+        ["t1n", "t2w", "pdw"],
+    ),
+    "bids": (
+        [
+            "sub-01/ses-02/anat/sub-01_ses-02_acq-3d_ce-gadolinium_run-1_T1w.nii.gz",
+            "sub-01/ses-02/anat/sub-01_ses-02_run-1_T1w.nii.gz",
+            "sub-01/ses-02/anat/sub-01_ses-02_FLAIR.nii.gz",
+            "sub-01/ses-02/anat/sub-01_ses-02_T2w.nii.gz",
+            "sub-01/ses-02/anat/sub-01_ses-02_PDw.nii.gz",
+            "derivatives/x/sub-01/ses-02/anat/sub-01_ses-02_space-T1w_desc-lesion_mask.nii.gz",
+        ],
+        "sub-01_ses-02",
+        "sub-01",
+        ["t1n", "t1c", "t2w", "t2f", "pdw"],
+    ),
+    "modalities alone": (
+        ["PATIENT1/t1.nii.gz", "PATIENT1/FLAIR.nii.gz", "PATIENT1/T1_Gd.nii", "PATIENT1/mask.nii"],
+        "PATIENT1",
+        "PATIENT1",
+        ["t1n", "t1c", "t2f"],
+    ),
+    "lesion": (
+        ["patient07/patient07-t1n.nii.gz", "patient07/patient07-lesion.nii.gz"],
+        "patient07",
+        "patient07",
+        ["t1n"],
+    ),
+    "tcga": (["TCGA-FG-6692/TCGA-FG-6692-t1n.nii.gz"], "TCGA-FG-6692", "TCGA-FG-6692", ["t1n"]),
+    "phantom": (
+        ["PHANTOM-00003-000/PHANTOM-00003-000-t2w.nii.gz"],
+        "PHANTOM-00003-000",
+        "PHANTOM-00003",
+        ["t2w"],
+    ),
+}
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_conventions(convention: str) -> None:
+    files, case, patient, modalities = CONVENTIONS[convention]
+    found = study(*files)
+    assert (found.case, found.patient, list(found.images())) == (case, patient, modalities)
+    assert (found.label() is not None) == (len(files) > len(modalities))
+    assert found.unrecognised == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "modality"),
+    [
+        ("CASE_T1.nii.gz", "CASE", "t1n"),
+        ("CASE-T1CE.NII.GZ", "CASE", "t1c"),
+        ("CASE.t1gd.nii", "CASE", "t1c"),
+        ("CASE_T1_post.nii.gz", "CASE", "t1c"),
+        ("my case T2 FLAIR.nii.gz", "my case", "t2f"),
+        ("CASE-t1n-t2f.nii.gz", "CASE-t1n", "t2f"),
+        ("T2-study_pd.nii.gz", "T2-study", "pdw"),
+        ("T2-study/t1.nii.gz", "T2-study", "t1n"),
+        ("W39_1998.09.19_T1.nii", "W39_1998.09.19", "t1n"),
+        ("sub-T2_FLAIR.nii.gz", "sub-T2", "t2f"),
+        ("sub-01_t1_ce.nii.gz", "sub-01", "t1c"),
+        ("P1/anat/t1.nii.gz", "P1", "t1n"),
+        ("t1.nii.gz", "study", "t1n"),
+    ],
+)
+def test_the_last_words_are_the_modality(name: str, case: str, modality: str) -> None:
+    found = study(name)
+    assert (found.case, list(found.images())) == (case, [modality])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "P/T2-study.nii.gz",
+        "P/t1_bias.nii.gz",
+        "P/sub-1_T2starw.nii.gz",
+        "P/mt1.nii.gz",
+        "P/P_brain_mask.nii.gz",
+        "P/P_0000.nii.gz",
+        "P/sub-1_desc-brain_mask.nii.gz",
+        "P/sub-1_ce-gd_FLAIR.nii.gz",
+        "P/P-t2f_synthetic.nii",
+    ],
+)
+def test_unknown_names_are_listed_not_guessed(name: str) -> None:
+    found = study(name)
+    assert found.case in ("P", "sub-1")
+    assert (found.images(), found.label(), found.unrecognised) == ({}, None, (Path(name),))
+
+
+def test_unrecognised_files_join_their_study() -> None:
+    files = [
+        "IXI-T1/IXI002-Guys-0828-T1.nii.gz",
+        "IXI-T1/IXI012-HH-1211-T1.nii.gz",
+        "DTI/IXI002-Guys-0828-DTI.nii",
+    ]
+    by_case = {found.case: found for found in recognise(map(Path, files))}
+    assert [path.name for path in by_case["IXI002-Guys-0828"].unrecognised] == ["IXI002-Guys-0828-DTI.nii"]
+    assert by_case["IXI012-HH-1211"].unrecognised == ()
+    assert study("P/P_t1.nii", "P/scan7.nii").unrecognised == (Path("P/scan7.nii"),)
+
+
+def test_a_segmentation_of_another_name_in_the_studys_folder() -> None:
+    found = study("BraTS20_Training_355/BraTS20_Training_355_t1.nii", "BraTS20_Training_355/W39_1998.09.19_Segm.nii")
+    assert found.label() == Path("BraTS20_Training_355/W39_1998.09.19_Segm.nii")
+
+
+def test_bids_sessions_are_studies_of_one_patient() -> None:
+    files = [f"sub-1/ses-{s}/anat/sub-1_ses-{s}_T1w.nii.gz" for s in ("b", "a")]
+    assert [(s.case, s.patient) for s in recognise(map(Path, files))] == [
+        ("sub-1_ses-a", "sub-1"),
+        ("sub-1_ses-b", "sub-1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("P/P_T1.nii.gz", "P/P_t1n.nii.gz"),
+        ("P/P_t1.nii", "P/P_t1.nii.gz"),
+        ("P/anat/sub-1_run-1_T1w.nii.gz", "P/anat/sub-1_run-2_T1w.nii.gz"),
+        ("cohort_a/P/P-t1n.nii.gz", "cohort_b/P/P-t1n.nii.gz"),
+    ],
+)
+def test_two_files_for_a_modality_are_refused_by_name(files: tuple[str, str]) -> None:
+    found = study(*files)
+    with pytest.raises(NamingError, match="2 files claim to be t1n") as error:
+        found.images()
+    assert all(file in str(error.value) for file in files)
+    assert "\n" not in str(error.value)
+
+
+def test_two_segmentations_are_refused() -> None:
+    found = study("P/P_t1.nii", "P/P_seg.nii", "P/P_mask.nii")
+    assert list(found.images()) == ["t1n"]
+    with pytest.raises(NamingError, match=r"^P: 2 files claim to be the segmentation: .*P_mask.nii, .*P_seg.nii"):
+        found.label()
+
+
+def test_folders_of_one_name_are_never_mixed() -> None:
+    files = ["P1/baseline/t1.nii.gz", "P2/baseline/flair.nii.gz", "P3/anat/t1.nii.gz", "P4/anat/t1.nii.gz"]
+    assert [s.case for s in recognise(map(Path, files))] == ["P1_baseline", "P2_baseline", "P3", "P4"]
+
+
+def test_one_bad_study_does_not_hide_the_others() -> None:
+    found = recognise(map(Path, ["A/A_t1.nii", "A/A_t1.nii.gz", "B/B_t1.nii"]))
+    assert [s.case for s in found] == ["A", "B"]
+    assert names(found[1]) == {"t1n": "B_t1.nii"}
+
+
+def test_the_order_of_paths_does_not_matter() -> None:
+    files = [Path(file) for convention in CONVENTIONS.values() for file in convention[0]]
+    assert recognise(files) == recognise(reversed(files)) == recognise(files + files)
+
+
+class TestMapping:
+    def test_it_replaces_the_rules(self) -> None:
+        files = ["x/P1_MPRAGE.nii.gz", "x/P1-SWI_mag.nii.gz", "x/P1_t2.nii.gz", "x/P1_mprage.nii.gz"]
+        found = study(*files, mapping={"swi": "*SWI*", "T1": "*_MPRAGE.nii.gz"})
+        assert found.case == "P1"
+        assert names(found) == {"t1n": "P1_MPRAGE.nii.gz", "swi": "P1-SWI_mag.nii.gz"}
+        assert [path.name for path in found.unrecognised] == ["P1_mprage.nii.gz", "P1_t2.nii.gz"]
+
+    def test_the_case_is_the_folder_where_the_glob_does_not_begin_with_a_star(self) -> None:
+        found = study("P1/T1_run1.nii", "P1/lesion7.nii", mapping={"t1n": "T1*", "seg": "lesion?.nii"})
+        assert (found.case, names(found), found.label()) == (
+            "P1",
+            {"t1n": "T1_run1.nii"},
+            Path("P1/lesion7.nii"),
+        )
+
+    def test_the_case_is_the_folder_where_the_star_stands_for_nothing(self) -> None:
+        assert study("P1/T1.nii", mapping={"t1n": "*T1.nii"}).case == "P1"
+
+    def test_bids_names_keep_their_case(self) -> None:
+        found = study(
+            "sub-1_ses-2_acq-x_T1w.nii",
+            "sub-1_ses-2_T2w.nii",
+            mapping={"t1n": "*_T1w.nii", "t2w": "*_T2w.nii"},
+        )
+        assert (found.case, found.patient) == ("sub-1_ses-2", "sub-1")
+
+    def test_one_file_for_two_modalities_is_refused(self) -> None:
+        found = study("P_T1_Gd.nii", mapping={"t1n": "*_T1*", "t1c": "*_T1_Gd*"})
+        with pytest.raises(NamingError, match="both t1n and t1c"):
+            found.images()
+
+    @pytest.mark.parametrize("key", ["", "SWI", "my-swi", "s w i", "../x"])
+    def test_odd_names_are_refused(self, key: str) -> None:
+        with pytest.raises(ConfigError, match="mapping"):
+            recognise([Path("a.nii")], {key: "*"})
+
+
+class TestModalityName:
+    @pytest.mark.parametrize("name", MODALITIES)
+    def test_canonical_names_stay(self, name: str) -> None:
+        assert modality_name(name) == name
+
+    @pytest.mark.parametrize(
+        ("text", "name"),
+        [
+            ("T1CE", "t1c"),
+            ("flair", "t2f"),
+            ("T1GD", "t1c"),
+            ("t1w", "t1n"),
+            ("PD", "pdw"),
+            ("T2-FLAIR", "t2f"),
+        ],
+    )
+    def test_spellings(self, text: str, name: str) -> None:
+        assert modality_name(text) == name
+
+    def test_extra_names(self) -> None:
+        assert modality_name("swi", extra=("swi",)) == "swi"
+
+    @pytest.mark.parametrize(("text", "hint"), [("flare", "t2f"), ("t1cc", "t1c")])
+    def test_unknown_names_get_a_hint(self, text: str, hint: str) -> None:
+        with pytest.raises(ConfigError, match=rf"'{text}' is no modality.*Did you mean {hint}\?"):
+            modality_name(text)
+
+    @pytest.mark.parametrize("text", ["", "swi", "seg", "ct", "brain-mask"])
+    def test_other_things_are_no_modality(self, text: str) -> None:
+        with pytest.raises(ConfigError, match="no modality: expected one of t1n, t1c, t2w, t2f, pdw"):
+            modality_name(text)
+
+
+class TestFindStudies:
+    def test_walks_sorts_and_skips(self, tmp_path: Path) -> None:
+        touch(
+            tmp_path,
+            "b/b_t1.nii.gz",
+            "a/deep/a_t1.nii",
+            ".trash/c_t1.nii",
+            "a/.a_t2.nii",
+            "a/a_t2.nii.gz.x.partial",
+        )
+        touch(tmp_path, "a/notes.txt", "job.partial/d_t1.nii")
+        found = find_studies(tmp_path)
+        assert [s.case for s in found] == ["a", "b"]
+        assert found[0].images() == {"t1n": tmp_path / "a/deep/a_t1.nii"}
+
+    def test_one_study(self, tmp_path: Path) -> None:
+        touch(tmp_path / "P1", "T1.nii.gz", "FLAIR.nii.gz")
+        (found,) = find_studies(tmp_path / "P1")
+        assert (found.case, names(found)) == ("P1", {"t1n": "T1.nii.gz", "t2f": "FLAIR.nii.gz"})
+
+    def test_the_current_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(touch(tmp_path / "P1", "T1.nii.gz"))
+        assert find_studies(Path())[0].case == "P1"
+
+    def test_links_are_followed_once(self, tmp_path: Path) -> None:
+        touch(tmp_path, "store/x_t1.nii", "cohort/y_t1.nii")
+        (tmp_path / "cohort" / "x").symlink_to(tmp_path / "store")
+        (tmp_path / "cohort" / "loop").symlink_to(tmp_path / "cohort")
+        assert [s.case for s in find_studies(tmp_path / "cohort")] == ["x", "y"]
+
+    def test_mapping(self, tmp_path: Path) -> None:
+        (found,) = find_studies(touch(tmp_path, "p_MPRAGE.nii"), {"t1n": "*_MPRAGE.nii"})
+        assert (found.case, names(found)) == ("p", {"t1n": "p_MPRAGE.nii"})
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        touch(tmp_path, "dicom/1.dcm", "dicom/2.dcm")
+        with pytest.raises(NamingError, match="does not exist"):
+            find_studies(tmp_path / "nowhere")
+        with pytest.raises(NamingError, match="is a file, not a folder"):
+            find_studies(tmp_path / "dicom" / "1.dcm")
+        with pytest.raises(NamingError, match=r"no \.nii or \.nii\.gz file in it or below \(2 other files\)"):
+            find_studies(tmp_path)
+
+    @pytest.mark.skipif(not SCANS.is_dir(), reason=f"needs the development scans in {SCANS}")
+    def test_real_cohorts(self) -> None:
+        everyone = {cohort: find_studies(SCANS / cohort) for cohort in ("lgg", "lgg_incomplete", "brats", "openms")}
+        assert {cohort: len(found) for cohort, found in everyone.items()} == {
+            "lgg": 77,
+            "lgg_incomplete": 10,
+            "brats": 6,
+            "openms": 2,
+        }
+        assert all(list(s.images()) == ["t1n", "t1c", "t2f"] and s.label() for s in everyone["lgg"])
+        assert all(list(s.images()) == ["t1n", "t1c", "t2w", "t2f"] for s in everyone["brats"] + everyone["openms"])
+        assert all(s.label() for s in everyone["openms"])
+        assert all(s.patient == s.case for s in everyone["lgg"] + everyone["lgg_incomplete"])
+        assert not any(s.unrecognised for found in everyone.values() for s in found)

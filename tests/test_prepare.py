@@ -1,0 +1,498 @@
+"""A cohort becomes a prepared set: complete, repeatable, and nobody else's files are touched."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_head, write_study
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import crossmr.data.prepare as module
+from crossmr.data.dataset import PreparedSet
+from crossmr.data.naming import find_studies
+from crossmr.data.prepare import PARTS, Split, assign_parts, default_workers, prepare, prepare_case
+from crossmr.data.study import load_study
+from crossmr.data.volume import content_sha256
+from crossmr.errors import ConfigError, NamingError, OutputError, SetError
+from crossmr.files import digest, read_json
+
+SCANS = Path(__file__).parents[2] / "shared" / "data"
+CASES = ["P-00001-000", "P-00002-000", "P-00002-001", "P-00003-000"]
+
+
+def write_cohort(folder: Path) -> Path:
+    """Three patients, one of them seen twice, one with a lesion, one without t1c, one stripped."""
+    write_study(folder, CASES[0], lesion=True)
+    write_study(folder, CASES[1], seed=1)
+    write_study(folder, CASES[2], seed=2, air=False)
+    write_study(folder, CASES[3], ("t1n", "t2f"), seed=3)
+    return folder
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Path:
+    return write_cohort(tmp_path / "cohort")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def inodes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Changes where a file is written anew, even with the same content."""
+    files = (p for p in sorted(folder.rglob("*.npy")))
+    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
+
+
+def rewritten(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> set[str]:
+    """The cases with a file that is not what it was."""
+    return {name.split("/")[1] for name in before | after if before.get(name) != after.get(name)}
+
+
+def arrays(folder: Path, case: str) -> tuple[np.ndarray, np.ndarray]:
+    images, masks = (np.load(folder / "cases" / case / f"{name}.npy") for name in ("images", "masks"))
+    return images, masks
+
+
+# --------------------------------------------------------------------------------------------- contents
+
+
+def test_the_manifest_is_complete(cohort, tmp_path):
+    body = prepare(cohort, tmp_path / "set")
+    manifest = read_json(tmp_path / "set" / "manifest.json")
+    assert manifest.pop("sha256") == digest(manifest)
+    assert manifest == body
+    assert (manifest["format"], manifest["format_version"]) == ("crossmr-set", 1)
+    assert "99.9" in manifest["normalisation"]
+    assert manifest["refused"] == []
+    assert list(manifest["cases"]) == CASES
+    fingerprint = manifest["fingerprint"]
+    assert (fingerprint["studies"], fingerprint["patients"]) == (4, 3)
+    assert fingerprint["modalities"] == {"t1c": 3, "t1n": 4, "t2f": 4}
+    assert fingerprint["patterns"] == {"t1n+t1c+t2f": 3, "t1n+t2f": 1}
+    assert fingerprint["shape_zyx"] == {"min": [24, 32, 28], "max": [24, 32, 28]}
+    assert fingerprint["spacing_mm_zyx"]["median"] == [7, 6, 6]
+    assert (fingerprint["masked_background"], fingerprint["labelled"]) == (1, 1)
+    assert 0.3 < fingerprint["intensity"]["t1n"]["mean"] < 0.9
+    patients = {"P-00001", "P-00002", "P-00003"}
+    assert set().union(*(manifest["split"][part] for part in PARTS)) == patients
+    for name, case in manifest["cases"].items():
+        assert case["patient"] in manifest["split"][case["part"]]
+        assert case["patient"] == name[:-4]
+        folder = tmp_path / "set" / "cases" / name
+        assert read_json(folder / "case.json") == {k: v for k, v in case.items() if k != "part"}
+        assert case["files"] == {f: content_sha256(folder / f) for f in ("images.npy", "masks.npy")}
+        assert case["inputs"] == {
+            path.name: content_sha256(path) for path in (cohort / name).iterdir() if "-seg" not in path.name
+        }
+        images, masks = arrays(tmp_path / "set", name)
+        assert case["head_voxels"] == masks[:, 0].sum((1, 2)).tolist()
+        inside = images[:, 0][masks[:, 0] > 0].astype(np.float64)
+        assert case["statistics"]["t1n"]["mean"] == pytest.approx(inside.mean(), abs=1e-4)
+        assert case["statistics"]["t1n"]["std"] == pytest.approx(inside.std(), abs=1e-4)
+
+
+def test_the_arrays_are_the_normalised_crop(cohort, tmp_path):
+    manifest = prepare(cohort, tmp_path / "set")
+    for files in find_studies(cohort):
+        study, case = load_study(files), manifest["cases"][files.case]
+        images, masks = arrays(tmp_path / "set", files.case)
+        assert (images.dtype, masks.dtype) == (np.float16, np.uint8)
+        box = tuple(slice(*ends) for ends in case["box"])
+        assert box == study.box(4)
+        assert images.shape[1] == len(case["modalities"]) == len(study.volumes)
+        for channel, modality in enumerate(case["modalities"]):
+            error = images[:, channel].astype(np.float64) - study.normalised(modality)[box]
+            assert np.abs(error).max() <= 2**-12  # half a step of float16 below 1
+        np.testing.assert_array_equal(masks[:, 0], study.mask[box])
+        assert masks[:, 0].sum() == study.mask.sum()  # nothing of the head is cropped away
+        assert case["normalisation"] == {m: {"low": n.low, "high": n.high} for m, n in study.normalisation.items()}
+        if study.labels is None:
+            assert not masks[:, 1].any()
+        else:
+            np.testing.assert_array_equal(masks[:, 1], study.labels[box])
+            assert (masks[:, 1] == 3).sum() == 4 * 4 * 3
+    assert [c for c in CASES if manifest["cases"][c]["labelled"]] == CASES[:1]
+    assert [c for c in CASES if manifest["cases"][c]["masked_background"]] == CASES[2:3]
+
+
+def test_a_patient_who_lacks_a_modality_is_kept(cohort, tmp_path):
+    manifest = prepare(cohort, tmp_path / "set")
+    assert manifest["cases"][CASES[3]]["modalities"] == ["t1n", "t2f"]
+    images, _ = arrays(tmp_path / "set", CASES[3])
+    assert images.shape[1] == 2
+
+
+def test_what_is_refused_is_listed_while_the_others_go_on(cohort, tmp_path):
+    flat = np.zeros((28, 32, 24), np.float32)
+    write_study(cohort, "P-00000-000", replace={"t2f": flat})
+    write_study(cohort, "P-00009-000", replace={"t2f": make_head("t2f")[1:]})
+    (cohort / "P-00004-000").mkdir()
+    (cohort / "P-00004-000" / "P-00004-000-t1n.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
+    manifest = prepare(cohort, tmp_path / "set")
+    assert list(manifest["cases"]) == CASES
+    reasons = {refusal["case"]: refusal["reason"] for refusal in manifest["refused"]}
+    assert list(reasons) == ["P-00000-000", "P-00004-000", "P-00009-000"]
+    assert "t2f is all zero" in reasons["P-00000-000"]
+    assert "cannot be read" in reasons["P-00004-000"]
+    assert "27×32×24" in reasons["P-00009-000"]
+    for case, reason in reasons.items():
+        assert reason.startswith(f"{case}: ")
+        assert not (tmp_path / "set" / "cases" / case).exists()
+
+
+def test_a_bug_is_no_refusal(cohort, tmp_path, monkeypatch):
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "load_study", broken)
+    with pytest.raises(ZeroDivisionError):
+        prepare(cohort, tmp_path / "set")
+
+
+def test_nothing_prepared_is_an_error(tmp_path):
+    write_study(tmp_path / "cohort", "P1", replace={"t2f": np.zeros((28, 32, 24), np.float32)})
+    with pytest.raises(SetError, match=r"None of the 1 studies.*P1: t2f is all zero"):
+        prepare(tmp_path / "cohort", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NamingError, match="no .nii"):
+        prepare(tmp_path / "empty", tmp_path / "set")
+
+
+def test_several_cohorts_make_one_set(tmp_path):
+    write_study(tmp_path / "a", "A1")
+    write_study(tmp_path / "b", "B1", ("t2w",))
+    manifest = prepare([tmp_path / "a", str(tmp_path / "b")], tmp_path / "set")
+    assert list(manifest["cases"]) == ["A1", "B1"]
+    write_study(tmp_path / "b", "A1", ("t2w",))
+    before = tree(tmp_path / "set")
+    with pytest.raises(ConfigError, match=r"share study names \(A1\)"):
+        prepare([tmp_path / "a", tmp_path / "b"], tmp_path / "set")
+    assert tree(tmp_path / "set") == before
+
+
+def test_a_mapping_tells_the_modalities(tmp_path):
+    write_study(tmp_path / "cohort", "P1", ("t1n", "t2f"))
+    for path in (tmp_path / "cohort" / "P1").iterdir():
+        path.rename(path.with_name(path.name.replace("t1n", "one").replace("t2f", "two")))
+    first = prepare(
+        tmp_path / "cohort", tmp_path / "set", mapping={"t1n": "*_one*", "t2f": "*-two*"} | {"t1n": "*-one*"}
+    )
+    assert first["cases"]["P1"]["modalities"] == ["t1n", "t2f"]
+    images, _ = arrays(tmp_path / "set", "P1")
+    swapped = prepare(tmp_path / "cohort", tmp_path / "set", mapping={"t2f": "*-one*", "t1n": "*-two*"})
+    assert swapped["cases"]["P1"]["modalities"] == ["t1n", "t2f"]
+    np.testing.assert_array_equal(arrays(tmp_path / "set", "P1")[0], images[:, ::-1])
+
+
+# ---------------------------------------------------------------------------------------------- run again
+
+
+def test_run_again_keeps_what_is_finished(cohort, tmp_path):
+    first = prepare(cohort, tmp_path / "set")
+    before, files = inodes(tmp_path / "set"), tree(tmp_path / "set")
+    assert len(before) == 8
+    assert prepare(cohort, tmp_path / "set") == first
+    assert inodes(tmp_path / "set") == before
+    assert tree(tmp_path / "set") == files
+
+
+def test_a_changed_input_is_prepared_again(cohort, tmp_path):
+    first = prepare(cohort, tmp_path / "set")
+    before = inodes(tmp_path / "set")
+    write_study(cohort, CASES[1], seed=77)
+    second = prepare(cohort, tmp_path / "set")
+    assert rewritten(before, inodes(tmp_path / "set")) == {CASES[1]}
+    differing = [c for c in CASES if first["cases"][c]["files"] != second["cases"][c]["files"]]
+    assert differing == [CASES[1]]
+
+
+def test_a_label_that_arrives_is_taken_in(cohort, tmp_path):
+    prepare(cohort, tmp_path / "set")
+    write_study(cohort, CASES[1], (), lesion=True)
+    assert prepare(cohort, tmp_path / "set")["cases"][CASES[1]]["labelled"]
+    assert arrays(tmp_path / "set", CASES[1])[1][:, 1].any()
+
+
+def test_a_case_that_is_gone_is_removed(cohort, tmp_path):
+    prepare(cohort, tmp_path / "set")
+    before = inodes(tmp_path / "set")
+    shutil.rmtree(cohort / CASES[0])
+    assert list(prepare(cohort, tmp_path / "set")["cases"]) == CASES[1:]
+    assert rewritten(before, inodes(tmp_path / "set")) == {CASES[0]}
+    assert sorted(p.name for p in (tmp_path / "set" / "cases").iterdir()) == CASES[1:]
+
+
+def test_a_case_that_is_refused_now_is_removed(cohort, tmp_path):
+    prepare(cohort, tmp_path / "set")
+    (cohort / CASES[0] / f"{CASES[0]}-t1n.nii.gz").write_text("damaged")
+    manifest = prepare(cohort, tmp_path / "set")
+    assert [refusal["case"] for refusal in manifest["refused"]] == [CASES[0]]
+    assert not (tmp_path / "set" / "cases" / CASES[0]).exists()
+
+
+def test_a_run_that_was_stopped_goes_on(cohort, tmp_path, monkeypatch):
+    wanted = prepare(cohort, tmp_path / "wanted")
+    write_json = module.write_json
+
+    def stop_at_the_third(path: Path, data: Any) -> None:
+        if path.parent.name == CASES[2]:
+            raise KeyboardInterrupt
+        write_json(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(cohort, tmp_path / "set")
+    files = tree(tmp_path / "set")
+    assert f"cases/{CASES[2]}/images.npy" in files  # a case without its case.json ...
+    assert not {f"cases/{CASES[2]}/case.json", "manifest.json"} & files.keys()
+    (tmp_path / "set" / "cases" / CASES[2] / "images.npy").write_bytes(b"half of it")
+    before = inodes(tmp_path / "set")
+    assert prepare(cohort, tmp_path / "set") == wanted
+    assert rewritten(before, inodes(tmp_path / "set")) == set(CASES[2:])  # ... does not exist
+    assert tree(tmp_path / "set") == tree(tmp_path / "wanted")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe\x00"])
+def test_a_damaged_case_json_is_made_again(cohort, tmp_path, content):
+    prepare(cohort, tmp_path / "set")
+    before, files = inodes(tmp_path / "set"), tree(tmp_path / "set")
+    (tmp_path / "set" / "cases" / CASES[1] / "case.json").write_bytes(content)
+    assert prepare(cohort, tmp_path / "set")["refused"] == []
+    assert rewritten(before, inodes(tmp_path / "set")) == {CASES[1]}
+    assert tree(tmp_path / "set") == files
+
+
+@pytest.mark.parametrize("name", ["images.npy", "masks.npy"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_a_damaged_array_is_made_again(cohort, tmp_path, name, damage):
+    """As the reader of a set is told to do: 'Run prepare again'."""
+    prepare(cohort, tmp_path / "set")
+    files, path = tree(tmp_path / "set"), tmp_path / "set" / "cases" / CASES[1] / name
+    path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:-1])
+    if damage == "missing":
+        path.unlink()
+    prepare(cohort, tmp_path / "set")
+    assert tree(tmp_path / "set") == files
+
+
+def test_a_damaged_manifest_is_made_again(cohort, tmp_path):
+    prepare(cohort, tmp_path / "set")
+    before, files = inodes(tmp_path / "set"), tree(tmp_path / "set")
+    (tmp_path / "set" / "manifest.json").write_text('{"format": ')
+    prepare(cohort, tmp_path / "set")
+    assert tree(tmp_path / "set") == files
+    assert inodes(tmp_path / "set") == before
+
+
+def test_workers_do_not_change_a_byte(cohort, tmp_path):
+    write_study(cohort, "P-00009-000", replace={"t2f": make_head("t2f")[1:]})
+    alone = prepare(cohort, tmp_path / "alone", workers=1)
+    assert prepare(cohort, tmp_path / "together", workers=2) == alone
+    assert tree(tmp_path / "together") == tree(tmp_path / "alone")
+    assert default_workers() >= 1
+
+
+# ------------------------------------------------------------------------------------- the folder given
+
+
+def occupied(folder: Path) -> list[Path]:
+    """Folders that are no set of ours, and must come out as they went in."""
+    contents = {
+        "photos": {"photo.jpg": "x"},
+        "tcia": {"manifest.json": '{"downloads": []}', "cases/P1/notes.txt": "x"},
+        "raw": {"cases/P1/scan.nii.gz": "x", "cases/P2/images.npy": "x"},
+        "loose": {"cases/notes.txt": "x"},
+        "mixed": {"cases/P1/images.npy": "x", "thesis.tex": "x"},
+    }
+    for place, files in contents.items():
+        for name, text in files.items():
+            (folder / place / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place / name).write_text(text)
+    return [folder / place for place in contents]
+
+
+def test_a_folder_that_holds_something_else_is_refused(cohort, tmp_path):
+    for folder in occupied(tmp_path / "occupied"):
+        before = tree(folder)
+        with pytest.raises(OutputError, match=rf"{folder.name} exists and is no prepared set"):
+            prepare(cohort, folder)
+        assert tree(folder) == before
+
+
+def test_into_the_cohort_itself_is_refused(tmp_path):
+    """Patients in a folder named cases/: none of their files may be taken for stale."""
+    write_study(tmp_path / "data" / "cases", "P1")
+    write_study(tmp_path / "data" / "cases", "P2", replace={"t2f": np.zeros((28, 32, 24), np.float32)})
+    before = tree(tmp_path / "data")
+    with pytest.raises(OutputError, match="no prepared set"):
+        prepare(tmp_path / "data", tmp_path / "data")
+    assert tree(tmp_path / "data") == before
+
+
+def test_what_we_did_not_write_stays(cohort, tmp_path):
+    prepare(cohort, tmp_path / "set")
+    cases = tmp_path / "set" / "cases"
+    (cases / "mine").mkdir()
+    (cases / "mine" / "notes.txt").write_text("x")
+    (cases / ".DS_Store").write_text("x")
+    prepare(cohort, tmp_path / "set")
+    assert sorted(p.name for p in cases.iterdir()) == [".DS_Store", *CASES, "mine"]
+
+
+def test_an_empty_folder_is_welcome(cohort, tmp_path):
+    (tmp_path / "set").mkdir()
+    assert list(prepare(cohort, tmp_path / "set")["cases"]) == CASES
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_in_the_way(cohort, tmp_path, workers):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "set"):
+        with pytest.raises(OutputError, match=r"Name another folder|name another folder"):
+            prepare(cohort, out, workers=workers if out.parent != tmp_path else 1)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_file_where_a_case_belongs(cohort, tmp_path):
+    """That the set cannot be written is no fault of the study's."""
+    prepare(cohort, tmp_path / "set")
+    shutil.rmtree(tmp_path / "set" / "cases" / CASES[2])
+    (tmp_path / "set" / "cases" / CASES[2]).write_text("x")
+    with pytest.raises(OutputError, match="could not be written"):
+        prepare(cohort, tmp_path / "set")
+
+
+def test_a_read_only_folder(cohort, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    if os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("permissions do not bind this user (root)")
+    with pytest.raises(OutputError, match="could not be written"):
+        prepare(cohort, tmp_path / "locked" / "set")
+
+
+def test_a_full_disk_is_told(cohort, tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("crossmr.files.tempfile.mkstemp", full)
+    (files, *_) = find_studies(cohort)
+    with pytest.raises(OutputError, match="No space left on device"):
+        prepare_case(files, tmp_path / "set")
+
+
+# ------------------------------------------------------------------------------------------------ split
+
+
+def test_visits_of_one_patient_are_never_separated(tmp_path):
+    for number in range(6):
+        write_study(tmp_path / "cohort", f"P-0000{number}-000", ("t1n",), seed=number)
+        write_study(tmp_path / "cohort", f"P-0000{number}-001", ("t1n",), seed=100 + number)
+    for seed in range(3):
+        split = Split(1 / 3, 1 / 3, 1 / 3, seed=seed)
+        manifest = prepare(tmp_path / "cohort", tmp_path / "set", split=split)
+        assert manifest["split"]["seed"] == seed
+        assert sum(len(manifest["split"][part]) for part in PARTS) == 6
+        for number in range(6):
+            parts = {manifest["cases"][f"P-0000{number}-00{visit}"]["part"] for visit in range(2)}
+            assert len(parts) == 1
+
+
+def everyone(count: int) -> list[str]:
+    return [f"BraTS-GLI-{number:05d}" for number in range(count)]
+
+
+def test_the_shares_are_kept_and_the_seed_matters():
+    parts = assign_parts(everyone(3000), Split())
+    for part, share in zip(PARTS, (0.7, 0.1, 0.2), strict=True):
+        assert list(parts.values()).count(part) / 3000 == pytest.approx(share, abs=0.03)
+    other = assign_parts(everyone(3000), Split(seed=1))
+    moved = sum(parts[p] != other[p] for p in parts)
+    assert moved / 3000 == pytest.approx(1 - (0.49 + 0.01 + 0.04), abs=0.04)  # as two independent draws
+
+
+def test_the_split_depends_on_nothing_but_seed_and_names():
+    patients = everyone(50)
+    wanted = assign_parts(patients, Split(seed=3))
+    shuffled = [patients[i] for i in np.random.default_rng(0).permutation(50)]
+    assert assign_parts([*shuffled, *shuffled], Split(seed=3)) == wanted
+    assert assign_parts(["BraTS-GLI-00000", "BraTS-GLI-00001"], Split()) == {  # for ever
+        "BraTS-GLI-00000": wanted_for_ever[0],
+        "BraTS-GLI-00001": wanted_for_ever[1],
+    }
+
+
+wanted_for_ever = ("train", "train")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_cohort_that_grows_moves_nobody(seed):
+    small, grown = (assign_parts(everyone(count), Split(seed=seed)) for count in (60, 90))
+    assert {p: grown[p] for p in small} == small
+
+
+@given(count=st.integers(3, 12), seed=st.integers(0, 10**6))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_no_wanted_part_is_empty(count, seed):
+    parts = assign_parts(everyone(count), Split(seed=seed))
+    assert set(parts) == set(everyone(count))
+    assert set(parts.values()) == set(PARTS)
+    place = assign_parts(everyone(count + 60), Split(seed=seed))
+    assert sum(parts[p] != place[p] for p in parts) <= 2  # all but the few who had to fill a part
+
+
+@given(count=st.integers(2, 12), seed=st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_a_part_without_a_share_stays_empty(count, seed):
+    assert set(assign_parts(everyone(count), Split(0.8, 0.2, 0, seed)).values()) == {"train", "val"}
+    assert set(assign_parts(everyone(count), Split(1, 0, 0, seed)).values()) == {"train"}
+
+
+def test_shares_are_read_from_text():
+    assert Split.parse("70/10/20") == Split(0.7, 0.1, 0.2)
+    assert Split.parse("8/1/1", seed=4) == Split(0.8, 0.1, 0.1, seed=4)
+    assert Split.parse("100/0/0") == Split(1, 0, 0)
+    assert Split.parse(" 37.5 / 12.5 / 50 ") == Split(0.375, 0.125, 0.5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "70", "70/30", "70/10/10/10", "a/b/c", "70-10-20", "0/0/0", "0/50/50", "-10/60/50", "nan/1/1", "inf/1/1"],
+)
+def test_shares_that_make_no_sense_are_refused(text):
+    with pytest.raises(ConfigError, match=r"--split is .* such as 70/10/20\."):
+        Split.parse(text)
+
+
+@pytest.mark.parametrize("shares", [(0.7, 0.1, 0.1), (70, 10, 20), (0, 0.5, 0.5), (1.2, -0.2, 0), (float("nan"), 0, 1)])
+def test_a_split_that_makes_no_sense_is_refused(shares):
+    with pytest.raises(ConfigError, match=r"--split is .* sum to 1"):
+        Split(*shares)
+
+
+# ------------------------------------------------------------------------------------------- real scans
+
+
+def test_real_patients_who_lack_modalities(tmp_path):
+    source = SCANS / "lgg_incomplete"
+    if not source.is_dir():
+        pytest.skip(f"needs the real scans in {source}")
+    for folder in sorted(source.iterdir())[:3]:
+        shutil.copytree(folder, tmp_path / "cohort" / folder.name)
+    start = time.monotonic()
+    manifest = prepare(tmp_path / "cohort", tmp_path / "set")
+    assert manifest["refused"] == []
+    assert all("t2f" in case["modalities"] for case in manifest["cases"].values())
+    assert min(len(case["modalities"]) for case in manifest["cases"].values()) < 3
+    first = time.monotonic() - start
+    prepare(tmp_path / "cohort", tmp_path / "set")
+    assert time.monotonic() - start - first < first
+    assert len(PreparedSet(tmp_path / "set").cases) == 3

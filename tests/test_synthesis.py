@@ -1,0 +1,152 @@
+"""Stage 3: the C-UNet, its guidance, and its unguided twin."""
+
+import pytest
+import torch
+
+from crossmr.errors import ConfigError
+from crossmr.layers import ResidualBlock
+from crossmr.stages.synthesis import ConditionEmbedding, CUNet, SynthesisConfig
+
+SMALL = SynthesisConfig(channels=4, multipliers=(1, 2, 2))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_network(representation_dim=6, sources=2, targets=3, dims=2):
+    torch.manual_seed(0)
+    network = CUNet(SMALL, sources, targets, representation_dim, dims)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    return network
+
+
+def batch(count=3, side=8):
+    generator = seeded(1)
+    return (
+        torch.rand(count, 2, side, side, generator=generator),
+        torch.rand(count, 3, side, side, generator=generator),
+        torch.randn(count, 6, generator=generator),
+    )
+
+
+def parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_the_published_form_has_ten_point_four_million_parameters():
+    with torch.device("meta"):
+        guided = CUNet(SynthesisConfig(), 2, 2, 192)
+        twin = CUNet(SynthesisConfig(), 2, 2, None)
+        assert guided(torch.zeros(1, 2, 224, 224), torch.zeros(1, 192)).shape == (1, 2, 224, 224)
+    assert parameters(guided) == pytest.approx(10.4e6, rel=0.02)
+    conditioning = sum(p.numel() for name, p in guided.named_parameters() if "condition" in name)
+    assert parameters(twin) == parameters(guided) - conditioning
+
+
+def test_the_twin_has_no_condition_and_ignores_guidance():
+    twin = random_network(None)
+    assert not [name for name, _ in twin.named_parameters() if "condition" in name or "guidance" in name]
+    sources, _, y_0 = batch()
+    assert torch.equal(twin(sources), twin(sources, y_0))
+
+
+def test_every_residual_block_is_told_the_condition():
+    blocks = [module for module in random_network().modules() if isinstance(module, ResidualBlock)]
+    assert len(blocks) == 3 + 2 + 6  # encoder, middle, decoder
+    for block in blocks:
+        assert isinstance(block.condition, torch.nn.Linear)
+        assert block.condition.in_features == 6
+
+
+def test_the_condition_reaches_every_residual_block():
+    network = random_network()
+    sources, targets, y_0 = batch()
+    network.loss(sources, targets, torch.ones(3, 3), y_0).backward()
+    for name, module in network.named_modules():
+        if isinstance(module, ResidualBlock):
+            assert module.condition.weight.grad.abs().max() > 0, name
+    assert network.condition.embed[0].weight.grad.abs().max() > 0
+
+
+def test_the_embedding_is_the_papers():
+    torch.manual_seed(0)
+    embedding = ConditionEmbedding(6)
+    y_0 = torch.randn(2, 6, generator=seeded())
+    first, _, second = embedding.embed
+    hidden = y_0 @ first.weight.T + first.bias
+    want = (hidden * hidden.sigmoid()) @ second.weight.T + second.bias
+    torch.testing.assert_close(embedding(y_0, 2), want)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (4, 8, 12)])
+def test_shapes(size):
+    network = random_network(dims=len(size))
+    assert network(torch.rand(2, 2, *size), torch.randn(2, 6)).shape == (2, 3, *size)
+    assert SMALL.divisor == 4
+
+
+def test_guidance_changes_the_image():
+    network, (sources, _, y_0) = random_network(), batch()
+    guided, other = network(sources, y_0), network(sources, -y_0)
+    assert (guided - other).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_no_guidance_is_all_guidance_withheld():
+    network, (sources, _, y_0) = random_network(), batch()
+    none = network(sources)
+    assert torch.equal(none, network(sources, y_0, torch.zeros(3, 1)))
+    guided = network(sources, y_0)
+    assert torch.equal(guided, network(sources, y_0, torch.ones(3, 1)))
+    mixed = network(sources, y_0, torch.tensor([[1.0], [0.0], [1.0]]))
+    torch.testing.assert_close(mixed, torch.stack([guided[0], none[1], guided[2]]))
+    assert (guided - none).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_the_loss_is_the_mean_squared_error_of_what_is_there():
+    network, (sources, targets, y_0) = random_network(), batch()
+    errors = ((network(sources, y_0) - targets) ** 2).mean((2, 3))
+    torch.testing.assert_close(network.loss(sources, targets, torch.ones(3, 3), y_0), errors.mean())
+    present = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    want = errors[present > 0].mean()
+    loss = network.loss(sources, targets, present, y_0)
+    torch.testing.assert_close(loss, want)
+    absent = (1 - present)[..., None, None]
+    assert torch.equal(network.loss(sources, targets + 9 * absent, present, y_0), loss)
+
+
+def test_an_absent_target_teaches_its_channel_nothing():
+    network, (sources, targets, y_0) = random_network(), batch()
+    network.loss(sources, targets, torch.tensor([[1.0, 0.0, 1.0]] * 3), y_0).backward()
+    weight, bias = network.decoder.out.weight.grad, network.decoder.out.bias.grad
+    assert weight[1].abs().max() == 0
+    assert bias[1] == 0
+    assert weight[[0, 2]].abs().amax((1, 2, 3)).min() > 0
+
+
+def test_a_batch_without_targets_has_loss_zero():
+    network, (sources, targets, y_0) = random_network(), batch()
+    assert network.loss(sources, targets, torch.zeros(3, 3), y_0) == 0
+
+
+def test_the_loss_falls_and_guidance_tells_two_contrasts_apart():
+    """One source, two targets that only the guidance can tell apart."""
+    torch.manual_seed(0)
+    network = CUNet(SynthesisConfig(channels=4, multipliers=(1, 2)), 1, 1, 4)
+    source = torch.rand(1, 1, 8, 8, generator=seeded()).expand(2, -1, -1, -1)
+    targets, y_0 = torch.cat([source[:1], 1 - source[:1]]), torch.randn(2, 4, generator=seeded(1))
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for _ in range(80):
+        optimiser.zero_grad()
+        network.loss(source, targets, torch.ones(2, 1), y_0).backward()
+        optimiser.step()
+    blind = float(((targets - targets.mean(0)) ** 2).mean())  # the least error without guidance
+    assert float(network.loss(source, targets, torch.ones(2, 1), y_0).detach()) < 0.5 * blind
+
+
+@pytest.mark.parametrize("wrong", [{"channels": 0}, {"blocks": 0}, {"multipliers": ()}, {"multipliers": (1, 0)}])
+def test_senseless_settings_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SynthesisConfig(**wrong)

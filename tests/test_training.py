@@ -1,0 +1,255 @@
+"""Training: losses fall, batches are exact, and a run that was stopped anywhere ends as if it never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from crossmr.config import with_settings
+from crossmr.data.prepare import Split, prepare
+from crossmr.errors import ConfigError, ModelError, SetError
+from crossmr.model import load_model
+from crossmr.phantom import write_cohort
+from crossmr.recipes import TINY, FitConfig, Recipe
+from crossmr.training import train
+
+COMMAND = "import sys; from crossmr.cli import main; main()"
+SETTINGS = {
+    "crop": "32,32",
+    "samples": "2",
+    "representation.channels": "8",
+    "representation.multipliers": "1,2",
+    "distribution.width": "32",
+    "distribution.blocks": "2",
+    "synthesis.channels": "8",
+    "synthesis.multipliers": "1,2",
+    "representation_fit.batch_size": "4",
+    "synthesis_fit.batch_size": "4",
+    "distribution_fit.batch_size": "16",
+}
+SMALL = with_settings(TINY, SETTINGS)
+SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """Six phantom patients, one of whom lacks FLAIR and one T2."""
+    folder = tmp_path_factory.mktemp("training")
+    write_cohort(
+        folder / "cohort",
+        6,
+        seed=3,
+        missing={0: ["t2f"], 1: ["t2w"]},
+        shape=(40, 48, 32),
+        spacing_mm=(4.8, 4.8, 5.6),
+    )
+    prepare(folder / "cohort", folder / "set", split=Split(0.6, 0.2, 0.2, seed=1))
+    return folder / "set"
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in sorted(model.glob("*.safetensors")):
+        for key, value in safetensors.torch.load_file(path).items():
+            tensors[f"{path.stem}.{key}"] = value
+    return tensors
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run") / "whole"
+    train(prepared, run, recipe=SMALL, sources=SOURCES, targets=TARGETS, twin=True, steps=8, seed=5)
+    return run
+
+
+def test_one_command_trains_every_stage(trained):
+    model = load_model(trained / "model")
+    assert model.config.sources == SOURCES
+    assert model.config.targets == TARGETS
+    assert model.twin is not None
+    assert set(model.trivial) == {"mean_image", "linear"}
+    stages = {json.loads(line)["stage"] for line in (trained / "metrics.jsonl").read_text().splitlines()}
+    assert stages == {"representation", "source_representation", "distribution", "synthesis", "twin"}
+    assert list((trained / "pictures").glob("synthesis-*.png"))
+
+
+def test_validation_measures_held_out_patients(trained):
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["stage"] == "synthesis"][-1]
+    assert last["step"] == 8
+    assert {"val_psnr_t1c", "val_ssim_t1c", "loss", "learning_rate", "steps_per_second"} <= last.keys()
+
+
+@pytest.mark.parametrize("stage", ["representation", "distribution", "synthesis"])
+def test_losses_fall(prepared, tmp_path, stage):
+    fit = FitConfig(batch_size=8, learning_rate=3e-3, ema_decay=0.9)
+    recipe = replace(SMALL, representation_fit=fit, distribution_fit=replace(fit, batch_size=32), synthesis_fit=fit)
+    train(prepared, tmp_path, recipe=recipe, sources=SOURCES, targets=TARGETS, steps=40, seed=1)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["stage"] == stage]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_same_seed_same_weights_other_seed_others(prepared, trained, tmp_path):
+    again = train(prepared, tmp_path / "a", recipe=SMALL, sources=SOURCES, targets=TARGETS, twin=True, steps=8, seed=5)
+    other = train(prepared, tmp_path / "b", recipe=SMALL, sources=SOURCES, targets=TARGETS, twin=True, steps=8, seed=6)
+    assert same(trained / "model", again)
+    assert not same(trained / "model", other)
+
+
+def test_stages_one_by_one_equal_one_command(prepared, trained, tmp_path):
+    for stage in ("representation", "source_representation", "distribution", "synthesis", "twin"):
+        model = train(
+            prepared,
+            tmp_path,
+            recipe=SMALL,
+            sources=SOURCES,
+            targets=TARGETS,
+            twin=True,
+            stages=[stage],
+            steps=8,
+            seed=5,
+        )
+    assert same(trained / "model", model)
+
+
+def test_a_stage_needs_those_before_it(prepared, tmp_path):
+    with pytest.raises(ConfigError, match="'representation' comes before 'synthesis' and is not finished"):
+        train(prepared, tmp_path, recipe=SMALL, sources=SOURCES, targets=TARGETS, stages=["synthesis"], steps=2)
+
+
+def arguments(prepared: Path, run: Path, steps: int) -> list[str]:
+    options = [f"--set={key}={value}" for key, value in SETTINGS.items()]
+    return [
+        sys.executable, "-c", COMMAND, "train", str(prepared), "-o", str(run), "--recipe", "tiny",
+        "--sources", "t1n,t2w", "--targets", "t1c,t2f", "--twin", "--steps", str(steps), "--seed", "5", *options,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_runs_end_with_the_weights_of_an_uninterrupted_one(prepared, tmp_path, kind):
+    steps, whole, stopped = 30, tmp_path / "whole", tmp_path / "stopped"
+    environment = {**os.environ, "CROSSMR_SECONDS_BETWEEN_CHECKPOINTS": "0.2"}
+    subprocess.run(arguments(prepared, whole, steps), check=True, capture_output=True, env=environment)
+    log, interruptions = stopped / "metrics.jsonl", 0
+    for lines in (5, 45, 110):  # in the first stage, later, and in the C-UNet
+        process = subprocess.Popen(
+            arguments(prepared, stopped, steps),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        while process.poll() is None and (not log.exists() or log.read_text().count("\n") < lines):
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(kind)
+            interruptions += 1
+        _, errors = process.communicate(timeout=60)
+        if kind == signal.SIGINT and process.returncode != 0:
+            assert process.returncode == 130
+            assert b"the same command goes on from there" in errors
+    assert interruptions >= 2
+    subprocess.run(arguments(prepared, stopped, steps), check=True, capture_output=True, env=environment)
+    assert same(whole / "model", stopped / "model")
+    steps_logged = [(r["stage"], r["step"]) for r in map(json.loads, log.read_text().splitlines())]
+    assert len(steps_logged) == len(set(steps_logged))
+
+
+def test_a_damaged_newest_checkpoint_falls_back(prepared, trained, tmp_path, capsys):
+    from crossmr import fitting
+    from crossmr.display import Display
+
+    before = fitting.SECONDS_BETWEEN_CHECKPOINTS
+    fitting.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    try:
+        kwargs = {
+            "recipe": SMALL,
+            "sources": SOURCES,
+            "targets": TARGETS,
+            "twin": True,
+            "steps": 8,
+            "seed": 5,
+        }
+        train(prepared, tmp_path, **kwargs)
+        newest = max((tmp_path / "stages" / "twin").glob("*.safetensors"))
+        content = bytearray(newest.read_bytes())
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+        model = train(prepared, tmp_path, **kwargs, display=Display())
+    finally:
+        fitting.SECONDS_BETWEEN_CHECKPOINTS = before
+    assert "Going on from the checkpoint before it" in capsys.readouterr().out
+    assert same(trained / "model", model)
+
+
+def test_a_run_is_never_continued_with_other_settings(prepared, trained):
+    with pytest.raises(ConfigError, match="holds a run with another seed"):
+        train(prepared, trained, recipe=SMALL, sources=SOURCES, targets=TARGETS, twin=True, steps=8, seed=7)
+    with pytest.raises(ConfigError, match="holds a run with another recipe"):
+        train(prepared, trained, recipe=TINY, sources=SOURCES, targets=TARGETS, twin=True, steps=8, seed=5)
+
+
+def test_minutes_become_steps_that_are_remembered(prepared, tmp_path):
+    start = time.monotonic()
+    train(prepared, tmp_path, recipe=SMALL, sources=SOURCES, targets=TARGETS, minutes=0.05)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert set(plan) == {"representation", "source_representation", "distribution", "synthesis"}
+    assert plan["synthesis"] > 4
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("guidance", ["sample", "unconditional", "truth", "none"])
+def test_every_guidance_trains(prepared, tmp_path, guidance):
+    model = train(
+        prepared,
+        tmp_path,
+        recipe=replace(SMALL, guidance=guidance),
+        sources=SOURCES,
+        targets=TARGETS,
+        steps=2,
+    )
+    assert load_model(model).config.guidance == guidance
+
+
+def test_three_dimensions(prepared, tmp_path):
+    recipe: Recipe = with_settings(SMALL, {"spatial_dims": "3", "crop": "16,16,16", "representation.patch_size": "8"})
+    model = load_model(train(prepared, tmp_path, recipe=recipe, sources=SOURCES, targets=TARGETS, steps=2))
+    assert model.config.spatial_dims == 3
+    assert model.synthesis.encoder.stem.weight.ndim == 5
+
+
+def test_a_diverged_training_says_so(prepared, tmp_path):
+    fit = FitConfig(batch_size=4, learning_rate=1e18, gradient_clip=1e18)
+    with pytest.raises(ModelError, match="Lower representation's learning rate"):
+        train(
+            prepared,
+            tmp_path,
+            recipe=replace(SMALL, representation_fit=fit),
+            sources=SOURCES,
+            targets=TARGETS,
+            steps=30,
+        )
+
+
+def test_refusals(prepared, tmp_path):
+    with pytest.raises(ConfigError, match="has pdw; it has"):
+        train(prepared, tmp_path, recipe=SMALL, targets=["pdw"])
+    with pytest.raises(ConfigError, match="--steps or --minutes"):
+        train(prepared, tmp_path, recipe=SMALL, steps=1, minutes=1)
+    with pytest.raises(ConfigError, match="is no stage"):
+        train(prepared, tmp_path, recipe=SMALL, stages=["discriminator"], steps=1)
+    with pytest.raises(SetError, match="is no prepared set"):
+        train(tmp_path, tmp_path / "run", recipe=SMALL)

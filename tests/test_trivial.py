@@ -1,0 +1,111 @@
+"""The trivial predictors, where their answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from crossmr.trivial import GRID, NAMES, fit_trivial, predict_trivial
+
+SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
+
+
+def volumes(seed, shape=(6, 7, 8), without=()):
+    """Random sources and targets that are linear in them."""
+    t1n, t2w = np.random.default_rng(seed).random((2, *shape)).astype(np.float32)
+    case = {"t1n": t1n, "t2w": t2w, "t1c": 0.5 * t1n - 0.25 * t2w + 0.3, "t2f": 0.1 * t1n + 0.6 * t2w + 0.05}
+    return {name: image for name, image in case.items() if name not in without}
+
+
+def cases(*made):
+    return [lambda case=case: case for case in made]
+
+
+def test_the_linear_mix_recovers_a_linear_target():
+    fitted = fit_trivial(cases(volumes(0), volumes(1, (5, 9, 4))), SOURCES, TARGETS)
+    want = torch.tensor([[0.5, -0.25, 0.3], [0.1, 0.6, 0.05]])
+    torch.testing.assert_close(fitted["linear"], want, atol=1e-5, rtol=0)
+    unseen = volumes(2)
+    predicted = predict_trivial(fitted, [unseen[s] for s in SOURCES])["linear mix"]
+    for image, target in zip(predicted, TARGETS, strict=True):
+        np.testing.assert_allclose(image, unseen[target], atol=1e-5)
+
+
+def test_the_linear_mix_is_the_least_squares_answer_over_all_voxels():
+    rng = np.random.default_rng(0)
+    made = [{**volumes(k), "t1c": rng.random((6, 7, 8)).astype(np.float32)} for k in range(3)]
+    columns = np.concatenate([np.stack([c["t1n"].ravel(), c["t2w"].ravel(), np.ones(336)], 1) for c in made])
+    want = np.linalg.lstsq(columns, np.concatenate([c["t1c"].ravel() for c in made]), rcond=None)[0]
+    fitted = fit_trivial(cases(*made), SOURCES, ("t1c",))
+    np.testing.assert_allclose(fitted["linear"][0], want, atol=1e-5)
+
+
+def test_the_mean_image_of_constant_heads_is_their_mean():
+    made = []
+    for value, shape in ((0.2, (4, 5, 6)), (0.6, (9, 3, 7))):
+        made.append({name: np.full(shape, value, np.float32) for name in (*SOURCES, *TARGETS)})
+    fitted = fit_trivial(cases(*made), SOURCES, TARGETS)
+    assert fitted["mean_image"].shape == (2, *GRID)
+    torch.testing.assert_close(fitted["mean_image"], torch.full((2, *GRID), 0.4))
+    predicted = predict_trivial(fitted, [np.zeros((11, 13, 5), np.float32)] * 2)["mean image"]
+    for image in predicted:
+        np.testing.assert_allclose(image, np.full((11, 13, 5), 0.4), atol=1e-6)
+
+
+def test_the_mean_image_keeps_its_orientation():
+    z, y, x = np.meshgrid(np.linspace(0, 1, 12), np.linspace(0, 1, 16), np.linspace(0, 1, 20), indexing="ij")
+    ramp = (0.5 * z + 0.3 * y + 0.1 * x).astype(np.float32)
+    fitted = fit_trivial(cases({"t1n": ramp, "t1c": ramp}), ("t1n",), ("t1c",))
+    (image,) = predict_trivial(fitted, [ramp])["mean image"]
+    assert np.abs(image - ramp).max() < 0.05
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (155, 3, 2), (48, 64, 64)])
+def test_every_predictor_fits_every_head(shape):
+    fitted = fit_trivial(cases(volumes(0)), SOURCES, TARGETS)
+    sources = [volumes(3, shape)[s] for s in SOURCES]
+    predicted = predict_trivial(fitted, sources)
+    assert tuple(predicted) == NAMES
+    for images in predicted.values():
+        assert len(images) == len(TARGETS)
+        for image in images:
+            assert (image.shape, image.dtype) == (shape, np.float32)
+            assert image.min() >= 0
+            assert image.max() <= 1
+    assert not np.any(predicted["zeros"])
+
+
+def test_predictions_are_clipped():
+    fitted = {"mean_image": torch.full((1, *GRID), 7.0), "linear": torch.tensor([[-5.0, 2.0]])}
+    predicted = predict_trivial(fitted, [np.array([[[0.0, 0.3, 1.0]]], np.float32)])
+    np.testing.assert_allclose(predicted["linear mix"][0].ravel(), [1.0, 0.5, 0.0], atol=1e-6)
+    assert predicted["mean image"][0].max() == 1
+
+
+def test_cases_that_lack_a_modality_are_left_out_only_where_it_matters():
+    whole = volumes(0)
+    no_target, no_source = volumes(1, without=("t1c",)), volumes(2, without=("t2w",))
+    for case in (no_target, no_source):  # off the line, so that using them would show
+        case["t2f"] = 1 - case["t2f"]
+    alone = fit_trivial(cases(whole), SOURCES, TARGETS)
+    without_target = fit_trivial(cases(whole, no_target), SOURCES, TARGETS)
+    torch.testing.assert_close(without_target["linear"][0], alone["linear"][0])
+    torch.testing.assert_close(without_target["mean_image"][0], alone["mean_image"][0])
+    assert (without_target["linear"][1] - alone["linear"][1]).abs().max() > 0.1
+    without_source = fit_trivial(cases(whole, no_source), SOURCES, TARGETS)
+    torch.testing.assert_close(without_source["linear"], alone["linear"])
+    assert (without_source["mean_image"][1] - alone["mean_image"][1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("made", [[], [volumes(0, without=("t1c",))]])
+def test_a_target_that_nobody_has_is_predicted_as_zero(made):
+    fitted = fit_trivial(cases(*made), SOURCES, TARGETS)
+    assert all(tensor.isfinite().all() for tensor in fitted.values())
+    predicted = predict_trivial(fitted, [volumes(1)[s] for s in SOURCES])
+    assert all(not np.any(images[0]) for images in predicted.values())
+
+
+def test_constant_sources_do_not_break_the_fit():
+    black = {name: np.zeros((3, 3, 3), np.float32) for name in SOURCES}
+    fitted = fit_trivial(cases({**black, "t1c": np.full((3, 3, 3), 0.5, np.float32)}), SOURCES, ("t1c",))
+    image = predict_trivial(fitted, list(black.values()))["linear mix"][0]
+    np.testing.assert_allclose(image, 0.5, atol=1e-6)
