@@ -123,7 +123,7 @@ def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path)
         assert written.shape == reference.shape
         assert written.header["sform_code"] == reference.header["sform_code"]
         np.testing.assert_array_equal(written.affine, reference.affine)
-        assert written.header["descrip"].item().startswith(b"SYNTHETIC t2f from t1n+t2w, crossmr")
+        assert written.header["descrip"].item().startswith(b"SYNTHETIC t2f by crossmr")
         assert json.loads((tmp_path / case / "manifest.json").read_text())["settings"]["ddim_steps"] == 4
     again = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--steps", 4)
     assert again.returncode == 0

@@ -202,7 +202,7 @@ def test_weights_that_are_no_numbers_are_refused(folder, name, value):
     ("change", "match"),
     [
         ({"sources": []}, "sources are none"),
-        ({"targets": ["t1n"]}, "none in both"),
+        ({"targets": ["t1n"]}, "none twice"),
         ({"spatial_dims": 4}, "spatial_dims is 4"),
         ({"window": [8, 7]}, "multiples of 2"),
         ({"chanels": 3}, "'chanels' is no setting"),

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,7 @@ def test_nothing_prepared_is_an_error(tmp_path):
         prepare(tmp_path / "cohort", tmp_path / "set")
     assert not (tmp_path / "set").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(NamingError, match="no .nii"):
+    with pytest.raises(NamingError, match=r"no \.nii"):
         prepare(tmp_path / "empty", tmp_path / "set")
 
 
@@ -182,9 +181,7 @@ def test_a_mapping_tells_the_modalities(tmp_path):
     write_study(tmp_path / "cohort", "P1", ("t1n", "t2f"))
     for path in (tmp_path / "cohort" / "P1").iterdir():
         path.rename(path.with_name(path.name.replace("t1n", "one").replace("t2f", "two")))
-    first = prepare(
-        tmp_path / "cohort", tmp_path / "set", mapping={"t1n": "*_one*", "t2f": "*-two*"} | {"t1n": "*-one*"}
-    )
+    first = prepare(tmp_path / "cohort", tmp_path / "set", mapping={"t1n": "*-one*", "t2f": "*-two*"})
     assert first["cases"]["P1"]["modalities"] == ["t1n", "t2f"]
     images, _ = arrays(tmp_path / "set", "P1")
     swapped = prepare(tmp_path / "cohort", tmp_path / "set", mapping={"t2f": "*-one*", "t1n": "*-two*"})
@@ -261,7 +258,22 @@ def test_a_run_that_was_stopped_goes_on(cohort, tmp_path, monkeypatch):
     assert tree(tmp_path / "set") == tree(tmp_path / "wanted")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe\x00"])
+def test_while_a_case_is_written_it_does_not_exist(cohort, tmp_path, monkeypatch):
+    """Or old numbers would stand beside new arrays."""
+    prepare(cohort, tmp_path / "set")
+    write_study(cohort, CASES[1], seed=77)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(cohort, tmp_path / "set")
+    finished = [case for case in CASES if (tmp_path / "set" / "cases" / case / "case.json").exists()]
+    assert finished == [CASES[0], *CASES[2:]]
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"\xff\xfe\x00"])
 def test_a_damaged_case_json_is_made_again(cohort, tmp_path, content):
     prepare(cohort, tmp_path / "set")
     before, files = inodes(tmp_path / "set"), tree(tmp_path / "set")
@@ -271,8 +283,9 @@ def test_a_damaged_case_json_is_made_again(cohort, tmp_path, content):
     assert tree(tmp_path / "set") == files
 
 
-@pytest.mark.parametrize("name", ["images.npy", "masks.npy"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+@pytest.mark.parametrize(
+    ("name", "damage"), [("masks.npy", "missing"), ("images.npy", "truncated"), ("masks.npy", "empty")]
+)
 def test_a_damaged_array_is_made_again(cohort, tmp_path, name, damage):
     """As the reader of a set is told to do: 'Run prepare again'."""
     prepare(cohort, tmp_path / "set")
@@ -353,12 +366,13 @@ def test_an_empty_folder_is_welcome(cohort, tmp_path):
     assert list(prepare(cohort, tmp_path / "set")["cases"]) == CASES
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_file_in_the_way(cohort, tmp_path, workers):
+def test_a_file_in_the_way(cohort, tmp_path):
     (tmp_path / "file").write_text("x")
-    for out in (tmp_path / "file", tmp_path / "file" / "set"):
-        with pytest.raises(OutputError, match=r"Name another folder|name another folder"):
-            prepare(cohort, out, workers=workers if out.parent != tmp_path else 1)
+    with pytest.raises(OutputError, match=r"file cannot be used: Not a directory\. Name another folder"):
+        prepare(cohort, tmp_path / "file")
+    for workers in (1, 2):
+        with pytest.raises(OutputError, match="could not be written: Not a directory"):
+            prepare(cohort, tmp_path / "file" / "set", workers=workers)
     assert (tmp_path / "file").read_text() == "x"
 
 
@@ -424,13 +438,8 @@ def test_the_split_depends_on_nothing_but_seed_and_names():
     wanted = assign_parts(patients, Split(seed=3))
     shuffled = [patients[i] for i in np.random.default_rng(0).permutation(50)]
     assert assign_parts([*shuffled, *shuffled], Split(seed=3)) == wanted
-    assert assign_parts(["BraTS-GLI-00000", "BraTS-GLI-00001"], Split()) == {  # for ever
-        "BraTS-GLI-00000": wanted_for_ever[0],
-        "BraTS-GLI-00001": wanted_for_ever[1],
-    }
-
-
-wanted_for_ever = ("train", "train")
+    first = " ".join(wanted[patient][:2] for patient in patients[:20])
+    assert first == "tr tr tr te te tr tr tr tr te va tr tr tr te tr tr te tr tr"  # for ever
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -487,12 +496,8 @@ def test_real_patients_who_lack_modalities(tmp_path):
         pytest.skip(f"needs the real scans in {source}")
     for folder in sorted(source.iterdir())[:3]:
         shutil.copytree(folder, tmp_path / "cohort" / folder.name)
-    start = time.monotonic()
     manifest = prepare(tmp_path / "cohort", tmp_path / "set")
     assert manifest["refused"] == []
     assert all("t2f" in case["modalities"] for case in manifest["cases"].values())
     assert min(len(case["modalities"]) for case in manifest["cases"].values()) < 3
-    first = time.monotonic() - start
-    prepare(tmp_path / "cohort", tmp_path / "set")
-    assert time.monotonic() - start - first < first
     assert len(PreparedSet(tmp_path / "set").cases) == 3

@@ -394,16 +394,11 @@ def test_few_slices_are_not_too_small():
     assert overlap(load(t1n=data).mask, ellipsoid(data.shape).T) > 0.9
 
 
-def test_no_head_is_refused():
-    message = refusal(
-        StudyError,
-        lambda: load(t1n=speck(), t2f=speck()),
-        "no head",
-        "voxels above the background",
-        "t1n, t2f",
-        "Look",
-    )
-    assert message.startswith("P1: ")
+@pytest.mark.parametrize("inverted", [False, True])
+def test_no_head_is_refused(inverted):
+    data = 100 - speck() if inverted else speck()
+    wanted = "no head was found", "voxels above the background", "t1n, t2f", "Look at the volumes"
+    assert refusal(StudyError, lambda: load(t1n=data, t2f=data), *wanted).startswith("P1: ")
 
 
 def test_a_truncated_file_is_refused(tmp_path):

@@ -139,13 +139,23 @@ def arguments(prepared: Path, run: Path, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, tmp_path_factory) -> Path:
+    """The same run in a process that nobody stops."""
+    run = tmp_path_factory.mktemp("uninterrupted")
+    subprocess.run(arguments(prepared, run, STEPS), check=True, capture_output=True)
+    return run
+
+
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_runs_end_with_the_weights_of_an_uninterrupted_one(prepared, tmp_path, kind):
-    steps, whole, stopped = 30, tmp_path / "whole", tmp_path / "stopped"
+def test_stopped_runs_end_with_the_weights_of_an_uninterrupted_one(prepared, uninterrupted, tmp_path, kind):
+    steps, whole, stopped = STEPS, uninterrupted, tmp_path / "stopped"
     environment = {**os.environ, "CROSSMR_SECONDS_BETWEEN_CHECKPOINTS": "0.2"}
-    subprocess.run(arguments(prepared, whole, steps), check=True, capture_output=True, env=environment)
     log, interruptions = stopped / "metrics.jsonl", 0
-    for lines in (5, 45, 110):  # in the first stage, later, and in the C-UNet
+    for lines in (5, STEPS * 3 + 6):  # in the first stage, and in the C-UNet
         process = subprocess.Popen(
             arguments(prepared, stopped, steps),
             stdout=subprocess.PIPE,
@@ -161,7 +171,7 @@ def test_stopped_runs_end_with_the_weights_of_an_uninterrupted_one(prepared, tmp
         if kind == signal.SIGINT and process.returncode != 0:
             assert process.returncode == 130
             assert b"the same command goes on from there" in errors
-    assert interruptions >= 2
+    assert interruptions >= 1
     subprocess.run(arguments(prepared, stopped, steps), check=True, capture_output=True, env=environment)
     assert same(whole / "model", stopped / "model")
     steps_logged = [(r["stage"], r["step"]) for r in map(json.loads, log.read_text().splitlines())]
@@ -226,7 +236,9 @@ def test_every_guidance_trains(prepared, tmp_path, guidance):
 
 def test_three_dimensions(prepared, tmp_path):
     recipe: Recipe = with_settings(SMALL, {"spatial_dims": "3", "crop": "16,16,16", "representation.patch_size": "8"})
-    model = load_model(train(prepared, tmp_path, recipe=recipe, sources=SOURCES, targets=TARGETS, steps=2))
+    model = load_model(
+        train(prepared, tmp_path, recipe=recipe, sources=SOURCES, targets=TARGETS, steps=2, precision="float32")
+    )
     assert model.config.spatial_dims == 3
     assert model.synthesis.encoder.stem.weight.ndim == 5
 

@@ -147,6 +147,8 @@ def complete(
     for case, reasons in result["not_filled"].items():
         for modality, reason in reasons.items():
             display.say(f"{case}: {modality} not filled: {reason}")
+    if result["whole"]:
+        display.say(f"{len(result['whole'])} cases lack nothing")
     if result["skipped"]:
         display.say(f"{len(result['skipped'])} cases were finished before; --overwrite does them again")
     if any("t1c" in modalities for modalities in result["completed"].values()):

@@ -25,6 +25,7 @@ from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
 
 EXPECTED = ("t1n", "t1c", "t2w", "t2f")
 """A whole study; what of it a model cannot fill is said."""
+FORMAT = "crossmr-completion"
 BATCH = 16
 """Slices synthesised at once."""
 INTENSITY = {
@@ -137,6 +138,7 @@ def complete_study(
                 display_range=(0.0, 1.0),
             )
     manifest = {
+        "format": FORMAT,
         "case": study.case,
         "synthetic": {
             modality: {
@@ -276,23 +278,28 @@ def complete_cohort(
         model = load_model(model, choose_device(device))
     check_settings(model, settings)
     found = find_studies(Path(cohort), mapping)
-    summary: dict[str, Any] = {"completed": {}, "skipped": [], "failed": {}, "not_filled": {}}
-    write_json(out / "manifest.json", {"finished": False})
+    summary: dict[str, Any] = {"completed": {}, "whole": [], "skipped": [], "failed": {}, "not_filled": {}}
+    if (out / "manifest.json").exists() and read_json(out / "manifest.json", OutputError).get("format") != FORMAT:
+        raise OutputError(f"{out} holds a manifest.json that is not of a completed cohort; name another folder.")
+    write_json(out / "manifest.json", {"format": FORMAT, "finished": False})
     with display.task("complete", len(found)) as task:
         for files in found:
             try:
-                manifest = _complete_case(files, out / files.case, model, settings, overwrite, display)
-                if manifest is None:
+                manifest, skipped = _complete_case(files, out / files.case, model, settings, overwrite, display)
+                if skipped:
                     summary["skipped"].append(files.case)
-                else:
-                    if manifest["synthetic"]:
-                        summary["completed"][files.case] = list(manifest["synthetic"])
-                    if manifest["not_filled"]:
-                        summary["not_filled"][files.case] = manifest["not_filled"]
+                elif manifest["synthetic"]:
+                    summary["completed"][files.case] = list(manifest["synthetic"])
+                elif not manifest["not_filled"]:
+                    summary["whole"].append(files.case)
+                if manifest["not_filled"]:
+                    summary["not_filled"][files.case] = manifest["not_filled"]
             except CrossmrError as error:
                 summary["failed"][files.case] = str(error)
+            except (OSError, RuntimeError, MemoryError) as error:
+                summary["failed"][files.case] = f"{files.case}: {type(error).__name__}: {error}"
             task.advance(files.case)
-    body = {"finished": True, **summary, "settings": _recorded(model, settings)}
+    body = {"format": FORMAT, "finished": True, **summary, "settings": _recorded(model, settings)}
     write_json(out / "manifest.json", body)
     return body
 
@@ -304,15 +311,24 @@ def _complete_case(
     settings: Settings,
     overwrite: bool,
     display: Display,
-) -> Mapping[str, Any] | None:
-    """Complete one case of a cohort and write it, its manifest last; None if it was finished before."""
+) -> tuple[Mapping[str, Any], bool]:
+    """Complete one case of a cohort and write it, its manifest last; returns that, and if it was finished before."""
     done = folder / "manifest.json"
     if done.exists() and not overwrite:
-        if read_json(done, OutputError).get("settings") != _recorded(model, settings):
-            display.say(f"{files.case}: finished before with other settings and kept; --overwrite replaces it")
-        return None
-    start = time.perf_counter()
-    result = complete_study(load_study(files), model, settings, _hashes(files.images()))
+        manifest = read_json(done, OutputError)
+        if manifest.get("format") != FORMAT:
+            raise OutputError(f"{done} is not crossmr's, so it is not replaced. Name another folder with -o.")
+        changed = [
+            what
+            for what, now in (("settings", _recorded(model, settings)), ("given", _hashes(files.images())))
+            if manifest.get(what) != now
+        ]
+        if changed:
+            what = " and ".join("other settings" if c == "settings" else "other input files" for c in changed)
+            display.say(f"{files.case}: finished before with {what}, and kept; --overwrite does it again")
+        return manifest, True
+    start, given = time.perf_counter(), _hashes(files.images())
+    result = complete_study(load_study(files), model, settings, given)
     earlier = _earlier(folder, files.case, model, result)
     written: list[Path] = []
     try:
@@ -322,7 +338,7 @@ def _complete_case(
             path = folder / f"{files.case}-{modality}.nii.gz"
             write_volume(image, path)
             written.append(path)
-        manifest = {**result.manifest, "seconds": round(time.perf_counter() - start, 3)}
+        manifest = {**result.manifest, "given": given, "seconds": round(time.perf_counter() - start, 3)}
         write_json(done, manifest)
     except BaseException as error:
         for path in written:
@@ -330,7 +346,7 @@ def _complete_case(
         if isinstance(error, OSError):
             raise OutputError(f"{folder} could not be written: {error.strerror or error}.") from error
         raise
-    return manifest
+    return manifest, False
 
 
 def _earlier(folder: Path, case: str, model: CrossConditionedModel, result: Completed) -> list[Path]:
@@ -378,7 +394,7 @@ def _recorded(model: CrossConditionedModel, settings: Settings) -> dict[str, Any
     return {
         "model_sha256": model.record.get("sha256"),
         "sources": list(model.config.sources),
-        "targets": list(settings.targets or model.config.targets),
+        "targets": [t for t in model.config.targets if settings.targets is None or t in settings.targets],
         "guidance": settings.guidance or default_guidance(model),
         "ddim_steps": settings.steps,
         "eta": settings.eta,

@@ -7,7 +7,10 @@ volume  Within the head's bounding box plus 4 voxels (the empty rest would only 
         MAE, NMSE and HaarPSI (axial slices with head) over the whole box, the brain (the head mask where the skull
         is there) and the tumour.
 slice   As CDM, ResViT and SynDiff measure: PSNR, SSIM (2D, Gaussian 1.5) and MAE of each axial slice in [0, 1],
-        averaged over the slices that hold at least a tenth of the head area of the fullest one.
+        averaged over the slices that hold at least a tenth of the head area of the fullest one and in which the
+        target was acquired at all.
+
+The head mask is found on all of a study's volumes, the hidden one included; it places the box and scales the sources.
 """
 
 import csv
@@ -114,12 +117,13 @@ def evaluate(
             try:
                 subject = read()
                 predictions = predict_all(model, subject, arms, settings)
-                rows += measure(model, subject, predictions)
-                if pseudonym(subject.patient) in trained_on:
-                    seen.append(name)
+                measured = measure(model, subject, predictions)
                 if pictures < PICTURES:
                     _draw(out / "pictures" / f"{name}.png", model, subject, predictions)
                     pictures += 1
+                rows += measured
+                if pseudonym(subject.patient) in trained_on:
+                    seen.append(name)
             except CrossmrError as error:
                 failed[name] = str(error)
             task.advance(name)
@@ -221,6 +225,7 @@ def measure(model: CrossConditionedModel, subject: Subject, predictions: Mapping
         if target not in subject.volumes:
             continue
         truth = torch.from_numpy(subject.volumes[target])
+        acquired = [z for z in slices if truth[z].max() > 0]
         for name, volumes in predictions.items():
             prediction = torch.from_numpy(np.ascontiguousarray(volumes[index]))
             common = {"case": subject.name, "target": target, "predictor": name}
@@ -234,7 +239,7 @@ def measure(model: CrossConditionedModel, subject: Subject, predictions: Mapping
                     **common,
                     "protocol": "slice",
                     "region": "slices",
-                    **_slice_scores(prediction[slices], truth[slices]),
+                    **_slice_scores(prediction[acquired], truth[acquired]),
                 }
             )
     return rows

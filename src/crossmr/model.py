@@ -55,12 +55,10 @@ class ModelConfig:
     """Stage 3."""
 
     def __post_init__(self) -> None:
-        both = set(self.sources) & set(self.targets)
-        if not self.sources or not self.targets or both:
+        named = (*self.sources, *self.targets)
+        if not self.sources or not self.targets or len(set(named)) < len(named):
             sources, targets = ", ".join(self.sources) or "none", ", ".join(self.targets) or "none"
-            raise ConfigError(
-                f"sources are {sources}, targets {targets}; wanted at least one of each and none in both."
-            )
+            raise ConfigError(f"sources are {sources}, targets {targets}; wanted at least one of each and none twice.")
         if self.spatial_dims not in (2, 3) or len(self.window) != self.spatial_dims:
             raise ConfigError(
                 f"spatial_dims is {self.spatial_dims} and the crop {self.window}; wanted 2 or 3, and as many sides."

@@ -97,7 +97,7 @@ class Recipe:
 
 
 PAPER = Recipe()
-"""The published form and sizes (arXiv 2409.08500), sampled guidance included."""
+"""The published form and sizes (arXiv 2409.08500), guided by samples drawn without the patient."""
 
 _FAST = FitConfig(epochs=20, batch_size=8, learning_rate=1e-3, ema_decay=0.99)
 TINY = replace(

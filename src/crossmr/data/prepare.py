@@ -76,17 +76,19 @@ def assign_parts(patients: Sequence[str], split: Split) -> dict[str, str]:
     A patient's place on the hash line never changes, so a cohort that grows moves nobody from test to train,
     but for the few patients needed to leave no wanted part empty in a small cohort.
     """
-    place = {p: int(digest(f"{split.seed}:{p}".encode())[:13], 16) / 16**13 for p in set(patients)}
+    place = {
+        p: int(digest(f"{split.seed}:{p}".encode(errors="surrogatepass"))[:13], 16) / 16**13 for p in set(patients)
+    }
     parts = {
         p: "train" if x < split.train else "val" if x < split.train + split.val else "test" for p, x in place.items()
     }
     order = sorted(place, key=lambda p: place[p])
     wanted = [part for part, share in zip(PARTS, (split.train, split.val, split.test), strict=True) if share > 0]
+    wanted = wanted[: len(order)]
     for part in wanted:
-        if part in parts.values() or len(order) < len(wanted):
-            continue
-        spare = [p for p in order if list(parts.values()).count(parts[p]) > 1]
-        parts[spare[0] if part == "train" else spare[-1]] = part
+        if part not in parts.values():
+            spare = [p for p in order if parts[p] not in wanted or list(parts.values()).count(parts[p]) > 1]
+            parts[spare[0] if part == "train" else spare[-1]] = part
     return {p: parts[p] for p in order}
 
 

@@ -1,0 +1,709 @@
+"""Completion: what is missing is filled on the exact grid, the same whatever the batch, the order or the cohort."""
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import image, make_head
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from torch import nn
+
+from crossmr import completion, files
+from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete, complete_cohort
+from crossmr.data.study import load_study
+from crossmr.display import Display
+from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
+from crossmr.model import CrossConditionedModel, ModelConfig, load_model, save_model
+from crossmr.stages.distribution import DistributionConfig
+from crossmr.stages.representation import RepresentationConfig
+from crossmr.stages.synthesis import SynthesisConfig
+
+SHAPE = (26, 28, 22)
+FORM = {"channels": 4, "multipliers": (1, 2)}
+SETTINGS = Settings(steps=3, precision="float32")
+FAST = {"steps": 3, "precision": "float32", "device": "cpu"}
+TURN = nib.eulerangles.euler2mat(0.2, -0.15, 0.1)
+
+
+def save_untrained(folder, *, seed=0, training=None, **changes):
+    """A model folder whose every layer is random, so that guidance matters, with outputs around 0.5."""
+    settings = {"sources": ("t1n", "t2w"), "targets": ("t1c", "t2f"), "window": (16, 16), "guidance": "sample"}
+    settings |= changes
+    conditional = settings.pop("conditional", True)
+    config = ModelConfig(
+        representation=RepresentationConfig(**FORM, patch_size=4),
+        distribution=DistributionConfig(width=16, blocks=1, conditional=conditional),
+        synthesis=SynthesisConfig(**FORM),
+        **settings,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CrossConditionedModel(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+            model.synthesis.decoder.out.weight.mul_(0.2)
+            model.synthesis.decoder.out.bias.fill_(0.5)
+    save_model(folder, model, training or {})
+    return folder
+
+
+def write_images(folder, case, modalities, *, seed=0, air=True, shape=SHAPE, change=lambda image: image):
+    """FOLDER/CASE/CASE-{modality}.nii.gz of tiny heads."""
+    (folder / case).mkdir(parents=True, exist_ok=True)
+    for modality in modalities:
+        head = image(make_head(modality, seed=seed, air=air, shape=shape))
+        nib.save(change(head), folder / case / f"{case}-{modality}.nii.gz")
+    return folder / case
+
+
+def stored_as(codes, turn=None):
+    """A change for `write_images`: the same head, its axes stored otherwise, perhaps oblique."""
+
+    def change(head):
+        affine = head.affine.copy()
+        if turn is not None:
+            affine[:3, :3] = turn @ affine[:3, :3]
+        affine[:3, 3] = (-71.3, 42.7, 13.1)
+        turned = nib.Nifti1Image(np.asarray(head.dataobj), affine)
+        turned = turned.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(codes)))
+        turned.header.set_xyzt_units("mm", "sec")
+        turned.set_sform(turned.affine, code=4)
+        turned.set_qform(turned.affine, code=1)
+        return turned
+
+    return change
+
+
+def voxels(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tree(folder):
+    """Every file under a folder and its content."""
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Listener(Display):
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+class Copy(nn.Module):
+    """Stands in for the C-UNet: every target is the first source."""
+
+    def __init__(self, targets=2):
+        super().__init__()
+        self.targets = targets
+
+    def forward(self, sources, y_0=None):
+        return sources[:, :1].repeat_interleave(self.targets, dim=1)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_untrained(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return load_model(model_folder)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Five patients: two to fill, one without a source, one broken, one whole."""
+    folder = tmp_path_factory.mktemp("cohort")
+    write_images(folder, "Ann", ("t1n", "t2w"), seed=1)
+    write_images(folder, "Bob", ("t1n", "t1c", "t2w"), seed=2)
+    write_images(folder, "Cem", ("t1n",), seed=3)
+    write_images(folder, "Dan", ("t1n", "t2w"), seed=4)
+    nib.save(image(make_head("t2w", shape=(24, 28, 22))), folder / "Dan" / "Dan-t2w.nii.gz")
+    write_images(folder, "Eve", ("t1n", "t1c", "t2w", "t2f"), seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def completed(cohort, model, tmp_path_factory):
+    """The cohort, completed once: the folder and what was returned."""
+    out = tmp_path_factory.mktemp("completed")
+    return out, complete_cohort(cohort, out, model, settings=SETTINGS)
+
+
+@pytest.fixture
+def small(cohort, tmp_path):
+    """A cohort of one patient with two gaps."""
+    shutil.copytree(cohort / "Ann", tmp_path / "small" / "Ann")
+    return tmp_path / "small"
+
+
+# What is filled
+
+
+def test_fills_exactly_what_is_missing(model, tmp_path):
+    study = write_images(tmp_path, "P", ("t1n", "t1c", "t2w"))
+    result = complete(study, model, **FAST)
+    assert list(result.images) == ["t2f"]
+    assert result.manifest["acquired"] == ["t1n", "t1c", "t2w"]
+    assert result.manifest["not_filled"] == {}
+    data = np.asarray(result.images["t2f"].dataobj)
+    assert data.dtype == np.float32
+    assert data.min() >= 0
+    assert data.max() <= 1
+    inside = data[(data > 0) & (data < 1)]
+    assert inside.size > data.size / 2  # a result that is clipped everywhere would make these tests empty
+    assert inside.std() > 0.01
+
+
+def test_header_says_synthetic_and_how_to_show_it(model, tmp_path):
+    result = complete(write_images(tmp_path, "P", ("t1n", "t2w")), model, **FAST)
+    for modality, made in result.images.items():
+        assert bytes(made.header["descrip"].item()).startswith(f"SYNTHETIC {modality} by crossmr".encode())
+        assert (float(made.header["cal_min"]), float(made.header["cal_max"])) == (0, 1)
+        assert made.header.get_data_dtype() == np.float32
+        assert struct.unpack("<ff", made.to_bytes()[112:120]) == (1, 0)  # scl_slope and scl_inter, as written
+
+
+def test_description_fits_the_header_whatever_the_sources_are_called(tmp_path):
+    sources = ("t1n", "susceptibilityweighted", "apparentdiffusioncoefficient", "protondensityweighted")
+    folder = save_untrained(tmp_path / "model", sources=sources, guidance="none")
+    heads = {name: image(make_head("t1n", seed=k, shape=SHAPE)) for k, name in enumerate(sources)}
+    made = complete(heads, folder, **FAST).images["t2f"]
+    assert len(made.header["descrip"].item()) == 79
+
+
+def test_python_takes_a_folder_paths_and_images_alike_and_writes_nothing(model_folder, tmp_path, monkeypatch):
+    study = write_images(tmp_path / "cohort", "P", ("t1n", "t2w"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = tree(tmp_path)
+    paths = {m: study / f"P-{m}.nii.gz" for m in ("t2w", "t1n")}
+    ways = [
+        complete(study, model_folder, **FAST),
+        complete(str(study), str(model_folder), **FAST),
+        complete(paths, model_folder, case="P", **FAST),
+        complete({m: str(path) for m, path in paths.items()}, model_folder, case="P", **FAST),
+        complete({m: nib.load(path) for m, path in paths.items()}, model_folder, case="P", **FAST),
+        complete({"T1": paths["t1n"], "T2": paths["t2w"]}, model_folder, case="P", **FAST),
+    ]
+    assert tree(tmp_path) == before
+    first = {m: made.to_bytes() for m, made in ways[0].images.items()}
+    assert set(first) == {"t1c", "t2f"}
+    for way in ways[1:]:
+        assert {m: made.to_bytes() for m, made in way.images.items()} == first
+    hashes = {m: {"file": path.name, "sha256": sha256(path)} for m, path in paths.items()}
+    assert [way.manifest["inputs"] for way in ways] == [hashes, hashes, hashes, hashes, {}, hashes]
+
+
+def test_python_refuses_what_it_cannot_tell_apart(model, tmp_path):
+    head = image(make_head(shape=SHAPE))
+    with pytest.raises(NamingError, match="t1n twice"):
+        complete({"T1": head, "t1n": head}, model, **FAST)
+    with pytest.raises(ConfigError, match="'T3' is no modality"):
+        complete({"T3": head}, model, **FAST)
+    for case in "PQ":
+        write_images(tmp_path, case, ("t1n", "t2w"))
+    with pytest.raises(NamingError, match="holds 2 studies"):
+        complete(tmp_path, model, **FAST)
+    with pytest.raises(StudyError, match="no acquired volume"):
+        complete({}, model, **FAST)
+    with pytest.raises(ModelError, match="is no model"):
+        complete(tmp_path / "P", tmp_path, **FAST)
+
+
+def test_only_wanted_targets_are_filled(model, tmp_path):
+    study = write_images(tmp_path, "P", ("t1n", "t2w"))
+    every = complete(study, model, **FAST)
+    one = complete(study, model, targets=["t2f"], **FAST)
+    assert list(every.images) == ["t1c", "t2f"]
+    assert list(one.images) == ["t2f"]
+    assert one.manifest["not_filled"] == {}
+    assert one.images["t2f"].to_bytes() == every.images["t2f"].to_bytes()
+    assert one.manifest["settings"]["targets"] == ["t2f"]
+
+
+def test_says_why_a_gap_cannot_be_filled(model, tmp_path):
+    result = complete(write_images(tmp_path, "P", ("t1n", "t2f")), model, **FAST)
+    assert result.images == {}
+    assert result.manifest["not_filled"] == {
+        "t1c": "the model needs t1n, t2w, and t2w is missing",
+        "t2w": "the model was trained for t1c, t2f only",
+    }
+    assert result.manifest["synthetic"] == {}
+
+
+@pytest.mark.parametrize("target", ["t2w", "pdw"])
+def test_a_target_the_model_does_not_know_is_refused_before_anything_runs(model, cohort, tmp_path, target):
+    with pytest.raises(ConfigError, match=f"cannot synthesise {target}; it was trained for t1c, t2f"):
+        complete(cohort / "Ann", model, targets=[target], **FAST)
+    with pytest.raises(ConfigError, match=f"cannot synthesise {target}"):
+        complete_cohort(cohort, tmp_path / "out", model, settings=Settings(targets=("t1c", target)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_make_no_sense_are_refused(cohort, tmp_path):
+    with pytest.raises(ConfigError, match="--guidance is 'oracle'"):
+        Settings(guidance="oracle")
+    told_nothing = load_model(save_untrained(tmp_path / "model", guidance="unconditional", conditional=False))
+    with pytest.raises(ConfigError, match="knows no condition"):
+        complete(cohort / "Ann", told_nothing, guidance="sample", **FAST)
+    with pytest.raises(ConfigError, match="0 sampling steps"):
+        complete(cohort / "Ann", told_nothing, steps=0)
+    assert complete(cohort / "Ann", told_nothing, **FAST).manifest["settings"]["guidance"] == "unconditional"
+
+
+@pytest.mark.parametrize(
+    ("trained", "conditional", "default"),
+    [
+        ("sample", True, "sample"),
+        ("unconditional", True, "unconditional"),
+        ("truth", True, "sample"),
+        ("truth", False, "unconditional"),
+        ("none", False, "none"),
+    ],
+)
+def test_guidance_is_as_the_model_was_trained(tmp_path, trained, conditional, default):
+    folder = save_untrained(tmp_path, guidance=trained, conditional=conditional)
+    assert completion.default_guidance(load_model(folder)) == default
+
+
+def test_synthetic_volumes_are_no_inputs(model, tmp_path):
+    study = write_images(tmp_path / "a", "P", ("t1n", "t2w"))
+    plain = complete(study, model, **FAST)
+    nib.save(plain.images["t2f"], study / "P-t2f.nii.gz")
+    again = complete(study, model, **FAST)
+    assert set(again.images) == {"t1c", "t2f"}
+    assert again.manifest["acquired"] == ["t1n", "t2w"]
+    assert set(again.manifest["inputs"]) == {"t1n", "t2w"}
+    assert again.manifest["notes"] == ["t2f is itself synthetic, so it was not used as an input."]
+    assert {m: i.to_bytes() for m, i in again.images.items()} == {m: i.to_bytes() for m, i in plain.images.items()}
+    source = nib.load(study / "P-t2w.nii.gz")
+    source.header["descrip"] = b"SYNTHETIC t2w by somebody"
+    refused = complete({"t1n": study / "P-t1n.nii.gz", "t2w": source}, model, **FAST)
+    assert refused.images == {}
+    assert "t2w is missing" in refused.manifest["not_filled"]["t2f"]
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "ASR", "PIL"])
+@pytest.mark.parametrize("turn", [None, TURN], ids=["straight", "oblique"])
+def test_output_lies_on_the_reference_grid_bit_for_bit(model, tmp_path, codes, turn):
+    upright = complete(write_images(tmp_path / "ras", "P", ("t1n", "t2w")), model, **FAST)
+    study = write_images(tmp_path / "as", "P", ("t1n", "t2w"), change=stored_as(codes, turn))
+    second = nib.load(study / "P-t2w.nii.gz")  # says the same place otherwise: the first volume is the reference
+    other = nib.Nifti1Image(np.asarray(second.dataobj), second.affine)
+    other.set_qform(None, code=0)
+    nib.save(other, study / "P-t2w.nii.gz")
+    complete_cohort(tmp_path / "as", tmp_path / "out", model, settings=SETTINGS)
+    reference = nib.load(study / "P-t1n.nii.gz")
+    if turn is None:
+        assert "".join(nib.aff2axcodes(reference.affine)) == codes
+    else:
+        assert np.count_nonzero(reference.affine[:3, :3]) == 9
+    for modality in ("t1c", "t2f"):
+        made = nib.load(tmp_path / "out" / "P" / f"P-{modality}.nii.gz")
+        assert made.shape == reference.shape
+        assert made.affine.tobytes() == reference.affine.tobytes()
+        fields = ["dim", "pixdim", "xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z"]
+        fields += ["qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"]
+        for name in fields:
+            assert made.header[name].tobytes() == reference.header[name].tobytes(), name
+        assert (int(made.header["sform_code"]), int(made.header["qform_code"])) == (4, 1)
+        back = made.as_reoriented(io_orientation(made.affine))  # the same head, whichever way it is stored
+        np.testing.assert_array_equal(np.asarray(back.dataobj), np.asarray(upright.images[modality].dataobj))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_skull_stripped_input_gives_zero_outside_the_mask(model, tmp_path, dims):
+    if dims == 3:
+        model = save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 16, 16))
+    study = write_images(tmp_path, "P", ("t1n", "t2w"), air=False)
+    inside = voxels(study / "P-t1n.nii.gz") != 0
+    assert 0.05 < inside.mean() < 0.5
+    for made in complete(study, model, **FAST).images.values():
+        data = np.asarray(made.dataobj)
+        assert not data[~inside].any()
+        assert (data[inside] > 0).mean() > 0.9
+
+
+def test_unmasked_input_is_filled_around_the_head_and_empty_slices_stay_zero(model, tmp_path):
+    shape = (26, 28, 40)
+    study = write_images(tmp_path, "P", ("t1n", "t2w"), shape=shape)
+    mask = load_study({m: study / f"P-{m}.nii.gz" for m in ("t1n", "t2w")}).mask.transpose(2, 1, 0)
+    headless = ~mask.any((0, 1))
+    assert 10 <= headless.sum() < 30
+    data = np.asarray(complete(study, model, **FAST).images["t2f"].dataobj)
+    assert not data[:, :, headless].any()
+    assert (data[:, :, ~headless] > 0).mean() > 0.9
+
+
+@pytest.mark.parametrize("shape", [(27, 31, 23), (26, 29, 22), (25, 28, 21)])
+@pytest.mark.parametrize("window", [None, (16, 16, 16), (40, 40, 40)], ids=["2D", "3D-smaller", "3D-larger"])
+def test_padding_and_windows_move_no_voxel(tmp_path, shape, window):
+    """With a network that copies its first source, the result is that source, normalised."""
+    dims = {} if window is None else {"spatial_dims": 3, "window": window}
+    model = load_model(save_untrained(tmp_path / "model", guidance="none", **dims))
+    model.synthesis = Copy()
+    study = write_images(tmp_path, "P", ("t1n", "t2w"), shape=shape, air=False)
+    loaded = load_study({m: study / f"P-{m}.nii.gz" for m in ("t1n", "t2w")})
+    for made in complete(study, model, **FAST).images.values():
+        expected = loaded.normalised("t1n").transpose(2, 1, 0)
+        assert expected.max() == 1
+        np.testing.assert_allclose(np.asarray(made.dataobj), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [(16, 16, 16), (28, 32, 24)], ids=["smaller", "larger"])
+def test_3d_model_completes_volumes_larger_and_smaller_than_its_window(tmp_path, window):
+    folder = save_untrained(tmp_path / "model", spatial_dims=3, window=window)
+    study = write_images(tmp_path, "P", ("t1n", "t2w"), shape=(27, 31, 23))
+    result = complete(study, folder, **FAST)
+    for made in result.images.values():
+        data = np.asarray(made.dataobj)
+        assert data.shape == (27, 31, 23)
+        assert 0 <= data.min() <= data.max() <= 1
+        assert ((data > 0) & (data < 1)).mean() > 0.5
+    other = complete(study, folder, seed=1, **FAST)
+    for modality, made in result.images.items():
+        assert np.abs(np.asarray(other.images[modality].dataobj) - np.asarray(made.dataobj)).max() > 1e-4
+
+
+def test_a_volume_that_fits_the_3d_window_is_one_pass_of_the_network(tmp_path):
+    model = load_model(save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 20, 24), guidance="none"))
+    sources = torch.rand(2, 13, 17, 18, generator=torch.Generator().manual_seed(0))
+    result = completion.synthesise(model, sources, [1] * 13, "P", SETTINGS)
+    padded = torch.zeros(1, 2, 16, 20, 24)
+    padded[0, :, 2:15, 2:19, 3:21] = sources
+    expected = model.synthesis(padded)[0, :, 2:15, 2:19, 3:21].clamp(0, 1)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+
+
+# Randomness
+
+
+@pytest.mark.parametrize("guidance", ["sample", "unconditional", "none"])
+def test_batched_equals_one_slice_at_a_time(model, cohort, monkeypatch, guidance):
+    results = {}
+    for size in (1, 5, 16):
+        monkeypatch.setattr(completion, "BATCH", size)
+        results[size] = complete(cohort / "Ann", model, guidance=guidance, **FAST).images["t2f"].get_fdata()
+    for size in (5, 16):
+        assert np.abs(results[size] - results[1]).max() < 1e-5
+
+
+def test_a_case_is_the_same_in_any_order_and_any_cohort(model, cohort, completed, monkeypatch, tmp_path):
+    out, _ = completed
+    found = completion.find_studies(cohort)
+    monkeypatch.setattr(completion, "find_studies", lambda *_: found[::-1])
+    complete_cohort(cohort, tmp_path / "reversed", model, settings=SETTINGS)
+    monkeypatch.undo()
+    write_images(tmp_path / "other", "Aaa", ("t1n", "t2w"), seed=9)
+    shutil.copytree(cohort / "Bob", tmp_path / "other" / "Bob")
+    complete_cohort(tmp_path / "other", tmp_path / "elsewhere", model, settings=SETTINGS)
+    torch.manual_seed(12345)
+    np.random.default_rng()
+    alone = complete(cohort / "Bob", model, **FAST)
+    expected = voxels(out / "Bob" / "Bob-t2f.nii.gz")
+    for place in ("reversed", "elsewhere"):
+        np.testing.assert_array_equal(voxels(tmp_path / place / "Bob" / "Bob-t2f.nii.gz"), expected)
+    np.testing.assert_array_equal(np.asarray(alone.images["t2f"].dataobj), expected)
+    # the order changes no byte of any other volume either
+    volumes = [path.relative_to(out) for path in out.rglob("*.nii.gz")]
+    assert len(volumes) == 3
+    for path in volumes:
+        assert (tmp_path / "reversed" / path).read_bytes() == (out / path).read_bytes()
+
+
+def test_seed_and_case_name_decide_the_sample(model, cohort):
+    def data(**options):
+        case = {m: cohort / "Ann" / f"Ann-{m}.nii.gz" for m in ("t1n", "t2w")}
+        return complete(case, model, **{**FAST, **options}).images["t2f"].get_fdata()
+
+    for guidance in ("sample", "unconditional"):
+        first = data(guidance=guidance)
+        assert np.array_equal(data(guidance=guidance), first)
+        for other in (data(guidance=guidance, seed=1), data(guidance=guidance, case="another")):
+            assert np.abs(other - first).max() > 1e-3
+    unguided = data(guidance="none")
+    assert np.array_equal(data(guidance="none", seed=1, case="another"), unguided)
+    samples = [data(guidance=guidance) for guidance in ("sample", "unconditional")]
+    for a, b in ((samples[0], unguided), (samples[1], unguided), (samples[0], samples[1])):
+        assert np.abs(a - b).max() > 1e-3
+
+
+# Cohorts
+
+
+def test_one_bad_patient_is_reported_and_the_others_finish(completed):
+    out, result = completed
+    assert result["finished"] is True
+    assert result["completed"] == {"Ann": ["t1c", "t2f"], "Bob": ["t2f"]}
+    assert set(result["not_filled"]) == {"Cem"}
+    assert set(result["not_filled"]["Cem"]) == {"t1c", "t2w", "t2f"}
+    assert set(result["failed"]) == {"Dan"}
+    assert re.search("Dan.*t2w is 24×28×22.*t1n is 26×28×22", result["failed"]["Dan"])
+    assert result["skipped"] == []
+    assert json.loads((out / "manifest.json").read_text()) == result
+    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    volumes = {"Ann/Ann-t1c.nii.gz", "Ann/Ann-t2f.nii.gz", "Bob/Bob-t2f.nii.gz"}
+    manifests = {"manifest.json", *(f"{case}/manifest.json" for case in ("Ann", "Bob", "Cem", "Eve"))}
+    assert written == volumes | manifests
+
+
+def test_manifest_tells_everything(cohort, completed, model_folder):
+    out, _ = completed
+    manifest = json.loads((out / "Ann" / "manifest.json").read_text())
+    paths = {m: cohort / "Ann" / f"Ann-{m}.nii.gz" for m in ("t1n", "t2w")}
+    assert manifest["case"] == "Ann"
+    assert manifest["inputs"] == {m: {"file": path.name, "sha256": sha256(path)} for m, path in paths.items()}
+    assert manifest["acquired"] == ["t1n", "t2w"]
+    assert set(manifest["synthetic"]) == {"t1c", "t2f"}
+    for modality, entry in manifest["synthetic"].items():
+        assert (out / "Ann" / entry["file"]).exists()
+        assert entry["from"] == ["t1n", "t2w"]
+        assert DISCLAIMER in entry["warnings"]
+        assert (ENHANCEMENT in entry["warnings"]) == (modality == "t1c")
+    study = load_study(paths)
+    for modality in paths:
+        low, high = (manifest["normalisation"][modality][key] for key in ("low", "high"))
+        assert (low, high) == (study.normalisation[modality].low, study.normalisation[modality].high)
+    assert manifest["settings"] == {
+        "model_sha256": sha256_of_model(model_folder),
+        "sources": ["t1n", "t2w"],
+        "targets": ["t1c", "t2f"],
+        "guidance": "sample",
+        "ddim_steps": 3,
+        "eta": 1.0,
+        "seed": 0,
+        "device": "cpu",
+        "precision": "float32",
+    }
+    assert set(manifest["versions"]) == {"crossmr", "torch", "monai", "nibabel"}
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert manifest["intensity"]["range"] == [0, 1]
+    assert manifest["seconds"] >= 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", manifest["created"])
+
+
+def sha256_of_model(folder):
+    """The hash that config.json carries of itself."""
+    return json.loads((folder / "config.json").read_text())["sha256"]
+
+
+def test_an_unsaved_model_claims_no_hash(model_folder, cohort):
+    unsaved = load_model(model_folder)
+    unsaved.record = {}
+    assert complete(cohort / "Ann", unsaved, **FAST).manifest["settings"]["model_sha256"] is None
+
+
+def test_finished_cases_are_skipped_and_overwrite_redoes_them(model, small, tmp_path):
+    out = tmp_path / "out"
+    complete_cohort(small, out, model, settings=SETTINGS)
+    before = {path: path.stat().st_mtime_ns for path in (out / "Ann").iterdir()}
+    assert len(before) == 3
+    listener = Listener()
+    again = complete_cohort(small, out, model, settings=SETTINGS, display=listener)
+    assert again["skipped"] == ["Ann"]
+    assert again["completed"] == {}
+    assert {path: path.stat().st_mtime_ns for path in (out / "Ann").iterdir()} == before
+    assert not any("other settings" in line for line in listener.said)
+    first = {path: path.read_bytes() for path in before if path.suffix == ".gz"}
+    redone = complete_cohort(small, out, model, settings=SETTINGS, overwrite=True)
+    assert redone["completed"] == {"Ann": ["t1c", "t2f"]}
+    assert redone["skipped"] == []
+    assert all(path.stat().st_mtime_ns > before[path] for path in before)
+    assert {path: path.read_bytes() for path in first} == first
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"guidance": "none"}, {"targets": ("t1c",)}, {"steps": 4}])
+def test_other_settings_are_noticed_and_said(model, small, tmp_path, change):
+    complete_cohort(small, tmp_path / "out", model, settings=SETTINGS)
+    before = tree(tmp_path / "out" / "Ann")
+    listener = Listener()
+    other = Settings(**{"steps": 3, "precision": "float32", **change})
+    result = complete_cohort(small, tmp_path / "out", model, settings=other, display=listener)
+    assert result["skipped"] == ["Ann"]
+    assert [line for line in listener.said if "Ann: finished before with other settings" in line]
+    assert tree(tmp_path / "out" / "Ann") == before
+
+
+def test_overwriting_leaves_nothing_that_the_new_manifest_does_not_name(model, small, tmp_path):
+    out = tmp_path / "out"
+    complete_cohort(small, out, model, settings=SETTINGS)
+    fewer = Settings(targets=("t1c",), steps=3, precision="float32")
+    complete_cohort(small, out, model, settings=fewer, overwrite=True)
+    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t1c.nii.gz", "manifest.json"}
+    # a scan that has been acquired in the meantime closes its gap
+    nib.save(image(make_head("t1c", shape=SHAPE)), small / "Ann" / "Ann-t1c.nii.gz")
+    complete_cohort(small, out, model, settings=SETTINGS, overwrite=True)
+    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t2f.nii.gz", "manifest.json"}
+
+
+@pytest.mark.parametrize("failing", ["second volume", "manifest"])
+@pytest.mark.parametrize("again", [False, True], ids=["first-time", "overwriting"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OutputError("disk full")])
+def test_a_write_that_fails_leaves_no_volume_without_manifest(
+    model, small, tmp_path, monkeypatch, failing, again, error
+):
+    out = tmp_path / "out"
+    if again:
+        complete_cohort(small, out, model, settings=SETTINGS)
+    break_writing(monkeypatch, failing, error)
+    result = complete_cohort(small, out, model, settings=SETTINGS, overwrite=again)
+    assert set(result["failed"]) == {"Ann"}
+    assert re.search("could not be written: No space left|disk full", result["failed"]["Ann"])
+    assert result["completed"] == {}
+    assert list((out / "Ann").iterdir()) == []
+    monkeypatch.undo()
+    assert complete_cohort(small, out, model, settings=SETTINGS)["completed"] == {"Ann": ["t1c", "t2f"]}
+
+
+@pytest.mark.parametrize("failing", ["second volume", "manifest"])
+def test_ctrl_c_stops_the_cohort_and_leaves_no_volume_without_manifest(model, small, tmp_path, monkeypatch, failing):
+    break_writing(monkeypatch, failing, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        complete_cohort(small, tmp_path / "out", model, settings=SETTINGS)
+    assert list((tmp_path / "out" / "Ann").iterdir()) == []
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["finished"] is False
+
+
+def break_writing(monkeypatch, failing, error):
+    write_volume, write_json = completion.write_volume, completion.write_json
+
+    def volume(made, path):
+        if failing == "second volume" and "t2f" in path.name:
+            raise error
+        write_volume(made, path)
+
+    def manifest(path, data):
+        if failing == "manifest" and path.parent.name == "Ann":
+            raise error
+        write_json(path, data)
+
+    monkeypatch.setattr(completion, "write_volume", volume)
+    monkeypatch.setattr(completion, "write_json", manifest)
+
+
+def test_completing_in_place_adds_to_the_cohort_and_can_be_repeated(model, cohort, tmp_path):
+    place = tmp_path / "cohort"
+    shutil.copytree(cohort, place)
+    shutil.rmtree(place / "Dan")
+    acquired = tree(place)
+    first = complete_cohort(place, place, model, settings=SETTINGS)
+    assert first["completed"] == {"Ann": ["t1c", "t2f"], "Bob": ["t2f"]}
+    assert first["failed"] == {}
+    after = tree(place)
+    assert acquired.items() < after.items()  # every acquired file is as it was
+    second = complete_cohort(place, place, model, settings=SETTINGS)
+    assert second["failed"] == {}
+    assert sorted(second["skipped"]) == ["Ann", "Bob", "Cem", "Eve"]
+    redone = complete_cohort(place, place, model, settings=SETTINGS, overwrite=True)
+    assert redone["failed"] == {}
+    assert redone["completed"] == first["completed"]
+    manifest = json.loads((place / "Ann" / "manifest.json").read_text())
+    assert manifest["acquired"] == ["t1n", "t2w"]
+    assert set(manifest["inputs"]) == {"t1n", "t2w"}
+    assert len(manifest["notes"]) == 2
+    assert {k: v for k, v in tree(place).items() if not k.endswith("manifest.json")} == {
+        k: v for k, v in after.items() if not k.endswith("manifest.json")
+    }
+
+
+def test_an_acquired_scan_is_never_replaced(model, cohort, tmp_path):
+    """A mapping that leaves t1c out makes it a gap, but not a file to write over."""
+    shutil.copytree(cohort / "Bob", tmp_path / "Bob")
+    before = tree(tmp_path)
+    mapping = {"t1n": "*-t1n.nii.gz", "t2w": "*-t2w.nii.gz"}
+    result = complete_cohort(tmp_path, tmp_path, model, settings=SETTINGS, mapping=mapping)
+    assert "Bob-t1c.nii.gz is an acquired scan and is not replaced" in result["failed"]["Bob"]
+    assert {k: v for k, v in tree(tmp_path).items() if k != "manifest.json"} == before
+
+
+def test_a_damaged_manifest_is_reported_and_overwritten_on_request(model, small, tmp_path):
+    out = tmp_path / "out"
+    complete_cohort(small, out, model, settings=SETTINGS)
+    (out / "Ann" / "manifest.json").write_text("{")
+    assert "is damaged" in complete_cohort(small, out, model, settings=SETTINGS)["failed"]["Ann"]
+    redone = complete_cohort(small, out, model, settings=SETTINGS, overwrite=True)
+    assert redone["completed"] == {"Ann": ["t1c", "t2f"]}
+
+
+def test_an_out_that_cannot_be_written_is_an_output_error(model, small, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(OutputError, match="could not be written"):
+            complete_cohort(small, out, model, settings=SETTINGS)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        complete_cohort(small, tmp_path / "out", model, settings=SETTINGS)
+
+
+def test_mapping_and_model_folder_are_passed_on(model_folder, tmp_path):
+    folder = tmp_path / "cohort" / "P"
+    folder.mkdir(parents=True)
+    for modality, name in {"t1n": "MPRAGE", "t2w": "TSE"}.items():
+        nib.save(image(make_head(modality, shape=SHAPE)), folder / f"P_{name}.nii.gz")
+    result = complete_cohort(
+        tmp_path / "cohort",
+        tmp_path / "out",
+        Path(model_folder),
+        settings=SETTINGS,
+        device="cpu",
+        mapping={"t1n": "*_MPRAGE*", "t2w": "*_TSE*"},
+    )
+    assert result["completed"] == {"P": ["t1c", "t2f"]}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NamingError, match=r"no \.nii"):
+        complete_cohort(tmp_path / "empty", tmp_path / "new", model_folder, settings=SETTINGS)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_finished_case_whose_inputs_changed_is_kept_and_said(model, small, tmp_path, capsys):
+    complete_cohort(small, tmp_path / "out", model, settings=SETTINGS)
+    (changed,) = small.rglob("Ann-t1n.nii.gz")
+    image = nib.load(changed)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * 2, image.affine, image.header), changed)
+    again = complete_cohort(small, tmp_path / "out", model, settings=SETTINGS, display=Display())
+    assert again["skipped"] == ["Ann"]
+    assert "Ann: finished before with other input files, and kept; --overwrite" in capsys.readouterr().out
+
+
+def test_somebody_else_s_manifest_is_never_replaced(model, small, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"mine": true}')
+    with pytest.raises(OutputError, match="not of a completed cohort; name another folder"):
+        complete_cohort(small, tmp_path, model, settings=SETTINGS)
+    assert (tmp_path / "manifest.json").read_text() == '{"mine": true}'
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "manifest.json"}
+
+
+def test_a_study_that_lacks_nothing_is_listed_as_whole(model, small, tmp_path):
+    filled = complete_cohort(small, tmp_path / "out", model, settings=SETTINGS)["completed"]["Ann"]
+    folder = next(small.rglob("Ann-t1n.nii.gz")).parent
+    for modality in {"t1n", "t1c", "t2w", "t2f"} - {p.name.split("-")[-1][:3] for p in folder.glob("*.nii.gz")}:
+        shutil.copy(folder / "Ann-t1n.nii.gz", folder / f"Ann-{modality}.nii.gz")
+    again = complete_cohort(small, tmp_path / "out", model, settings=SETTINGS, overwrite=True)
+    assert filled
+    assert again["whole"] == ["Ann"]
+    assert again["completed"] == {}
+    assert not list((tmp_path / "out" / "Ann").glob("*.nii.gz"))

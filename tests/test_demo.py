@@ -1,0 +1,64 @@
+"""The README's first command: everything it promises is there, on a phantom, offline."""
+
+import json
+import socket
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from crossmr.demo import demo
+from crossmr.errors import OutputError
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A demo of a few seconds of training, with the network off."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the demo opened a network connection")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        demo(folder, minutes=0.15)
+    return folder
+
+
+def test_the_hole_is_filled_on_the_study_s_own_grid(out):
+    (case,) = (path.name for path in (out / "incomplete").iterdir())
+    reference = nib.load(out / "incomplete" / case / f"{case}-t1n.nii.gz")
+    for target in ("t1c", "t2f"):
+        assert not (out / "incomplete" / case / f"{case}-{target}.nii.gz").exists()
+        image = nib.load(out / "completed" / case / f"{case}-{target}.nii.gz")
+        assert image.shape == reference.shape
+        np.testing.assert_array_equal(image.affine, reference.affine)
+        data = image.get_fdata()
+        assert 0 <= data.min() < data.max() <= 1
+        assert data.std() > 0.05
+        assert image.header["descrip"].item().startswith(b"SYNTHETIC")
+
+
+def test_the_evaluation_stands_beside_its_baselines(out):
+    summary = json.loads((out / "evaluation" / "metrics.json").read_text())["summary"]
+    predictors = {entry["predictor"] for entry in summary}
+    assert {"crossmr, guidance sample", "unguided twin", "zeros", "mean image", "linear mix"} == predictors
+    brain = {
+        (entry["target"], entry["predictor"]): entry["psnr"]["mean"] for entry in summary if entry["region"] == "brain"
+    }
+    for target in ("t1c", "t2f"):
+        assert brain[target, "crossmr, guidance sample"] > brain[target, "zeros"] + 3
+
+
+def test_the_picture_shows_something(out):
+    picture = np.asarray(Image.open(out / "picture.png"))
+    assert picture.shape[1] > picture.shape[0] > 200
+    assert picture.std() > 20
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is no earlier demo"):
+        demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

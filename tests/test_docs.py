@@ -1,0 +1,64 @@
+"""What the documents say exists: commands, options, files and functions."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from crossmr.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+METHOD = (ROOT / "docs" / "method.md").read_text()
+SOURCE = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+COMMANDS = re.findall(r"^(?:pip install \. && )?(crossmr [^#\n]+)", README, flags=re.MULTILINE)
+
+
+def test_readme_has_its_two_commands():
+    assert "pip install . && crossmr demo -o demo" in README
+    assert 'pip install -e ".[dev]" && pytest' in README
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_parses(command):
+    _, verb, *arguments = shlex.split(command)
+    context = get_command(app).commands[verb].make_context(verb, arguments)
+    assert context.params
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z]+)", README + METHOD))))
+def test_every_option_named_exists(option):
+    options = {o for command in get_command(app).commands.values() for p in command.params for o in p.opts}
+    assert option in options
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)*)`", METHOD))))
+def test_every_function_that_the_method_names_exists(name):
+    last = name.split(".")[-1]
+    known = rf"(def|class) {last}\b|^    {last}:|\"{last}\"|\b{last} ="
+    assert re.search(known, SOURCE, flags=re.MULTILINE) or (ROOT / "src" / "crossmr" / name).exists(), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "benchmarks/README.md"])
+def test_links_and_files_exist(page):
+    path = ROOT / page
+    text = path.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (path.parent / link).exists(), link
+    for script in re.findall(r"`((?:benchmarks/)?[a-z_]+\.py)`", text if "benchmarks" in page else ""):
+        assert (ROOT / "benchmarks" / script.removeprefix("benchmarks/")).exists(), script
+
+
+def test_every_benchmark_is_listed():
+    listed = (ROOT / "benchmarks" / "README.md").read_text()
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert f"`{path.name}`" in listed
+
+
+def test_changelog_knows_this_version_or_is_ahead_of_it():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert f"[{version}]" in changelog or "## [Unreleased]" in changelog

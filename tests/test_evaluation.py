@@ -1,0 +1,566 @@
+"""Evaluation: the numbers are right, hidden targets stay hidden, and nothing that fails is kept quiet."""
+
+import csv
+import json
+import math
+import os
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE, image, make_head
+from PIL import Image
+from rich.console import Console
+from skimage.metrics import structural_similarity
+
+from crossmr import evaluation
+from crossmr.completion import Settings
+from crossmr.data.naming import find_studies
+from crossmr.data.prepare import Split, prepare
+from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
+from crossmr.evaluation import METRICS, TWIN, Subject, evaluate, measure, predict_all, summarise, tables
+from crossmr.model import CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model
+from crossmr.stages.distribution import DistributionConfig
+from crossmr.stages.representation import RepresentationConfig
+from crossmr.stages.synthesis import SynthesisConfig
+from crossmr.trivial import fit_trivial
+
+FORM = {"channels": 4, "multipliers": (1, 2)}
+SETTINGS = Settings(steps=3, precision="float32")
+SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
+WHOLE = (*SOURCES, *TARGETS)
+CASES = ("A1", "B2", "C3", "D4", "E5", "F6")
+LABELLED = ("A1", "B2", "C3")
+OWN, UNGUIDED = "crossmr, guidance sample", "crossmr, guidance none"
+TRIVIAL = ("zeros", "mean image", "linear mix")
+PREDICTORS = {OWN, UNGUIDED, TWIN, *TRIVIAL}
+
+
+def write_case(folder, case, modalities=WHOLE, *, seed=0, air=True, lesion=False):
+    (folder / case).mkdir(parents=True, exist_ok=True)
+    for modality in modalities:
+        head = make_head(modality, seed=seed, air=air)
+        nib.save(image(head), folder / case / f"{case}-{modality}.nii.gz")
+    if lesion:
+        labels = np.zeros(SHAPE, np.uint8)
+        labels[12:16, 14:18, 10:13] = 3
+        nib.save(image(labels), folder / case / f"{case}-seg.nii.gz")
+
+
+def save_untrained(folder, *, trivial=None, twin=True, training=None, **changes):
+    """A model folder whose every layer is random, so that guidance matters, with outputs around 0.5."""
+    settings = {"sources": SOURCES, "targets": TARGETS, "window": (16, 16), "guidance": "sample"} | changes
+    conditional = settings.pop("conditional", True)
+    config = ModelConfig(
+        representation=RepresentationConfig(**FORM, patch_size=4),
+        distribution=DistributionConfig(width=16, blocks=1, conditional=conditional),
+        synthesis=SynthesisConfig(**FORM),
+        **settings,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CrossConditionedModel(config, twin=twin)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+            for network in [model.synthesis] + [model.twin] * twin:
+                network.decoder.out.weight.mul_(0.2)
+                network.decoder.out.bias.fill_(0.5)
+    model.trivial = trivial or {}
+    save_model(folder, model, training or {})
+    return folder
+
+
+def subjects(folder):
+    """Every study of a folder as the evaluation sees it."""
+    return {files.case: evaluation._from_files(files) for files in find_studies(folder)}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Six patients; three have a lesion outlined."""
+    folder = tmp_path_factory.mktemp("cohort")
+    for seed, case in enumerate(CASES):
+        write_case(folder, case, seed=seed, lesion=case in LABELLED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trivial(tmp_path_factory):
+    """The trivial predictors, fitted on two other patients."""
+    folder = tmp_path_factory.mktemp("trivial")
+    for seed in (20, 21):
+        write_case(folder, f"T{seed}", seed=seed)
+    return fit_trivial([lambda s=s: s.volumes for s in subjects(folder).values()], SOURCES, TARGETS)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, trivial):
+    training = {"patients": {"train": [pseudonym("A1"), pseudonym("Z9")], "val": [pseudonym("B2")]}}
+    return save_untrained(tmp_path_factory.mktemp("model"), trivial=trivial, training=training)
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return load_model(model_folder)
+
+
+@pytest.fixture(scope="module")
+def evaluated(cohort, model, tmp_path_factory):
+    """The cohort, measured once: the folder, what was returned and the rows."""
+    out = tmp_path_factory.mktemp("evaluated")
+    body = evaluate(model, cohort, out, guidances=["none"], settings=SETTINGS)
+    return out, body, read_rows(out)
+
+
+@pytest.fixture
+def bare(model_folder):
+    """The model alone, without twin and trivial predictors: one predictor to measure."""
+    model = load_model(model_folder)
+    model.twin, model.trivial = None, {}
+    return model
+
+
+def read_rows(out):
+    with open(out / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: float(value) if key in METRICS else value for key, value in row.items()} for row in rows]
+
+
+def indexed(rows):
+    """Rows by case, target, predictor and region."""
+    return {(r["case"], r["target"], r["predictor"], r["region"]): r for r in rows}
+
+
+def entry(summary, target, predictor, region):
+    (found,) = [e for e in summary if (e["target"], e["predictor"], e["region"]) == (target, predictor, region)]
+    return found
+
+
+# What is measured
+
+
+def test_a_row_for_every_case_target_predictor_and_region(evaluated):
+    _, body, rows = evaluated
+    expected = {
+        (case, target, predictor, region)
+        for case in CASES
+        for target in TARGETS
+        for predictor in PREDICTORS
+        for region in ("volume", "brain", "slices", *(["tumour"] if case in LABELLED else []))
+    }
+    assert len(rows) == len(expected)
+    assert set(indexed(rows)) == expected
+    for row in rows:
+        assert row["protocol"] == ("slice" if row["region"] == "slices" else "volume")
+        assert all(math.isfinite(row[metric]) for metric in METRICS)
+    assert body["cases"] == sorted(CASES)
+    assert body["own"] == OWN
+    assert body["failed"] == {}
+
+
+def test_regions_without_labels_and_targets_that_a_study_lacks_are_absent(bare, tmp_path):
+    write_case(tmp_path / "cohort", "P", ("t1n", "t2w", "t2f"))
+    body = evaluate(bare, tmp_path / "cohort", tmp_path / "out", settings=SETTINGS)
+    assert {(e["target"], e["region"]) for e in body["summary"]} == {
+        ("t2f", "volume"),
+        ("t2f", "brain"),
+        ("t2f", "slices"),
+    }
+
+
+def test_json_is_strict_and_says_what_was_returned(evaluated, model):
+    out, body, _ = evaluated
+
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    assert json.loads((out / "metrics.json").read_text(), parse_constant=refuse) == body
+    assert body["finished"] is True
+    assert body["model_sha256"] == model.record["sha256"]
+    assert body["settings"] == {"seed": 0, "ddim_steps": 3, "eta": 1.0, "device": "cpu", "precision": "float32"}
+    assert "slice" in body["protocol"]
+    assert set(body["versions"]) == {"crossmr", "torch"}
+
+
+def test_cases_trained_on_are_flagged(evaluated):
+    _, body, _ = evaluated
+    assert body["trained_on"] == ["A1"]  # B2 was watched, not trained on
+
+
+def test_pictures_are_written_for_the_first_cases(evaluated, cohort, bare, tmp_path, monkeypatch):
+    out, _, _ = evaluated
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == [f"{case}.png" for case in CASES]
+    with Image.open(out / "pictures" / "A1.png") as picture:
+        assert picture.format == "PNG"
+        # two sources, synthetic, twin, truth and error side by side; a row a target
+        assert picture.width / picture.height == pytest.approx(6 * SHAPE[0] / (2 * SHAPE[1]), rel=0.25)
+        assert np.asarray(picture).std() > 10
+    monkeypatch.setattr(evaluation, "PICTURES", 1)
+    evaluate(bare, cohort, tmp_path, settings=SETTINGS)
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["A1.png"]
+
+
+# Whether the numbers are right
+
+
+@pytest.mark.parametrize("predictor", [OWN, "linear mix"])
+def test_numbers_equal_an_independent_recomputation(evaluated, cohort, model, predictor):
+    _, _, rows = evaluated
+    subject = subjects(cohort)["A1"]
+    predictions = predict_all(model, subject, ["sample", "none"], SETTINGS)
+    assert set(predictions) == PREDICTORS
+    areas = subject.head.sum((1, 2))
+    kept = [z for z, area in enumerate(areas) if area >= 0.1 * areas.max()]
+    assert 0 < len(kept) < len(areas)
+    similar = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    for index, target in enumerate(TARGETS):
+        made = predictions[predictor][index].astype(np.float64)
+        truth = subject.volumes[target].astype(np.float64)
+        low, high = np.percentile(truth, (0, 99.9))
+        a, b = (made - low) / (high - low), (truth - low) / (high - low)
+        _, ssim = structural_similarity(a, b, full=True, **similar)
+        for region, mask in {
+            "volume": np.ones_like(subject.head),
+            "brain": subject.head,
+            "tumour": subject.tumour,
+        }.items():
+            error = (a - b)[mask]
+            row = indexed(rows)["A1", target, predictor, region]
+            assert row["psnr"] == pytest.approx(-10 * np.log10(np.mean(error**2)), abs=1e-3)
+            assert row["ssim"] == pytest.approx(ssim[mask].mean(), abs=1e-4)
+            assert row["mae"] == pytest.approx(np.abs(error).mean(), rel=1e-4)
+            assert row["nmse"] == pytest.approx(np.sum(error**2) / np.sum(b[mask] ** 2), rel=1e-4)
+        row = indexed(rows)["A1", target, predictor, "slices"]
+        error = made[kept] - truth[kept]
+        planes = [structural_similarity(made[z], truth[z], full=True, **similar)[1].mean() for z in kept]
+        assert row["psnr"] == pytest.approx(np.mean(-10 * np.log10((error**2).mean((1, 2)))), abs=1e-3)
+        assert row["ssim"] == pytest.approx(np.mean(planes), abs=1e-4)
+        assert row["mae"] == pytest.approx(np.mean(np.abs(error)), rel=1e-4)
+
+
+def test_near_empty_slices_do_not_count_in_the_slice_protocol(bare):
+    rng = np.random.default_rng(0)
+    head = np.zeros((12, 20, 20), bool)
+    head[2:10, 3:17, 3:17] = True
+    head[10, 9:12, 9:12] = True  # 9 of 196 voxels: less than a tenth
+    truth = np.where(head, rng.uniform(0.2, 1, head.shape), 0).astype(np.float32)
+    volumes = dict.fromkeys(TARGETS, truth)
+    subject = Subject("P", "P", volumes, head, np.zeros_like(head), False)
+    noisy = truth + rng.normal(0, 0.1, truth.shape).astype(np.float32)
+
+    def slices(*spoiled):
+        made = noisy.copy()
+        made[list(spoiled)] = 1
+        rows = indexed(measure(bare, subject, {"it": [made, made]}))
+        return {region: [rows["P", "t2f", "it", region][m] for m in METRICS] for region in ("slices", "volume")}
+
+    assert slices(0, 1, 10, 11)["slices"] == slices()["slices"]
+    assert slices(0, 1, 10, 11)["volume"] != slices()["volume"]
+    assert slices(9)["slices"] != slices()["slices"]
+
+
+def test_slices_that_the_target_does_not_reach_do_not_count_in_the_slice_protocol(bare):
+    head = np.zeros((12, 20, 20), bool)
+    head[2:10, 3:17, 3:17] = True
+    truth = np.where(head, np.float32(0.5), np.float32(0))
+    truth[5, 9, 9] = 1
+    truth[8:] = 0
+    subject = Subject("P", "P", {"t2f": truth}, head, np.zeros_like(head), False)
+    made = truth + np.float32(0.1)
+    made[8:] = 1  # where nothing was acquired
+    scores = indexed(measure(bare, subject, {"it": [made, made]}))["P", "t2f", "it", "slices"]
+    assert scores["psnr"] == pytest.approx(20, abs=1e-3)
+    assert scores["mae"] == pytest.approx(0.1, abs=1e-5)
+    assert math.isfinite(scores["nmse"])
+
+
+def test_predictions_are_never_rescaled(bare, cohort):
+    subject = subjects(cohort)["A1"]
+    half = {"half": [subject.volumes[t] * np.float32(0.5) for t in TARGETS]}
+    scores = indexed(measure(bare, subject, half))["A1", "t2f", "half", "brain"]
+    assert scores["nmse"] == pytest.approx(0.25, abs=0.01)
+    assert scores["ssim"] < 0.9
+
+
+def test_a_perfect_predictor_is_perfect_and_beats_the_trivial_ones(cohort, model, tmp_path, monkeypatch):
+    truths = {case: subject.volumes for case, subject in subjects(cohort).items()}
+
+    def oracle(model, sources, head, case, settings, *, network="synthesis"):
+        whole = torch.from_numpy(np.stack([truths[case][t] for t in TARGETS]))
+        return whole if network == "synthesis" else whole * 0.9
+
+    monkeypatch.setattr(evaluation, "synthesise", oracle)
+    summary = evaluate(model, cohort, tmp_path, settings=SETTINGS)["summary"]
+    rows = indexed(read_rows(tmp_path))
+    for case in CASES:
+        for region in ("volume", "brain", "slices"):
+            row = rows[case, "t1c", OWN, region]
+            assert row["ssim"] == pytest.approx(1, abs=1e-5)
+            assert row["haarpsi"] == pytest.approx(1, abs=1e-4)
+            assert row["mae"] == row["nmse"] == 0
+            assert row["psnr"] == math.inf
+    for target in TARGETS:
+        best = entry(summary, target, OWN, "brain")
+        assert best["psnr"]["mean"] is None  # infinite, which JSON cannot say
+        for predictor in (TWIN, *TRIVIAL):
+            other = entry(summary, target, predictor, "brain")
+            assert best["mae"]["mean"] < other["mae"]["low"]
+            assert best["ssim"]["mean"] > other["ssim"]["high"]
+            assert other["ssim"]["p_against_first"] == pytest.approx(2 / 2**6)  # the least that six pairs can give
+    assert [len(t.rows) for t in tables(summary)] == [5, 5]
+
+
+# Hidden targets
+
+
+def test_hidden_targets_are_never_inputs(bare, model, cohort, tmp_path, monkeypatch):
+    """Other truth inside the same skull-stripped head: other scores, the very same predictions."""
+    for name in ("as it is", "changed"):
+        write_case(tmp_path / name, "P", air=False, lesion=True)
+    for target in TARGETS:
+        path = tmp_path / "changed" / "P" / f"P-{target}.nii.gz"
+        head = np.array(nib.load(path).get_fdata(dtype=np.float32))
+        head[head != 0] = np.random.default_rng(1).uniform(10, 100, np.count_nonzero(head))
+        nib.save(image(head), path)
+    seen = []
+    synthesise = evaluation.synthesise
+
+    def spy(model, sources, *rest, **more):
+        seen.append(sources.clone())
+        return synthesise(model, sources, *rest, **more)
+
+    monkeypatch.setattr(evaluation, "synthesise", spy)
+    results = []
+    for name in ("as it is", "changed"):
+        subject = subjects(tmp_path / name)["P"]
+        predictions = predict_all(model, subject, ["sample", "unconditional", "none"], SETTINGS)
+        results.append((subject, predictions, indexed(measure(model, subject, predictions))))
+    (subject, first, scores), (_, second, others) = results
+    assert set(first) == {*PREDICTORS, "crossmr, guidance unconditional"}
+    for name, volumes in first.items():
+        for a, b in zip(volumes, second[name], strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert scores["P", "t2f", name, "brain"]["mae"] != others["P", "t2f", name, "brain"]["mae"]
+    expected = torch.from_numpy(np.stack([subject.volumes[source] for source in SOURCES]))
+    assert len(seen) == 8
+    assert all(torch.equal(sources, expected) for sources in seen)
+
+
+def test_arms_differ_and_each_is_its_own_guidance(model, cohort):
+    subject = subjects(cohort)["A1"]
+    arms = predict_all(model, subject, ["sample", "unconditional", "none"], SETTINGS)
+    names = [f"crossmr, guidance {g}" for g in ("sample", "unconditional", "none")] + [TWIN]
+    for k, name in enumerate(names):
+        for other in names[k + 1 :]:
+            assert np.abs(arms[name][0] - arms[other][0]).max() > 1e-3
+    assert all(not volume.any() for volume in arms["zeros"])
+    other = predict_all(model, subject, ["none"], Settings(guidance="sample", seed=7, steps=3, precision="float32"))
+    assert list(other) == [UNGUIDED, TWIN, *TRIVIAL]
+    np.testing.assert_array_equal(other[UNGUIDED][0], arms[UNGUIDED][0])
+
+
+def test_skull_stripped_predictions_are_zero_outside_the_head(model, tmp_path):
+    write_case(tmp_path, "P", air=False)
+    subject = subjects(tmp_path)["P"]
+    assert subject.masked_background
+    for volumes in predict_all(model, subject, ["sample"], SETTINGS).values():
+        assert all(not volume[~subject.head].any() for volume in volumes)
+
+
+def test_a_synthetic_volume_is_no_truth(bare, tmp_path):
+    write_case(tmp_path, "P", ("t1n", "t2w"))
+    fake = image(make_head("t2f"), description="SYNTHETIC t2f by crossmr")
+    nib.save(fake, tmp_path / "P" / "P-t2f.nii.gz")
+    with pytest.raises(StudyError, match="P: cannot be measured: it has none of t1c, t2f"):
+        evaluate(bare, tmp_path, tmp_path / "out", settings=SETTINGS)
+
+
+# Statistics
+
+
+def test_summary_has_mean_interval_and_paired_test_against_the_own_arm(evaluated):
+    _, body, rows = evaluated
+    assert {(e["target"], e["predictor"], e["region"]) for e in body["summary"]} == {
+        (target, predictor, region)
+        for target in TARGETS
+        for predictor in PREDICTORS
+        for region in ("volume", "brain", "tumour", "slices")
+    }
+    for e in body["summary"]:
+        assert e["cases"] == (3 if e["region"] == "tumour" else 6)
+        for metric in METRICS:
+            values = [
+                r[metric]
+                for r in rows
+                if (r["target"], r["predictor"], r["region"]) == (e["target"], e["predictor"], e["region"])
+            ]
+            assert e[metric]["mean"] == pytest.approx(np.mean(values))
+            assert e[metric]["low"] <= e[metric]["mean"] <= e[metric]["high"]
+            assert min(values) <= e[metric]["low"]
+            assert e[metric]["high"] <= max(values)
+            assert ("p_against_first" in e[metric]) == (e["predictor"] != OWN)
+            assert 0 < e[metric].get("p_against_first", 1) <= 1
+    assert entry(body["summary"], "t2f", "zeros", "brain")["mae"]["p_against_first"] == pytest.approx(2 / 2**6)
+
+
+def row(case, predictor, region="brain", **scores):
+    common = {"case": case, "target": "t2f", "predictor": predictor, "protocol": "volume", "region": region}
+    return {**common, **dict.fromkeys(METRICS, 0.5), **scores}
+
+
+def test_the_paired_test_pairs_by_case_and_skips_what_the_own_arm_lacks():
+    mine = {f"P{k}": k / 10 for k in range(8)}
+    rows = [row(case, "own", mae=value) for case, value in mine.items()]
+    better = [row(case, "other", mae=value + 0.01) for case, value in reversed(mine.items())]
+    lonely = row("alone", "other", mae=100.0)
+    summary = summarise([*rows, *better, lonely])
+    own, other = summary
+    assert "p_against_first" not in own["mae"]
+    assert other["cases"] == 9
+    assert other["mae"]["p_against_first"] == pytest.approx(2 / 2**8)  # unpaired, they could not be told apart
+    assert other["ssim"]["p_against_first"] == 1
+
+
+def test_scores_that_do_not_exist_are_null_and_left_out_of_the_mean():
+    rows = [row("A", "own", psnr=math.inf, nmse=math.nan, mae=math.nan), row("B", "own", nmse=math.nan, mae=0.25)]
+    (summary,) = summarise(rows)
+    assert summary["psnr"] == {"mean": None, "low": 0.5, "high": None}
+    assert summary["nmse"] == {"mean": None, "low": None, "high": None}
+    assert summary["mae"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    json.dumps(summary, allow_nan=False)
+
+
+def test_the_csv_holds_names_that_are_no_unicode():
+    text = evaluation._csv([row("caf\udce9, left", "own")]).decode(errors="surrogatepass")
+    (line,) = csv.DictReader(text.splitlines())
+    assert line["case"] == "caf\udce9, left"
+    assert line["ssim"] == "0.5"
+
+
+def test_tables_render(evaluated):
+    _, body, _ = evaluated
+    shown = tables(body["summary"])
+    assert len(shown) == 2
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    with console.file:
+        for table in shown:
+            console.print(table)
+    text = console.export_text()
+    assert all(name in text for name in (*PREDICTORS, *TARGETS, "PSNR, brain", "SSIM, tumour", "6 cases"))
+    psnr = entry(body["summary"], "t2f", OWN, "brain")["psnr"]
+    assert f"{psnr['mean']:.2f}" in text
+    assert f"{psnr['low']:.2f}–{psnr['high']:.2f}" in text
+    assert "nan" not in text
+    assert "None" not in text
+
+
+def test_a_table_shows_zero_as_zero_and_what_is_unknown_as_a_dash():
+    rows = [row("A", "own", ssim=0.0, haarpsi=math.nan, psnr=math.inf), row("B", "own", ssim=0.0, haarpsi=math.nan)]
+    (table,) = tables(summarise(rows))
+    cells = {column.header: next(iter(column.cells)) for column in table.columns}
+    assert cells["SSIM, brain"] == "0.000\n0.000–0.000"
+    assert cells["HaarPSI, brain"] == cells["PSNR, brain"] == cells["SSIM, tumour"] == "–"
+
+
+# Sets, cohorts and failures
+
+
+def test_set_and_cohort_agree(bare, cohort, tmp_path):
+    prepare(cohort, tmp_path / "set", split=Split(0.5, 0.0, 0.5, seed=0))
+    body = evaluate(bare, tmp_path / "set", tmp_path / "by set", settings=SETTINGS)
+    evaluate(bare, cohort, tmp_path / "by cohort", settings=SETTINGS)
+    of_set, of_cohort = indexed(read_rows(tmp_path / "by set")), indexed(read_rows(tmp_path / "by cohort"))
+    parts = json.loads((tmp_path / "set" / "manifest.json").read_text())["split"]
+    assert body["cases"] == parts["test"]
+    assert 0 < len(body["cases"]) < len(CASES)
+    assert {key[0] for key in of_set} == set(body["cases"])
+    assert set(of_set) == {key for key in of_cohort if key[0] in body["cases"]}
+    for key, scores in of_set.items():
+        for metric in METRICS:  # float16 has 11 bits
+            tolerance = 0.01 if metric == "psnr" else 1e-3
+            assert scores[metric] == pytest.approx(of_cohort[key][metric], rel=2e-3, abs=tolerance), (key, metric)
+    train = evaluate(bare, tmp_path / "set", tmp_path / "by train", part="train", settings=SETTINGS)
+    assert train["cases"] == parts["train"]
+    with pytest.raises(StudyError, match="the 'val' part is empty"):
+        evaluate(bare, tmp_path / "set", tmp_path / "by val", part="val", settings=SETTINGS)
+    with pytest.raises(ConfigError, match="'tset' is no part"):
+        evaluate(bare, tmp_path / "set", tmp_path / "by typo", part="tset", settings=SETTINGS)
+
+
+def test_failing_cases_are_listed_and_the_others_go_on(bare, cohort, tmp_path):
+    mixed = tmp_path / "cohort"
+    shutil.copytree(cohort / "B2", mixed / "B2")
+    shutil.copytree(cohort / "D4", mixed / "D4")
+    write_case(mixed, "A sourceless", ("t1n", "t2f"))
+    write_case(mixed, "C broken")
+    nib.save(image(make_head("t2w", shape=(26, 32, 24))), mixed / "C broken" / "C broken-t2w.nii.gz")
+    write_case(mixed, "E targetless", SOURCES)
+    body = evaluate(bare, mixed, tmp_path / "out", settings=SETTINGS)
+    assert body["cases"] == ["B2", "D4"]
+    assert set(body["failed"]) == {"A sourceless", "C broken", "E targetless"}
+    assert "it lacks t2w" in body["failed"]["A sourceless"]
+    assert "t2w is 26×32×24" in body["failed"]["C broken"]
+    assert "it has none of t1c, t2f" in body["failed"]["E targetless"]
+    assert {r["case"] for r in read_rows(tmp_path / "out")} == {"B2", "D4"}
+    alone = evaluate(bare, cohort, tmp_path / "alone", settings=SETTINGS)
+    assert alone["failed"] == {}
+    everyone = indexed(read_rows(tmp_path / "alone"))
+    assert all(everyone[key] == scores for key, scores in indexed(read_rows(tmp_path / "out")).items())
+
+
+def test_nothing_measurable_is_an_error_and_no_finished_result(bare, tmp_path):
+    write_case(tmp_path / "cohort", "P", SOURCES)
+    with pytest.raises(StudyError, match=r"No study of .*cohort could be measured: P: .*none of t1c, t2f"):
+        evaluate(bare, tmp_path / "cohort", tmp_path / "out", settings=SETTINGS)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"finished": False}
+    assert not (tmp_path / "out" / "metrics.csv").exists()
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(bare, cohort, tmp_path):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    with pytest.raises(NamingError, match=r"no \.nii"):
+        evaluate(bare, tmp_path / "empty", out, settings=SETTINGS)
+    with pytest.raises(ModelError, match="is no model"):
+        evaluate(tmp_path / "empty", cohort, out, settings=SETTINGS)
+    told_nothing = load_model(save_untrained(tmp_path / "model", guidance="none", conditional=False, twin=False))
+    with pytest.raises(ConfigError, match="knows no condition"):
+        evaluate(told_nothing, cohort, out, guidances=["sample"], settings=SETTINGS)
+    assert not out.exists()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="could not be written"):
+        evaluate(bare, cohort, tmp_path / "file", settings=SETTINGS)
+
+
+def test_own_arm_comes_first_whatever_is_measured_beside_it(model_folder, tmp_path):
+    write_case(tmp_path / "cohort", "P", lesion=True)
+    body = evaluate(
+        str(model_folder),
+        str(tmp_path / "cohort"),
+        str(tmp_path / "out"),
+        guidances=["unconditional", "none", "unconditional"],
+        settings=Settings(guidance="none", steps=3, precision="float32"),
+        device="cpu",
+    )
+    assert body["own"] == UNGUIDED
+    names = list(dict.fromkeys(e["predictor"] for e in body["summary"]))
+    assert names == [UNGUIDED, "crossmr, guidance unconditional", TWIN, *TRIVIAL]
+
+
+def test_a_mapping_is_passed_on(bare, tmp_path):
+    for modality, name in {"t1n": "MPRAGE", "t2w": "TSE", "t2f": "TIRM"}.items():
+        (tmp_path / "cohort").mkdir(exist_ok=True)
+        nib.save(image(make_head(modality)), tmp_path / "cohort" / f"P_{name}.nii.gz")
+    mapping = {"t1n": "*_MPRAGE*", "t2w": "*_TSE*", "t2f": "*_TIRM*"}
+    body = evaluate(bare, tmp_path / "cohort", tmp_path / "out", mapping=mapping, settings=SETTINGS)
+    assert body["cases"] == ["P"]
+
+
+def test_a_3d_model_is_measured_too(tmp_path):
+    write_case(tmp_path / "cohort", "P")
+    folder = save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 16, 16), guidance="none", twin=False)
+    body = evaluate(folder, tmp_path / "cohort", tmp_path / "out", settings=SETTINGS, device="cpu")
+    assert entry(body["summary"], "t2f", UNGUIDED, "brain")["cases"] == 1
