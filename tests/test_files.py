@@ -162,3 +162,11 @@ def test_digest_never_changes():
     """What is on people's disks was hashed this way; another form would make all of it 'damaged'."""
     want = hashlib.sha256('{"a": "é", "b": [1, 0.1, null]}'.encode()).hexdigest()
     assert digest({"b": [1, 0.1, None], "a": "é"}) == want
+
+
+def test_a_line_is_appended_or_the_reason_is_told(tmp_path):
+    files.append_line(tmp_path / "log", "one")
+    files.append_line(tmp_path / "log", "two")
+    assert (tmp_path / "log").read_text() == "one\ntwo\n"
+    with pytest.raises(OutputError, match="could not be written: No such file or directory"):
+        files.append_line(tmp_path / "gone" / "log", "three")

@@ -23,21 +23,24 @@ class Task:
 
     def __init__(self, display: "Display", name: str, total: int, done: int, bar: Progress | None):
         self._display, self._name, self._total, self._done, self._bar = display, name, total, done, bar
-        self._identity = bar.add_task(name, total=total, completed=done, note="") if bar else None
+        self._identity = bar.add_task(name, total=total, completed=done, note="", speed="") if bar else None
+        self._note = ""
         self._start, self._first, self._last_line = time.monotonic(), done, time.monotonic()
 
     def advance(self, note: str = "") -> None:
-        """Count one more step done."""
+        """Count one more step done; without a note, the last one stays."""
         self._done += 1
-        if self._bar is not None and self._identity is not None:
-            self._bar.update(self._identity, completed=self._done, note=note)
-            return
+        self._note = note or self._note
         now = time.monotonic()
-        if now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self._total:
+        pace = (now - self._start) / max(1, self._done - self._first)
+        speed = f"{1 / pace:.2f}/s" if pace > 0 else ""
+        if self._bar is not None and self._identity is not None:
+            self._bar.update(self._identity, completed=self._done, note=self._note, speed=speed)
+        elif now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self._total:
             self._last_line = now
-            pace = (now - self._start) / max(1, self._done - self._first)
             left = f"{pace * (self._total - self._done):.0f} s left"
-            self._display.say(f"{self._name}: {self._done}/{self._total}  {note}  {left}")
+            parts = (f"{self._name}: {self._done}/{self._total}", self._note, speed, left)
+            self._display.say("  ".join(part for part in parts if part))
 
 
 class Display:
@@ -67,6 +70,7 @@ class Display:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}", markup=False),
+            TextColumn("{task.fields[speed]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),

@@ -26,7 +26,7 @@ from crossmr.checkpoint import load_checkpoint, save_checkpoint
 from crossmr.data.dataset import seeded
 from crossmr.display import Display
 from crossmr.errors import Interrupted, ModelError
-from crossmr.files import write_atomically
+from crossmr.files import append_line, write_atomically
 from crossmr.recipes import FitConfig
 
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("CROSSMR_SECONDS_BETWEEN_CHECKPOINTS", 60))
@@ -135,8 +135,7 @@ def fit(loop: Loop, network: nn.Module, job: Job, config: FitConfig, steps: int)
                 record = {"stage": job.name, "step": done, **record, **job.validate(averaged, picture)}
                 marked = time.monotonic()
             if record:
-                with log.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                append_line(log, json.dumps(record))
                 note = " ".join(f"{k} {v:.4g}" for k, v in record.items() if k == "loss" or k.startswith("val_"))
             task.advance(note if record else "")
             if last or stopping.is_set() or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
