@@ -62,7 +62,7 @@ def main() -> None:
     result = evaluate(
         model, out / "set", out / "evaluation", guidances=("unconditional", "sample", "none"), display=display
     )
-    display.print_tables(tables(result["summary"]))
+    display.print_tables(tables(result["summary"], intervals=display.wide))
     completed = complete_cohort(
         options.data / "lgg_incomplete", out / "completed", model, settings=Settings(), display=display
     )

@@ -71,7 +71,7 @@ def main() -> None:
         display=display,
     )
     result = evaluate(model, out / "set", out / "evaluation", display=display)
-    display.print_tables(tables(result["summary"]))
+    display.print_tables(tables(result["summary"], intervals=display.wide))
     held_out = [
         c for c, v in manifest["cases"].items() if v["part"] == "test" and (options.data / "brats" / c).exists()
     ]

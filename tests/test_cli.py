@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from crossmr.cli import main
 from crossmr.data.prepare import Split, prepare
@@ -73,7 +74,10 @@ def model(tmp_path_factory) -> Path:
         distribution=DistributionConfig(width=16, blocks=1),
         synthesis=SynthesisConfig(channels=4, multipliers=(1, 2)),
     )
-    save_model(folder, CrossConditionedModel(config), {})
+    torch.manual_seed(0)
+    model = CrossConditionedModel(config)
+    torch.nn.init.constant_(model.synthesis.decoder.out.bias, 0.5)  # within [0, 1], where nothing is clipped away
+    save_model(folder, model, {})
     return folder
 
 
@@ -299,7 +303,7 @@ def test_prepare_evaluate_and_mapping(tmp_path, model):
     assert "3 studies of 3 patients (train 1, val 1, test 1)" in result.stdout
     result = crossmr("evaluate", model, tmp_path / "set", "-o", tmp_path / "evaluation", "--guidance", "none")
     assert result.returncode == 0, result.stderr
-    assert "crossmr, guidance unconditional" in result.stdout
+    assert "guided: unconditional" in result.stdout
     assert (tmp_path / "evaluation" / "metrics.csv").exists()
 
 

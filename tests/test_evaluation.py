@@ -33,7 +33,7 @@ SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 WHOLE = (*SOURCES, *TARGETS)
 CASES = ("A1", "B2", "C3", "D4", "E5", "F6")
 LABELLED = ("A1", "B2", "C3")
-OWN, UNGUIDED = "crossmr, guidance sample", "crossmr, guidance none"
+OWN, UNGUIDED = "guided: sample", "guided: none"
 TRIVIAL = ("zeros", "mean image", "linear mix")
 PREDICTORS = {OWN, UNGUIDED, TWIN, *TRIVIAL}
 
@@ -339,7 +339,7 @@ def test_hidden_targets_are_never_inputs(bare, model, cohort, tmp_path, monkeypa
         predictions = predict_all(model, subject, ["sample", "unconditional", "none"], SETTINGS)
         results.append((subject, predictions, indexed(measure(model, subject, predictions))))
     (subject, first, scores), (_, second, others) = results
-    assert set(first) == {*PREDICTORS, "crossmr, guidance unconditional"}
+    assert set(first) == {*PREDICTORS, "guided: unconditional"}
     for name, volumes in first.items():
         for a, b in zip(volumes, second[name], strict=True):
             np.testing.assert_array_equal(a, b)
@@ -352,7 +352,7 @@ def test_hidden_targets_are_never_inputs(bare, model, cohort, tmp_path, monkeypa
 def test_arms_differ_and_each_is_its_own_guidance(model, cohort):
     subject = subjects(cohort)["A1"]
     arms = predict_all(model, subject, ["sample", "unconditional", "none"], SETTINGS)
-    names = [f"crossmr, guidance {g}" for g in ("sample", "unconditional", "none")] + [TWIN]
+    names = [f"guided: {g}" for g in ("sample", "unconditional", "none")] + [TWIN]
     for k, name in enumerate(names):
         for other in names[k + 1 :]:
             assert np.abs(arms[name][0] - arms[other][0]).max() > 1e-3
@@ -449,7 +449,7 @@ def test_tables_render(evaluated):
         for table in shown:
             console.print(table)
     text = console.export_text()
-    assert all(name in text for name in (*PREDICTORS, *TARGETS, "PSNR, brain", "SSIM, tumour", "6 cases"))
+    assert all(name in text for name in (*PREDICTORS, *TARGETS, "PSNR", "HaarPSI", "tumour", "over 6 cases"))
     psnr = entry(body["summary"], "t2f", OWN, "brain")["psnr"]
     assert f"{psnr['mean']:.2f}" in text
     assert f"{psnr['low']:.2f}–{psnr['high']:.2f}" in text
@@ -547,7 +547,7 @@ def test_own_arm_comes_first_whatever_is_measured_beside_it(model_folder, tmp_pa
     )
     assert body["own"] == UNGUIDED
     names = list(dict.fromkeys(e["predictor"] for e in body["summary"]))
-    assert names == [UNGUIDED, "crossmr, guidance unconditional", TWIN, *TRIVIAL]
+    assert names == [UNGUIDED, "guided: unconditional", TWIN, *TRIVIAL]
 
 
 def test_a_mapping_is_passed_on(bare, tmp_path):

@@ -189,7 +189,7 @@ def evaluate(
         mapping=_mapping(mapping),
         display=display,
     )
-    display.print_tables(tables(result["summary"]))
+    display.print_tables(tables(result["summary"], intervals=display.wide))
     if result["trained_on"]:
         display.say(f"Warning: the model was trained on {len(result['trained_on'])} of these patients.")
     display.say(f"{len(result['cases'])} cases measured; every number is in {out}")

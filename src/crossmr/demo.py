@@ -81,7 +81,7 @@ def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: D
     )
     display.say("5/5 evaluate on phantoms that training never saw")
     result = evaluate(model, out / "set", out / "evaluation", settings=Settings(seed=seed), display=display)
-    display.print_tables(tables(result["summary"]))
+    display.print_tables(tables(result["summary"], intervals=display.wide))
     _picture(out, case)
     display.say(
         f"done in {time.monotonic() - start:.0f} s: look at {out / 'picture.png'} and {out / 'completed' / case}"

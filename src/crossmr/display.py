@@ -16,6 +16,8 @@ from rich.progress import (
 from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 15.0
+LOG_WIDTH = 132
+"""Columns of what is printed where there is no terminal."""
 
 
 class Task:
@@ -48,16 +50,23 @@ class Display:
 
     def __init__(self, *, quiet: bool = False):
         self.console = Console(quiet=quiet, highlight=False, emoji=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = LOG_WIDTH
         self._quiet = quiet
 
     def say(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, markup=False)
 
+    @property
+    def wide(self) -> bool:
+        """Whether there is room for wide tables."""
+        return self.console.width >= LOG_WIDTH
+
     def print_tables(self, tables: Iterable[Table]) -> None:
-        """Print tables; where there is no terminal, as wide as they need to be."""
+        """Print tables one below the other."""
         for table in tables:
-            self.console.print(table, width=None if self.console.is_terminal else max(140, self.console.width))
+            self.console.print(table)
 
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:

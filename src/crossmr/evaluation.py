@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
@@ -45,16 +46,17 @@ Array = npt.NDArray[np.float32]
 Row = dict[str, Any]
 METRICS = ("psnr", "ssim", "mae", "nmse", "haarpsi")
 TWIN = "unguided twin"
-COLUMNS: tuple[tuple[str, str, int, str], ...] = (
-    ("brain", "psnr", 2, "PSNR, brain"),
-    ("brain", "ssim", 3, "SSIM, brain"),
-    ("brain", "haarpsi", 3, "HaarPSI, brain"),
-    ("tumour", "psnr", 2, "PSNR, tumour"),
-    ("tumour", "ssim", 3, "SSIM, tumour"),
-    ("slices", "psnr", 2, "PSNR, slice"),
-    ("slices", "ssim", 3, "SSIM, slice"),
+HEADINGS = {"psnr": "PSNR", "ssim": "SSIM", "haarpsi": "HaarPSI"}
+COLUMNS = (
+    ("brain", "psnr", 2),
+    ("brain", "ssim", 3),
+    ("brain", "haarpsi", 3),
+    ("tumour", "psnr", 2),
+    ("tumour", "ssim", 3),
+    ("slices", "psnr", 2),
+    ("slices", "ssim", 3),
 )
-"""What the printed tables show: region, metric, digits, heading."""
+"""What the printed tables show: region, metric, digits."""
 PICTURES = 6
 """Cases of which a picture is made."""
 
@@ -154,8 +156,8 @@ def evaluate(
 
 
 def predictor_name(guidance: str) -> str:
-    """How an arm of the model is called in tables."""
-    return f"crossmr, guidance {guidance}"
+    """How an arm of the model is called in tables and files."""
+    return f"guided: {guidance}"
 
 
 def _subjects(data: Path, part: str, mapping: Mapping[str, str] | None) -> Iterator[tuple[str, Callable[[], Subject]]]:
@@ -322,32 +324,32 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def tables(summary: Sequence[Row]) -> list[Table]:
+def tables(summary: Sequence[Row], *, intervals: bool = True) -> list[Table]:
     """The summary as people read it, a table a target: brain and tumour by our protocol, and the slice protocol."""
     entries = {(e["target"], e["predictor"], e["region"]): e for e in summary}
     shown = []
     for target in dict.fromkeys(e["target"] for e in summary):
         cases = max(e["cases"] for e in summary if e["target"] == target)
-        table = Table(title=f"{target}: mean and 95 % interval over {cases} cases", title_justify="left")
+        bounded = intervals and cases > 1
+        what = "mean and 95 % interval" if bounded else "mean"
+        table = Table(title=f"{target}: {what} over {cases} cases", title_justify="left", box=SIMPLE, padding=(0, 1))
         table.add_column("predictor", no_wrap=True)
-        for _, _, _, heading in COLUMNS:
-            table.add_column(heading, justify="right")
+        for region, metric, _ in COLUMNS:
+            table.add_column(f"{HEADINGS[metric]}\n{region}", justify="right", no_wrap=True)
         for predictor in dict.fromkeys(e["predictor"] for e in summary if e["target"] == target):
-            cells = (
-                _cell(entries.get((target, predictor, region)), metric, digits) for region, metric, digits, _ in COLUMNS
-            )
+            cells = (_cell(entries.get((target, predictor, r)), m, digits, bounded) for r, m, digits in COLUMNS)
             table.add_row(predictor, *cells)
         shown.append(table)
     return shown
 
 
-def _cell(entry: Row | None, metric: str, digits: int) -> str:
+def _cell(entry: Row | None, metric: str, digits: int, interval: bool) -> str:
     if entry is None or entry[metric]["mean"] is None:
         return "–"
-    value = entry[metric]
-    if value["low"] is None or value["high"] is None:
-        return f"{value['mean']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}\n{value['low']:.{digits}f}–{value['high']:.{digits}f}"
+    mean, low, high = (entry[metric][key] for key in ("mean", "low", "high"))
+    if not interval or low is None or high is None:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f}\n{low:.{digits}f}–{high:.{digits}f}"
 
 
 def _csv(rows: Sequence[Row]) -> bytes:

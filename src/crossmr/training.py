@@ -217,7 +217,9 @@ def _train_stage(run: Run, model: CrossConditionedModel, stage: str, steps: int 
     plan_path = run.loop.folder / "plan.json"
     plan = read_json(plan_path) if plan_path.exists() else {}
     if stage not in plan:
-        if minutes is not None:
+        if minutes is not None and stage == "twin" and "synthesis" in plan:
+            plan[stage] = plan["synthesis"]
+        elif minutes is not None:
             plan[stage] = steps_in(run.loop, model.networks()[stage], job, config, minutes)
         else:
             plan[stage] = steps or max(1, round(config.epochs * job.data.steps_per_epoch))
