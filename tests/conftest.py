@@ -1,5 +1,9 @@
 """Tiny heads, written in a few milliseconds: for tests of the data, where a phantom would be too slow."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin against a neighbour's
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
