@@ -29,7 +29,7 @@ def diffusers_ddim(steps):
         beta_schedule="linear",
         prediction_type="sample",
         clip_sample=False,
-        timestep_spacing="leading",
+        timestep_spacing="trailing",
         steps_offset=0,
         set_alpha_to_one=True,
     )
@@ -95,7 +95,7 @@ def test_noise_is_recovered_from_x_t_and_x_0():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 10, 50, 333, 500, 1000])
-def test_timesteps_are_diffusers_leading(steps):
+def test_timesteps_are_diffusers_trailing(steps):
     ours = ddim_timesteps(1000, steps)
     assert ours == diffusers_ddim(steps).timesteps.tolist()
     assert len(set(ours)) == steps
@@ -194,8 +194,8 @@ def test_eta_0_is_decided_by_the_first_noise():
 
     start = torch.randn(2, 1, 8, generator=seeded())[0]
     alpha_bar = SCHEDULE.alpha_bar()
-    x = ddim_step(start, bounded(start, torch.tensor([500])), alpha_bar[500], alpha_bar[0], 0.0, torch.ones(1, 8))
-    torch.testing.assert_close(sample(0.0), bounded(x, torch.tensor([0])))
+    x = ddim_step(start, bounded(start, torch.tensor([999])), alpha_bar[999], alpha_bar[499], 0.0, torch.ones(1, 8))
+    torch.testing.assert_close(sample(0.0), bounded(x, torch.tensor([499])))
     assert not torch.allclose(sample(0.0), sample(1.0))
 
 
