@@ -60,3 +60,35 @@ def write_study(
     for modality, data in volumes.items():
         nib.save(image(data), folder / case / f"{case}-{modality}.nii.gz")
     return folder / case
+
+
+def save_untrained(folder: Path, *, seed: int = 0, twin: bool = False, trivial=None, training=None, **changes) -> Path:
+    """A model folder whose every layer is random, so that guidance matters, with outputs around 0.5."""
+    import torch
+
+    from crossmr.model import CrossConditionedModel, ModelConfig, save_model
+    from crossmr.stages.distribution import DistributionConfig
+    from crossmr.stages.representation import RepresentationConfig
+    from crossmr.stages.synthesis import SynthesisConfig
+
+    settings = {"sources": ("t1n", "t2w"), "targets": ("t1c", "t2f"), "window": (16, 16), "guidance": "sample"}
+    settings |= changes
+    conditional = settings.pop("conditional", True)
+    config = ModelConfig(
+        representation=RepresentationConfig(channels=4, multipliers=(1, 2), patch_size=4),
+        distribution=DistributionConfig(width=16, blocks=1, conditional=conditional),
+        synthesis=SynthesisConfig(channels=4, multipliers=(1, 2)),
+        **settings,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CrossConditionedModel(config, twin=twin)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+            for network in [model.synthesis] + [model.twin] * twin:
+                network.decoder.out.weight.mul_(0.2)
+                network.decoder.out.bias.fill_(0.5)
+    model.trivial = trivial or {}
+    save_model(folder, model, training or {})
+    return folder

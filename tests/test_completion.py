@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import image, make_head
+from conftest import image, make_head, save_untrained
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch import nn
 
@@ -21,39 +21,12 @@ from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete, comp
 from crossmr.data.study import load_study
 from crossmr.display import Display
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
-from crossmr.model import CrossConditionedModel, ModelConfig, load_model, save_model
-from crossmr.stages.distribution import DistributionConfig
-from crossmr.stages.representation import RepresentationConfig
-from crossmr.stages.synthesis import SynthesisConfig
+from crossmr.model import load_model
 
 SHAPE = (26, 28, 22)
-FORM = {"channels": 4, "multipliers": (1, 2)}
 SETTINGS = Settings(steps=3, precision="float32")
 FAST = {"steps": 3, "precision": "float32", "device": "cpu"}
 TURN = nib.eulerangles.euler2mat(0.2, -0.15, 0.1)
-
-
-def save_untrained(folder, *, seed=0, training=None, **changes):
-    """A model folder whose every layer is random, so that guidance matters, with outputs around 0.5."""
-    settings = {"sources": ("t1n", "t2w"), "targets": ("t1c", "t2f"), "window": (16, 16), "guidance": "sample"}
-    settings |= changes
-    conditional = settings.pop("conditional", True)
-    config = ModelConfig(
-        representation=RepresentationConfig(**FORM, patch_size=4),
-        distribution=DistributionConfig(width=16, blocks=1, conditional=conditional),
-        synthesis=SynthesisConfig(**FORM),
-        **settings,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = CrossConditionedModel(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape))
-            model.synthesis.decoder.out.weight.mul_(0.2)
-            model.synthesis.decoder.out.bias.fill_(0.5)
-    save_model(folder, model, training or {})
-    return folder
 
 
 def write_images(folder, case, modalities, *, seed=0, air=True, shape=SHAPE, change=lambda image: image):

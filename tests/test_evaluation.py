@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, image, make_head
+from conftest import SHAPE, image, make_head, save_untrained
 from PIL import Image
 from rich.console import Console
 from skimage.metrics import structural_similarity
@@ -21,13 +21,9 @@ from crossmr.data.naming import find_studies
 from crossmr.data.prepare import Split, prepare
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
 from crossmr.evaluation import METRICS, TWIN, Subject, evaluate, measure, predict_all, summarise, tables
-from crossmr.model import CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model
-from crossmr.stages.distribution import DistributionConfig
-from crossmr.stages.representation import RepresentationConfig
-from crossmr.stages.synthesis import SynthesisConfig
+from crossmr.model import load_model, pseudonym
 from crossmr.trivial import fit_trivial
 
-FORM = {"channels": 4, "multipliers": (1, 2)}
 SETTINGS = Settings(steps=3, precision="float32")
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 WHOLE = (*SOURCES, *TARGETS)
@@ -47,30 +43,6 @@ def write_case(folder, case, modalities=WHOLE, *, seed=0, air=True, lesion=False
         labels = np.zeros(SHAPE, np.uint8)
         labels[12:16, 14:18, 10:13] = 3
         nib.save(image(labels), folder / case / f"{case}-seg.nii.gz")
-
-
-def save_untrained(folder, *, trivial=None, twin=True, training=None, **changes):
-    """A model folder whose every layer is random, so that guidance matters, with outputs around 0.5."""
-    settings = {"sources": SOURCES, "targets": TARGETS, "window": (16, 16), "guidance": "sample"} | changes
-    conditional = settings.pop("conditional", True)
-    config = ModelConfig(
-        representation=RepresentationConfig(**FORM, patch_size=4),
-        distribution=DistributionConfig(width=16, blocks=1, conditional=conditional),
-        synthesis=SynthesisConfig(**FORM),
-        **settings,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = CrossConditionedModel(config, twin=twin)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape))
-            for network in [model.synthesis] + [model.twin] * twin:
-                network.decoder.out.weight.mul_(0.2)
-                network.decoder.out.bias.fill_(0.5)
-    model.trivial = trivial or {}
-    save_model(folder, model, training or {})
-    return folder
 
 
 def subjects(folder):
@@ -99,7 +71,7 @@ def trivial(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory, trivial):
     training = {"patients": {"train": [pseudonym("A1"), pseudonym("Z9")], "val": [pseudonym("B2")]}}
-    return save_untrained(tmp_path_factory.mktemp("model"), trivial=trivial, training=training)
+    return save_untrained(tmp_path_factory.mktemp("model"), twin=True, trivial=trivial, training=training)
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +498,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(bare, cohort, tm
         evaluate(bare, tmp_path / "empty", out, settings=SETTINGS)
     with pytest.raises(ModelError, match="is no model"):
         evaluate(tmp_path / "empty", cohort, out, settings=SETTINGS)
-    told_nothing = load_model(save_untrained(tmp_path / "model", guidance="none", conditional=False, twin=False))
+    told_nothing = load_model(save_untrained(tmp_path / "model", guidance="none", conditional=False))
     with pytest.raises(ConfigError, match="knows no condition"):
         evaluate(told_nothing, cohort, out, guidances=["sample"], settings=SETTINGS)
     assert not out.exists()
@@ -561,6 +533,6 @@ def test_a_mapping_is_passed_on(bare, tmp_path):
 
 def test_a_3d_model_is_measured_too(tmp_path):
     write_case(tmp_path / "cohort", "P")
-    folder = save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 16, 16), guidance="none", twin=False)
+    folder = save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 16, 16), guidance="none")
     body = evaluate(folder, tmp_path / "cohort", tmp_path / "out", settings=SETTINGS, device="cpu")
     assert entry(body["summary"], "t2f", UNGUIDED, "brain")["cases"] == 1

@@ -89,9 +89,10 @@ def _finite(text: str) -> float:
     return number
 
 
-def digest(content: bytes | Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of bytes or of a JSON object in its canonical form."""
-    if not isinstance(content, bytes):
-        text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        content = text.encode(errors="surrogatepass")
+def digest(content: bytes | str | Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of bytes, of text, or of a JSON object in its canonical form."""
+    if isinstance(content, Mapping):
+        content = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    if isinstance(content, str):
+        content = content.encode(errors="surrogatepass")  # names may be no Unicode
     return hashlib.sha256(content).hexdigest()

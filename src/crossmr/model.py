@@ -134,7 +134,7 @@ class CrossConditionedModel(nn.Module):
 
 def pseudonym(patient: str) -> str:
     """A hash that tells whether a patient was trained on, without naming them in the model."""
-    return digest(f"crossmr patient {patient}".encode(errors="surrogatepass"))[:16]
+    return digest(f"crossmr patient {patient}")[:16]
 
 
 def save_model(folder: Path, model: CrossConditionedModel, training: Mapping[str, Any]) -> None:

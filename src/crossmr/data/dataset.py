@@ -234,5 +234,5 @@ class Batches(Dataset[Batch]):
 
 def seeded(*key: object) -> torch.Generator:
     """A CPU generator whose state is a hash of `key`: the one way in which crossmr seeds anything."""
-    number = int(digest("/".join(map(str, key)).encode(errors="surrogatepass"))[:15], 16)
+    number = int(digest("/".join(map(str, key)))[:15], 16)
     return torch.Generator().manual_seed(number)

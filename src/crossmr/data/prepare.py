@@ -76,9 +76,7 @@ def assign_parts(patients: Sequence[str], split: Split) -> dict[str, str]:
     A patient's place on the hash line never changes, so a cohort that grows moves nobody from test to train,
     but for the few patients needed to leave no wanted part empty in a small cohort.
     """
-    place = {
-        p: int(digest(f"{split.seed}:{p}".encode(errors="surrogatepass"))[:13], 16) / 16**13 for p in set(patients)
-    }
+    place = {p: int(digest(f"{split.seed}:{p}")[:13], 16) / 16**13 for p in set(patients)}
     parts = {
         p: "train" if x < split.train else "val" if x < split.train + split.val else "test" for p, x in place.items()
     }
