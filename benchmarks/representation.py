@@ -48,7 +48,10 @@ def main() -> None:
     for seed in range(options.seeds):
         for decoder in ("skip-free", "u-net"):
             recipe = replace(TINY, guidance="truth", guidance_dropout=0.15)
-            recipe = with_settings(recipe, {"representation.decoder": decoder, "distribution.conditional": "false"})
+            recipe = with_settings(
+                recipe,
+                {"representation.cell": "0", "representation.decoder": decoder, "distribution.conditional": "false"},
+            )
             model = train(
                 out / "set",
                 out / f"{decoder}-{seed}",

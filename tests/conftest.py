@@ -62,8 +62,13 @@ def write_study(
     return folder / case
 
 
-def save_untrained(folder: Path, *, seed: int = 0, twin: bool = False, trivial=None, training=None, **changes) -> Path:
-    """A model folder whose every layer is random, so that guidance matters, with outputs around 0.5."""
+def save_untrained(
+    folder: Path, *, seed: int = 0, twin: bool = False, cell: int = 0, trivial=None, training=None, **changes
+) -> Path:
+    """A model folder whose every layer is random, so that guidance matters, with outputs around 0.5.
+
+    With `cell` (8, say) the representation is a grid of cells, as in the recipe 'standard', and there is a twin.
+    """
     import torch
 
     from crossmr.model import CrossConditionedModel, ModelConfig, save_model
@@ -72,10 +77,14 @@ def save_untrained(folder: Path, *, seed: int = 0, twin: bool = False, trivial=N
     from crossmr.stages.synthesis import SynthesisConfig
 
     settings = {"sources": ("t1n", "t2w"), "targets": ("t1c", "t2f"), "window": (16, 16), "guidance": "sample"}
+    if cell:
+        twin, settings = True, settings | {"window": (2 * cell, 2 * cell), "guidance": "truth"}
     settings |= changes
     conditional = settings.pop("conditional", True)
     config = ModelConfig(
-        representation=RepresentationConfig(channels=4, multipliers=(1, 2), patch_size=4),
+        representation=RepresentationConfig(
+            channels=4, multipliers=(1, 2), patch_size=4, **({"cell": cell, "cell_features": 2} if cell else {})
+        ),
         distribution=DistributionConfig(width=16, blocks=1, conditional=conditional),
         synthesis=SynthesisConfig(channels=4, multipliers=(1, 2)),
         **settings,

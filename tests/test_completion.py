@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -17,7 +18,9 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch import nn
 
 from crossmr import completion, files
+from crossmr.cli import main
 from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete, complete_cohort
+from crossmr.data.dataset import seeded
 from crossmr.data.study import load_study
 from crossmr.display import Display
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
@@ -463,6 +466,7 @@ def test_manifest_tells_everything(cohort, completed, model_folder):
         "targets": ["t1c", "t2f"],
         "guidance": "sample",
         "ddim_steps": 3,
+        "samples": 1,
         "eta": 1.0,
         "seed": 0,
         "device": "cpu",
@@ -680,3 +684,103 @@ def test_a_study_that_lacks_nothing_is_listed_as_whole(model, small, tmp_path):
     assert again["whole"] == ["Ann"]
     assert again["completed"] == {}
     assert not list((tmp_path / "out" / "Ann").glob("*.nii.gz"))
+
+
+# Averages of guided syntheses
+
+
+@pytest.fixture(scope="module")
+def cell_folder(tmp_path_factory):
+    return save_untrained(tmp_path_factory.mktemp("cells"), cell=8)
+
+
+@pytest.fixture(scope="module")
+def cells(cell_folder):
+    return load_model(cell_folder)
+
+
+def volume():
+    """Sources (2, Z, Y, X) of sides that are multiples of the cell, and the head voxels: its first slice has none."""
+    return torch.rand(2, 4, 16, 24, generator=torch.Generator().manual_seed(3)), [0, 9, 9, 9]
+
+
+def synthesised(model, case="Ann", **changes):
+    return completion.synthesise(model, *volume(), case, Settings(**{"steps": 3, "precision": "float32", **changes}))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("guidance", ["sample", "unconditional"])
+def test_cells_give_the_mean_of_guided_and_unguided(cells, samples, guidance):
+    images = volume()[0][:, 1:].transpose(0, 1)
+    with torch.no_grad():
+        unguided = cells.synthesis(images).clamp(0, 1)
+        guided = []
+        for key in [("case", 7, "Ann"), ("case", 7, "Ann", 1), ("case", 7, "Ann", 2)][:samples]:
+            y_0 = cells.guide_cells(unguided, seeded(*key), told=guidance == "sample", steps=3)
+            guided.append(cells.synthesis(images, y_0).clamp(0, 1))
+    want = (unguided + sum(guided) / samples) / 2
+    assert (want - unguided).abs().max() > 3e-3
+    result = synthesised(cells, guidance=guidance, samples=samples, seed=7)
+    torch.testing.assert_close(result[:, 1:], want.transpose(0, 1))
+    assert result[:, 0].abs().max() == 0
+
+
+def test_cells_guide_nothing_unless_asked(cells):
+    assert completion.default_guidance(cells) == "none"
+    assert completion.samples_drawn(cells, Settings()) == 0
+    assert torch.equal(synthesised(cells), synthesised(cells, guidance="none"))
+    assert torch.equal(synthesised(cells, samples=2), synthesised(cells, guidance="sample", samples=2))
+    assert completion.samples_drawn(cells, Settings(guidance="sample")) == 8
+
+
+def test_seed_and_case_name_decide_the_grids(cells):
+    first = synthesised(cells, guidance="sample", samples=2)
+    assert torch.equal(synthesised(cells, guidance="sample", samples=2), first)
+    for change in ({"seed": 1}, {"case": "another"}, {"samples": 1}, {"guidance": "unconditional"}):
+        other = synthesised(cells, **{"guidance": "sample", "samples": 2, **change})
+        assert (other - first).abs().max() > 1e-3, change
+    unguided = synthesised(cells, guidance="none", samples=2)
+    assert torch.equal(synthesised(cells, guidance="none", seed=1, case="another"), unguided)
+    with torch.no_grad():
+        want = cells.synthesis(volume()[0][:, 1:].transpose(0, 1)).clamp(0, 1)
+    torch.testing.assert_close(unguided[:, 1:], want.transpose(0, 1))
+
+
+def test_slices_of_a_batch_share_their_grids_with_slices_alone(cells, monkeypatch):
+    whole = synthesised(cells, guidance="sample", samples=2)
+    monkeypatch.setattr(completion, "BATCH", 1)
+    torch.testing.assert_close(synthesised(cells, guidance="sample", samples=2), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pooled_model_averages_its_guided_syntheses(model):
+    several, one = (synthesised(model, guidance="sample", samples=k) for k in (3, 1))
+    assert torch.equal(synthesised(model, guidance="sample"), one)
+    images = volume()[0][:, 1:].transpose(0, 1)
+    with torch.no_grad():
+        pooled = model.pool_sources(images)
+        keys = [("case", 0, "Ann"), ("case", 0, "Ann", 1), ("case", 0, "Ann", 2)]
+        y_0 = model.guide(pooled, [seeded(*key) for key in keys], steps=3)
+        guided = [model.synthesis(images, row.expand(3, -1)).clamp(0, 1) for row in y_0]
+    torch.testing.assert_close(one[:, 1:], guided[0].transpose(0, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(several[:, 1:], (sum(guided) / 3).transpose(0, 1), atol=1e-5, rtol=1e-5)
+    assert (several - one).abs().max() > 1e-3
+
+
+def test_samples_are_recorded(cells, model, small, tmp_path):
+    for number, (one, samples, said) in enumerate([(cells, None, 8), (cells, 2, 2), (model, None, 1), (model, 3, 3)]):
+        settings = Settings(guidance="sample", steps=1, samples=samples, precision="float32")
+        complete_cohort(small, tmp_path / str(number), one, settings=settings)
+        manifest = json.loads((tmp_path / str(number) / "Ann" / "manifest.json").read_text())
+        assert manifest["settings"]["samples"] == said
+    with pytest.raises(ConfigError, match="--samples is -1"):
+        complete(small / "Ann", model, samples=-1, **FAST)
+
+
+def test_no_samples_at_all_are_refused_in_one_line(model_folder, small, tmp_path, monkeypatch, capsys):
+    said = ["complete", small, "-o", tmp_path / "out", "--model", model_folder, "--samples", 0]
+    monkeypatch.setattr(sys, "argv", ["crossmr", *map(str, said)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines() == ["crossmr: --samples is 0; wanted at least 1."]
+    assert not (tmp_path / "out").exists()

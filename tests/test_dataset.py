@@ -412,3 +412,18 @@ def test_seeds_are_independent():
     assert torch.equal(torch.get_rng_state(), state)
     others = [seeded("case", 0, "P2"), seeded("case", 1, "P1"), seeded("batch", 0, "P1"), seeded("case", 0)]
     assert not any(torch.equal(torch.rand(4, generator=other), first) for other in others)
+
+
+def test_a_black_slice_is_one_that_was_not_acquired(tmp_path):
+    """Of three slices, the middle one lies beyond t1c's field of view."""
+    images = np.broadcast_to(np.array([0.2, 0.4, 0.6])[:, None, None, None], (3, 3, 4, 4)).copy()
+    images[1, 1] = 0
+    case = made(tmp_path, "P", images)
+    batches = Batches([case], MODALITIES, size=(4, 4), batch_size=6, seed=0)
+    for batch in (batches[0], batches.fixed(3)):
+        for image, present in zip(batch.images, batch.present, strict=True):
+            middle = abs(float(image[0, 0, 0]) - 0.4) < 1e-3
+            assert present.tolist() == [1, float(not middle), 1]
+    assert sorted(batches[0].present[:, 1].tolist()) == [0, 0, 1, 1, 1, 1]
+    volumes = Batches([case], MODALITIES, size=(3, 4, 4), batch_size=1, seed=0)
+    assert volumes[0].present.tolist() == [[1, 1, 1]]

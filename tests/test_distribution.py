@@ -5,7 +5,13 @@ import torch
 
 from crossmr.diffusion import Schedule, q_sample
 from crossmr.errors import ConfigError
-from crossmr.stages.distribution import DistributionConfig, DistributionNetwork, MLPBlock, step_embedding
+from crossmr.stages.distribution import (
+    DistributionConfig,
+    DistributionNetwork,
+    GridBlock,
+    MLPBlock,
+    step_embedding,
+)
 
 CENTRES = torch.tensor([[2.0, 1.0, -1.0], [-2.0, -1.0, 1.0]])
 SPREAD = 0.4
@@ -210,3 +216,96 @@ def test_the_schedule_is_no_weight_and_the_size_is_the_papers():
 def test_senseless_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         DistributionConfig(**wrong)
+
+
+# Grids, and features of other scales
+
+
+def grid_network(dims=2):
+    """A random network over grids of 3 features, told grids of 2."""
+    torch.manual_seed(0)
+    network = DistributionNetwork(DistributionConfig(width=16, blocks=2, condition_dropout=0.3), 3, 2, dims)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    return network
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (2, 3, 1)])
+def test_a_grid_depends_on_its_generator_and_condition_alone(grid):
+    network, condition = grid_network(len(grid)), torch.randn(3, 2, *grid, generator=seeded())
+    batch = network.sample(generators(3), condition, grid=grid, steps=4)
+    assert batch.shape == (3, 3, *grid)
+    single = [network.sample([seeded(k)], condition[k : k + 1], grid=grid, steps=4) for k in range(3)]
+    torch.testing.assert_close(batch, torch.cat(single), atol=1e-5, rtol=1e-5)
+    for other in (
+        network.sample(generators(3), None, grid=grid, steps=4),
+        network.sample(generators(3), condition.flip(0), grid=grid, steps=4),
+        network.sample(generators(3, start=10), condition, grid=grid, steps=4),
+    ):
+        assert (batch - other).flatten(1).abs().amax(1)[[0, 2]].min() > 1e-3
+
+
+def test_a_grid_block_starts_as_the_identity_and_then_asks_the_neighbours():
+    torch.manual_seed(0)
+    block, x, embedding = GridBlock(2, 8), torch.randn(1, 8, 9, 9), torch.randn(1, 8, 1, 1)
+    assert torch.equal(block(x, embedding), x)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    changed = x.clone()
+    changed[0, :, 4, 4] += 1 + torch.randn(8)
+    moved = (block(changed, embedding) - block(x, embedding)).abs().mean((0, 1))
+    far = moved[:, :2].mean()  # by the normalisation alone
+    assert moved[3:6, 3:6].mean() > 5 * far
+    assert moved[2, 2:7].mean() > 3 * far  # two convolutions reach two cells
+    assert not torch.allclose(block(x, embedding + 1), block(x, embedding), atol=1e-2)
+
+
+def test_keep_withholds_the_condition_of_a_grid():
+    network, t = grid_network(), torch.tensor([1, 500, 999])
+    y_t, condition = torch.randn(3, 3, 2, 4, generator=seeded()), torch.randn(3, 2, 2, 4, generator=seeded(1))
+    none, told = network(y_t, t), network(y_t, t, condition)
+    assert (none - told).flatten(1).abs().amax(1).min() > 1e-3
+    mixed = network(y_t, t, condition, torch.tensor([[0.0], [1.0], [0.0]]))
+    torch.testing.assert_close(mixed, torch.stack([none[0], told[1], none[2]]))
+
+
+def test_every_parameter_of_a_network_over_grids_learns():
+    network = grid_network()
+    y_0, condition = torch.randn(16, 3, 4, 4, generator=seeded()), torch.randn(16, 2, 4, 4, generator=seeded(1))
+    network.loss(y_0, condition, seeded(2)).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("grid", [(), (2, 4)])
+def test_standardised_the_unit_of_a_feature_does_not_matter(grid):
+    network = grid_network() if grid else random_network()
+    cells = (...,) + (None,) * len(grid)
+    y_0, condition = torch.randn(64, 3, *grid, generator=seeded()), torch.randn(64, 2, *grid, generator=seeded(1))
+    gain, shift = torch.tensor([0.01, 3.0, 40.0])[cells], torch.tensor([5.0, -2.0, 0.3])[cells]
+
+    def measured(vectors):
+        network.standardise(vectors)
+        loss = float(network.loss(vectors, condition, seeded(2)).detach())
+        return loss, network.sample(generators(2), condition[:2], grid=grid, steps=4)
+
+    (loss, drawn), (again, mapped) = measured(y_0), measured(gain * y_0 + shift)
+    assert again == pytest.approx(loss, rel=1e-3)
+    torch.testing.assert_close(mapped, gain * drawn + shift, atol=1e-3, rtol=1e-3)
+    network.standardise(torch.zeros_like(y_0))
+    assert network.loss(y_0, condition, seeded(2)).isfinite()
+
+
+def test_a_standardised_network_that_learnt_nothing_draws_the_mean():
+    torch.manual_seed(0)
+    network, y_0 = DistributionNetwork(CONFIG, 3, 2, 2), 4 + 2 * torch.randn(50, 3, 2, 2, generator=seeded())
+    network.standardise(y_0)
+    mean = y_0.mean((0, 2, 3))
+    torch.testing.assert_close(
+        network.sample(generators(5), grid=(2, 2), steps=3), mean[:, None, None].expand(5, 3, 2, 2)
+    )
+    torch.testing.assert_close(network.state_dict()["centre"], mean)  # it comes back with the weights
+    torch.testing.assert_close(network.state_dict()["scale"], y_0.movedim(1, -1).reshape(-1, 3).std(0, unbiased=False))
+    assert float(network.loss(y_0, None, seeded()).detach()) == pytest.approx(1, abs=1e-4)  # all of the variance

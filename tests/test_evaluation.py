@@ -152,7 +152,14 @@ def test_json_is_strict_and_says_what_was_returned(evaluated, model):
     assert json.loads((out / "metrics.json").read_text(), parse_constant=refuse) == body
     assert body["finished"] is True
     assert body["model_sha256"] == model.record["sha256"]
-    assert body["settings"] == {"seed": 0, "ddim_steps": 3, "eta": 1.0, "device": "cpu", "precision": "float32"}
+    assert body["settings"] == {
+        "seed": 0,
+        "ddim_steps": 3,
+        "samples": 1,
+        "eta": 1.0,
+        "device": "cpu",
+        "precision": "float32",
+    }
     assert "slice" in body["protocol"]
     assert set(body["versions"]) == {"crossmr", "torch"}
 

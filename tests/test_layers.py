@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crossmr.layers import Decoder, Encoder, ResidualBlock, SelfAttention, group_norm
+from crossmr.layers import Decoder, Encoder, ResidualBlock, SelfAttention, group_norm, spread
 
 FORM = (4, (1, 2, 3), 1)  # channels, multipliers, blocks
 
@@ -138,3 +138,27 @@ def test_every_skip_is_used_and_every_parameter_learns():
     for name, parameter in (*encoder.named_parameters(), *decoder.named_parameters()):
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_a_grid_is_spread_by_repeating_each_cell():
+    grid = torch.arange(12.0).reshape(1, 2, 2, 3)
+    assert torch.equal(spread(grid, (4, 9)), grid.repeat_interleave(2, 2).repeat_interleave(3, 3))
+    assert torch.equal(spread(grid, (2, 3)), grid)
+    volume = torch.arange(16.0).reshape(1, 2, 2, 2, 2)
+    assert torch.equal(spread(volume, (2, 4, 6)), volume.repeat_interleave(2, 3).repeat_interleave(3, 4))
+    vector = torch.randn(3, 2)
+    assert torch.equal(spread(vector, (8, 8, 8)), vector[:, :, None, None, None])
+
+
+@pytest.mark.parametrize("size", [(12, 8), (4, 12, 8)])
+def test_a_grid_moves_what_is_under_its_cell(size):
+    block = awake(ResidualBlock(len(size), 4, 4, 5))
+    x, c = torch.randn(3, 4, *size), torch.randn(3, 5)
+    grid = c[(...,) + (None,) * len(size)].expand(3, 5, *[side // 4 for side in size]).clone()
+    torch.testing.assert_close(block(x, grid), block(x, c))  # a grid of equal cells is a vector
+    before = block(x, grid)
+    grid[1, :, ..., -1, 0] += 3
+    moved = (block(x, grid) - before).abs().amax(1)
+    assert moved[[0, 2]].max() == 0
+    under, far = moved[1, ..., 8:, :4], moved[1, ..., :7, 5:]  # a pixel off, for the second convolution
+    assert under.mean() > 4 * far.mean()  # far: by the normalisation alone

@@ -338,3 +338,71 @@ def test_wilcoxon_without_pairs_without_differences_and_with_infinite_scores():
     assert metrics.paired_wilcoxon(a, b) == metrics.paired_wilcoxon([4, 3, 2, 1], [0, 0, 0, 0])
     with pytest.raises(ValueError, match="pass pairs"):
         metrics.paired_wilcoxon([1.0], [1.0, 2.0])
+
+
+# Uncertainty
+
+
+def test_uncertainty_that_ranks_as_the_error_does_is_perfect():
+    error = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    said = metrics.error_against_uncertainty(error, error**2 / 7)
+    oracle = error.sort().values[:90].mean().item()
+    assert said["ause"] == pytest.approx(0, abs=1e-12)
+    assert said["certain_90"] == pytest.approx(oracle)
+    assert said["error"] == pytest.approx(error.mean().item()) != pytest.approx(oracle)
+    assert 0.9 < said["correlation"] < 1
+    assert metrics.error_against_uncertainty(error, 3 * error + 1)["correlation"] == pytest.approx(1)
+
+
+def test_uncertainty_that_ranks_backwards_is_worse_than_a_guess():
+    rng = np.random.default_rng(0)
+    error = torch.tensor(rng.random(4000))
+    guess, backwards = (
+        metrics.error_against_uncertainty(error, u) for u in (torch.tensor(rng.random(4000)), 1 - error)
+    )
+    assert guess["ause"] == pytest.approx(0.5, abs=0.03)  # of errors that are uniform
+    assert guess["correlation"] == pytest.approx(0, abs=0.05)
+    assert guess["certain_90"] == pytest.approx(guess["error"], rel=0.03)
+    assert backwards["ause"] == pytest.approx(1, abs=0.03)
+    assert backwards["correlation"] == pytest.approx(-1)
+    assert backwards["certain_90"] > 1.05 * backwards["error"]
+
+
+def test_sparsification_of_known_values():
+    said = metrics.error_against_uncertainty(torch.tensor([4.0, 1.0, 3.0, 0.0]), torch.tensor([1.0, 2.0, 3.0, 0.0]))
+    by_uncertainty, by_error = [0, 4 / 2, 5 / 3, 8 / 4], [0, 1 / 2, 4 / 3, 8 / 4]
+    assert said["ause"] == pytest.approx((sum(by_uncertainty) - sum(by_error)) / 4 / 2)
+    assert said["certain_90"] == 2  # round(3.6) voxels
+    assert said["coverage_95"] == 3 / 4
+    assert said["scale"] == pytest.approx(math.sqrt((16 + 1 / 4 + 1) / 3))  # the voxel without deviation is left out
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_right_deviations_cover_and_wrong_ones_are_scaled_back(factor):
+    rng = np.random.default_rng(0)
+    deviation = rng.uniform(0.01, 1, 50_000)
+    error = torch.tensor(np.abs(rng.normal(0, deviation)))
+    said = metrics.error_against_uncertainty(error, torch.tensor(deviation * factor))
+    assert said["coverage_95"] == pytest.approx(2 * stats.norm.cdf(1.96 * factor) - 1, abs=0.005)
+    assert said["scale"] * factor == pytest.approx(1, abs=0.01)
+    assert 0 < said["ause"] < 0.5
+
+
+def test_equally_certain_voxels_are_taken_together():
+    error = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    forwards, backwards = (metrics.error_against_uncertainty(e, torch.full((4,), 0.1)) for e in (error, error.flip(0)))
+    assert forwards["ause"] == pytest.approx(backwards["ause"])
+    assert forwards["certain_90"] == pytest.approx(0.25)
+    assert math.isnan(metrics.error_against_uncertainty(torch.rand(6), torch.full((6,), 0.1))["correlation"])
+
+
+def test_uncertainty_without_anything_to_tell():
+    certain = metrics.error_against_uncertainty(torch.tensor([0.5, 1.0]), torch.zeros(2))
+    assert math.isnan(certain["correlation"])
+    assert math.isnan(certain["scale"])
+    assert certain["coverage_95"] == 0
+    flawless = metrics.error_against_uncertainty(torch.zeros(2), torch.tensor([0.5, 1.0]))
+    assert (flawless["error"], flawless["ause"], flawless["coverage_95"], flawless["scale"]) == (0, 0, 1, 0)
+    for wrong in [((3,), (4,)), ((2, 2), (2, 2)), ((0,), (0,)), ((1,), ())]:
+        with pytest.raises(ValueError, match="one \\(N,\\) each"):
+            metrics.error_against_uncertainty(*(torch.ones(shape) for shape in wrong))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from crossmr.stages.representation import RepresentationConfig, z_score
 from crossmr.stages.synthesis import SynthesisConfig
 
 FORM = {"channels": 4, "multipliers": (1, 2)}
+CELLS = {"patch_size": 2, "cell": 4, "cell_features": 3}
 
 
 def config(*, conditional=True, guidance="none", **more):
@@ -38,6 +40,18 @@ def random_model(*, twin=True, **settings):
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
     model.trivial = {"linear": torch.randn(1, 3), "mean_image": torch.rand(1, 2, 2, 2)}
+    return model.eval().requires_grad_(False)
+
+
+def cell_model(**settings):
+    """A random model whose representation is a grid of cells of 4 pixels, for two targets."""
+    form = config(guidance="truth")
+    form = replace(form, targets=("t1c", "t2f"), representation=RepresentationConfig(**FORM, **CELLS), **settings)
+    torch.manual_seed(0)
+    model = CrossConditionedModel(form, twin=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
     return model.eval().requires_grad_(False)
 
 
@@ -141,16 +155,16 @@ def test_saving_over_a_larger_model_leaves_no_part_of_it(folder):
     assert load_model(folder).twin is None
 
 
-@pytest.mark.parametrize("change", [{"format_version": 2}, {"format_version": None}, {"format": "somebody-else"}])
+@pytest.mark.parametrize("change", [{"format_version": 1}, {"format_version": None}, {"format": "somebody-else"}])
 def test_another_format_is_refused(folder, change):
     resave(folder, lambda _, data: data.update(change))
-    refused(folder, "this crossmr reads crossmr-model 1")
+    refused(folder, "this crossmr reads crossmr-model 2")
 
 
 @pytest.mark.parametrize("key", ["format", "format_version", "config", "training"])
 def test_a_config_that_lacks_a_part_is_refused(folder, key):
     resave(folder, lambda _, data: data.pop(key))
-    refused(folder, f"has no '{key}'|this crossmr reads crossmr-model 1")
+    refused(folder, f"has no '{key}'|this crossmr reads crossmr-model 2")
 
 
 @pytest.mark.parametrize("name", ["representation", "source_representation", "distribution", "synthesis"])
@@ -302,7 +316,7 @@ def test_a_guide_with_sources_is_another_than_without():
 def test_a_guides_condition_is_the_scored_mean_over_the_volume():
     model = random_model()
     pooled = model.pool_sources(images())
-    want = model.distribution.sample(generators(2), z_score(pooled.mean(0)).expand(2, -1), steps=3)
+    want = model.distribution.sample(generators(2), z_score(pooled.mean(0, keepdim=True)).expand(2, -1), steps=3)
     torch.testing.assert_close(model.guide(pooled, generators(2), steps=3), want)
     torch.testing.assert_close(model.guide(pooled.flip(0), generators(2), steps=3), want)
 
@@ -355,3 +369,64 @@ def test_pseudonyms_are_stable_and_hide_the_name():
 def test_no_patient_is_named_in_the_folder(tmp_path):
     save_model(tmp_path, random_model(), {"patients": [pseudonym("Doe^Jane")]})
     assert all(b"Doe" not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+# A grid of cells
+
+
+def test_the_stages_are_in_the_order_of_their_training():
+    pooled = ("representation", "source_representation", "distribution", "synthesis", "twin")
+    assert config().stages == pooled
+    assert config(conditional=False).stages == ("representation", "distribution", "synthesis", "twin")
+    model = cell_model()
+    assert model.config.stages == ("representation", "twin", "synthesis", "distribution")
+    for one in (model, random_model(), random_model(conditional=False)):
+        assert set(one.config.stages) == set(one.networks())
+
+
+def test_a_model_of_cells_comes_back_bit_for_bit(tmp_path):
+    model = cell_model()
+    model.distribution.standardise(7 + 3 * torch.randn(9, 6, 2, 2))
+    save_model(tmp_path, model, {})
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config
+    first, again = (m.guide_cells(images(), generators(1)[0], steps=3) for m in (model, loaded))
+    assert torch.equal(first, again)
+    assert torch.equal(model.synthesis(images(), first), loaded.synthesis(images(), again))
+    with pytest.raises(ConfigError, match="unconditional"):
+        loaded.pool_sources(images())
+
+
+def test_a_model_of_cells_needs_the_truth_a_condition_and_images_of_whole_cells():
+    cells = {"representation": RepresentationConfig(**FORM, **CELLS)}
+    for wrong in ({"guidance": "sample"}, {"guidance": "none"}, {"guidance": "truth", "conditional": False}):
+        with pytest.raises(ConfigError, match=r"needs guidance 'truth' and distribution\.conditional = true"):
+            replace(config(**wrong), **cells)
+    assert replace(cell_model().config, window=(4, 12)).divisor == 4
+    with pytest.raises(ConfigError, match="multiples of 4"):
+        replace(cell_model().config, window=(8, 10))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_slices_share_one_noise(told):
+    model = cell_model()
+    unguided = images(1).expand(3, -1, -1, -1).clone()
+    unguided[2] = images(3)[2]
+    generator = generators(1)[0]
+    drawn = model.guide_cells(unguided, generator, told=told, steps=3)
+    assert drawn.shape == (3, 6, 2, 2)
+    assert torch.equal(drawn[0], drawn[1])
+    assert (not torch.allclose(drawn[0], drawn[2], atol=1e-3)) == told
+    torch.testing.assert_close(model.guide_cells(unguided[2:], generators(1)[0], told=told, steps=3), drawn[2:])
+    other = model.guide_cells(unguided, generators(2)[1], told=told, steps=3)
+    assert (drawn - other).flatten(1).abs().amax(1).min() > 1e-3
+
+
+def test_the_condition_of_a_grid_is_the_unguided_synthesis_clipped():
+    model = cell_model()
+    noise, condition = [generators(1)[0] for _ in range(3)], model.representation.represent(images())
+    want = model.distribution.sample(noise, condition, grid=(2, 2), steps=3)
+    torch.testing.assert_close(model.guide_cells(images(), generators(1)[0], steps=3), want)
+    beyond = torch.where(images() > 0.5, 2 * images(), images() - 0.5)
+    drawn = [model.guide_cells(x, generators(1)[0], steps=3) for x in (beyond, beyond.clamp(0, 1))]
+    assert torch.equal(*drawn)

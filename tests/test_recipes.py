@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from crossmr.errors import ConfigError
-from crossmr.recipes import PAPER, RECIPES, STAGES, FitConfig
+from crossmr.recipes import PAPER, RECIPES, STANDARD, TINY, FitConfig
 
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 
@@ -46,7 +46,13 @@ def test_each_stage_has_its_fit():
         distribution_fit=FitConfig(epochs=2),
         synthesis_fit=FitConfig(epochs=3),
     )
-    assert [recipe.fit_config(stage).epochs for stage in STAGES] == [1, 1, 2, 3, 3]
+    assert [recipe.fit_config(stage).epochs for stage in recipe.model_config(("t1n",), ("t1c",)).stages] == [
+        1,
+        1,
+        2,
+        3,
+        3,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -77,3 +83,16 @@ def test_a_senseless_recipe_is_refused(wrong):
 def test_a_crop_that_fits_no_network_is_refused_with_the_model(crop):
     with pytest.raises(ConfigError, match="crop"):
         replace(PAPER, crop=crop).model_config(SOURCES, TARGETS)
+
+
+def test_standard_is_the_published_form_with_cells():
+    assert STANDARD.representation == replace(PAPER.representation, cell=16)
+    assert STANDARD.synthesis == PAPER.synthesis
+    assert (STANDARD.crop, STANDARD.synthesis_fit) == (PAPER.crop, PAPER.synthesis_fit)
+    assert (STANDARD.guidance, STANDARD.guidance_dropout) == ("truth", 0.4)
+    assert PAPER.representation.cell == 0
+    last = {name: recipe.model_config(SOURCES, TARGETS).stages[-1] for name, recipe in RECIPES.items()}
+    assert last == {"standard": "distribution", "paper": "twin", "tiny": "distribution"}
+    config = STANDARD.model_config(SOURCES, TARGETS)
+    assert (config.divisor, config.distribution.conditional) == (16, True)
+    assert TINY.model_config(SOURCES, TARGETS).divisor == 8

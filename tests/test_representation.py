@@ -14,6 +14,7 @@ from crossmr.stages.representation import (
 )
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "patch_size": 4}
+CELLS = RepresentationConfig(**SMALL, cell=4, cell_features=3)
 
 
 def seeded(seed=0):
@@ -189,3 +190,63 @@ def test_the_loss_of_an_absent_modality_reaches_no_weight():
 def test_senseless_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         RepresentationConfig(**wrong)
+
+
+# A grid of cells
+
+
+def cell_network(modalities=2, dims=2):
+    torch.manual_seed(0)
+    return MaskedAutoencoder(CELLS, modalities, dims).requires_grad_(False)
+
+
+@pytest.mark.parametrize(("size", "grid"), [((8, 20), (2, 5)), ((4, 8, 12), (1, 2, 3))])
+def test_a_grid_is_scored_by_cell_and_modality(size, grid):
+    network = cell_network(2, len(size))
+    grids = network.represent(torch.rand(3, 2, *size, generator=seeded()))
+    assert grids.shape == (3, network.dim, *grid)
+    assert network.dim == 2 * 3
+    apart = grids.unflatten(1, (2, 3))  # (B, M, F, *G)
+    assert apart.mean(2).abs().max() < 1e-5
+    torch.testing.assert_close(apart.std(2, unbiased=False), torch.ones(3, 2, *grid), atol=1e-3, rtol=0)
+    assert apart.flatten(3).std(-1).min() > 1e-3  # the cells of an image differ
+
+
+def test_a_grid_speaks_of_its_own_modality_and_sample_alone():
+    network, image = cell_network(), torch.rand(3, 2, 8, 12, generator=seeded())
+    grids = network.represent(image)
+    changed = image.clone()
+    changed[1, 1] = 1 - changed[1, 1]
+    moved = (network.represent(changed) - grids).abs().unflatten(1, (2, 3)).amax((2, 3, 4)) > 1e-3
+    assert moved.tolist() == [[False, False], [False, True], [False, False]]
+    swapped = network.represent(image.flip(1)).unflatten(1, (2, 3)).flip(1).flatten(1, 2)
+    torch.testing.assert_close(swapped, grids)  # one encoder for all
+
+
+def test_the_decoder_paints_from_the_grid_alone():
+    network, image = cell_network(), torch.rand(3, 2, 8, 12, generator=seeded())
+    shown = []
+    network.decoder.register_forward_pre_hook(lambda _, inputs: shown.append(inputs))
+    painted = network(image)
+    assert painted.shape == image.shape
+    (deep, skips), *_ = shown
+    assert skips == []
+    cells = network.represent(image).unflatten(1, (2, 3)).flatten(0, 1)  # (B·M, F, *G)
+    torch.testing.assert_close(deep, network.from_cell(cells).repeat_interleave(2, -1).repeat_interleave(2, -2))
+    changed = image.clone()
+    changed[:, 1] = 1 - changed[:, 1]
+    torch.testing.assert_close(network(changed)[:, 0], painted[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"cell": 3}, "cell is 3.*multiple of 2"),
+        ({"cell": -4}, "cell is -4"),
+        ({"cell": 4, "cell_features": 1}, "at least 2 features"),
+        ({"cell": 4, "decoder": "u-net"}, "skip-free"),
+    ],
+)
+def test_senseless_cells_are_refused(wrong, match):
+    with pytest.raises(ConfigError, match=match):
+        RepresentationConfig(**SMALL, **wrong)

@@ -150,3 +150,70 @@ def test_the_loss_falls_and_guidance_tells_two_contrasts_apart():
 def test_senseless_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SynthesisConfig(**wrong)
+
+
+# Guidance by a grid of cells
+
+
+def grids(count=3, cells=(4, 4)):
+    return torch.randn(count, 6, *cells, generator=seeded(2))
+
+
+def test_a_grid_is_embedded_cell_by_cell():
+    torch.manual_seed(0)
+    embedding, y_0 = ConditionEmbedding(6), grids()
+    with torch.no_grad():
+        embedding.no_guidance.normal_()
+    c = embedding(y_0, 3)
+    assert c.shape == y_0.shape
+    torch.testing.assert_close(c[:, :, 1, 3], embedding(y_0[:, :, 1, 3], 3))
+    withheld = embedding(y_0, 3, torch.tensor([[1.0], [0.0], [1.0]]))
+    assert torch.equal(withheld[0], c[0])
+    assert torch.equal(withheld[1], embedding.no_guidance[:, None, None].expand(6, 4, 4))
+
+
+@pytest.mark.parametrize("size", [(8, 12), (4, 8, 12)])
+def test_a_grid_of_equal_cells_guides_as_a_vector_does(size):
+    network, sources = random_network(dims=len(size)), torch.rand(3, 2, *size, generator=seeded())
+    y_0 = grids()[:, :, 0, 0]
+    equal = y_0[(...,) + (None,) * len(size)].expand(3, 6, *[side // 4 for side in size])
+    torch.testing.assert_close(network(sources, equal), network(sources, y_0), atol=1e-4, rtol=1e-4)
+    withheld = network(sources, equal, torch.zeros(3, 1))
+    torch.testing.assert_close(withheld, network(sources), atol=1e-4, rtol=1e-4)
+
+
+def test_a_cell_moves_mostly_the_pixels_near_it():
+    network, y_0 = random_network(), grids(cells=(8, 8))
+    sources = torch.rand(3, 2, 64, 64, generator=seeded())
+    other = y_0.clone()
+    other[1, :, 0, 7] += 3
+    with torch.no_grad():
+        moved = (network(sources, other) - network(sources, y_0)).abs().mean(1)
+        keep = torch.zeros(3, 1)
+        assert torch.equal(network(sources, other, keep), network(sources, y_0, keep))
+    assert moved[[0, 2]].max() == 0
+    assert moved[1, :8, 56:].mean() > 5 * moved[1, 32:, :32].mean()
+
+
+@pytest.mark.parametrize("cells", [(), (2, 2)])
+def test_a_network_that_starts_from_its_twin_is_the_twin_until_it_learns(cells):
+    network, twin = random_network(), random_network(None)
+    sources, targets, vector = batch()
+    y_0 = grids(cells=cells) if cells else vector
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1)
+    want = twin(sources)
+    assert not torch.allclose(network(sources, y_0), want, atol=1e-2)
+    network.start_from(twin)
+    for guidance in (y_0, 100 * y_0, None):
+        assert torch.equal(network(sources, guidance), want)
+    assert torch.equal(twin(sources), want)
+    network.loss(sources, targets, torch.ones(3, 3), y_0).backward()
+    for name, module in network.named_modules():
+        if isinstance(module, ResidualBlock):
+            assert module.condition.weight.grad.abs().max() > 0, name
+    with torch.no_grad():
+        for parameter in network.parameters():  # its weights are its own
+            parameter.add_(1)
+    assert torch.equal(twin(sources), want)

@@ -66,7 +66,7 @@ def prepare(
 def train(
     prepared: Annotated[Path, typer.Argument(metavar="SET", help="A set made by 'crossmr prepare'.")],
     out: Out,
-    recipe: Annotated[str, typer.Option(help="paper or tiny.")] = "paper",
+    recipe: Annotated[str, typer.Option(help="standard, paper or tiny.")] = "standard",
     sources: Annotated[str | None, typer.Option(help="Modalities to read, e.g. t1n,t2w.")] = None,
     targets: Targets = None,
     stage: Annotated[list[str] | None, typer.Option(help="Train this stage alone; repeatable.")] = None,
@@ -119,9 +119,13 @@ def complete(
     model: Annotated[Path, typer.Option(help="Folder of a trained model.")],
     targets: Targets = None,
     guidance: Annotated[
-        str | None, typer.Option(help="sample, unconditional or none; by default as the model was trained.")
+        str | None,
+        typer.Option(help="sample, unconditional or none; by default as trained, and none with cells."),
     ] = None,
     steps: Annotated[int, typer.Option(help="DDIM steps of the sampled representation.")] = 50,
+    samples: Annotated[
+        int | None, typer.Option(help="Guided syntheses to average; by default the model's own number.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -137,7 +141,7 @@ def complete(
         study_or_cohort,
         out,
         model,
-        settings=_settings(targets, guidance, steps, seed, precision),
+        settings=_settings(targets, guidance, steps, samples, seed, precision),
         device=device,
         mapping=_mapping(mapping),
         overwrite=overwrite,
@@ -167,6 +171,9 @@ def evaluate(
     part: Annotated[str, typer.Option(help="Part of a prepared set: train, val or test.")] = "test",
     guidance: Annotated[list[str] | None, typer.Option(help="Measure this guidance too; repeatable.")] = None,
     steps: Annotated[int, typer.Option(help="DDIM steps of the sampled representation.")] = 50,
+    samples: Annotated[
+        int | None, typer.Option(help="Guided syntheses to average; by default the model's own number.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -178,14 +185,14 @@ def evaluate(
     from crossmr.evaluation import tables
 
     display = Display()
-    arms = [_settings(None, arm, steps, seed, precision).guidance for arm in guidance or ()]
+    arms = [_settings(None, arm, steps, samples, seed, precision).guidance for arm in guidance or ()]
     result = run(
         model,
         data,
         out,
         part=part,
         guidances=[arm for arm in arms if arm],
-        settings=_settings(None, None, steps, seed, precision),
+        settings=_settings(None, None, steps, samples, seed, precision),
         device=device,
         mapping=_mapping(mapping),
         display=display,
@@ -250,13 +257,16 @@ def _modalities(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(modality_name(part.strip()) for part in text.split(","))
 
 
-def _settings(targets: str | None, guidance: str | None, steps: int, seed: int, precision: str) -> Any:
+def _settings(
+    targets: str | None, guidance: str | None, steps: int, samples: int | None, seed: int, precision: str
+) -> Any:
     from crossmr.completion import Settings
 
     return Settings(
         targets=_modalities(targets),
         guidance=guidance,  # type: ignore[arg-type]
         steps=steps,
+        samples=samples,
         seed=seed,
         precision=precision,
     )

@@ -26,6 +26,7 @@ from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
 EXPECTED = ("t1n", "t1c", "t2w", "t2f")
 """A whole study; what of it a model cannot fill is said."""
 FORMAT = "crossmr-completion"
+CELL_SAMPLES = 8
 BATCH = 16
 """Slices synthesised at once."""
 INTENSITY = {
@@ -47,9 +48,11 @@ class Settings:
     targets: tuple[str, ...] | None = None
     """Modalities wanted; None for all that are missing and the model knows."""
     guidance: Guidance | None = None
-    """'sample' (MDN told the sources), 'unconditional' (as published), 'none'; None for the model's own."""
+    """'sample' (MDN told the sources), 'unconditional' (as published), 'none'; None for `default_guidance`."""
     steps: int = 50
     """DDIM steps of the MDN."""
+    samples: int | None = None
+    """Guided syntheses that are averaged (None: 8 with cells, 1 without); with cells a number asks for 'sample'."""
     eta: float = 1.0
     """0 makes DDIM deterministic, 1 as random as DDPM."""
     seed: int = 0
@@ -60,6 +63,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.guidance is not None and self.guidance not in GUIDANCES:
             raise ConfigError(f"--guidance is '{self.guidance}'; wanted one of {', '.join(GUIDANCES)}.")
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"--samples is {self.samples}; wanted at least 1.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,7 @@ def complete(
     targets: Sequence[str] | None = None,
     guidance: Guidance | None = None,
     steps: int = 50,
+    samples: int | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -92,6 +98,7 @@ def complete(
         targets: modalities wanted; all that are missing and the model knows by default.
         guidance: see `Settings`.
         steps: DDIM steps.
+        samples: see `Settings`.
         seed: of the sampled representation.
         device: 'auto', 'cpu', 'cuda', 'mps'; a model that was already loaded stays where it is.
         precision: see `Settings`.
@@ -102,7 +109,14 @@ def complete(
     """
     if not isinstance(model, CrossConditionedModel):
         model = load_model(model, choose_device(device))
-    settings = Settings(None if targets is None else tuple(targets), guidance, steps, 1.0, seed, precision)
+    settings = Settings(
+        None if targets is None else tuple(targets),
+        guidance,
+        steps=steps,
+        samples=samples,
+        seed=seed,
+        precision=precision,
+    )
     if isinstance(study, Mapping):
         given = _by_modality(study, (*model.config.sources, *model.config.targets))
         return complete_study(load_study(given, case), model, settings, _hashes(given))
@@ -172,7 +186,7 @@ def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
         if target not in model.config.targets:
             known = ", ".join(model.config.targets)
             raise ConfigError(f"This model cannot synthesise {target}; it was trained for {known}.")
-    if settings.guidance == "sample" and model.source_representation is None:
+    if settings.guidance == "sample" and not model.config.distribution.conditional:
         raise ConfigError("This model's MDN knows no condition; use guidance 'unconditional' or 'none'.")
     ddim_timesteps(model.config.distribution.schedule.steps, settings.steps)
 
@@ -209,26 +223,40 @@ def synthesise(
 ) -> Tensor:
     """Synthesise all targets (T, Z, Y, X) in [0, 1] on the CPU from sources (S, Z, Y, X) in [0, 1], head-cropped.
 
-    One representation is drawn for the volume, from a seed derived from settings.seed and the case's name. Axial
-    slices without any head stay zero. `network` may be 'twin', which no representation guides.
+    Representations are drawn from seeds derived from settings.seed and the case's name: one pooled vector for the
+    volume, or a grid for each slice from noise that all slices share. Guided syntheses are averaged; with cells, that
+    average is averaged with the unguided synthesis. Axial slices without any head stay zero. `network` may be 'twin',
+    which no representation guides.
     """
     config, device = model.config, model.device
-    dims = config.spatial_dims
+    dims, cells = config.spatial_dims, bool(config.representation.cell)
     dtype = choose_precision(settings.precision, device)
-    guidance = settings.guidance or default_guidance(model)
+    guidance = chosen_guidance(model, settings)
+    if network == "twin":
+        guidance = "none"
+    keys = [("case", settings.seed, case, *([k] if k else ())) for k in range(samples_drawn(model, settings))]
+    chosen = {"steps": settings.steps, "eta": settings.eta}
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-        y_0 = None
-        if network == "synthesis" and guidance != "none":
+        vectors: list[Tensor] = []
+        if guidance != "none" and not cells:
             pooled = None
             if guidance == "sample":
                 inputs = as_inputs(sources, useful_slices(head_voxels), dims, config.divisor)
                 pooled = torch.cat([model.pool_sources(chunk.to(device)) for chunk in torch.split(inputs, BATCH)])
-            generator = seeded("case", settings.seed, case)
-            y_0 = model.guide(pooled, [generator], steps=settings.steps, eta=settings.eta)
+            vectors = list(model.guide(pooled, [seeded(*key) for key in keys], **chosen))  # type: ignore[arg-type]
+
+        def run(images: Tensor, y_0: Tensor | None) -> Tensor:
+            return cast(Tensor, getattr(model, network)(images, y_0)).float().clamp(0, 1)
 
         def predict(images: Tensor) -> Tensor:
-            guide = None if y_0 is None else y_0.expand(len(images), -1)
-            return cast(Tensor, getattr(model, network)(images, guide)).float()
+            if guidance == "none":
+                return run(images, None)
+            if not cells:
+                return torch.stack([run(images, y_0.expand(len(images), -1)) for y_0 in vectors]).mean(0)
+            unguided = run(images, None)
+            told = guidance == "sample"
+            grids = (model.guide_cells(unguided, seeded(*key), told=told, **chosen) for key in keys)  # type: ignore[arg-type]
+            return (unguided + torch.stack([run(images, y_0) for y_0 in grids]).mean(0)) / 2
 
         shape = sources.shape[1:]
         if dims == 3:
@@ -246,9 +274,29 @@ def synthesise(
         return result.clamp(0, 1)
 
 
+def chosen_guidance(model: CrossConditionedModel, settings: Settings) -> Guidance:
+    """The guidance that is asked for, by name or, with cells, by asking for samples; or else the default."""
+    if settings.guidance is None and settings.samples and model.config.representation.cell:
+        return "sample"
+    return settings.guidance or default_guidance(model)
+
+
+def samples_drawn(model: CrossConditionedModel, settings: Settings) -> int:
+    """How many guided syntheses are averaged."""
+    if chosen_guidance(model, settings) == "none":
+        return 0
+    return settings.samples or (CELL_SAMPLES if model.config.representation.cell else 1)
+
+
 def default_guidance(model: CrossConditionedModel) -> Guidance:
-    """The guidance that the C-UNet was trained with, as far as it is to be had at completion."""
+    """The guidance that the C-UNet was trained with, as far as it is to be had at completion.
+
+    With cells it is none: guided syntheses tell how sure the network is, but their mean is no better than its unguided
+    pass (docs/evidence.md).
+    """
     trained = model.config.guidance
+    if model.config.representation.cell:
+        return "none"
     if trained == "truth":
         return "sample" if model.config.distribution.conditional else "unconditional"
     return trained
@@ -395,8 +443,9 @@ def _recorded(model: CrossConditionedModel, settings: Settings) -> dict[str, Any
         "model_sha256": model.record.get("sha256"),
         "sources": list(model.config.sources),
         "targets": [t for t in model.config.targets if settings.targets is None or t in settings.targets],
-        "guidance": settings.guidance or default_guidance(model),
+        "guidance": chosen_guidance(model, settings),
         "ddim_steps": settings.steps,
+        "samples": samples_drawn(model, settings),
         "eta": settings.eta,
         "seed": settings.seed,
         "device": model.device.type,

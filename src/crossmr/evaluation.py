@@ -11,6 +11,7 @@ slice   As CDM, ResViT and SynDiff measure: PSNR, SSIM (2D, Gaussian 1.5) and MA
         target was acquired at all.
 
 The head mask is found on all of a study's volumes, the hidden one included; it places the box and scales the sources.
+The unguided twin of a model with cells is where its C-UNet started, and has had half of its steps.
 """
 
 import csv
@@ -30,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from crossmr import metrics
-from crossmr.completion import Settings, check_settings, default_guidance, synthesise
+from crossmr.completion import Settings, check_settings, chosen_guidance, samples_drawn, synthesise
 from crossmr.data.dataset import Case, PreparedSet, useful_slices
 from crossmr.data.naming import StudyFiles, find_studies
 from crossmr.data.study import load_study
@@ -104,7 +105,7 @@ def evaluate(
     out, settings = Path(out), settings or Settings()
     if not isinstance(model, CrossConditionedModel):
         model = load_model(model, choose_device(device))
-    own = settings.guidance or default_guidance(model)
+    own = chosen_guidance(model, settings)
     for arm in (own, *guidances):
         check_settings(model, replace(settings, guidance=arm))
     arms = list(dict.fromkeys((own, *guidances)))
@@ -144,6 +145,7 @@ def evaluate(
         "settings": {
             "seed": settings.seed,
             "ddim_steps": settings.steps,
+            "samples": samples_drawn(model, settings),
             "eta": settings.eta,
             "device": model.device.type,
             "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),

@@ -32,6 +32,13 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
+def spread(c: Tensor, size: Sequence[int]) -> Tensor:
+    """A vector (B, C) to (B, C, 1, ...), or a grid (B, C, *G) to (B, C, *size), each cell repeated."""
+    if c.ndim == 2:
+        return c[(...,) + (None,) * len(size)]
+    return F.interpolate(c, size=tuple(size), mode="nearest")
+
+
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice; the condition is added after the first convolution [C]."""
 
@@ -44,11 +51,10 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if inputs == outputs else convolution(dims, inputs, outputs, size=1)
 
     def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
-        """Map features (B, inputs, *S) and condition (B, condition_dim) to (B, outputs, *S)."""
+        """Map features (B, inputs, *S) and condition (B, condition_dim[, *G]) to (B, outputs, *S)."""
         h = self.conv_1(F.silu(self.norm_1(x)))
         if self.condition is not None and c is not None:
-            shift = self.condition(F.silu(c))
-            h = h + shift[(...,) + (None,) * (h.ndim - 2)]
+            h = h + spread(self.condition(F.silu(c).movedim(1, -1)).movedim(-1, 1), h.shape[2:])
         h = self.conv_2(F.silu(self.norm_2(h)))
         return cast(Tensor, self.shortcut(x) + h)
 

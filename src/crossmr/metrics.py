@@ -108,6 +108,41 @@ def scale_by_truth(prediction: Tensor, truth: Tensor, low: float = 0.0, high: fl
     return (prediction - bottom) / (top - bottom), (truth - bottom) / (top - bottom)
 
 
+def error_against_uncertainty(error: Tensor, uncertainty: Tensor) -> dict[str, float]:
+    """How absolute errors (N,) go with the standard deviations (N,) that were given for them.
+
+    correlation: Pearson's, nan where either is constant.
+    error, certain_90: mean error of all voxels, and of the 90 % that are said to be the most certain.
+    ause: area between the sparsification curves by uncertainty and by the error itself (Ilg et al. 2018), as the
+        least certain voxels are left out, over the mean error: 0 perfect, about .5 for a guess at random.
+    coverage_95: share of errors within 1.96 deviations; .95 where the deviations are Gaussian and right.
+    scale: root mean square of error over deviation, which multiplied in would make the deviations right on average;
+        voxels whose deviation is 0 are left out.
+
+    Raises:
+        ValueError: the two differ in shape, or are empty.
+    """
+    if error.shape != uncertainty.shape or error.ndim != 1 or not len(error):
+        raise ValueError(f"error and uncertainty are one (N,) each; got {error.shape} and {uncertainty.shape}.")
+    e, u = error.double(), uncertainty.double()
+    varied = e.min() < e.max() and u.min() < u.max()
+    correlation = torch.corrcoef(torch.stack([e, u]))[0, 1] if varied else torch.tensor(torch.nan)
+    count = torch.arange(1, len(e) + 1, dtype=torch.float64, device=e.device)
+    _, group, size = u.unique(return_inverse=True, return_counts=True)  # equally certain voxels share their mean error
+    shared = torch.zeros_like(size, dtype=e.dtype).index_add_(0, group, e) / size
+    by_uncertainty = shared.repeat_interleave(size).cumsum(0) / count  # mean error of the n most certain voxels
+    by_error = e.sort().values.cumsum(0) / count
+    known = u > 0
+    return {
+        "correlation": float(correlation),
+        "error": float(e.mean()),
+        "certain_90": float(by_uncertainty[max(0, round(0.9 * len(e)) - 1)]),
+        "ause": float((by_uncertainty - by_error).mean() / e.mean()) if e.mean() > 0 else 0.0,
+        "coverage_95": float((e <= 1.96 * u).double().mean()),
+        "scale": float((e[known] / u[known]).square().mean().sqrt()) if known.any() else torch.nan,
+    }
+
+
 def bootstrap_interval(
     values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:

@@ -10,6 +10,7 @@ MODEL/
 └── trivial.safetensors              the trivial predictors that every evaluation prints beside the model
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfi
 from crossmr.stages.synthesis import CUNet, SynthesisConfig
 
 FORMAT = "crossmr-model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Guidance = Literal["sample", "unconditional", "none"]
 GUIDANCES: tuple[Guidance, ...] = ("sample", "unconditional", "none")
 
@@ -67,11 +68,25 @@ class ModelConfig:
             raise ConfigError(f"The crop is {self.window}; wanted multiples of {self.divisor}, the networks' stride.")
         if self.guidance == "sample" and not self.distribution.conditional:
             raise ConfigError("guidance 'sample' needs distribution.conditional = true.")
+        if self.representation.cell and (self.guidance != "truth" or not self.distribution.conditional):
+            raise ConfigError("A grid of cells needs guidance 'truth' and distribution.conditional = true.")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages in the order of their training; the twin is the C-UNet without guidance, same seeds and steps.
+
+        With cells the C-UNet starts as its finished twin, and the MDN is told the representation of the C-UNet's
+        unguided synthesis, so it comes last.
+        """
+        if self.representation.cell:
+            return ("representation", "twin", "synthesis", "distribution")
+        source = ("source_representation",) if self.distribution.conditional else ()
+        return ("representation", *source, "distribution", "synthesis", "twin")
 
     @property
     def divisor(self) -> int:
         """What every side of an image must be a multiple of."""
-        return int(max(self.synthesis.divisor, 2 ** (len(self.representation.multipliers) - 1)))
+        return math.lcm(self.synthesis.divisor, self.representation.stride, self.representation.cell or 1)
 
 
 class CrossConditionedModel(nn.Module):
@@ -82,13 +97,14 @@ class CrossConditionedModel(nn.Module):
 
     def __init__(self, config: ModelConfig, *, twin: bool = False):
         super().__init__()
-        dims, dim = config.spatial_dims, config.representation.dim
+        dims, cells = config.spatial_dims, bool(config.representation.cell)
         sources, targets = len(config.sources), len(config.targets)
-        conditional = config.distribution.conditional
+        told_sources = config.distribution.conditional and not cells
         self.config = config
         self.representation = MaskedAutoencoder(config.representation, targets, dims)
-        self.source_representation = MaskedAutoencoder(config.representation, sources, dims) if conditional else None
-        self.distribution = DistributionNetwork(config.distribution, dim, dim)
+        self.source_representation = MaskedAutoencoder(config.representation, sources, dims) if told_sources else None
+        dim = self.representation.dim
+        self.distribution = DistributionNetwork(config.distribution, dim, dim, dims if cells else 0)
         self.synthesis = CUNet(config.synthesis, sources, targets, dim, dims)
         self.twin = CUNet(config.synthesis, sources, targets, None, dims) if twin else None
         self.trivial: dict[str, Tensor] = {}
@@ -126,6 +142,25 @@ class CrossConditionedModel(nn.Module):
         if pooled is not None:
             condition = z_score(pooled.mean(0, keepdim=True)).expand(len(generators), -1)
         return self.distribution.sample(generators, condition, steps=steps, eta=eta)
+
+    def guide_cells(
+        self,
+        unguided: Tensor,
+        generator: torch.Generator,
+        *,
+        told: bool = True,
+        steps: int = 50,
+        eta: float = 1.0,
+    ) -> Tensor:
+        """Draw one grid (N, D, *G) for each of N slices from their unguided synthesis (N, T, *S).
+
+        All slices share one noise, so that neighbours agree; not `told`, the grids are drawn from p(y_0).
+        """
+        condition = self.representation.represent(unguided.clamp(0, 1))
+        state = generator.get_state()
+        generators = [torch.Generator().set_state(state) for _ in unguided]
+        grid = condition.shape[2:]
+        return self.distribution.sample(generators, condition if told else None, grid=grid, steps=steps, eta=eta)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks there are, by the names of their files."""

@@ -1,4 +1,7 @@
-"""Recipes: everything that defines a training but its data. PAPER is the published form, TINY fits a demo."""
+"""Recipes: everything that defines a training but its data.
+
+PAPER is the published form, STANDARD what docs/evidence.md found best, TINY a small STANDARD for a demo.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -8,9 +11,6 @@ from crossmr.model import ModelConfig
 from crossmr.stages.distribution import DistributionConfig
 from crossmr.stages.representation import RepresentationConfig
 from crossmr.stages.synthesis import SynthesisConfig
-
-STAGES = ("representation", "source_representation", "distribution", "synthesis", "twin")
-"""The order of training. The twin is the C-UNet without guidance, trained with the same seeds and steps."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,21 @@ class Recipe:
 PAPER = Recipe()
 """The published form and sizes (arXiv 2409.08500), guided by samples drawn without the patient."""
 
+STANDARD = replace(
+    PAPER,
+    guidance="truth",
+    guidance_dropout=0.4,
+    representation=RepresentationConfig(cell=16),
+    distribution=DistributionConfig(width=96, blocks=4),
+)
+"""The design that docs/evidence.md found best: a grid of cells for each target, C-UNet before MDN."""
+
 _FAST = FitConfig(epochs=20, batch_size=8, learning_rate=1e-3, ema_decay=0.99)
 TINY = replace(
-    PAPER,
+    STANDARD,
     crop=(96, 96),
-    guidance="sample",
-    representation=RepresentationConfig(channels=16, multipliers=(1, 2, 3, 4), patch_size=8),
-    distribution=DistributionConfig(width=128, blocks=3),
+    representation=RepresentationConfig(channels=16, multipliers=(1, 2, 3, 4), patch_size=8, cell=8),
+    distribution=DistributionConfig(width=64, blocks=3),
     synthesis=SynthesisConfig(channels=16, multipliers=(1, 2, 3, 4)),
     representation_fit=replace(_FAST, share=0.15),
     distribution_fit=replace(_FAST, epochs=100, batch_size=64, share=0.1),
@@ -113,4 +121,4 @@ TINY = replace(
 )
 """Minutes on a laptop's processor: to see that everything works, not to get good images."""
 
-RECIPES = {"paper": PAPER, "tiny": TINY}
+RECIPES = {"standard": STANDARD, "paper": PAPER, "tiny": TINY}

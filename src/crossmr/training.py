@@ -26,14 +26,16 @@ from crossmr.checkpoint import load_checkpoint
 from crossmr.config import to_dict
 from crossmr.data.dataset import Batch, Batches, Case, PreparedSet, as_inputs, seeded, useful_slices
 from crossmr.device import choose_device, choose_precision
+from crossmr.diffusion import q_sample
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, ModelError
 from crossmr.files import read_json, write_json
 from crossmr.fitting import Job, Loop, fit, steps_in
 from crossmr.model import CrossConditionedModel, pseudonym, save_model
 from crossmr.picture import save_picture
-from crossmr.recipes import PAPER, STAGES, Recipe
+from crossmr.recipes import STANDARD, Recipe
 from crossmr.stages.representation import MaskedAutoencoder, z_score
+from crossmr.stages.synthesis import CUNet
 from crossmr.trivial import fit_trivial
 
 PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
@@ -71,7 +73,7 @@ def train(
     prepared: Path | str,
     run: Path | str,
     *,
-    recipe: Recipe = PAPER,
+    recipe: Recipe = STANDARD,
     sources: Sequence[str] | None = None,
     targets: Sequence[str] | None = None,
     stages: Sequence[str] | None = None,
@@ -92,7 +94,8 @@ def train(
         sources: modalities to read; by default the published T1 and T2, as far as the set has them.
         targets: modalities to synthesise; by default the published T1ce and FLAIR.
         stages: train these alone; the stages before them must be finished.
-        twin: train the C-UNet's unguided twin too, which evaluations print beside it.
+        twin: train the C-UNet's unguided twin too, which evaluations print beside it; with cells it always is,
+            since the C-UNet starts from it.
         steps: steps of every stage, instead of the recipe's epochs.
         minutes: time for all stages together, instead of the recipe's epochs.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.
@@ -122,7 +125,7 @@ def train(
     state = Run(Loop(folder, fabric, seed, display), recipe, sources, targets, opened.part("train"), opened.part("val"))
     _claim(state, opened, dtype)
     model = _initial_model(state, twin)
-    order = [stage for stage in STAGES if stage in model.networks()]
+    order = [stage for stage in model.config.stages if stage in model.networks()]
     chosen = list(stages or order)
     if unknown := set(chosen) - set(order):
         raise ConfigError(f"'{min(unknown)}' is no stage of this training; it has {', '.join(order)}.")
@@ -195,7 +198,8 @@ def _initial_model(run: Run, twin: bool) -> CrossConditionedModel:
     config = run.recipe.model_config(run.sources, run.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.loop.seed)
-        model = CrossConditionedModel(config, twin=twin or (run.loop.folder / "stages" / "twin").exists())
+        began = (run.loop.folder / "stages" / "twin").exists()
+        model = CrossConditionedModel(config, twin=twin or began or bool(config.representation.cell))
     if config.spatial_dims == 2:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(run.loop.fabric.device)
@@ -212,13 +216,16 @@ def _load_finished(run: Run, model: CrossConditionedModel, stage: str) -> bool:
 
 
 def _train_stage(run: Run, model: CrossConditionedModel, stage: str, steps: int | None, minutes: float | None) -> None:
+    if stage == "synthesis" and model.config.representation.cell:
+        model.synthesis.start_from(cast(CUNet, model.twin))
     job = _job(run, model, stage)
     config = run.recipe.fit_config(stage)
     plan_path = run.loop.folder / "plan.json"
     plan = read_json(plan_path) if plan_path.exists() else {}
     if stage not in plan:
-        if minutes is not None and stage == "twin" and "synthesis" in plan:
-            plan[stage] = plan["synthesis"]
+        other = {"twin": "synthesis", "synthesis": "twin"}.get(stage)
+        if minutes is not None and other in plan:
+            plan[stage] = plan[other]
         elif minutes is not None:
             plan[stage] = steps_in(run.loop, model.networks()[stage], job, config, minutes)
         else:
@@ -310,11 +317,35 @@ class _Vectors(Dataset[tuple[Tensor, Tensor]]):
         return self.y_0[chosen], self.condition[chosen]
 
 
+@torch.no_grad()
+def _cells(run: Run, model: CrossConditionedModel, cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
+    """The grids (N, D, *G) of the true targets and of their unguided synthesis, over two epochs of random crops."""
+    model.eval()
+    count, pairs = len(run.sources), []
+    batches = run.batches("synthesis", cases, (*run.sources, *run.targets))
+    steps = 2 * batches.steps_per_epoch
+    with run.loop.display.task("represent", steps) as task, run.loop.fabric.autocast():
+        for step in range(steps):
+            batch = _placed(run, batches[step])
+            whole = batch.present.amin(1) > 0
+            if whole.any():
+                images = batch.images[whole]
+                unguided = model.synthesis(images[:, :count]).float().clamp(0, 1)
+                both = [model.representation.represent(part).cpu() for part in (images[:, count:], unguided)]
+                pairs.append(both)
+            task.advance()
+    true, told = zip(*pairs, strict=True)
+    return torch.cat(true), torch.cat(told)
+
+
 def _distribution_job(run: Run, model: CrossConditionedModel) -> Job:
     """MDN over the representations of every useful slice of patients who have all modalities."""
-    conditional = model.source_representation is not None
+    cells = bool(model.config.representation.cell)
+    conditional = model.config.distribution.conditional
 
     def vectors(cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
+        if cells:
+            return _cells(run, model, cases)
         y_0 = z_score(torch.cat(_pooled(run, model.representation, cases, run.targets)))
         if model.source_representation is None:
             return y_0, y_0
@@ -330,7 +361,9 @@ def _distribution_job(run: Run, model: CrossConditionedModel) -> Job:
     if not usable(run.train):
         raise ModelError(f"No training patient has all of {', '.join((*run.sources, *run.targets))}.")
     config = run.recipe.fit_config("distribution")
-    data = _Vectors(*vectors(usable(run.train)), config.batch_size, run.loop.seed)
+    y_0, told = vectors(usable(run.train))
+    model.distribution.standardise(y_0)
+    data = _Vectors(y_0, told, config.batch_size, run.loop.seed)
     held_out = vectors(usable(run.val)) if usable(run.val) else None
 
     @torch.no_grad()
@@ -351,13 +384,14 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
     held_out = [
         case for case in _having(run.val, run.sources, all_of=True) if _having([case], run.targets, all_of=False)
     ]
-    data = run.batches(stage, usable, modalities)
+    data, cells = run.batches(stage, usable, modalities), bool(run.recipe.representation.cell)
     vectors = _drawn(run, model, usable, guidance)
 
     def guide(batch: Batch, drawn: Tensor | None, generator: torch.Generator) -> Tensor | None:
         if guidance == "truth":
             with torch.no_grad(), run.loop.fabric.autocast():
-                return model.representation.represent(batch.images[:, count:])
+                y_0 = model.representation.represent(batch.images[:, count:])
+            return diffused(y_0, generator) if cells else y_0
         if drawn is None:
             return None
         which = torch.randint(drawn.shape[1], (len(batch.case),), generator=generator)
@@ -380,7 +414,7 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
     @torch.no_grad()
     def validate(network: nn.Module, picture: Path) -> dict[str, float]:
         sources, truth = fixed.images[:, :count], fixed.images[:, count:]
-        y_0 = guide(fixed, fixed_vectors, seeded("validate", run.loop.seed))
+        y_0 = None if cells else guide(fixed, fixed_vectors, seeded("validate", run.loop.seed))
         with run.loop.fabric.autocast():
             network.eval()
             chunks = [slice(i, i + CHUNK) for i in range(0, len(sources), CHUNK)]
@@ -397,6 +431,17 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
         return scores
 
     return Job(stage, data, loss, validate, READERS)
+
+
+def diffused(y_0: Tensor, generator: torch.Generator) -> Tensor:
+    """√ᾱ(√ᾱ y_0 + √(1 − ᾱ) ε) of grids (B, D, *G), ᾱ uniform in [0, 1]: what is shown is shrunk as far as it is noise.
+
+    So the C-UNet learns every degree of trust in its guidance, down to none.
+    """
+    alpha_bar = torch.rand(len(y_0), generator=generator).to(y_0.device)
+    noise = torch.randn(y_0.shape, generator=generator).to(y_0.device)
+    kept = alpha_bar.sqrt()[(...,) + (None,) * (y_0.ndim - 1)]
+    return kept * q_sample(y_0, noise, alpha_bar)
 
 
 def _drawn(run: Run, model: CrossConditionedModel, cases: Sequence[Case], guidance: str) -> Tensor | None:

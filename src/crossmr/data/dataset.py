@@ -148,7 +148,8 @@ class Batch:
     images: Tensor
     """(B, M, *S) in [0, 1], M the batch source's modalities; a modality that a patient lacks is zero."""
     present: Tensor
-    """(B, M), 1 where the patient has the modality."""
+    """(B, M), 0 where the patient lacks the modality, or it was not acquired here: slices beyond its field of view
+    are black throughout."""
     case: Tensor
     """int64 (B,), the index of each sample's case in the batch source."""
 
@@ -195,8 +196,7 @@ class Batches(Dataset[Batch]):
         chosen = [self.items[int(orders[p // len(self.items)][p % len(self.items)])] for p in positions]
         generator = seeded("batch", self.seed, step)
         samples = [self._sample(item, generator) for item in chosen]
-        present = [[float(m in self.cases[i].modalities) for m in self.modalities] for i, _ in chosen]
-        return Batch(torch.stack(samples), torch.tensor(present), torch.tensor([i for i, _ in chosen]))
+        return self._batch(samples, chosen)
 
     def fixed(self, count: int) -> Batch:
         """Up to `count` items spread evenly, cropped in the middle, never flipped: for validation."""
@@ -204,8 +204,12 @@ class Batches(Dataset[Batch]):
         chosen = [self.items[int(i)] for i in picked]
         middle = [0.5] * len(self.size)
         samples = [fit_size(self.read(*item), self.size, middle) for item in chosen]
-        present = [[float(m in self.cases[i].modalities) for m in self.modalities] for i, _ in chosen]
-        return Batch(torch.stack(samples), torch.tensor(present), torch.tensor([i for i, _ in chosen]))
+        return self._batch(samples, chosen)
+
+    def _batch(self, samples: Sequence[Tensor], chosen: Sequence[tuple[int, int]]) -> Batch:
+        images = torch.stack(list(samples))
+        present = (images.flatten(2).amax(-1) > 0).float()
+        return Batch(images, present, torch.tensor([i for i, _ in chosen]))
 
     def read(self, index: int, z: int) -> Tensor:
         """One slice (M, Y, X), or, z being -1, a volume (M, Z, Y, X); float32 in [0, 1], 0 where missing."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from crossmr.diffusion import Schedule, ddim_sample, q_sample
 from crossmr.errors import ConfigError
-from crossmr.layers import zeroed
+from crossmr.layers import convolution, group_norm, zeroed
 
 
 @dataclass(frozen=True)
@@ -64,41 +64,78 @@ class MLPBlock(nn.Module):
         return cast(Tensor, x + self.linear(F.silu(self.norm(x))) + self.embedding(F.silu(embedding)))
 
 
+class GridBlock(nn.Module):
+    """The same over a grid of cells: two convolutions, so that neighbouring cells agree."""
+
+    def __init__(self, dims: int, width: int):
+        super().__init__()
+        self.norm_1, self.norm_2 = group_norm(width), group_norm(width)
+        self.conv_1 = convolution(dims, width, width)
+        self.conv_2 = zeroed(convolution(dims, width, width))
+        self.embedding = convolution(dims, width, width, size=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map (B, width, *G) to (B, width, *G)."""
+        h = self.conv_1(F.silu(self.norm_1(x))) + self.embedding(F.silu(embedding))
+        return cast(Tensor, x + self.conv_2(F.silu(self.norm_2(h))))
+
+
 class DistributionNetwork(nn.Module):
     """Predicts the clean representation ŷ_0(y_t, t, condition)."""
 
-    def __init__(self, config: DistributionConfig, dim: int, condition_dim: int):
+    def __init__(self, config: DistributionConfig, dim: int, condition_dim: int, grid_dims: int = 0):
         super().__init__()
         width = config.width
-        self.config, self.dim = config, dim
+
+        def linear(inputs: int, outputs: int) -> nn.Module:
+            return convolution(grid_dims, inputs, outputs, size=1) if grid_dims else nn.Linear(inputs, outputs)
+
+        self.config, self.dim, self.grid_dims = config, dim, grid_dims
         self.embed_step = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.embed_condition = nn.Linear(condition_dim, width) if config.conditional else None
+        self.embed_condition = linear(condition_dim, width) if config.conditional else None
         self.no_condition = nn.Parameter(torch.zeros(width)) if config.conditional else None
-        self.inwards = nn.Linear(dim, width)
-        self.blocks = nn.ModuleList(MLPBlock(width) for _ in range(config.blocks))
-        self.norm = nn.LayerNorm(width)
-        self.outwards = zeroed(nn.Linear(width, dim))
+        self.inwards = linear(dim, width)
+        self.blocks = nn.ModuleList(
+            GridBlock(grid_dims, width) if grid_dims else MLPBlock(width) for _ in range(config.blocks)
+        )
+        self.norm = group_norm(width) if grid_dims else nn.LayerNorm(width)
+        self.outwards = zeroed(linear(width, dim))
         self.register_buffer("alpha_bar", config.schedule.alpha_bar().float(), persistent=False)
+        self.register_buffer("centre", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    @torch.no_grad()
+    def standardise(self, y_0: Tensor) -> None:
+        """Take each feature's mean and deviation over training vectors (N, D[, *G]), so that unit variance diffuses.
+
+        Z-scored vectors share most of their direction and would be told from their mean at the very last steps only.
+        """
+        flat = y_0.movedim(1, -1).flatten(0, -2)
+        self.centre.copy_(flat.mean(0))  # type: ignore[operator]
+        self.scale.copy_(flat.std(0, unbiased=False).clamp(min=1e-4))  # type: ignore[operator]
 
     def forward(self, y_t: Tensor, t: Tensor, condition: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Predict y_0 (B, D) from y_t (B, D) at steps t (B,).
+        """Predict y_0 (B, D[, *G]) from y_t of the same shape at steps t (B,).
 
-        condition (B, C) is the sources' representation; keep (B, 1) of zeros and ones withholds it where 0.
+        condition (B, C[, *G]) is what is known of the sources; keep (B, 1) of zeros and ones withholds it where 0.
         """
-        embedding = self.embed_step(step_embedding(t, self.config.width))  # (B, width)
+        cells = (...,) + (None,) * self.grid_dims
+        embedding = self.embed_step(step_embedding(t, self.config.width))[cells]  # (B, width[, 1, ...])
         if self.embed_condition is not None:
-            told = self.no_condition.expand_as(embedding)  # type: ignore[union-attr]
+            told = self.no_condition[cells].expand_as(embedding)  # type: ignore[index]
             if condition is not None:
                 known = self.embed_condition(condition)
-                told = known if keep is None else torch.where(keep > 0, known, told)
+                told = known if keep is None else torch.where(keep[cells] > 0, known, told)
             embedding = embedding + told
-        x = self.inwards(y_t)  # (B, width)
+        x = self.inwards(y_t)  # (B, width[, *G])
         for block in self.blocks:
             x = block(x, embedding)
         return cast(Tensor, self.outwards(F.silu(self.norm(x))))  # (B, D)
 
     def loss(self, y_0: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
-        """‖y_0 − ŷ_0(y_t, t)‖², averaged over a batch (B, D); steps and noise are drawn from `generator`."""
+        """‖y_0 − ŷ_0(y_t, t)‖², averaged over a batch (B, D[, *G]); steps and noise are drawn from `generator`."""
+        cells = (...,) + (None,) * self.grid_dims
+        y_0 = (y_0 - self.centre[cells]) / self.scale[cells]  # type: ignore[index]
         batch = y_0.shape[0]
         t = torch.randint(self.config.schedule.steps, (batch,), generator=generator)
         noise = torch.randn(y_0.shape, generator=generator)
@@ -113,20 +150,26 @@ class DistributionNetwork(nn.Module):
         generators: Sequence[torch.Generator],
         condition: Tensor | None = None,
         *,
+        grid: Sequence[int] = (),
         steps: int = 50,
         eta: float = 1.0,
     ) -> Tensor:
-        """Draw one representation a generator, (B, D), by DDIM; `condition` (B, C), or None for p(y_0)."""
+        """Draw one representation a generator, (B, D), by DDIM; `condition` (B, C), or None for p(y_0).
+
+        A network over grids draws (B, D, *grid) and is told (B, C, *grid).
+        """
 
         def predict(y_t: Tensor, t: Tensor) -> Tensor:
             return cast(Tensor, self(y_t, t, condition)).float()
 
-        return ddim_sample(
+        cells = (...,) + (None,) * self.grid_dims
+        drawn = ddim_sample(
             predict,
-            (len(generators), self.dim),
+            (len(generators), self.dim, *grid),
             self.config.schedule,
             steps=steps,
             eta=eta,
             generator=generators,
             device=next(self.parameters()).device,
         )
+        return drawn * self.scale[cells] + self.centre[cells]  # type: ignore[index]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from crossmr.errors import ConfigError
-from crossmr.layers import Decoder, Encoder
+from crossmr.layers import Decoder, Encoder, ResidualBlock, zeroed
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ class ConditionEmbedding(nn.Module):
         self.no_guidance = nn.Parameter(torch.zeros(dim))
 
     def forward(self, y_0: Tensor | None, batch: int, keep: Tensor | None = None) -> Tensor:
-        """Embed representations (B, D) to c (B, D); None, or keep (B, 1) = 0, gives that for no guidance."""
+        """Embed y_0 (B, D[, *G]) to c of the same shape; None, or keep (B, 1) = 0, gives c for no guidance."""
         nothing = self.no_guidance.expand(batch, -1)
         if y_0 is None:
             return nothing
-        embedded = self.embed(y_0)
-        return embedded if keep is None else torch.where(keep > 0, embedded, nothing)
+        embedded = self.embed(y_0.movedim(1, -1)).movedim(-1, 1)
+        if keep is None:
+            return cast(Tensor, embedded)
+        cells = (...,) + (None,) * (embedded.ndim - 2)
+        return torch.where(keep[cells] > 0, embedded, nothing[cells])
 
 
 class CUNet(nn.Module):
@@ -77,6 +80,14 @@ class CUNet(nn.Module):
         c = None if self.condition is None else self.condition(y_0, sources.shape[0], keep)
         features, skips = self.encoder(sources, c)
         return cast(Tensor, self.decoder(features, skips, c))
+
+    @torch.no_grad()
+    def start_from(self, twin: "CUNet") -> None:
+        """Take the weights of an unguided network, and zero what lets the guidance in: it starts as the twin."""
+        self.load_state_dict(twin.state_dict(), strict=False)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock) and module.condition is not None:
+                zeroed(module.condition)
 
     def loss(
         self,
