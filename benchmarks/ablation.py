@@ -10,6 +10,7 @@ Arms, by what the C-UNet is shown in training:
   cells          (d) with a grid of cells for each target, diffused by a random amount: the package's own design.
                  Its C-UNet starts as the finished twin, so its rival is:
   longer         nothing, for twice the steps
+  late           as cells, but started from `longer` and trained for half the steps more; blended with `longer`
   variance       nothing, but a second head learns the error's variance: the rival for uncertainty
   ensemble       nothing, twice, from two seeds, averaged: the rival for averages, at twice the training
 
@@ -58,7 +59,19 @@ from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfi
 from crossmr.stages.synthesis import CUNet, SynthesisConfig
 from crossmr.training import diffused
 
-ARMS = ("none", "constant", "unconditional", "truth", "sample", "regression", "cells", "longer", "variance", "ensemble")
+ARMS = (
+    "none",
+    "constant",
+    "unconditional",
+    "truth",
+    "sample",
+    "regression",
+    "cells",
+    "longer",
+    "late",
+    "variance",
+    "ensemble",
+)
 FORM = {"channels": 16, "multipliers": (1, 2, 3, 4)}
 DROPOUT = 0.15
 DRAWN = 4
@@ -327,6 +340,9 @@ def run_arms(bench: Bench, arms: Sequence[str], k: int) -> tuple[list[Row], list
             several(network, arm, "sample", lambda n: sampled(x_test, n))
         elif arm == "cells":
             certain += guided_by_cells(bench, unguided("none"), note, predict, k)
+        elif arm == "late":
+            twin = unguided("longer", steps=2 * bench.steps)
+            certain += guided_by_cells(bench, twin, note, predict, k, arm, bench.steps // 2)
         elif arm == "longer":
             note(arm, "none", 1, predict(unguided(arm, steps=2 * bench.steps), test, None))
         elif arm == "variance":
@@ -362,20 +378,23 @@ def strangers(samples: Samples) -> Tensor:
     return torch.tensor(chosen)
 
 
-def guided_by_cells(bench: Bench, twin: CUNet, note: Note, predict: Predict, k: int) -> list[Row]:
+def guided_by_cells(
+    bench: Bench, twin: CUNet, note: Note, predict: Predict, k: int, arm: str = "cells", steps: int = 0
+) -> list[Row]:
     """The package's own design: a grid of cells for each target, shown diffused in training.
 
     The MDN draws it given the grid of the unguided synthesis; the mean of K guided ones is averaged with the unguided.
     """
     task, first = bench.task, bench.sources
-    mrm = representation(bench, "mrm-cells", slice(first, None), 16 if task.name.startswith("lgg") else 8)
+    mrm = representation(bench, f"mrm-{arm}", slice(first, None), 16 if task.name.startswith("lgg") else 8)
     network = c_unet(
         bench,
-        "cells",
+        arm,
         mrm.dim,
         lambda images, _, g: diffused(mrm.represent(images[:, first:]), g),
         dropout=0.4,
         start=twin,
+        steps=steps,
     )
 
     def truth(images: Tensor) -> Tensor:
@@ -385,25 +404,27 @@ def guided_by_cells(bench: Bench, twin: CUNet, note: Note, predict: Predict, k: 
         return mrm.represent(network(images[:, :first]).float().clamp(0, 1))
 
     y_test = described(bench, truth, bench.test)
-    note("cells", "truth", 1, predict(network, bench.test, y_test))
+    note(arm, "truth", 1, predict(network, bench.test, y_test))
     y_train, x_train = (described(bench, call, task.train, mirrored=True) for call in (truth, told))
     usable = task.train.present.amin(1) > 0
-    mdn = distribution(bench, "mdn-cells", y_train[:, usable].flatten(0, 1), x_train[:, usable].flatten(0, 1), 2000)
+    mdn = distribution(bench, f"mdn-{arm}", y_train[:, usable].flatten(0, 1), x_train[:, usable].flatten(0, 1), 2000)
 
     def samples(of: Samples) -> tuple[Tensor, Tensor]:
         condition = described(bench, told, of)
         drawn_cells = [drawn(bench, mdn, "test", condition, len(of), n) for n in range(k)]
-        return predict(network, of, None), torch.stack([predict(network, of, y_0) for y_0 in drawn_cells])
+        return predict(twin if arm == "late" else network, of, None), torch.stack(
+            [predict(network, of, y_0) for y_0 in drawn_cells]
+        )
 
     unguided, predictions = samples(bench.test)
-    note("cells", "none", 1, unguided)
-    note("cells", "sample", 1, predictions[0])
-    note("cells", "sample", k, predictions.mean(0))
-    note("cells", "blend", k, (predictions.mean(0) + unguided) / 2)
+    note(arm, "none", 1, predict(network, bench.test, None))
+    note(arm, "sample", 1, predictions[0])
+    note(arm, "sample", k, predictions.mean(0))
+    note(arm, "blend", k, (predictions.mean(0) + unguided) / 2)
     held_unguided, held = samples(task.val)
     return uncertainty(
         bench,
-        "cells",
+        arm,
         ((held.mean(0) + held_unguided) / 2, held.std(0)),
         ((predictions.mean(0) + unguided) / 2, predictions.std(0)),
     )

@@ -128,7 +128,8 @@ def error_against_uncertainty(error: Tensor, uncertainty: Tensor) -> dict[str, f
     varied = e.min() < e.max() and u.min() < u.max()
     correlation = torch.corrcoef(torch.stack([e, u]))[0, 1] if varied else torch.tensor(torch.nan)
     count = torch.arange(1, len(e) + 1, dtype=torch.float64, device=e.device)
-    _, group, size = u.unique(return_inverse=True, return_counts=True)  # equally certain voxels share their mean error
+    # equally certain voxels share their mean error
+    _, group, size = u.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
     shared = torch.zeros_like(size, dtype=e.dtype).index_add_(0, group, e) / size
     by_uncertainty = shared.repeat_interleave(size).cumsum(0) / count  # mean error of the n most certain voxels
     by_error = e.sort().values.cumsum(0) / count

@@ -42,6 +42,8 @@ PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 VALIDATION_SLICES = 48
 CHUNK = 16
 """Slices through a network at once, where no gradient is needed."""
+CROPS = 8192
+"""Random crops at most, of two epochs, whose grids the MDN learns from."""
 READERS = 4
 """Processes that read batches for a GPU."""
 
@@ -319,11 +321,11 @@ class _Vectors(Dataset[tuple[Tensor, Tensor]]):
 
 @torch.no_grad()
 def _cells(run: Run, model: CrossConditionedModel, cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
-    """The grids (N, D, *G) of the true targets and of their unguided synthesis, over two epochs of random crops."""
+    """The grids (N, D, *G) of the true targets and of their unguided synthesis, of random crops."""
     model.eval()
     count, pairs = len(run.sources), []
     batches = run.batches("synthesis", cases, (*run.sources, *run.targets))
-    steps = 2 * batches.steps_per_epoch
+    steps = min(2 * batches.steps_per_epoch, -(-CROPS // batches.batch_size))
     with run.loop.display.task("represent", steps) as task, run.loop.fabric.autocast():
         for step in range(steps):
             batch = _placed(run, batches[step])
