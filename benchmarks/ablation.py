@@ -7,17 +7,21 @@ Arms, by what the C-UNet is shown in training:
   truth          (d) the true target's pooled representation, withheld from 15 % of samples
   sample         (e) MDN samples given the sources' representation
   regression     (f) a ridge regression from the sources' representation, cross-fitted over patients
-  cells          (d) with a grid of cells for each target, diffused by a random amount: the package's own design.
-                 Its C-UNet starts as the finished twin, so its rival is:
+  cells          (d) with a grid of cells for each target, diffused by a random amount, 40 % withheld; the C-UNet
+                 starts as the finished twin, so its rival is:
   longer         nothing, for twice the steps
   late           as cells, but started from `longer` and trained for half the steps more; blended with `longer`
+  last           the package's own design: `longer` is left as it is, and its condition layers alone learn from the
+                 true grids for half the steps, so that its unguided pass stays that of `longer`
+  longest        nothing, for the two and a half times the steps that `late` and `last` have had: their rival
   variance       nothing, but a second head learns the error's variance: the rival for uncertainty
   ensemble       nothing, twice, from two seeds, averaged: the rival for averages, at twice the training
 
-`truth` and `cells` are completed with the truth (the oracle, an upper bound), with nothing, with samples, and `truth`
-also with a regression, with the representation three slices away in the same patient's true target (g, reference)
-and with a stranger's. Sampling arms are completed with one sample and with the mean of K, and `cells` with the average
-of that mean and the unguided synthesis (blend), as the package does.
+`truth` and those with cells are completed with the truth (the oracle, an upper bound), with nothing, with samples, and
+`truth` also with a regression, with the representation three slices away in the same patient's true target (g,
+reference) and with a stranger's. Sampling arms are completed with one sample and with the mean of K, and those with
+cells with the average of that mean and the unguided synthesis (blend). Their uncertainty is the deviation of the K
+around the blend; around the unguided synthesis in `last`, as in the package.
 
 python benchmarks/ablation.py ../shared/data -o runs/ablation --task cubes-2d --steps 500 --batch 16 --every 1
 python benchmarks/ablation_table.py runs/ablation
@@ -52,12 +56,13 @@ from torch import Tensor, nn
 
 from crossmr import metrics
 from crossmr.data.dataset import seeded
+from crossmr.diffusion import q_sample
 from crossmr.display import SILENT, Display
+from crossmr.layers import ResidualBlock, zeroed
 from crossmr.recipes import FitConfig
 from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
 from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfig, z_score
 from crossmr.stages.synthesis import CUNet, SynthesisConfig
-from crossmr.training import diffused
 
 ARMS = (
     "none",
@@ -69,10 +74,14 @@ ARMS = (
     "cells",
     "longer",
     "late",
+    "last",
+    "longest",
     "variance",
     "ensemble",
 )
 FORM = {"channels": 16, "multipliers": (1, 2, 3, 4)}
+CONDITION_WIDTH = 128
+"""Of `last`."""
 DROPOUT = 0.15
 DRAWN = 4
 """Samples drawn a training slice."""
@@ -188,8 +197,12 @@ def c_unet(
     seed: int = 0,
     start: CUNet | None = None,
     steps: int = 0,
+    last: bool = False,
 ) -> CUNet:
-    """The C-UNet of one arm; `shown(images, (flips, chosen), generator)` is its guidance."""
+    """The C-UNet of one arm; `shown(images, (flips, chosen), generator)` is its guidance.
+
+    It may start as a finished one; `last` trains nothing but its condition layers.
+    """
     task, first = bench.task, bench.sources
 
     def loss(network: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
@@ -203,16 +216,37 @@ def c_unet(
                 y_0 = shown(images, torch.stack([flips.long(), chosen]), generator).to(images.device)
         return network.loss(images[:, :first], images[:, first:], present, y_0, keep)  # type: ignore[operator, no-any-return]
 
-    config = SynthesisConfig(**FORM)  # type: ignore[arg-type]
+    config = SynthesisConfig(**FORM, condition_width=CONDITION_WIDTH if last else None)  # type: ignore[arg-type]
 
     def build() -> nn.Module:
-        network = CUNet(config, first, len(task.targets), dim, task.dims)
+        network = CUNet(config, first, len(task.targets), dim, task.dims, guided_last=last)
         if start is not None:
-            network.start_from(start)
+            network.load_state_dict(start.state_dict(), strict=False)
+            no_condition(network)
+        if last:
+            network.condition_layers_only()
         return network
 
     network = replace(bench, seed=bench.seed + seed).fit(name, build, loss, steps)
     return network  # type: ignore[return-value]
+
+
+def no_condition(network: CUNet) -> None:
+    """Zero what lets the guidance in."""
+    for module in network.modules():
+        if isinstance(module, ResidualBlock) and module.condition is not None:
+            zeroed(module.condition)
+
+
+def diffused(y_0: Tensor, generator: torch.Generator) -> Tensor:
+    """√ᾱ(√ᾱ y_0 + √(1 − ᾱ) ε) of grids (B, D, *G), ᾱ uniform in [0, 1]: what is shown is shrunk as far as it is noise.
+
+    So the C-UNet learns every degree of trust in its guidance, down to none.
+    """
+    alpha_bar = torch.rand(len(y_0), generator=generator).to(y_0.device)
+    noise = torch.randn(y_0.shape, generator=generator).to(y_0.device)
+    kept = alpha_bar.sqrt()[(...,) + (None,) * (y_0.ndim - 1)]
+    return kept * q_sample(y_0, noise, alpha_bar)
 
 
 def ridge(x: Tensor, y: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
@@ -340,11 +374,12 @@ def run_arms(bench: Bench, arms: Sequence[str], k: int) -> tuple[list[Row], list
             several(network, arm, "sample", lambda n: sampled(x_test, n))
         elif arm == "cells":
             certain += guided_by_cells(bench, unguided("none"), note, predict, k)
-        elif arm == "late":
+        elif arm in ("late", "last"):
             twin = unguided("longer", steps=2 * bench.steps)
             certain += guided_by_cells(bench, twin, note, predict, k, arm, bench.steps // 2)
-        elif arm == "longer":
-            note(arm, "none", 1, predict(unguided(arm, steps=2 * bench.steps), test, None))
+        elif arm in ("longer", "longest"):
+            steps = 2 * bench.steps if arm == "longer" else 2 * bench.steps + bench.steps // 2
+            note(arm, "none", 1, predict(unguided(arm, steps=steps), test, None))
         elif arm == "variance":
             certain += with_variance(bench, note)
         elif arm == "ensemble":
@@ -381,24 +416,18 @@ def strangers(samples: Samples) -> Tensor:
 def guided_by_cells(
     bench: Bench, twin: CUNet, note: Note, predict: Predict, k: int, arm: str = "cells", steps: int = 0
 ) -> list[Row]:
-    """The package's own design: a grid of cells for each target, shown diffused in training.
-
-    The MDN draws it given the grid of the unguided synthesis; the mean of K guided ones is averaged with the unguided.
-    """
-    task, first = bench.task, bench.sources
-    mrm = representation(bench, f"mrm-{arm}", slice(first, None), 16 if task.name.startswith("lgg") else 8)
-    network = c_unet(
-        bench,
-        arm,
-        mrm.dim,
-        lambda images, _, g: diffused(mrm.represent(images[:, first:]), g),
-        dropout=0.4,
-        start=twin,
-        steps=steps,
-    )
+    """A grid of cells for each target; the MDN draws it given the grid of the unguided synthesis."""
+    task, first, last = bench.task, bench.sources, arm == "last"
+    cell = 16 if task.name.startswith("lgg") else 8
+    mrm = representation(bench, "mrm-cells" if arm == "cells" else "mrm-late", slice(first, None), cell)
 
     def truth(images: Tensor) -> Tensor:
         return mrm.represent(images[:, first:])
+
+    def shown(images: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
+        return truth(images) if last else diffused(truth(images), generator)
+
+    network = c_unet(bench, arm, mrm.dim, shown, 0.0 if last else 0.4, start=twin, steps=steps, last=last)
 
     def told(images: Tensor) -> Tensor:
         return mrm.represent(network(images[:, :first]).float().clamp(0, 1))
@@ -410,24 +439,19 @@ def guided_by_cells(
     mdn = distribution(bench, f"mdn-{arm}", y_train[:, usable].flatten(0, 1), x_train[:, usable].flatten(0, 1), 2000)
 
     def samples(of: Samples) -> tuple[Tensor, Tensor]:
+        """The image and the deviation of the guided syntheses around it."""
         condition = described(bench, told, of)
         drawn_cells = [drawn(bench, mdn, "test", condition, len(of), n) for n in range(k)]
-        return predict(twin if arm == "late" else network, of, None), torch.stack(
-            [predict(network, of, y_0) for y_0 in drawn_cells]
-        )
+        unguided = predict(network if arm == "cells" else twin, of, None)
+        guided = torch.stack([predict(network, of, y_0) for y_0 in drawn_cells])
+        if of is bench.test:
+            note(arm, "none", 1, predict(network, of, None))
+            note(arm, "sample", 1, guided[0])
+            note(arm, "sample", k, guided.mean(0))
+            note(arm, "blend", k, (guided.mean(0) + unguided) / 2)
+        return unguided if last else (guided.mean(0) + unguided) / 2, guided.std(0)
 
-    unguided, predictions = samples(bench.test)
-    note(arm, "none", 1, predict(network, bench.test, None))
-    note(arm, "sample", 1, predictions[0])
-    note(arm, "sample", k, predictions.mean(0))
-    note(arm, "blend", k, (predictions.mean(0) + unguided) / 2)
-    held_unguided, held = samples(task.val)
-    return uncertainty(
-        bench,
-        arm,
-        ((held.mean(0) + held_unguided) / 2, held.std(0)),
-        ((predictions.mean(0) + unguided) / 2, predictions.std(0)),
-    )
+    return uncertainty(bench, arm, samples(task.val), samples(bench.test))
 
 
 def with_variance(bench: Bench, note: Note) -> list[Row]:

@@ -80,7 +80,7 @@ def _cell(chosen: Sequence[Row], own: Sequence[Row], measure: str) -> str:
         return "–"
     mean = f"{np.mean(list(here.values())):.{DIGITS[measure]}f}"
     seeds = {r["seed"] for r in chosen}
-    rival = "longer" if chosen[0]["arm"] in ("cells", "late") else "none"
+    rival = "longer" if chosen[0]["arm"] in ("cells", "late", "last") else "none"
     twin = _by_patient([r for r in own if r["arm"] == rival and r["seed"] in seeds], measure)
     if chosen[0]["arm"] == "none" or not twin or {r["seed"] for r in own if r["arm"] == rival} < seeds:
         return mean

@@ -4,8 +4,8 @@
   pix2pix          the same network against a discriminator of patches (Isola et al. 2017): least-squares GAN + 100 L1
   pixel-diffusion  MONAI's U-Net denoises the targets beside the sources: x_0 prediction, DDIM of 50 or 250 steps
   transformer      Restormer (Zamir et al. 2022), a U-Net of attention across channels: regression
-  ours             the package's design: a fifth of its steps for the masked autoencoder, two fifths for the twin, two
-                   for the C-UNet; completed unguided, and blended with the mean of eight guided syntheses
+  ours             the package's design: a fifth of its steps for the masked autoencoder, seven tenths for the C-UNet, a
+                   tenth for its condition layers; completed unguided, and as the mean of eight guided syntheses
 
 The network that maps sources to targets has the u-net's parameters within 6 % (ours counts MRM and MDN on top), and
 each method is trained for as many steps as cost the u-net's FLOPs (the MDN's are left out: under 1 %).
@@ -29,7 +29,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from ablation import DDIM_STEPS, FORM, Bench, c_unet, described, distribution, representation
+from ablation import CONDITION_WIDTH, DDIM_STEPS, FORM, Bench, c_unet, described, distribution, representation
 from monai.networks.nets import DiffusionModelUNet, PatchDiscriminator
 from monai.networks.nets.restormer import Restormer
 from tasks import MEASURES, TASKS, Samples, Steps, averaged, fabric, flipped, in_chunks, initialised, load_task, score
@@ -45,7 +45,6 @@ from crossmr.metrics import paired_wilcoxon
 from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
 from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfig
 from crossmr.stages.synthesis import CUNet, SynthesisConfig
-from crossmr.training import diffused
 
 REFERENCE, SLOW = "u-net", "pixel-diffusion, DDIM 250"
 SCHEDULE, ETA = Schedule(), 0.0
@@ -162,7 +161,8 @@ class Ours(nn.Module):
         form = RepresentationConfig(**FORM, patch_size=4, cell=8)  # type: ignore[arg-type]
         self.representation = MaskedAutoencoder(form, targets)
         dim = self.representation.dim
-        self.synthesis = CUNet(SynthesisConfig(**FORM), sources, targets, dim)  # type: ignore[arg-type]
+        config = SynthesisConfig(**FORM, condition_width=CONDITION_WIDTH)  # type: ignore[arg-type]
+        self.synthesis = CUNet(config, sources, targets, dim, guided_last=True)
         self.distribution = DistributionNetwork(DistributionConfig(width=96, blocks=4), dim, dim, 2)
 
     def forward(self, x: Tensor, y_0: Tensor | None = None) -> Tensor:
@@ -171,17 +171,14 @@ class Ours(nn.Module):
 
 
 def ours(sources: int, targets: int) -> Method:
-    """What `ablation.py` calls cells."""
+    """What `ablation.py` calls last."""
 
     def losses(networks: Sequence[nn.Module], batch: Batch, generator: Generator) -> Iterator[Tensor]:
-        (x, y, acquired), network = batch, cast(Ours, networks[0])
-        with torch.no_grad():
-            shown = diffused(network.representation.represent(y), generator)
-        yield masked((network(x, shown).float() - y).square(), acquired)
+        x, y, acquired = batch
+        yield masked((networks[0](x).float() - y).square(), acquired)
 
     def train(bench: Bench, steps: int) -> nn.Module:
         first, network = bench.sources, Ours(sources, targets)
-        share = replace(bench, steps=2 * steps // 5)
         network.representation = representation(replace(bench, steps=steps // 5), "ours-mrm", slice(first, None), 8)
 
         def truth(images: Tensor) -> Tensor:
@@ -190,9 +187,15 @@ def ours(sources: int, targets: int) -> Method:
         def told(images: Tensor) -> Tensor:
             return network.representation.represent(network(images[:, :first]).float().clamp(0, 1))
 
-        twin = c_unet(share, "ours-twin", None, lambda *_: torch.empty(0))
+        finished = c_unet(replace(bench, steps=7 * steps // 10), "ours-unguided", None, lambda *_: torch.empty(0))
         network.synthesis = c_unet(
-            share, "ours", network.representation.dim, lambda x, _, g: diffused(truth(x), g), dropout=0.4, start=twin
+            replace(bench, steps=steps // 10),
+            "ours",
+            network.representation.dim,
+            lambda x, *_: truth(x),
+            dropout=0.0,
+            start=finished,
+            last=True,
         )
         y, x = (described(bench, call, bench.task.train, mirrored=True) for call in (truth, told))
         usable = bench.task.train.present.amin(1) > 0
@@ -200,18 +203,15 @@ def ours(sources: int, targets: int) -> Method:
         network.distribution = distribution(bench, "ours-mdn", *pairs, steps=2000)
         return network.eval()
 
-    def blend(network: nn.Module, x: Tensor, _: Sequence[Generator]) -> Tensor:
+    def mean_of_8(network: nn.Module, x: Tensor, _: Sequence[Generator]) -> Tensor:
         network = cast(Ours, network)
-        unguided = network(x).float().clamp(0, 1)
-        condition = network.representation.represent(unguided)
-        guided = []
-        for k in range(8):
-            shared = [seeded("ours", k) for _ in x]
-            y_0 = network.distribution.sample(shared, condition, grid=condition.shape[2:], steps=DDIM_STEPS)
-            guided.append(network(x, y_0).float().clamp(0, 1))
-        return (unguided + torch.stack(guided).mean(0)) / 2
+        condition = network.representation.represent(network(x).float().clamp(0, 1))
+        noises = [seeded("ours", k) for k in range(8) for _ in x]
+        repeated, grid = condition.repeat(8, 1, 1, 1), condition.shape[2:]
+        y_0 = network.distribution.sample(noises, repeated, grid=grid, steps=DDIM_STEPS)
+        return torch.stack([network(x, one).float().clamp(0, 1) for one in y_0.chunk(8)]).mean(0)
 
-    rows = {"ours, unguided": (one_pass, 1), "ours, blend of 8": (blend, 9)}
+    rows = {"ours": (one_pass, 1), "ours, mean of 8": (mean_of_8, 9)}
     return Method((partial(Ours, sources, targets),), losses, rows, train)
 
 

@@ -67,7 +67,7 @@ def save_untrained(
 ) -> Path:
     """A model folder whose every layer is random, so that guidance matters, with outputs around 0.5.
 
-    With `cell` (8, say) the representation is a grid of cells, as in the recipe 'standard', and there is a twin.
+    With `cell` (8, say) the representation is a grid of cells, as in the recipe 'standard'.
     """
     import torch
 
@@ -78,7 +78,7 @@ def save_untrained(
 
     settings = {"sources": ("t1n", "t2w"), "targets": ("t1c", "t2f"), "window": (16, 16), "guidance": "sample"}
     if cell:
-        twin, settings = True, settings | {"window": (2 * cell, 2 * cell), "guidance": "truth"}
+        settings = settings | {"window": (2 * cell, 2 * cell), "guidance": "truth"}
     settings |= changes
     conditional = settings.pop("conditional", True)
     config = ModelConfig(

@@ -43,12 +43,30 @@ def test_the_hole_is_filled_on_the_study_s_own_grid(out):
 def test_the_evaluation_stands_beside_its_baselines(out):
     summary = json.loads((out / "evaluation" / "metrics.json").read_text())["summary"]
     predictors = {entry["predictor"] for entry in summary}
-    assert {"guided: none", "unguided twin", "zeros", "mean image", "linear mix"} == predictors
+    assert {"unguided", "zeros", "mean image", "linear mix"} == predictors
     brain = {
         (entry["target"], entry["predictor"]): entry["psnr"]["mean"] for entry in summary if entry["region"] == "brain"
     }
     for target in ("t1c", "t2f"):
-        assert brain[target, "guided: none"] > brain[target, "zeros"] + 3
+        assert brain[target, "unguided"] > brain[target, "zeros"] + 3
+
+
+def test_deviations_say_where_it_may_be_wrong(out):
+    (case,) = (path.name for path in (out / "incomplete").iterdir())
+    for target in ("t1c", "t2f"):
+        image, deviation = (
+            nib.load(out / "completed" / case / f"{case}-{target}{end}.nii.gz").get_fdata() for end in ("", "_std")
+        )
+        assert deviation.shape == image.shape
+        assert deviation[image > 0].max() > 0.01
+    uncertainty = json.loads((out / "evaluation" / "metrics.json").read_text())["uncertainty"]
+    assert {(e["target"], e["uncertainty"]) for e in uncertainty} == {
+        (target, name) for target in ("t1c", "t2f") for name in ("deviation", "predicted intensity")
+    }
+    for entry in uncertainty:
+        assert entry["certain_90"] > 0
+        if entry["uncertainty"] == "deviation":
+            assert 0.6 < entry["coverage_95"] <= 1  # calibrated, on few patients
 
 
 def test_the_picture_shows_something(out):

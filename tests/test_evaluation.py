@@ -16,7 +16,7 @@ from rich.console import Console
 from skimage.metrics import structural_similarity
 
 from crossmr import evaluation
-from crossmr.completion import Settings
+from crossmr.completion import Settings, Synthesis
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import Split, prepare
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
@@ -29,7 +29,7 @@ SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 WHOLE = (*SOURCES, *TARGETS)
 CASES = ("A1", "B2", "C3", "D4", "E5", "F6")
 LABELLED = ("A1", "B2", "C3")
-OWN, UNGUIDED = "guided: sample", "guided: none"
+OWN, UNGUIDED = "guided: sample", "unguided"
 TRIVIAL = ("zeros", "mean image", "linear mix")
 PREDICTORS = {OWN, UNGUIDED, TWIN, *TRIVIAL}
 
@@ -189,7 +189,7 @@ def test_pictures_are_written_for_the_first_cases(evaluated, cohort, bare, tmp_p
 def test_numbers_equal_an_independent_recomputation(evaluated, cohort, model, predictor):
     _, _, rows = evaluated
     subject = subjects(cohort)["A1"]
-    predictions = predict_all(model, subject, ["sample", "none"], SETTINGS)
+    predictions, _ = predict_all(model, subject, ["sample", "none"], SETTINGS)
     assert set(predictions) == PREDICTORS
     areas = subject.head.sum((1, 2))
     kept = [z for z, area in enumerate(areas) if area >= 0.1 * areas.max()]
@@ -269,7 +269,7 @@ def test_a_perfect_predictor_is_perfect_and_beats_the_trivial_ones(cohort, model
 
     def oracle(model, sources, head, case, settings, *, network="synthesis"):
         whole = torch.from_numpy(np.stack([truths[case][t] for t in TARGETS]))
-        return whole if network == "synthesis" else whole * 0.9
+        return Synthesis(whole if network == "synthesis" else whole * 0.9, None)
 
     monkeypatch.setattr(evaluation, "synthesise", oracle)
     summary = evaluate(model, cohort, tmp_path, settings=SETTINGS)["summary"]
@@ -315,7 +315,7 @@ def test_hidden_targets_are_never_inputs(bare, model, cohort, tmp_path, monkeypa
     results = []
     for name in ("as it is", "changed"):
         subject = subjects(tmp_path / name)["P"]
-        predictions = predict_all(model, subject, ["sample", "unconditional", "none"], SETTINGS)
+        predictions, _ = predict_all(model, subject, ["sample", "unconditional", "none"], SETTINGS)
         results.append((subject, predictions, indexed(measure(model, subject, predictions))))
     (subject, first, scores), (_, second, others) = results
     assert set(first) == {*PREDICTORS, "guided: unconditional"}
@@ -330,13 +330,13 @@ def test_hidden_targets_are_never_inputs(bare, model, cohort, tmp_path, monkeypa
 
 def test_arms_differ_and_each_is_its_own_guidance(model, cohort):
     subject = subjects(cohort)["A1"]
-    arms = predict_all(model, subject, ["sample", "unconditional", "none"], SETTINGS)
-    names = [f"guided: {g}" for g in ("sample", "unconditional", "none")] + [TWIN]
+    arms, _ = predict_all(model, subject, ["sample", "unconditional", "none"], SETTINGS)
+    names = ["guided: sample", "guided: unconditional", UNGUIDED, TWIN]
     for k, name in enumerate(names):
         for other in names[k + 1 :]:
             assert np.abs(arms[name][0] - arms[other][0]).max() > 1e-3
     assert all(not volume.any() for volume in arms["zeros"])
-    other = predict_all(model, subject, ["none"], Settings(guidance="sample", seed=7, steps=3, precision="float32"))
+    other, _ = predict_all(model, subject, ["none"], Settings(guidance="sample", seed=7, steps=3, precision="float32"))
     assert list(other) == [UNGUIDED, TWIN, *TRIVIAL]
     np.testing.assert_array_equal(other[UNGUIDED][0], arms[UNGUIDED][0])
 
@@ -345,7 +345,7 @@ def test_skull_stripped_predictions_are_zero_outside_the_head(model, tmp_path):
     write_case(tmp_path, "P", air=False)
     subject = subjects(tmp_path)["P"]
     assert subject.masked_background
-    for volumes in predict_all(model, subject, ["sample"], SETTINGS).values():
+    for volumes in predict_all(model, subject, ["sample"], SETTINGS)[0].values():
         assert all(not volume[~subject.head].any() for volume in volumes)
 
 
@@ -355,6 +355,65 @@ def test_a_synthetic_volume_is_no_truth(bare, tmp_path):
     nib.save(fake, tmp_path / "P" / "P-t2f.nii.gz")
     with pytest.raises(StudyError, match="P: cannot be measured: it has none of t1c, t2f"):
         evaluate(bare, tmp_path, tmp_path / "out", settings=SETTINGS)
+
+
+# How sure
+
+
+@pytest.fixture(scope="module")
+def sure(cohort, tmp_path_factory):
+    """A model with cells, measured with three samples: what was returned, the folder and the model."""
+    model = load_model(save_untrained(tmp_path_factory.mktemp("sure model"), cell=8))
+    model.calibration = {"variance": torch.tensor([[4.0, 0.01], [1.0, 0.0]])}
+    out = tmp_path_factory.mktemp("sure")
+    settings = Settings(samples=3, steps=2, precision="float32")
+    return evaluate(model, cohort, out, guidances=["sample"], settings=settings), out, model
+
+
+def test_deviations_are_held_against_the_errors_of_the_model_s_own_image(sure, cohort):
+    body, out, model = sure
+    assert body["own"] == "unguided"
+    with open(out / "uncertainty.csv", newline="") as file:
+        rows = {(r["case"], r["target"], r["uncertainty"]): r for r in csv.DictReader(file)}
+    assert len(rows) == len(CASES) * len(TARGETS) * 2
+    subject = subjects(cohort)["A1"]
+    settings = Settings(guidance="none", samples=3, steps=2, precision="float32")
+    sources = torch.from_numpy(np.stack([subject.volumes[source] for source in SOURCES]))
+    made = evaluation.synthesise(model, sources, subject.head.sum((1, 2)).tolist(), "A1", settings)
+    for index, target in enumerate(TARGETS):
+        error = np.abs(made.images[index].numpy() - subject.volumes[target])[subject.head]
+        deviation = made.deviations[index].numpy()[subject.head]
+        row = rows["A1", target, "deviation"]
+        assert float(row["error"]) == pytest.approx(error.mean(), rel=1e-4)
+        assert float(row["coverage_95"]) == pytest.approx((error <= 1.96 * deviation).mean(), abs=1e-4)
+        kept = error[np.argsort(deviation, kind="stable")][: round(0.9 * len(error))]
+        assert float(row["certain_90"]) == pytest.approx(kept.mean(), rel=1e-2)
+
+
+def test_the_summary_of_sureness_has_its_rival_beside_it(sure):
+    body, _, _ = sure
+    assert len(body["uncertainty"]) == 4
+    for entry in body["uncertainty"]:
+        assert entry["cases"] == len(CASES)
+        trivial = entry["uncertainty"] == "predicted intensity"
+        assert (entry["coverage_95"] is None) == trivial
+        assert ("p_against_deviation" in entry) == trivial
+    table = evaluation.sureness_table(body["uncertainty"])
+    assert table.row_count == 4
+    assert [column.header for column in table.columns][:2] == ["target", "uncertainty"]
+
+
+def test_without_samples_nothing_is_said_of_sureness(evaluated):
+    out, body, _ = evaluated
+    assert body["uncertainty"] == []
+    assert not (out / "uncertainty.csv").exists()
+
+
+def test_a_pooled_model_measures_unguided_beside_its_samples(bare, cohort, tmp_path):
+    settings = Settings(samples=2, steps=2, precision="float32")
+    body = evaluate(bare, cohort, tmp_path, guidances=["none"], settings=settings)
+    assert {e["predictor"] for e in body["summary"]} == {OWN, UNGUIDED}
+    assert {e["uncertainty"] for e in body["uncertainty"]} == {"deviation", "predicted intensity"}
 
 
 # Statistics
@@ -413,7 +472,7 @@ def test_scores_that_do_not_exist_are_null_and_left_out_of_the_mean():
 
 
 def test_the_csv_holds_names_that_are_no_unicode():
-    text = evaluation._csv([row("caf\udce9, left", "own")]).decode(errors="surrogatepass")
+    text = evaluation._csv([row("caf\udce9, left", "own")], ("case", *METRICS)).decode(errors="surrogatepass")
     (line,) = csv.DictReader(text.splitlines())
     assert line["case"] == "caf\udce9, left"
     assert line["ssim"] == "0.5"

@@ -48,7 +48,7 @@ def cell_model(**settings):
     form = config(guidance="truth")
     form = replace(form, targets=("t1c", "t2f"), representation=RepresentationConfig(**FORM, **CELLS), **settings)
     torch.manual_seed(0)
-    model = CrossConditionedModel(form, twin=True)
+    model = CrossConditionedModel(form)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -379,20 +379,25 @@ def test_the_stages_are_in_the_order_of_their_training():
     assert config().stages == pooled
     assert config(conditional=False).stages == ("representation", "distribution", "synthesis", "twin")
     model = cell_model()
-    assert model.config.stages == ("representation", "twin", "synthesis", "distribution")
-    for one in (model, random_model(), random_model(conditional=False)):
-        assert set(one.config.stages) == set(one.networks())
+    assert tuple(model.stages()) == ("representation", "synthesis", "guidance", "distribution")
+    assert model.stages()["guidance"] is model.stages()["synthesis"] is model.synthesis
+    for one in (random_model(), random_model(conditional=False)):
+        assert tuple(one.stages()) == one.config.stages
+        assert one.stages() == one.networks()
+    assert "twin" not in random_model(twin=False).stages()
 
 
 def test_a_model_of_cells_comes_back_bit_for_bit(tmp_path):
     model = cell_model()
     model.distribution.standardise(7 + 3 * torch.randn(9, 6, 2, 2))
+    model.calibration = {"variance": torch.tensor([[3.0, 0.01], [0.5, 0.0]])}
     save_model(tmp_path, model, {})
     loaded = load_model(tmp_path)
     assert loaded.config == model.config
-    first, again = (m.guide_cells(images(), generators(1)[0], steps=3) for m in (model, loaded))
+    assert torch.equal(loaded.calibration["variance"], model.calibration["variance"])
+    first, again = (m.guide_cells(images(), generators(2), steps=3) for m in (model, loaded))
     assert torch.equal(first, again)
-    assert torch.equal(model.synthesis(images(), first), loaded.synthesis(images(), again))
+    assert torch.equal(model.synthesis(images(), first[1]), loaded.synthesis(images(), again[1]))
     with pytest.raises(ConfigError, match="unconditional"):
         loaded.pool_sources(images())
 
@@ -412,21 +417,37 @@ def test_slices_share_one_noise(told):
     model = cell_model()
     unguided = images(1).expand(3, -1, -1, -1).clone()
     unguided[2] = images(3)[2]
-    generator = generators(1)[0]
-    drawn = model.guide_cells(unguided, generator, told=told, steps=3)
+    drawn, second = model.guide_cells(unguided, generators(2), told=told, steps=3)
     assert drawn.shape == (3, 6, 2, 2)
     assert torch.equal(drawn[0], drawn[1])
     assert (not torch.allclose(drawn[0], drawn[2], atol=1e-3)) == told
-    torch.testing.assert_close(model.guide_cells(unguided[2:], generators(1)[0], told=told, steps=3), drawn[2:])
-    other = model.guide_cells(unguided, generators(2)[1], told=told, steps=3)
-    assert (drawn - other).flatten(1).abs().amax(1).min() > 1e-3
+    alone = model.guide_cells(unguided[2:], generators(2)[1:], told=told, steps=3)
+    torch.testing.assert_close(alone[0], second[2:])
+    assert (drawn - second).flatten(1).abs().amax(1).min() > 1e-3
 
 
 def test_the_condition_of_a_grid_is_the_unguided_synthesis_clipped():
     model = cell_model()
     noise, condition = [generators(1)[0] for _ in range(3)], model.representation.represent(images())
     want = model.distribution.sample(noise, condition, grid=(2, 2), steps=3)
-    torch.testing.assert_close(model.guide_cells(images(), generators(1)[0], steps=3), want)
+    torch.testing.assert_close(model.guide_cells(images(), generators(1), steps=3)[0], want)
     beyond = torch.where(images() > 0.5, 2 * images(), images() - 0.5)
-    drawn = [model.guide_cells(x, generators(1)[0], steps=3) for x in (beyond, beyond.clamp(0, 1))]
+    drawn = [model.guide_cells(x, generators(1), steps=3) for x in (beyond, beyond.clamp(0, 1))]
     assert torch.equal(*drawn)
+
+
+def test_deviations_are_calibrated_target_by_target():
+    model, deviation = cell_model(), images(2, 3).abs()
+    assert torch.equal(model.calibrated(deviation), deviation)
+    model.calibration = {"variance": torch.tensor([[4.0, 0.0], [0.0, 0.09]])}
+    scaled = model.calibrated(deviation)
+    torch.testing.assert_close(scaled[0], 2 * deviation[0])
+    torch.testing.assert_close(scaled[1], torch.full_like(deviation[1], 0.3))
+
+
+@pytest.mark.parametrize("variance", [[[1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]], [[1.0, 0.0], [float("nan"), 0.0]]])
+def test_a_calibration_that_fits_nothing_is_refused(tmp_path, variance):
+    model = cell_model()
+    model.calibration = {"variance": torch.tensor(variance)}
+    save_model(tmp_path, model, {})
+    refused(tmp_path, r"calibration\.safetensors does not fit")

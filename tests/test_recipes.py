@@ -87,9 +87,9 @@ def test_a_crop_that_fits_no_network_is_refused_with_the_model(crop):
 
 def test_standard_is_the_published_form_with_cells():
     assert STANDARD.representation == replace(PAPER.representation, cell=16)
-    assert STANDARD.synthesis == PAPER.synthesis
+    assert STANDARD.synthesis == replace(PAPER.synthesis, condition_width=128)
     assert (STANDARD.crop, STANDARD.synthesis_fit) == (PAPER.crop, PAPER.synthesis_fit)
-    assert (STANDARD.guidance, STANDARD.guidance_dropout) == ("truth", 0.4)
+    assert STANDARD.guidance == "truth"
     assert PAPER.representation.cell == 0
     last = {name: recipe.model_config(SOURCES, TARGETS).stages[-1] for name, recipe in RECIPES.items()}
     assert last == {"standard": "distribution", "paper": "twin", "tiny": "distribution"}

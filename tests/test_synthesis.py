@@ -73,7 +73,7 @@ def test_the_condition_reaches_every_residual_block():
 
 def test_the_embedding_is_the_papers():
     torch.manual_seed(0)
-    embedding = ConditionEmbedding(6)
+    embedding = ConditionEmbedding(6, 6)
     y_0 = torch.randn(2, 6, generator=seeded())
     first, _, second = embedding.embed
     hidden = y_0 @ first.weight.T + first.bias
@@ -161,7 +161,7 @@ def grids(count=3, cells=(4, 4)):
 
 def test_a_grid_is_embedded_cell_by_cell():
     torch.manual_seed(0)
-    embedding, y_0 = ConditionEmbedding(6), grids()
+    embedding, y_0 = ConditionEmbedding(6, 6), grids()
     with torch.no_grad():
         embedding.no_guidance.normal_()
     c = embedding(y_0, 3)
@@ -195,25 +195,45 @@ def test_a_cell_moves_mostly_the_pixels_near_it():
     assert moved[1, :8, 56:].mean() > 5 * moved[1, 32:, :32].mean()
 
 
+# Condition layers that learn last
+
+
+def guided_last(width=None):
+    torch.manual_seed(0)
+    config = SynthesisConfig(channels=4, multipliers=(1, 2, 3), condition_width=width)
+    return CUNet(config, 2, 3, 6, guided_last=True)
+
+
+@pytest.mark.parametrize("width", [None, 10])
 @pytest.mark.parametrize("cells", [(), (2, 2)])
-def test_a_network_that_starts_from_its_twin_is_the_twin_until_it_learns(cells):
-    network, twin = random_network(), random_network(None)
-    sources, targets, vector = batch()
-    y_0 = grids(cells=cells) if cells else vector
+def test_condition_layers_start_at_nothing_and_learn_alone(cells, width):
+    network, (sources, targets, vector) = guided_last(width), batch()
     with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.add_(0.1)
-    want = twin(sources)
-    assert not torch.allclose(network(sources, y_0), want, atol=1e-2)
-    network.start_from(twin)
-    for guidance in (y_0, 100 * y_0, None):
-        assert torch.equal(network(sources, guidance), want)
-    assert torch.equal(twin(sources), want)
-    network.loss(sources, targets, torch.ones(3, 3), y_0).backward()
-    for name, module in network.named_modules():
-        if isinstance(module, ResidualBlock):
-            assert module.condition.weight.grad.abs().max() > 0, name
-    with torch.no_grad():
-        for parameter in network.parameters():  # its weights are its own
-            parameter.add_(1)
-    assert torch.equal(twin(sources), want)
+        for name, parameter in network.named_parameters():
+            if "condition" not in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    y_0, want = grids(cells=cells) if cells else vector, network(sources)
+    assert torch.equal(network(sources, y_0), want)
+    network.condition_layers_only()
+    optimiser = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 0.1)
+    losses = []
+    for _ in range(20):
+        loss = network.loss(sources, targets, torch.ones(3, 3), y_0)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert (network(sources, y_0) - want).abs().max() > 1e-2
+    assert torch.equal(network(sources), want)  # unguided it stays what it was, to the bit
+
+
+def test_only_what_lets_the_guidance_in_learns_last():
+    network = guided_last(10)
+    network.condition_layers_only()
+    learning = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    blocks = sum(isinstance(module, ResidualBlock) for module in network.modules())
+    assert len(learning) == 2 * blocks + 4
+    assert "condition.embed.0.weight" in learning
+    assert network.condition.embed[2].weight.shape == (10, 10)
+    assert not [name for name, _ in network.named_parameters() if "no_guidance" in name]

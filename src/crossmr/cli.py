@@ -20,6 +20,10 @@ app = typer.Typer(
 Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, typer.Option(help="auto (bfloat16 where the hardware has it), bfloat16 or float32.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Guided syntheses to draw, such as 8: they tell how sure each voxel is (CASE-t1c_std.nii.gz)."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Mapping = Annotated[
     list[str] | None,
@@ -123,9 +127,7 @@ def complete(
         typer.Option(help="sample, unconditional or none; by default as trained, and none with cells."),
     ] = None,
     steps: Annotated[int, typer.Option(help="DDIM steps of the sampled representation.")] = 50,
-    samples: Annotated[
-        int | None, typer.Option(help="Guided syntheses to average; by default the model's own number.")
-    ] = None,
+    samples: Samples = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -171,9 +173,7 @@ def evaluate(
     part: Annotated[str, typer.Option(help="Part of a prepared set: train, val or test.")] = "test",
     guidance: Annotated[list[str] | None, typer.Option(help="Measure this guidance too; repeatable.")] = None,
     steps: Annotated[int, typer.Option(help="DDIM steps of the sampled representation.")] = 50,
-    samples: Annotated[
-        int | None, typer.Option(help="Guided syntheses to average; by default the model's own number.")
-    ] = None,
+    samples: Samples = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -182,7 +182,7 @@ def evaluate(
     """Hide each target in turn, synthesise it, and measure, beside the unguided twin and trivial predictors."""
     from crossmr.display import Display
     from crossmr.evaluation import evaluate as run
-    from crossmr.evaluation import tables
+    from crossmr.evaluation import sureness_table, tables
 
     display = Display()
     arms = [_settings(None, arm, steps, samples, seed, precision).guidance for arm in guidance or ()]
@@ -198,6 +198,8 @@ def evaluate(
         display=display,
     )
     display.print_tables(tables(result["summary"], intervals=display.wide))
+    if result["uncertainty"]:
+        display.print_tables([sureness_table(result["uncertainty"])])
     if result["trained_on"]:
         display.say(f"Warning: the model was trained on {len(result['trained_on'])} of these patients.")
     display.say(f"{len(result['cases'])} cases measured; every number is in {out}")

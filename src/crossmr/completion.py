@@ -1,12 +1,13 @@
 """Completing studies: what is missing is synthesised from what is there, on its exact grid, and labelled synthetic."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,7 +27,6 @@ from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
 EXPECTED = ("t1n", "t1c", "t2w", "t2f")
 """A whole study; what of it a model cannot fill is said."""
 FORMAT = "crossmr-completion"
-CELL_SAMPLES = 8
 BATCH = 16
 """Slices synthesised at once."""
 INTENSITY = {
@@ -52,7 +52,8 @@ class Settings:
     steps: int = 50
     """DDIM steps of the MDN."""
     samples: int | None = None
-    """Guided syntheses that are averaged (None: 8 with cells, 1 without); with cells a number asks for 'sample'."""
+    """Guided syntheses: their standard deviation says how sure the image is, and where it is guided it is their mean.
+    None: one where the image is guided."""
     eta: float = 1.0
     """0 makes DDIM deterministic, 1 as random as DDPM."""
     seed: int = 0
@@ -73,6 +74,8 @@ class Completed:
 
     images: Mapping[str, Any]
     """Modality → nibabel image on the reference's grid, float32 in [0, 1], its header marked SYNTHETIC."""
+    deviations: Mapping[str, Any]
+    """Modality → how far each voxel may be off, a standard deviation on the image's scale; empty without samples."""
     manifest: Mapping[str, Any]
     """Inputs with hashes, model, seed, guidance, scale, what could not be filled and why."""
 
@@ -135,28 +138,26 @@ def complete_study(
     config = model.config
     wanted, not_filled = what_to_fill(tuple(study.volumes), model, settings)
     images: dict[str, Any] = {}
+    deviations: dict[str, Any] = {}
     if wanted:
         box = study.box()
         sources = np.stack([study.normalised(m)[box] for m in config.sources])
         head = study.mask[box]
-        predicted = synthesise(model, torch.from_numpy(sources), head.sum((1, 2)).tolist(), study.case, settings)
+        synthesis = synthesise(model, torch.from_numpy(sources), head.sum((1, 2)).tolist(), study.case, settings)
         for modality in wanted:
-            full = np.zeros(study.mask.shape, np.float32)
-            full[box] = predicted[config.targets.index(modality)].numpy()
-            if study.masked_background:
-                full[~study.mask] = 0
-            images[modality] = on_grid(
-                full,
-                study.reference,
-                description=_description(modality, model.config.sources),
-                display_range=(0.0, 1.0),
-            )
+            index = config.targets.index(modality)
+            images[modality] = _on_grid(study, synthesis.images[index], _description(modality, config.sources), 1.0)
+            if synthesis.deviations is not None:
+                deviation = synthesis.deviations[index]
+                said = _description(f"{modality} std", config.sources)
+                deviations[modality] = _on_grid(study, deviation, said, max(float(deviation.max()), 1e-3))
     manifest = {
         "format": FORMAT,
         "case": study.case,
         "synthetic": {
             modality: {
                 "file": f"{study.case}-{modality}.nii.gz",
+                "deviation": f"{study.case}-{modality}_std.nii.gz" if modality in deviations else None,
                 "from": list(model.config.sources),
                 "warnings": [DISCLAIMER, *([ENHANCEMENT] if modality == "t1c" else [])],
             }
@@ -167,13 +168,35 @@ def complete_study(
         "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},
         "normalisation": {m: {"low": n.low, "high": n.high} for m, n in study.normalisation.items()},
         "intensity": INTENSITY,
+        "deviation": _deviation_record(model) if deviations else None,
         "notes": list(study.notes),
         "settings": _recorded(model, settings),
         "seconds": round(time.perf_counter() - start, 3),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("crossmr", "torch", "monai", "nibabel")},
     }
-    return Completed(images, manifest)
+    return Completed(images, deviations, manifest)
+
+
+def _on_grid(study: Study, cropped: Tensor, description: str, brightest: float) -> Any:
+    """A head-cropped volume (Z, Y, X) on the study's reference grid, 0 outside."""
+    full = np.zeros(study.mask.shape, np.float32)
+    full[study.box()] = cropped.numpy()
+    if study.masked_background:
+        full[~study.mask] = 0
+    return on_grid(full, study.reference, description=description, display_range=(0.0, brightest))
+
+
+def _deviation_record(model: CrossConditionedModel) -> dict[str, Any]:
+    """What the manifest says of the standard deviations."""
+    variance = model.calibration.get("variance")
+    factors = None if variance is None else dict(zip(model.config.targets, variance.tolist(), strict=True))
+    return {
+        "meaning": "standard deviation of guided syntheses, scaled to the error that held-out patients show"
+        if factors
+        else "standard deviation of guided syntheses as it is: uncalibrated, and far too sure",
+        "calibration": factors and {target: {"a": a, "b": b} for target, (a, b) in factors.items()},
+    }
 
 
 def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
@@ -188,6 +211,11 @@ def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
             raise ConfigError(f"This model cannot synthesise {target}; it was trained for {known}.")
     if settings.guidance == "sample" and not model.config.distribution.conditional:
         raise ConfigError("This model's MDN knows no condition; use guidance 'unconditional' or 'none'.")
+    if settings.samples and chosen_guidance(model, settings) == "none":
+        if not model.config.representation.cell:
+            raise ConfigError("--samples are guided syntheses, and this model's guidance 'none' has none.")
+        if settings.samples < 2:
+            raise ConfigError("--samples is 1; a standard deviation needs at least 2.")
     ddim_timesteps(model.config.distribution.schedule.steps, settings.steps)
 
 
@@ -211,6 +239,15 @@ def what_to_fill(
     return wanted, not_filled
 
 
+class Synthesis(NamedTuple):
+    """All targets of a volume."""
+
+    images: Tensor
+    """(T, Z, Y, X) in [0, 1]."""
+    deviations: Tensor | None
+    """(T, Z, Y, X), standard deviation of each voxel's error; None without samples."""
+
+
 @torch.no_grad()
 def synthesise(
     model: CrossConditionedModel,
@@ -220,25 +257,24 @@ def synthesise(
     settings: Settings,
     *,
     network: str = "synthesis",
-) -> Tensor:
-    """Synthesise all targets (T, Z, Y, X) in [0, 1] on the CPU from sources (S, Z, Y, X) in [0, 1], head-cropped.
+) -> Synthesis:
+    """Synthesise all targets on the CPU from sources (S, Z, Y, X) in [0, 1], head-cropped.
 
     Representations are drawn from seeds derived from settings.seed and the case's name: one pooled vector for the
-    volume, or a grid for each slice from noise that all slices share. Guided syntheses are averaged; with cells, that
-    average is averaged with the unguided synthesis. Axial slices without any head stay zero. `network` may be 'twin',
-    which no representation guides.
+    volume, or a grid for each slice from noise that all slices share. The image is the mean of the guided syntheses,
+    or the unguided one. Axial slices without any head stay zero. `network` may be 'twin', which nothing guides.
     """
     config, device = model.config, model.device
     dims, cells = config.spatial_dims, bool(config.representation.cell)
     dtype = choose_precision(settings.precision, device)
-    guidance = chosen_guidance(model, settings)
+    guidance, count = chosen_guidance(model, settings), samples_drawn(model, settings)
     if network == "twin":
-        guidance = "none"
-    keys = [("case", settings.seed, case, *([k] if k else ())) for k in range(samples_drawn(model, settings))]
+        guidance, count = "none", 0
+    keys = [("case", settings.seed, case, *([k] if k else ())) for k in range(count)]
     chosen = {"steps": settings.steps, "eta": settings.eta}
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
         vectors: list[Tensor] = []
-        if guidance != "none" and not cells:
+        if count and not cells:
             pooled = None
             if guidance == "sample":
                 inputs = as_inputs(sources, useful_slices(head_voxels), dims, config.divisor)
@@ -249,14 +285,17 @@ def synthesise(
             return cast(Tensor, getattr(model, network)(images, y_0)).float().clamp(0, 1)
 
         def predict(images: Tensor) -> Tensor:
-            if guidance == "none":
+            """Images and, of several samples, deviations as further channels."""
+            if not count:
                 return run(images, None)
-            if not cells:
-                return torch.stack([run(images, y_0.expand(len(images), -1)) for y_0 in vectors]).mean(0)
-            unguided = run(images, None)
-            told = guidance == "sample"
-            grids = (model.guide_cells(unguided, seeded(*key), told=told, **chosen) for key in keys)  # type: ignore[arg-type]
-            return (unguided + torch.stack([run(images, y_0) for y_0 in grids]).mean(0)) / 2
+            if cells:
+                told = guidance != "unconditional"
+                generators = [seeded(*key) for key in keys]
+                unguided, guided = model.synthesise_with_cells(images, generators, told=told, **chosen)  # type: ignore[arg-type]
+            else:
+                unguided, guided = None, torch.stack([run(images, y_0.expand(len(images), -1)) for y_0 in vectors])
+            image = guided.mean(0) if guidance != "none" or unguided is None else unguided
+            return image if count == 1 else torch.cat([image, guided.std(0)], 1)
 
         shape = sources.shape[1:]
         if dims == 3:
@@ -264,35 +303,39 @@ def synthesise(
 
             padded = as_inputs(sources, (), dims, config.divisor).to(device)
             window = sliding_window_inference(padded, config.window, 1, predict, overlap=0.25, mode="gaussian")
-            return fit_size(cast(Tensor, window)[0].cpu(), shape, [0.5] * 3).clamp(0, 1)
-        result = torch.zeros(len(config.targets), *shape)
-        slices = [z for z, voxels in enumerate(head_voxels) if voxels]
-        inputs = as_inputs(sources, slices, dims, config.divisor)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        predicted = torch.cat([predict(chunk.to(device)).cpu() for chunk in torch.split(inputs, BATCH)])
-        result[:, slices] = fit_size(predicted, shape[1:], [0.5] * 2).transpose(0, 1)
-        return result.clamp(0, 1)
+            result = fit_size(cast(Tensor, window)[0].cpu(), shape, [0.5] * 3)
+        else:
+            slices = [z for z, voxels in enumerate(head_voxels) if voxels]
+            inputs = as_inputs(sources, slices, dims, config.divisor)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            predicted = torch.cat([predict(chunk.to(device)).cpu() for chunk in torch.split(inputs, BATCH)])
+            result = torch.zeros(predicted.shape[1], *shape)
+            result[:, slices] = fit_size(predicted, shape[1:], [0.5] * 2).transpose(0, 1)
+        targets = len(config.targets)
+        if len(result) == targets:
+            return Synthesis(result.clamp(0, 1), None)
+        deviations = model.calibrated(result[targets:])
+        deviations[:, [z for z, voxels in enumerate(head_voxels) if not voxels]] = 0
+        return Synthesis(result[:targets].clamp(0, 1), deviations)
 
 
 def chosen_guidance(model: CrossConditionedModel, settings: Settings) -> Guidance:
-    """The guidance that is asked for, by name or, with cells, by asking for samples; or else the default."""
-    if settings.guidance is None and settings.samples and model.config.representation.cell:
-        return "sample"
+    """The guidance that is asked for, or else the default."""
     return settings.guidance or default_guidance(model)
 
 
 def samples_drawn(model: CrossConditionedModel, settings: Settings) -> int:
-    """How many guided syntheses are averaged."""
+    """How many guided syntheses are made; unguided images have them only with cells, to say how sure they are."""
     if chosen_guidance(model, settings) == "none":
-        return 0
-    return settings.samples or (CELL_SAMPLES if model.config.representation.cell else 1)
+        return (settings.samples or 0) if model.config.representation.cell else 0
+    return settings.samples or 1
 
 
 def default_guidance(model: CrossConditionedModel) -> Guidance:
     """The guidance that the C-UNet was trained with, as far as it is to be had at completion.
 
-    With cells it is none: guided syntheses tell how sure the network is, but their mean is no better than its unguided
-    pass (docs/evidence.md).
+    With cells it is none: guided syntheses tell how sure the image is, but their mean is no better than the unguided
+    one (docs/evidence.md).
     """
     trained = model.config.guidance
     if model.config.representation.cell:
@@ -382,10 +425,11 @@ def _complete_case(
     try:
         for path in (done, *earlier):
             path.unlink(missing_ok=True)
-        for modality, image in result.images.items():
-            path = folder / f"{files.case}-{modality}.nii.gz"
-            write_volume(image, path)
-            written.append(path)
+        named = {f"{files.case}-{modality}.nii.gz": image for modality, image in result.images.items()}
+        named |= {f"{files.case}-{modality}_std.nii.gz": image for modality, image in result.deviations.items()}
+        for name, image in named.items():
+            write_volume(image, folder / name)
+            written.append(folder / name)
         manifest = {**result.manifest, "given": given, "seconds": round(time.perf_counter() - start, 3)}
         write_json(done, manifest)
     except BaseException as error:
@@ -404,8 +448,8 @@ def _earlier(folder: Path, case: str, model: CrossConditionedModel, result: Comp
         OutputError: an acquired scan lies where a synthetic one would be written.
     """
     earlier = []
-    for modality in dict.fromkeys((*EXPECTED, *model.config.targets)):
-        path = folder / f"{case}-{modality}.nii.gz"
+    for modality, end in itertools.product(dict.fromkeys((*EXPECTED, *model.config.targets)), ("", "_std")):
+        path = folder / f"{case}-{modality}{end}.nii.gz"
         if not path.exists():
             continue
         if read_volume(path).synthetic:

@@ -14,7 +14,7 @@ from crossmr.data.study import load_study
 from crossmr.data.volume import read_volume
 from crossmr.display import SILENT, Display
 from crossmr.errors import OutputError
-from crossmr.evaluation import evaluate, tables
+from crossmr.evaluation import evaluate, sureness_table, tables
 from crossmr.phantom import write_cohort
 from crossmr.picture import save_picture
 from crossmr.recipes import TINY
@@ -26,7 +26,9 @@ TARGETS = ("t1c", "t2f")
 RECIPE = replace(TINY, crop=(88, 72))
 """The phantom's slices, no wider than they are."""
 MINUTES = 2.0
-"""Of training, for all stages and the unguided twin together."""
+"""Of training, for all stages together."""
+SAMPLES = 4
+"""Guided syntheses, whose standard deviation says how sure the image is."""
 
 
 def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: Display = SILENT) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: D
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "cohort").exists():
         raise OutputError(f"{out} exists and is no earlier demo; name another folder.")
-    start = time.monotonic()
+    start, settings = time.monotonic(), Settings(samples=SAMPLES, seed=seed)
     display.say(f"1/5 phantom: {PATIENTS} heads with lesions, made in code")
     write_cohort(out / "cohort", PATIENTS, seed=seed, shape=SHAPE, spacing_mm=SPACING_MM)
     (case,) = write_cohort(
@@ -68,7 +70,6 @@ def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: D
         recipe=RECIPE,
         sources=("t1n", "t2w"),
         targets=TARGETS,
-        twin=True,
         minutes=minutes,
         seed=seed,
         display=display,
@@ -78,13 +79,14 @@ def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: D
         out / "incomplete",
         out / "completed",
         model,
-        settings=Settings(seed=seed),
+        settings=settings,
         overwrite=True,
         display=display,
     )
     display.say("5/5 evaluate on phantoms that training never saw")
-    result = evaluate(model, out / "set", out / "evaluation", settings=Settings(seed=seed), display=display)
+    result = evaluate(model, out / "set", out / "evaluation", settings=settings, display=display)
     display.print_tables(tables(result["summary"], intervals=display.wide))
+    display.print_tables([sureness_table(result["uncertainty"])])
     _picture(out, case)
     display.say(
         f"done in {time.monotonic() - start:.0f} s: look at {out / 'picture.png'} and {out / 'completed' / case}"
@@ -100,7 +102,8 @@ def _picture(out: Path, case: str) -> None:
     z = int(lesion.astype(bool).sum((1, 2)).argmax())
     rows = []
     for target in TARGETS:
-        synthetic = read_volume(out / "completed" / case / f"{case}-{target}.nii.gz").data[z]
+        made = [out / "completed" / case / f"{case}-{target}{end}.nii.gz" for end in ("", "_std")]
+        synthetic, deviation = (read_volume(path).data[z] for path in made)
         real = study.normalised(target)[z]
         row = [(f"{m} acquired", study.normalised(m)[z]) for m in ("t1n", "t2w")]
         rows.append(
@@ -109,6 +112,7 @@ def _picture(out: Path, case: str) -> None:
                 (f"{target} synthetic", synthetic),
                 (f"{target} truth", real),
                 ("|error|", np.abs(synthetic - real)),
+                ("deviation", deviation),
             ]
         )
     save_picture(out / "picture.png", rows)

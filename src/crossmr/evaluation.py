@@ -11,7 +11,10 @@ slice   As CDM, ResViT and SynDiff measure: PSNR, SSIM (2D, Gaussian 1.5) and MA
         target was acquired at all.
 
 The head mask is found on all of a study's volumes, the hidden one included; it places the box and scales the sources.
-The unguided twin of a model with cells is where its C-UNet started, and has had half of its steps.
+A model with cells has no twin: its unguided synthesis is what a network without guidance gives.
+
+With samples, the standard deviation of each voxel is held against the absolute error within the head, on the [0, 1]
+scale (`error_against_uncertainty`), beside the predicted intensity, which any network has: it ranks errors too.
 """
 
 import csv
@@ -46,6 +49,8 @@ from crossmr.trivial import predict_trivial
 Array = npt.NDArray[np.float32]
 Row = dict[str, Any]
 METRICS = ("psnr", "ssim", "mae", "nmse", "haarpsi")
+SURENESS = ("correlation", "error", "certain_90", "ause", "coverage_95")
+DEVIATION, INTENSITY = "deviation", "predicted intensity"
 TWIN = "unguided twin"
 HEADINGS = {"psnr": "PSNR", "ssim": "SSIM", "haarpsi": "HaarPSI"}
 COLUMNS = (
@@ -91,7 +96,8 @@ def evaluate(
     Args:
         model: a model, or the folder of one.
         data: a prepared set, of which `part` is measured, or a folder of studies.
-        out: gets metrics.csv (a row a case, target, predictor and region), metrics.json and pictures.
+        out: gets metrics.csv (a row a case, target, predictor and region), metrics.json, pictures, and with samples
+            uncertainty.csv.
         part: 'train', 'val' or 'test' of a prepared set.
         guidances: arms measured beside the model's own guidance.
         settings: seed, steps and precision of the completion.
@@ -107,9 +113,10 @@ def evaluate(
         model = load_model(model, choose_device(device))
     own = chosen_guidance(model, settings)
     for arm in (own, *guidances):
-        check_settings(model, replace(settings, guidance=arm))
+        check_settings(model, _of_arm(model, settings, arm))
     arms = list(dict.fromkeys((own, *guidances)))
     rows: list[Row] = []
+    sureness: list[Row] = []
     failed: dict[str, str] = {}
     trained_on = set(model.record.get("training", {}).get("patients", {}).get("train", []))
     seen, pictures = [], 0
@@ -119,12 +126,13 @@ def evaluate(
         for name, read in readers:
             try:
                 subject = read()
-                predictions = predict_all(model, subject, arms, settings)
+                predictions, deviations = predict_all(model, subject, arms, settings)
                 measured = measure(model, subject, predictions)
                 if pictures < PICTURES:
                     _draw(out / "pictures" / f"{name}.png", model, subject, predictions)
                     pictures += 1
                 rows += measured
+                sureness += measure_sureness(model, subject, predictions[predictor_name(own)], deviations)
                 if pseudonym(subject.patient) in trained_on:
                     seen.append(name)
             except CrossmrError as error:
@@ -137,6 +145,7 @@ def evaluate(
         "finished": True,
         "protocol": (__doc__ or "").strip(),
         "summary": summarise(rows),
+        "uncertainty": sureness_summary(sureness),
         "own": predictor_name(own),
         "cases": sorted({row["case"] for row in rows}),
         "trained_on": seen,
@@ -152,14 +161,22 @@ def evaluate(
         },
         "versions": {name: version(name) for name in ("crossmr", "torch")},
     }
-    write_atomically(out / "metrics.csv", _csv(rows))
+    write_atomically(out / "metrics.csv", _csv(rows, ("case", "target", "predictor", "protocol", "region", *METRICS)))
+    if sureness:
+        write_atomically(out / "uncertainty.csv", _csv(sureness, ("case", "target", "uncertainty", *SURENESS)))
     write_json(out / "metrics.json", body)
     return body
 
 
+def _of_arm(model: CrossConditionedModel, settings: Settings, arm: Guidance) -> Settings:
+    """The settings of one arm; without guidance there are no samples, but for those of a model with cells."""
+    samples = settings.samples if arm != "none" or model.config.representation.cell else None
+    return replace(settings, guidance=arm, samples=samples)
+
+
 def predictor_name(guidance: str) -> str:
     """How an arm of the model is called in tables and files."""
-    return f"guided: {guidance}"
+    return "unguided" if guidance == "none" else f"guided: {guidance}"
 
 
 def _subjects(data: Path, part: str, mapping: Mapping[str, str] | None) -> Iterator[tuple[str, Callable[[], Subject]]]:
@@ -189,8 +206,10 @@ def _from_files(files: StudyFiles) -> Subject:
 
 def predict_all(
     model: CrossConditionedModel, subject: Subject, arms: Sequence[Guidance], settings: Settings
-) -> dict[str, list[Array]]:
+) -> tuple[dict[str, list[Array]], Array | None]:
     """Every predictor's targets for one study: name → one volume (Z, Y, X) in [0, 1] a target.
+
+    And the standard deviations (T, Z, Y, X) of the first arm's, if it has samples.
 
     Raises:
         StudyError: the study lacks a source, or has none of the targets to compare with.
@@ -202,18 +221,49 @@ def predict_all(
         raise StudyError(f"{subject.name}: cannot be measured: {what}.")
     sources = [subject.volumes[source] for source in config.sources]
     stacked, head = torch.from_numpy(np.stack(sources)), subject.head.sum((1, 2)).tolist()
-    predictions = {}
-    for arm in arms:
-        chosen = replace(settings, guidance=arm)
-        predictions[predictor_name(arm)] = list(synthesise(model, stacked, head, subject.name, chosen).numpy())
+    made = [synthesise(model, stacked, head, subject.name, _of_arm(model, settings, arm)) for arm in arms]
+    predictions = {predictor_name(arm): list(one.images.numpy()) for arm, one in zip(arms, made, strict=True)}
     if model.twin is not None:
         twin = synthesise(model, stacked, head, subject.name, settings, network="twin")
-        predictions[TWIN] = list(twin.numpy())
+        predictions[TWIN] = list(twin.images.numpy())
     if model.trivial:
         predictions |= predict_trivial(model.trivial, sources)
     if subject.masked_background:
         predictions = {n: [np.where(subject.head, v, np.float32(0)) for v in vs] for n, vs in predictions.items()}
-    return predictions
+    return predictions, None if made[0].deviations is None else made[0].deviations.numpy()
+
+
+def measure_sureness(
+    model: CrossConditionedModel, subject: Subject, predicted: Sequence[Array], deviations: Array | None
+) -> list[Row]:
+    """How errors within the head go with the standard deviations, and with the predicted intensity."""
+    rows: list[Row] = []
+    for index, target in enumerate(model.config.targets):
+        if deviations is None or target not in subject.volumes:
+            continue
+        inside = subject.head & (subject.volumes[target].max((1, 2)) > 0)[:, None, None]  # slices that were acquired
+        error = torch.from_numpy(np.abs(predicted[index] - subject.volumes[target])[inside])
+        for name, guess in ((DEVIATION, deviations[index]), (INTENSITY, predicted[index])):
+            scores = metrics.error_against_uncertainty(error, torch.from_numpy(guess[inside]))
+            rows.append({"case": subject.name, "target": target, "uncertainty": name, **scores})
+    return rows
+
+
+def sureness_summary(rows: Sequence[Row]) -> list[Row]:
+    """Mean of each measure over the cases, by target and uncertainty; AUSE with the paired p-value of the deviation."""
+    summary = []
+    for target, name in dict.fromkeys((row["target"], row["uncertainty"]) for row in rows):
+        own = [row for row in rows if (row["target"], row["uncertainty"]) == (target, name)]
+        entry: Row = {"target": target, "uncertainty": name, "cases": len(own)}
+        entry |= {measure: _finite(float(np.nanmean([row[measure] for row in own]))) for measure in SURENESS}
+        if name == INTENSITY:
+            entry["coverage_95"] = None  # it is no deviation
+            ranks = (
+                [r["ause"] for r in rows if (r["target"], r["uncertainty"]) == (target, u)] for u in (name, DEVIATION)
+            )
+            entry["p_against_deviation"] = _finite(metrics.paired_wilcoxon(*ranks))
+        summary.append(entry)
+    return summary
 
 
 def measure(model: CrossConditionedModel, subject: Subject, predictions: Mapping[str, Sequence[Array]]) -> list[Row]:
@@ -345,6 +395,18 @@ def tables(summary: Sequence[Row], *, intervals: bool = True) -> list[Table]:
     return shown
 
 
+def sureness_table(summary: Sequence[Row]) -> Table:
+    """What the deviations are worth: error of all voxels and of the surest 90 %, AUSE, coverage of 95 %."""
+    table = Table(title="how sure: errors within the head", title_justify="left", box=SIMPLE, padding=(0, 1))
+    for heading in ("target", "uncertainty", "error", "surest 90 %", "AUSE (0 is perfect)", "within 1.96 deviations"):
+        table.add_column(heading, justify="left" if heading in ("target", "uncertainty") else "right")
+    for entry in summary:
+        values = [entry[m] for m in ("error", "certain_90", "ause", "coverage_95")]
+        cells = ["–" if v is None else f"{v:.{digits}f}" for v, digits in zip(values, (4, 4, 2, 2), strict=True)]
+        table.add_row(entry["target"], entry["uncertainty"], *cells)
+    return table
+
+
 def _cell(entry: Row | None, metric: str, digits: int, interval: bool) -> str:
     if entry is None or entry[metric]["mean"] is None:
         return "–"
@@ -354,9 +416,9 @@ def _cell(entry: Row | None, metric: str, digits: int, interval: bool) -> str:
     return f"{mean:.{digits}f}\n{low:.{digits}f}–{high:.{digits}f}"
 
 
-def _csv(rows: Sequence[Row]) -> bytes:
+def _csv(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["case", "target", "predictor", "protocol", "region", *METRICS], lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode(errors="surrogatepass")  # file names may be no Unicode

@@ -65,7 +65,7 @@ class Job:
 
 def steps_in(loop: Loop, network: nn.Module, job: Job, config: FitConfig, minutes: float) -> int:
     """How many steps fit into `minutes`, measured on a copy of the network that is then thrown away."""
-    network, optimiser = _set_up(loop, copy.deepcopy(network).requires_grad_(True), config)
+    network, optimiser = _set_up(loop, copy.deepcopy(network), config)
     started = 0.0
     for step in range(2 * TIMED_STEPS):
         if step == TIMED_STEPS:
@@ -149,7 +149,8 @@ def fit(loop: Loop, network: nn.Module, job: Job, config: FitConfig, steps: int)
 
 
 def _set_up(loop: Loop, network: nn.Module, config: FitConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
-    optimiser = torch.optim.Adam(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(learning, config.learning_rate, weight_decay=config.weight_decay)
     wrapped, wrapped_optimiser = loop.fabric.setup(network, optimiser)
     wrapped.mark_forward_method("loss")
     return wrapped, wrapped_optimiser

@@ -6,7 +6,8 @@ MODEL/
 ├── source_representation.safetensors  MRM of the sources, where the MDN is conditional
 ├── distribution.safetensors         MDN
 ├── synthesis.safetensors            C-UNet
-├── twin.safetensors                 its unguided twin, where one was trained
+├── twin.safetensors                 its unguided twin, where one was trained; with cells the C-UNet is its own
+├── calibration.safetensors          with cells, what makes standard deviations of a completion's samples true
 └── trivial.safetensors              the trivial predictors that every evaluation prints beside the model
 """
 
@@ -29,6 +30,8 @@ from crossmr.stages.synthesis import CUNet, SynthesisConfig
 
 FORMAT = "crossmr-model"
 FORMAT_VERSION = 2
+EXTRAS = ("trivial", "calibration")
+"""Files beside the networks'."""
 Guidance = Literal["sample", "unconditional", "none"]
 GUIDANCES: tuple[Guidance, ...] = ("sample", "unconditional", "none")
 
@@ -75,11 +78,11 @@ class ModelConfig:
     def stages(self) -> tuple[str, ...]:
         """The stages in the order of their training; the twin is the C-UNet without guidance, same seeds and steps.
 
-        With cells the C-UNet starts as its finished twin, and the MDN is told the representation of the C-UNet's
-        unguided synthesis, so it comes last.
+        With cells 'synthesis' is the C-UNet without guidance, its own twin, and 'guidance' its condition layers alone;
+        the MDN is told the representation of the unguided synthesis, so it comes after that.
         """
         if self.representation.cell:
-            return ("representation", "twin", "synthesis", "distribution")
+            return ("representation", "synthesis", "guidance", "distribution")
         source = ("source_representation",) if self.distribution.conditional else ()
         return ("representation", *source, "distribution", "synthesis", "twin")
 
@@ -92,7 +95,8 @@ class ModelConfig:
 class CrossConditionedModel(nn.Module):
     """MRM, MDN and C-UNet of one configuration.
 
-    `trivial` holds the fitted trivial predictors; `record`, once loaded, its SHA-256 and how it was trained.
+    `trivial` holds the fitted trivial predictors; `calibration`, with cells, 'variance' (T, 2): the squared error of a
+    target is a·deviation² + b. `record`, once loaded, is its SHA-256 and how it was trained.
     """
 
     def __init__(self, config: ModelConfig, *, twin: bool = False):
@@ -105,9 +109,10 @@ class CrossConditionedModel(nn.Module):
         self.source_representation = MaskedAutoencoder(config.representation, sources, dims) if told_sources else None
         dim = self.representation.dim
         self.distribution = DistributionNetwork(config.distribution, dim, dim, dims if cells else 0)
-        self.synthesis = CUNet(config.synthesis, sources, targets, dim, dims)
+        self.synthesis = CUNet(config.synthesis, sources, targets, dim, dims, guided_last=cells)
         self.twin = CUNet(config.synthesis, sources, targets, None, dims) if twin else None
         self.trivial: dict[str, Tensor] = {}
+        self.calibration: dict[str, Tensor] = {}
         self.record: dict[str, Any] = {}
 
     @property
@@ -146,25 +151,54 @@ class CrossConditionedModel(nn.Module):
     def guide_cells(
         self,
         unguided: Tensor,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
         *,
         told: bool = True,
         steps: int = 50,
         eta: float = 1.0,
     ) -> Tensor:
-        """Draw one grid (N, D, *G) for each of N slices from their unguided synthesis (N, T, *S).
+        """Draw a grid a generator for each of N slices from their unguided synthesis (N, T, *S): (K, N, D, *G).
 
         All slices share one noise, so that neighbours agree; not `told`, the grids are drawn from p(y_0).
         """
         condition = self.representation.represent(unguided.clamp(0, 1))
-        state = generator.get_state()
-        generators = [torch.Generator().set_state(state) for _ in unguided]
+        states = [generator.get_state() for generator in generators for _ in unguided]
+        noises = [torch.Generator().set_state(state) for state in states]
+        repeated = condition.repeat(len(generators), *[1] * (condition.ndim - 1)) if told else None
         grid = condition.shape[2:]
-        return self.distribution.sample(generators, condition if told else None, grid=grid, steps=steps, eta=eta)
+        drawn = self.distribution.sample(noises, repeated, grid=grid, steps=steps, eta=eta)
+        return drawn.reshape(len(generators), len(unguided), *drawn.shape[1:])
+
+    def synthesise_with_cells(
+        self,
+        sources: Tensor,
+        generators: Sequence[torch.Generator],
+        *,
+        told: bool = True,
+        steps: int = 50,
+        eta: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The unguided synthesis (N, T, *S) of sources (N, S, *S), and the guided ones (K, N, T, *S), all in [0, 1]."""
+        unguided = self.synthesis(sources).float().clamp(0, 1)
+        grids = self.guide_cells(unguided, generators, told=told, steps=steps, eta=eta)
+        return unguided, torch.stack([self.synthesis(sources, y_0).float().clamp(0, 1) for y_0 in grids])
+
+    def calibrated(self, deviation: Tensor) -> Tensor:
+        """The standard deviation (T, *S) of guided syntheses scaled to that of the error; as it is, uncalibrated."""
+        if not self.calibration:
+            return deviation
+        a, b = self.calibration["variance"].to(deviation).unbind(1)
+        whole = (...,) + (None,) * (deviation.ndim - 1)
+        return (a[whole] * deviation**2 + b[whole]).sqrt()
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks there are, by the names of their files."""
         return dict(self.named_children())
+
+    def stages(self) -> dict[str, nn.Module]:
+        """The stages there are, in the order of their training, and the network that each trains."""
+        trained = {**self.networks(), "guidance": self.synthesis}
+        return {stage: trained[stage] for stage in self.config.stages if stage in trained}
 
 
 def pseudonym(patient: str) -> str:
@@ -175,8 +209,7 @@ def pseudonym(patient: str) -> str:
 def save_model(folder: Path, model: CrossConditionedModel, training: Mapping[str, Any]) -> None:
     """Write a model folder; config.json comes last, so that a half-written folder is no model."""
     tensors: dict[str, Mapping[str, Tensor]] = {name: net.state_dict() for name, net in model.networks().items()}
-    if model.trivial:
-        tensors["trivial"] = model.trivial
+    tensors |= {name: held for name in EXTRAS if (held := getattr(model, name))}
     data = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -206,7 +239,7 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
         )
     if missing := {"config", "training"} - set(data):
         raise ModelError(f"{folder / 'config.json'} has no '{min(missing)}'. Copy or train the model again.")
-    trivial = tensors.pop("trivial", {})
+    extras = {name: tensors.pop(name, {}) for name in EXTRAS}
     try:
         model = CrossConditionedModel(
             from_dict(ModelConfig, cast(dict[str, Any], data["config"])), twin="twin" in tensors
@@ -223,6 +256,11 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
             raise ModelError(f"{folder / name}.safetensors does not fit config.json: {first}") from error
         if not all(torch.isfinite(tensor).all() for tensor in tensors[name].values()):
             raise ModelError(f"{folder / name}.safetensors holds NaN or infinite weights; the training diverged.")
-    model.trivial = trivial
+    variance = extras["calibration"].get("variance", torch.zeros(len(model.config.targets), 2))
+    if variance.shape != (len(model.config.targets), 2) or not (variance >= 0).all():
+        raise ModelError(
+            f"{folder / 'calibration.safetensors'} does not fit config.json. Copy or train the model again."
+        )
+    model.trivial, model.calibration = dict(extras["trivial"]), dict(extras["calibration"])
     model.record = {"sha256": digest(data), "training": data["training"]}
     return model.to(device).eval().requires_grad_(False)

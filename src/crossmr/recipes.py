@@ -52,7 +52,7 @@ class Recipe:
     guidance: Literal["sample", "unconditional", "truth", "none"] = "unconditional"
     """What the C-UNet is shown in training; see ModelConfig."""
     guidance_dropout: float = 0.1
-    """Share of samples that are shown nothing, so that --guidance none is no surprise."""
+    """Share of samples that are shown nothing, so that --guidance none is no surprise; with cells it never is."""
     samples: int = 8
     """Representations drawn a patient before the C-UNet is trained on them."""
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
@@ -67,6 +67,8 @@ class Recipe:
     """Training of stage 2."""
     synthesis_fit: FitConfig = field(default_factory=FitConfig)
     """Training of stage 3, and of the twin."""
+    guidance_fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=4, learning_rate=1e-3, share=0.15))
+    """With cells: training of the C-UNet's condition layers, when the rest is finished."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_dropout <= 1:
@@ -93,6 +95,7 @@ class Recipe:
             "representation": self.representation_fit,
             "source_representation": self.representation_fit,
             "distribution": self.distribution_fit,
+            "guidance": self.guidance_fit,
         }.get(stage, self.synthesis_fit)
 
 
@@ -102,11 +105,11 @@ PAPER = Recipe()
 STANDARD = replace(
     PAPER,
     guidance="truth",
-    guidance_dropout=0.4,
     representation=RepresentationConfig(cell=16),
     distribution=DistributionConfig(width=96, blocks=4),
+    synthesis=SynthesisConfig(condition_width=128),
 )
-"""The design that docs/evidence.md found best: a grid of cells for each target, C-UNet before MDN."""
+"""The design that docs/evidence.md found best: a grid of cells for each target, condition layers trained last."""
 
 _FAST = FitConfig(epochs=20, batch_size=8, learning_rate=1e-3, ema_decay=0.99)
 TINY = replace(
@@ -114,10 +117,11 @@ TINY = replace(
     crop=(96, 96),
     representation=RepresentationConfig(channels=16, multipliers=(1, 2, 3, 4), patch_size=8, cell=8),
     distribution=DistributionConfig(width=64, blocks=3),
-    synthesis=SynthesisConfig(channels=16, multipliers=(1, 2, 3, 4)),
+    synthesis=SynthesisConfig(channels=16, multipliers=(1, 2, 3, 4), condition_width=128),
     representation_fit=replace(_FAST, share=0.15),
     distribution_fit=replace(_FAST, epochs=100, batch_size=64, share=0.1),
     synthesis_fit=_FAST,
+    guidance_fit=replace(_FAST, epochs=5, share=0.15),
 )
 """Minutes on a laptop's processor: to see that everything works, not to get good images."""
 

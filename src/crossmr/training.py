@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
+from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -26,7 +27,6 @@ from crossmr.checkpoint import load_checkpoint
 from crossmr.config import to_dict
 from crossmr.data.dataset import Batch, Batches, Case, PreparedSet, as_inputs, seeded, useful_slices
 from crossmr.device import choose_device, choose_precision
-from crossmr.diffusion import q_sample
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, ModelError
 from crossmr.files import read_json, write_json
@@ -35,7 +35,6 @@ from crossmr.model import CrossConditionedModel, pseudonym, save_model
 from crossmr.picture import save_picture
 from crossmr.recipes import STANDARD, Recipe
 from crossmr.stages.representation import MaskedAutoencoder, z_score
-from crossmr.stages.synthesis import CUNet
 from crossmr.trivial import fit_trivial
 
 PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
@@ -44,6 +43,8 @@ CHUNK = 16
 """Slices through a network at once, where no gradient is needed."""
 CROPS = 8192
 """Random crops at most, of two epochs, whose grids the MDN learns from."""
+CALIBRATION_SAMPLES = 8
+"""Guided syntheses whose deviations are held against errors."""
 READERS = 4
 """Processes that read batches for a GPU."""
 
@@ -96,8 +97,8 @@ def train(
         sources: modalities to read; by default the published T1 and T2, as far as the set has them.
         targets: modalities to synthesise; by default the published T1ce and FLAIR.
         stages: train these alone; the stages before them must be finished.
-        twin: train the C-UNet's unguided twin too, which evaluations print beside it; with cells it always is,
-            since the C-UNet starts from it.
+        twin: train the C-UNet's unguided twin too, which evaluations print beside it; with cells the unguided
+            C-UNet is its own.
         steps: steps of every stage, instead of the recipe's epochs.
         minutes: time for all stages together, instead of the recipe's epochs.
         device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.
@@ -127,7 +128,7 @@ def train(
     state = Run(Loop(folder, fabric, seed, display), recipe, sources, targets, opened.part("train"), opened.part("val"))
     _claim(state, opened, dtype)
     model = _initial_model(state, twin)
-    order = [stage for stage in model.config.stages if stage in model.networks()]
+    order = list(model.stages())
     chosen = list(stages or order)
     if unknown := set(chosen) - set(order):
         raise ConfigError(f"'{min(unknown)}' is no stage of this training; it has {', '.join(order)}.")
@@ -145,8 +146,44 @@ def train(
             return folder / "model"
     display.say("trivial predictors")
     model.trivial = fit_trivial([_reader(case) for case in state.train], sources, targets)
+    if model.config.representation.cell:
+        display.say("calibration of the deviations")
+        model.calibration = _calibration(state, model)
     save_model(folder / "model", model, {**read_json(folder / "run.json"), "plan": read_json(folder / "plan.json")})
     return folder / "model"
+
+
+@torch.no_grad()
+def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
+    """'variance' (T, 2), squared error = a·deviation² + b of each target, a, b >= 0, within validation patients' heads.
+
+    Deviations are those of CALIBRATION_SAMPLES guided syntheses around the unguided one; {} where no patient is whole.
+    """
+    modalities, count = (*run.sources, *run.targets), len(run.sources)
+    usable = _having(run.val, modalities, all_of=True)
+    if not usable:
+        return {}
+    model.eval()
+    batch = _placed(run, run.batches("synthesis", usable, modalities).fixed(VALIDATION_SLICES))
+    sources, truth = batch.images[:, :count], batch.images[:, count:]
+    generators = [seeded("calibrate", run.loop.seed, k) for k in range(CALIBRATION_SAMPLES)]
+    parts = []
+    with run.loop.fabric.autocast():
+        for chunk in torch.split(sources, CHUNK):
+            unguided, guided = model.synthesise_with_cells(chunk, generators)
+            parts.append((unguided, guided.std(0)))
+    image, deviation = (torch.cat(part) for part in zip(*parts, strict=True))
+    head = (sources > 0).any(1)
+    rows = []
+    for index in range(len(run.targets)):
+        inside = head & (batch.present[:, count + index] > 0)[(...,) + (None,) * (head.ndim - 1)]
+        if not inside.any():
+            rows.append(torch.tensor([1.0, 0.0]))
+            continue
+        squared = (image[:, index] - truth[:, index])[inside].double().cpu() ** 2
+        told = torch.stack([deviation[:, index][inside].double().cpu() ** 2, torch.ones_like(squared)], 1)
+        rows.append(torch.from_numpy(nnls(told.numpy(), squared.numpy())[0]).float())
+    return {"variance": torch.stack(rows)}
 
 
 def _fabric(device: str, precision: str) -> tuple[Fabric, str]:
@@ -201,7 +238,7 @@ def _initial_model(run: Run, twin: bool) -> CrossConditionedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.loop.seed)
         began = (run.loop.folder / "stages" / "twin").exists()
-        model = CrossConditionedModel(config, twin=twin or began or bool(config.representation.cell))
+        model = CrossConditionedModel(config, twin=(twin or began) and not config.representation.cell)
     if config.spatial_dims == 2:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(run.loop.fabric.device)
@@ -213,14 +250,14 @@ def _load_finished(run: Run, model: CrossConditionedModel, stage: str) -> bool:
     if found is None or found[1]["step"] < found[1]["steps"]:
         return False
     weights = {key.removeprefix("ema."): value for key, value in found[0].items() if key.startswith("ema.")}
-    model.networks()[stage].load_state_dict(weights)
+    model.stages()[stage].load_state_dict(weights)
     return True
 
 
 def _train_stage(run: Run, model: CrossConditionedModel, stage: str, steps: int | None, minutes: float | None) -> None:
-    if stage == "synthesis" and model.config.representation.cell:
-        model.synthesis.start_from(cast(CUNet, model.twin))
-    job = _job(run, model, stage)
+    job, network = _job(run, model, stage), model.stages()[stage].requires_grad_(True)
+    if stage == "guidance":
+        model.synthesis.condition_layers_only()
     config = run.recipe.fit_config(stage)
     plan_path = run.loop.folder / "plan.json"
     plan = read_json(plan_path) if plan_path.exists() else {}
@@ -229,11 +266,10 @@ def _train_stage(run: Run, model: CrossConditionedModel, stage: str, steps: int 
         if minutes is not None and other in plan:
             plan[stage] = plan[other]
         elif minutes is not None:
-            plan[stage] = steps_in(run.loop, model.networks()[stage], job, config, minutes)
+            plan[stage] = steps_in(run.loop, network, job, config, minutes)
         else:
             plan[stage] = steps or max(1, round(config.epochs * job.data.steps_per_epoch))
         write_json(plan_path, plan)
-    network = model.networks()[stage].requires_grad_(True)
     averaged = fit(run.loop, network, job, config, plan[stage])
     network.load_state_dict(averaged.state_dict())
     network.requires_grad_(False)
@@ -377,8 +413,10 @@ def _distribution_job(run: Run, model: CrossConditionedModel) -> Job:
 
 
 def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
-    """C-UNet, guided as the recipe says, or its twin, never guided."""
-    guidance = "none" if stage == "twin" else run.recipe.guidance
+    """C-UNet, guided as the recipe says, or its twin, never guided; with cells, guided in stage 'guidance' alone."""
+    cells = bool(run.recipe.representation.cell)
+    unguided = stage == "twin" or (cells and stage == "synthesis")
+    guidance = "none" if unguided else run.recipe.guidance
     modalities, count = (*run.sources, *run.targets), len(run.sources)
     usable = [
         case for case in _having(run.train, run.sources, all_of=True) if _having([case], run.targets, all_of=False)
@@ -386,14 +424,13 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
     held_out = [
         case for case in _having(run.val, run.sources, all_of=True) if _having([case], run.targets, all_of=False)
     ]
-    data, cells = run.batches(stage, usable, modalities), bool(run.recipe.representation.cell)
+    data = run.batches(stage, usable, modalities)
     vectors = _drawn(run, model, usable, guidance)
 
     def guide(batch: Batch, drawn: Tensor | None, generator: torch.Generator) -> Tensor | None:
         if guidance == "truth":
             with torch.no_grad(), run.loop.fabric.autocast():
-                y_0 = model.representation.represent(batch.images[:, count:])
-            return diffused(y_0, generator) if cells else y_0
+                return model.representation.represent(batch.images[:, count:])
         if drawn is None:
             return None
         which = torch.randint(drawn.shape[1], (len(batch.case),), generator=generator)
@@ -416,7 +453,7 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
     @torch.no_grad()
     def validate(network: nn.Module, picture: Path) -> dict[str, float]:
         sources, truth = fixed.images[:, :count], fixed.images[:, count:]
-        y_0 = None if cells else guide(fixed, fixed_vectors, seeded("validate", run.loop.seed))
+        y_0 = guide(fixed, fixed_vectors, seeded("validate", run.loop.seed))
         with run.loop.fabric.autocast():
             network.eval()
             chunks = [slice(i, i + CHUNK) for i in range(0, len(sources), CHUNK)]
@@ -433,17 +470,6 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
         return scores
 
     return Job(stage, data, loss, validate, READERS)
-
-
-def diffused(y_0: Tensor, generator: torch.Generator) -> Tensor:
-    """√ᾱ(√ᾱ y_0 + √(1 − ᾱ) ε) of grids (B, D, *G), ᾱ uniform in [0, 1]: what is shown is shrunk as far as it is noise.
-
-    So the C-UNet learns every degree of trust in its guidance, down to none.
-    """
-    alpha_bar = torch.rand(len(y_0), generator=generator).to(y_0.device)
-    noise = torch.randn(y_0.shape, generator=generator).to(y_0.device)
-    kept = alpha_bar.sqrt()[(...,) + (None,) * (y_0.ndim - 1)]
-    return kept * q_sample(y_0, noise, alpha_bar)
 
 
 def _drawn(run: Run, model: CrossConditionedModel, cases: Sequence[Case], guidance: str) -> Tensor | None:

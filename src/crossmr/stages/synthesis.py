@@ -1,7 +1,9 @@
 """Stage 3, C-UNet: acquired modalities in, missing ones out, in one pass, guided by a representation.
 
 The Condition Embedding turns the representation into c = W₂·SiLU(W₁·y_0); every residual block adds
-Linear(SiLU(c)) to its features after its first convolution (Xing et al. 2024).
+Linear(SiLU(c)) to its features after its first convolution (Xing et al. 2024). These condition layers learn together
+with the rest, as published, or last: the rest is trained without guidance and then left alone, so that the unguided
+pass stays what a network without guidance gives.
 """
 
 from dataclasses import dataclass
@@ -24,10 +26,13 @@ class SynthesisConfig:
     """Features of each level, as multiples of `channels`; each level halves the resolution."""
     blocks: int = 1
     """Residual blocks a level of the encoder (the decoder has one more)."""
+    condition_width: int | None = None
+    """Features of the condition c; None for as many as the representation has."""
 
     def __post_init__(self) -> None:
-        if not self.multipliers or min(self.channels, self.blocks, *self.multipliers) < 1:
-            raise ConfigError("channels, multipliers and blocks are counts of at least 1.")
+        width = 1 if self.condition_width is None else self.condition_width
+        if not self.multipliers or min(self.channels, self.blocks, width, *self.multipliers) < 1:
+            raise ConfigError("channels, multipliers, blocks and condition_width are counts of at least 1.")
 
     @property
     def divisor(self) -> int:
@@ -36,27 +41,33 @@ class SynthesisConfig:
 
 
 class ConditionEmbedding(nn.Module):
-    """c = W₂·SiLU(W₁·y_0), and a learnt vector for 'no guidance'."""
+    """c = W₂·SiLU(W₁·y_0), and, where the network learns it, a vector for 'no guidance'."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, width: int, *, no_guidance: bool = True):
         super().__init__()
-        self.embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.no_guidance = nn.Parameter(torch.zeros(dim))
+        self.embed = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.no_guidance = nn.Parameter(torch.zeros(width)) if no_guidance else None
 
-    def forward(self, y_0: Tensor | None, batch: int, keep: Tensor | None = None) -> Tensor:
-        """Embed y_0 (B, D[, *G]) to c of the same shape; None, or keep (B, 1) = 0, gives c for no guidance."""
-        nothing = self.no_guidance.expand(batch, -1)
+    def forward(self, y_0: Tensor | None, batch: int, keep: Tensor | None = None) -> Tensor | None:
+        """Embed y_0 (B, D[, *G]) to c (B, width[, *G]).
+
+        For no guidance, y_0 = None or keep (B, 1) = 0, c is the learnt vector, or None where there is none.
+        """
+        nothing = None if self.no_guidance is None else self.no_guidance.expand(batch, -1)
         if y_0 is None:
             return nothing
         embedded = self.embed(y_0.movedim(1, -1)).movedim(-1, 1)
-        if keep is None:
+        if keep is None or nothing is None:
             return cast(Tensor, embedded)
         cells = (...,) + (None,) * (embedded.ndim - 2)
         return torch.where(keep[cells] > 0, embedded, nothing[cells])
 
 
 class CUNet(nn.Module):
-    """U-Net from S source channels to T target channels; without `representation_dim`, its unguided twin."""
+    """U-Net from S source channels to T target channels; without `representation_dim`, its unguided twin.
+
+    `guided_last`: its condition layers start at zero and are trained alone, after the rest; no y_0, no addition.
+    """
 
     def __init__(
         self,
@@ -65,29 +76,35 @@ class CUNet(nn.Module):
         targets: int,
         representation_dim: int | None,
         spatial_dims: int = 2,
+        *,
+        guided_last: bool = False,
     ):
         super().__init__()
-        self.condition = None if representation_dim is None else ConditionEmbedding(representation_dim)
-        form = (config.channels, config.multipliers, config.blocks, representation_dim)
+        width = None if representation_dim is None else config.condition_width or representation_dim
+        self.condition = None
+        if representation_dim is not None and width is not None:
+            self.condition = ConditionEmbedding(representation_dim, width, no_guidance=not guided_last)
+        form = (config.channels, config.multipliers, config.blocks, width)
         self.encoder = Encoder(spatial_dims, sources, *form)
         self.decoder = Decoder(spatial_dims, targets, *form)
+        if guided_last:
+            for module in self.modules():
+                if isinstance(module, ResidualBlock) and module.condition is not None:
+                    zeroed(module.condition)
 
     def forward(self, sources: Tensor, y_0: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Synthesise targets (B, T, *S), on the [0, 1] scale but not clipped, from sources (B, S, *S).
 
-        y_0 (B, D) is the guidance, or None; keep (B, 1) of zeros and ones withholds it sample by sample.
+        y_0 (B, D[, *G]) is the guidance, or None; keep (B, 1) of zeros and ones withholds it sample by sample.
         """
         c = None if self.condition is None else self.condition(y_0, sources.shape[0], keep)
         features, skips = self.encoder(sources, c)
         return cast(Tensor, self.decoder(features, skips, c))
 
-    @torch.no_grad()
-    def start_from(self, twin: "CUNet") -> None:
-        """Take the weights of an unguided network, and zero what lets the guidance in: it starts as the twin."""
-        self.load_state_dict(twin.state_dict(), strict=False)
-        for module in self.modules():
-            if isinstance(module, ResidualBlock) and module.condition is not None:
-                zeroed(module.condition)
+    def condition_layers_only(self) -> None:
+        """Let nothing but the condition layers learn."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("condition" in name.split("."))
 
     def loss(
         self,
