@@ -14,7 +14,8 @@ Arms, by what the C-UNet is shown in training:
   last           the package's own design: `longer` is left as it is, and its condition layers alone learn from the
                  true grids for half the steps, so that its unguided pass stays that of `longer`
   longest        nothing, for the two and a half times the steps that `late` and `last` have had: their rival
-  variance       nothing, but a second head learns the error's variance: the rival for uncertainty
+  variance       nothing, but a second head learns the error's variance: the rival for uncertainty; `variance-longest`
+                 for the steps of `longest`
   ensemble       nothing, twice, from two seeds, averaged: the rival for averages, at twice the training
 
 `truth` and those with cells are completed with the truth (the oracle, an upper bound), with nothing, with samples, and
@@ -36,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from safetensors.torch import save_file
 from scipy.optimize import nnls
 from tasks import (
     MEASURES,
@@ -77,6 +79,7 @@ ARMS = (
     "last",
     "longest",
     "variance",
+    "variance-longest",
     "ensemble",
 )
 FORM = {"channels": 16, "multipliers": (1, 2, 3, 4)}
@@ -104,6 +107,8 @@ class Bench:
     steps: int
     batch: int
     display: Display
+    keep: bool = False
+    """Whether each completion's images are kept, as `downstream.py` reads them."""
 
     @property
     def sources(self) -> int:
@@ -280,6 +285,9 @@ def run_arms(bench: Bench, arms: Sequence[str], k: int) -> tuple[list[Row], list
 
     def note(arm: str, completion: str, samples: int, prediction: Tensor) -> None:
         common = {"task": task.name, "seed": bench.seed, "steps": bench.steps, "arm": arm, "completion": completion}
+        if bench.keep:
+            path = bench.folder / f"{arm}-{completion}-{samples}.safetensors"
+            save_file({"prediction": prediction.half().contiguous()}, path)
         scored = score(task, test, prediction)
         rows.extend({**common, "samples": samples, **row} for row in scored)
         shown = {key[0]: value for key, value in averaged(scored, ["target"]).items()}
@@ -381,7 +389,9 @@ def run_arms(bench: Bench, arms: Sequence[str], k: int) -> tuple[list[Row], list
             steps = 2 * bench.steps if arm == "longer" else 2 * bench.steps + bench.steps // 2
             note(arm, "none", 1, predict(unguided(arm, steps=steps), test, None))
         elif arm == "variance":
-            certain += with_variance(bench, note)
+            certain += with_variance(bench, note, arm)
+        elif arm == "variance-longest":
+            certain += with_variance(bench, note, arm, 2 * bench.steps + bench.steps // 2)
         elif arm == "ensemble":
             both = [predict(unguided("none"), test, None), predict(unguided("second", seed=100), test, None)]
             note(arm, "none", 1, torch.stack(both).mean(0))
@@ -454,7 +464,7 @@ def guided_by_cells(
     return uncertainty(bench, arm, samples(task.val), samples(bench.test))
 
 
-def with_variance(bench: Bench, note: Note) -> list[Row]:
+def with_variance(bench: Bench, note: Note, arm: str, steps: int = 0) -> list[Row]:
     """The unguided U-Net with a second head for the logarithm of the error's variance (Gaussian likelihood)."""
     task, first, count = bench.task, bench.sources, len(bench.task.targets)
 
@@ -470,9 +480,10 @@ def with_variance(bench: Bench, note: Note) -> list[Row]:
         return (per_image * present).sum() / present.sum().clamp(min=1)
 
     network = bench.fit(
-        "variance",
+        arm,
         lambda: CUNet(SynthesisConfig(**FORM), first, 2 * count, None, task.dims),
         loss,  # type: ignore[arg-type]
+        steps,
     )
 
     def predict(of: Samples) -> tuple[Tensor, Tensor]:
@@ -480,8 +491,8 @@ def with_variance(bench: Bench, note: Note) -> list[Row]:
         return out[:, :count].clamp(0, 1), (0.5 * out[:, count:].clamp(-12, 2)).exp()
 
     held, test = predict(task.val), predict(bench.test)
-    note("variance", "none", 1, test[0])
-    return uncertainty(bench, "variance", held, test)
+    note(arm, "none", 1, test[0])
+    return uncertainty(bench, arm, held, test)
 
 
 def uncertainty(bench: Bench, arm: str, held: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> list[Row]:
@@ -540,12 +551,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--every", type=int, default=2, help="of the test slices, score each n-th")
     parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--keep", action="store_true", help="keep the images, for downstream.py (with --every 1)")
     options = parser.parse_args()
     task = load_task(options.task, options.data, options.out, SILENT)
     test = task.test.select(torch.arange(0, len(task.test), options.every))
     for seed in options.seeds:
         folder = options.out / task.name / f"{options.steps}-steps" / f"seed-{seed}"
-        bench = Bench(task, test, folder, fabric(options.precision), seed, options.steps, options.batch, SILENT)
+        bench = Bench(
+            task, test, folder, fabric(options.precision), seed, options.steps, options.batch, SILENT, options.keep
+        )
         for arm in options.arms:
             path = folder / f"{arm}.json"
             if path.exists():

@@ -15,10 +15,12 @@ import torch
 
 from crossmr.config import with_settings
 from crossmr.data.prepare import Split, prepare
+from crossmr.display import Display
 from crossmr.errors import ConfigError, ModelError, SetError
 from crossmr.model import CrossConditionedModel, load_model
 from crossmr.phantom import write_cohort
 from crossmr.recipes import TINY, FitConfig, Recipe
+from crossmr.stages.representation import MaskedAutoencoder
 from crossmr.training import train
 
 COMMAND = "import sys; from crossmr.cli import main; main()"
@@ -189,7 +191,6 @@ def test_stopped_runs_end_with_the_weights_of_an_uninterrupted_one(prepared, uni
 
 def test_a_damaged_newest_checkpoint_falls_back(prepared, trained, tmp_path, capsys):
     from crossmr import fitting
-    from crossmr.display import Display
 
     before = fitting.SECONDS_BETWEEN_CHECKPOINTS
     fitting.SECONDS_BETWEEN_CHECKPOINTS = 0.0
@@ -259,6 +260,16 @@ def test_the_guidance_leaves_the_finished_c_unet_as_it_is(prepared, tmp_path):
     learning = {name for name, _ in model.synthesis.named_parameters() if "condition" in name}
     assert moved
     assert moved <= learning
+
+
+def test_a_representation_that_says_nothing_is_named(prepared, tmp_path, monkeypatch, capsys):
+    common = {"recipe": SMALL, "sources": SOURCES, "targets": TARGETS, "steps": 1, "display": Display()}
+    represent = MaskedAutoencoder.represent
+    train(prepared, tmp_path / "alive", **common)
+    assert "hardly differ" not in capsys.readouterr().out
+    monkeypatch.setattr(MaskedAutoencoder, "represent", lambda self, image: 0.01 * represent(self, image))
+    train(prepared, tmp_path / "mute", **common)
+    assert "hardly differ between samples (standard deviation 0.00" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_twin_is_trained_where_the_unguided_c_unet_is_none(prepared, tmp_path):

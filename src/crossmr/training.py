@@ -43,6 +43,8 @@ CHUNK = 16
 """Slices through a network at once, where no gradient is needed."""
 CROPS = 8192
 """Random crops at most, of two epochs, whose grids the MDN learns from."""
+MUTE = 0.05
+"""Standard deviation over samples, features being z-scored, below which representations say nothing."""
 CALIBRATION_SAMPLES = 8
 """Guided syntheses whose deviations are held against errors."""
 READERS = 4
@@ -401,6 +403,11 @@ def _distribution_job(run: Run, model: CrossConditionedModel) -> Job:
     config = run.recipe.fit_config("distribution")
     y_0, told = vectors(usable(run.train))
     model.distribution.standardise(y_0)
+    if (deviation := float(y_0.std(0).mean())) < MUTE:
+        run.loop.display.say(
+            f"Warning: representations hardly differ between samples (standard deviation {deviation:.3f}, wanted .2 or "
+            "so), so guidance and deviations will say little. Train 'representation' longer or by another seed."
+        )
     data = _Vectors(y_0, told, config.batch_size, run.loop.seed)
     held_out = vectors(usable(run.val)) if usable(run.val) else None
 
