@@ -30,9 +30,10 @@ python benchmarks/ablation_table.py runs/ablation
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,9 @@ ARMS = (
 FORM = {"channels": 16, "multipliers": (1, 2, 3, 4)}
 CONDITION_WIDTH = 128
 """Of `last`."""
+HEADS = {"patch_size": 8, "cell": 16, "crop": 48, "rate": 3e-3}
+CUBES = {"patch_size": 4, "cell": 8, "crop": 32, "rate": 1e-3}
+"""Masked patches, cells and crops of the masked autoencoders, and the rate of condition layers that learn last."""
 DROPOUT = 0.15
 DRAWN = 4
 """Samples drawn a training slice."""
@@ -118,8 +122,15 @@ class Bench:
         images = samples.images[chosen].float().to(self.runner.device)
         return images.contiguous(memory_format=torch.channels_last) if self.task.dims == 2 else images
 
-    def fit(self, name: str, build: Callable[[], nn.Module], loss: Callable[..., Tensor], steps: int = 0) -> nn.Module:
-        config = FitConfig(batch_size=self.batch, learning_rate=1e-3, ema_decay=0.99)
+    @property
+    def form(self) -> Mapping[str, Any]:
+        """What differs between whole heads and cubes around tumours."""
+        return HEADS if self.task.name.startswith("lgg") else CUBES
+
+    def fit(
+        self, name: str, build: Callable[[], nn.Module], loss: Callable[..., Tensor], steps: int = 0, rate: float = 1e-3
+    ) -> nn.Module:
+        config = FitConfig(batch_size=self.batch, learning_rate=rate, ema_decay=0.99)
         data = Steps(len(self.task.train), self.batch, self.seed)
         network = initialised(self.seed, build, self.task.dims)
         return fit_network(
@@ -128,19 +139,35 @@ class Bench:
 
 
 def representation(bench: Bench, name: str, channels: slice, cell: int) -> MaskedAutoencoder:
-    """MRM of the targets or of the sources."""
-    task = bench.task
-    config = RepresentationConfig(**FORM, patch_size=8 if task.name.startswith("lgg") else 4, cell=cell)  # type: ignore[arg-type]
+    """MRM of the targets or of the sources; on whole heads from crops, twice as many for 2.5 times the steps."""
+    task, crop = bench.task, bench.form["crop"]
+    config = RepresentationConfig(**FORM, patch_size=bench.form["patch_size"], cell=cell)  # type: ignore[arg-type]
+    if crop < min(task.train.images.shape[2:]):
+        bench = replace(bench, batch=2 * bench.batch, steps=5 * bench.steps // 2)
 
     def loss(network: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
         chosen, flips = batch
         images = flipped(bench.images(task.train, chosen), flips.to(bench.runner.device))[:, channels]
         present = task.train.present[chosen][:, channels].to(images.device)
+        images = cropped(images, crop, generator)
         return network.loss(images, present, generator)  # type: ignore[operator, no-any-return]
 
     count = len(range(*channels.indices(len(task.sources) + len(task.targets))))
     network = bench.fit(name, lambda: MaskedAutoencoder(config, count, task.dims), loss)
     return network.requires_grad_(False)  # type: ignore[return-value]
+
+
+def cropped(images: Tensor, crop: int, generator: torch.Generator) -> Tensor:
+    """A random window of `crop` voxels a side of each of images (B, C, *S), or the whole where they are no larger."""
+    windows = []
+    for image in images:
+        window = image
+        for axis, side in enumerate(image.shape[1:], start=1):
+            if side > crop:
+                window = window.narrow(axis, int(torch.randint(side - crop + 1, (1,), generator=generator)), crop)
+        windows.append(window)
+    stacked = torch.stack(windows)
+    return stacked.contiguous(memory_format=torch.channels_last) if stacked.ndim == 4 else stacked
 
 
 def described(bench: Bench, call: Callable[[Tensor], Tensor], samples: Samples, *, mirrored: bool = False) -> Tensor:
@@ -232,7 +259,8 @@ def c_unet(
             network.condition_layers_only()
         return network
 
-    network = replace(bench, seed=bench.seed + seed).fit(name, build, loss, steps)
+    rate = bench.form["rate"] if last else 1e-3
+    network = replace(bench, seed=bench.seed + seed).fit(name, build, loss, steps, rate)
     return network  # type: ignore[return-value]
 
 
@@ -428,8 +456,8 @@ def guided_by_cells(
 ) -> list[Row]:
     """A grid of cells for each target; the MDN draws it given the grid of the unguided synthesis."""
     task, first, last = bench.task, bench.sources, arm == "last"
-    cell = 16 if task.name.startswith("lgg") else 8
-    mrm = representation(bench, "mrm-cells" if arm == "cells" else "mrm-late", slice(first, None), cell)
+    name = "mrm-cells" if arm == "cells" else "mrm-late"
+    mrm = representation(bench, name, slice(first, None), bench.form["cell"])
 
     def truth(images: Tensor) -> Tensor:
         return mrm.represent(images[:, first:])

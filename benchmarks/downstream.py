@@ -1,11 +1,12 @@
-"""Does a synthesised contrast help a segmenter that was trained on real ones?
+r"""Does a synthesised contrast help a segmenter that was trained on real ones?
 
 A MONAI U-Net learns the tumour from all modalities of the training patients. In the test patients the targets, each
 alone and all together, are left as they are (real, the ceiling) or replaced by
   dropped      zeros: the floor
   mean         the channel's mean within the heads of training, 0 outside: a kinder floor
   linear mix   the least-squares mix of the sources and a constant, fitted within the heads of training, 0 outside
-  NAME         a file's `prediction`, float16 (N, T, Y, X) in [0, 1], of all test samples in the order of load_task
+  NAME         a file's `prediction`, float16 (N, T, Y, X) in [0, 1], of all test samples in the order of load_task:
+               what `ablation.py --every 1 --keep` writes
 There are two segmenters: `plain` has only seen complete slices, `robust` each target zeroed in half of them. A robust
 segmenter that lacks a contrast is the rival that synthesis has to beat.
 
@@ -13,7 +14,12 @@ Dice is of all a patient's slices together; slices that lack a modality are neit
 seeds is averaged over the patients who have the region, and compared patient by patient with `dropped`, in the same
 segmenter and in the robust one (Wilcoxon; p is not corrected for the many rows).
 
-python benchmarks/downstream.py ../shared/data -o runs/downstream --task cubes-2d --predictions ours=ours.safetensors
+python benchmarks/ablation.py ../shared/data -o runs/kept --task cubes-2d --steps 500 --batch 16 --every 1 --seeds 0 \
+    --arms longer unconditional --keep
+K=runs/kept/cubes-2d/500-steps/seed-0
+python benchmarks/downstream.py ../shared/data -o runs/downstream --task cubes-2d \
+    --predictions published=$K/unconditional-unconditional-1.safetensors \
+    --predictions crossmr=$K/longer-none-1.safetensors
 """
 
 import argparse
@@ -178,6 +184,15 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     return sorted(table, key=lambda row: (row["region"], row["pattern"]))
 
 
+def flat(row: Row) -> Row:
+    """A row of `summarise` as columns of numbers, four digits each."""
+    columns = {key: value for key, value in row.items() if not isinstance(value, tuple)}
+    columns["low"], columns["high"] = row["interval"]
+    for gain in GAINS:
+        columns[gain], columns[f"p_{gain}"] = row.get(gain, (None, None))
+    return {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in columns.items()}
+
+
 def print_table(table: Sequence[Row]) -> None:
     """One line a row of `summarise`."""
     line = "{:7}{:9}{:10}{:16}{:4}{:9}{:22}{:19}{}".format
@@ -220,10 +235,13 @@ def main() -> None:
             network = trained(bench, name, seed)
             rows += score(bench, network, arms, {"task": task.name, "seed": seed, "segmenter": name})
     table = summarise(rows)
-    with (folder / "dice.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    for name, lines in (("dice", rows), ("table", [flat(row) for row in table])):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(
+                file, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n"
+            )
+            writer.writeheader()
+            writer.writerows(lines)
     found = {"settings": vars(options), "slices": [len(train), len(test)], "table": table}
     (folder / "dice.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
     print_table(table)
