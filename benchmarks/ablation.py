@@ -16,6 +16,8 @@ Arms, by what the C-UNet is shown in training:
   longest        nothing, for the two and a half times the steps that `late` and `last` have had: their rival
   variance       nothing, but a second head learns the error's variance: the rival for uncertainty; `variance-longest`
                  for the steps of `longest`
+  variance-last  a network of half the width that sees the sources and the image of `longer`, which is left as it is,
+                 learns the variance of its error for half the steps: the package's own uncertainty
   ensemble       nothing, twice, from two seeds, averaged: the rival for averages, at twice the training
 
 `truth` and those with cells are completed with the truth (the oracle, an upper bound), with nothing, with samples, and
@@ -62,6 +64,7 @@ from crossmr.data.dataset import seeded
 from crossmr.diffusion import q_sample
 from crossmr.display import SILENT, Display
 from crossmr.layers import ResidualBlock, zeroed
+from crossmr.model import variance_of
 from crossmr.recipes import FitConfig
 from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
 from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfig, z_score
@@ -81,6 +84,7 @@ ARMS = (
     "longest",
     "variance",
     "variance-longest",
+    "variance-last",
     "ensemble",
 )
 FORM = {"channels": 16, "multipliers": (1, 2, 3, 4)}
@@ -420,6 +424,8 @@ def run_arms(bench: Bench, arms: Sequence[str], k: int) -> tuple[list[Row], list
             certain += with_variance(bench, note, arm)
         elif arm == "variance-longest":
             certain += with_variance(bench, note, arm, 2 * bench.steps + bench.steps // 2)
+        elif arm == "variance-last":
+            certain += variance_last(bench, unguided("longer", steps=2 * bench.steps), predict)
         elif arm == "ensemble":
             both = [predict(unguided("none"), test, None), predict(unguided("second", seed=100), test, None)]
             note(arm, "none", 1, torch.stack(both).mean(0))
@@ -521,6 +527,37 @@ def with_variance(bench: Bench, note: Note, arm: str, steps: int = 0) -> list[Ro
     held, test = predict(task.val), predict(bench.test)
     note(arm, "none", 1, test[0])
     return uncertainty(bench, arm, held, test)
+
+
+def variance_last(bench: Bench, twin: CUNet, predict: Predict) -> list[Row]:
+    """A network of its own for the variance of a finished one's error."""
+    task, first, count = bench.task, bench.sources, len(bench.task.targets)
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor], _: torch.Generator) -> Tensor:
+        chosen, flips = batch
+        images = flipped(bench.images(task.train, chosen), flips.to(bench.runner.device))
+        present = task.train.present[chosen][:, first:].to(images.device)
+        with torch.no_grad(), bench.runner.autocast():
+            image = twin(images[:, :first]).float().clamp(0, 1)
+        log_variance = variance_of(network, images[:, :first], image)
+        per_image = (log_variance + (image - images[:, first:]) ** 2 / log_variance.exp()).flatten(2).mean(-1)
+        return (per_image * present).sum() / present.sum().clamp(min=1)
+
+    half = SynthesisConfig(**{**FORM, "channels": 8})  # type: ignore[arg-type]
+    network = bench.fit(
+        "variance-last", lambda: CUNet(half, first + count, count, None, task.dims), loss, bench.steps // 2
+    )
+
+    def both(of: Samples) -> tuple[Tensor, Tensor]:
+        image = predict(twin, of, None)
+
+        def call(chosen: Tensor) -> Tensor:
+            sources = bench.images(of, chosen)[:, :first]
+            return (0.5 * variance_of(network, sources, image[chosen].to(sources.device))).exp()
+
+        return image, in_chunks(bench.runner, call, len(of))
+
+    return uncertainty(bench, "variance-last", both(task.val), both(bench.test))
 
 
 def uncertainty(bench: Bench, arm: str, held: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> list[Row]:

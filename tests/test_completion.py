@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -686,7 +687,7 @@ def test_a_study_that_lacks_nothing_is_listed_as_whole(model, small, tmp_path):
     assert not list((tmp_path / "out" / "Ann").glob("*.nii.gz"))
 
 
-# Several guided syntheses
+# A grid of cells, deviations, several guided syntheses
 
 
 @pytest.fixture(scope="module")
@@ -708,80 +709,71 @@ def synthesised(model, case="Ann", **changes):
     return completion.synthesise(model, *volume(), case, Settings(**{"steps": 3, "precision": "float32", **changes}))
 
 
-def by_hand(cells, samples, told=True):
-    """The unguided synthesis (3, T, Y, X) of the slices with head, and the guided ones, one grid at a time."""
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("guidance", ["sample", "unconditional"])
+def test_cells_give_the_mean_of_the_guided(cells, samples, guidance):
     images = volume()[0][:, 1:].transpose(0, 1)
     with torch.no_grad():
         unguided = cells.synthesis(images).clamp(0, 1)
         guided = []
         for key in [("case", 7, "Ann"), ("case", 7, "Ann", 1), ("case", 7, "Ann", 2)][:samples]:
-            (y_0,) = cells.guide_cells(unguided, [seeded(*key)], told=told, steps=3)
+            (y_0,) = cells.guide_cells(unguided, [seeded(*key)], told=guidance == "sample", steps=3)
             guided.append(cells.synthesis(images, y_0).clamp(0, 1))
-    return unguided, torch.stack(guided)
-
-
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("guidance", ["sample", "unconditional"])
-def test_cells_give_the_mean_of_the_guided(cells, samples, guidance):
-    unguided, guided = by_hand(cells, samples, told=guidance == "sample")
-    want = guided.mean(0)
+        deviation = cells.deviation(images, unguided)
+    want = sum(guided) / samples
     assert (want - unguided).abs().max() > 3e-3
     result = synthesised(cells, guidance=guidance, samples=samples, seed=7)
     torch.testing.assert_close(result.images[:, 1:], want.transpose(0, 1), atol=1e-5, rtol=1e-5)
-    assert result.images[:, 0].abs().max() == 0
+    torch.testing.assert_close(result.deviations[:, 1:], deviation.transpose(0, 1), atol=1e-5, rtol=1e-4)
+    assert max(part[:, 0].abs().max() for part in result) == 0  # no head, no synthesis, no doubt
     if samples == 1:
-        assert result.deviations is None
         assert torch.equal(synthesised(cells, guidance=guidance, seed=7).images, result.images)
-    else:
-        deviations = guided.std(0).transpose(0, 1)
-        torch.testing.assert_close(result.deviations[:, 1:], deviations, atol=1e-5, rtol=1e-4)
 
 
-def test_unguided_images_stay_and_samples_say_how_sure_they_are(cells):
-    assert completion.default_guidance(cells) == "none"
-    alone, sure = synthesised(cells, seed=7), synthesised(cells, samples=3, seed=7)
-    assert alone.deviations is None
-    torch.testing.assert_close(sure.images, alone.images)
-    unguided, guided = by_hand(cells, 3)
-    torch.testing.assert_close(sure.images[:, 1:], unguided.transpose(0, 1))
-    torch.testing.assert_close(sure.deviations[:, 1:], guided.std(0).transpose(0, 1), atol=1e-5, rtol=1e-4)
-    assert sure.deviations[:, 0].abs().max() == 0
-    assert sure.deviations.max() > 1e-3
-
-
-def test_deviations_are_calibrated_where_the_model_can(cell_folder):
+def test_unguided_images_say_how_far_they_may_be_off(cell_folder):
     model = load_model(cell_folder)
-    raw = synthesised(model, samples=3).deviations
+    assert completion.default_guidance(model) == "none"
+    made = synthesised(model)
+    images = volume()[0][:, 1:].transpose(0, 1)
+    with torch.no_grad():
+        want = model.synthesis(images).clamp(0, 1)
+        deviation = model.deviation(images, want)
+    torch.testing.assert_close(made.images[:, 1:], want.transpose(0, 1))
+    torch.testing.assert_close(made.deviations[:, 1:], deviation.transpose(0, 1))
     model.calibration = {"variance": torch.tensor([[9.0, 0.0], [0.0, 0.04]])}
-    scaled = synthesised(model, samples=3).deviations
-    torch.testing.assert_close(scaled[0], 3 * raw[0])
-    assert scaled[:, 0].abs().max() == 0  # no head, no synthesis, no doubt
-    torch.testing.assert_close(scaled[1, 1:], torch.full_like(raw[1, 1:], 0.2))
+    scaled = synthesised(model).deviations
+    torch.testing.assert_close(scaled[0], 3 * made.deviations[0])
+    assert scaled[:, 0].abs().max() == 0
+    torch.testing.assert_close(scaled[1, 1:], torch.full_like(scaled[1, 1:], 0.2))
 
 
-def test_a_completion_writes_deviations_beside_the_images(cell_folder, small, tmp_path):
-    model = load_model(cell_folder)
-    model.calibration = {"variance": torch.tensor([[9.0, 0.01], [1.0, 0.02]])}
-    out = tmp_path / "out"
-    complete_cohort(small, out, model, settings=Settings(samples=2, steps=2, precision="float32"))
+def test_a_completion_writes_deviations_beside_the_images(cell_folder, model, small, tmp_path):
+    sure = load_model(cell_folder)
+    sure.calibration = {"variance": torch.tensor([[9.0, 0.01], [1.0, 0.02]])}
+    out, settings = tmp_path / "out", Settings(steps=2, precision="float32")
+    complete_cohort(small, out, sure, settings=settings)
     manifest = json.loads((out / "Ann" / "manifest.json").read_text())
     assert manifest["settings"]["guidance"] == "none"
-    assert manifest["settings"]["samples"] == 2
     assert manifest["deviation"]["calibration"]["t1c"] == {"a": 9.0, "b": pytest.approx(0.01)}
+    assert manifest["deviation"]["of"].endswith("scaled to what held-out patients show")
     reference = nib.load(small / "Ann" / "Ann-t1n.nii.gz")
     for modality in manifest["synthetic"]:
         entry = manifest["synthetic"][modality]
-        image, deviation = (nib.load(out / "Ann" / entry[key]) for key in ("file", "deviation"))
+        made, deviation = (nib.load(out / "Ann" / entry[key]) for key in ("file", "deviation"))
         assert entry["deviation"] == f"Ann-{modality}_std.nii.gz"
         assert deviation.shape == reference.shape
         assert np.array_equal(deviation.affine, reference.affine)
         assert "SYNTHETIC" in str(deviation.header["descrip"])
         assert "std" in str(deviation.header["descrip"])
-        inside = image.get_fdata() > 0
+        inside = made.get_fdata() > 0
         assert deviation.get_fdata()[inside].min() >= 0.0999
-    complete_cohort(small, out, model, settings=Settings(steps=2, precision="float32"), overwrite=True)
+    complete_cohort(small, out, model, settings=settings, overwrite=True)  # a pooled model says nothing of one sample
     assert not list(out.rglob("*_std.nii.gz"))  # no deviation outlives its image
     assert json.loads((out / "Ann" / "manifest.json").read_text())["deviation"] is None
+    complete_cohort(small, out, model, settings=replace(settings, samples=2), overwrite=True)
+    manifest = json.loads((out / "Ann" / "manifest.json").read_text())
+    assert "uncalibrated" in manifest["deviation"]["of"]
+    assert len(list(out.rglob("*_std.nii.gz"))) == len(manifest["synthetic"])
 
 
 def test_seed_and_case_name_decide_the_grids(cells):
@@ -792,9 +784,6 @@ def test_seed_and_case_name_decide_the_grids(cells):
         assert (other - first).abs().max() > 1e-3, change
     unguided = synthesised(cells, guidance="none").images
     assert torch.equal(synthesised(cells, guidance="none", seed=1, case="another").images, unguided)
-    doubts = [synthesised(cells, samples=2, seed=seed).deviations for seed in (0, 0, 1)]
-    assert torch.equal(doubts[0], doubts[1])
-    assert (doubts[0] - doubts[2]).abs().max() > 1e-3
 
 
 def test_slices_of_a_batch_share_their_grids_with_slices_alone(cells, monkeypatch):
@@ -807,7 +796,7 @@ def test_slices_of_a_batch_share_their_grids_with_slices_alone(cells, monkeypatc
 def test_deviations_of_volumes_come_window_by_window(tmp_path):
     folder = save_untrained(tmp_path, cell=4, spatial_dims=3, window=(8, 8, 8))
     sources = torch.rand(2, 9, 12, 10, generator=torch.Generator().manual_seed(3))
-    settings = Settings(samples=2, steps=2, precision="float32")
+    settings = Settings(guidance="sample", samples=2, steps=2, precision="float32")
     made = completion.synthesise(load_model(folder), sources, [0] + [9] * 8, "Ann", settings)
     assert made.images.shape == made.deviations.shape == (2, 9, 12, 10)
     assert made.deviations[:, 0].abs().max() == 0
@@ -817,6 +806,7 @@ def test_deviations_of_volumes_come_window_by_window(tmp_path):
 
 def test_a_pooled_model_averages_its_guided_syntheses(model):
     several, one = (synthesised(model, guidance="sample", samples=k).images for k in (3, 1))
+    assert synthesised(model, guidance="sample").deviations is None
     assert torch.equal(synthesised(model, guidance="sample").images, one)
     images = volume()[0][:, 1:].transpose(0, 1)
     with torch.no_grad():
@@ -837,10 +827,9 @@ def test_samples_are_recorded(cells, model, small, tmp_path):
         assert manifest["settings"]["samples"] == said
     with pytest.raises(ConfigError, match="--samples is -1"):
         complete(small / "Ann", model, samples=-1, **FAST)
-    with pytest.raises(ConfigError, match="--samples is 1; a standard deviation needs at least 2"):
-        complete(small / "Ann", cells, samples=1, **FAST)
-    with pytest.raises(ConfigError, match="guidance 'none' has none"):
-        complete(small / "Ann", model, samples=3, guidance="none", **FAST)
+    for one, guidance in ((cells, None), (model, "none")):
+        with pytest.raises(ConfigError, match="guidance 'none' has none; add --guidance sample"):
+            complete(small / "Ann", one, samples=3, guidance=guidance, **FAST)
 
 
 def test_no_samples_at_all_are_refused_in_one_line(model_folder, small, tmp_path, monkeypatch, capsys):

@@ -362,11 +362,11 @@ def test_a_synthetic_volume_is_no_truth(bare, tmp_path):
 
 @pytest.fixture(scope="module")
 def sure(cohort, tmp_path_factory):
-    """A model with cells, measured with three samples: what was returned, the folder and the model."""
+    """A model with cells, measured guided and not: what was returned, the folder and the model."""
     model = load_model(save_untrained(tmp_path_factory.mktemp("sure model"), cell=8))
     model.calibration = {"variance": torch.tensor([[4.0, 0.01], [1.0, 0.0]])}
     out = tmp_path_factory.mktemp("sure")
-    settings = Settings(samples=3, steps=2, precision="float32")
+    settings = Settings(samples=2, steps=2, precision="float32")
     return evaluate(model, cohort, out, guidances=["sample"], settings=settings), out, model
 
 
@@ -377,7 +377,7 @@ def test_deviations_are_held_against_the_errors_of_the_model_s_own_image(sure, c
         rows = {(r["case"], r["target"], r["uncertainty"]): r for r in csv.DictReader(file)}
     assert len(rows) == len(CASES) * len(TARGETS) * 2
     subject = subjects(cohort)["A1"]
-    settings = Settings(guidance="none", samples=3, steps=2, precision="float32")
+    settings = Settings(precision="float32")
     sources = torch.from_numpy(np.stack([subject.volumes[source] for source in SOURCES]))
     made = evaluation.synthesise(model, sources, subject.head.sum((1, 2)).tolist(), "A1", settings)
     for index, target in enumerate(TARGETS):
@@ -403,7 +403,7 @@ def test_the_summary_of_sureness_has_its_rival_beside_it(sure):
     assert [column.header for column in table.columns][:2] == ["target", "uncertainty"]
 
 
-def test_without_samples_nothing_is_said_of_sureness(evaluated):
+def test_where_a_model_says_nothing_of_its_sureness_nothing_is_measured(evaluated):
     out, body, _ = evaluated
     assert body["uncertainty"] == []
     assert not (out / "uncertainty.csv").exists()
@@ -414,6 +414,12 @@ def test_a_pooled_model_measures_unguided_beside_its_samples(bare, cohort, tmp_p
     body = evaluate(bare, cohort, tmp_path, guidances=["none"], settings=settings)
     assert {e["predictor"] for e in body["summary"]} == {OWN, UNGUIDED}
     assert {e["uncertainty"] for e in body["uncertainty"]} == {"deviation", "predicted intensity"}
+
+
+def test_samples_of_nothing_are_refused(sure, bare, cohort, tmp_path):
+    for model, guidance in ((sure[2], None), (bare, "none")):
+        with pytest.raises(ConfigError, match="add --guidance sample"):
+            evaluate(model, cohort, tmp_path, settings=Settings(guidance=guidance, samples=2))
 
 
 # Statistics

@@ -379,7 +379,7 @@ def test_the_stages_are_in_the_order_of_their_training():
     assert config().stages == pooled
     assert config(conditional=False).stages == ("representation", "distribution", "synthesis", "twin")
     model = cell_model()
-    assert tuple(model.stages()) == ("representation", "synthesis", "guidance", "distribution")
+    assert tuple(model.stages()) == ("representation", "synthesis", "guidance", "distribution", "uncertainty")
     assert model.stages()["guidance"] is model.stages()["synthesis"] is model.synthesis
     for one in (random_model(), random_model(conditional=False)):
         assert tuple(one.stages()) == one.config.stages
@@ -437,12 +437,23 @@ def test_the_condition_of_a_grid_is_the_unguided_synthesis_clipped():
 
 
 def test_deviations_are_calibrated_target_by_target():
-    model, deviation = cell_model(), images(2, 3).abs()
-    assert torch.equal(model.calibrated(deviation), deviation)
+    model = cell_model()
+    raw = model.deviation(images(), images(3))
+    torch.testing.assert_close(raw, (0.5 * model.log_variance(images(), images(3))).exp())
+    assert raw.shape == (3, 2, 8, 8)
     model.calibration = {"variance": torch.tensor([[4.0, 0.0], [0.0, 0.09]])}
-    scaled = model.calibrated(deviation)
-    torch.testing.assert_close(scaled[0], 2 * deviation[0])
-    torch.testing.assert_close(scaled[1], torch.full_like(deviation[1], 0.3))
+    scaled = model.deviation(images(), images(3))
+    torch.testing.assert_close(scaled[:, 0], 2 * raw[:, 0])
+    torch.testing.assert_close(scaled[:, 1], torch.full_like(raw[:, 1], 0.3))
+
+
+def test_the_network_of_the_error_is_half_as_wide_and_sees_sources_and_synthesis():
+    model = cell_model()
+    assert model.uncertainty.encoder.stem.weight.shape[:2] == (FORM["channels"] // 2, 2 + 2)
+    assert model.uncertainty.condition is None
+    other = images(3).flip(-1)
+    assert (model.log_variance(images(), images(3)) - model.log_variance(images(), other)).abs().max() > 1e-3
+    assert random_model().uncertainty is None
 
 
 @pytest.mark.parametrize("variance", [[[1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]], [[1.0, 0.0], [float("nan"), 0.0]]])

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from crossmr.config import with_settings
+from crossmr.data.dataset import Batches, PreparedSet
 from crossmr.data.prepare import Split, prepare
 from crossmr.display import Display
 from crossmr.errors import ConfigError, ModelError, SetError
@@ -87,7 +88,7 @@ def test_one_command_trains_every_stage(trained):
     assert model.calibration["variance"].shape == (2, 2)
     assert set(model.trivial) == {"mean_image", "linear"}
     stages = {json.loads(line)["stage"] for line in (trained / "metrics.jsonl").read_text().splitlines()}
-    assert stages == {"representation", "synthesis", "guidance", "distribution"}
+    assert stages == {"representation", "synthesis", "guidance", "distribution", "uncertainty"}
     assert list((trained / "pictures").glob("synthesis-*.png"))
 
 
@@ -100,19 +101,20 @@ def test_validation_measures_held_out_patients(trained):
 
 @pytest.mark.parametrize(
     ("form", "stage"),
-    [(SMALL, s) for s in ("representation", "distribution", "synthesis", "guidance")]
+    [(SMALL, s) for s in ("representation", "distribution", "synthesis", "guidance", "uncertainty")]
     + [(POOLED, s) for s in ("representation", "distribution", "synthesis")],
 )
 def test_losses_fall(prepared, tmp_path, form, stage):
     fit = FitConfig(batch_size=8, learning_rate=3e-3, ema_decay=0.9)
     fits = {"representation_fit": fit, "distribution_fit": replace(fit, batch_size=1024), "synthesis_fit": fit}
-    recipe = replace(form, **fits, guidance_fit=replace(fit, learning_rate=3e-2))
+    recipe = replace(form, **fits, guidance_fit=replace(fit, learning_rate=3e-2), uncertainty_fit=fit)
     train(prepared, tmp_path, recipe=recipe, sources=SOURCES, targets=TARGETS, steps=40, seed=1)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["stage"] == stage]
     # a standardised vector starts at a loss of 1, and the condition layers where the C-UNet has arrived
     fall = 0.95 if stage in ("distribution", "guidance") else 0.8
-    assert sum(losses[-10:]) < fall * sum(losses[:10])
+    first, last = (sum(part) for part in (losses[:10], losses[-10:]))
+    assert last < (first - 1 if stage == "uncertainty" else fall * first)  # a log likelihood has no zero
 
 
 def test_same_seed_same_weights_other_seed_others(prepared, trained, tmp_path):
@@ -123,7 +125,7 @@ def test_same_seed_same_weights_other_seed_others(prepared, trained, tmp_path):
 
 
 def test_stages_one_by_one_equal_one_command(prepared, trained, tmp_path):
-    for stage in ("representation", "synthesis", "guidance", "distribution"):
+    for stage in ("representation", "synthesis", "guidance", "distribution", "uncertainty"):
         model = train(
             prepared,
             tmp_path,
@@ -225,7 +227,7 @@ def test_minutes_become_steps_that_are_remembered(prepared, tmp_path):
     start = time.monotonic()
     train(prepared, tmp_path, recipe=SMALL, sources=SOURCES, targets=TARGETS, minutes=0.05)
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert set(plan) == {"representation", "synthesis", "guidance", "distribution"}
+    assert set(plan) == {"representation", "synthesis", "guidance", "distribution", "uncertainty"}
     assert plan["synthesis"] > 4
     assert time.monotonic() - start < 60
 
@@ -282,19 +284,28 @@ def test_a_twin_is_trained_where_the_unguided_c_unet_is_none(prepared, tmp_path)
 
 
 def test_deviations_are_calibrated_on_validation_patients(prepared, tmp_path, monkeypatch):
+    def guesses(self, sources, unguided):
+        bright = sources.mean(1, keepdim=True).clamp(0.05, 1)
+        return torch.cat([torch.log(0.01 * bright**2), torch.log(0.01 / bright**4)], 1)
+
+    monkeypatch.setattr(CrossConditionedModel, "log_variance", guesses)
     common = {"recipe": SMALL, "sources": SOURCES, "targets": TARGETS, "steps": 2, "precision": "float32"}
-
-    def as_t1_is(self, sources, generators):
-        zeros = torch.zeros(len(sources), 2, *sources.shape[2:])
-        spread = torch.linspace(-1, 1, len(generators))[:, None, None, None, None] * sources[:, :1]
-        return zeros, 0.5 + spread * torch.tensor([0.1, 0.0])[:, None, None]
-
-    monkeypatch.setattr(CrossConditionedModel, "synthesise_with_cells", as_t1_is)
     model = load_model(train(prepared, tmp_path, **common))
-    (a, _), (useless, b) = model.calibration["variance"]
-    assert a > 1  # T1 resembles T1ce, which the deviation of a tenth is far too small for
-    assert useless == 0
-    assert b > 0.01  # the mean square of FLAIR itself
+    whole = [case for case in PreparedSet(prepared).part("val") if {*SOURCES, *TARGETS} <= {*case.modalities}]
+    batch = Batches(whole, (*SOURCES, *TARGETS), size=(32, 32), batch_size=8, seed=0).fixed(48)
+    sources, truth = batch.images[:, :2], batch.images[:, 2:]
+    with torch.no_grad():
+        image = model.synthesis(sources).clamp(0, 1)
+    head = (sources > 0).any(1)
+    squared = ((image - truth) ** 2).movedim(1, -1)[head]
+    (a, b), (wrong, constant) = model.calibration["variance"]
+    assert a > 1  # hardly trained, its errors are far larger than a tenth of the brightness
+    assert wrong < 1e-3  # errors grow with brightness and never with its inverse
+    assert float(constant) == pytest.approx(float(squared[:, 1].mean()), rel=0.02)
+    said = (a * guesses(model, sources, image)[:, 0].exp() + b)[head]
+    for other_a, other_b in ((a * 1.1, b), (a * 0.9, b), (a, b + 0.005)):  # no other line is closer
+        other = (other_a * guesses(model, sources, image)[:, 0].exp() + other_b)[head]
+        assert (said - squared[:, 0]).square().mean() < (other - squared[:, 0]).square().mean()
 
 
 def test_three_dimensions(prepared, tmp_path):

@@ -22,7 +22,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, typer.Option(help="auto (bfloat16 where the hardware has it), bfloat16 or float32.")]
 Samples = Annotated[
     int | None,
-    typer.Option(help="Guided syntheses to draw, such as 8: they tell how sure each voxel is (CASE-t1c_std.nii.gz)."),
+    typer.Option(help="Guided syntheses to average, with --guidance sample."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Mapping = Annotated[

@@ -52,8 +52,7 @@ class Settings:
     steps: int = 50
     """DDIM steps of the MDN."""
     samples: int | None = None
-    """Guided syntheses: their standard deviation says how sure the image is, and where it is guided it is their mean.
-    None: one where the image is guided."""
+    """Guided syntheses whose mean the image is, where it is guided; None for one."""
     eta: float = 1.0
     """0 makes DDIM deterministic, 1 as random as DDPM."""
     seed: int = 0
@@ -75,7 +74,8 @@ class Completed:
     images: Mapping[str, Any]
     """Modality → nibabel image on the reference's grid, float32 in [0, 1], its header marked SYNTHETIC."""
     deviations: Mapping[str, Any]
-    """Modality → how far each voxel may be off, a standard deviation on the image's scale; empty without samples."""
+    """Modality → how far each voxel may be off, a standard deviation on the image's scale; empty where the model has no
+    network for it and draws one sample."""
     manifest: Mapping[str, Any]
     """Inputs with hashes, model, seed, guidance, scale, what could not be filled and why."""
 
@@ -189,12 +189,13 @@ def _on_grid(study: Study, cropped: Tensor, description: str, brightest: float) 
 
 def _deviation_record(model: CrossConditionedModel) -> dict[str, Any]:
     """What the manifest says of the standard deviations."""
+    if model.uncertainty is None:
+        return {"of": "guided syntheses, uncalibrated: far too sure", "calibration": None}
     variance = model.calibration.get("variance")
     factors = None if variance is None else dict(zip(model.config.targets, variance.tolist(), strict=True))
     return {
-        "meaning": "standard deviation of guided syntheses, scaled to the error that held-out patients show"
-        if factors
-        else "standard deviation of guided syntheses as it is: uncalibrated, and far too sure",
+        "of": "the unguided synthesis's error, learnt, "
+        + ("scaled to what held-out patients show" if factors else "uncalibrated"),
         "calibration": factors and {target: {"a": a, "b": b} for target, (a, b) in factors.items()},
     }
 
@@ -212,10 +213,7 @@ def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
     if settings.guidance == "sample" and not model.config.distribution.conditional:
         raise ConfigError("This model's MDN knows no condition; use guidance 'unconditional' or 'none'.")
     if settings.samples and chosen_guidance(model, settings) == "none":
-        if not model.config.representation.cell:
-            raise ConfigError("--samples are guided syntheses, and this model's guidance 'none' has none.")
-        if settings.samples < 2:
-            raise ConfigError("--samples is 1; a standard deviation needs at least 2.")
+        raise ConfigError("--samples are guided syntheses, and guidance 'none' has none; add --guidance sample.")
     ddim_timesteps(model.config.distribution.schedule.steps, settings.steps)
 
 
@@ -245,7 +243,7 @@ class Synthesis(NamedTuple):
     images: Tensor
     """(T, Z, Y, X) in [0, 1]."""
     deviations: Tensor | None
-    """(T, Z, Y, X), standard deviation of each voxel's error; None without samples."""
+    """(T, Z, Y, X), standard deviation of each voxel's error: learnt with cells, or else of two or more samples."""
 
 
 @torch.no_grad()
@@ -285,17 +283,18 @@ def synthesise(
             return cast(Tensor, getattr(model, network)(images, y_0)).float().clamp(0, 1)
 
         def predict(images: Tensor) -> Tensor:
-            """Images and, of several samples, deviations as further channels."""
-            if not count:
-                return run(images, None)
+            """Images and, where there are any, their deviations as further channels."""
+            unguided = run(images, None) if cells or not count else None
+            if count and cells:
+                generators, told = [seeded(*key) for key in keys], guidance == "sample"
+                grids = model.guide_cells(cast(Tensor, unguided), generators, told=told, **chosen)  # type: ignore[arg-type]
+                guided = torch.stack([run(images, y_0) for y_0 in grids])
+            elif count:
+                guided = torch.stack([run(images, y_0.expand(len(images), -1)) for y_0 in vectors])
+            image = guided.mean(0) if count else cast(Tensor, unguided)
             if cells:
-                told = guidance != "unconditional"
-                generators = [seeded(*key) for key in keys]
-                unguided, guided = model.synthesise_with_cells(images, generators, told=told, **chosen)  # type: ignore[arg-type]
-            else:
-                unguided, guided = None, torch.stack([run(images, y_0.expand(len(images), -1)) for y_0 in vectors])
-            image = guided.mean(0) if guidance != "none" or unguided is None else unguided
-            return image if count == 1 else torch.cat([image, guided.std(0)], 1)
+                return torch.cat([image, model.deviation(images, cast(Tensor, unguided))], 1)
+            return image if count < 2 else torch.cat([image, guided.std(0)], 1)
 
         shape = sources.shape[1:]
         if dims == 3:
@@ -314,7 +313,7 @@ def synthesise(
         targets = len(config.targets)
         if len(result) == targets:
             return Synthesis(result.clamp(0, 1), None)
-        deviations = model.calibrated(result[targets:])
+        deviations = result[targets:]
         deviations[:, [z for z, voxels in enumerate(head_voxels) if not voxels]] = 0
         return Synthesis(result[:targets].clamp(0, 1), deviations)
 
@@ -325,17 +324,14 @@ def chosen_guidance(model: CrossConditionedModel, settings: Settings) -> Guidanc
 
 
 def samples_drawn(model: CrossConditionedModel, settings: Settings) -> int:
-    """How many guided syntheses are made; unguided images have them only with cells, to say how sure they are."""
-    if chosen_guidance(model, settings) == "none":
-        return (settings.samples or 0) if model.config.representation.cell else 0
-    return settings.samples or 1
+    """How many guided syntheses are averaged."""
+    return 0 if chosen_guidance(model, settings) == "none" else settings.samples or 1
 
 
 def default_guidance(model: CrossConditionedModel) -> Guidance:
     """The guidance that the C-UNet was trained with, as far as it is to be had at completion.
 
-    With cells it is none: guided syntheses tell how sure the image is, but their mean is no better than the unguided
-    one (docs/evidence.md).
+    With cells it is none: the mean of guided syntheses is no better than the unguided one (docs/evidence.md).
     """
     trained = model.config.guidance
     if model.config.representation.cell:

@@ -27,8 +27,6 @@ RECIPE = replace(TINY, crop=(88, 72))
 """The phantom's slices, no wider than they are."""
 MINUTES = 2.0
 """Of training, for all stages together."""
-SAMPLES = 4
-"""Guided syntheses, whose standard deviation says how sure the image is."""
 
 
 def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: Display = SILENT) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: D
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "cohort").exists():
         raise OutputError(f"{out} exists and is no earlier demo; name another folder.")
-    start, settings = time.monotonic(), Settings(samples=SAMPLES, seed=seed)
+    start, settings = time.monotonic(), Settings(seed=seed)
     display.say(f"1/5 phantom: {PATIENTS} heads with lesions, made in code")
     write_cohort(out / "cohort", PATIENTS, seed=seed, shape=SHAPE, spacing_mm=SPACING_MM)
     (case,) = write_cohort(

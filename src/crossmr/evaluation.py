@@ -13,8 +13,8 @@ slice   As CDM, ResViT and SynDiff measure: PSNR, SSIM (2D, Gaussian 1.5) and MA
 The head mask is found on all of a study's volumes, the hidden one included; it places the box and scales the sources.
 A model with cells has no twin: its unguided synthesis is what a network without guidance gives.
 
-With samples, the standard deviation of each voxel is held against the absolute error within the head, on the [0, 1]
-scale (`error_against_uncertainty`), beside the predicted intensity, which any network has: it ranks errors too.
+Where there is one, the standard deviation of each voxel is held against the absolute error within the head, on the
+[0, 1] scale (`error_against_uncertainty`), beside the predicted intensity, which any network has: it ranks errors too.
 """
 
 import csv
@@ -96,8 +96,8 @@ def evaluate(
     Args:
         model: a model, or the folder of one.
         data: a prepared set, of which `part` is measured, or a folder of studies.
-        out: gets metrics.csv (a row a case, target, predictor and region), metrics.json, pictures, and with samples
-            uncertainty.csv.
+        out: gets metrics.csv (a row a case, target, predictor and region), metrics.json, pictures, and with
+            standard deviations uncertainty.csv.
         part: 'train', 'val' or 'test' of a prepared set.
         guidances: arms measured beside the model's own guidance.
         settings: seed, steps and precision of the completion.
@@ -113,7 +113,9 @@ def evaluate(
         model = load_model(model, choose_device(device))
     own = chosen_guidance(model, settings)
     for arm in (own, *guidances):
-        check_settings(model, _of_arm(model, settings, arm))
+        check_settings(model, _of_arm(settings, arm))
+    if {own, *guidances} == {"none"}:
+        check_settings(model, replace(settings, guidance="none"))
     arms = list(dict.fromkeys((own, *guidances)))
     rows: list[Row] = []
     sureness: list[Row] = []
@@ -168,10 +170,9 @@ def evaluate(
     return body
 
 
-def _of_arm(model: CrossConditionedModel, settings: Settings, arm: Guidance) -> Settings:
-    """The settings of one arm; without guidance there are no samples, but for those of a model with cells."""
-    samples = settings.samples if arm != "none" or model.config.representation.cell else None
-    return replace(settings, guidance=arm, samples=samples)
+def _of_arm(settings: Settings, arm: Guidance) -> Settings:
+    """The settings of one arm; without guidance there are no samples."""
+    return replace(settings, guidance=arm, samples=settings.samples if arm != "none" else None)
 
 
 def predictor_name(guidance: str) -> str:
@@ -209,7 +210,7 @@ def predict_all(
 ) -> tuple[dict[str, list[Array]], Array | None]:
     """Every predictor's targets for one study: name → one volume (Z, Y, X) in [0, 1] a target.
 
-    And the standard deviations (T, Z, Y, X) of the first arm's, if it has samples.
+    And the standard deviations (T, Z, Y, X) of the first arm's, if it has any.
 
     Raises:
         StudyError: the study lacks a source, or has none of the targets to compare with.
@@ -221,7 +222,7 @@ def predict_all(
         raise StudyError(f"{subject.name}: cannot be measured: {what}.")
     sources = [subject.volumes[source] for source in config.sources]
     stacked, head = torch.from_numpy(np.stack(sources)), subject.head.sum((1, 2)).tolist()
-    made = [synthesise(model, stacked, head, subject.name, _of_arm(model, settings, arm)) for arm in arms]
+    made = [synthesise(model, stacked, head, subject.name, _of_arm(settings, arm)) for arm in arms]
     predictions = {predictor_name(arm): list(one.images.numpy()) for arm, one in zip(arms, made, strict=True)}
     if model.twin is not None:
         twin = synthesise(model, stacked, head, subject.name, settings, network="twin")

@@ -7,13 +7,14 @@ MODEL/
 ├── distribution.safetensors         MDN
 ├── synthesis.safetensors            C-UNet
 ├── twin.safetensors                 its unguided twin, where one was trained; with cells the C-UNet is its own
-├── calibration.safetensors          with cells, what makes standard deviations of a completion's samples true
+├── uncertainty.safetensors          with cells, the network that says how far a synthesis may be off
+├── calibration.safetensors          and what makes its standard deviations true on validation patients
 └── trivial.safetensors              the trivial predictors that every evaluation prints beside the model
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -79,10 +80,10 @@ class ModelConfig:
         """The stages in the order of their training; the twin is the C-UNet without guidance, same seeds and steps.
 
         With cells 'synthesis' is the C-UNet without guidance, its own twin, and 'guidance' its condition layers alone;
-        the MDN is told the representation of the unguided synthesis, so it comes after that.
+        the MDN is told the representation of the unguided synthesis, and the last network its error.
         """
         if self.representation.cell:
-            return ("representation", "synthesis", "guidance", "distribution")
+            return ("representation", "synthesis", "guidance", "distribution", "uncertainty")
         source = ("source_representation",) if self.distribution.conditional else ()
         return ("representation", *source, "distribution", "synthesis", "twin")
 
@@ -95,8 +96,9 @@ class ModelConfig:
 class CrossConditionedModel(nn.Module):
     """MRM, MDN and C-UNet of one configuration.
 
-    `trivial` holds the fitted trivial predictors; `calibration`, with cells, 'variance' (T, 2): the squared error of a
-    target is a·deviation² + b. `record`, once loaded, is its SHA-256 and how it was trained.
+    With cells there is a network of half the C-UNet's width for the variance of its error. `trivial` holds the fitted
+    trivial predictors; `calibration` 'variance' (T, 2): the squared error of a target is a·variance + b. `record`, once
+    loaded, is its SHA-256 and how it was trained.
     """
 
     def __init__(self, config: ModelConfig, *, twin: bool = False):
@@ -111,6 +113,8 @@ class CrossConditionedModel(nn.Module):
         self.distribution = DistributionNetwork(config.distribution, dim, dim, dims if cells else 0)
         self.synthesis = CUNet(config.synthesis, sources, targets, dim, dims, guided_last=cells)
         self.twin = CUNet(config.synthesis, sources, targets, None, dims) if twin else None
+        half = replace(config.synthesis, channels=max(1, config.synthesis.channels // 2))
+        self.uncertainty = CUNet(half, sources + targets, targets, None, dims) if cells else None
         self.trivial: dict[str, Tensor] = {}
         self.calibration: dict[str, Tensor] = {}
         self.record: dict[str, Any] = {}
@@ -169,27 +173,18 @@ class CrossConditionedModel(nn.Module):
         drawn = self.distribution.sample(noises, repeated, grid=grid, steps=steps, eta=eta)
         return drawn.reshape(len(generators), len(unguided), *drawn.shape[1:])
 
-    def synthesise_with_cells(
-        self,
-        sources: Tensor,
-        generators: Sequence[torch.Generator],
-        *,
-        told: bool = True,
-        steps: int = 50,
-        eta: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
-        """The unguided synthesis (N, T, *S) of sources (N, S, *S), and the guided ones (K, N, T, *S), all in [0, 1]."""
-        unguided = self.synthesis(sources).float().clamp(0, 1)
-        grids = self.guide_cells(unguided, generators, told=told, steps=steps, eta=eta)
-        return unguided, torch.stack([self.synthesis(sources, y_0).float().clamp(0, 1) for y_0 in grids])
+    def log_variance(self, sources: Tensor, unguided: Tensor) -> Tensor:
+        """Of the error of an unguided synthesis (N, T, *S) in [0, 1] from sources (N, S, *S), uncalibrated."""
+        return variance_of(cast(CUNet, self.uncertainty), sources, unguided)
 
-    def calibrated(self, deviation: Tensor) -> Tensor:
-        """The standard deviation (T, *S) of guided syntheses scaled to that of the error; as it is, uncalibrated."""
-        if not self.calibration:
-            return deviation
-        a, b = self.calibration["variance"].to(deviation).unbind(1)
-        whole = (...,) + (None,) * (deviation.ndim - 1)
-        return (a[whole] * deviation**2 + b[whole]).sqrt()
+    def deviation(self, sources: Tensor, unguided: Tensor) -> Tensor:
+        """The standard deviation (N, T, *S) of that error, calibrated where the model is."""
+        variance = self.log_variance(sources, unguided).exp()
+        if self.calibration:
+            a, b = self.calibration["variance"].to(variance).unbind(1)
+            whole = (...,) + (None,) * (variance.ndim - 2)
+            variance = a[whole] * variance + b[whole]
+        return variance.sqrt()
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks there are, by the names of their files."""
@@ -199,6 +194,12 @@ class CrossConditionedModel(nn.Module):
         """The stages there are, in the order of their training, and the network that each trains."""
         trained = {**self.networks(), "guidance": self.synthesis}
         return {stage: trained[stage] for stage in self.config.stages if stage in trained}
+
+
+def variance_of(network: nn.Module, sources: Tensor, unguided: Tensor) -> Tensor:
+    """The logarithm of the error's variance (N, T, *S), which starts near that of a tenth of the intensity range."""
+    said = cast(Tensor, network(torch.cat([sources, unguided], 1))).float() - 4
+    return said.clamp(-12, 2)
 
 
 def pseudonym(patient: str) -> str:

@@ -69,6 +69,8 @@ class Recipe:
     """Training of stage 3, and of the twin."""
     guidance_fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=4, learning_rate=1e-3, share=0.15))
     """With cells: training of the C-UNet's condition layers, when the rest is finished."""
+    uncertainty_fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=4, learning_rate=1e-3, share=0.1))
+    """With cells: training of the network that learns the error's variance."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_dropout <= 1:
@@ -96,6 +98,7 @@ class Recipe:
             "source_representation": self.representation_fit,
             "distribution": self.distribution_fit,
             "guidance": self.guidance_fit,
+            "uncertainty": self.uncertainty_fit,
         }.get(stage, self.synthesis_fit)
 
 
@@ -122,6 +125,7 @@ TINY = replace(
     distribution_fit=replace(_FAST, epochs=100, batch_size=64, share=0.1),
     synthesis_fit=_FAST,
     guidance_fit=replace(_FAST, epochs=5, share=0.15),
+    uncertainty_fit=replace(_FAST, epochs=5, share=0.1),
 )
 """Minutes on a laptop's processor: to see that everything works, not to get good images."""
 

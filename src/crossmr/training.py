@@ -31,7 +31,7 @@ from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, ModelError
 from crossmr.files import read_json, write_json
 from crossmr.fitting import Job, Loop, fit, steps_in
-from crossmr.model import CrossConditionedModel, pseudonym, save_model
+from crossmr.model import CrossConditionedModel, pseudonym, save_model, variance_of
 from crossmr.picture import save_picture
 from crossmr.recipes import STANDARD, Recipe
 from crossmr.stages.representation import MaskedAutoencoder, z_score
@@ -45,8 +45,6 @@ CROPS = 8192
 """Random crops at most, of two epochs, whose grids the MDN learns from."""
 MUTE = 0.05
 """Standard deviation over samples, features being z-scored, below which representations say nothing."""
-CALIBRATION_SAMPLES = 8
-"""Guided syntheses whose deviations are held against errors."""
 READERS = 4
 """Processes that read batches for a GPU."""
 
@@ -149,7 +147,7 @@ def train(
     display.say("trivial predictors")
     model.trivial = fit_trivial([_reader(case) for case in state.train], sources, targets)
     if model.config.representation.cell:
-        display.say("calibration of the deviations")
+        display.say("calibration of the deviations on validation patients")
         model.calibration = _calibration(state, model)
     save_model(folder / "model", model, {**read_json(folder / "run.json"), "plan": read_json(folder / "plan.json")})
     return folder / "model"
@@ -157,9 +155,9 @@ def train(
 
 @torch.no_grad()
 def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
-    """'variance' (T, 2), squared error = a·deviation² + b of each target, a, b >= 0, within validation patients' heads.
+    """'variance' (T, 2), squared error = a·variance + b of each target, a, b >= 0, within validation patients' heads.
 
-    Deviations are those of CALIBRATION_SAMPLES guided syntheses around the unguided one; {} where no patient is whole.
+    {} where no validation patient has every modality.
     """
     modalities, count = (*run.sources, *run.targets), len(run.sources)
     usable = _having(run.val, modalities, all_of=True)
@@ -168,13 +166,12 @@ def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
     model.eval()
     batch = _placed(run, run.batches("synthesis", usable, modalities).fixed(VALIDATION_SLICES))
     sources, truth = batch.images[:, :count], batch.images[:, count:]
-    generators = [seeded("calibrate", run.loop.seed, k) for k in range(CALIBRATION_SAMPLES)]
     parts = []
     with run.loop.fabric.autocast():
         for chunk in torch.split(sources, CHUNK):
-            unguided, guided = model.synthesise_with_cells(chunk, generators)
-            parts.append((unguided, guided.std(0)))
-    image, deviation = (torch.cat(part) for part in zip(*parts, strict=True))
+            unguided = model.synthesis(chunk).float().clamp(0, 1)
+            parts.append((unguided, model.log_variance(chunk, unguided).exp()))
+    image, variance = (torch.cat(part) for part in zip(*parts, strict=True))
     head = (sources > 0).any(1)
     rows = []
     for index in range(len(run.targets)):
@@ -183,7 +180,7 @@ def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
             rows.append(torch.tensor([1.0, 0.0]))
             continue
         squared = (image[:, index] - truth[:, index])[inside].double().cpu() ** 2
-        told = torch.stack([deviation[:, index][inside].double().cpu() ** 2, torch.ones_like(squared)], 1)
+        told = torch.stack([variance[:, index][inside].double().cpu(), torch.ones_like(squared)], 1)
         rows.append(torch.from_numpy(nnls(told.numpy(), squared.numpy())[0]).float())
     return {"variance": torch.stack(rows)}
 
@@ -288,6 +285,8 @@ def _job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
             return _representation_job(run, stage, run.sources)
         case "distribution":
             return _distribution_job(run, model)
+        case "uncertainty":
+            return _uncertainty_job(run, model)
         case _:
             return _synthesis_job(run, model, stage)
 
@@ -477,6 +476,36 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
         return scores
 
     return Job(stage, data, loss, validate, READERS)
+
+
+def _uncertainty_job(run: Run, model: CrossConditionedModel) -> Job:
+    """The variance of the finished C-UNet's error, by the Gaussian likelihood of that error."""
+    modalities, count = (*run.sources, *run.targets), len(run.sources)
+
+    def usable(cases: Sequence[Case]) -> list[Case]:
+        return [case for case in _having(cases, run.sources, all_of=True) if _having([case], run.targets, all_of=False)]
+
+    def loss(network: nn.Module, batch: Batch, _: torch.Generator) -> Tensor:
+        batch = _placed(run, batch)
+        sources, present = batch.images[:, :count], batch.present[:, count:]
+        with torch.no_grad(), run.loop.fabric.autocast():
+            unguided = model.synthesis(sources).float().clamp(0, 1)
+        log_variance = variance_of(network, sources, unguided)
+        squared = (unguided - batch.images[:, count:]) ** 2
+        per_image = (log_variance + squared / log_variance.exp()).flatten(2).mean(-1)
+        return cast(Tensor, (per_image * present).sum() / present.sum().clamp(min=1))
+
+    model.eval()
+    data = run.batches("uncertainty", usable(run.train), modalities)
+    held_out = usable(run.val)
+    fixed = run.batches("uncertainty", held_out, modalities).fixed(VALIDATION_SLICES) if held_out else None
+
+    @torch.no_grad()
+    def validate(network: nn.Module, picture: Path) -> dict[str, float]:
+        with run.loop.fabric.autocast():
+            return {"val_loss": float(loss(network.eval(), cast(Batch, fixed), seeded("validate", run.loop.seed)))}
+
+    return Job("uncertainty", data, loss, validate if fixed else None, READERS)
 
 
 def _drawn(run: Run, model: CrossConditionedModel, cases: Sequence[Case], guidance: str) -> Tensor | None:
