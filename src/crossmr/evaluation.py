@@ -256,7 +256,7 @@ def sureness_summary(rows: Sequence[Row]) -> list[Row]:
     for target, name in dict.fromkeys((row["target"], row["uncertainty"]) for row in rows):
         own = [row for row in rows if (row["target"], row["uncertainty"]) == (target, name)]
         entry: Row = {"target": target, "uncertainty": name, "cases": len(own)}
-        entry |= {measure: _finite(float(np.nanmean([row[measure] for row in own]))) for measure in SURENESS}
+        entry |= {measure: _mean([row[measure] for row in own]) for measure in SURENESS}
         if name == INTENSITY:
             entry["coverage_95"] = None  # it is no deviation
             ranks = (
@@ -360,7 +360,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
             values = [row[metric] for row in cases.values()]
             low, high = metrics.bootstrap_interval(values)
             entry[metric] = {
-                "mean": _finite(float(np.nanmean(values)) if np.isfinite(values).any() else math.nan),
+                "mean": _mean(values),
                 "low": _finite(low),
                 "high": _finite(high),
             }
@@ -370,6 +370,11 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
                 entry[metric]["p_against_first"] = _finite(p)
         summary.append(entry)
     return summary
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Over what there is, or None."""
+    return _finite(float(np.nanmean(values))) if np.isfinite(values).any() else None
 
 
 def _finite(value: float) -> float | None:
