@@ -30,7 +30,7 @@ from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfi
 from crossmr.stages.synthesis import CUNet, SynthesisConfig
 
 FORMAT = "crossmr-model"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 EXTRAS = ("trivial", "calibration")
 """Files beside the networks'."""
 Guidance = Literal["sample", "unconditional", "none"]

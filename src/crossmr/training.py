@@ -405,7 +405,7 @@ def _distribution_job(run: Run, model: CrossConditionedModel) -> Job:
     if (deviation := float(y_0.std(0).mean())) < MUTE:
         run.loop.display.say(
             f"Warning: representations hardly differ between samples (standard deviation {deviation:.3f}, wanted .2 or "
-            "so), so guidance and deviations will say little. Train 'representation' longer or by another seed."
+            "so), so guidance will say little. Train 'representation' longer or by another seed."
         )
     data = _Vectors(y_0, told, config.batch_size, run.loop.seed)
     held_out = vectors(usable(run.val)) if usable(run.val) else None
