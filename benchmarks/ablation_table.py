@@ -131,14 +131,16 @@ def _different(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[object, .
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Each arm's PSNR less its unguided twin's, a dot a seed and target."""
+    """Each arm's PSNR less its unguided twin's, a dot a seed and target, where the published arm was run."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks = _different([row for row in rows if row["arm"] != "none"], ("task", "steps"))
-    drawn, axes = pyplot.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 5.4), squeeze=False, sharey=False)
+    tasks = _different([row for row in rows if row["arm"] == "unconditional"], ("task", "steps"))
+    if not tasks:
+        return
+    drawn, axes = pyplot.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 7.2), squeeze=False, sharey=False)
     for axis, (task, steps) in zip(axes[0], tasks, strict=True):
         own = [r for r in rows if (r["task"], r["steps"]) == (task, steps)]
         labels = [key for key in _different(own, ("arm", "completion", "samples")) if key[0] != "none"]
