@@ -110,7 +110,7 @@ def _picture(out: Path, case: str) -> None:
                 (f"{target} synthetic", synthetic),
                 (f"{target} truth", real),
                 ("|error|", np.abs(synthetic - real)),
-                ("deviation", deviation),
+                ("deviation x4", np.clip(4 * deviation, 0, 1)),
             ]
         )
     save_picture(out / "picture.png", rows)

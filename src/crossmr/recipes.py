@@ -124,8 +124,8 @@ TINY = replace(
     representation_fit=replace(_FAST, share=0.15),
     distribution_fit=replace(_FAST, epochs=100, batch_size=64, share=0.1),
     synthesis_fit=_FAST,
-    guidance_fit=replace(_FAST, epochs=5, share=0.15),
-    uncertainty_fit=replace(_FAST, epochs=5, share=0.1),
+    guidance_fit=replace(_FAST, epochs=5, share=0.1),
+    uncertainty_fit=replace(_FAST, epochs=5, learning_rate=3e-3, share=0.2),
 )
 """Minutes on a laptop's processor: to see that everything works, not to get good images."""
 
