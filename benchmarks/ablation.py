@@ -63,12 +63,11 @@ from crossmr import metrics
 from crossmr.data.dataset import seeded
 from crossmr.diffusion import q_sample
 from crossmr.display import SILENT, Display
-from crossmr.layers import ResidualBlock, zeroed
-from crossmr.model import variance_of
+from crossmr.model import variance_loss, variance_of
 from crossmr.recipes import FitConfig
 from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
 from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfig, z_score
-from crossmr.stages.synthesis import CUNet, SynthesisConfig
+from crossmr.stages.synthesis import CUNet, SynthesisConfig, mean_where_present
 
 ARMS = (
     "none",
@@ -258,7 +257,7 @@ def c_unet(
         network = CUNet(config, first, len(task.targets), dim, task.dims, guided_last=last)
         if start is not None:
             network.load_state_dict(start.state_dict(), strict=False)
-            no_condition(network)
+            network.zero_condition_layers()
         if last:
             network.condition_layers_only()
         return network
@@ -266,13 +265,6 @@ def c_unet(
     rate = bench.form["rate"] if last else 1e-3
     network = replace(bench, seed=bench.seed + seed).fit(name, build, loss, steps, rate)
     return network  # type: ignore[return-value]
-
-
-def no_condition(network: CUNet) -> None:
-    """Zero what lets the guidance in."""
-    for module in network.modules():
-        if isinstance(module, ResidualBlock) and module.condition is not None:
-            zeroed(module.condition)
 
 
 def diffused(y_0: Tensor, generator: torch.Generator) -> Tensor:
@@ -510,8 +502,7 @@ def with_variance(bench: Bench, note: Note, arm: str, steps: int = 0) -> list[Ro
         squared = (out[:, :count] - images[:, first:]) ** 2
         log_variance = out[:, count:].clamp(-12, 2)
         likelihood = log_variance + squared.detach() / log_variance.exp()
-        per_image = (squared + 1e-3 * likelihood).flatten(2).mean(-1)
-        return (per_image * present).sum() / present.sum().clamp(min=1)
+        return mean_where_present(squared + 1e-3 * likelihood, present)
 
     network = bench.fit(
         arm,
@@ -539,9 +530,7 @@ def variance_last(bench: Bench, twin: CUNet, predict: Predict) -> list[Row]:
         present = task.train.present[chosen][:, first:].to(images.device)
         with torch.no_grad(), bench.runner.autocast():
             image = twin(images[:, :first]).float().clamp(0, 1)
-        log_variance = variance_of(network, images[:, :first], image)
-        per_image = (log_variance + (image - images[:, first:]) ** 2 / log_variance.exp()).flatten(2).mean(-1)
-        return (per_image * present).sum() / present.sum().clamp(min=1)
+        return variance_loss(network, images[:, :first], image, images[:, first:], present)
 
     half = SynthesisConfig(**{**FORM, "channels": 8})  # type: ignore[arg-type]
     network = bench.fit(

@@ -44,7 +44,7 @@ from crossmr.display import SILENT
 from crossmr.metrics import paired_wilcoxon
 from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
 from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfig
-from crossmr.stages.synthesis import CUNet, SynthesisConfig
+from crossmr.stages.synthesis import CUNet, SynthesisConfig, mean_where_present
 
 REFERENCE, SLOW = "u-net", "pixel-diffusion, DDIM 250"
 SCHEDULE, ETA = Schedule(), 0.0
@@ -75,15 +75,10 @@ class Method:
     """For a method that is trained in another way, or elsewhere: bench and steps → the network that completes."""
 
 
-def masked(error: Tensor, acquired: Tensor) -> Tensor:
-    """Mean of (B, T, Y, X) over the targets that were acquired."""
-    return (error.flatten(2).mean(-1) * acquired).sum() / acquired.sum().clamp(min=1)
-
-
 def squared(networks: Sequence[nn.Module], batch: Batch, _: Generator) -> Iterator[Tensor]:
     """The loss of plain regression."""
     x, y, acquired = batch
-    yield masked((networks[0](x).float() - y).square(), acquired)
+    yield mean_where_present((networks[0](x).float() - y).square(), acquired)
 
 
 def one_pass(network: nn.Module, x: Tensor, _: Sequence[Generator]) -> Tensor:
@@ -118,7 +113,9 @@ def pix2pix(sources: int, targets: int, adversarial: float = 1.0, l1: float = 10
             return critic(torch.cat([x, images], 1))[-1].float()  # type: ignore[no-any-return]
 
         critic.requires_grad_(False)
-        yield adversarial * (verdict(false) - 1).square().mean() + l1 * masked((false - true).abs(), acquired)
+        yield adversarial * (verdict(false) - 1).square().mean() + l1 * mean_where_present(
+            (false - true).abs(), acquired
+        )
         critic.requires_grad_(True)
         yield (verdict(false.detach()).square().mean() + (verdict(true) - 1).square().mean()) / 2
 
@@ -136,7 +133,7 @@ def pixel_diffusion(sources: int, targets: int) -> Method:
         noise = torch.randn(y.shape, generator=generator).to(y.device)
         noised = q_sample(2 * y - 1, noise, alpha_bar[t])
         x_0 = networks[0](torch.cat([x, noised], 1), t.to(y.device)).float()
-        yield masked((x_0 - (2 * y - 1)).square(), acquired)
+        yield mean_where_present((x_0 - (2 * y - 1)).square(), acquired)
 
     def sample(network: nn.Module, x: Tensor, generators: Sequence[Generator], *, steps: int) -> Tensor:
         def predict_x0(x_t: Tensor, t: Tensor) -> Tensor:
@@ -173,10 +170,6 @@ class Ours(nn.Module):
 def ours(sources: int, targets: int) -> Method:
     """What `ablation.py` calls last."""
 
-    def losses(networks: Sequence[nn.Module], batch: Batch, generator: Generator) -> Iterator[Tensor]:
-        x, y, acquired = batch
-        yield masked((networks[0](x).float() - y).square(), acquired)
-
     def train(bench: Bench, steps: int) -> nn.Module:
         first, network = bench.sources, Ours(sources, targets)
         network.representation = representation(replace(bench, steps=steps // 5), "ours-mrm", slice(first, None), 8)
@@ -212,7 +205,7 @@ def ours(sources: int, targets: int) -> Method:
         return torch.stack([network(x, one).float().clamp(0, 1) for one in y_0.chunk(8)]).mean(0)
 
     rows = {"ours": (one_pass, 1), "ours, mean of 8": (mean_of_8, 9)}
-    return Method((partial(Ours, sources, targets),), losses, rows, train)
+    return Method((partial(Ours, sources, targets),), squared, rows, train)
 
 
 METHODS: dict[str, Callable[[int, int], Method]] = {

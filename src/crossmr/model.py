@@ -27,7 +27,7 @@ from crossmr.errors import ConfigError, CrossmrError, ModelError
 from crossmr.files import digest
 from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
 from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfig, z_score
-from crossmr.stages.synthesis import CUNet, SynthesisConfig
+from crossmr.stages.synthesis import CUNet, SynthesisConfig, mean_where_present
 
 FORMAT = "crossmr-model"
 FORMAT_VERSION = 3
@@ -152,6 +152,10 @@ class CrossConditionedModel(nn.Module):
             condition = z_score(pooled.mean(0, keepdim=True)).expand(len(generators), -1)
         return self.distribution.sample(generators, condition, steps=steps, eta=eta)
 
+    def unguided(self, sources: Tensor) -> Tensor:
+        """The synthesis (N, T, *S) of sources (N, S, *S) that nothing guides, in [0, 1]."""
+        return cast(Tensor, self.synthesis(sources)).float().clamp(0, 1)
+
     def guide_cells(
         self,
         unguided: Tensor,
@@ -200,6 +204,12 @@ def variance_of(network: nn.Module, sources: Tensor, unguided: Tensor) -> Tensor
     """The logarithm of the error's variance (N, T, *S), which starts near that of a tenth of the intensity range."""
     said = cast(Tensor, network(torch.cat([sources, unguided], 1))).float() - 4
     return said.clamp(-12, 2)
+
+
+def variance_loss(network: nn.Module, sources: Tensor, unguided: Tensor, truth: Tensor, present: Tensor) -> Tensor:
+    """Gaussian likelihood, log σ² + error²/σ², over the targets (B, T, *S) that each patient has (present (B, T))."""
+    log_variance = variance_of(network, sources, unguided)
+    return mean_where_present(log_variance + (unguided - truth) ** 2 / log_variance.exp(), present)
 
 
 def pseudonym(patient: str) -> str:

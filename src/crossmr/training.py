@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -31,7 +31,7 @@ from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, ModelError
 from crossmr.files import read_json, write_json
 from crossmr.fitting import Job, Loop, fit, steps_in
-from crossmr.model import CrossConditionedModel, pseudonym, save_model, variance_of
+from crossmr.model import CrossConditionedModel, pseudonym, save_model, variance_loss
 from crossmr.picture import save_picture
 from crossmr.recipes import STANDARD, Recipe
 from crossmr.stages.representation import MaskedAutoencoder, z_score
@@ -169,7 +169,7 @@ def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
     parts = []
     with run.loop.fabric.autocast():
         for chunk in torch.split(sources, CHUNK):
-            unguided = model.synthesis(chunk).float().clamp(0, 1)
+            unguided = model.unguided(chunk)
             parts.append((unguided, model.log_variance(chunk, unguided).exp()))
     image, variance = (torch.cat(part) for part in zip(*parts, strict=True))
     head = (sources > 0).any(1)
@@ -261,9 +261,8 @@ def _train_stage(run: Run, model: CrossConditionedModel, stage: str, steps: int 
     plan_path = run.loop.folder / "plan.json"
     plan = read_json(plan_path) if plan_path.exists() else {}
     if stage not in plan:
-        other = {"twin": "synthesis", "synthesis": "twin"}.get(stage)
-        if minutes is not None and other in plan:
-            plan[stage] = plan[other]
+        if minutes is not None and stage == "twin" and "synthesis" in plan:
+            plan[stage] = plan["synthesis"]
         elif minutes is not None:
             plan[stage] = steps_in(run.loop, network, job, config, minutes)
         else:
@@ -297,6 +296,22 @@ def _having(cases: Sequence[Case], wanted: Sequence[str], *, all_of: bool) -> li
     return [case for case in cases if test(m in case.modalities for m in wanted)]
 
 
+def _translatable(run: Run, cases: Sequence[Case]) -> list[Case]:
+    """Cases that have all sources and any of the targets."""
+    return [case for case in _having(cases, run.sources, all_of=True) if _having([case], run.targets, all_of=False)]
+
+
+def _loss_on(run: Run, loss: Callable[..., Tensor], fixed: Any) -> Callable[[nn.Module, Path], dict[str, float]] | None:
+    """A stage's validation by its loss on one fixed batch; None without one."""
+
+    @torch.no_grad()
+    def validate(network: nn.Module, picture: Path) -> dict[str, float]:
+        with run.loop.fabric.autocast():
+            return {"val_loss": float(loss(network.eval(), fixed, seeded("validate", run.loop.seed)))}
+
+    return None if fixed is None else validate
+
+
 def _placed(run: Run, batch: Batch) -> Batch:
     """A batch on the run's device, its images channels_last in 2D."""
     batch = batch.to(run.loop.fabric.device)
@@ -315,13 +330,7 @@ def _representation_job(run: Run, stage: str, modalities: tuple[str, ...]) -> Jo
     data = run.batches(stage, _having(run.train, modalities, all_of=False), modalities)
     held_out = _having(run.val, modalities, all_of=False)
     fixed = run.batches(stage, held_out, modalities).fixed(VALIDATION_SLICES) if held_out else None
-
-    @torch.no_grad()
-    def validate(network: nn.Module, picture: Path) -> dict[str, float]:
-        with run.loop.fabric.autocast():
-            return {"val_loss": float(loss(network.eval(), cast(Batch, fixed), seeded("validate", run.loop.seed)))}
-
-    return Job(stage, data, loss, validate if fixed else None, READERS)
+    return Job(stage, data, loss, _loss_on(run, loss, fixed), READERS)
 
 
 @torch.no_grad()
@@ -369,7 +378,7 @@ def _cells(run: Run, model: CrossConditionedModel, cases: Sequence[Case]) -> tup
             whole = batch.present.amin(1) > 0
             if whole.any():
                 images = batch.images[whole]
-                unguided = model.synthesis(images[:, :count]).float().clamp(0, 1)
+                unguided = model.unguided(images[:, :count])
                 both = [model.representation.represent(part).cpu() for part in (images[:, count:], unguided)]
                 pairs.append(both)
             task.advance()
@@ -409,13 +418,7 @@ def _distribution_job(run: Run, model: CrossConditionedModel) -> Job:
         )
     data = _Vectors(y_0, told, config.batch_size, run.loop.seed)
     held_out = vectors(usable(run.val)) if usable(run.val) else None
-
-    @torch.no_grad()
-    def validate(network: nn.Module, picture: Path) -> dict[str, float]:
-        with run.loop.fabric.autocast():
-            return {"val_loss": float(loss(network.eval(), held_out, seeded("validate", run.loop.seed)))}  # type: ignore[arg-type]
-
-    return Job("distribution", data, loss, validate if held_out else None)
+    return Job("distribution", data, loss, _loss_on(run, loss, held_out))
 
 
 def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
@@ -424,12 +427,7 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
     unguided = stage == "twin" or (cells and stage == "synthesis")
     guidance = "none" if unguided else run.recipe.guidance
     modalities, count = (*run.sources, *run.targets), len(run.sources)
-    usable = [
-        case for case in _having(run.train, run.sources, all_of=True) if _having([case], run.targets, all_of=False)
-    ]
-    held_out = [
-        case for case in _having(run.val, run.sources, all_of=True) if _having([case], run.targets, all_of=False)
-    ]
+    usable, held_out = (_translatable(run, cases) for cases in (run.train, run.val))
     data = run.batches(stage, usable, modalities)
     vectors = _drawn(run, model, usable, guidance)
 
@@ -482,30 +480,18 @@ def _uncertainty_job(run: Run, model: CrossConditionedModel) -> Job:
     """The variance of the finished C-UNet's error, by the Gaussian likelihood of that error."""
     modalities, count = (*run.sources, *run.targets), len(run.sources)
 
-    def usable(cases: Sequence[Case]) -> list[Case]:
-        return [case for case in _having(cases, run.sources, all_of=True) if _having([case], run.targets, all_of=False)]
-
     def loss(network: nn.Module, batch: Batch, _: torch.Generator) -> Tensor:
         batch = _placed(run, batch)
         sources, present = batch.images[:, :count], batch.present[:, count:]
         with torch.no_grad(), run.loop.fabric.autocast():
-            unguided = model.synthesis(sources).float().clamp(0, 1)
-        log_variance = variance_of(network, sources, unguided)
-        squared = (unguided - batch.images[:, count:]) ** 2
-        per_image = (log_variance + squared / log_variance.exp()).flatten(2).mean(-1)
-        return cast(Tensor, (per_image * present).sum() / present.sum().clamp(min=1))
+            unguided = model.unguided(sources)
+        return variance_loss(network, sources, unguided, batch.images[:, count:], present)
 
     model.eval()
-    data = run.batches("uncertainty", usable(run.train), modalities)
-    held_out = usable(run.val)
+    data = run.batches("uncertainty", _translatable(run, run.train), modalities)
+    held_out = _translatable(run, run.val)
     fixed = run.batches("uncertainty", held_out, modalities).fixed(VALIDATION_SLICES) if held_out else None
-
-    @torch.no_grad()
-    def validate(network: nn.Module, picture: Path) -> dict[str, float]:
-        with run.loop.fabric.autocast():
-            return {"val_loss": float(loss(network.eval(), cast(Batch, fixed), seeded("validate", run.loop.seed)))}
-
-    return Job("uncertainty", data, loss, validate if fixed else None, READERS)
+    return Job("uncertainty", data, loss, _loss_on(run, loss, fixed), READERS)
 
 
 def _drawn(run: Run, model: CrossConditionedModel, cases: Sequence[Case], guidance: str) -> Tensor | None:

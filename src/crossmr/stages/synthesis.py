@@ -88,9 +88,7 @@ class CUNet(nn.Module):
         self.encoder = Encoder(spatial_dims, sources, *form)
         self.decoder = Decoder(spatial_dims, targets, *form)
         if guided_last:
-            for module in self.modules():
-                if isinstance(module, ResidualBlock) and module.condition is not None:
-                    zeroed(module.condition)
+            self.zero_condition_layers()
 
     def forward(self, sources: Tensor, y_0: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Synthesise targets (B, T, *S), on the [0, 1] scale but not clipped, from sources (B, S, *S).
@@ -100,6 +98,12 @@ class CUNet(nn.Module):
         c = None if self.condition is None else self.condition(y_0, sources.shape[0], keep)
         features, skips = self.encoder(sources, c)
         return cast(Tensor, self.decoder(features, skips, c))
+
+    def zero_condition_layers(self) -> None:
+        """Zero what lets the guidance into the blocks."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock) and module.condition is not None:
+                zeroed(module.condition)
 
     def condition_layers_only(self) -> None:
         """Let nothing but the condition layers learn."""
@@ -115,6 +119,10 @@ class CUNet(nn.Module):
         keep: Tensor | None = None,
     ) -> Tensor:
         """L_Syn, the squared error over the targets (B, T, *S) that each patient has (present (B, T))."""
-        error = (self(sources, y_0, keep).float() - targets) ** 2
-        per_image = error.flatten(2).mean(-1)  # (B, T)
-        return cast(Tensor, (per_image * present).sum() / present.sum().clamp(min=1))
+        return mean_where_present((self(sources, y_0, keep).float() - targets) ** 2, present)
+
+
+def mean_where_present(loss: Tensor, present: Tensor) -> Tensor:
+    """The mean of (B, T, *S) over the images that patients have, present (B, T)."""
+    per_image = loss.flatten(2).mean(-1)
+    return (per_image * present).sum() / present.sum().clamp(min=1)
