@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import image, make_head, save_untrained
+from conftest import image, make_head, save_untrained, write_study
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch import nn
 
@@ -365,7 +365,7 @@ def test_3d_model_completes_volumes_larger_and_smaller_than_its_window(tmp_path,
 def test_a_volume_that_fits_the_3d_window_is_one_pass_of_the_network(tmp_path):
     model = load_model(save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 20, 24), guidance="none"))
     sources = torch.rand(2, 13, 17, 18, generator=torch.Generator().manual_seed(0))
-    result = completion.synthesise(model, sources, [1] * 13, "P", SETTINGS).images
+    result = completion.synthesise(model, by_name(sources), [1] * 13, "P", SETTINGS).images
     padded = torch.zeros(1, 2, 16, 20, 24)
     padded[0, :, 2:15, 2:19, 3:21] = sources
     expected = model.synthesis(padded)[0, :, 2:15, 2:19, 3:21].clamp(0, 1)
@@ -700,13 +700,19 @@ def cells(cell_folder):
     return load_model(cell_folder)
 
 
+def by_name(sources):
+    return {m: volume.numpy() for m, volume in zip(("t1n", "t2w"), sources, strict=True)}
+
+
 def volume():
     """Sources (2, Z, Y, X) of sides that are multiples of the cell, and the head voxels: its first slice has none."""
     return torch.rand(2, 4, 16, 24, generator=torch.Generator().manual_seed(3)), [0, 9, 9, 9]
 
 
 def synthesised(model, case="Ann", **changes):
-    return completion.synthesise(model, *volume(), case, Settings(**{"steps": 3, "precision": "float32", **changes}))
+    sources, head = volume()
+    settings = Settings(**{"steps": 3, "precision": "float32", **changes})
+    return completion.synthesise(model, by_name(sources), head, case, settings)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -717,7 +723,7 @@ def test_cells_give_the_mean_of_the_guided(cells, samples, guidance):
         unguided = cells.synthesis(images).clamp(0, 1)
         guided = []
         for key in [("case", 7, "Ann"), ("case", 7, "Ann", 1), ("case", 7, "Ann", 2)][:samples]:
-            (y_0,) = cells.guide_cells(unguided, [seeded(*key)], told=guidance == "sample", steps=3)
+            (y_0,) = cells.guide_cells(images, unguided, [seeded(*key)], told=guidance == "sample", steps=3)
             guided.append(cells.synthesis(images, y_0).clamp(0, 1))
         deviation = cells.deviation(images, unguided)
     want = sum(guided) / samples
@@ -797,7 +803,7 @@ def test_deviations_of_volumes_come_window_by_window(tmp_path):
     folder = save_untrained(tmp_path, cell=4, spatial_dims=3, window=(8, 8, 8))
     sources = torch.rand(2, 9, 12, 10, generator=torch.Generator().manual_seed(3))
     settings = Settings(guidance="sample", samples=2, steps=2, precision="float32")
-    made = completion.synthesise(load_model(folder), sources, [0] + [9] * 8, "Ann", settings)
+    made = completion.synthesise(load_model(folder), by_name(sources), [0] + [9] * 8, "Ann", settings)
     assert made.images.shape == made.deviations.shape == (2, 9, 12, 10)
     assert made.deviations[:, 0].abs().max() == 0
     assert made.deviations[:, 1:].min() >= 0
@@ -840,3 +846,58 @@ def test_no_samples_at_all_are_refused_in_one_line(model_folder, small, tmp_path
     assert stopped.value.code == 1
     assert capsys.readouterr().err.splitlines() == ["crossmr: --samples is 0; wanted at least 1."]
     assert not (tmp_path / "out").exists()
+
+
+# Any subset
+
+
+@pytest.fixture(scope="module")
+def any_model(tmp_path_factory):
+    modalities = ("t1n", "t1c", "t2w", "t2f")
+    folder = tmp_path_factory.mktemp("any")
+    return load_model(save_untrained(folder, cell=8, sources=modalities, targets=modalities, context_slices=3))
+
+
+@pytest.mark.parametrize("acquired", [("t1n",), ("t2f", "t1c"), ("t1n", "t2w", "t2f"), ("t1n", "t1c", "t2w", "t2f")])
+def test_whatever_is_there_fills_whatever_is_missing(any_model, tmp_path, acquired):
+    write_study(tmp_path, "Ann", acquired)
+    result = complete(tmp_path / "Ann", any_model, precision="float32")
+    missing = [m for m in any_model.config.targets if m not in acquired]
+    assert list(result.images) == list(result.deviations) == missing
+    for modality in missing:
+        entry = result.manifest["synthetic"][modality]
+        assert entry["from"] == [m for m in any_model.config.sources if m in acquired]
+        assert "+".join(entry["from"]) in str(result.images[modality].header["descrip"])
+        data = result.images[modality].get_fdata()
+        assert ((data > 0) & (data < 1)).mean() > 0.05
+    assert result.manifest["not_filled"] == {}
+
+
+def test_a_study_with_nothing_the_model_reads_is_not_filled(any_model):
+    wanted, reasons = completion.what_to_fill(["swi"], any_model, Settings())
+    assert wanted == []
+    assert set(reasons.values()) == {"the model needs any of t1n, t1c, t2w, t2f, and none is there"}
+
+
+@pytest.mark.parametrize("guidance", ["none", "sample", "unconditional"])
+def test_a_slice_is_made_of_its_neighbours_and_of_what_is_shown(any_model, guidance):
+    given = {m: np.random.default_rng(3).random((6, 16, 24), np.float32) for m in ("t1c", "t2f")}
+    settings = Settings(guidance=guidance, steps=2, precision="float32")
+
+    def made(**changed):
+        return completion.synthesise(any_model, {**given, **changed}, [9] * 6, "Ann", settings).images[[0, 2]]
+
+    first = made()
+    volume = torch.zeros(4, 6, 16, 24)
+    volume[1], volume[3] = (torch.from_numpy(given[m]) for m in ("t1c", "t2f"))
+    around = torch.stack([volume[:, [max(z - 1, 0), z, min(z + 1, 5)]].flatten(0, 1) for z in range(6)])
+    inputs = any_model.inputs(around, torch.tensor([[0.0, 1, 0, 1]] * 6))
+    if guidance == "none":
+        with torch.no_grad():
+            want = any_model.unguided(inputs).transpose(0, 1)[[0, 2]]
+        torch.testing.assert_close(first, want, atol=1e-5, rtol=1e-5)
+    other = given["t1c"].copy()
+    other[5] = 0.5 * other[5]
+    changes = (made(t1c=other) - first).abs().amax((0, 2, 3))
+    assert changes[4:].min() > 1e-4
+    assert changes[:4].max() == 0  # further slices do not see it

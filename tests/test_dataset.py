@@ -19,6 +19,7 @@ from crossmr.data.dataset import (
     Batches,
     Case,
     PreparedSet,
+    around,
     as_inputs,
     fit_size,
     seeded,
@@ -427,3 +428,33 @@ def test_a_black_slice_is_one_that_was_not_acquired(tmp_path):
     assert sorted(batches[0].present[:, 1].tolist()) == [0, 0, 1, 1, 1, 1]
     volumes = Batches([case], MODALITIES, size=(3, 4, 4), batch_size=1, seed=0)
     assert volumes[0].present.tolist() == [[1, 1, 1]]
+
+
+def test_neighbouring_slices_come_along():
+    assert around(0, 3, 5) == [0, 0, 1]
+    assert around(4, 5, 5) == [2, 3, 4, 4, 4]
+    assert around(2, 1, 5) == [2]
+    volume = torch.rand(2, 6, 8, 8)
+    planes = as_inputs(volume, [0, 3], 2, 4, 3)
+    assert planes.shape == (2, 6, 8, 8)
+    for row, chosen in enumerate(([0, 0, 1], [2, 3, 4])):
+        for modality in (0, 1):
+            assert torch.equal(planes[row, 3 * modality : 3 * modality + 3], volume[modality, chosen])
+
+
+def test_batches_with_context_have_the_same_slices_in_their_middle(prepared):
+    cases = PreparedSet(prepared).part("train")
+    form = {"size": (16, 12), "batch_size": 5, "seed": 1}
+    plain, wide = Batches(cases, MODALITIES, **form), Batches(cases, MODALITIES, context=3, **form)
+    for step in (0, 3):
+        one, three = plain[step], wide[step]
+        assert torch.equal(one.images, three.images)
+        assert torch.equal(one.present, three.present)
+        assert three.around.shape == (5, 3 * len(MODALITIES), 16, 12)
+        assert torch.equal(three.around[:, 1::3], one.around)
+        assert torch.equal(one.around, one.images)
+    fixed = wide.fixed(4)
+    index, z = wide.items[0]
+    whole = wide.read(index, -1)
+    padded = fit_size(whole, (16, 12), [0.5, 0.5])
+    assert torch.equal(fixed.around[0], padded[:, around(z, 3, whole.shape[1])].flatten(0, 1))

@@ -309,3 +309,31 @@ def test_a_standardised_network_that_learnt_nothing_draws_the_mean():
     torch.testing.assert_close(network.state_dict()["centre"], mean)  # it comes back with the weights
     torch.testing.assert_close(network.state_dict()["scale"], y_0.movedim(1, -1).reshape(-1, 3).std(0, unbiased=False))
     assert float(network.loss(y_0, None, seeded()).detach()) == pytest.approx(1, abs=1e-4)  # all of the variance
+
+
+@pytest.mark.parametrize("grid", [(), (3, 2)])
+def test_what_is_not_wanted_brings_no_loss_and_comes_out_as_the_mean(grid):
+    network = DistributionNetwork(DistributionConfig(width=16, blocks=1), 4, 2, len(grid))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    y_0, told = torch.randn(6, 4, *grid), torch.randn(6, 2, *grid)
+    wanted = torch.tensor([[1.0, 1, 0, 1]] * 3 + [[0.0, 1, 1, 1]] * 3)
+    network.standardise(y_0, wanted)
+    kept = y_0[:, 2][3:]
+    torch.testing.assert_close(network.centre[2], kept.mean())
+    torch.testing.assert_close(network.scale[2], kept.std(unbiased=False))
+    changed = y_0.clone()
+    changed[:3, 2], changed[3:, 0] = 50, -50
+
+    def loss(vectors, chosen):
+        return network.loss(vectors, told, torch.Generator().manual_seed(1), chosen)
+
+    assert torch.equal(loss(changed, wanted), loss(y_0, wanted))
+    assert (loss(changed, None) - loss(y_0, None)).abs() > 1
+    torch.testing.assert_close(loss(y_0, None), loss(y_0, torch.ones(6, 4)))
+    generators = [torch.Generator().manual_seed(k) for k in range(6)]
+    drawn = network.sample(generators, told, grid=grid, wanted=wanted, steps=3)
+    for row, column in ((0, 2), (3, 0)):
+        torch.testing.assert_close(drawn[row, column], network.centre[column].expand(grid))
+    assert (drawn[0, 0] - network.centre[0]).abs().max() > 1e-2

@@ -20,7 +20,7 @@ from crossmr.completion import Settings, Synthesis
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import Split, prepare
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
-from crossmr.evaluation import METRICS, TWIN, Subject, evaluate, measure, predict_all, summarise, tables
+from crossmr.evaluation import METRICS, TWIN, Subject, evaluate, measure, patterns, predict_all, summarise, tables
 from crossmr.model import load_model, pseudonym
 from crossmr.trivial import fit_trivial
 
@@ -65,7 +65,7 @@ def trivial(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trivial")
     for seed in (20, 21):
         write_case(folder, f"T{seed}", seed=seed)
-    return fit_trivial([lambda s=s: s.volumes for s in subjects(folder).values()], SOURCES, TARGETS)
+    return fit_trivial([lambda s=s: s.volumes for s in subjects(folder).values()], (*SOURCES, *TARGETS))
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +189,14 @@ def test_pictures_are_written_for_the_first_cases(evaluated, cohort, bare, tmp_p
 def test_numbers_equal_an_independent_recomputation(evaluated, cohort, model, predictor):
     _, _, rows = evaluated
     subject = subjects(cohort)["A1"]
-    predictions, _ = predict_all(model, subject, ["sample", "none"], SETTINGS)
+    predictions, _ = predict_all(model, subject, SOURCES, ["sample", "none"], SETTINGS)
     assert set(predictions) == PREDICTORS
     areas = subject.head.sum((1, 2))
     kept = [z for z, area in enumerate(areas) if area >= 0.1 * areas.max()]
     assert 0 < len(kept) < len(areas)
     similar = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    for index, target in enumerate(TARGETS):
-        made = predictions[predictor][index].astype(np.float64)
+    for target in TARGETS:
+        made = predictions[predictor][target].astype(np.float64)
         truth = subject.volumes[target].astype(np.float64)
         low, high = np.percentile(truth, (0, 99.9))
         a, b = (made - low) / (high - low), (truth - low) / (high - low)
@@ -220,7 +220,7 @@ def test_numbers_equal_an_independent_recomputation(evaluated, cohort, model, pr
         assert row["mae"] == pytest.approx(np.mean(np.abs(error)), rel=1e-4)
 
 
-def test_near_empty_slices_do_not_count_in_the_slice_protocol(bare):
+def test_near_empty_slices_do_not_count_in_the_slice_protocol():
     rng = np.random.default_rng(0)
     head = np.zeros((12, 20, 20), bool)
     head[2:10, 3:17, 3:17] = True
@@ -233,7 +233,7 @@ def test_near_empty_slices_do_not_count_in_the_slice_protocol(bare):
     def slices(*spoiled):
         made = noisy.copy()
         made[list(spoiled)] = 1
-        rows = indexed(measure(bare, subject, {"it": [made, made]}))
+        rows = indexed(measure(subject, SOURCES, {"it": {"t2f": made}}))
         return {region: [rows["P", "t2f", "it", region][m] for m in METRICS] for region in ("slices", "volume")}
 
     assert slices(0, 1, 10, 11)["slices"] == slices()["slices"]
@@ -241,7 +241,7 @@ def test_near_empty_slices_do_not_count_in_the_slice_protocol(bare):
     assert slices(9)["slices"] != slices()["slices"]
 
 
-def test_slices_that_the_target_does_not_reach_do_not_count_in_the_slice_protocol(bare):
+def test_slices_that_the_target_does_not_reach_do_not_count_in_the_slice_protocol():
     head = np.zeros((12, 20, 20), bool)
     head[2:10, 3:17, 3:17] = True
     truth = np.where(head, np.float32(0.5), np.float32(0))
@@ -250,16 +250,16 @@ def test_slices_that_the_target_does_not_reach_do_not_count_in_the_slice_protoco
     subject = Subject("P", "P", {"t2f": truth}, head, np.zeros_like(head), False)
     made = truth + np.float32(0.1)
     made[8:] = 1  # where nothing was acquired
-    scores = indexed(measure(bare, subject, {"it": [made, made]}))["P", "t2f", "it", "slices"]
+    scores = indexed(measure(subject, SOURCES, {"it": {"t2f": made}}))["P", "t2f", "it", "slices"]
     assert scores["psnr"] == pytest.approx(20, abs=1e-3)
     assert scores["mae"] == pytest.approx(0.1, abs=1e-5)
     assert math.isfinite(scores["nmse"])
 
 
-def test_predictions_are_never_rescaled(bare, cohort):
+def test_predictions_are_never_rescaled(cohort):
     subject = subjects(cohort)["A1"]
-    half = {"half": [subject.volumes[t] * np.float32(0.5) for t in TARGETS]}
-    scores = indexed(measure(bare, subject, half))["A1", "t2f", "half", "brain"]
+    half = {"half": {t: subject.volumes[t] * np.float32(0.5) for t in TARGETS}}
+    scores = indexed(measure(subject, SOURCES, half))["A1", "t2f", "half", "brain"]
     assert scores["nmse"] == pytest.approx(0.25, abs=0.01)
     assert scores["ssim"] < 0.9
 
@@ -295,7 +295,7 @@ def test_a_perfect_predictor_is_perfect_and_beats_the_trivial_ones(cohort, model
 # Hidden targets
 
 
-def test_hidden_targets_are_never_inputs(bare, model, cohort, tmp_path, monkeypatch):
+def test_hidden_targets_are_never_inputs(model, cohort, tmp_path, monkeypatch):
     """Other truth inside the same skull-stripped head: other scores, the very same predictions."""
     for name in ("as it is", "changed"):
         write_case(tmp_path / name, "P", air=False, lesion=True)
@@ -308,45 +308,48 @@ def test_hidden_targets_are_never_inputs(bare, model, cohort, tmp_path, monkeypa
     synthesise = evaluation.synthesise
 
     def spy(model, sources, *rest, **more):
-        seen.append(sources.clone())
+        seen.append({m: volume.copy() for m, volume in sources.items()})
         return synthesise(model, sources, *rest, **more)
 
     monkeypatch.setattr(evaluation, "synthesise", spy)
     results = []
     for name in ("as it is", "changed"):
         subject = subjects(tmp_path / name)["P"]
-        predictions, _ = predict_all(model, subject, ["sample", "unconditional", "none"], SETTINGS)
-        results.append((subject, predictions, indexed(measure(model, subject, predictions))))
+        predictions, _ = predict_all(model, subject, SOURCES, ["sample", "unconditional", "none"], SETTINGS)
+        results.append((subject, predictions, indexed(measure(subject, SOURCES, predictions))))
     (subject, first, scores), (_, second, others) = results
     assert set(first) == {*PREDICTORS, "guided: unconditional"}
     for name, volumes in first.items():
-        for a, b in zip(volumes, second[name], strict=True):
-            np.testing.assert_array_equal(a, b)
+        for target in TARGETS:
+            np.testing.assert_array_equal(volumes[target], second[name][target])
         assert scores["P", "t2f", name, "brain"]["mae"] != others["P", "t2f", name, "brain"]["mae"]
-    expected = torch.from_numpy(np.stack([subject.volumes[source] for source in SOURCES]))
     assert len(seen) == 8
-    assert all(torch.equal(sources, expected) for sources in seen)
+    for given in seen:
+        assert list(given) == list(SOURCES)
+        assert all(np.array_equal(given[m], subject.volumes[m]) for m in SOURCES)
 
 
 def test_arms_differ_and_each_is_its_own_guidance(model, cohort):
     subject = subjects(cohort)["A1"]
-    arms, _ = predict_all(model, subject, ["sample", "unconditional", "none"], SETTINGS)
+    arms, _ = predict_all(model, subject, SOURCES, ["sample", "unconditional", "none"], SETTINGS)
     names = ["guided: sample", "guided: unconditional", UNGUIDED, TWIN]
     for k, name in enumerate(names):
         for other in names[k + 1 :]:
-            assert np.abs(arms[name][0] - arms[other][0]).max() > 1e-3
-    assert all(not volume.any() for volume in arms["zeros"])
-    other, _ = predict_all(model, subject, ["none"], Settings(guidance="sample", seed=7, steps=3, precision="float32"))
+            assert np.abs(arms[name]["t1c"] - arms[other]["t1c"]).max() > 1e-3
+    assert all(not volume.any() for volume in arms["zeros"].values())
+    other, _ = predict_all(
+        model, subject, SOURCES, ["none"], Settings(guidance="sample", seed=7, steps=3, precision="float32")
+    )
     assert list(other) == [UNGUIDED, TWIN, *TRIVIAL]
-    np.testing.assert_array_equal(other[UNGUIDED][0], arms[UNGUIDED][0])
+    np.testing.assert_array_equal(other[UNGUIDED]["t1c"], arms[UNGUIDED]["t1c"])
 
 
 def test_skull_stripped_predictions_are_zero_outside_the_head(model, tmp_path):
     write_case(tmp_path, "P", air=False)
     subject = subjects(tmp_path)["P"]
     assert subject.masked_background
-    for volumes in predict_all(model, subject, ["sample"], SETTINGS)[0].values():
-        assert all(not volume[~subject.head].any() for volume in volumes)
+    for volumes in predict_all(model, subject, SOURCES, ["sample"], SETTINGS)[0].values():
+        assert all(not volume[~subject.head].any() for volume in volumes.values())
 
 
 def test_a_synthetic_volume_is_no_truth(bare, tmp_path):
@@ -378,7 +381,7 @@ def test_deviations_are_held_against_the_errors_of_the_model_s_own_image(sure, c
     assert len(rows) == len(CASES) * len(TARGETS) * 2
     subject = subjects(cohort)["A1"]
     settings = Settings(precision="float32")
-    sources = torch.from_numpy(np.stack([subject.volumes[source] for source in SOURCES]))
+    sources = {source: subject.volumes[source] for source in SOURCES}
     made = evaluation.synthesise(model, sources, subject.head.sum((1, 2)).tolist(), "A1", settings)
     for index, target in enumerate(TARGETS):
         error = np.abs(made.images[index].numpy() - subject.volumes[target])[subject.head]
@@ -451,7 +454,14 @@ def test_summary_has_mean_interval_and_paired_test_against_the_own_arm(evaluated
 
 
 def row(case, predictor, region="brain", **scores):
-    common = {"case": case, "target": "t2f", "predictor": predictor, "protocol": "volume", "region": region}
+    common = {
+        "case": case,
+        "sources": "t1n",
+        "target": "t2f",
+        "predictor": predictor,
+        "protocol": "volume",
+        "region": region,
+    }
     return {**common, **dict.fromkeys(METRICS, 0.5), **scores}
 
 
@@ -608,3 +618,59 @@ def test_a_3d_model_is_measured_too(tmp_path):
     folder = save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 16, 16), guidance="none")
     body = evaluate(folder, tmp_path / "cohort", tmp_path / "out", settings=SETTINGS, device="cpu")
     assert entry(body["summary"], "t2f", UNGUIDED, "brain")["cases"] == 1
+
+
+# Any subset
+
+
+@pytest.fixture(scope="module")
+def any_model(tmp_path_factory, trivial):
+    modalities = (*SOURCES, *TARGETS)
+    folder = tmp_path_factory.mktemp("any")
+    return load_model(save_untrained(folder, cell=8, sources=modalities, targets=modalities, trivial=trivial))
+
+
+@pytest.mark.parametrize("acquired", [("t1n", "t1c"), ("t1n", "t2w", "t2f"), ("t1n", "t2w", "t1c", "t2f")])
+def test_every_subset_is_each_non_empty_proper_one(any_model, acquired):
+    subject = Subject("P", "P", dict.fromkeys(acquired), None, None, False)
+    config = any_model.config
+    one_out = patterns(config, subject)
+    assert {frozenset(acquired) - set(shown) for shown in one_out} == {frozenset([m]) for m in acquired}
+    every = patterns(config, subject, every_subset=True)
+    assert len(every) == len(set(every)) == 2 ** len(acquired) - 2
+    assert all(0 < len(shown) < len(acquired) and set(shown) < set(acquired) for shown in every)
+    with pytest.raises(StudyError, match="it has not two of t1n, t2w, t1c, t2f"):
+        patterns(config, Subject("P", "P", {"t1n": None}, None, None, False))
+
+
+def test_a_model_of_any_subset_is_measured_on_what_it_was_not_shown(any_model, tmp_path):
+    write_case(tmp_path / "cohort", "P")
+    write_case(tmp_path / "cohort", "Q", modalities=("t1n", "t1c", "t2f"), seed=1)
+    settings = Settings(steps=2, precision="float32")
+    body = evaluate(any_model, tmp_path / "cohort", tmp_path / "out", every_subset=True, settings=settings)
+    rows = read_rows(tmp_path / "out")
+    for case, acquired in (("P", (*SOURCES, *TARGETS)), ("Q", ("t1n", "t1c", "t2f"))):
+        asked = {(r["sources"], r["target"]) for r in rows if r["case"] == case}
+        assert len(asked) == sum(len(acquired) - len(shown.split("+")) for shown in {s for s, _ in asked})
+        assert len({shown for shown, _ in asked}) == 2 ** len(acquired) - 2
+        assert all(target in acquired and target not in shown.split("+") for shown, target in asked)
+    subject = subjects(tmp_path / "cohort")["P"]
+    made, deviations = predict_all(any_model, subject, ("t2w",), ["none"], settings)
+    assert list(made["unguided"]) == list(deviations) == ["t1n", "t1c", "t2f"]
+    (want,) = [
+        r
+        for r in measure(subject, ("t2w",), made)
+        if (r["target"], r["predictor"], r["region"]) == ("t2f", "unguided", "brain")
+    ]
+    (found,) = [
+        r
+        for r in rows
+        if (r["case"], r["sources"], r["target"], r["predictor"], r["region"])
+        == ("P", "t2w", "t2f", "unguided", "brain")
+    ]
+    assert found["psnr"] == pytest.approx(want["psnr"], abs=1e-4)
+    shown = tables(body["summary"])
+    assert [table.row_count for table in shown] == [14, 14]
+    assert evaluation.sureness_table(body["uncertainty"]).row_count == 8
+    one_out = evaluate(any_model, tmp_path / "cohort", tmp_path / "one", settings=settings)
+    assert {e["sources"].count("+") for e in one_out["summary"]} == {1, 2}

@@ -46,7 +46,8 @@ def random_model(*, twin=True, **settings):
 def cell_model(**settings):
     """A random model whose representation is a grid of cells of 4 pixels, for two targets."""
     form = config(guidance="truth")
-    form = replace(form, targets=("t1c", "t2f"), representation=RepresentationConfig(**FORM, **CELLS), **settings)
+    settings = {"targets": ("t1c", "t2f"), **settings}
+    form = replace(form, representation=RepresentationConfig(**FORM, **CELLS), **settings)
     torch.manual_seed(0)
     model = CrossConditionedModel(form)
     with torch.no_grad():
@@ -158,13 +159,13 @@ def test_saving_over_a_larger_model_leaves_no_part_of_it(folder):
 @pytest.mark.parametrize("change", [{"format_version": 1}, {"format_version": None}, {"format": "somebody-else"}])
 def test_another_format_is_refused(folder, change):
     resave(folder, lambda _, data: data.update(change))
-    refused(folder, "this crossmr reads crossmr-model 3")
+    refused(folder, "this crossmr reads crossmr-model 4")
 
 
 @pytest.mark.parametrize("key", ["format", "format_version", "config", "training"])
 def test_a_config_that_lacks_a_part_is_refused(folder, key):
     resave(folder, lambda _, data: data.pop(key))
-    refused(folder, f"has no '{key}'|this crossmr reads crossmr-model 3")
+    refused(folder, f"has no '{key}'|this crossmr reads crossmr-model 4")
 
 
 @pytest.mark.parametrize("name", ["representation", "source_representation", "distribution", "synthesis"])
@@ -395,7 +396,7 @@ def test_a_model_of_cells_comes_back_bit_for_bit(tmp_path):
     loaded = load_model(tmp_path)
     assert loaded.config == model.config
     assert torch.equal(loaded.calibration["variance"], model.calibration["variance"])
-    first, again = (m.guide_cells(images(), generators(2), steps=3) for m in (model, loaded))
+    first, again = (m.guide_cells(images(), images(), generators(2), steps=3) for m in (model, loaded))
     assert torch.equal(first, again)
     assert torch.equal(model.synthesis(images(), first[1]), loaded.synthesis(images(), again[1]))
     with pytest.raises(ConfigError, match="unconditional"):
@@ -417,11 +418,11 @@ def test_slices_share_one_noise(told):
     model = cell_model()
     unguided = images(1).expand(3, -1, -1, -1).clone()
     unguided[2] = images(3)[2]
-    drawn, second = model.guide_cells(unguided, generators(2), told=told, steps=3)
+    drawn, second = model.guide_cells(unguided, unguided, generators(2), told=told, steps=3)
     assert drawn.shape == (3, 6, 2, 2)
     assert torch.equal(drawn[0], drawn[1])
     assert (not torch.allclose(drawn[0], drawn[2], atol=1e-3)) == told
-    alone = model.guide_cells(unguided[2:], generators(2)[1:], told=told, steps=3)
+    alone = model.guide_cells(unguided[2:], unguided[2:], generators(2)[1:], told=told, steps=3)
     torch.testing.assert_close(alone[0], second[2:])
     assert (drawn - second).flatten(1).abs().amax(1).min() > 1e-3
 
@@ -430,9 +431,9 @@ def test_the_condition_of_a_grid_is_the_unguided_synthesis_clipped():
     model = cell_model()
     noise, condition = [generators(1)[0] for _ in range(3)], model.representation.represent(images())
     want = model.distribution.sample(noise, condition, grid=(2, 2), steps=3)
-    torch.testing.assert_close(model.guide_cells(images(), generators(1), steps=3)[0], want)
+    torch.testing.assert_close(model.guide_cells(images(), images(), generators(1), steps=3)[0], want)
     beyond = torch.where(images() > 0.5, 2 * images(), images() - 0.5)
-    drawn = [model.guide_cells(x, generators(1), steps=3) for x in (beyond, beyond.clamp(0, 1))]
+    drawn = [model.guide_cells(x, x, generators(1), steps=3) for x in (beyond, beyond.clamp(0, 1))]
     assert torch.equal(*drawn)
 
 
@@ -462,3 +463,93 @@ def test_a_calibration_that_fits_nothing_is_refused(tmp_path, variance):
     model.calibration = {"variance": torch.tensor(variance)}
     save_model(tmp_path, model, {})
     refused(tmp_path, r"calibration\.safetensors does not fit")
+
+
+# Any subset
+
+
+def any_model(**changes):
+    """A random model of any subset of three modalities, from three slices, with a grid of cells of 4 pixels."""
+    modalities = ("t1n", "t1c", "t2f")
+    return cell_model(sources=modalities, targets=modalities, context_slices=3, **changes)
+
+
+def any_inputs(model, shown=(1.0, 0.0, 1.0), seed=0):
+    around = torch.rand(2, 9, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return around, model.inputs(around, torch.tensor([shown, shown]))
+
+
+def test_any_subset_is_every_modality_read_and_synthesised():
+    form = any_model().config
+    assert form.any_subset
+    assert form.modalities == form.sources == form.targets
+    assert form.inputs == 3 * 3 + 3
+    assert not config().any_subset
+    assert config().modalities == ("t1n", "t2w", "t1c")
+    for wrong, match in (
+        ({"targets": ("t1n", "t1c")}, "none twice"),
+        ({"sources": ("t1n",), "targets": ("t1n",)}, "two or more"),
+        ({"representation": RepresentationConfig(**FORM, patch_size=2)}, "need a grid of cells"),
+        ({"context_slices": 2}, "wanted 1, 3 or 5"),
+        ({"spatial_dims": 3, "window": (8, 8, 8)}, "and 1 in 3D"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            replace(form, **wrong)
+
+
+def test_what_is_not_shown_is_not_read():
+    model = any_model()
+    around, inputs = any_inputs(model)
+    assert inputs.shape == (2, 12, 8, 8)
+    assert torch.equal(inputs[:, :3], around[:, :3])
+    assert torch.equal(inputs[:, 6:9], around[:, 6:9])
+    assert not inputs[:, 3:6].any()
+    assert torch.equal(inputs[:, 9:].amax((2, 3)), torch.tensor([[1.0, 0, 1]] * 2))
+    assert torch.equal(inputs[:, 9:].amin((2, 3)), torch.tensor([[1.0, 0, 1]] * 2))
+    changed = around.clone()
+    changed[:, 3:6] = 7
+    assert torch.equal(model.inputs(changed, torch.tensor([[1.0, 0, 1]] * 2)), inputs)
+
+
+def test_a_black_slice_of_a_source_was_not_acquired_there():
+    model = any_model()
+    around, _ = any_inputs(model)
+    around[1, 7] = 0  # the middle slice of the last source
+    inputs = model.inputs(around, torch.ones(2, 3))
+    assert model.shown(inputs).tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert not inputs[1, 6:9].any()
+
+
+def test_the_mdn_is_told_what_is_there_and_what_was_synthesised_of_the_rest():
+    model = any_model()
+    around, inputs = any_inputs(model)
+    unguided = images(3)[:2]
+    unguided = torch.cat([unguided, unguided[:, :1].flip(-1)], 1)[:, :3]
+    told = model.told(inputs, unguided)
+    assert told.shape == (2, 9 + 3, 2, 2)
+    middle = around[:, 1::3]
+    for index, want in enumerate((middle, unguided, middle)):
+        cells = model.representation.represent(want)[:, 3 * index : 3 * index + 3]
+        torch.testing.assert_close(told[:, 3 * index : 3 * index + 3], cells)
+    assert torch.equal(told[:, 9:].amax((2, 3)), torch.tensor([[1.0, 0, 1]] * 2))
+
+
+def test_grids_are_drawn_for_what_is_missing_alone():
+    model = any_model()
+    _, inputs = any_inputs(model)
+    unguided = model.unguided(inputs)
+    drawn = model.guide_cells(inputs, unguided, generators(2), steps=3)
+    assert drawn.shape == (2, 2, 9, 2, 2)
+    assert not drawn[:, :, :3].any()
+    assert not drawn[:, :, 6:].any()
+    assert drawn[:, :, 3:6].abs().min() > 0
+    other = unguided.clone()
+    other[:, [0, 2]] = 0.5  # what it makes of a source that is there
+    assert torch.equal(model.guide_cells(inputs, other, generators(2), steps=3), drawn)
+    truth = torch.rand(2, 3, 8, 8)
+    guidance = model.guidance_of(truth, torch.tensor([[0.0, 1, 0], [0, 0, 1]]))
+    want = model.representation.represent(truth)
+    assert torch.equal(guidance[0, 3:6], want[0, 3:6])
+    assert torch.equal(guidance[1, 6:], want[1, 6:])
+    assert not guidance[0, :3].any()
+    assert not guidance[1, :6].any()

@@ -92,7 +92,7 @@ def test_standard_is_the_published_form_with_cells():
     assert STANDARD.guidance == "truth"
     assert PAPER.representation.cell == 0
     last = {name: recipe.model_config(SOURCES, TARGETS).stages[-1] for name, recipe in RECIPES.items()}
-    assert last == {"standard": "uncertainty", "paper": "twin", "tiny": "uncertainty"}
+    assert last == {"standard": "uncertainty", "any": "uncertainty", "paper": "twin", "tiny": "uncertainty"}
     config = STANDARD.model_config(SOURCES, TARGETS)
     assert (config.divisor, config.distribution.conditional) == (16, True)
     assert TINY.model_config(SOURCES, TARGETS).divisor == 8

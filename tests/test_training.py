@@ -22,7 +22,7 @@ from crossmr.model import CrossConditionedModel, load_model
 from crossmr.phantom import write_cohort
 from crossmr.recipes import TINY, FitConfig, Recipe
 from crossmr.stages.representation import MaskedAutoencoder
-from crossmr.training import train
+from crossmr.training import random_subsets, train
 
 COMMAND = "import sys; from crossmr.cli import main; main()"
 SETTINGS = {
@@ -41,6 +41,7 @@ SETTINGS = {
 SMALL = with_settings(TINY, SETTINGS)
 POOLED = with_settings(SMALL, {"representation.cell": "0", "guidance": "sample"})
 """One vector a volume, as published, and the sources' own masked autoencoder to condition on."""
+ANY_SMALL = replace(SMALL, any_subset=True, context_slices=3)
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 
 
@@ -86,7 +87,7 @@ def test_one_command_trains_every_stage(trained):
     assert model.config.targets == TARGETS
     assert model.twin is None  # it is its own, unguided
     assert model.calibration["variance"].shape == (2, 2)
-    assert set(model.trivial) == {"mean_image", "linear"}
+    assert set(model.trivial) == {"mean_image", "present", "gram"}
     stages = {json.loads(line)["stage"] for line in (trained / "metrics.jsonl").read_text().splitlines()}
     assert stages == {"representation", "synthesis", "guidance", "distribution", "uncertainty"}
     assert list((trained / "pictures").glob("synthesis-*.png"))
@@ -339,3 +340,62 @@ def test_refusals(prepared, tmp_path):
         train(prepared, tmp_path, recipe=SMALL, stages=["discriminator"], steps=1)
     with pytest.raises(SetError, match="is no prepared set"):
         train(tmp_path, tmp_path / "run", recipe=SMALL)
+
+
+# Any subset
+
+
+def test_subsets_are_proper_and_equally_likely():
+    generator = torch.Generator().manual_seed(0)
+    present = torch.tensor([[1.0, 1, 0, 1]]).expand(6000, -1)
+    chosen = random_subsets(present, generator)
+    assert not chosen[:, 2].any()
+    codes = (chosen * torch.tensor([1.0, 2, 0, 4])).sum(1).long()
+    counts = codes.bincount(minlength=8)
+    assert counts[0] == counts[7] == 0
+    assert (counts[1:7] - 1000).abs().max() < 150
+    assert random_subsets(torch.tensor([[0.0, 1], [0, 0]]), generator).tolist() == [[0, 1], [0, 0]]
+    whole = random_subsets(torch.ones(2000, 4), generator)
+    assert len({tuple(row) for row in whole.tolist()}) == 14
+
+
+@pytest.fixture(scope="module")
+def any_run(prepared, tmp_path_factory):
+    run = tmp_path_factory.mktemp("any") / "run"
+    train(prepared, run, recipe=ANY_SMALL, steps=6, seed=5)
+    return run
+
+
+def test_one_model_of_any_subset_learns_from_patients_who_lack_something(prepared, any_run):
+    model = load_model(any_run / "model")
+    assert model.config.sources == model.config.targets == ("t1n", "t1c", "t2w", "t2f")
+    assert model.config.inputs == 4 * 3 + 4
+    assert model.calibration["variance"].shape == (4, 2)
+    stages = {json.loads(line)["stage"] for line in (any_run / "metrics.jsonl").read_text().splitlines()}
+    assert stages == {"representation", "synthesis", "guidance", "distribution", "uncertainty"}
+    assert len(list((any_run / "pictures").glob("synthesis-*.png"))) > 0
+    present = {tuple(row) for row in model.trivial["present"].tolist()}
+    assert (1, 1, 1, 1) in present
+    assert len(present) > 1
+
+
+def test_a_model_of_any_subset_is_trained_alike_again_and_in_parts(prepared, any_run, tmp_path):
+    for stage in ("representation", "synthesis", "guidance", "distribution", "uncertainty"):
+        train(prepared, tmp_path, recipe=ANY_SMALL, steps=6, seed=5, stages=[stage])
+    assert same(tmp_path / "model", any_run / "model")
+
+
+def test_the_unguided_pass_of_any_subset_stays_what_it_was(any_run):
+    model = load_model(any_run / "model")
+    weights = safetensors.torch.load_file(any_run / "model" / "synthesis.safetensors")
+    trained = [key for key in weights if "condition" in key]
+    assert any(weights[key].abs().max() > 0 for key in trained if "blocks" in key or "condition" in key)
+    inputs = torch.rand(2, 16, 32, 32)
+    with torch.no_grad():
+        guided = model.synthesis(inputs, torch.randn(2, 32, 4, 4))
+        assert (guided - model.synthesis(inputs)).abs().max() > 0
+
+
+def test_any_subset_of_the_modalities_named(prepared, tmp_path):
+    train(prepared, tmp_path, recipe=ANY_SMALL, targets=("t2f", "t1n"), steps=1, stages=["representation"])
+    assert json.loads((tmp_path / "run.json").read_text())["sources"] == ["t1n", "t2f"]

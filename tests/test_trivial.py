@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from crossmr.trivial import GRID, NAMES, fit_trivial, predict_trivial
+from crossmr.trivial import GRID, NAMES, fit_trivial, linear_weights, predict_trivial
 
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
+MODALITIES = (*SOURCES, *TARGETS)
+
+
+def of(volumes, names=SOURCES):
+    return {name: volumes[name] for name in names}
+
+
+def weights(fitted, targets=(2, 3)):
+    return np.stack([linear_weights(fitted, (0, 1), target) for target in targets])
 
 
 def volumes(seed, shape=(6, 7, 8), without=()):
@@ -21,11 +30,10 @@ def cases(*made):
 
 
 def test_the_linear_mix_recovers_a_linear_target():
-    fitted = fit_trivial(cases(volumes(0), volumes(1, (5, 9, 4))), SOURCES, TARGETS)
-    want = torch.tensor([[0.5, -0.25, 0.3], [0.1, 0.6, 0.05]])
-    torch.testing.assert_close(fitted["linear"], want, atol=1e-5, rtol=0)
+    fitted = fit_trivial(cases(volumes(0), volumes(1, (5, 9, 4))), MODALITIES)
+    np.testing.assert_allclose(weights(fitted), [[0.5, -0.25, 0.3], [0.1, 0.6, 0.05]], atol=1e-5)
     unseen = volumes(2)
-    predicted = predict_trivial(fitted, [unseen[s] for s in SOURCES])["linear mix"]
+    predicted = predict_trivial(fitted, MODALITIES, of(unseen), TARGETS)["linear mix"]
     for image, target in zip(predicted, TARGETS, strict=True):
         np.testing.assert_allclose(image, unseen[target], atol=1e-5)
 
@@ -35,35 +43,34 @@ def test_the_linear_mix_is_the_least_squares_answer_over_all_voxels():
     made = [{**volumes(k), "t1c": rng.random((6, 7, 8)).astype(np.float32)} for k in range(3)]
     columns = np.concatenate([np.stack([c["t1n"].ravel(), c["t2w"].ravel(), np.ones(336)], 1) for c in made])
     want = np.linalg.lstsq(columns, np.concatenate([c["t1c"].ravel() for c in made]), rcond=None)[0]
-    fitted = fit_trivial(cases(*made), SOURCES, ("t1c",))
-    np.testing.assert_allclose(fitted["linear"][0], want, atol=1e-5)
+    fitted = fit_trivial(cases(*made), (*SOURCES, "t1c"))
+    np.testing.assert_allclose(linear_weights(fitted, (0, 1), 2), want, atol=1e-5)
 
 
 def test_the_mean_image_of_constant_heads_is_their_mean():
     made = []
     for value, shape in ((0.2, (4, 5, 6)), (0.6, (9, 3, 7))):
         made.append({name: np.full(shape, value, np.float32) for name in (*SOURCES, *TARGETS)})
-    fitted = fit_trivial(cases(*made), SOURCES, TARGETS)
-    assert fitted["mean_image"].shape == (2, *GRID)
-    torch.testing.assert_close(fitted["mean_image"], torch.full((2, *GRID), 0.4))
-    predicted = predict_trivial(fitted, [np.zeros((11, 13, 5), np.float32)] * 2)["mean image"]
-    for image in predicted:
-        np.testing.assert_allclose(image, np.full((11, 13, 5), 0.4), atol=1e-6)
+    fitted = fit_trivial(cases(*made), MODALITIES)
+    assert fitted["mean_image"].shape == (4, *GRID)
+    torch.testing.assert_close(fitted["mean_image"], torch.full((4, *GRID), 0.4).half())
+    given = dict.fromkeys(SOURCES, np.zeros((11, 13, 5), np.float32))
+    for image in predict_trivial(fitted, MODALITIES, given, TARGETS)["mean image"]:
+        np.testing.assert_allclose(image, np.full((11, 13, 5), 0.4), atol=2e-4)
 
 
 def test_the_mean_image_keeps_its_orientation():
     z, y, x = np.meshgrid(np.linspace(0, 1, 12), np.linspace(0, 1, 16), np.linspace(0, 1, 20), indexing="ij")
     ramp = (0.5 * z + 0.3 * y + 0.1 * x).astype(np.float32)
-    fitted = fit_trivial(cases({"t1n": ramp, "t1c": ramp}), ("t1n",), ("t1c",))
-    (image,) = predict_trivial(fitted, [ramp])["mean image"]
+    fitted = fit_trivial(cases({"t1n": ramp, "t1c": ramp}), ("t1n", "t1c"))
+    (image,) = predict_trivial(fitted, ("t1n", "t1c"), {"t1n": ramp}, ("t1c",))["mean image"]
     assert np.abs(image - ramp).max() < 0.05
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (155, 3, 2), (48, 64, 64)])
 def test_every_predictor_fits_every_head(shape):
-    fitted = fit_trivial(cases(volumes(0)), SOURCES, TARGETS)
-    sources = [volumes(3, shape)[s] for s in SOURCES]
-    predicted = predict_trivial(fitted, sources)
+    fitted = fit_trivial(cases(volumes(0)), MODALITIES)
+    predicted = predict_trivial(fitted, MODALITIES, of(volumes(3, shape)), TARGETS)
     assert tuple(predicted) == NAMES
     for images in predicted.values():
         assert len(images) == len(TARGETS)
@@ -75,8 +82,12 @@ def test_every_predictor_fits_every_head(shape):
 
 
 def test_predictions_are_clipped():
-    fitted = {"mean_image": torch.full((1, *GRID), 7.0), "linear": torch.tensor([[-5.0, 2.0]])}
-    predicted = predict_trivial(fitted, [np.array([[[0.0, 0.3, 1.0]]], np.float32)])
+    ramp = np.array([[[0.0, 0.3, 1.0]]], np.float32)
+    fitted = {
+        **fit_trivial(cases({"t1n": ramp, "t1c": 2 - 5 * ramp}), ("t1n", "t1c")),
+        "mean_image": torch.full((2, *GRID), 7.0),
+    }
+    predicted = predict_trivial(fitted, ("t1n", "t1c"), {"t1n": ramp}, ("t1c",))
     np.testing.assert_allclose(predicted["linear mix"][0].ravel(), [1.0, 0.5, 0.0], atol=1e-6)
     assert predicted["mean image"][0].max() == 1
 
@@ -86,26 +97,38 @@ def test_cases_that_lack_a_modality_are_left_out_only_where_it_matters():
     no_target, no_source = volumes(1, without=("t1c",)), volumes(2, without=("t2w",))
     for case in (no_target, no_source):  # off the line, so that using them would show
         case["t2f"] = 1 - case["t2f"]
-    alone = fit_trivial(cases(whole), SOURCES, TARGETS)
-    without_target = fit_trivial(cases(whole, no_target), SOURCES, TARGETS)
-    torch.testing.assert_close(without_target["linear"][0], alone["linear"][0])
-    torch.testing.assert_close(without_target["mean_image"][0], alone["mean_image"][0])
-    assert (without_target["linear"][1] - alone["linear"][1]).abs().max() > 0.1
-    without_source = fit_trivial(cases(whole, no_source), SOURCES, TARGETS)
-    torch.testing.assert_close(without_source["linear"], alone["linear"])
-    assert (without_source["mean_image"][1] - alone["mean_image"][1]).abs().max() > 0.01
+    alone = fit_trivial(cases(whole), MODALITIES)
+    without_target = fit_trivial(cases(whole, no_target), MODALITIES)
+    np.testing.assert_allclose(weights(without_target, [2]), weights(alone, [2]))
+    torch.testing.assert_close(without_target["mean_image"][2], alone["mean_image"][2])
+    assert np.abs(weights(without_target, [3]) - weights(alone, [3])).max() > 0.1
+    without_source = fit_trivial(cases(whole, no_source), MODALITIES)
+    np.testing.assert_allclose(weights(without_source), weights(alone))
+    assert (without_source["mean_image"][3] - alone["mean_image"][3]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("made", [[], [volumes(0, without=("t1c",))]])
 def test_a_target_that_nobody_has_is_predicted_as_zero(made):
-    fitted = fit_trivial(cases(*made), SOURCES, TARGETS)
+    fitted = fit_trivial(cases(*made), MODALITIES)
     assert all(tensor.isfinite().all() for tensor in fitted.values())
-    predicted = predict_trivial(fitted, [volumes(1)[s] for s in SOURCES])
+    predicted = predict_trivial(fitted, MODALITIES, of(volumes(1)), TARGETS)
     assert all(not np.any(images[0]) for images in predicted.values())
 
 
 def test_constant_sources_do_not_break_the_fit():
     black = {name: np.zeros((3, 3, 3), np.float32) for name in SOURCES}
-    fitted = fit_trivial(cases({**black, "t1c": np.full((3, 3, 3), 0.5, np.float32)}), SOURCES, ("t1c",))
-    image = predict_trivial(fitted, list(black.values()))["linear mix"][0]
+    fitted = fit_trivial(cases({**black, "t1c": np.full((3, 3, 3), 0.5, np.float32)}), (*SOURCES, "t1c"))
+    image = predict_trivial(fitted, (*SOURCES, "t1c"), black, ("t1c",))["linear mix"][0]
     np.testing.assert_allclose(image, 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shown", [("t1n",), ("t2w", "t1c"), ("t1n", "t2w", "t1c")])
+def test_any_subset_gives_the_least_squares_mix_of_the_cases_that_have_it(shown):
+    rng = np.random.default_rng(1)
+    made = [{m: rng.random((3, 4, 5)).astype(np.float32) for m in MODALITIES} for _ in range(4)]
+    del made[0]["t1c"], made[1]["t2w"], made[2]["t2f"]
+    usable = [case for case in made if {*shown, "t2f"} <= set(case)]
+    columns = np.concatenate([np.stack([*(c[m].ravel() for m in shown), np.ones(60)], 1) for c in usable])
+    want = np.linalg.lstsq(columns, np.concatenate([c["t2f"].ravel() for c in usable]), rcond=None)[0]
+    fitted = fit_trivial(cases(*made), MODALITIES)
+    np.testing.assert_allclose(linear_weights(fitted, [MODALITIES.index(m) for m in shown], 3), want, atol=1e-5)

@@ -70,7 +70,7 @@ def prepare(
 def train(
     prepared: Annotated[Path, typer.Argument(metavar="SET", help="A set made by 'crossmr prepare'.")],
     out: Out,
-    recipe: Annotated[str, typer.Option(help="standard, paper or tiny.")] = "standard",
+    recipe: Annotated[str, typer.Option(help="standard, any, paper or tiny.")] = "standard",
     sources: Annotated[str | None, typer.Option(help="Modalities to read, e.g. t1n,t2w.")] = None,
     targets: Targets = None,
     stage: Annotated[list[str] | None, typer.Option(help="Train this stage alone; repeatable.")] = None,
@@ -171,6 +171,9 @@ def evaluate(
     data: Annotated[Path, typer.Argument(metavar="SET_OR_COHORT", help="A prepared set, or a folder of studies.")],
     out: Out,
     part: Annotated[str, typer.Option(help="Part of a prepared set: train, val or test.")] = "test",
+    every_subset: Annotated[
+        bool, typer.Option("--every-subset", help="Any-subset models: from every subset, not only from all but one.")
+    ] = False,
     guidance: Annotated[list[str] | None, typer.Option(help="Measure this guidance too; repeatable.")] = None,
     steps: Annotated[int, typer.Option(help="DDIM steps of the sampled representation.")] = 50,
     samples: Samples = None,
@@ -191,6 +194,7 @@ def evaluate(
         data,
         out,
         part=part,
+        every_subset=every_subset,
         guidances=[arm for arm in arms if arm],
         settings=_settings(None, None, steps, samples, seed, precision),
         device=device,

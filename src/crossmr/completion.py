@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -121,7 +122,7 @@ def complete(
         precision=precision,
     )
     if isinstance(study, Mapping):
-        given = _by_modality(study, (*model.config.sources, *model.config.targets))
+        given = _by_modality(study, model.config.modalities)
         return complete_study(load_study(given, case), model, settings, _hashes(given))
     found = find_studies(Path(study))
     if len(found) != 1:
@@ -137,19 +138,19 @@ def complete_study(
     check_settings(model, settings)
     config = model.config
     wanted, not_filled = what_to_fill(tuple(study.volumes), model, settings)
+    used = [m for m in config.sources if m in study.volumes]
     images: dict[str, Any] = {}
     deviations: dict[str, Any] = {}
     if wanted:
         box = study.box()
-        sources = np.stack([study.normalised(m)[box] for m in config.sources])
-        head = study.mask[box]
-        synthesis = synthesise(model, torch.from_numpy(sources), head.sum((1, 2)).tolist(), study.case, settings)
+        sources = {m: study.normalised(m)[box] for m in used}
+        synthesis = synthesise(model, sources, study.mask[box].sum((1, 2)).tolist(), study.case, settings)
         for modality in wanted:
             index = config.targets.index(modality)
-            images[modality] = _on_grid(study, synthesis.images[index], _description(modality, config.sources), 1.0)
+            images[modality] = _on_grid(study, synthesis.images[index], _description(modality, used), 1.0)
             if synthesis.deviations is not None:
                 deviation = synthesis.deviations[index]
-                said = _description(f"{modality} std", config.sources)
+                said = _description(f"{modality} std", used)
                 deviations[modality] = _on_grid(study, deviation, said, max(float(deviation.max()), 1e-3))
     manifest = {
         "format": FORMAT,
@@ -158,7 +159,7 @@ def complete_study(
             modality: {
                 "file": f"{study.case}-{modality}.nii.gz",
                 "deviation": f"{study.case}-{modality}_std.nii.gz" if modality in deviations else None,
-                "from": list(model.config.sources),
+                "from": used,
                 "warnings": [DISCLAIMER, *([ENHANCEMENT] if modality == "t1c" else [])],
             }
             for modality in images
@@ -226,11 +227,14 @@ def what_to_fill(
     if settings.targets is not None:
         missing = [m for m in missing if m in settings.targets]
     lacking = [source for source in config.sources if source not in acquired]
+    enough = not lacking or (config.any_subset and len(lacking) < len(config.sources))
     wanted, not_filled = [], {}
     for modality in missing:
         if modality not in config.targets:
             not_filled[modality] = f"the model was trained for {', '.join(config.targets)} only"
-        elif lacking:
+        elif not enough and config.any_subset:
+            not_filled[modality] = f"the model needs any of {', '.join(config.sources)}, and none is there"
+        elif not enough:
             not_filled[modality] = f"the model needs {', '.join(config.sources)}, and {', '.join(lacking)} is missing"
         else:
             wanted.append(modality)
@@ -249,14 +253,16 @@ class Synthesis(NamedTuple):
 @torch.no_grad()
 def synthesise(
     model: CrossConditionedModel,
-    sources: Tensor,
+    sources: Mapping[str, npt.NDArray[np.float32]],
     head_voxels: Sequence[int],
     case: str,
     settings: Settings,
     *,
     network: str = "synthesis",
 ) -> Synthesis:
-    """Synthesise all targets on the CPU from sources (S, Z, Y, X) in [0, 1], head-cropped.
+    """Synthesise all targets on the CPU from sources, modality → volume (Z, Y, X) in [0, 1], head-cropped.
+
+    A model of any subset may be shown some of its sources only; what it says of these themselves means nothing.
 
     Representations are drawn from seeds derived from settings.seed and the case's name: one pooled vector for the
     volume, or a grid for each slice from noise that all slices share. The image is the mean of the guided syntheses,
@@ -268,6 +274,7 @@ def synthesise(
     guidance, count = chosen_guidance(model, settings), samples_drawn(model, settings)
     if network == "twin":
         guidance, count = "none", 0
+    stacked, shown = _stacked(sources, config.sources)
     keys = [("case", settings.seed, case, *([k] if k else ())) for k in range(count)]
     chosen = {"steps": settings.steps, "eta": settings.eta}
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -275,19 +282,20 @@ def synthesise(
         if count and not cells:
             pooled = None
             if guidance == "sample":
-                inputs = as_inputs(sources, useful_slices(head_voxels), dims, config.divisor)
+                inputs = as_inputs(stacked, useful_slices(head_voxels), dims, config.divisor)
                 pooled = torch.cat([model.pool_sources(chunk.to(device)) for chunk in torch.split(inputs, BATCH)])
             vectors = list(model.guide(pooled, [seeded(*key) for key in keys], **chosen))  # type: ignore[arg-type]
 
         def run(images: Tensor, y_0: Tensor | None) -> Tensor:
             return cast(Tensor, getattr(model, network)(images, y_0)).float().clamp(0, 1)
 
-        def predict(images: Tensor) -> Tensor:
+        def predict(around: Tensor) -> Tensor:
             """Images and, where there are any, their deviations as further channels."""
+            images = model.inputs(around, shown.to(around).expand(len(around), -1))
             unguided = run(images, None) if cells or not count else None
             if count and cells:
                 generators, told = [seeded(*key) for key in keys], guidance == "sample"
-                grids = model.guide_cells(cast(Tensor, unguided), generators, told=told, **chosen)  # type: ignore[arg-type]
+                grids = model.guide_cells(images, cast(Tensor, unguided), generators, told=told, **chosen)  # type: ignore[arg-type]
                 guided = torch.stack([run(images, y_0) for y_0 in grids])
             elif count:
                 guided = torch.stack([run(images, y_0.expand(len(images), -1)) for y_0 in vectors])
@@ -296,16 +304,16 @@ def synthesise(
                 return torch.cat([image, model.deviation(images, cast(Tensor, unguided))], 1)
             return image if count < 2 else torch.cat([image, guided.std(0)], 1)
 
-        shape = sources.shape[1:]
+        shape = stacked.shape[1:]
         if dims == 3:
             from monai.inferers import sliding_window_inference
 
-            padded = as_inputs(sources, (), dims, config.divisor).to(device)
+            padded = as_inputs(stacked, (), dims, config.divisor).to(device)
             window = sliding_window_inference(padded, config.window, 1, predict, overlap=0.25, mode="gaussian")
             result = fit_size(cast(Tensor, window)[0].cpu(), shape, [0.5] * 3)
         else:
             slices = [z for z, voxels in enumerate(head_voxels) if voxels]
-            inputs = as_inputs(sources, slices, dims, config.divisor)
+            inputs = as_inputs(stacked, slices, dims, config.divisor, config.context_slices)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             predicted = torch.cat([predict(chunk.to(device)).cpu() for chunk in torch.split(inputs, BATCH)])
             result = torch.zeros(predicted.shape[1], *shape)
@@ -316,6 +324,13 @@ def synthesise(
         deviations = result[targets:]
         deviations[:, [z for z, voxels in enumerate(head_voxels) if not voxels]] = 0
         return Synthesis(result[:targets].clamp(0, 1), deviations)
+
+
+def _stacked(given: Mapping[str, npt.NDArray[np.float32]], sources: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """All sources (S, Z, Y, X), what is missing as zeros, and which are there (S,)."""
+    nothing = np.zeros_like(next(iter(given.values())))
+    volumes = np.stack([given.get(source, nothing) for source in sources])
+    return torch.from_numpy(volumes), torch.tensor([float(source in given) for source in sources])
 
 
 def chosen_guidance(model: CrossConditionedModel, settings: Settings) -> Guidance:

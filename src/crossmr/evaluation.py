@@ -10,6 +10,9 @@ slice   As CDM, ResViT and SynDiff measure: PSNR, SSIM (2D, Gaussian 1.5) and MA
         averaged over the slices that hold at least a tenth of the head area of the fullest one and in which the
         target was acquired at all.
 
+A model of any subset is measured with each modality hidden in turn, all others shown, or with every subset shown and
+all the rest hidden.
+
 The head mask is found on all of a study's volumes, the hidden one included; it places the box and scales the sources.
 A model with cells has no twin: its unguided synthesis is what a network without guidance gives.
 
@@ -19,6 +22,7 @@ Where there is one, the standard deviation of each voxel is held against the abs
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,18 +40,19 @@ from torch import Tensor
 from crossmr import metrics
 from crossmr.completion import Settings, check_settings, chosen_guidance, samples_drawn, synthesise
 from crossmr.data.dataset import Case, PreparedSet, useful_slices
-from crossmr.data.naming import StudyFiles, find_studies
+from crossmr.data.naming import StudyFiles, find_studies, in_usual_order
 from crossmr.data.study import load_study
 from crossmr.device import choose_device, choose_precision
 from crossmr.display import SILENT, Display
 from crossmr.errors import CrossmrError, StudyError
 from crossmr.files import write_atomically, write_json
-from crossmr.model import CrossConditionedModel, Guidance, load_model, pseudonym
+from crossmr.model import CrossConditionedModel, Guidance, ModelConfig, load_model, pseudonym
 from crossmr.picture import save_picture
 from crossmr.trivial import predict_trivial
 
 Array = npt.NDArray[np.float32]
 Row = dict[str, Any]
+KEYS = ("sources", "target", "predictor", "protocol", "region")
 METRICS = ("psnr", "ssim", "mae", "nmse", "haarpsi")
 SURENESS = ("correlation", "error", "certain_90", "ause", "coverage_95")
 DEVIATION, INTENSITY = "deviation", "predicted intensity"
@@ -85,6 +90,7 @@ def evaluate(
     out: Path | str,
     *,
     part: str = "test",
+    every_subset: bool = False,
     guidances: Sequence[Guidance] = (),
     settings: Settings | None = None,
     device: str = "auto",
@@ -99,6 +105,7 @@ def evaluate(
         out: gets metrics.csv (a row a case, target, predictor and region), metrics.json, pictures, and with
             standard deviations uncertainty.csv.
         part: 'train', 'val' or 'test' of a prepared set.
+        every_subset: show a model of any subset every subset of what a study has, not only all but one modality.
         guidances: arms measured beside the model's own guidance.
         settings: seed, steps and precision of the completion.
         device: see `complete`.
@@ -128,13 +135,19 @@ def evaluate(
         for name, read in readers:
             try:
                 subject = read()
-                predictions, deviations = predict_all(model, subject, arms, settings)
-                measured = measure(model, subject, predictions)
+                made = []
+                for sources in patterns(model.config, subject, every_subset=every_subset):
+                    predictions, deviations = predict_all(model, subject, sources, arms, settings)
+                    made.append((sources, predictions, deviations))
+                measured = [row for sources, predictions, _ in made for row in measure(subject, sources, predictions)]
                 if pictures < PICTURES:
-                    _draw(out / "pictures" / f"{name}.png", model, subject, predictions)
+                    most = max(len(sources) for sources, *_ in made)
+                    shown = [(sources, predictions) for sources, predictions, _ in made if len(sources) == most]
+                    _draw(out / "pictures" / f"{name}.png", subject, shown)
                     pictures += 1
                 rows += measured
-                sureness += measure_sureness(model, subject, predictions[predictor_name(own)], deviations)
+                for sources, predictions, deviations in made:
+                    sureness += measure_sureness(subject, sources, predictions[predictor_name(own)], deviations)
                 if pseudonym(subject.patient) in trained_on:
                     seen.append(name)
             except CrossmrError as error:
@@ -163,9 +176,11 @@ def evaluate(
         },
         "versions": {name: version(name) for name in ("crossmr", "torch")},
     }
-    write_atomically(out / "metrics.csv", _csv(rows, ("case", "target", "predictor", "protocol", "region", *METRICS)))
+    write_atomically(out / "metrics.csv", _csv(rows, ("case", "sources", *KEYS[1:], *METRICS)))
     if sureness:
-        write_atomically(out / "uncertainty.csv", _csv(sureness, ("case", "target", "uncertainty", *SURENESS)))
+        write_atomically(
+            out / "uncertainty.csv", _csv(sureness, ("case", "sources", "target", "uncertainty", *SURENESS))
+        )
     write_json(out / "metrics.json", body)
     return body
 
@@ -205,70 +220,90 @@ def _from_files(files: StudyFiles) -> Subject:
     return Subject(study.case, study.patient, volumes, head, tumour, study.masked_background)
 
 
-def predict_all(
-    model: CrossConditionedModel, subject: Subject, arms: Sequence[Guidance], settings: Settings
-) -> tuple[dict[str, list[Array]], Array | None]:
-    """Every predictor's targets for one study: name → one volume (Z, Y, X) in [0, 1] a target.
-
-    And the standard deviations (T, Z, Y, X) of the first arm's, if it has any.
+def patterns(config: ModelConfig, subject: Subject, *, every_subset: bool = False) -> list[tuple[str, ...]]:
+    """Which sources a study is shown with: the model's, or, for any subset, all but one in turn, or every subset.
 
     Raises:
-        StudyError: the study lacks a source, or has none of the targets to compare with.
+        StudyError: the study lacks a source, or has no target to compare with.
     """
-    config = model.config
-    lacking = [source for source in config.sources if source not in subject.volumes]
-    if lacking or not any(target in subject.volumes for target in config.targets):
+    acquired = [m for m in config.modalities if m in subject.volumes]
+    if config.any_subset:
+        if len(acquired) < 2:
+            raise StudyError(f"{subject.name}: cannot be measured: it has not two of {', '.join(config.modalities)}.")
+        sizes = range(1, len(acquired)) if every_subset else [len(acquired) - 1]
+        return [shown for size in sizes for shown in itertools.combinations(acquired, size)]
+    lacking = [source for source in config.sources if source not in acquired]
+    if lacking or not set(config.targets) & set(acquired):
         what = f"it lacks {', '.join(lacking)}" if lacking else f"it has none of {', '.join(config.targets)}"
         raise StudyError(f"{subject.name}: cannot be measured: {what}.")
-    sources = [subject.volumes[source] for source in config.sources]
-    stacked, head = torch.from_numpy(np.stack(sources)), subject.head.sum((1, 2)).tolist()
-    made = [synthesise(model, stacked, head, subject.name, _of_arm(settings, arm)) for arm in arms]
-    predictions = {predictor_name(arm): list(one.images.numpy()) for arm, one in zip(arms, made, strict=True)}
+    return [config.sources]
+
+
+def predict_all(
+    model: CrossConditionedModel,
+    subject: Subject,
+    sources: Sequence[str],
+    arms: Sequence[Guidance],
+    settings: Settings,
+) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
+    """Every predictor's targets for one study shown with `sources`: name → target → volume (Z, Y, X) in [0, 1].
+
+    And the standard deviations of the first arm's, target → volume, empty if it has none. The targets are the others
+    that the study has, and the model knows.
+    """
+    config = model.config
+    targets = [m for m in config.targets if m in subject.volumes and m not in sources]
+    given, head = {m: subject.volumes[m] for m in sources}, subject.head.sum((1, 2)).tolist()
+
+    def apart(whole: Tensor) -> dict[str, Array]:
+        return {target: whole[config.targets.index(target)].numpy() for target in targets}
+
+    made = [synthesise(model, given, head, subject.name, _of_arm(settings, arm)) for arm in arms]
+    predictions = {predictor_name(arm): apart(one.images) for arm, one in zip(arms, made, strict=True)}
     if model.twin is not None:
-        twin = synthesise(model, stacked, head, subject.name, settings, network="twin")
-        predictions[TWIN] = list(twin.images.numpy())
+        predictions[TWIN] = apart(synthesise(model, given, head, subject.name, settings, network="twin").images)
     if model.trivial:
-        predictions |= predict_trivial(model.trivial, sources)
+        for name, volumes in predict_trivial(model.trivial, config.modalities, given, targets).items():
+            predictions[name] = dict(zip(targets, volumes, strict=True))
     if subject.masked_background:
-        predictions = {n: [np.where(subject.head, v, np.float32(0)) for v in vs] for n, vs in predictions.items()}
-    return predictions, None if made[0].deviations is None else made[0].deviations.numpy()
+        for volumes_of in predictions.values():
+            volumes_of |= {t: np.where(subject.head, v, np.float32(0)) for t, v in volumes_of.items()}
+    return predictions, {} if made[0].deviations is None else apart(made[0].deviations)
 
 
 def measure_sureness(
-    model: CrossConditionedModel, subject: Subject, predicted: Sequence[Array], deviations: Array | None
+    subject: Subject, sources: Sequence[str], predicted: Mapping[str, Array], deviations: Mapping[str, Array]
 ) -> list[Row]:
     """How errors within the head go with the standard deviations, and with the predicted intensity."""
     rows: list[Row] = []
-    for index, target in enumerate(model.config.targets):
-        if deviations is None or target not in subject.volumes:
-            continue
+    for target, deviation in deviations.items():
         inside = subject.head & (subject.volumes[target].max((1, 2)) > 0)[:, None, None]  # slices that were acquired
-        error = torch.from_numpy(np.abs(predicted[index] - subject.volumes[target])[inside])
-        for name, guess in ((DEVIATION, deviations[index]), (INTENSITY, predicted[index])):
+        error = torch.from_numpy(np.abs(predicted[target] - subject.volumes[target])[inside])
+        for name, guess in ((DEVIATION, deviation), (INTENSITY, predicted[target])):
             scores = metrics.error_against_uncertainty(error, torch.from_numpy(guess[inside]))
-            rows.append({"case": subject.name, "target": target, "uncertainty": name, **scores})
+            common = {"case": subject.name, "sources": "+".join(sources), "target": target, "uncertainty": name}
+            rows.append({**common, **scores})
     return rows
 
 
 def sureness_summary(rows: Sequence[Row]) -> list[Row]:
-    """Mean of each measure over the cases, by target and uncertainty; AUSE with the paired p-value of the deviation."""
+    """Mean of each measure over the cases, by sources, target and uncertainty; AUSE with the deviation's p-value."""
     summary = []
-    for target, name in dict.fromkeys((row["target"], row["uncertainty"]) for row in rows):
-        own = [row for row in rows if (row["target"], row["uncertainty"]) == (target, name)]
-        entry: Row = {"target": target, "uncertainty": name, "cases": len(own)}
+    for sources, target, name in dict.fromkeys((row["sources"], row["target"], row["uncertainty"]) for row in rows):
+        both = [row for row in rows if (row["sources"], row["target"]) == (sources, target)]
+        own = [row for row in both if row["uncertainty"] == name]
+        entry: Row = {"sources": sources, "target": target, "uncertainty": name, "cases": len(own)}
         entry |= {measure: _mean([row[measure] for row in own]) for measure in SURENESS}
         if name == INTENSITY:
             entry["coverage_95"] = None  # it is no deviation
-            ranks = (
-                [r["ause"] for r in rows if (r["target"], r["uncertainty"]) == (target, u)] for u in (name, DEVIATION)
-            )
+            ranks = ([r["ause"] for r in both if r["uncertainty"] == u] for u in (name, DEVIATION))
             entry["p_against_deviation"] = _finite(metrics.paired_wilcoxon(*ranks))
         summary.append(entry)
     return summary
 
 
-def measure(model: CrossConditionedModel, subject: Subject, predictions: Mapping[str, Sequence[Array]]) -> list[Row]:
-    """Score every predictor of one study by both protocols, over every region it has."""
+def measure(subject: Subject, sources: Sequence[str], predictions: Mapping[str, Mapping[str, Array]]) -> list[Row]:
+    """Score every predictor of one study, name → target → volume, by both protocols, over every region it has."""
     rows = []
     slices = useful_slices(subject.head.sum((1, 2)).tolist())
     regions = {
@@ -276,27 +311,19 @@ def measure(model: CrossConditionedModel, subject: Subject, predictions: Mapping
         "brain": subject.head,
         "tumour": subject.tumour if subject.tumour.any() else None,
     }
-    for index, target in enumerate(model.config.targets):
-        if target not in subject.volumes:
-            continue
+    for target in dict.fromkeys(target for volumes in predictions.values() for target in volumes):
         truth = torch.from_numpy(subject.volumes[target])
         acquired = [z for z in slices if truth[z].max() > 0]
         for name, volumes in predictions.items():
-            prediction = torch.from_numpy(np.ascontiguousarray(volumes[index]))
-            common = {"case": subject.name, "target": target, "predictor": name}
+            prediction = torch.from_numpy(np.ascontiguousarray(volumes[target]))
+            common = {"case": subject.name, "sources": "+".join(sources), "target": target, "predictor": name}
             try:
                 scores = _volume_scores(prediction, truth, regions, slices)
             except ValueError as error:
                 raise StudyError(f"{subject.name}: {target} cannot be measured: {error}") from error
             rows += [{**common, "protocol": "volume", "region": region, **score} for region, score in scores.items()]
-            rows.append(
-                {
-                    **common,
-                    "protocol": "slice",
-                    "region": "slices",
-                    **_slice_scores(prediction[acquired], truth[acquired]),
-                }
-            )
+            by_slice = _slice_scores(prediction[acquired], truth[acquired])
+            rows.append({**common, "protocol": "slice", "region": "slices", **by_slice})
     return rows
 
 
@@ -335,27 +362,19 @@ def _slice_scores(prediction: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
-    """Mean, bootstrap 95 % interval and count of each metric by target, predictor, protocol and region.
+    """Mean, bootstrap 95 % interval and count of each metric by sources, target, predictor, protocol and region.
 
     `p_against_first` is the paired Wilcoxon test over cases of this predictor against the first one, the model's own.
     """
-    keys = list(dict.fromkeys((r["target"], r["predictor"], r["protocol"], r["region"]) for r in rows))
     first = rows[0]["predictor"]
-    table: dict[tuple[str, ...], dict[str, Row]] = {key: {} for key in keys}
+    table: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        table[row["target"], row["predictor"], row["protocol"], row["region"]][row["case"]] = row
+        table.setdefault(tuple(row[key] for key in KEYS), {})[row["case"]] = row
     summary = []
-    for key in keys:
-        target, predictor, protocol, region = key
-        cases = table[key]
-        own = table.get((target, first, protocol, region), {})
-        entry: Row = {
-            "target": target,
-            "predictor": predictor,
-            "protocol": protocol,
-            "region": region,
-            "cases": len(cases),
-        }
+    for key, cases in table.items():
+        sources, target, predictor, protocol, region = key
+        own = table.get((sources, target, first, protocol, region), {})
+        entry: Row = {**dict(zip(KEYS, key, strict=True)), "cases": len(cases)}
         for metric in METRICS:
             values = [row[metric] for row in cases.values()]
             low, high = metrics.bootstrap_interval(values)
@@ -383,33 +402,67 @@ def _finite(value: float) -> float | None:
 
 
 def tables(summary: Sequence[Row], *, intervals: bool = True) -> list[Table]:
-    """The summary as people read it, a table a target: brain and tumour by our protocol, and the slice protocol."""
-    entries = {(e["target"], e["predictor"], e["region"]): e for e in summary}
+    """The summary as people read it: brain and tumour by our protocol, and the slice protocol.
+
+    A table a target; where a target was synthesised from several subsets of sources, two over all of these instead.
+    """
+    asked = dict.fromkeys((e["target"], e["sources"]) for e in summary)
+    if len(asked) > len({target for target, _ in asked}):
+        return [_subsets_table(summary, metric, digits) for metric, digits in (("psnr", 2), ("ssim", 3))]
     shown = []
-    for target in dict.fromkeys(e["target"] for e in summary):
-        cases = max(e["cases"] for e in summary if e["target"] == target)
+    for target, sources in asked:
+        own = [e for e in summary if e["target"] == target]
+        entries = {(e["predictor"], e["region"]): e for e in own}
+        cases = max(e["cases"] for e in own)
         bounded = intervals and cases > 1
         what = "mean and 95 % interval" if bounded else "mean"
-        table = Table(title=f"{target}: {what} over {cases} cases", title_justify="left", box=SIMPLE, padding=(0, 1))
+        title = f"{target} from {sources}: {what} over {cases} cases"
+        table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1))
         table.add_column("predictor", no_wrap=True)
         for region, metric, _ in COLUMNS:
             table.add_column(f"{HEADINGS[metric]}\n{region}", justify="right", no_wrap=True)
-        for predictor in dict.fromkeys(e["predictor"] for e in summary if e["target"] == target):
-            cells = (_cell(entries.get((target, predictor, r)), m, digits, bounded) for r, m, digits in COLUMNS)
+        for predictor in dict.fromkeys(e["predictor"] for e in own):
+            cells = (_cell(entries.get((predictor, r)), m, digits, bounded) for r, m, digits in COLUMNS)
             table.add_row(predictor, *cells)
         shown.append(table)
     return shown
 
 
+def _subsets_table(summary: Sequence[Row], metric: str, digits: int) -> Table:
+    """Sources × target: one metric over the brain, of the model and, in brackets, of the linear mix."""
+    first = summary[0]["predictor"]
+    entries = {(e["sources"], e["target"], e["predictor"]): e for e in summary if e["region"] == "brain"}
+    targets = in_usual_order({e["target"] for e in summary})
+    title = f"{HEADINGS[metric]} over the brain, {first} (linear mix)"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1))
+    table.add_column("from", no_wrap=True)
+    for target in targets:
+        table.add_column(target, justify="right", no_wrap=True)
+    for sources in dict.fromkeys(e["sources"] for e in summary):
+        cells = []
+        for target in targets:
+            pair = (entries.get((sources, target, name)) for name in (first, "linear mix"))
+            own, mix = (_cell(entry, metric, digits, False) for entry in pair)
+            cells.append("" if own == "–" else f"{own} ({mix})")
+        table.add_row(sources, *cells)
+    return table
+
+
 def sureness_table(summary: Sequence[Row]) -> Table:
-    """What the deviations are worth: error of all voxels and of the surest 90 %, AUSE, coverage of 95 %."""
+    """What the deviations are worth: error of all voxels and of the surest 90 %, AUSE, coverage of 95 %.
+
+    Of a target that was synthesised from several subsets of sources, the mean over these.
+    """
     table = Table(title="how sure: errors within the head", title_justify="left", box=SIMPLE, padding=(0, 1))
     for heading in ("target", "uncertainty", "error", "surest 90 %", "AUSE (0 is perfect)", "within 1.96 deviations"):
         table.add_column(heading, justify="left" if heading in ("target", "uncertainty") else "right")
-    for entry in summary:
-        values = [entry[m] for m in ("error", "certain_90", "ause", "coverage_95")]
-        cells = ["–" if v is None else f"{v:.{digits}f}" for v, digits in zip(values, (4, 4, 2, 2), strict=True)]
-        table.add_row(entry["target"], entry["uncertainty"], *cells)
+    for target, name in dict.fromkeys((entry["target"], entry["uncertainty"]) for entry in summary):
+        own = [entry for entry in summary if (entry["target"], entry["uncertainty"]) == (target, name)]
+        cells = []
+        for measure, digits in (("error", 4), ("certain_90", 4), ("ause", 2), ("coverage_95", 2)):
+            values = [entry[measure] for entry in own if entry[measure] is not None]
+            cells.append(f"{sum(values) / len(values):.{digits}f}" if values else "–")
+        table.add_row(target, name, *cells)
     return table
 
 
@@ -431,20 +484,17 @@ def _csv(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
 
 
 def _draw(
-    path: Path, model: CrossConditionedModel, subject: Subject, predictions: Mapping[str, Sequence[Array]]
+    path: Path, subject: Subject, shown: Sequence[tuple[Sequence[str], Mapping[str, Mapping[str, Array]]]]
 ) -> None:
     """Sources, each network's synthesis, truth and error of the slice with most tumour, or else most head."""
     region = subject.tumour if subject.tumour.any() else subject.head
     z = int(region.sum((1, 2)).argmax())
-    sources = [(f"{m} source", subject.volumes[m][z]) for m in model.config.sources]
     rows = []
-    for index, target in enumerate(model.config.targets):
-        if target not in subject.volumes:
-            continue
-        truth = subject.volumes[target][z]
-        own = next(iter(predictions.values()))[index][z]
-        row = [*sources, (f"{target} synthetic", own)]
-        if TWIN in predictions:
-            row.append((f"{target} unguided twin", predictions[TWIN][index][z]))
-        rows.append([*row, (f"{target} truth", truth), (f"{target} |error|", np.abs(own - truth))])
+    for sources, predictions in shown:
+        for target, own in next(iter(predictions.values())).items():
+            truth = subject.volumes[target][z]
+            row = [*((f"{m} source", subject.volumes[m][z]) for m in sources), (f"{target} synthetic", own[z])]
+            if TWIN in predictions:
+                row.append((f"{target} unguided twin", predictions[TWIN][target][z]))
+            rows.append([*row, (f"{target} truth", truth), (f"{target} |error|", np.abs(own[z] - truth))])
     save_picture(path, rows)

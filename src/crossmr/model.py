@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from crossmr.checkpoint import load_bundle, save_bundle
@@ -30,7 +31,7 @@ from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfi
 from crossmr.stages.synthesis import CUNet, SynthesisConfig, mean_where_present
 
 FORMAT = "crossmr-model"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 EXTRAS = ("trivial", "calibration")
 """Files beside the networks'."""
 Guidance = Literal["sample", "unconditional", "none"]
@@ -44,11 +45,13 @@ class ModelConfig:
     sources: tuple[str, ...]
     """Modalities the model reads, in channel order."""
     targets: tuple[str, ...]
-    """Modalities it synthesises, in channel order."""
+    """Modalities it synthesises, in channel order: the sources, of which then any subset may be missing, or others."""
     spatial_dims: int = 2
     """2: axial slices, as published. 3: volumes."""
     window: tuple[int, ...] = (224, 224)
     """Size of the training crops, in voxels; larger volumes are completed 3D window by 3D window."""
+    context_slices: int = 1
+    """Axial slices of each source that a synthetic slice is made from: itself and as many above as below."""
     guidance: Literal["sample", "unconditional", "truth", "none"] = "unconditional"
     """What the C-UNet was shown in training: MDN samples given the sources, MDN samples given nothing (as
     published), the true target's representation (as in RCG), or nothing."""
@@ -60,10 +63,13 @@ class ModelConfig:
     """Stage 3."""
 
     def __post_init__(self) -> None:
-        named = (*self.sources, *self.targets)
-        if not self.sources or not self.targets or len(set(named)) < len(named):
+        named = self.modalities
+        if not self.sources or not self.targets or len(set(named)) < len(named) or len(named) < 2:
             sources, targets = ", ".join(self.sources) or "none", ", ".join(self.targets) or "none"
-            raise ConfigError(f"sources are {sources}, targets {targets}; wanted at least one of each and none twice.")
+            raise ConfigError(
+                f"sources are {sources}, targets {targets}; wanted at least one of each and none twice, or two or more "
+                "that are both, for any subset of them."
+            )
         if self.spatial_dims not in (2, 3) or len(self.window) != self.spatial_dims:
             raise ConfigError(
                 f"spatial_dims is {self.spatial_dims} and the crop {self.window}; wanted 2 or 3, and as many sides."
@@ -74,6 +80,25 @@ class ModelConfig:
             raise ConfigError("guidance 'sample' needs distribution.conditional = true.")
         if self.representation.cell and (self.guidance != "truth" or not self.distribution.conditional):
             raise ConfigError("A grid of cells needs guidance 'truth' and distribution.conditional = true.")
+        if self.context_slices not in (1, 3, 5) or (self.context_slices > 1 and self.spatial_dims == 3):
+            raise ConfigError(f"context_slices is {self.context_slices}; wanted 1, 3 or 5, and 1 in 3D.")
+        if (self.any_subset or self.context_slices > 1) and not self.representation.cell:
+            raise ConfigError("Any subset of modalities, and neighbouring slices, need a grid of cells.")
+
+    @property
+    def any_subset(self) -> bool:
+        """Whether any subset of the modalities may be missing."""
+        return self.sources == self.targets
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """All that the model knows: sources, then targets, each once."""
+        return self.sources if self.any_subset else (*self.sources, *self.targets)
+
+    @property
+    def inputs(self) -> int:
+        """Channels that the C-UNet reads."""
+        return len(self.sources) * (self.context_slices + self.any_subset)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -104,17 +129,18 @@ class CrossConditionedModel(nn.Module):
     def __init__(self, config: ModelConfig, *, twin: bool = False):
         super().__init__()
         dims, cells = config.spatial_dims, bool(config.representation.cell)
-        sources, targets = len(config.sources), len(config.targets)
+        sources, targets, inputs = len(config.sources), len(config.targets), config.inputs
         told_sources = config.distribution.conditional and not cells
         self.config = config
         self.representation = MaskedAutoencoder(config.representation, targets, dims)
         self.source_representation = MaskedAutoencoder(config.representation, sources, dims) if told_sources else None
         dim = self.representation.dim
-        self.distribution = DistributionNetwork(config.distribution, dim, dim, dims if cells else 0)
-        self.synthesis = CUNet(config.synthesis, sources, targets, dim, dims, guided_last=cells)
-        self.twin = CUNet(config.synthesis, sources, targets, None, dims) if twin else None
+        told = dim + sources * config.any_subset
+        self.distribution = DistributionNetwork(config.distribution, dim, told, dims if cells else 0)
+        self.synthesis = CUNet(config.synthesis, inputs, targets, dim, dims, guided_last=cells)
+        self.twin = CUNet(config.synthesis, inputs, targets, None, dims) if twin else None
         half = replace(config.synthesis, channels=max(1, config.synthesis.channels // 2))
-        self.uncertainty = CUNet(half, sources + targets, targets, None, dims) if cells else None
+        self.uncertainty = CUNet(half, inputs + targets, targets, None, dims) if cells else None
         self.trivial: dict[str, Tensor] = {}
         self.calibration: dict[str, Tensor] = {}
         self.record: dict[str, Any] = {}
@@ -152,12 +178,60 @@ class CrossConditionedModel(nn.Module):
             condition = z_score(pooled.mean(0, keepdim=True)).expand(len(generators), -1)
         return self.distribution.sample(generators, condition, steps=steps, eta=eta)
 
-    def unguided(self, sources: Tensor) -> Tensor:
-        """The synthesis (N, T, *S) of sources (N, S, *S) that nothing guides, in [0, 1]."""
-        return cast(Tensor, self.synthesis(sources)).float().clamp(0, 1)
+    def inputs(self, around: Tensor, shown: Tensor) -> Tensor:
+        """What C-UNet and the network of the error read of the sources.
+
+        Args:
+            around: (N, S·C, *S) in [0, 1], of each source C = context_slices slices around the one synthesised.
+            shown: (N, S), 0 where a source is missing or to be hidden, where any subset may be; else all are there.
+
+        Returns:
+            (N, inputs, *S): what is not shown is zero; then, where any subset may be missing, a map of ones for each
+            source that is shown and not black throughout this slice, or else of zeros.
+        """
+        if not self.config.any_subset:
+            return around
+        apart = rearrange(around, "n (s c) ... -> n s c ...", c=self.config.context_slices)
+        there = apart[:, :, apart.shape[2] // 2].flatten(2).amax(-1) > 0
+        maps = (shown.to(around) * there)[(...,) + (None,) * (around.ndim - 2)].expand(-1, -1, *around.shape[2:])
+        whole = torch.cat([(apart * maps[:, :, None]).flatten(1, 2), maps], 1)
+        return whole.contiguous(memory_format=torch.channels_last) if whole.ndim == 4 else whole
+
+    def unguided(self, inputs: Tensor) -> Tensor:
+        """The synthesis (N, T, *S) of what the C-UNet reads (N, inputs, *S), guided by nothing, in [0, 1]."""
+        return cast(Tensor, self.synthesis(inputs)).float().clamp(0, 1)
+
+    def shown(self, inputs: Tensor) -> Tensor:
+        """Which sources (N, S) a model of any subset is shown."""
+        return inputs[:, -len(self.config.sources) :].flatten(2).amax(-1)
+
+    def told(self, inputs: Tensor, unguided: Tensor) -> Tensor:
+        """What the MDN is told, (N, D[ + S], *G): the representation of the unguided synthesis (N, T, *S).
+
+        Where any subset may be missing, of what is there instead, and which that is.
+        """
+        if not self.config.any_subset:
+            return self.representation.represent(unguided)
+        shown, context = self.shown(inputs), self.config.context_slices
+        maps = shown[(...,) + (None,) * (unguided.ndim - 2)]
+        central = inputs[:, context // 2 : len(self.config.sources) * context : context]
+        cells = self.representation.represent(torch.where(maps > 0, central.float(), unguided))
+        return torch.cat([cells, maps.to(cells).expand(-1, -1, *cells.shape[2:])], 1)
+
+    def wanted_features(self, wanted: Tensor) -> Tensor:
+        """(N, D) of zeros and ones: the features of the targets wanted (N, T)."""
+        return wanted.repeat_interleave(self.representation.dim // len(self.config.targets), 1)
+
+    def guidance_of(self, truth: Tensor, wanted: Tensor) -> Tensor:
+        """The representation of the true targets (N, T, *S); a grid is zero where its target is not wanted (N, T)."""
+        cells = self.representation.represent(truth)
+        if not self.config.representation.cell:
+            return cells
+        return cells * self.wanted_features(wanted)[(...,) + (None,) * (cells.ndim - 2)].to(cells)
 
     def guide_cells(
         self,
+        inputs: Tensor,
         unguided: Tensor,
         generators: Sequence[torch.Generator],
         *,
@@ -165,25 +239,30 @@ class CrossConditionedModel(nn.Module):
         steps: int = 50,
         eta: float = 1.0,
     ) -> Tensor:
-        """Draw a grid a generator for each of N slices from their unguided synthesis (N, T, *S): (K, N, D, *G).
+        """Draw a grid a generator for each of N slices from what is there and their unguided synthesis: (K, N, D, *G).
 
         All slices share one noise, so that neighbours agree; not `told`, the grids are drawn from p(y_0).
         """
-        condition = self.representation.represent(unguided.clamp(0, 1))
+        condition = self.told(inputs, unguided.clamp(0, 1))
+        count, grid = len(generators), condition.shape[2:]
         states = [generator.get_state() for generator in generators for _ in unguided]
         noises = [torch.Generator().set_state(state) for state in states]
-        repeated = condition.repeat(len(generators), *[1] * (condition.ndim - 1)) if told else None
-        grid = condition.shape[2:]
-        drawn = self.distribution.sample(noises, repeated, grid=grid, steps=steps, eta=eta)
-        return drawn.reshape(len(generators), len(unguided), *drawn.shape[1:])
+        repeated = condition.repeat(count, *[1] * (condition.ndim - 1)) if told else None
+        wanted = None
+        if self.config.any_subset:
+            wanted = self.wanted_features(1 - self.shown(inputs)).repeat(count, 1)
+        drawn = self.distribution.sample(noises, repeated, grid=grid, wanted=wanted, steps=steps, eta=eta)
+        if wanted is not None:
+            drawn = drawn * wanted[(...,) + (None,) * len(grid)]
+        return drawn.reshape(count, len(unguided), *drawn.shape[1:])
 
-    def log_variance(self, sources: Tensor, unguided: Tensor) -> Tensor:
-        """Of the error of an unguided synthesis (N, T, *S) in [0, 1] from sources (N, S, *S), uncalibrated."""
-        return variance_of(cast(CUNet, self.uncertainty), sources, unguided)
+    def log_variance(self, inputs: Tensor, unguided: Tensor) -> Tensor:
+        """Of the error of an unguided synthesis (N, T, *S) in [0, 1] from inputs (N, inputs, *S), uncalibrated."""
+        return variance_of(cast(CUNet, self.uncertainty), inputs, unguided)
 
-    def deviation(self, sources: Tensor, unguided: Tensor) -> Tensor:
+    def deviation(self, inputs: Tensor, unguided: Tensor) -> Tensor:
         """The standard deviation (N, T, *S) of that error, calibrated where the model is."""
-        variance = self.log_variance(sources, unguided).exp()
+        variance = self.log_variance(inputs, unguided).exp()
         if self.calibration:
             a, b = self.calibration["variance"].to(variance).unbind(1)
             whole = (...,) + (None,) * (variance.ndim - 2)
@@ -200,16 +279,16 @@ class CrossConditionedModel(nn.Module):
         return {stage: trained[stage] for stage in self.config.stages if stage in trained}
 
 
-def variance_of(network: nn.Module, sources: Tensor, unguided: Tensor) -> Tensor:
+def variance_of(network: nn.Module, inputs: Tensor, unguided: Tensor) -> Tensor:
     """The logarithm of the error's variance (N, T, *S), which starts near that of a tenth of the intensity range."""
-    said = cast(Tensor, network(torch.cat([sources, unguided], 1))).float() - 4
+    said = cast(Tensor, network(torch.cat([inputs, unguided], 1))).float() - 4
     return said.clamp(-12, 2)
 
 
-def variance_loss(network: nn.Module, sources: Tensor, unguided: Tensor, truth: Tensor, present: Tensor) -> Tensor:
-    """Gaussian likelihood, log σ² + error²/σ², over the targets (B, T, *S) that each patient has (present (B, T))."""
-    log_variance = variance_of(network, sources, unguided)
-    return mean_where_present(log_variance + (unguided - truth) ** 2 / log_variance.exp(), present)
+def variance_loss(network: nn.Module, inputs: Tensor, unguided: Tensor, truth: Tensor, wanted: Tensor) -> Tensor:
+    """Gaussian likelihood, log σ² + error²/σ², over the targets (B, T, *S) that are wanted (B, T)."""
+    log_variance = variance_of(network, inputs, unguided)
+    return mean_where_present(log_variance + (unguided - truth) ** 2 / log_variance.exp(), wanted)
 
 
 def pseudonym(patient: str) -> str:

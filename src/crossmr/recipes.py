@@ -1,6 +1,7 @@
 """Recipes: everything that defines a training but its data.
 
-PAPER is the published form, STANDARD what docs/evidence.md found best, TINY a small STANDARD for a demo.
+PAPER is the published form, STANDARD what docs/evidence.md found best, ANY the same for any subset of the modalities,
+TINY a small STANDARD for a demo.
 """
 
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,10 @@ class Recipe:
 
     spatial_dims: int = 2
     """2: axial slices, as published. 3: volumes."""
+    any_subset: bool = False
+    """One model for whatever a patient has and whatever is missing: each training sample hides a random part."""
+    context_slices: int = 1
+    """Axial slices that a synthetic one is made from: 1, 3 or 5."""
     crop: tuple[int, ...] = (224, 224)
     """Size of the training crops, in voxels."""
     flip: bool = True
@@ -85,6 +90,7 @@ class Recipe:
             targets=targets,
             spatial_dims=self.spatial_dims,
             window=self.crop,
+            context_slices=self.context_slices,
             guidance=self.guidance,
             representation=self.representation,
             distribution=self.distribution,
@@ -129,4 +135,7 @@ TINY = replace(
 )
 """Minutes on a laptop's processor: to see that everything works, not to get good images."""
 
-RECIPES = {"standard": STANDARD, "paper": PAPER, "tiny": TINY}
+ANY = replace(STANDARD, any_subset=True, context_slices=3)
+"""STANDARD for any subset of the set's modalities, from three neighbouring slices."""
+
+RECIPES = {"standard": STANDARD, "any": ANY, "paper": PAPER, "tiny": TINY}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -26,12 +26,13 @@ from crossmr import metrics
 from crossmr.checkpoint import load_checkpoint
 from crossmr.config import to_dict
 from crossmr.data.dataset import Batch, Batches, Case, PreparedSet, as_inputs, seeded, useful_slices
+from crossmr.data.naming import in_usual_order
 from crossmr.device import choose_device, choose_precision
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, ModelError
 from crossmr.files import read_json, write_json
 from crossmr.fitting import Job, Loop, fit, steps_in
-from crossmr.model import CrossConditionedModel, pseudonym, save_model, variance_loss
+from crossmr.model import CrossConditionedModel, ModelConfig, pseudonym, save_model, variance_loss
 from crossmr.picture import save_picture
 from crossmr.recipes import STANDARD, Recipe
 from crossmr.stages.representation import MaskedAutoencoder, z_score
@@ -39,6 +40,8 @@ from crossmr.trivial import fit_trivial
 
 PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 VALIDATION_SLICES = 48
+PATTERNS = 4
+"""Random subsets of each validation slice that the deviations of a model of any subset are calibrated on."""
 CHUNK = 16
 """Slices through a network at once, where no gradient is needed."""
 CROPS = 8192
@@ -69,7 +72,24 @@ class Run:
             batch_size=self.recipe.fit_config(stage).batch_size,
             seed=self.loop.seed,
             flip=self.recipe.flip,
+            context=1 if stage.endswith("representation") else self.recipe.context_slices,
         )
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """All that the training reads, as in `ModelConfig.modalities`."""
+        return tuple(dict.fromkeys((*self.sources, *self.targets)))
+
+
+class View(NamedTuple):
+    """A batch as the networks learn from it, on their device."""
+
+    inputs: Tensor
+    """(B, inputs, *S), what the C-UNet reads."""
+    truth: Tensor
+    """(B, T, *S), all targets."""
+    wanted: Tensor
+    """(B, T), 1 where a target is to be synthesised and the patient has it."""
 
 
 def train(
@@ -95,7 +115,8 @@ def train(
         run: where the run lives; its 'model' folder is the result.
         recipe: networks and optimisation.
         sources: modalities to read; by default the published T1 and T2, as far as the set has them.
-        targets: modalities to synthesise; by default the published T1ce and FLAIR.
+        targets: modalities to synthesise; by default the published T1ce and FLAIR. A recipe of any subset reads and
+            synthesises all of them, by default all that the set has.
         stages: train these alone; the stages before them must be finished.
         twin: train the C-UNet's unguided twin too, which evaluations print beside it; with cells the unguided
             C-UNet is its own.
@@ -115,8 +136,11 @@ def train(
     """
     opened, folder = PreparedSet(prepared), Path(run)
     known = list(opened.manifest["fingerprint"]["modalities"])
-    sources = tuple(sources or [m for m in PUBLISHED_SOURCES if m in known and m not in (targets or ())])
-    targets = tuple(targets or [m for m in PUBLISHED_TARGETS if m in known and m not in sources])
+    if recipe.any_subset:
+        sources = targets = tuple(in_usual_order({*(sources or ()), *(targets or ())} or known))
+    else:
+        sources = tuple(sources or [m for m in PUBLISHED_SOURCES if m in known and m not in (targets or ())])
+        targets = tuple(targets or [m for m in PUBLISHED_TARGETS if m in known and m not in sources])
     for modality in (*sources, *targets):
         if modality not in known:
             raise ConfigError(f"No study of {opened.folder} has {modality}; it has {', '.join(known)}.")
@@ -145,7 +169,7 @@ def train(
             display.say(f"{stage}: not trained yet, so there is no model yet")
             return folder / "model"
     display.say("trivial predictors")
-    model.trivial = fit_trivial([_reader(case) for case in state.train], sources, targets)
+    model.trivial = fit_trivial([_reader(case) for case in state.train], state.modalities)
     if model.config.representation.cell:
         display.say("calibration of the deviations on validation patients")
         model.calibration = _calibration(state, model)
@@ -157,32 +181,31 @@ def train(
 def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
     """'variance' (T, 2), squared error = a·variance + b of each target, a, b >= 0, within validation patients' heads.
 
-    {} where no validation patient has every modality.
+    {} where no validation patient has what it takes.
     """
-    modalities, count = (*run.sources, *run.targets), len(run.sources)
-    usable = _having(run.val, modalities, all_of=True)
+    usable = _translatable(run, run.val)
     if not usable:
         return {}
     model.eval()
-    batch = _placed(run, run.batches("synthesis", usable, modalities).fixed(VALIDATION_SLICES))
-    sources, truth = batch.images[:, :count], batch.images[:, count:]
-    parts = []
+    batch = run.batches("synthesis", usable, run.modalities).fixed(VALIDATION_SLICES)
+    parts: list[list[Tensor]] = [[] for _ in run.targets]
     with run.loop.fabric.autocast():
-        for chunk in torch.split(sources, CHUNK):
-            unguided = model.unguided(chunk)
-            parts.append((unguided, model.log_variance(chunk, unguided).exp()))
-    image, variance = (torch.cat(part) for part in zip(*parts, strict=True))
-    head = (sources > 0).any(1)
-    rows = []
-    for index in range(len(run.targets)):
-        inside = head & (batch.present[:, count + index] > 0)[(...,) + (None,) * (head.ndim - 1)]
-        if not inside.any():
-            rows.append(torch.tensor([1.0, 0.0]))
-            continue
-        squared = (image[:, index] - truth[:, index])[inside].double().cpu() ** 2
-        told = torch.stack([variance[:, index][inside].double().cpu(), torch.ones_like(squared)], 1)
-        rows.append(torch.from_numpy(nnls(told.numpy(), squared.numpy())[0]).float())
-    return {"variance": torch.stack(rows)}
+        for number in range(PATTERNS if model.config.any_subset else 1):
+            view = _view(run, model, batch, seeded("calibrate", run.loop.seed, number))
+            for rows in torch.split(torch.arange(len(batch.case)), CHUNK):
+                unguided = model.unguided(view.inputs[rows])
+                variance = model.log_variance(view.inputs[rows], unguided).exp()
+                squared = (unguided - view.truth[rows]) ** 2
+                head = (batch.images[rows] > 0).any(1).to(squared.device)
+                for index, found in enumerate(parts):
+                    inside = head & (view.wanted[rows, index] > 0)[(...,) + (None,) * (head.ndim - 1)]
+                    found.append(torch.stack([variance[:, index][inside], squared[:, index][inside]]).double().cpu())
+    fitted = []
+    for found in parts:
+        said, error = torch.cat(found, 1)
+        told = torch.stack([said, torch.ones_like(said)], 1)
+        fitted.append(torch.from_numpy(nnls(told.numpy(), error.numpy())[0]) if len(said) else torch.tensor([1.0, 0.0]))
+    return {"variance": torch.stack(fitted).float()}
 
 
 def _fabric(device: str, precision: str) -> tuple[Fabric, str]:
@@ -297,7 +320,9 @@ def _having(cases: Sequence[Case], wanted: Sequence[str], *, all_of: bool) -> li
 
 
 def _translatable(run: Run, cases: Sequence[Case]) -> list[Case]:
-    """Cases that have all sources and any of the targets."""
+    """Cases that have all sources and any of the targets, or, for any subset, any two modalities."""
+    if run.recipe.any_subset:
+        return [case for case in cases if len(set(run.sources) & set(case.modalities)) > 1]
     return [case for case in _having(cases, run.sources, all_of=True) if _having([case], run.targets, all_of=False)]
 
 
@@ -316,8 +341,35 @@ def _placed(run: Run, batch: Batch) -> Batch:
     """A batch on the run's device, its images channels_last in 2D."""
     batch = batch.to(run.loop.fabric.device)
     if run.recipe.spatial_dims == 2:
-        batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+        last = {"memory_format": torch.channels_last}
+        batch = replace(batch, images=batch.images.contiguous(**last), around=batch.around.contiguous(**last))
     return batch
+
+
+def _view(run: Run, model: CrossConditionedModel, batch: Batch, generator: torch.Generator) -> View:
+    """A batch of `run.modalities`; for any subset, a random part of what each sample has is hidden."""
+    count, first = len(run.sources), 0 if model.config.any_subset else len(run.sources)
+    shown, wanted = batch.present[:, :count], batch.present[:, first:]
+    if model.config.any_subset:
+        shown = random_subsets(batch.present, generator)
+        wanted = batch.present - shown
+    batch = _placed(run, batch)
+    inputs = model.inputs(batch.around[:, : count * model.config.context_slices], shown.to(batch.images.device))
+    return View(inputs, batch.images[:, first:], wanted.to(inputs.device))
+
+
+def random_subsets(present: Tensor, generator: torch.Generator) -> Tensor:
+    """For each row of present (B, M) one of the non-empty proper subsets of its ones, all equally likely.
+
+    A row of less than two ones stays as it is.
+    """
+    chosen = torch.zeros_like(present)
+    for row, there in zip(chosen, present > 0, strict=True):
+        own = there.nonzero().flatten()
+        last = 2 ** len(own) - 1
+        code = int(torch.randint(1, last, (1,), generator=generator)) if len(own) > 1 else last
+        row[own] = torch.tensor([float(code >> bit & 1) for bit in range(len(own))]).to(row)
+    return chosen
 
 
 def _representation_job(run: Run, stage: str, modalities: tuple[str, ...]) -> Job:
@@ -353,72 +405,92 @@ def _pooled(run: Run, network: MaskedAutoencoder, cases: Sequence[Case], modalit
     return pooled
 
 
-class _Vectors(Dataset[tuple[Tensor, Tensor]]):
-    """Batches of (representation, condition), drawn from seed and step alone."""
+class Vectors(NamedTuple):
+    """What the MDN learns from."""
 
-    def __init__(self, y_0: Tensor, condition: Tensor, batch_size: int, seed: int):
-        self.y_0, self.condition, self.batch_size, self.seed = y_0, condition, batch_size, seed
-        self.steps_per_epoch = -(-len(y_0) // batch_size)
+    y_0: Tensor
+    """(N, D[, *G]), representations of true targets."""
+    told: Tensor
+    """(N, C[, *G]), the conditions."""
+    wanted: Tensor
+    """(N, D), 1 for the features of a target that is to be drawn."""
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        chosen = torch.randint(len(self.y_0), (self.batch_size,), generator=seeded("vectors", self.seed, step))
-        return self.y_0[chosen], self.condition[chosen]
+
+class _Vectors(Dataset[Vectors]):
+    """Batches of vectors, drawn from seed and step alone."""
+
+    def __init__(self, vectors: Vectors, batch_size: int, seed: int):
+        self.vectors, self.batch_size, self.seed = vectors, batch_size, seed
+        self.steps_per_epoch = -(-len(vectors.y_0) // batch_size)
+
+    def __getitem__(self, step: int) -> Vectors:
+        generator = seeded("vectors", self.seed, step)
+        chosen = torch.randint(len(self.vectors.y_0), (self.batch_size,), generator=generator)
+        return Vectors(*(part[chosen] for part in self.vectors))
 
 
 @torch.no_grad()
-def _cells(run: Run, model: CrossConditionedModel, cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
-    """The grids (N, D, *G) of the true targets and of their unguided synthesis, of random crops."""
+def _cells(run: Run, model: CrossConditionedModel, cases: Sequence[Case]) -> Vectors:
+    """The grids of the true targets and what the MDN is told, of random crops."""
     model.eval()
-    count, pairs = len(run.sources), []
-    batches = run.batches("synthesis", cases, (*run.sources, *run.targets))
+    found = []
+    batches = run.batches("synthesis", cases, run.modalities)
     steps = min(2 * batches.steps_per_epoch, -(-CROPS // batches.batch_size))
     with run.loop.display.task("represent", steps) as task, run.loop.fabric.autocast():
         for step in range(steps):
-            batch = _placed(run, batches[step])
-            whole = batch.present.amin(1) > 0
-            if whole.any():
-                images = batch.images[whole]
-                unguided = model.unguided(images[:, :count])
-                both = [model.representation.represent(part).cpu() for part in (images[:, count:], unguided)]
-                pairs.append(both)
+            view = _view(run, model, batches[step], seeded("cells", run.loop.seed, step))
+            some = view.wanted.amax(1) > 0
+            if some.any():
+                inputs, truth, wanted = (part[some] for part in view)
+                told = model.told(inputs, model.unguided(inputs))
+                parts = model.representation.represent(truth), told, model.wanted_features(wanted)
+                found.append([part.cpu() for part in parts])
             task.advance()
-    true, told = zip(*pairs, strict=True)
-    return torch.cat(true), torch.cat(told)
+    return Vectors(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _distribution_job(run: Run, model: CrossConditionedModel) -> Job:
-    """MDN over the representations of every useful slice of patients who have all modalities."""
+    """MDN over representations: of random crops with cells, or else of every slice of patients who have everything."""
     cells = bool(model.config.representation.cell)
     conditional = model.config.distribution.conditional
 
-    def vectors(cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
+    def vectors(cases: Sequence[Case]) -> Vectors:
         if cells:
             return _cells(run, model, cases)
-        y_0 = z_score(torch.cat(_pooled(run, model.representation, cases, run.targets)))
-        if model.source_representation is None:
-            return y_0, y_0
-        return y_0, z_score(torch.cat(_pooled(run, model.source_representation, cases, run.sources)))
+        y_0 = told = z_score(torch.cat(_pooled(run, model.representation, cases, run.targets)))
+        if model.source_representation is not None:
+            told = z_score(torch.cat(_pooled(run, model.source_representation, cases, run.sources)))
+        return Vectors(y_0, told, torch.ones_like(y_0))
 
     def usable(cases: Sequence[Case]) -> list[Case]:
+        if cells:
+            return _translatable(run, cases)
         return _having(cases, (*run.targets, *(run.sources if conditional else ())), all_of=True)
 
-    def loss(network: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
-        y_0, told = (tensor.to(run.loop.fabric.device) for tensor in batch)
-        return network.loss(y_0, told if conditional else None, generator)  # type: ignore[operator, no-any-return]
+    def loss(network: nn.Module, batch: Vectors, generator: torch.Generator) -> Tensor:
+        y_0, told, wanted = (tensor.to(run.loop.fabric.device) for tensor in batch)
+        return network.loss(y_0, told if conditional else None, generator, wanted)  # type: ignore[operator, no-any-return]
 
     if not usable(run.train):
-        raise ModelError(f"No training patient has all of {', '.join((*run.sources, *run.targets))}.")
+        raise ModelError(f"No training patient has all of {', '.join(run.modalities)}.")
     config = run.recipe.fit_config("distribution")
-    y_0, told = vectors(usable(run.train))
-    model.distribution.standardise(y_0)
-    if (deviation := float(y_0.std(0).mean())) < MUTE:
+    known = vectors(usable(run.train))
+    model.distribution.standardise(known.y_0, known.wanted)
+    _warn_if_mute(run, known)
+    held_out = vectors(usable(run.val)) if usable(run.val) else None
+    data = _Vectors(known, config.batch_size, run.loop.seed)
+    return Job("distribution", data, loss, _loss_on(run, loss, held_out))
+
+
+def _warn_if_mute(run: Run, known: Vectors) -> None:
+    """Say so where representations hardly differ between samples."""
+    features = range(known.y_0.shape[1])
+    each = [known.y_0[known.wanted[:, d] > 0, d].std(0).mean() for d in features]
+    if (deviation := float(torch.stack(each).nanmean())) < MUTE:
         run.loop.display.say(
             f"Warning: representations hardly differ between samples (standard deviation {deviation:.3f}, wanted .2 or "
             "so), so guidance will say little. Train 'representation' longer or by another seed."
         )
-    data = _Vectors(y_0, told, config.batch_size, run.loop.seed)
-    held_out = vectors(usable(run.val)) if usable(run.val) else None
-    return Job("distribution", data, loss, _loss_on(run, loss, held_out))
 
 
 def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
@@ -426,51 +498,47 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
     cells = bool(run.recipe.representation.cell)
     unguided = stage == "twin" or (cells and stage == "synthesis")
     guidance = "none" if unguided else run.recipe.guidance
-    modalities, count = (*run.sources, *run.targets), len(run.sources)
     usable, held_out = (_translatable(run, cases) for cases in (run.train, run.val))
-    data = run.batches(stage, usable, modalities)
+    data = run.batches(stage, usable, run.modalities)
     vectors = _drawn(run, model, usable, guidance)
 
-    def guide(batch: Batch, drawn: Tensor | None, generator: torch.Generator) -> Tensor | None:
+    def guide(batch: Batch, view: View, drawn: Tensor | None, generator: torch.Generator) -> Tensor | None:
         if guidance == "truth":
             with torch.no_grad(), run.loop.fabric.autocast():
-                return model.representation.represent(batch.images[:, count:])
+                return model.guidance_of(view.truth, view.wanted)
         if drawn is None:
             return None
         which = torch.randint(drawn.shape[1], (len(batch.case),), generator=generator)
         return drawn[batch.case.to(drawn.device), which.to(drawn.device)]
 
     def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        batch = _placed(run, batch)
+        view = _view(run, model, batch, generator)
         keep = (torch.rand(len(batch.case), 1, generator=generator) >= run.recipe.guidance_dropout).float()
-        y_0 = guide(batch, vectors, generator)
-        images, present = batch.images, batch.present[:, count:]
-        return network.loss(  # type: ignore[operator, no-any-return]
-            images[:, :count], images[:, count:], present, y_0, keep.to(images.device)
-        )
+        y_0 = guide(batch, view, vectors, generator)
+        return network.loss(*view, y_0, keep.to(view.inputs.device))  # type: ignore[operator, no-any-return]
 
     if not held_out:
         return Job(stage, data, loss, None, READERS)
-    fixed = _placed(run, run.batches(stage, held_out, modalities).fixed(VALIDATION_SLICES))
+    fixed = run.batches(stage, held_out, run.modalities).fixed(VALIDATION_SLICES)
+    seen = _view(run, model, fixed, seeded("validate", run.loop.seed))
     fixed_vectors = _drawn(run, model, held_out, guidance)
 
     @torch.no_grad()
     def validate(network: nn.Module, picture: Path) -> dict[str, float]:
-        sources, truth = fixed.images[:, :count], fixed.images[:, count:]
-        y_0 = guide(fixed, fixed_vectors, seeded("validate", run.loop.seed))
+        y_0 = guide(fixed, seen, fixed_vectors, seeded("validate", run.loop.seed))
         with run.loop.fabric.autocast():
             network.eval()
-            chunks = [slice(i, i + CHUNK) for i in range(0, len(sources), CHUNK)]
-            parts = [network(sources[c], None if y_0 is None else y_0[c]).float() for c in chunks]
+            chunks = [slice(i, i + CHUNK) for i in range(0, len(seen.inputs), CHUNK)]
+            parts = [network(seen.inputs[c], None if y_0 is None else y_0[c]).float() for c in chunks]
             prediction = torch.cat(parts).clamp(0, 1)
         scores = {}
         for index, target in enumerate(run.targets):
-            there = fixed.present[:, count + index] > 0
+            there = seen.wanted[:, index] > 0
             if there.any():
-                pair = prediction[there, index], truth[there, index]
+                pair = prediction[there, index], seen.truth[there, index]
                 scores[f"val_psnr_{target}"] = float(metrics.psnr(*pair, 1.0).mean())
                 scores[f"val_ssim_{target}"] = float(metrics.ssim(*pair, 1.0).mean())
-        _draw(run, picture, sources, prediction, truth)
+        _draw(run, picture, model.config, seen, prediction)
         return scores
 
     return Job(stage, data, loss, validate, READERS)
@@ -478,19 +546,17 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
 
 def _uncertainty_job(run: Run, model: CrossConditionedModel) -> Job:
     """The variance of the finished C-UNet's error, by the Gaussian likelihood of that error."""
-    modalities, count = (*run.sources, *run.targets), len(run.sources)
 
-    def loss(network: nn.Module, batch: Batch, _: torch.Generator) -> Tensor:
-        batch = _placed(run, batch)
-        sources, present = batch.images[:, :count], batch.present[:, count:]
+    def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        view = _view(run, model, batch, generator)
         with torch.no_grad(), run.loop.fabric.autocast():
-            unguided = model.unguided(sources)
-        return variance_loss(network, sources, unguided, batch.images[:, count:], present)
+            unguided = model.unguided(view.inputs)
+        return variance_loss(network, view.inputs, unguided, view.truth, view.wanted)
 
     model.eval()
-    data = run.batches("uncertainty", _translatable(run, run.train), modalities)
+    data = run.batches("uncertainty", _translatable(run, run.train), run.modalities)
     held_out = _translatable(run, run.val)
-    fixed = run.batches("uncertainty", held_out, modalities).fixed(VALIDATION_SLICES) if held_out else None
+    fixed = run.batches("uncertainty", held_out, run.modalities).fixed(VALIDATION_SLICES) if held_out else None
     return Job("uncertainty", data, loss, _loss_on(run, loss, fixed), READERS)
 
 
@@ -512,21 +578,19 @@ def _drawn(run: Run, model: CrossConditionedModel, cases: Sequence[Case], guidan
     return torch.stack(drawn)
 
 
-def _draw(run: Run, path: Path, sources: Tensor, prediction: Tensor, truth: Tensor) -> None:
-    """Source, prediction, truth and error of four held-out slices."""
-    rows = []
-    for index in sorted({round(i * (len(sources) - 1) / 3) for i in range(4)}):
+def _draw(run: Run, path: Path, config: ModelConfig, view: View, prediction: Tensor) -> None:
+    """Source, prediction, truth and error of four held-out slices; what was not asked for is black."""
+    rows, context = [], config.context_slices
+    for index in sorted({round(i * (len(prediction) - 1) / 3) for i in range(4)}):
 
         def plane(images: Tensor, channel: int, index: int = index) -> Any:
             image = images[index, channel].float().cpu()
             return (image if image.ndim == 2 else image[len(image) // 2]).numpy()
 
-        row = [(name, plane(sources, i)) for i, name in enumerate(run.sources)]
+        row = [(name, plane(view.inputs, i * context + context // 2)) for i, name in enumerate(run.sources)]
         for i, name in enumerate(run.targets):
-            row += [
-                (f"{name} synthetic", plane(prediction, i)),
-                (f"{name} truth", plane(truth, i)),
-                (f"{name} |error|", abs(plane(prediction, i) - plane(truth, i))),
-            ]
+            asked = float(view.wanted[index, i])
+            made, true = asked * plane(prediction, i), asked * plane(view.truth, i)
+            row += [(f"{name} synthetic", made), (f"{name} truth", true), (f"{name} |error|", abs(made - true))]
         rows.append(row)
     save_picture(path, rows)

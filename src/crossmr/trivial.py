@@ -17,52 +17,63 @@ GRID = (48, 64, 64)
 NAMES = ("zeros", "mean image", "linear mix")
 
 
-def fit_trivial(
-    cases: Sequence[Callable[[], Mapping[str, Array]]], sources: Sequence[str], targets: Sequence[str]
-) -> dict[str, Tensor]:
+def fit_trivial(cases: Sequence[Callable[[], Mapping[str, Array]]], modalities: Sequence[str]) -> dict[str, Tensor]:
     """Fit all predictors on training cases: calls that read head-cropped volumes (Z, Y, X) in [0, 1].
 
-    Returns 'mean_image' (T, *GRID) and 'linear' (T, S + 1), the least-squares weights of the sources and a
-    constant over all voxels. Cases that lack a modality are left out where it is needed.
+    Returns 'mean_image' (M, *GRID), float16, of every modality, and for each of P sets of modalities that cases have
+    'present' (P, M) and 'gram' (P, M + 1, M + 1), float64: sums over all voxels of the products of modalities and of a
+    constant, from which the least-squares mix for any target and sources follows.
     """
-    mean, counts = np.zeros((len(targets), *GRID)), np.zeros(len(targets))
-    gram = np.zeros((len(targets), len(sources) + 1, len(sources) + 1))
-    moment = np.zeros((len(targets), len(sources) + 1))
+    mean, counts = np.zeros((len(modalities), *GRID)), np.zeros(len(modalities))
+    grams: dict[tuple[bool, ...], npt.NDArray[np.float64]] = {}
     for read in cases:
-        volumes = read()
-        for index, target in enumerate(targets):
-            if target not in volumes:
-                continue
-            mean[index] += _resize(volumes[target], GRID)
-            counts[index] += 1
-            if all(source in volumes for source in sources):
-                columns = _columns([volumes[source] for source in sources])
-                gram[index] += columns @ columns.T
-                moment[index] += columns @ volumes[target].ravel().astype(np.float64)
-    weights = [np.linalg.lstsq(g, b, rcond=None)[0] for g, b in zip(gram, moment, strict=True)]
+        volumes = {m: volume for m, volume in read().items() if m in modalities}
+        for index, modality in enumerate(modalities):
+            if modality in volumes:
+                mean[index] += _resize(volumes[modality], GRID)
+                counts[index] += 1
+        if volumes:
+            shape = next(iter(volumes.values())).shape
+            columns = _columns([volumes.get(m, np.zeros(shape, np.float32)) for m in modalities])
+            present = tuple(m in volumes for m in modalities)
+            grams[present] = grams.get(present, 0) + columns @ columns.T
     mean /= np.maximum(counts, 1)[:, None, None, None]
+    size = len(modalities) + 1
     return {
-        "mean_image": torch.from_numpy(mean).float(),
-        "linear": torch.from_numpy(np.stack(weights)).float(),
+        "mean_image": torch.from_numpy(mean).half(),
+        "present": torch.tensor(list(grams), dtype=torch.uint8).reshape(-1, len(modalities)),
+        "gram": torch.from_numpy(np.stack([*grams.values()]) if grams else np.zeros((0, size, size))),
     }
 
 
-def predict_trivial(fitted: Mapping[str, Tensor], sources: Sequence[Array]) -> dict[str, list[Array]]:
+def linear_weights(fitted: Mapping[str, Tensor], sources: Sequence[int], target: int) -> npt.NDArray[np.float64]:
+    """Least-squares weights of the sources and a constant (S + 1,), over the cases that have them and the target."""
+    usable = fitted["present"][:, [*sources, target]].bool().all(1)
+    gram = fitted["gram"][usable].sum(0).numpy()
+    rows = [*sources, len(gram) - 1]
+    weights: npt.NDArray[np.float64] = np.linalg.lstsq(gram[np.ix_(rows, rows)], gram[rows, target], rcond=None)[0]
+    return weights
+
+
+def predict_trivial(
+    fitted: Mapping[str, Tensor], modalities: Sequence[str], sources: Mapping[str, Array], targets: Sequence[str]
+) -> dict[str, list[Array]]:
     """Predict every target, (Z, Y, X) in [0, 1], from head-cropped sources: name → one volume a target."""
-    shape = sources[0].shape
-    columns = _columns(sources)
-    linear = [np.clip(w.numpy().astype(np.float64) @ columns, 0, 1).reshape(shape) for w in fitted["linear"]]
-    images = [np.clip(_resize(m.numpy(), shape), 0, 1) for m in fitted["mean_image"]]
+    shape = next(iter(sources.values())).shape
+    columns, chosen = _columns(list(sources.values())), [modalities.index(m) for m in sources]
+    wanted = [modalities.index(target) for target in targets]
+    linear = [np.clip(linear_weights(fitted, chosen, t) @ columns, 0, 1).reshape(shape) for t in wanted]
+    images = [np.clip(_resize(fitted["mean_image"][t].float().numpy(), shape), 0, 1) for t in wanted]
     return {
-        "zeros": [np.zeros(shape, np.float32) for _ in linear],
+        "zeros": [np.zeros(shape, np.float32) for _ in wanted],
         "mean image": [image.astype(np.float32) for image in images],
         "linear mix": [image.astype(np.float32) for image in linear],
     }
 
 
-def _columns(sources: Sequence[Array]) -> npt.NDArray[np.float64]:
-    """The sources and a constant as rows, (S + 1, N)."""
-    flat = [source.ravel().astype(np.float64) for source in sources]
+def _columns(volumes: Sequence[Array]) -> npt.NDArray[np.float64]:
+    """The volumes and a constant as rows, (M + 1, N)."""
+    flat = [volume.ravel().astype(np.float64) for volume in volumes]
     return np.stack([*flat, np.ones_like(flat[0])])
 
 

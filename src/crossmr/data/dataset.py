@@ -132,13 +132,20 @@ def to_multiple(image: Tensor, dims: int, divisor: int) -> Tensor:
     return fit_size(image, size, [0.5] * dims)
 
 
-def as_inputs(volume: Tensor, chosen: Sequence[int], dims: int, divisor: int) -> Tensor:
+def as_inputs(volume: Tensor, chosen: Sequence[int], dims: int, divisor: int, context: int = 1) -> Tensor:
     """A volume (M, Z, Y, X) as the networks read it, padded to multiples of `divisor`.
 
-    In 2D its chosen axial slices as a batch, (N, M, Y, X); in 3D the volume, (1, M, Z, Y, X).
+    In 2D its chosen axial slices as a batch, (N, M·context, Y, X); in 3D the volume, (1, M, Z, Y, X).
     """
-    images = volume[:, list(chosen)].transpose(0, 1) if dims == 2 else volume[None]
+    if dims == 3:
+        return to_multiple(volume[None], dims, divisor)
+    images = torch.stack([volume[:, around(z, context, volume.shape[1])].flatten(0, 1) for z in chosen])
     return to_multiple(images, dims, divisor)
+
+
+def around(z: int, context: int, slices: int) -> list[int]:
+    """The `context` slices in whose middle z is; beyond a volume's end its last one again."""
+    return [min(max(z + step, 0), slices - 1) for step in range(-(context // 2), context // 2 + 1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,10 +159,13 @@ class Batch:
     are black throughout."""
     case: Tensor
     """int64 (B,), the index of each sample's case in the batch source."""
+    around: Tensor
+    """(B, M·C, *S), of each modality the C slices whose middle one `images` holds."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in (self.images, self.present, self.case)))
+        parts = (self.images, self.present, self.case, self.around)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in parts))
 
 
 class Batches(Dataset[Batch]):
@@ -173,8 +183,9 @@ class Batches(Dataset[Batch]):
         batch_size: int,
         seed: int,
         flip: bool = True,
+        context: int = 1,
     ):
-        self.cases, self.modalities = tuple(cases), tuple(modalities)
+        self.cases, self.modalities, self.context = tuple(cases), tuple(modalities), context
         self.size, self.batch_size, self.seed, self.flip = tuple(size), batch_size, seed, flip
         if len(self.size) == 2:
             self.items = [(i, z) for i, case in enumerate(self.cases) for z in useful_slices(case.head_voxels)]
@@ -207,19 +218,25 @@ class Batches(Dataset[Batch]):
         return self._batch(samples, chosen)
 
     def _batch(self, samples: Sequence[Tensor], chosen: Sequence[tuple[int, int]]) -> Batch:
-        images = torch.stack(list(samples))
+        whole = torch.stack(list(samples))  # (B, M[, C], *S)
+        images = whole if self.context == 1 else whole[:, :, self.context // 2]
         present = (images.flatten(2).amax(-1) > 0).float()
-        return Batch(images, present, torch.tensor([i for i, _ in chosen]))
+        surrounding = whole if self.context == 1 else whole.flatten(1, 2)
+        return Batch(images, present, torch.tensor([i for i, _ in chosen]), surrounding)
 
     def read(self, index: int, z: int) -> Tensor:
-        """One slice (M, Y, X), or, z being -1, a volume (M, Z, Y, X); float32 in [0, 1], 0 where missing."""
+        """One slice (M[, context], Y, X), or, z being -1, a volume (M, Z, Y, X); float32 in [0, 1], 0 where missing."""
         case = self.cases[index]
         if index not in self._mapped:
             if len(self._mapped) >= MAPPED_AT_ONCE:
                 del self._mapped[next(iter(self._mapped))]
             self._mapped[index] = case.images()
         mapped = self._mapped[index]
-        stored = mapped[z] if z >= 0 else mapped.transpose(1, 0, 2, 3)
+        if z < 0 or self.context > 1:
+            chosen = slice(None) if z < 0 else around(z, self.context, len(mapped))
+            stored = mapped[chosen].transpose(1, 0, 2, 3)
+        else:
+            stored = mapped[z]
         image = torch.zeros(len(self.modalities), *stored.shape[1:])
         for channel, modality in enumerate(self.modalities):
             if modality in case.modalities:

@@ -102,6 +102,11 @@ class StudyFiles:
         return self.labels[0] if self.labels else None
 
 
+def in_usual_order(modalities: Iterable[str]) -> list[str]:
+    """Modalities as they are usually listed, unknown ones last."""
+    return sorted(modalities, key=lambda m: (MODALITIES.index(m) if m in MODALITIES else len(MODALITIES), m))
+
+
 def modality_name(text: str, extra: Collection[str] = ()) -> str:
     """The canonical name of a modality: 'T1CE' and 't1 gd' are t1c, 'FLAIR' is t2f; names in `extra` stay.
 

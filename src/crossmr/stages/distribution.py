@@ -105,14 +105,19 @@ class DistributionNetwork(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     @torch.no_grad()
-    def standardise(self, y_0: Tensor) -> None:
+    def standardise(self, y_0: Tensor, wanted: Tensor | None = None) -> None:
         """Take each feature's mean and deviation over training vectors (N, D[, *G]), so that unit variance diffuses.
 
         Z-scored vectors share most of their direction and would be told from their mean at the very last steps only.
+        `wanted` (N, D) of zeros and ones: where 0, the feature does not count.
         """
-        flat = y_0.movedim(1, -1).flatten(0, -2)
-        self.centre.copy_(flat.mean(0))  # type: ignore[operator]
-        self.scale.copy_(flat.std(0, unbiased=False).clamp(min=1e-4))  # type: ignore[operator]
+        weight = torch.ones(y_0.shape[:2]) if wanted is None else wanted
+        share = weight / weight.sum(0).clamp(min=1)  # (N, D)
+        centre = (share * y_0.flatten(2).mean(-1) if self.grid_dims else share * y_0).sum(0)
+        squared = (y_0 - centre[(...,) + (None,) * self.grid_dims]) ** 2
+        variance = (share * (squared.flatten(2).mean(-1) if self.grid_dims else squared)).sum(0)
+        self.centre.copy_(centre)  # type: ignore[operator]
+        self.scale.copy_(variance.sqrt().clamp(min=1e-4))  # type: ignore[operator]
 
     def forward(self, y_t: Tensor, t: Tensor, condition: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Predict y_0 (B, D[, *G]) from y_t of the same shape at steps t (B,).
@@ -132,17 +137,24 @@ class DistributionNetwork(nn.Module):
             x = block(x, embedding)
         return cast(Tensor, self.outwards(F.silu(self.norm(x))))  # (B, D)
 
-    def loss(self, y_0: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
-        """‖y_0 − ŷ_0(y_t, t)‖², averaged over a batch (B, D[, *G]); steps and noise are drawn from `generator`."""
+    def loss(
+        self, y_0: Tensor, condition: Tensor | None, generator: torch.Generator, wanted: Tensor | None = None
+    ) -> Tensor:
+        """‖y_0 − ŷ_0(y_t, t)‖², averaged over a batch (B, D[, *G]); steps and noise are drawn from `generator`.
+
+        `wanted` (B, D) of zeros and ones: the other features are noise about nothing, and bring no loss.
+        """
         cells = (...,) + (None,) * self.grid_dims
-        y_0 = (y_0 - self.centre[cells]) / self.scale[cells]  # type: ignore[index]
+        weight = torch.ones_like(y_0) if wanted is None else wanted[cells].expand_as(y_0)
+        y_0 = weight * (y_0 - self.centre[cells]) / self.scale[cells]  # type: ignore[index]
         batch = y_0.shape[0]
         t = torch.randint(self.config.schedule.steps, (batch,), generator=generator)
         noise = torch.randn(y_0.shape, generator=generator)
         keep = (torch.rand(batch, 1, generator=generator) >= self.config.condition_dropout).float()
         t, noise, keep = t.to(y_0.device), noise.to(y_0.device), keep.to(y_0.device)
         y_t = q_sample(y_0, noise, self.alpha_bar[t])  # type: ignore[index]
-        return F.mse_loss(cast(Tensor, self(y_t, t, condition, keep)).float(), y_0)
+        squared = (cast(Tensor, self(y_t, t, condition, keep)).float() - y_0) ** 2
+        return (weight * squared).sum() / weight.sum().clamp(min=1)
 
     @torch.no_grad()
     def sample(
@@ -151,18 +163,21 @@ class DistributionNetwork(nn.Module):
         condition: Tensor | None = None,
         *,
         grid: Sequence[int] = (),
+        wanted: Tensor | None = None,
         steps: int = 50,
         eta: float = 1.0,
     ) -> Tensor:
         """Draw one representation a generator, (B, D), by DDIM; `condition` (B, C), or None for p(y_0).
 
-        A network over grids draws (B, D, *grid) and is told (B, C, *grid).
+        A network over grids draws (B, D, *grid) and is told (B, C, *grid). `wanted` (B, D) as in `loss`: what is not
+        wanted comes out as the mean.
         """
+        cells = (...,) + (None,) * self.grid_dims
 
         def predict(y_t: Tensor, t: Tensor) -> Tensor:
-            return cast(Tensor, self(y_t, t, condition)).float()
+            predicted = cast(Tensor, self(y_t, t, condition)).float()
+            return predicted if wanted is None else predicted * wanted[cells]
 
-        cells = (...,) + (None,) * self.grid_dims
         drawn = ddim_sample(
             predict,
             (len(generators), self.dim, *grid),
