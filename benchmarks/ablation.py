@@ -142,11 +142,17 @@ class Bench:
 
 
 def representation(bench: Bench, name: str, channels: slice, cell: int) -> MaskedAutoencoder:
-    """MRM of the targets or of the sources; on whole heads from crops, twice as many for 2.5 times the steps."""
+    """MRM of the targets or of the sources.
+
+    On whole heads from crops, twice as many for 2.5 times the steps; of volumes for three times the steps, without which
+    it learns little more than the mean.
+    """
     task, crop = bench.task, bench.form["crop"]
     config = RepresentationConfig(**FORM, patch_size=bench.form["patch_size"], cell=cell)  # type: ignore[arg-type]
     if crop < min(task.train.images.shape[2:]):
         bench = replace(bench, batch=2 * bench.batch, steps=5 * bench.steps // 2)
+    if task.dims == 3:
+        bench = replace(bench, steps=3 * bench.steps)
 
     def loss(network: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
         chosen, flips = batch

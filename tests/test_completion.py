@@ -469,6 +469,7 @@ def test_manifest_tells_everything(cohort, completed, model_folder):
         "ddim_steps": 3,
         "samples": 1,
         "eta": 1.0,
+        "reference": None,
         "seed": 0,
         "device": "cpu",
         "precision": "float32",
@@ -834,7 +835,7 @@ def test_samples_are_recorded(cells, model, small, tmp_path):
     with pytest.raises(ConfigError, match="--samples is -1"):
         complete(small / "Ann", model, samples=-1, **FAST)
     for one, guidance in ((cells, None), (model, "none")):
-        with pytest.raises(ConfigError, match="guidance 'none' has none; add --guidance sample"):
+        with pytest.raises(ConfigError, match="guidance 'none' draws none; add --guidance sample"):
             complete(small / "Ann", one, samples=3, guidance=guidance, **FAST)
 
 
@@ -901,3 +902,56 @@ def test_a_slice_is_made_of_its_neighbours_and_of_what_is_shown(any_model, guida
     changes = (made(t1c=other) - first).abs().amax((0, 2, 3))
     assert changes[4:].min() > 1e-4
     assert changes[:4].max() == 0  # further slices do not see it
+
+
+@pytest.mark.parametrize("kind", ["cells", "any_model", "model"])
+def test_the_mean_of_the_samples_guides_one_synthesis(kind, request):
+    model = request.getfixturevalue(kind)
+    one, mean = (synthesised(model, guidance=g, samples=1).images for g in ("sample", "mean"))
+    assert torch.equal(one, mean)
+    several, averaged = (synthesised(model, guidance=g, samples=8).images for g in ("sample", "mean"))
+    assert torch.equal(synthesised(model, guidance="mean").images, averaged)
+    assert (several - averaged).abs().max() > 1e-5
+    assert (averaged - one).abs().max() > 1e-5
+    assert (averaged - synthesised(model, guidance="none").images).abs().max() > 1e-5
+
+
+def test_a_reference_guides_by_its_real_scans_stretched_to_the_head(cells, any_model):
+    images = volume()[0][:, 1:].transpose(0, 1)
+    real = {m: np.random.default_rng(k).random((4, 16, 24), np.float32) for k, m in enumerate(("t1c", "t2f"))}
+
+    def guided(model, reference):
+        sources, head = volume()
+        settings = Settings(guidance="reference", reference=Path("elsewhere"), precision="float32")
+        return completion.synthesise(model, by_name(sources), head, "Ann", settings, reference=reference).images
+
+    whole = torch.from_numpy(np.stack([real["t1c"], real["t2f"]]))[:, 1:].transpose(0, 1)
+    with torch.no_grad():
+        want = cells.synthesis(images, cells.representation.represent(whole)).clamp(0, 1).transpose(0, 1)
+    torch.testing.assert_close(guided(cells, real)[:, 1:], want, atol=1e-5, rtol=1e-5)
+    larger = {m: np.repeat(np.repeat(v, 2, 1), 2, 2) for m, v in real.items()}
+    assert (guided(cells, larger)[:, 1:] - want).abs().mean() < (want - synthesised(cells).images[:, 1:]).abs().mean()
+    both, one = guided(any_model, real), guided(any_model, {"t1c": real["t1c"]})
+    assert (both - one).abs().max() > 1e-4
+    with_source = guided(any_model, {**real, "t1n": real["t2f"]})  # it is there: nothing to guide
+    assert torch.equal(with_source, both)
+
+
+def test_a_reference_is_another_study(cell_folder, small, tmp_path):
+    write_study(tmp_path, "Earlier", ["t1c", "t2f"], seed=5)
+    write_study(tmp_path / "poor", "Poor", ["t1n"])
+    out, settings = tmp_path / "out", {"guidance": "reference", "precision": "float32"}
+    complete_cohort(small, out, cell_folder, settings=Settings(**settings, reference=tmp_path / "Earlier"))
+    manifest = json.loads((out / "Ann" / "manifest.json").read_text())
+    assert manifest["settings"]["guidance"] == "reference"
+    assert manifest["settings"]["samples"] == 0
+    assert set(manifest["settings"]["reference"]) == {"t1c", "t2f"}
+    for wrong, match in (
+        ({"reference": tmp_path / "poor"}, "has none of t1c, t2f"),
+        ({"reference": small, "guidance": None}, "go together"),
+        ({"reference": None}, "go together"),
+        ({"reference": tmp_path / "Earlier", "samples": 2}, "draws none"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            complete_cohort(small, tmp_path / "refused", cell_folder, settings=Settings(**{**settings, **wrong}))
+    assert not (tmp_path / "refused").exists()

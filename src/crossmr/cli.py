@@ -124,7 +124,12 @@ def complete(
     targets: Targets = None,
     guidance: Annotated[
         str | None,
-        typer.Option(help="sample, unconditional or none; by default as trained, and none with cells."),
+        typer.Option(
+            help="sample, unconditional, mean, reference or none; by default as trained, and none with cells."
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Study whose real scans guide: an earlier visit, or the site's protocol.")
     ] = None,
     steps: Annotated[int, typer.Option(help="DDIM steps of the sampled representation.")] = 50,
     samples: Samples = None,
@@ -143,7 +148,7 @@ def complete(
         study_or_cohort,
         out,
         model,
-        settings=_settings(targets, guidance, steps, samples, seed, precision),
+        settings=_settings(targets, guidance, steps, samples, seed, precision, reference),
         device=device,
         mapping=_mapping(mapping),
         overwrite=overwrite,
@@ -264,7 +269,13 @@ def _modalities(text: str | None) -> tuple[str, ...] | None:
 
 
 def _settings(
-    targets: str | None, guidance: str | None, steps: int, samples: int | None, seed: int, precision: str
+    targets: str | None,
+    guidance: str | None,
+    steps: int,
+    samples: int | None,
+    seed: int,
+    precision: str,
+    reference: Path | None = None,
 ) -> Any:
     from crossmr.completion import Settings
 
@@ -273,6 +284,7 @@ def _settings(
         guidance=guidance,  # type: ignore[arg-type]
         steps=steps,
         samples=samples,
+        reference=reference,
         seed=seed,
         precision=precision,
     )

@@ -24,10 +24,13 @@ from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import read_json, write_json
 from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
+from crossmr.trivial import resize
 
 EXPECTED = ("t1n", "t1c", "t2w", "t2f")
 """A whole study; what of it a model cannot fill is said."""
 FORMAT = "crossmr-completion"
+MEAN_OF = 8
+"""Samples whose mean guides, unless --samples says otherwise."""
 BATCH = 16
 """Slices synthesised at once."""
 INTENSITY = {
@@ -49,11 +52,15 @@ class Settings:
     targets: tuple[str, ...] | None = None
     """Modalities wanted; None for all that are missing and the model knows."""
     guidance: Guidance | None = None
-    """'sample' (MDN told the sources), 'unconditional' (as published), 'none'; None for `default_guidance`."""
+    """'sample' (MDN told the sources), 'unconditional' (as published), 'mean' (one synthesis, guided by the mean of the
+    samples), 'reference' (the representation of another study's real scans), 'none'; None for `default_guidance`."""
     steps: int = 50
     """DDIM steps of the MDN."""
     samples: int | None = None
-    """Guided syntheses whose mean the image is, where it is guided; None for one."""
+    """Guided syntheses whose mean the image is, where it is guided; None for one. With guidance 'mean' the samples
+    whose mean guides it; None for eight."""
+    reference: Path | None = None
+    """Folder of the study that guidance 'reference' looks at: an earlier visit, or one of the site's protocol."""
     eta: float = 1.0
     """0 makes DDIM deterministic, 1 as random as DDPM."""
     seed: int = 0
@@ -66,6 +73,8 @@ class Settings:
             raise ConfigError(f"--guidance is '{self.guidance}'; wanted one of {', '.join(GUIDANCES)}.")
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"--samples is {self.samples}; wanted at least 1.")
+        if (self.guidance == "reference") != (self.reference is not None):
+            raise ConfigError("--guidance reference and --reference STUDY go together; give both, or neither.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +98,7 @@ def complete(
     guidance: Guidance | None = None,
     steps: int = 50,
     samples: int | None = None,
+    reference: Path | str | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -103,6 +113,7 @@ def complete(
         guidance: see `Settings`.
         steps: DDIM steps.
         samples: see `Settings`.
+        reference: see `Settings`.
         seed: of the sampled representation.
         device: 'auto', 'cpu', 'cuda', 'mps'; a model that was already loaded stays where it is.
         precision: see `Settings`.
@@ -118,22 +129,28 @@ def complete(
         guidance,
         steps=steps,
         samples=samples,
+        reference=None if reference is None else Path(reference),
         seed=seed,
         precision=precision,
     )
+    known = read_reference(settings.reference, model)
     if isinstance(study, Mapping):
         given = _by_modality(study, model.config.modalities)
-        return complete_study(load_study(given, case), model, settings, _hashes(given))
+        return complete_study(load_study(given, case), model, settings, _hashes(given), known)
     found = find_studies(Path(study))
     if len(found) != 1:
         raise NamingError(f"{study} holds {len(found)} studies; name one of them, or use complete_cohort.")
-    return complete_study(load_study(found[0]), model, settings, _hashes(found[0].images()))
+    return complete_study(load_study(found[0]), model, settings, _hashes(found[0].images()), known)
 
 
 def complete_study(
-    study: Study, model: CrossConditionedModel, settings: Settings, inputs: Mapping[str, Any] | None = None
+    study: Study,
+    model: CrossConditionedModel,
+    settings: Settings,
+    inputs: Mapping[str, Any] | None = None,
+    reference: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> Completed:
-    """Complete a loaded study; `inputs` is what the manifest says of its files."""
+    """Complete a loaded study; `inputs` is what the manifest says of its files, `reference` see `read_reference`."""
     start = time.perf_counter()
     check_settings(model, settings)
     config = model.config
@@ -144,7 +161,8 @@ def complete_study(
     if wanted:
         box = study.box()
         sources = {m: study.normalised(m)[box] for m in used}
-        synthesis = synthesise(model, sources, study.mask[box].sum((1, 2)).tolist(), study.case, settings)
+        head = study.mask[box].sum((1, 2)).tolist()
+        synthesis = synthesise(model, sources, head, study.case, settings, reference=reference)
         for modality in wanted:
             index = config.targets.index(modality)
             images[modality] = _on_grid(study, synthesis.images[index], _description(modality, used), 1.0)
@@ -201,6 +219,25 @@ def _deviation_record(model: CrossConditionedModel) -> dict[str, Any]:
     }
 
 
+def read_reference(folder: Path | None, model: CrossConditionedModel) -> dict[str, npt.NDArray[np.float32]] | None:
+    """The model's targets in a study, modality → volume (Z, Y, X) in [0, 1], head-cropped; None of no folder.
+
+    Raises:
+        ConfigError: the folder holds more than one study, or none of the targets.
+    """
+    if folder is None:
+        return None
+    found = find_studies(folder)
+    if len(found) != 1:
+        raise ConfigError(f"--reference {folder} holds {len(found)} studies; name one of them.")
+    study = load_study(found[0])
+    known = [target for target in model.config.targets if target in study.volumes]
+    if not known or (len(known) < len(model.config.targets) and not model.config.representation.cell):
+        wanted = ", ".join(model.config.targets)
+        raise ConfigError(f"--reference {folder} has {', '.join(known) or 'none'} of {wanted}, which guide this model.")
+    return {target: study.normalised(target)[study.box()] for target in known}
+
+
 def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
     """Refuse, before anything runs, what this model cannot do.
 
@@ -211,10 +248,10 @@ def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
         if target not in model.config.targets:
             known = ", ".join(model.config.targets)
             raise ConfigError(f"This model cannot synthesise {target}; it was trained for {known}.")
-    if settings.guidance == "sample" and not model.config.distribution.conditional:
+    if settings.guidance in ("sample", "mean") and not model.config.distribution.conditional:
         raise ConfigError("This model's MDN knows no condition; use guidance 'unconditional' or 'none'.")
-    if settings.samples and chosen_guidance(model, settings) == "none":
-        raise ConfigError("--samples are guided syntheses, and guidance 'none' has none; add --guidance sample.")
+    if settings.samples and (guidance := chosen_guidance(model, settings)) in ("none", "reference"):
+        raise ConfigError(f"--samples are drawn, and guidance '{guidance}' draws none; add --guidance sample.")
     ddim_timesteps(model.config.distribution.schedule.steps, settings.steps)
 
 
@@ -259,6 +296,7 @@ def synthesise(
     settings: Settings,
     *,
     network: str = "synthesis",
+    reference: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> Synthesis:
     """Synthesise all targets on the CPU from sources, modality → volume (Z, Y, X) in [0, 1], head-cropped.
 
@@ -267,6 +305,7 @@ def synthesise(
     Representations are drawn from seeds derived from settings.seed and the case's name: one pooled vector for the
     volume, or a grid for each slice from noise that all slices share. The image is the mean of the guided syntheses,
     or the unguided one. Axial slices without any head stay zero. `network` may be 'twin', which nothing guides.
+    `reference` are real scans of targets, head-cropped and in [0, 1]; guidance 'reference' stretches them to this head.
     """
     config, device = model.config, model.device
     dims, cells = config.spatial_dims, bool(config.representation.cell)
@@ -275,47 +314,63 @@ def synthesise(
     if network == "twin":
         guidance, count = "none", 0
     stacked, shown = _stacked(sources, config.sources)
+    shape, context, inwards = stacked.shape[1:], config.context_slices, config.context_slices * len(config.sources)
     keys = [("case", settings.seed, case, *([k] if k else ())) for k in range(count)]
     chosen = {"steps": settings.steps, "eta": settings.eta}
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
         vectors: list[Tensor] = []
         if count and not cells:
             pooled = None
-            if guidance == "sample":
+            if guidance in ("sample", "mean"):
                 inputs = as_inputs(stacked, useful_slices(head_voxels), dims, config.divisor)
                 pooled = torch.cat([model.pool_sources(chunk.to(device)) for chunk in torch.split(inputs, BATCH)])
             vectors = list(model.guide(pooled, [seeded(*key) for key in keys], **chosen))  # type: ignore[arg-type]
+            vectors = [torch.stack(vectors).mean(0)] if guidance == "mean" else vectors
 
         def run(images: Tensor, y_0: Tensor | None) -> Tensor:
             return cast(Tensor, getattr(model, network)(images, y_0)).float().clamp(0, 1)
 
-        def predict(around: Tensor) -> Tensor:
-            """Images and, where there are any, their deviations as further channels."""
-            images = model.inputs(around, shown.to(around).expand(len(around), -1))
-            unguided = run(images, None) if cells or not count else None
-            if count and cells:
-                generators, told = [seeded(*key) for key in keys], guidance == "sample"
-                grids = model.guide_cells(images, cast(Tensor, unguided), generators, told=told, **chosen)  # type: ignore[arg-type]
-                guided = torch.stack([run(images, y_0) for y_0 in grids])
-            elif count:
-                guided = torch.stack([run(images, y_0.expand(len(images), -1)) for y_0 in vectors])
-            image = guided.mean(0) if count else cast(Tensor, unguided)
-            if cells:
-                return torch.cat([image, model.deviation(images, cast(Tensor, unguided))], 1)
-            return image if count < 2 else torch.cat([image, guided.std(0)], 1)
+        def drawn_cells(images: Tensor, unguided: Tensor) -> Tensor:
+            generators = [seeded(*key) for key in keys]
+            told = guidance in ("sample", "mean")
+            grids = model.guide_cells(images, unguided, generators, told=told, **chosen)  # type: ignore[arg-type]
+            return grids.mean(0, keepdim=True) if guidance == "mean" else grids
 
-        shape = stacked.shape[1:]
+        def predict(channels: Tensor) -> Tensor:
+            """Images and, where there are any, their deviations as further channels."""
+            around, real = channels[:, :inwards], channels[:, inwards:]
+            images = model.inputs(around, shown.to(around).expand(len(around), -1))
+            unguided = run(images, None) if cells or guidance == "none" else None
+            if guidance == "none":
+                guided = []
+            elif guidance == "reference":
+                guided = [model.guidance_of(real, _wanted(model, images, real))]
+            elif cells:
+                guided = list(drawn_cells(images, cast(Tensor, unguided)))
+            else:
+                guided = [y_0.expand(len(images), -1) for y_0 in vectors]
+            made = torch.stack([run(images, y_0) for y_0 in guided]) if guided else cast(Tensor, unguided)[None]
+            if cells:
+                return torch.cat([made.mean(0), model.deviation(images, cast(Tensor, unguided))], 1)
+            return made.mean(0) if len(made) < 2 else torch.cat([made.mean(0), made.std(0)], 1)
+
+        slices = [z for z, voxels in enumerate(head_voxels) if voxels]
+        given = as_inputs(stacked, slices, dims, config.divisor, context)
+        if guidance == "reference":
+            stretched = {m: np.clip(resize(volume, shape), 0, 1) for m, volume in (reference or {}).items()}
+            given = torch.cat(
+                [given, as_inputs(_stacked(stretched, config.targets)[0], slices, dims, config.divisor)], 1
+            )
         if dims == 3:
             from monai.inferers import sliding_window_inference
 
-            padded = as_inputs(stacked, (), dims, config.divisor).to(device)
-            window = sliding_window_inference(padded, config.window, 1, predict, overlap=0.25, mode="gaussian")
+            window = sliding_window_inference(
+                given.to(device), config.window, 1, predict, overlap=0.25, mode="gaussian"
+            )
             result = fit_size(cast(Tensor, window)[0].cpu(), shape, [0.5] * 3)
         else:
-            slices = [z for z, voxels in enumerate(head_voxels) if voxels]
-            inputs = as_inputs(stacked, slices, dims, config.divisor, config.context_slices)
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-            predicted = torch.cat([predict(chunk.to(device)).cpu() for chunk in torch.split(inputs, BATCH)])
+            given = given.contiguous(memory_format=torch.channels_last)
+            predicted = torch.cat([predict(chunk.to(device)).cpu() for chunk in torch.split(given, BATCH)])
             result = torch.zeros(predicted.shape[1], *shape)
             result[:, slices] = fit_size(predicted, shape[1:], [0.5] * 2).transpose(0, 1)
         targets = len(config.targets)
@@ -324,6 +379,12 @@ def synthesise(
         deviations = result[targets:]
         deviations[:, [z for z, voxels in enumerate(head_voxels) if not voxels]] = 0
         return Synthesis(result[:targets].clamp(0, 1), deviations)
+
+
+def _wanted(model: CrossConditionedModel, inputs: Tensor, real: Tensor) -> Tensor:
+    """Which targets (N, T) real scans (N, T, *S) guide: not what is black, nor, for any subset, what is shown."""
+    there = (real.flatten(2).amax(-1) > 0).float()
+    return there * (1 - model.shown(inputs)) if model.config.any_subset else there
 
 
 def _stacked(given: Mapping[str, npt.NDArray[np.float32]], sources: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -339,8 +400,9 @@ def chosen_guidance(model: CrossConditionedModel, settings: Settings) -> Guidanc
 
 
 def samples_drawn(model: CrossConditionedModel, settings: Settings) -> int:
-    """How many guided syntheses are averaged."""
-    return 0 if chosen_guidance(model, settings) == "none" else settings.samples or 1
+    """How many representations are drawn."""
+    guidance = chosen_guidance(model, settings)
+    return 0 if guidance in ("none", "reference") else settings.samples or (MEAN_OF if guidance == "mean" else 1)
 
 
 def default_guidance(model: CrossConditionedModel) -> Guidance:
@@ -379,6 +441,7 @@ def complete_cohort(
     if not isinstance(model, CrossConditionedModel):
         model = load_model(model, choose_device(device))
     check_settings(model, settings)
+    reference = read_reference(settings.reference, model)
     found = find_studies(Path(cohort), mapping)
     summary: dict[str, Any] = {"completed": {}, "whole": [], "skipped": [], "failed": {}, "not_filled": {}}
     if (out / "manifest.json").exists() and read_json(out / "manifest.json", OutputError).get("format") != FORMAT:
@@ -387,7 +450,9 @@ def complete_cohort(
     with display.task("complete", len(found)) as task:
         for files in found:
             try:
-                manifest, skipped = _complete_case(files, out / files.case, model, settings, overwrite, display)
+                manifest, skipped = _complete_case(
+                    files, out / files.case, model, settings, reference, overwrite, display
+                )
                 if skipped:
                     summary["skipped"].append(files.case)
                 elif manifest["synthetic"]:
@@ -411,6 +476,7 @@ def _complete_case(
     folder: Path,
     model: CrossConditionedModel,
     settings: Settings,
+    reference: Mapping[str, npt.NDArray[np.float32]] | None,
     overwrite: bool,
     display: Display,
 ) -> tuple[Mapping[str, Any], bool]:
@@ -430,7 +496,7 @@ def _complete_case(
             display.say(f"{files.case}: finished before with {what}, and kept; --overwrite does it again")
         return manifest, True
     start, given = time.perf_counter(), _hashes(files.images())
-    result = complete_study(load_study(files), model, settings, given)
+    result = complete_study(load_study(files), model, settings, given, reference)
     earlier = _earlier(folder, files.case, model, result)
     written: list[Path] = []
     try:
@@ -502,6 +568,7 @@ def _recorded(model: CrossConditionedModel, settings: Settings) -> dict[str, Any
         "ddim_steps": settings.steps,
         "samples": samples_drawn(model, settings),
         "eta": settings.eta,
+        "reference": None if settings.reference is None else _hashes(find_studies(settings.reference)[0].images()),
         "seed": settings.seed,
         "device": model.device.type,
         "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),

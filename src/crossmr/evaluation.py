@@ -44,7 +44,7 @@ from crossmr.data.naming import StudyFiles, find_studies, in_usual_order
 from crossmr.data.study import load_study
 from crossmr.device import choose_device, choose_precision
 from crossmr.display import SILENT, Display
-from crossmr.errors import CrossmrError, StudyError
+from crossmr.errors import ConfigError, CrossmrError, StudyError
 from crossmr.files import write_atomically, write_json
 from crossmr.model import CrossConditionedModel, Guidance, ModelConfig, load_model, pseudonym
 from crossmr.picture import save_picture
@@ -116,6 +116,8 @@ def evaluate(
         CrossmrError: nothing could be measured. A study that fails is listed under 'failed'.
     """
     out, settings = Path(out), settings or Settings()
+    if "reference" in guidances:
+        raise ConfigError("An evaluation knows no reference; measure sample, mean, unconditional or none.")
     if not isinstance(model, CrossConditionedModel):
         model = load_model(model, choose_device(device))
     own = chosen_guidance(model, settings)

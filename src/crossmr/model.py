@@ -34,8 +34,8 @@ FORMAT = "crossmr-model"
 FORMAT_VERSION = 4
 EXTRAS = ("trivial", "calibration")
 """Files beside the networks'."""
-Guidance = Literal["sample", "unconditional", "none"]
-GUIDANCES: tuple[Guidance, ...] = ("sample", "unconditional", "none")
+Guidance = Literal["sample", "unconditional", "mean", "reference", "none"]
+GUIDANCES: tuple[Guidance, ...] = ("sample", "unconditional", "mean", "reference", "none")
 
 
 @dataclass(frozen=True)

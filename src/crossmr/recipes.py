@@ -7,6 +7,7 @@ TINY a small STANDARD for a demo.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from crossmr.data.augmentation import AugmentationConfig
 from crossmr.errors import ConfigError
 from crossmr.model import ModelConfig
 from crossmr.stages.distribution import DistributionConfig
@@ -54,6 +55,8 @@ class Recipe:
     """Size of the training crops, in voxels."""
     flip: bool = True
     """Mirror samples left to right at random."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """What other scanners might do to the sources."""
     guidance: Literal["sample", "unconditional", "truth", "none"] = "unconditional"
     """What the C-UNet is shown in training; see ModelConfig."""
     guidance_dropout: float = 0.1

@@ -65,6 +65,7 @@ class Run:
 
     def batches(self, stage: str, cases: Sequence[Case], modalities: Sequence[str]) -> Batches:
         """The batches of a stage; the twin's are the C-UNet's."""
+        masked = stage.endswith("representation")
         return Batches(
             cases,
             modalities,
@@ -72,7 +73,8 @@ class Run:
             batch_size=self.recipe.fit_config(stage).batch_size,
             seed=self.loop.seed,
             flip=self.recipe.flip,
-            context=1 if stage.endswith("representation") else self.recipe.context_slices,
+            context=1 if masked else self.recipe.context_slices,
+            augmentation=None if masked else self.recipe.augmentation,
         )
 
     @property

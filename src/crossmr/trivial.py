@@ -30,7 +30,7 @@ def fit_trivial(cases: Sequence[Callable[[], Mapping[str, Array]]], modalities: 
         volumes = {m: volume for m, volume in read().items() if m in modalities}
         for index, modality in enumerate(modalities):
             if modality in volumes:
-                mean[index] += _resize(volumes[modality], GRID)
+                mean[index] += resize(volumes[modality], GRID)
                 counts[index] += 1
         if volumes:
             shape = next(iter(volumes.values())).shape
@@ -63,7 +63,7 @@ def predict_trivial(
     columns, chosen = _columns(list(sources.values())), [modalities.index(m) for m in sources]
     wanted = [modalities.index(target) for target in targets]
     linear = [np.clip(linear_weights(fitted, chosen, t) @ columns, 0, 1).reshape(shape) for t in wanted]
-    images = [np.clip(_resize(fitted["mean_image"][t].float().numpy(), shape), 0, 1) for t in wanted]
+    images = [np.clip(resize(fitted["mean_image"][t].float().numpy(), shape), 0, 1) for t in wanted]
     return {
         "zeros": [np.zeros(shape, np.float32) for _ in wanted],
         "mean image": [image.astype(np.float32) for image in images],
@@ -77,7 +77,8 @@ def _columns(volumes: Sequence[Array]) -> npt.NDArray[np.float64]:
     return np.stack([*flat, np.ones_like(flat[0])])
 
 
-def _resize(image: Array, shape: Sequence[int]) -> Array:
+def resize(image: Array, shape: Sequence[int]) -> Array:
+    """Stretch a volume (Z, Y, X) to fill another shape, linearly."""
     factors = [want / have for want, have in zip(shape, image.shape, strict=True)]
     resized: Array = ndimage.zoom(image, factors, order=1, mode="nearest", grid_mode=True)
     return resized

@@ -5,9 +5,9 @@ restore, and worker processes cannot change the result.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from crossmr.data.augmentation import Augmentation, AugmentationConfig
 from crossmr.data.prepare import FORMAT, FORMAT_VERSION, PARTS
 from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest, read_json
@@ -160,7 +161,7 @@ class Batch:
     case: Tensor
     """int64 (B,), the index of each sample's case in the batch source."""
     around: Tensor
-    """(B, M·C, *S), of each modality the C slices whose middle one `images` holds."""
+    """(B, M·C, *S), of each modality the C slices whose middle one `images` holds, as a source: augmented, if asked."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -171,7 +172,8 @@ class Batch:
 class Batches(Dataset[Batch]):
     """The batches of a training: `batches[step]` is drawn from the seed and the step alone.
 
-    Each epoch is a fresh permutation of all slices (2D) or cases (3D); crops and left–right flips are random.
+    Each epoch is a fresh permutation of all slices (2D) or cases (3D); crops, left–right flips and augmentation are
+    random.
     """
 
     def __init__(
@@ -184,9 +186,12 @@ class Batches(Dataset[Batch]):
         seed: int,
         flip: bool = True,
         context: int = 1,
+        augmentation: AugmentationConfig | None = None,
     ):
         self.cases, self.modalities, self.context = tuple(cases), tuple(modalities), context
         self.size, self.batch_size, self.seed, self.flip = tuple(size), batch_size, seed, flip
+        changes = augmentation is not None and augmentation.probability > 0
+        self.augment = Augmentation(cast(AugmentationConfig, augmentation), len(self.size)) if changes else None
         if len(self.size) == 2:
             self.items = [(i, z) for i, case in enumerate(self.cases) for z in useful_slices(case.head_voxels)]
         else:
@@ -207,7 +212,12 @@ class Batches(Dataset[Batch]):
         chosen = [self.items[int(orders[p // len(self.items)][p % len(self.items)])] for p in positions]
         generator = seeded("batch", self.seed, step)
         samples = [self._sample(item, generator) for item in chosen]
-        return self._batch(samples, chosen)
+        batch = self._batch(samples, chosen)
+        if self.augment is None:
+            return batch
+        sources = batch.around.unflatten(1, (len(self.modalities), -1))  # type: ignore[no-untyped-call]
+        changed = [torch.cat([self.augment(image, generator) for image in sample]) for sample in sources]
+        return replace(batch, around=torch.stack(changed))
 
     def fixed(self, count: int) -> Batch:
         """Up to `count` items spread evenly, cropped in the middle, never flipped: for validation."""

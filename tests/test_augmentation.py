@@ -1,0 +1,89 @@
+"""Augmentation: drawn from a generator alone, alike in all channels, within [0, 1]."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_study
+
+from crossmr.data.augmentation import Augmentation, AugmentationConfig
+from crossmr.data.dataset import Batches, PreparedSet
+from crossmr.data.prepare import Split, prepare
+from crossmr.errors import ConfigError
+
+ALWAYS = AugmentationConfig(probability=1)
+NOTHING = AugmentationConfig(probability=1, gamma=1, scale=0, bias_field=0, noise=0, zoom=1, shift=0, angle=0)
+CHANGES = {"gamma": 2.0, "scale": 0.3, "bias_field": 0.5, "noise": 0.1, "zoom": 0.3, "shift": 2.0, "angle": 0.1}
+
+
+def head(dims, channels=3):
+    """A ball with a smooth inside, 0 outside."""
+    axes = torch.meshgrid(*[torch.linspace(-1, 1, 24)] * dims, indexing="ij")
+    inside = sum(axis**2 for axis in axes) < 0.6
+    image = (0.5 + 0.3 * torch.sin(5 * axes[0]) * torch.cos(4 * axes[-1])) * inside
+    return torch.stack([image] * channels)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_same_generator_gives_the_same_image_another_another(dims):
+    augment, image = Augmentation(ALWAYS, dims), head(dims)
+    first = augment(image, generator())
+    assert torch.equal(augment(image, generator()), first)
+    assert (augment(image, generator(1)) - first).abs().max() > 1e-2
+    assert (first - image).abs().max() > 1e-2
+    assert (first.shape, first.dtype, type(first)) == (image.shape, torch.float32, torch.Tensor)
+    assert 0 <= first.min() <= first.max() <= 1
+    assert not first[:, 0].any()  # far from the head
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_nothing_changes_nothing(dims):
+    image = head(dims)
+    torch.testing.assert_close(Augmentation(NOTHING, dims)(image, generator()), image, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_each_change_does_something_to_all_channels_alike(name, dims):
+    augment, image = Augmentation(replace(NOTHING, **{name: CHANGES[name]}), dims), head(dims)
+    changes = [(augment(image, generator(seed)) - image).abs().max() for seed in range(4)]
+    assert max(changes) > 0.02
+    made = augment(image, generator())
+    if name != "noise":
+        torch.testing.assert_close(made[0], made[2], atol=1e-5, rtol=0)
+
+
+def test_nobody_else_s_random_numbers_are_touched():
+    state, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    Augmentation(ALWAYS, 2)(head(2), generator())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], legacy)  # noqa: NPY002
+
+
+def test_the_sources_of_a_batch_are_augmented_its_images_never(tmp_path):
+    for number in range(3):
+        write_study(tmp_path / "cohort", f"P-0000{number}-000", seed=number)
+    prepare(tmp_path / "cohort", tmp_path / "set", split=Split(0.8, 0.1, 0.1))
+    cases = PreparedSet(tmp_path / "set").cases
+    form = {"size": (16, 16), "batch_size": 4, "seed": 0, "context": 3}
+    plain = Batches(cases, ("t1n", "t2f"), **form)
+    changed = Batches(cases, ("t1n", "t2f"), **form, augmentation=ALWAYS)
+    for step in (0, 2):
+        one, other, again = plain[step], changed[step], changed[step]
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.present, other.present)
+        assert torch.equal(other.around, again.around)
+        assert one.around.shape == other.around.shape
+        assert (one.around - other.around).abs().amax((1, 2, 3)).min() > 1e-2
+    assert torch.equal(plain.fixed(5).around, changed.fixed(5).around)
+
+
+@pytest.mark.parametrize("wrong", [{"probability": 1.5}, {"zoom": 0}, {"gamma": 0.5}, {"scale": 1}, {"noise": -1}])
+def test_senseless_settings_are_refused(wrong):
+    with pytest.raises(ConfigError, match="augmentation"):
+        AugmentationConfig(**wrong)
