@@ -144,8 +144,8 @@ class Bench:
 def representation(bench: Bench, name: str, channels: slice, cell: int) -> MaskedAutoencoder:
     """MRM of the targets or of the sources.
 
-    On whole heads from crops, twice as many for 2.5 times the steps; of volumes for three times the steps, without which
-    it learns little more than the mean.
+    On whole heads from crops, twice as many for 2.5 times the steps; of volumes for three times the steps, without
+    which it learns little more than the mean.
     """
     task, crop = bench.task, bench.form["crop"]
     config = RepresentationConfig(**FORM, patch_size=bench.form["patch_size"], cell=cell)  # type: ignore[arg-type]

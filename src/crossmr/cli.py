@@ -120,7 +120,9 @@ def train(
 def complete(
     study_or_cohort: Annotated[Path, typer.Argument(help="Folder of one study or of many.")],
     out: Out,
-    model: Annotated[Path, typer.Option(help="Folder of a trained model.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a trained model, or the name of one at hand; else the default.")
+    ] = None,
     targets: Targets = None,
     guidance: Annotated[
         str | None,
@@ -172,7 +174,7 @@ def complete(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Folder of a trained model.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a trained model, or the name of one at hand.")],
     data: Annotated[Path, typer.Argument(metavar="SET_OR_COHORT", help="A prepared set, or a folder of studies.")],
     out: Out,
     part: Annotated[str, typer.Option(help="Part of a prepared set: train, val or test.")] = "test",
@@ -213,6 +215,82 @@ def evaluate(
         display.say(f"Warning: the model was trained on {len(result['trained_on'])} of these patients.")
     display.say(f"{len(result['cases'])} cases measured; every number is in {out}")
     _report_failures(result["failed"], "failed")
+
+
+models = typer.Typer(help="The models at hand: list, verify, import from a file, export to one, remove.")
+app.add_typer(models, name="models")
+
+
+@models.callback(invoke_without_command=True)
+def list_models(context: typer.Context) -> None:
+    """List the models at hand."""
+    if context.invoked_subcommand:
+        return
+    from crossmr.display import Display
+    from crossmr.files import read_json
+    from crossmr.store import home, known_models
+
+    display, known = Display(), known_models()
+    for name, entry in known.items():
+        config = read_json(entry.folder / "config.json")
+        sources, targets = (config.get("config", {}).get(key, []) for key in ("sources", "targets"))
+        what = f"any of {', '.join(targets)}" if sources == targets else f"{', '.join(sources)} → {', '.join(targets)}"
+        size = sum(path.stat().st_size for path in entry.folder.iterdir()) / 2**20
+        kind = "shipped" if entry.shipped else "imported"
+        display.say(f"{name}: {what}; {kind}, {size:.1f} MiB, {str(config.get('sha256'))[:12]}")
+    if not known:
+        display.say(f"no models at hand; imported ones live in {home()}")
+
+
+@models.command()
+def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by default all at hand.")] = None) -> None:
+    """Check every hash and every weight of a model, or of all."""
+    from crossmr.display import Display
+    from crossmr.model import load_model
+    from crossmr.store import find_model, known_models
+
+    broken = {}
+    for one in [name] if name else list(known_models()):
+        try:
+            record = load_model(find_model(one)).record
+            Display().say(f"{one}: whole, {record['sha256'][:12]}")
+        except CrossmrError as error:
+            broken[one] = str(error)
+    _report_failures(broken, "refused")
+
+
+@models.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="An exported model, or a model's folder.")],
+    name: Annotated[str | None, typer.Option(help="What to call it; by default the file's name.")] = None,
+) -> None:
+    """Check a model and keep it, to be named with --model."""
+    from crossmr.display import Display
+    from crossmr.store import import_model
+
+    known = import_model(file, name)
+    Display().say(f"{known.name}: imported to {known.folder}")
+
+
+@models.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Name or folder of a model.")],
+    file: Annotated[Path, typer.Argument(help="The zip file to write.")],
+) -> None:
+    """Check a model and write it to one file."""
+    from crossmr.display import Display
+    from crossmr.store import export_model
+
+    record = export_model(model, file).record
+    Display().say(f"{file}: {model}, {record['sha256'][:12]}")
+
+
+@models.command()
+def remove(name: Annotated[str, typer.Argument(help="An imported model.")]) -> None:
+    """Delete an imported model."""
+    from crossmr.store import remove_model
+
+    remove_model(name)
 
 
 @app.command()

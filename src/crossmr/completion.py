@@ -24,6 +24,7 @@ from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import read_json, write_json
 from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
+from crossmr.store import find_model
 from crossmr.trivial import resize
 
 EXPECTED = ("t1n", "t1c", "t2w", "t2f")
@@ -92,7 +93,7 @@ class Completed:
 
 def complete(
     study: Path | str | Mapping[str, Any],
-    model: CrossConditionedModel | Path | str,
+    model: CrossConditionedModel | Path | str | None = None,
     *,
     targets: Sequence[str] | None = None,
     guidance: Guidance | None = None,
@@ -108,7 +109,7 @@ def complete(
 
     Args:
         study: the study's folder, or modality → path or nibabel image, such as {"t1n": "t1.nii.gz"}.
-        model: a model, or the folder of one.
+        model: a model, the folder of one, or the name of one at hand; None for the default.
         targets: modalities wanted; all that are missing and the model knows by default.
         guidance: see `Settings`.
         steps: DDIM steps.
@@ -123,7 +124,7 @@ def complete(
         CrossmrError: with one line that says what is wrong with the study, the model or the wish.
     """
     if not isinstance(model, CrossConditionedModel):
-        model = load_model(model, choose_device(device))
+        model = load_model(find_model(model), choose_device(device))
     settings = Settings(
         None if targets is None else tuple(targets),
         guidance,
@@ -421,7 +422,7 @@ def default_guidance(model: CrossConditionedModel) -> Guidance:
 def complete_cohort(
     cohort: Path | str,
     out: Path | str,
-    model: CrossConditionedModel | Path | str,
+    model: CrossConditionedModel | Path | str | None = None,
     *,
     settings: Settings | None = None,
     device: str = "auto",
@@ -439,7 +440,7 @@ def complete_cohort(
     """
     out, settings = Path(out), settings or Settings()
     if not isinstance(model, CrossConditionedModel):
-        model = load_model(model, choose_device(device))
+        model = load_model(find_model(model), choose_device(device))
     check_settings(model, settings)
     reference = read_reference(settings.reference, model)
     found = find_studies(Path(cohort), mapping)

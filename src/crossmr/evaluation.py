@@ -48,6 +48,7 @@ from crossmr.errors import ConfigError, CrossmrError, StudyError
 from crossmr.files import write_atomically, write_json
 from crossmr.model import CrossConditionedModel, Guidance, ModelConfig, load_model, pseudonym
 from crossmr.picture import save_picture
+from crossmr.store import find_model
 from crossmr.trivial import predict_trivial
 
 Array = npt.NDArray[np.float32]
@@ -100,7 +101,7 @@ def evaluate(
     """Hide, synthesise and measure every target of every study, and return what OUT/metrics.json says.
 
     Args:
-        model: a model, or the folder of one.
+        model: a model, the folder of one, or the name of one at hand.
         data: a prepared set, of which `part` is measured, or a folder of studies.
         out: gets metrics.csv (a row a case, target, predictor and region), metrics.json, pictures, and with
             standard deviations uncertainty.csv.
@@ -119,7 +120,7 @@ def evaluate(
     if "reference" in guidances:
         raise ConfigError("An evaluation knows no reference; measure sample, mean, unconditional or none.")
     if not isinstance(model, CrossConditionedModel):
-        model = load_model(model, choose_device(device))
+        model = load_model(find_model(model), choose_device(device))
     own = chosen_guidance(model, settings)
     for arm in (own, *guidances):
         check_settings(model, _of_arm(settings, arm))

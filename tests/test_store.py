@@ -1,0 +1,148 @@
+"""Models at hand: listed, found by name, imported and exported whole, anything else refused."""
+
+import sys
+import zipfile
+
+import pytest
+from conftest import save_untrained, write_study
+
+from crossmr import store
+from crossmr.cli import main
+from crossmr.completion import complete
+from crossmr.errors import ModelError, OutputError
+from crossmr.model import load_model
+
+
+@pytest.fixture(autouse=True)
+def at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("CROSSMR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_untrained(tmp_path_factory.mktemp("model"), cell=8)
+
+
+def crossmr(monkeypatch, *said):
+    monkeypatch.setattr(sys, "argv", ["crossmr", *map(str, said)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code or 0
+
+
+def test_exported_and_imported_is_the_same_model(folder, tmp_path):
+    store.export_model(folder, tmp_path / "mine.zip")
+    known = store.import_model(tmp_path / "mine.zip")
+    assert (known.name, known.shipped) == ("mine", False)
+    for path in folder.iterdir():
+        assert (known.folder / path.name).read_bytes() == path.read_bytes()
+    assert store.find_model("mine") == known.folder
+    store.export_model("mine", tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "mine.zip").read_bytes()
+    assert store.import_model(folder, "other").folder.name == "other"
+    assert list(store.known_models()) == ["mine", "other"]
+    store.remove_model("mine")
+    assert list(store.known_models()) == ["other"]
+
+
+def test_a_name_that_is_taken_is_not_replaced(folder, tmp_path):
+    store.import_model(folder, "mine")
+    before = (store.home() / "mine" / "config.json").stat().st_mtime_ns
+    with pytest.raises(OutputError, match="a model 'mine' already"):
+        store.import_model(folder, "mine")
+    assert (store.home() / "mine" / "config.json").stat().st_mtime_ns == before
+    (tmp_path / "there.zip").write_bytes(b"mine")
+    with pytest.raises(OutputError, match="exists"):
+        store.export_model(folder, tmp_path / "there.zip")
+    assert (tmp_path / "there.zip").read_bytes() == b"mine"
+
+
+def packed(folder, path, changes):
+    """The model as a zip, with entries changed, added, or, None, left out."""
+    entries = {one.name: one.read_bytes() for one in folder.iterdir()} | changes
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            if content is not None:
+                archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"../evil.safetensors": b"x"}, "is no file of a model"),
+        ({"/tmp/evil.safetensors": b"x"}, "is no file of a model"),
+        ({"sub/config.json": b"{}"}, "is no file of a model"),
+        ({"run.sh": b"x"}, "is no file of a model"),
+        ({"synthesis.safetensors": b"damaged"}, "does not match its SHA-256"),
+        ({"synthesis.safetensors": None}, "cannot be read"),
+        ({"config.json": None}, "no model"),
+        ({"config.json": b"{}"}, "does not match its own SHA-256"),
+    ],
+)
+def test_what_is_no_whole_model_is_refused_and_nothing_is_left(folder, tmp_path, changes, match):
+    with pytest.raises(ModelError, match=match):
+        store.import_model(packed(folder, tmp_path / "bad.zip", changes))
+    assert store.known_models() == {}
+    assert list(store.home().iterdir()) == []
+    assert not (tmp_path / "evil.safetensors").exists()
+
+
+def test_what_unpacks_to_too_much_or_is_no_zip_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "LARGEST", 100)
+    with pytest.raises(ModelError, match="would unpack to more than"):
+        store.import_model(packed(folder, tmp_path / "large.zip", {}))
+    (tmp_path / "text.zip").write_text("no zip")
+    for wrong in ("text.zip", "missing.zip"):
+        with pytest.raises(ModelError, match="cannot be read as an exported model"):
+            store.import_model(tmp_path / wrong)
+    for name in ("../up", "", ".hidden", "a b"):
+        with pytest.raises((ModelError, OutputError)):
+            store.import_model(folder, name or "/")
+
+
+def test_the_default_is_used_where_none_is_named(folder, tmp_path):
+    write_study(tmp_path, "Ann", ["t1n", "t2w"])
+    with pytest.raises(ModelError, match="no default model"):
+        complete(tmp_path / "Ann")
+    store.import_model(folder, "default")
+    made = complete(tmp_path / "Ann", precision="float32")
+    assert list(made.images) == ["t1c", "t2f"]
+    assert made.manifest["settings"]["model_sha256"] == load_model(folder).record["sha256"]
+    with pytest.raises(ModelError, match="'defautl' is neither a folder nor a model at hand; these are: default"):
+        complete(tmp_path / "Ann", "defautl")
+
+
+def test_shipped_models_come_first_and_are_not_removed(folder, tmp_path):
+    save_untrained(tmp_path / "shipped" / "default", seed=1)
+    known = store.known_models()["default"]
+    assert known.shipped
+    assert store.find_model() == tmp_path / "shipped" / "default"
+    with pytest.raises(ModelError, match="shipped"):
+        store.remove_model("default")
+    with pytest.raises(ModelError, match="no imported model"):
+        store.remove_model("other")
+
+
+def test_the_command_line_lists_verifies_imports_exports_and_removes(folder, tmp_path, monkeypatch, capsys):
+    assert crossmr(monkeypatch, "models") == 0
+    assert "no models at hand" in capsys.readouterr().out
+    assert crossmr(monkeypatch, "models", "export", folder, tmp_path / "mine.zip") == 0
+    assert crossmr(monkeypatch, "models", "import", tmp_path / "mine.zip") == 0
+    assert crossmr(monkeypatch, "models", "import", tmp_path / "mine.zip", "--name", "second") == 0
+    capsys.readouterr()
+    assert crossmr(monkeypatch, "models") == 0
+    listed = capsys.readouterr().out
+    assert "mine: t1n, t2w → t1c, t2f; imported" in listed
+    assert load_model(folder).record["sha256"][:12] in listed
+    assert crossmr(monkeypatch, "models", "verify") == 0
+    assert capsys.readouterr().out.count("whole") == 2
+    weights = store.home() / "second" / "synthesis.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert crossmr(monkeypatch, "models", "verify") == 1
+    assert "second refused" in capsys.readouterr().err
+    assert crossmr(monkeypatch, "models", "verify", "mine") == 0
+    assert crossmr(monkeypatch, "models", "remove", "second") == 0
+    assert crossmr(monkeypatch, "models", "import", tmp_path / "mine.zip") == 1
+    assert "There is a model 'mine' already" in capsys.readouterr().err
