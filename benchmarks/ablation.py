@@ -13,6 +13,8 @@ Arms, by what the C-UNet is shown in training:
   late           as cells, but started from `longer` and trained for half the steps more; blended with `longer`
   last           the package's own design: `longer` is left as it is, and its condition layers alone learn from the
                  true grids for half the steps, so that its unguided pass stays that of `longer`
+  residual       nothing, but what the network gives is added to the least-squares mix of the sources;
+                 `residual-longer` for the steps of `longer`
   longest        nothing, for the two and a half times the steps that `late` and `last` have had: their rival
   variance       nothing, but a second head learns the error's variance: the rival for uncertainty; `variance-longest`
                  for the steps of `longest`
@@ -67,7 +69,7 @@ from crossmr.model import variance_loss, variance_of
 from crossmr.recipes import FitConfig
 from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
 from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfig, z_score
-from crossmr.stages.synthesis import CUNet, SynthesisConfig, mean_where_present
+from crossmr.stages.synthesis import CUNet, LinearMix, SynthesisConfig, mean_where_present
 
 ARMS = (
     "none",
@@ -81,6 +83,8 @@ ARMS = (
     "late",
     "last",
     "longest",
+    "residual",
+    "residual-longer",
     "variance",
     "variance-longest",
     "variance-last",
@@ -239,10 +243,11 @@ def c_unet(
     start: CUNet | None = None,
     steps: int = 0,
     last: bool = False,
+    mix: bool = False,
 ) -> CUNet:
     """The C-UNet of one arm; `shown(images, (flips, chosen), generator)` is its guidance.
 
-    It may start as a finished one; `last` trains nothing but its condition layers.
+    It may start as a finished one; `last` trains nothing but its condition layers; `mix` adds the least-squares mix.
     """
     task, first = bench.task, bench.sources
 
@@ -260,7 +265,8 @@ def c_unet(
     config = SynthesisConfig(**FORM, condition_width=CONDITION_WIDTH if last else None)  # type: ignore[arg-type]
 
     def build() -> nn.Module:
-        network = CUNet(config, first, len(task.targets), dim, task.dims, guided_last=last)
+        linear = least_squares(task) if mix else None
+        network = CUNet(config, first, len(task.targets), dim, task.dims, guided_last=last, mix=linear)
         if start is not None:
             network.load_state_dict(start.state_dict(), strict=False)
             network.zero_condition_layers()
@@ -271,6 +277,20 @@ def c_unet(
     rate = bench.form["rate"] if last else 1e-3
     network = replace(bench, seed=bench.seed + seed).fit(name, build, loss, steps, rate)
     return network  # type: ignore[return-value]
+
+
+def least_squares(task: Task) -> LinearMix:
+    """The mix of the sources and a constant that is closest to the targets of all training samples that have both."""
+    first, whole = len(task.sources), task.train.present.amin(1) > 0
+    size = first + len(task.targets) + 1
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    for chunk in torch.split(task.train.images[whole], 256):
+        columns = chunk.transpose(0, 1).flatten(1).double()
+        columns = torch.cat([columns, torch.ones_like(columns[:1])])
+        gram += columns @ columns.T
+    rows, mix = [*range(first), size - 1], LinearMix(first, len(task.targets))
+    mix.weights[0] = torch.linalg.lstsq(gram[rows][:, rows], gram[rows, first:-1]).solution.float()
+    return mix
 
 
 def diffused(y_0: Tensor, generator: torch.Generator) -> Tensor:
@@ -418,6 +438,10 @@ def run_arms(bench: Bench, arms: Sequence[str], k: int) -> tuple[list[Row], list
         elif arm in ("longer", "longest"):
             steps = 2 * bench.steps if arm == "longer" else 2 * bench.steps + bench.steps // 2
             note(arm, "none", 1, predict(unguided(arm, steps=steps), test, None))
+        elif arm in ("residual", "residual-longer"):
+            steps = 2 * bench.steps if arm == "residual-longer" else 0
+            network = c_unet(bench, arm, None, lambda *_: torch.empty(0), steps=steps, mix=True)
+            note(arm, "none", 1, predict(network, test, None))
         elif arm == "variance":
             certain += with_variance(bench, note, arm)
         elif arm == "variance-longest":

@@ -5,7 +5,7 @@ import torch
 
 from crossmr.errors import ConfigError
 from crossmr.layers import ResidualBlock
-from crossmr.stages.synthesis import ConditionEmbedding, CUNet, SynthesisConfig
+from crossmr.stages.synthesis import ConditionEmbedding, CUNet, LinearMix, SynthesisConfig
 
 SMALL = SynthesisConfig(channels=4, multipliers=(1, 2, 2))
 
@@ -237,3 +237,34 @@ def test_only_what_lets_the_guidance_in_learns_last():
     assert "condition.embed.0.weight" in learning
     assert network.condition.embed[2].weight.shape == (10, 10)
     assert not [name for name, _ in network.named_parameters() if "no_guidance" in name]
+
+
+# What it starts from
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_residual_network_starts_as_the_least_squares_mix(dims):
+    mix = LinearMix(2, 3)
+    mix.weights.copy_(torch.randn(1, 3, 3))
+    network = CUNet(SMALL, 2, 3, 6, dims, mix=mix)
+    sources = torch.rand(2, 2, *[8] * dims)
+    want = torch.einsum("bs...,st->bt...", sources, mix.weights[0, :2])
+    want = want + mix.weights[0, 2].reshape(-1, *[1] * dims)
+    torch.testing.assert_close(network(sources, torch.randn(2, 6)), want)
+    assert "mix.weights" in network.state_dict()
+    assert not any(name.startswith("mix") for name, _ in network.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16):  # half a promille of the intensity range would show
+        torch.testing.assert_close(network(sources), want, atol=1e-6, rtol=1e-6)
+
+
+def test_each_subset_of_the_sources_has_a_mix_of_its_own():
+    mix = LinearMix(3, 2, 3, any_subset=True)
+    assert mix.weights.shape == (8, 4, 2)
+    mix.weights.copy_(torch.randn(8, 4, 2))
+    around, shown = torch.rand(2, 9, 4, 4), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    maps = shown[:, :, None, None].expand(-1, -1, 4, 4)
+    inputs = torch.cat([around * maps.repeat_interleave(3, 1), maps], 1)
+    made = mix(inputs)
+    for row, (pattern, channels) in enumerate(((5, (0, 2)), (2, (1,)))):
+        want = sum(around[row, 3 * s + 1] * mix.weights[pattern, s, 0] for s in channels) + mix.weights[pattern, 3, 0]
+        torch.testing.assert_close(made[row, 0], want)

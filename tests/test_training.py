@@ -9,10 +9,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+from crossmr.completion import Settings, synthesise
 from crossmr.config import with_settings
 from crossmr.data.dataset import Batches, PreparedSet
 from crossmr.data.prepare import Split, prepare
@@ -23,6 +25,7 @@ from crossmr.phantom import write_cohort
 from crossmr.recipes import TINY, FitConfig, Recipe
 from crossmr.stages.representation import MaskedAutoencoder
 from crossmr.training import random_subsets, train
+from crossmr.trivial import predict_trivial
 
 COMMAND = "import sys; from crossmr.cli import main; main()"
 SETTINGS = {
@@ -399,3 +402,19 @@ def test_the_unguided_pass_of_any_subset_stays_what_it_was(any_run):
 def test_any_subset_of_the_modalities_named(prepared, tmp_path):
     train(prepared, tmp_path, recipe=ANY_SMALL, targets=("t2f", "t1n"), steps=1, stages=["representation"])
     assert json.loads((tmp_path / "run.json").read_text())["sources"] == ["t1n", "t2f"]
+
+
+@pytest.mark.parametrize("any_subset", [False, True])
+def test_a_c_unet_starts_from_the_linear_mix_of_what_it_is_shown(prepared, tmp_path, any_subset):
+    recipe = replace(ANY_SMALL if any_subset else SMALL, synthesis_fit=FitConfig(learning_rate=1e-12, batch_size=4))
+    chosen = {} if any_subset else {"sources": SOURCES, "targets": TARGETS}
+    train(prepared, tmp_path, recipe=recipe, steps=1, **chosen)
+    model = load_model(tmp_path / "model")
+    case = next(case for case in PreparedSet(prepared).part("train") if len(case.modalities) == 4)
+    given = {m: case.volume(m) for m in SOURCES}
+    made = synthesise(model, given, case.head_voxels, case.name, Settings(precision="float32"))
+    want = predict_trivial(model.trivial, model.config.modalities, given, TARGETS)["linear mix"]
+    for target, volume in zip(TARGETS, want, strict=True):
+        found = made.images[model.config.targets.index(target)].numpy()
+        some = np.array(case.head_voxels) > 0
+        np.testing.assert_allclose(found[some], volume[some], atol=1e-4)

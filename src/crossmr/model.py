@@ -28,7 +28,7 @@ from crossmr.errors import ConfigError, CrossmrError, ModelError
 from crossmr.files import digest
 from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
 from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfig, z_score
-from crossmr.stages.synthesis import CUNet, SynthesisConfig, mean_where_present
+from crossmr.stages.synthesis import CUNet, LinearMix, SynthesisConfig, mean_where_present
 
 FORMAT = "crossmr-model"
 FORMAT_VERSION = 4
@@ -137,8 +137,14 @@ class CrossConditionedModel(nn.Module):
         dim = self.representation.dim
         told = dim + sources * config.any_subset
         self.distribution = DistributionNetwork(config.distribution, dim, told, dims if cells else 0)
-        self.synthesis = CUNet(config.synthesis, inputs, targets, dim, dims, guided_last=cells)
-        self.twin = CUNet(config.synthesis, inputs, targets, None, dims) if twin else None
+        mixes = [
+            LinearMix(sources, targets, config.context_slices, any_subset=config.any_subset)
+            if config.synthesis.residual
+            else None
+            for _ in range(2)
+        ]
+        self.synthesis = CUNet(config.synthesis, inputs, targets, dim, dims, guided_last=cells, mix=mixes[0])
+        self.twin = CUNet(config.synthesis, inputs, targets, None, dims, mix=mixes[1]) if twin else None
         half = replace(config.synthesis, channels=max(1, config.synthesis.channels // 2))
         self.uncertainty = CUNet(half, inputs + targets, targets, None, dims) if cells else None
         self.trivial: dict[str, Tensor] = {}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from crossmr import metrics
-from crossmr.checkpoint import load_checkpoint
+from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
 from crossmr.config import to_dict
 from crossmr.data.dataset import Batch, Batches, Case, PreparedSet, as_inputs, seeded, useful_slices
 from crossmr.data.naming import in_usual_order
@@ -36,7 +36,8 @@ from crossmr.model import CrossConditionedModel, ModelConfig, pseudonym, save_mo
 from crossmr.picture import save_picture
 from crossmr.recipes import STANDARD, Recipe
 from crossmr.stages.representation import MaskedAutoencoder, z_score
-from crossmr.trivial import fit_trivial
+from crossmr.stages.synthesis import LinearMix
+from crossmr.trivial import fit_trivial, linear_weights
 
 PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 VALIDATION_SLICES = 48
@@ -170,13 +171,35 @@ def train(
         else:
             display.say(f"{stage}: not trained yet, so there is no model yet")
             return folder / "model"
-    display.say("trivial predictors")
-    model.trivial = fit_trivial([_reader(case) for case in state.train], state.modalities)
+    model.trivial = _trivial(state)
     if model.config.representation.cell:
         display.say("calibration of the deviations on validation patients")
         model.calibration = _calibration(state, model)
     save_model(folder / "model", model, {**read_json(folder / "run.json"), "plan": read_json(folder / "plan.json")})
     return folder / "model"
+
+
+def _trivial(run: Run) -> dict[str, Tensor]:
+    """The trivial predictors, fitted once a run."""
+    folder = run.loop.folder / "stages" / "trivial"
+    if not (folder / "trivial.json").exists():
+        run.loop.display.say("trivial predictors")
+        fitted = fit_trivial([_reader(case) for case in run.train], run.modalities)
+        save_bundle(folder, {"trivial": fitted}, {}, "trivial")
+    return load_bundle(folder, "trivial")[0]["trivial"]
+
+
+def _fit_mix(run: Run, mix: LinearMix) -> None:
+    """Let a C-UNet start from the least-squares mix, for each subset of sources that may be shown."""
+    fitted, count = _trivial(run), len(run.sources)
+    everything = tuple(range(count))
+    for pattern in range(len(mix.weights)):
+        shown = [s for s in everything if pattern >> s & 1] if mix.any_subset else everything
+        for index, target in enumerate(run.targets):
+            number = run.modalities.index(target)
+            if shown and number not in shown:
+                weights = torch.from_numpy(linear_weights(fitted, shown, number))
+                mix.weights[pattern, [*shown, count], index] = weights.to(mix.weights)
 
 
 @torch.no_grad()
@@ -282,6 +305,8 @@ def _train_stage(run: Run, model: CrossConditionedModel, stage: str, steps: int 
     job, network = _job(run, model, stage), model.stages()[stage].requires_grad_(True)
     if stage == "guidance":
         model.synthesis.condition_layers_only()
+    if stage in ("synthesis", "twin") and isinstance(mix := getattr(network, "mix", None), LinearMix):
+        _fit_mix(run, mix)
     config = run.recipe.fit_config(stage)
     plan_path = run.loop.folder / "plan.json"
     plan = read_json(plan_path) if plan_path.exists() else {}

@@ -28,6 +28,8 @@ class SynthesisConfig:
     """Residual blocks a level of the encoder (the decoder has one more)."""
     condition_width: int | None = None
     """Features of the condition c; None for as many as the representation has."""
+    residual: bool = False
+    """Whether the network learns what is to be added to the least-squares mix of the sources."""
 
     def __post_init__(self) -> None:
         width = 1 if self.condition_width is None else self.condition_width
@@ -63,10 +65,37 @@ class ConditionEmbedding(nn.Module):
         return torch.where(keep[cells] > 0, embedded, nothing[cells])
 
 
+class LinearMix(nn.Module):
+    """The least-squares mix of the sources and a constant; where any subset may be missing, of those that are shown.
+
+    It reads what the C-UNet reads: S·context channels, then, for any subset, S maps. Its weights are fitted, not
+    learnt: (patterns, S + 1, T), a pattern being the sum of 2^s over the sources s that are shown.
+    """
+
+    def __init__(self, sources: int, targets: int, context: int = 1, *, any_subset: bool = False):
+        super().__init__()
+        self.sources, self.context, self.any_subset = sources, context, any_subset
+        self.weights: Tensor
+        self.register_buffer("weights", torch.zeros(2**sources if any_subset else 1, sources + 1, targets))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Mix (B, inputs, *S) to (B, T, *S), float32."""
+        whole = (...,) + (None,) * (inputs.ndim - 2)
+        central = inputs[:, self.context // 2 : self.sources * self.context : self.context].float()
+        pattern = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
+        if self.any_subset:
+            shown = inputs[:, -self.sources :].flatten(2).amax(-1) > 0
+            pattern = (shown * 2 ** torch.arange(self.sources, device=inputs.device)).sum(1)
+        weights = self.weights[pattern]  # (B, S + 1, T)
+        mixed = (central[:, :, None] * weights[:, :-1][whole]).sum(1)
+        return mixed + weights[:, -1][whole]
+
+
 class CUNet(nn.Module):
     """U-Net from S source channels to T target channels; without `representation_dim`, its unguided twin.
 
     `guided_last`: its condition layers start at zero and are trained alone, after the rest; no y_0, no addition.
+    `mix`: what it starts from; its output is added to that.
     """
 
     def __init__(
@@ -78,8 +107,10 @@ class CUNet(nn.Module):
         spatial_dims: int = 2,
         *,
         guided_last: bool = False,
+        mix: LinearMix | None = None,
     ):
         super().__init__()
+        self.mix = mix
         width = None if representation_dim is None else config.condition_width or representation_dim
         self.condition = None
         if representation_dim is not None and width is not None:
@@ -89,6 +120,8 @@ class CUNet(nn.Module):
         self.decoder = Decoder(spatial_dims, targets, *form)
         if guided_last:
             self.zero_condition_layers()
+        if mix is not None:
+            zeroed(self.decoder.out)
 
     def forward(self, sources: Tensor, y_0: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Synthesise targets (B, T, *S), on the [0, 1] scale but not clipped, from sources (B, S, *S).
@@ -97,7 +130,8 @@ class CUNet(nn.Module):
         """
         c = None if self.condition is None else self.condition(y_0, sources.shape[0], keep)
         features, skips = self.encoder(sources, c)
-        return cast(Tensor, self.decoder(features, skips, c))
+        out = cast(Tensor, self.decoder(features, skips, c))
+        return out if self.mix is None else out + self.mix(sources)
 
     def zero_condition_layers(self) -> None:
         """Zero what lets the guidance into the blocks."""
