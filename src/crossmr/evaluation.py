@@ -202,13 +202,13 @@ def _subjects(data: Path, part: str, mapping: Mapping[str, str] | None) -> Itera
     """Name and reader of each study of a prepared set's part, or of a folder of studies."""
     if (data / "manifest.json").exists() and (data / "cases").exists():
         for case in PreparedSet(data).part(part):
-            yield case.name, lambda case=case: _from_set(case)  # type: ignore[misc]
+            yield case.name, lambda case=case: subject_from_set(case)  # type: ignore[misc]
         return
     for files in find_studies(data, mapping):
         yield files.case, lambda files=files: _from_files(files)  # type: ignore[misc]
 
 
-def _from_set(case: Case) -> Subject:
+def subject_from_set(case: Case) -> Subject:
     masks = np.asarray(case.masks())
     volumes = {modality: case.volume(modality) for modality in case.modalities}
     return Subject(case.name, case.patient, volumes, masks[:, 0] > 0, masks[:, 1] > 0, case.masked_background)
