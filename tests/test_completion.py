@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import image, make_head, save_untrained, write_study
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from scipy import ndimage
 from torch import nn
 
 from crossmr import completion, files
@@ -955,3 +956,21 @@ def test_a_reference_is_another_study(cell_folder, small, tmp_path):
         with pytest.raises(ConfigError, match=match):
             complete_cohort(small, tmp_path / "refused", cell_folder, settings=Settings(**{**settings, **wrong}))
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("shape", [(27, 31, 23), (40, 25, 7), (33, 26, 3)])
+@pytest.mark.parametrize("air", [True, False])
+def test_any_size_with_and_without_skull(any_model, shape, air):
+    affine = np.diag([6.0, 6.0, 9.0, 1.0])
+    given = {m: image(make_head(m, air=air, shape=shape), affine) for m in ("t1n", "t2f")}
+    result = complete(given, any_model, precision="float32")
+    assert list(result.images) == ["t1c", "t2w"]
+    for made in (*result.images.values(), *result.deviations.values()):
+        data = made.get_fdata()
+        assert data.shape == shape
+        assert np.array_equal(made.affine, affine)
+        assert 0 == data.min() < data.max()
+        if not air and shape[2] > 18:  # else the head is cut off at the volume's ends, and the rest might be air
+            head = ndimage.binary_dilation(given["t1n"].get_fdata() > 0, iterations=2)
+            assert not data[~head].any()
+    assert max(made.get_fdata().max() for made in result.images.values()) <= 1
