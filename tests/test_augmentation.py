@@ -38,7 +38,7 @@ def test_the_same_generator_gives_the_same_image_another_another(dims):
     assert (first - image).abs().max() > 1e-2
     assert (first.shape, first.dtype, type(first)) == (image.shape, torch.float32, torch.Tensor)
     assert 0 <= first.min() <= first.max() <= 1
-    assert not first[:, 0].any()  # far from the head
+    assert not first[(slice(None), *[slice(2)] * dims)].any()  # a corner, far from the head
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -87,3 +87,17 @@ def test_the_sources_of_a_batch_are_augmented_its_images_never(tmp_path):
 def test_senseless_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match="augmentation"):
         AugmentationConfig(**wrong)
+
+
+def test_only_the_sources_of_a_task_are_augmented_and_black_images_stay_black(tmp_path):
+    write_study(tmp_path / "cohort", "P-00000-000", ("t1n", "t2f"))
+    prepare(tmp_path / "cohort", tmp_path / "set", split=Split(1, 0, 0))
+    form = {"size": (16, 16), "batch_size": 4, "seed": 0}
+    cases, names = PreparedSet(tmp_path / "set").cases, ("t1n", "t2f", "t1c")
+    plain = Batches(cases, names, **form)[0].around
+    one = Batches(cases, names, **form, augmentation=ALWAYS, augmented=1)[0].around
+    every = Batches(cases, names, **form, augmentation=ALWAYS)[0].around
+    assert (one[:, 0] - plain[:, 0]).abs().amax((1, 2)).min() > 1e-2
+    assert torch.equal(one[:, 1:], plain[:, 1:])
+    assert (every[:, 1] - plain[:, 1]).abs().amax((1, 2)).min() > 1e-2
+    assert not every[:, 2].any()  # nobody has it

@@ -974,3 +974,30 @@ def test_any_size_with_and_without_skull(any_model, shape, air):
             head = ndimage.binary_dilation(given["t1n"].get_fdata() > 0, iterations=2)
             assert not data[~head].any()
     assert max(made.get_fdata().max() for made in result.images.values()) <= 1
+
+
+def test_what_no_training_patient_had_together_is_not_synthesised(any_model):
+    present = [[1, 1, 0, 1], [0, 1, 1, 1]]  # t1n and t2w never together
+    any_model.trivial = {"present": torch.tensor(present, dtype=torch.uint8)}
+    try:
+        wanted, reasons = completion.what_to_fill(["t1n", "t1c"], any_model, Settings())
+        assert wanted == ["t2f"]
+        assert reasons == {"t2w": "no training patient had t2w together with t1n, t1c"}
+        assert completion.what_to_fill(["t1c"], any_model, Settings())[0] == ["t1n", "t2w", "t2f"]
+    finally:
+        any_model.trivial = {}
+
+
+def test_a_reference_is_found_by_the_same_mapping(cell_folder, small, tmp_path):
+    for folder, names in (
+        (tmp_path / "cohort" / "Ann", {"t1n": "a", "t2w": "b"}),
+        (tmp_path / "ref", {"t1c": "c", "t2f": "d"}),
+    ):
+        folder.mkdir(parents=True)
+        for modality, letter in names.items():
+            nib.save(image(make_head(modality)), folder / f"V_{letter}.nii.gz")
+    mapping = {"t1n": "*_a.nii.gz", "t2w": "*_b.nii.gz", "t1c": "*_c.nii.gz", "t2f": "*_d.nii.gz"}
+    settings = Settings(guidance="reference", reference=tmp_path / "ref", precision="float32")
+    result = complete_cohort(tmp_path / "cohort", tmp_path / "out", cell_folder, settings=settings, mapping=mapping)
+    assert len(result["completed"]) == 1
+    assert set(result["settings"]["reference"]) == {"t1c", "t2f"}

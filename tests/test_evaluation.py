@@ -674,3 +674,11 @@ def test_a_model_of_any_subset_is_measured_on_what_it_was_not_shown(any_model, t
     assert evaluation.sureness_table(body["uncertainty"]).row_count == 8
     one_out = evaluate(any_model, tmp_path / "cohort", tmp_path / "one", settings=settings)
     assert {e["sources"].count("+") for e in one_out["summary"]} == {1, 2}
+
+
+def test_every_subset_and_references_are_refused_where_they_mean_nothing(bare, any_model, cohort, tmp_path):
+    with pytest.raises(ConfigError, match="any subset"):
+        evaluate(bare, cohort, tmp_path / "out", every_subset=True)
+    with pytest.raises(ConfigError, match="knows no reference"):
+        evaluate(any_model, cohort, tmp_path / "out", guidances=["reference"])
+    assert not (tmp_path / "out").exists()

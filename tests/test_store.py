@@ -1,5 +1,6 @@
 """Models at hand: listed, found by name, imported and exported whole, anything else refused."""
 
+import json
 import sys
 import zipfile
 
@@ -10,6 +11,7 @@ from crossmr import store
 from crossmr.cli import main
 from crossmr.completion import complete
 from crossmr.errors import ModelError, OutputError
+from crossmr.files import digest
 from crossmr.model import load_model
 
 
@@ -146,3 +148,41 @@ def test_the_command_line_lists_verifies_imports_exports_and_removes(folder, tmp
     assert crossmr(monkeypatch, "models", "remove", "second") == 0
     assert crossmr(monkeypatch, "models", "import", tmp_path / "mine.zip") == 1
     assert "There is a model 'mine' already" in capsys.readouterr().err
+
+
+def test_a_model_that_is_named_is_not_hidden_by_a_folder_of_that_name(folder, tmp_path, monkeypatch, capsys):
+    store.import_model(folder, "mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert store.find_model("mine") == store.home() / "mine"
+    (store.home() / "bad").mkdir()
+    (store.home() / "bad" / "config.json").write_text('{"config": []}')
+    assert crossmr(monkeypatch, "models") == 0
+    listed = capsys.readouterr().out
+    assert "bad: damaged" in listed
+    assert "mine: t1n" in listed
+    (store.home() / "linked").symlink_to(folder)
+    store.remove_model("linked")
+    assert (folder / "config.json").exists()
+    store.export_model("mine", tmp_path / "out.zip")
+    with pytest.raises(ModelError, match=r"crossmr models import"):
+        load_model(tmp_path / "out.zip")
+
+
+def test_a_damaged_deflated_zip_and_an_impossible_network_are_refused(folder, tmp_path):
+    path = tmp_path / "deflated.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for one in folder.iterdir():
+            archive.writestr(one.name, one.read_bytes())
+    content = bytearray(path.read_bytes())
+    content[200:400] = bytes(200)
+    path.write_bytes(content)
+    with pytest.raises(ModelError):
+        store.import_model(path)
+    data = json.loads((folder / "config.json").read_text())
+    data.pop("sha256")
+    data["config"]["synthesis"]["channels"] = 10**9
+    body = {**data, "sha256": digest(data)}
+    with pytest.raises(ModelError, match=r"huge\.zip: .*config\.json"):
+        store.import_model(packed(folder, tmp_path / "huge.zip", {"config.json": json.dumps(body).encode()}))
+    assert list(store.home().iterdir()) == []

@@ -418,3 +418,9 @@ def test_a_c_unet_starts_from_the_linear_mix_of_what_it_is_shown(prepared, tmp_p
         found = made.images[model.config.targets.index(target)].numpy()
         some = np.array(case.head_voxels) > 0
         np.testing.assert_allclose(found[some], volume[some], atol=1e-4)
+
+
+def test_a_task_of_one_contrast_to_itself_is_no_any_subset(prepared, tmp_path):
+    with pytest.raises(ConfigError, match="t1n is both source and target"):
+        train(prepared, tmp_path, recipe=SMALL, sources=("t1n", "t2w"), targets=("t1n", "t2f"), steps=1)
+    assert not list(tmp_path.iterdir())

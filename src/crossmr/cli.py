@@ -195,6 +195,8 @@ def evaluate(
     from crossmr.evaluation import sureness_table, tables
 
     display = Display()
+    if "reference" in (guidance or ()):
+        raise ConfigError("An evaluation knows no reference; measure sample, mean, unconditional or none.")
     arms = [_settings(None, arm, steps, samples, seed, precision).guidance for arm in guidance or ()]
     result = run(
         model,
@@ -232,8 +234,12 @@ def list_models(context: typer.Context) -> None:
 
     display, known = Display(), known_models()
     for name, entry in known.items():
-        config = read_json(entry.folder / "config.json")
-        sources, targets = (config.get("config", {}).get(key, []) for key in ("sources", "targets"))
+        try:
+            config = read_json(entry.folder / "config.json")
+            sources, targets = (config["config"][key] for key in ("sources", "targets"))
+        except (CrossmrError, KeyError, TypeError):
+            display.say(f"{name}: damaged; see: crossmr models verify {name}")
+            continue
         what = f"any of {', '.join(targets)}" if sources == targets else f"{', '.join(sources)} → {', '.join(targets)}"
         size = sum(path.stat().st_size for path in entry.folder.iterdir()) / 2**20
         kind = "shipped" if entry.shipped else "imported"
@@ -288,9 +294,11 @@ def export(
 @models.command()
 def remove(name: Annotated[str, typer.Argument(help="An imported model.")]) -> None:
     """Delete an imported model."""
+    from crossmr.display import Display
     from crossmr.store import remove_model
 
     remove_model(name)
+    Display().say(f"{name}: removed")
 
 
 @app.command()

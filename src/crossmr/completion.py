@@ -91,6 +91,15 @@ class Completed:
     """Inputs with hashes, model, seed, guidance, scale, what could not be filled and why."""
 
 
+class Reference(NamedTuple):
+    """Real scans that guide."""
+
+    volumes: Mapping[str, npt.NDArray[np.float32]]
+    """Modality → volume (Z, Y, X) in [0, 1], head-cropped."""
+    files: Mapping[str, Any]
+    """What the manifest says of them."""
+
+
 def complete(
     study: Path | str | Mapping[str, Any],
     model: CrossConditionedModel | Path | str | None = None,
@@ -149,7 +158,7 @@ def complete_study(
     model: CrossConditionedModel,
     settings: Settings,
     inputs: Mapping[str, Any] | None = None,
-    reference: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    reference: Reference | None = None,
 ) -> Completed:
     """Complete a loaded study; `inputs` is what the manifest says of its files, `reference` see `read_reference`."""
     start = time.perf_counter()
@@ -163,7 +172,7 @@ def complete_study(
         box = study.box()
         sources = {m: study.normalised(m)[box] for m in used}
         head = study.mask[box].sum((1, 2)).tolist()
-        synthesis = synthesise(model, sources, head, study.case, settings, reference=reference)
+        synthesis = synthesise(model, sources, head, study.case, settings, reference=reference and reference.volumes)
         for modality in wanted:
             index = config.targets.index(modality)
             images[modality] = _on_grid(study, synthesis.images[index], _description(modality, used), 1.0)
@@ -190,7 +199,7 @@ def complete_study(
         "intensity": INTENSITY,
         "deviation": _deviation_record(model) if deviations else None,
         "notes": list(study.notes),
-        "settings": _recorded(model, settings),
+        "settings": _recorded(model, settings, reference),
         "seconds": round(time.perf_counter() - start, 3),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("crossmr", "torch", "monai", "nibabel")},
@@ -220,15 +229,17 @@ def _deviation_record(model: CrossConditionedModel) -> dict[str, Any]:
     }
 
 
-def read_reference(folder: Path | None, model: CrossConditionedModel) -> dict[str, npt.NDArray[np.float32]] | None:
-    """The model's targets in a study, modality → volume (Z, Y, X) in [0, 1], head-cropped; None of no folder.
+def read_reference(
+    folder: Path | None, model: CrossConditionedModel, mapping: Mapping[str, str] | None = None
+) -> Reference | None:
+    """The model's targets in a study; None of no folder.
 
     Raises:
         ConfigError: the folder holds more than one study, or none of the targets.
     """
     if folder is None:
         return None
-    found = find_studies(folder)
+    found = find_studies(folder, mapping)
     if len(found) != 1:
         raise ConfigError(f"--reference {folder} holds {len(found)} studies; name one of them.")
     study = load_study(found[0])
@@ -236,7 +247,8 @@ def read_reference(folder: Path | None, model: CrossConditionedModel) -> dict[st
     if not known or (len(known) < len(model.config.targets) and not model.config.representation.cell):
         wanted = ", ".join(model.config.targets)
         raise ConfigError(f"--reference {folder} has {', '.join(known) or 'none'} of {wanted}, which guide this model.")
-    return {target: study.normalised(target)[study.box()] for target in known}
+    files = {m: entry for m, entry in _hashes(found[0].images()).items() if m in known}
+    return Reference({target: study.normalised(target)[study.box()] for target in known}, files)
 
 
 def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
@@ -270,6 +282,9 @@ def what_to_fill(
     for modality in missing:
         if modality not in config.targets:
             not_filled[modality] = f"the model was trained for {', '.join(config.targets)} only"
+        elif enough and not _learnt_together(model, [m for m in config.sources if m in acquired], modality):
+            together = ", ".join(m for m in config.sources if m in acquired)
+            not_filled[modality] = f"no training patient had {modality} together with {together}"
         elif not enough and config.any_subset:
             not_filled[modality] = f"the model needs any of {', '.join(config.sources)}, and none is there"
         elif not enough:
@@ -277,6 +292,14 @@ def what_to_fill(
         else:
             wanted.append(modality)
     return wanted, not_filled
+
+
+def _learnt_together(model: CrossConditionedModel, sources: Sequence[str], target: str) -> bool:
+    """Whether any training patient had a target and these sources, as far as the model says which they had."""
+    present, known = model.trivial.get("present"), model.config.modalities
+    if not model.config.any_subset or present is None:
+        return True
+    return bool((present[:, [known.index(m) for m in (*sources, target)]] > 0).all(1).any())
 
 
 class Synthesis(NamedTuple):
@@ -442,7 +465,7 @@ def complete_cohort(
     if not isinstance(model, CrossConditionedModel):
         model = load_model(find_model(model), choose_device(device))
     check_settings(model, settings)
-    reference = read_reference(settings.reference, model)
+    reference = read_reference(settings.reference, model, mapping)
     found = find_studies(Path(cohort), mapping)
     summary: dict[str, Any] = {"completed": {}, "whole": [], "skipped": [], "failed": {}, "not_filled": {}}
     if (out / "manifest.json").exists() and read_json(out / "manifest.json", OutputError).get("format") != FORMAT:
@@ -467,7 +490,7 @@ def complete_cohort(
             except (OSError, RuntimeError, MemoryError) as error:
                 summary["failed"][files.case] = f"{files.case}: {type(error).__name__}: {error}"
             task.advance(files.case)
-    body = {"format": FORMAT, "finished": True, **summary, "settings": _recorded(model, settings)}
+    body = {"format": FORMAT, "finished": True, **summary, "settings": _recorded(model, settings, reference)}
     write_json(out / "manifest.json", body)
     return body
 
@@ -477,7 +500,7 @@ def _complete_case(
     folder: Path,
     model: CrossConditionedModel,
     settings: Settings,
-    reference: Mapping[str, npt.NDArray[np.float32]] | None,
+    reference: Reference | None,
     overwrite: bool,
     display: Display,
 ) -> tuple[Mapping[str, Any], bool]:
@@ -489,7 +512,7 @@ def _complete_case(
             raise OutputError(f"{done} is not crossmr's, so it is not replaced. Name another folder with -o.")
         changed = [
             what
-            for what, now in (("settings", _recorded(model, settings)), ("given", _hashes(files.images())))
+            for what, now in (("settings", _recorded(model, settings, reference)), ("given", _hashes(files.images())))
             if manifest.get(what) != now
         ]
         if changed:
@@ -559,7 +582,7 @@ def _description(modality: str, sources: Sequence[str]) -> str:
     return f"SYNTHETIC {modality} by crossmr {version('crossmr')} from {'+'.join(sources)}"[:79]
 
 
-def _recorded(model: CrossConditionedModel, settings: Settings) -> dict[str, Any]:
+def _recorded(model: CrossConditionedModel, settings: Settings, reference: Reference | None) -> dict[str, Any]:
     """Everything that decides the voxels, for the manifest."""
     return {
         "model_sha256": model.record.get("sha256"),
@@ -569,7 +592,7 @@ def _recorded(model: CrossConditionedModel, settings: Settings) -> dict[str, Any
         "ddim_steps": settings.steps,
         "samples": samples_drawn(model, settings),
         "eta": settings.eta,
-        "reference": None if settings.reference is None else _hashes(find_studies(settings.reference)[0].images()),
+        "reference": reference and dict(reference.files),
         "seed": settings.seed,
         "device": model.device.type,
         "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),

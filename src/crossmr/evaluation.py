@@ -49,7 +49,7 @@ from crossmr.files import write_atomically, write_json
 from crossmr.model import CrossConditionedModel, Guidance, ModelConfig, load_model, pseudonym
 from crossmr.picture import save_picture
 from crossmr.store import find_model
-from crossmr.trivial import predict_trivial
+from crossmr.trivial import NAMES, predict_trivial
 
 Array = npt.NDArray[np.float32]
 Row = dict[str, Any]
@@ -117,10 +117,12 @@ def evaluate(
         CrossmrError: nothing could be measured. A study that fails is listed under 'failed'.
     """
     out, settings = Path(out), settings or Settings()
-    if "reference" in guidances:
+    if "reference" in (*guidances, settings.guidance):
         raise ConfigError("An evaluation knows no reference; measure sample, mean, unconditional or none.")
     if not isinstance(model, CrossConditionedModel):
         model = load_model(find_model(model), choose_device(device))
+    if every_subset and not model.config.any_subset:
+        raise ConfigError("--every-subset is for models of any subset; this one always needs its sources.")
     own = chosen_guidance(model, settings)
     for arm in (own, *guidances):
         check_settings(model, _of_arm(settings, arm))
@@ -138,19 +140,20 @@ def evaluate(
         for name, read in readers:
             try:
                 subject = read()
-                made = []
+                measured: list[Row] = []
+                sure: list[Row] = []
+                shown: list[tuple[tuple[str, ...], dict[str, dict[str, Array]]]] = []
                 for sources in patterns(model.config, subject, every_subset=every_subset):
                     predictions, deviations = predict_all(model, subject, sources, arms, settings)
-                    made.append((sources, predictions, deviations))
-                measured = [row for sources, predictions, _ in made for row in measure(subject, sources, predictions)]
+                    measured += measure(subject, sources, predictions)
+                    sure += measure_sureness(subject, sources, predictions[predictor_name(own)], deviations)
+                    shown = [one for one in shown if len(one[0]) == len(sources)]  # the largest subsets come last
+                    shown.append((sources, _plane(subject, predictions)))
                 if pictures < PICTURES:
-                    most = max(len(sources) for sources, *_ in made)
-                    shown = [(sources, predictions) for sources, predictions, _ in made if len(sources) == most]
                     _draw(out / "pictures" / f"{name}.png", subject, shown)
                     pictures += 1
                 rows += measured
-                for sources, predictions, deviations in made:
-                    sureness += measure_sureness(subject, sources, predictions[predictor_name(own)], deviations)
+                sureness += sure
                 if pseudonym(subject.patient) in trained_on:
                     seen.append(name)
             except CrossmrError as error:
@@ -411,7 +414,8 @@ def tables(summary: Sequence[Row], *, intervals: bool = True) -> list[Table]:
     """
     asked = dict.fromkeys((e["target"], e["sources"]) for e in summary)
     if len(asked) > len({target for target, _ in asked}):
-        return [_subsets_table(summary, metric, digits) for metric, digits in (("psnr", 2), ("ssim", 3))]
+        arms = [name for name in dict.fromkeys(e["predictor"] for e in summary) if name not in (TWIN, *NAMES)]
+        return [_subsets_table(summary, arm, m, digits) for arm in arms for m, digits in (("psnr", 2), ("ssim", 3))]
     shown = []
     for target, sources in asked:
         own = [e for e in summary if e["target"] == target]
@@ -431,23 +435,24 @@ def tables(summary: Sequence[Row], *, intervals: bool = True) -> list[Table]:
     return shown
 
 
-def _subsets_table(summary: Sequence[Row], metric: str, digits: int) -> Table:
-    """Sources × target: one metric over the brain, of the model and, in brackets, of the linear mix."""
-    first = summary[0]["predictor"]
+def _subsets_table(summary: Sequence[Row], arm: str, metric: str, digits: int) -> Table:
+    """Sources × target: one metric over the brain, of one arm and, in brackets, of the linear mix."""
     entries = {(e["sources"], e["target"], e["predictor"]): e for e in summary if e["region"] == "brain"}
     targets = in_usual_order({e["target"] for e in summary})
-    title = f"{HEADINGS[metric]} over the brain, {first} (linear mix)"
+    title = f"{HEADINGS[metric]} over the brain, {arm} (linear mix)"
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1))
     table.add_column("from", no_wrap=True)
+    table.add_column("cases", justify="right")
     for target in targets:
         table.add_column(target, justify="right", no_wrap=True)
     for sources in dict.fromkeys(e["sources"] for e in summary):
         cells = []
         for target in targets:
-            pair = (entries.get((sources, target, name)) for name in (first, "linear mix"))
+            pair = (entries.get((sources, target, name)) for name in (arm, "linear mix"))
             own, mix = (_cell(entry, metric, digits, False) for entry in pair)
             cells.append("" if own == "–" else f"{own} ({mix})")
-        table.add_row(sources, *cells)
+        cases = max(entry["cases"] for entry in summary if entry["sources"] == sources)
+        table.add_row(sources, str(cases), *cells)
     return table
 
 
@@ -486,18 +491,28 @@ def _csv(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
     return text.getvalue().encode(errors="surrogatepass")  # file names may be no Unicode
 
 
+def _shown_slice(subject: Subject) -> int:
+    """The slice with most tumour, or else most head."""
+    region = subject.tumour if subject.tumour.any() else subject.head
+    return int(region.sum((1, 2)).argmax())
+
+
+def _plane(subject: Subject, predictions: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
+    """Of each prediction the slice that is drawn."""
+    z = _shown_slice(subject)
+    return {name: {target: volume[z].copy() for target, volume in made.items()} for name, made in predictions.items()}
+
+
 def _draw(
     path: Path, subject: Subject, shown: Sequence[tuple[Sequence[str], Mapping[str, Mapping[str, Array]]]]
 ) -> None:
-    """Sources, each network's synthesis, truth and error of the slice with most tumour, or else most head."""
-    region = subject.tumour if subject.tumour.any() else subject.head
-    z = int(region.sum((1, 2)).argmax())
-    rows = []
+    """Sources, each network's synthesis, truth and error of one slice."""
+    z, rows = _shown_slice(subject), []
     for sources, predictions in shown:
         for target, own in next(iter(predictions.values())).items():
             truth = subject.volumes[target][z]
-            row = [*((f"{m} source", subject.volumes[m][z]) for m in sources), (f"{target} synthetic", own[z])]
+            row = [*((f"{m} source", subject.volumes[m][z]) for m in sources), (f"{target} synthetic", own)]
             if TWIN in predictions:
-                row.append((f"{target} unguided twin", predictions[TWIN][target][z]))
-            rows.append([*row, (f"{target} truth", truth), (f"{target} |error|", np.abs(own[z] - truth))])
+                row.append((f"{target} unguided twin", predictions[TWIN][target]))
+            rows.append([*row, (f"{target} truth", truth), (f"{target} |error|", np.abs(own - truth))])
     save_picture(path, rows)

@@ -28,7 +28,14 @@ from crossmr.errors import ConfigError, CrossmrError, ModelError
 from crossmr.files import digest
 from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
 from crossmr.stages.representation import MaskedAutoencoder, RepresentationConfig, z_score
-from crossmr.stages.synthesis import CUNet, LinearMix, SynthesisConfig, mean_where_present
+from crossmr.stages.synthesis import (
+    CUNet,
+    LinearMix,
+    SynthesisConfig,
+    central_slices,
+    mean_where_present,
+    shown_sources,
+)
 
 FORMAT = "crossmr-model"
 FORMAT_VERSION = 4
@@ -209,7 +216,7 @@ class CrossConditionedModel(nn.Module):
 
     def shown(self, inputs: Tensor) -> Tensor:
         """Which sources (N, S) a model of any subset is shown."""
-        return inputs[:, -len(self.config.sources) :].flatten(2).amax(-1)
+        return shown_sources(inputs, len(self.config.sources))
 
     def told(self, inputs: Tensor, unguided: Tensor) -> Tensor:
         """What the MDN is told, (N, D[ + S], *G): the representation of the unguided synthesis (N, T, *S).
@@ -218,9 +225,8 @@ class CrossConditionedModel(nn.Module):
         """
         if not self.config.any_subset:
             return self.representation.represent(unguided)
-        shown, context = self.shown(inputs), self.config.context_slices
-        maps = shown[(...,) + (None,) * (unguided.ndim - 2)]
-        central = inputs[:, context // 2 : len(self.config.sources) * context : context]
+        maps = self.shown(inputs)[(...,) + (None,) * (unguided.ndim - 2)]
+        central = central_slices(inputs, len(self.config.sources), self.config.context_slices)
         cells = self.representation.represent(torch.where(maps > 0, central.float(), unguided))
         return torch.cat([cells, maps.to(cells).expand(-1, -1, *cells.shape[2:])], 1)
 
@@ -325,6 +331,8 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
     if not (folder / "config.json").exists():
         nested = folder / "model" / "config.json"
         hint = f"Did you mean {nested.parent}?" if nested.exists() else "Train one with: crossmr train SET -o RUN"
+        if folder.suffix == ".zip":
+            hint = f"If it is an exported one: crossmr models import {folder}"
         raise ModelError(f"{folder} is no model: it has no config.json. {hint}")
     tensors, data = load_bundle(folder, "config")
     found = (data.get("format"), data.get("format_version"))
@@ -340,7 +348,7 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
         model = CrossConditionedModel(
             from_dict(ModelConfig, cast(dict[str, Any], data["config"])), twin="twin" in tensors
         )
-    except CrossmrError as error:
+    except (CrossmrError, RuntimeError, MemoryError) as error:  # a network larger than memory, too
         raise ModelError(f"{folder / 'config.json'}: {error}") from error
     if set(tensors) != set(model.networks()):
         raise ModelError(f"{folder} holds {', '.join(sorted(tensors))}; wanted {', '.join(sorted(model.networks()))}.")

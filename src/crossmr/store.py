@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def find_model(model: Path | str | None = None) -> Path:
         if DEFAULT not in known:
             raise ModelError("This crossmr has no default model. Name one with --model, or train one.")
         return known[DEFAULT].folder
-    if str(model) in known and not Path(model).exists():
+    if str(model) in known and not (Path(model) / "config.json").exists():
         return known[str(model)].folder
     if not Path(model).exists() and _NAME.fullmatch(str(model)):
         raise ModelError(f"'{model}' is neither a folder nor a model at hand; these are: {', '.join(known) or 'none'}.")
@@ -78,7 +79,9 @@ def import_model(source: Path, name: str | None = None) -> Known:
     """
     name = name or source.name.removesuffix(".zip")
     if not _NAME.fullmatch(name):
-        raise ModelError(f"'{name}' is no name for a model; wanted letters, digits, '.', '_' and '-'.")
+        raise ModelError(
+            f"'{name}' is no name for a model; wanted letters, digits, '.', '_' and '-'; choose with --name."
+        )
     if name in known_models():
         raise OutputError(f"There is a model '{name}' already; choose another with --name.")
     try:
@@ -88,7 +91,10 @@ def import_model(source: Path, name: str | None = None) -> Known:
             folder.mkdir()
             for file, content in _contents(source).items():
                 (folder / file).write_bytes(content)
-            load_model(folder)
+            try:
+                load_model(folder)
+            except ModelError as error:
+                raise ModelError(f"{source}: {str(error).replace(f'{folder}{os.sep}', '')}") from error
             os.replace(folder, home() / name)
     except OSError as error:
         raise OutputError(f"{home()} could not be written: {error.strerror or error}.") from error
@@ -117,12 +123,18 @@ def remove_model(name: str) -> None:
     """Delete an imported model.
 
     Raises:
-        ModelError: there is none of this name, or it is shipped with the package.
+        ModelError: there is none of this name, or it is shipped with the package. OutputError: it cannot be deleted.
     """
     found = known_models().get(name)
     if found is None or found.shipped:
         raise ModelError(f"'{name}' is no imported model" + (" but shipped with crossmr." if found else "."))
-    shutil.rmtree(found.folder)
+    try:
+        if found.folder.is_symlink():
+            found.folder.unlink()
+        else:
+            shutil.rmtree(found.folder)
+    except OSError as error:
+        raise OutputError(f"{found.folder} could not be removed: {error.strerror or error}.") from error
 
 
 def _contents(source: Path) -> dict[str, bytes]:
@@ -139,6 +151,6 @@ def _contents(source: Path) -> dict[str, bytes]:
             if sum(entry.file_size for entry in entries) > LARGEST:
                 raise ModelError(f"{source} would unpack to more than {LARGEST >> 30} GiB. Do not use it.")
             return {entry.filename: archive.read(entry) for entry in entries}
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"{source} cannot be read as an exported model: {reason}.") from error

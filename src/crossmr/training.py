@@ -76,6 +76,7 @@ class Run:
             flip=self.recipe.flip,
             context=1 if masked else self.recipe.context_slices,
             augmentation=None if masked else self.recipe.augmentation,
+            augmented=len(self.sources),
         )
 
     @property
@@ -140,10 +141,13 @@ def train(
     opened, folder = PreparedSet(prepared), Path(run)
     known = list(opened.manifest["fingerprint"]["modalities"])
     if recipe.any_subset:
-        sources = targets = tuple(in_usual_order({*(sources or ()), *(targets or ())} or known))
+        learnt = {m for case in opened.part("train") for m in case.modalities}
+        sources = targets = tuple(in_usual_order({*(sources or ()), *(targets or ())} or learnt))
     else:
         sources = tuple(sources or [m for m in PUBLISHED_SOURCES if m in known and m not in (targets or ())])
         targets = tuple(targets or [m for m in PUBLISHED_TARGETS if m in known and m not in sources])
+        if both := set(sources) & set(targets):
+            raise ConfigError(f"{min(both)} is both source and target; for any subset of modalities use recipe 'any'.")
     for modality in (*sources, *targets):
         if modality not in known:
             raise ConfigError(f"No study of {opened.folder} has {modality}; it has {', '.join(known)}.")

@@ -48,15 +48,15 @@ class Augmentation:
 
         p, low = config.probability, 1 / config.gamma
         # each transform is imported and built for this number of axes: MONAI's defaults are for volumes
+        self.move: Any = monai.RandAffine(
+            p,
+            rotate_range=[config.angle] * (1 if dims == 2 else 3),
+            translate_range=[config.shift] * dims,
+            mode="bilinear",
+            padding_mode="zeros",
+        )
         self.transform: Any = monai.Compose(
             [
-                monai.RandAffine(
-                    p,
-                    rotate_range=[config.angle] * (1 if dims == 2 else 3),
-                    translate_range=[config.shift] * dims,
-                    mode="bilinear",
-                    padding_mode="zeros",
-                ),
                 monai.RandSimulateLowResolution(
                     p,
                     downsample_mode="area",
@@ -72,9 +72,18 @@ class Augmentation:
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """The image as another scanner might have given it, in [0, 1]; what is exactly 0 stays 0, but for its edge."""
-        self.transform.set_random_state(seed=int(torch.randint(2**31, (1,), generator=generator)))
-        moved: Any = self.transform(image)
-        changed = torch.as_tensor(getattr(moved, "as_tensor", lambda: moved)())
-        nothing = torch.nn.functional.max_pool2d if image.ndim == 3 else torch.nn.functional.max_pool3d
-        near = nothing((image > 0).float(), 3, stride=1, padding=1) > 0  # noise is no head
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        if not image.any():
+            return image
+        self.move.set_random_state(seed=seed)
+        self.transform.set_random_state(seed=seed)
+        moved = _plain(self.move(image))
+        changed = _plain(self.transform(moved))
+        largest = torch.nn.functional.max_pool2d if image.ndim == 3 else torch.nn.functional.max_pool3d
+        near = largest((moved > 0).float(), 3, stride=1, padding=1) > 0  # noise is no head
         return changed.clamp(0, 1) * near
+
+
+def _plain(image: Any) -> Tensor:
+    """A tensor without MONAI's metadata."""
+    return torch.as_tensor(getattr(image, "as_tensor", lambda: image)())

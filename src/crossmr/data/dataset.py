@@ -172,8 +172,8 @@ class Batch:
 class Batches(Dataset[Batch]):
     """The batches of a training: `batches[step]` is drawn from the seed and the step alone.
 
-    Each epoch is a fresh permutation of all slices (2D) or cases (3D); crops, left–right flips and augmentation are
-    random.
+    Each epoch is a fresh permutation of all slices (2D) or cases (3D); crops, left–right flips and the augmentation of
+    the first `augmented` modalities are random.
     """
 
     def __init__(
@@ -187,9 +187,11 @@ class Batches(Dataset[Batch]):
         flip: bool = True,
         context: int = 1,
         augmentation: AugmentationConfig | None = None,
+        augmented: int | None = None,
     ):
         self.cases, self.modalities, self.context = tuple(cases), tuple(modalities), context
         self.size, self.batch_size, self.seed, self.flip = tuple(size), batch_size, seed, flip
+        self.augmented = len(self.modalities) if augmented is None else augmented
         changes = augmentation is not None and augmentation.probability > 0
         self.augment = Augmentation(cast(AugmentationConfig, augmentation), len(self.size)) if changes else None
         if len(self.size) == 2:
@@ -216,8 +218,11 @@ class Batches(Dataset[Batch]):
         if self.augment is None:
             return batch
         sources = batch.around.unflatten(1, (len(self.modalities), -1))  # type: ignore[no-untyped-call]
-        changed = [torch.cat([self.augment(image, generator) for image in sample]) for sample in sources]
-        return replace(batch, around=torch.stack(changed))
+        changed = sources.clone()
+        for row, sample in enumerate(sources):
+            for channel, image in enumerate(sample[: self.augmented]):
+                changed[row, channel] = self.augment(image, generator)
+        return replace(batch, around=changed.flatten(1, 2))
 
     def fixed(self, count: int) -> Batch:
         """Up to `count` items spread evenly, cropped in the middle, never flipped: for validation."""

@@ -65,6 +65,16 @@ class ConditionEmbedding(nn.Module):
         return torch.where(keep[cells] > 0, embedded, nothing[cells])
 
 
+def central_slices(inputs: Tensor, sources: int, context: int) -> Tensor:
+    """Of what the C-UNet reads, (B, S·context[ + S], *S), the slice of each source that is synthesised: (B, S, *S)."""
+    return inputs[:, context // 2 : sources * context : context]
+
+
+def shown_sources(inputs: Tensor, sources: int) -> Tensor:
+    """Which sources the maps at the end of these inputs say are shown, (B, S) of zeros and ones."""
+    return inputs[:, -sources:].flatten(2).amax(-1)
+
+
 class LinearMix(nn.Module):
     """The least-squares mix of the sources and a constant; where any subset may be missing, of those that are shown.
 
@@ -81,10 +91,10 @@ class LinearMix(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Mix (B, inputs, *S) to (B, T, *S), float32."""
         whole = (...,) + (None,) * (inputs.ndim - 2)
-        central = inputs[:, self.context // 2 : self.sources * self.context : self.context].float()
+        central = central_slices(inputs, self.sources, self.context).float()
         pattern = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
         if self.any_subset:
-            shown = inputs[:, -self.sources :].flatten(2).amax(-1) > 0
+            shown = shown_sources(inputs, self.sources) > 0
             pattern = (shown * 2 ** torch.arange(self.sources, device=inputs.device)).sum(1)
         weights = self.weights[pattern]  # (B, S + 1, T)
         mixed = (central[:, :, None] * weights[:, :-1][whole]).sum(1)
