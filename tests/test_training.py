@@ -112,6 +112,7 @@ def test_losses_fall(prepared, tmp_path, form, stage):
     fit = FitConfig(batch_size=8, learning_rate=3e-3, ema_decay=0.9)
     fits = {"representation_fit": fit, "distribution_fit": replace(fit, batch_size=1024), "synthesis_fit": fit}
     recipe = replace(form, **fits, guidance_fit=replace(fit, learning_rate=3e-2), uncertainty_fit=fit)
+    recipe = replace(recipe, synthesis=replace(form.synthesis, residual=False))  # the mix is where it would arrive
     train(prepared, tmp_path, recipe=recipe, sources=SOURCES, targets=TARGETS, steps=40, seed=1)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["stage"] == stage]
