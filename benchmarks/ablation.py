@@ -13,8 +13,10 @@ Arms, by what the C-UNet is shown in training:
   late           as cells, but started from `longer` and trained for half the steps more; blended with `longer`
   last           the package's own design: `longer` is left as it is, and its condition layers alone learn from the
                  true grids for half the steps, so that its unguided pass stays that of `longer`
+  attention      as `last`, but every block attends to all cells (cross-attention) instead of adding its own
   residual       nothing, but what the network gives is added to the least-squares mix of the sources;
                  `residual-longer` for the steps of `longer`
+  absolute       as `residual`, learning by the absolute error instead of the squared; `absolute-longer` likewise
   longest        nothing, for the two and a half times the steps that `late` and `last` have had: their rival
   variance       nothing, but a second head learns the error's variance: the rival for uncertainty; `variance-longest`
                  for the steps of `longest`
@@ -41,6 +43,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from scipy.optimize import nnls
@@ -54,8 +57,10 @@ from tasks import (
     fabric,
     fit_network,
     flipped,
+    gram_matrix,
     in_chunks,
     initialised,
+    least_squares,
     load_task,
     score,
 )
@@ -65,6 +70,7 @@ from crossmr import metrics
 from crossmr.data.dataset import seeded
 from crossmr.diffusion import q_sample
 from crossmr.display import SILENT, Display
+from crossmr.layers import ResidualBlock, zeroed
 from crossmr.model import variance_loss, variance_of
 from crossmr.recipes import FitConfig
 from crossmr.stages.distribution import DistributionConfig, DistributionNetwork
@@ -82,9 +88,12 @@ ARMS = (
     "longer",
     "late",
     "last",
+    "attention",
     "longest",
     "residual",
     "residual-longer",
+    "absolute",
+    "absolute-longer",
     "variance",
     "variance-longest",
     "variance-last",
@@ -244,10 +253,13 @@ def c_unet(
     steps: int = 0,
     last: bool = False,
     mix: bool = False,
+    attention: bool = False,
+    absolute: bool = False,
 ) -> CUNet:
     """The C-UNet of one arm; `shown(images, (flips, chosen), generator)` is its guidance.
 
-    It may start as a finished one; `last` trains nothing but its condition layers; `mix` adds the least-squares mix.
+    It may start as a finished one; `last` trains nothing but its condition layers, of cross-attention where `attention`
+    says so; `mix` adds the least-squares mix; `absolute` is the error it learns by.
     """
     task, first = bench.task, bench.sources
 
@@ -262,14 +274,20 @@ def c_unet(
                 y_0 = shown(images, torch.stack([flips.long(), chosen]), generator).to(images.device)
         return network.loss(images[:, :first], images[:, first:], present, y_0, keep)  # type: ignore[operator, no-any-return]
 
-    config = SynthesisConfig(**FORM, condition_width=CONDITION_WIDTH if last else None)  # type: ignore[arg-type]
+    width, error = CONDITION_WIDTH if last else None, "absolute" if absolute else "squared"
+    config = SynthesisConfig(**FORM, condition_width=width, loss=error)  # type: ignore[arg-type]
 
     def build() -> nn.Module:
-        linear = least_squares(task) if mix else None
+        linear = None
+        if mix:
+            linear, count = LinearMix(first, len(task.targets)), first + len(task.targets)
+            linear.weights[0] = least_squares(gram_matrix(task.train), range(first), range(first, count))
         network = CUNet(config, first, len(task.targets), dim, task.dims, guided_last=last, mix=linear)
         if start is not None:
             network.load_state_dict(start.state_dict(), strict=False)
             network.zero_condition_layers()
+        if attention:
+            attend_instead(network, task.dims)
         if last:
             network.condition_layers_only()
         return network
@@ -279,18 +297,48 @@ def c_unet(
     return network  # type: ignore[return-value]
 
 
-def least_squares(task: Task) -> LinearMix:
-    """The mix of the sources and a constant that is closest to the targets of all training samples that have both."""
-    first, whole = len(task.sources), task.train.present.amin(1) > 0
-    size = first + len(task.targets) + 1
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    for chunk in torch.split(task.train.images[whole], 256):
-        columns = chunk.transpose(0, 1).flatten(1).double()
-        columns = torch.cat([columns, torch.ones_like(columns[:1])])
-        gram += columns @ columns.T
-    rows, mix = [*range(first), size - 1], LinearMix(first, len(task.targets))
-    mix.weights[0] = torch.linalg.lstsq(gram[rows][:, rows], gram[rows, first:-1]).solution.float()
-    return mix
+class Attended(nn.Module):
+    """A finished residual block whose features attend to the cells of the condition; it starts as it was."""
+
+    def __init__(self, block: ResidualBlock, width: int, dims: int, heads: int = 4):
+        super().__init__()
+        features = block.conv_1.weight.shape[0]  # type: ignore[union-attr]
+        block.condition = None
+        self.block, self.heads = block, heads
+        self.condition = nn.ModuleDict(
+            {
+                "q": nn.Linear(features + 8 * dims, features),
+                "kv": nn.Linear(width + 8 * dims, 2 * features),
+                "out": zeroed(nn.Linear(features, features)),
+            }
+        )
+
+    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
+        h = self.block.conv_1(nn.functional.silu(self.block.norm_1(x)))
+        if c is not None:
+            q = self.condition["q"](torch.cat([h.flatten(2).mT, places(h)], 2))
+            kv = self.condition["kv"](torch.cat([nn.functional.silu(c).flatten(2).mT, places(c)], 2))
+            apart = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (q, *kv.chunk(2, 2)))
+            found = rearrange(nn.functional.scaled_dot_product_attention(*apart), "b h n d -> b n (h d)")
+            h = h + self.condition["out"](found).mT.reshape(h.shape)
+        h = self.block.conv_2(nn.functional.silu(self.block.norm_2(h)))
+        return self.block.shortcut(x) + h  # type: ignore[no-any-return]
+
+
+def places(grid: Tensor) -> Tensor:
+    """Sines and cosines, four octaves an axis, of where each position of (B, C, *G) lies: (B, N, 8 · axes)."""
+    axes = [(torch.arange(side) + 0.5) / side for side in grid.shape[2:]]
+    where = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+    angles = (where[..., None] * torch.tensor([1.0, 2.0, 4.0, 8.0]) * torch.pi).flatten(1)
+    return torch.cat([angles.sin(), angles.cos()], 1).to(grid).expand(len(grid), -1, -1)
+
+
+def attend_instead(network: CUNet, dims: int) -> None:
+    """Let every block of a C-UNet attend to all cells, instead of adding what its own cell says."""
+    for parent in list(network.modules()):
+        for name, block in list(parent.named_children()):
+            if isinstance(block, ResidualBlock) and block.condition is not None:
+                setattr(parent, name, Attended(block, block.condition.in_features, dims))
 
 
 def diffused(y_0: Tensor, generator: torch.Generator) -> Tensor:
@@ -432,15 +480,16 @@ def run_arms(bench: Bench, arms: Sequence[str], k: int) -> tuple[list[Row], list
             several(network, arm, "sample", lambda n: sampled(x_test, n))
         elif arm == "cells":
             certain += guided_by_cells(bench, unguided("none"), note, predict, k)
-        elif arm in ("late", "last"):
+        elif arm in ("late", "last", "attention"):
             twin = unguided("longer", steps=2 * bench.steps)
             certain += guided_by_cells(bench, twin, note, predict, k, arm, bench.steps // 2)
         elif arm in ("longer", "longest"):
             steps = 2 * bench.steps if arm == "longer" else 2 * bench.steps + bench.steps // 2
             note(arm, "none", 1, predict(unguided(arm, steps=steps), test, None))
-        elif arm in ("residual", "residual-longer"):
-            steps = 2 * bench.steps if arm == "residual-longer" else 0
-            network = c_unet(bench, arm, None, lambda *_: torch.empty(0), steps=steps, mix=True)
+        elif arm.startswith(("residual", "absolute")):
+            form = {"mix": True, "absolute": arm.startswith("absolute")}
+            steps = 2 * bench.steps if arm.endswith("longer") else 0
+            network = c_unet(bench, arm, None, lambda *_: torch.empty(0), steps=steps, **form)
             note(arm, "none", 1, predict(network, test, None))
         elif arm == "variance":
             certain += with_variance(bench, note, arm)
@@ -483,7 +532,7 @@ def guided_by_cells(
     bench: Bench, twin: CUNet, note: Note, predict: Predict, k: int, arm: str = "cells", steps: int = 0
 ) -> list[Row]:
     """A grid of cells for each target; the MDN draws it given the grid of the unguided synthesis."""
-    task, first, last = bench.task, bench.sources, arm == "last"
+    task, first, last = bench.task, bench.sources, arm in ("last", "attention")
     name = "mrm-cells" if arm == "cells" else "mrm-late"
     mrm = representation(bench, name, slice(first, None), bench.form["cell"])
 
@@ -493,7 +542,8 @@ def guided_by_cells(
     def shown(images: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
         return truth(images) if last else diffused(truth(images), generator)
 
-    network = c_unet(bench, arm, mrm.dim, shown, 0.0 if last else 0.4, start=twin, steps=steps, last=last)
+    form = {"last": last, "attention": arm == "attention"}
+    network = c_unet(bench, arm, mrm.dim, shown, 0.0 if last else 0.4, start=twin, steps=steps, **form)
 
     def told(images: Tensor) -> Tensor:
         return mrm.represent(network(images[:, :first]).float().clamp(0, 1))
@@ -627,7 +677,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data"))
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--task", choices=list(TASKS), default="lgg-t1")
+    parser.add_argument("--task", choices=[name for name, task in TASKS.items() if task[1]], default="lgg-t1")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)

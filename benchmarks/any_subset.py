@@ -124,6 +124,11 @@ def references(model: CrossConditionedModel, prepared: Path, out: Path) -> None:
     )
 
 
+def rough(volume: Array, inside: npt.NDArray[np.bool_]) -> float:
+    """Mean second difference of a volume (Z, Y, X) through the plane, where `inside` (Z - 2, Y, X)."""
+    return float(np.abs(volume[:-2] - 2 * volume[1:-1] + volume[2:])[inside].mean())
+
+
 def jitter(model: CrossConditionedModel, prepared: Path, out: Path) -> None:
     """Mean second difference through the plane within the head, over the truth's; 1 is as smooth as the truth."""
     ratios: dict[str, list[float]] = defaultdict(list)
@@ -132,11 +137,7 @@ def jitter(model: CrossConditionedModel, prepared: Path, out: Path) -> None:
         for target in subject.volumes:
             sources = [m for m in subject.volumes if m != target]
             made, _ = predict_all(model, subject, sources, ["none"], Settings())
-
-            def rough(volume: Array, inside: npt.NDArray[np.bool_] = inside) -> float:
-                return float(np.abs(volume[:-2] - 2 * volume[1:-1] + volume[2:])[inside].mean())
-
-            ratios[target].append(rough(made["unguided"][target]) / rough(subject.volumes[target]))
+            ratios[target].append(rough(made["unguided"][target], inside) / rough(subject.volumes[target], inside))
     for target, values in ratios.items():
         print(f"{target}: {statistics.mean(values):.3f} of the truth's, {len(values)} patients")
     write_json(out / f"jitter-{model.config.context_slices}.json", ratios)

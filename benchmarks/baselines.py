@@ -403,7 +403,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data"))
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/baselines"))
-    parser.add_argument("--task", choices=[name for name in TASKS if not name.endswith("3d")], default="lgg-t1")
+    parser.add_argument(
+        "--task", choices=[name for name in TASKS if not name.endswith(("3d", "any"))], default="lgg-t1"
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=500, help="of the u-net; the others' follow from its FLOPs")

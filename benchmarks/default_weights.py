@@ -5,19 +5,23 @@ out: their patients occur, or may occur, in LGG. The split is by patient; its se
 each cohort has patients who are never trained on.
 
 python benchmarks/default_weights.py ../shared/data -o runs/default --minutes 240
-python benchmarks/default_weights.py ../shared/data -o runs/default --measure   # every subset, the model card's tables
+python benchmarks/default_weights.py ../shared/data -o runs/default --measure   # every subset of the held-out patients
+python benchmarks/default_weights.py -o runs/default --card                     # the model card's tables of that
 python benchmarks/default_weights.py ../shared/data -o runs/default --ship      # into src/crossmr/weights
 """
 
 import argparse
+import csv
+import math
 import shutil
+import statistics
 from pathlib import Path
 
 from crossmr.completion import complete_cohort
 from crossmr.config import with_settings
 from crossmr.data.prepare import Split, default_workers, prepare
 from crossmr.display import Display
-from crossmr.evaluation import evaluate, sureness_table, tables
+from crossmr.evaluation import DEVIATION, INTENSITY, evaluate, sureness_table, tables
 from crossmr.model import load_model
 from crossmr.phantom import write_cohort
 from crossmr.recipes import ANY
@@ -29,7 +33,7 @@ PHANTOMS = 20
 SHAPE, SPACING_MM = (104, 124, 44), (1.875, 1.875, 4.0)
 SETTINGS = {
     "crop": "128,128",
-    "augmentation.probability": "0.3",
+    "augmentation.probability": "0.15",
     "representation.channels": "12",
     "representation.multipliers": "1,2,3,4",
     "representation.patch_size": "8",
@@ -40,26 +44,34 @@ SETTINGS = {
     "distribution_fit.learning_rate": "1e-3",
     "distribution_fit.batch_size": "64",
     "distribution_fit.ema_decay": "0.99",
-    "synthesis.channels": "24",
+    "synthesis.channels": "16",
     "synthesis.multipliers": "1,2,3,4",
-    "synthesis_fit.batch_size": "8",
+    "synthesis_fit.batch_size": "4",
     "synthesis_fit.learning_rate": "1e-3",
     "synthesis_fit.ema_decay": "0.998",
-    "guidance_fit.batch_size": "8",
+    "guidance_fit.batch_size": "4",
     "guidance_fit.share": "0.1",
-    "uncertainty_fit.batch_size": "8",
+    "uncertainty_fit.batch_size": "4",
     "uncertainty_fit.share": "0.1",
 }
 RECIPE = with_settings(ANY, SETTINGS)
 WEIGHTS = Path(__file__).parents[1] / "src" / "crossmr" / "weights" / "default"
 LARGEST_MIB = 16.0
+COHORTS = {"LGG": ("TCGA-",), "BraTS, HiNet, openms": ("BraTS", "Brats", "hinet", "patient"), "phantoms": ("PHANTOM",)}
+"""How the cases of each are called."""
+NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR"}
+
+
+def four_modalities(data: Path) -> list[Path]:
+    """The folders of real patients who have T1, T1ce, T2 and FLAIR."""
+    brats = sorted(study for study in (data / "brats").iterdir() if study.is_dir() and study.name not in LEFT_OUT)
+    return [*brats, data / "hinet_brats18", data / "openms"]
 
 
 def cohorts(data: Path, out: Path) -> list[Path]:
     """The folders that are prepared together; phantoms are made under `out`."""
     write_cohort(out / "phantoms", PHANTOMS, seed=7, shape=SHAPE, spacing_mm=SPACING_MM)
-    brats = sorted(study for study in (data / "brats").iterdir() if study.is_dir() and study.name not in LEFT_OUT)
-    return [data / "lgg", *brats, data / "hinet_brats18", data / "openms", out / "phantoms"]
+    return [data / "lgg", *four_modalities(data), out / "phantoms"]
 
 
 def measure(model: Path, data: Path, out: Path, display: Display) -> None:
@@ -70,6 +82,41 @@ def measure(model: Path, data: Path, out: Path, display: Display) -> None:
     completed = complete_cohort(data / "lgg_incomplete", out / "completed", model, overwrite=True, display=display)
     for case, modalities in completed["completed"].items():
         display.say(f"{case}: synthesised {', '.join(modalities)}")
+
+
+def card(evaluation: Path) -> None:
+    """The tables of every cohort and pattern, in Markdown: ours, then the least-squares mix of the same sources."""
+    rows = [row for name in ("metrics", "uncertainty") for row in _read(evaluation / f"{name}.csv")]
+    for cohort, cases in COHORTS.items():
+        own = [row for row in rows if row["case"].startswith(cases)]
+        print(f"\n{cohort}: {len({row['case'] for row in own})} patients\n")
+        print("| sources | target | PSNR, brain | SSIM, brain | PSNR, tumour | SSIM, tumour | AUSE | within 95 % |")
+        print("|---|---|---|---|---|---|---|---|")
+        asked = dict.fromkeys((row["sources"], row["target"]) for row in own)
+        for sources, target in sorted(asked, key=lambda pair: (pair[1], pair[0].count("+"))):
+            chosen = [row for row in own if (row["sources"], row["target"]) == (sources, target)]
+            cells = []
+            for region in ("brain", "tumour"):
+                for metric, digits in (("psnr", 2), ("ssim", 3)):
+                    pair = (_mean(chosen, metric, region=region, predictor=p) for p in ("unguided", "linear mix"))
+                    cells.append(" / ".join("–" if math.isnan(value) else f"{value:.{digits}f}" for value in pair))
+            pair = (_mean(chosen, "ause", uncertainty=u) for u in (DEVIATION, INTENSITY))
+            cells += [" / ".join(f"{value:.2f}" for value in pair)]
+            cells += [f"{_mean(chosen, 'coverage_95', uncertainty=DEVIATION):.2f}"]
+            names = " + ".join(NAMES[source] for source in sources.split("+"))
+            print(f"| {names} | {NAMES[target]} | {' | '.join(cells)} |")
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _mean(rows: list[dict[str, str]], metric: str, **wanted: str) -> float:
+    """Over the rows of these properties."""
+    chosen = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    values = [float(row[metric]) for row in chosen if row[metric] not in ("", "nan")]
+    return statistics.mean(values) if values else math.nan
 
 
 def ship(model: Path, display: Display) -> None:
@@ -92,17 +139,20 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--card", action="store_true")
     parser.add_argument("--ship", action="store_true")
     options = parser.parse_args()
     out, display = options.out, Display()
     model = out / "run" / "model"
-    if not options.measure and not options.ship:
+    if not (options.measure or options.card or options.ship):
         folders = cohorts(options.data, out)
         prepare(folders, out / "set", split=SPLIT, workers=default_workers(), display=display)
         form = {"minutes": options.minutes, "device": options.device, "seed": options.seed}
         train(out / "set", out / "run", recipe=RECIPE, display=display, **form)
     if options.measure:
         measure(model, options.data, out, display)
+    if options.card:
+        card(out / "evaluation")
     if options.ship:
         ship(model, display)
 

@@ -153,8 +153,28 @@ TASKS = {
     "lgg-t1-t1ce": (("t1n", "t1c"), ("t2f",), _lgg),
     "cubes-2d": (("t1n", "t2w"), ("t1c", "t2f"), _cubes(2)),
     "cubes-3d": (("t1n", "t2w"), ("t1c", "t2f"), _cubes(3)),
+    "lgg-any": (("t1n", "t1c", "t2f"), (), _lgg),
+    "cubes-any": (CUBE_MODALITIES, (), _cubes(2)),
 }
 """Name → sources, targets, reader of the training, validation and test samples."""
+
+
+def gram_matrix(samples: Samples) -> Tensor:
+    """Products of all modalities and a constant, summed over the voxels of the samples that have everything."""
+    whole = samples.present.amin(1) > 0
+    size = samples.images.shape[1] + 1
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    for chunk in torch.split(samples.images[whole], 256):
+        columns = chunk.transpose(0, 1).flatten(1).double()
+        columns = torch.cat([columns, torch.ones_like(columns[:1])])
+        gram += columns @ columns.T
+    return gram
+
+
+def least_squares(gram: Tensor, sources: Sequence[int], targets: Sequence[int]) -> Tensor:
+    """Weights (S + 1, T) of the mix of the sources and a constant that is closest to the targets."""
+    rows = [*sources, len(gram) - 1]
+    return torch.linalg.lstsq(gram[rows][:, rows], gram[rows][:, list(targets)]).solution.float()
 
 
 class Steps(Dataset[tuple[Tensor, Tensor]]):

@@ -87,7 +87,7 @@ def test_a_crop_that_fits_no_network_is_refused_with_the_model(crop):
 
 def test_standard_is_the_published_form_with_cells():
     assert STANDARD.representation == replace(PAPER.representation, cell=16)
-    assert STANDARD.synthesis == replace(PAPER.synthesis, condition_width=128, residual=True)
+    assert STANDARD.synthesis == replace(PAPER.synthesis, condition_width=128, residual=True, loss="absolute")
     assert (STANDARD.crop, STANDARD.synthesis_fit) == (PAPER.crop, PAPER.synthesis_fit)
     assert STANDARD.guidance == "truth"
     assert PAPER.representation.cell == 0

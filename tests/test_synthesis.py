@@ -1,5 +1,7 @@
 """Stage 3: the C-UNet, its guidance, and its unguided twin."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -264,7 +266,47 @@ def test_each_subset_of_the_sources_has_a_mix_of_its_own():
     around, shown = torch.rand(2, 9, 4, 4), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
     maps = shown[:, :, None, None].expand(-1, -1, 4, 4)
     inputs = torch.cat([around * maps.repeat_interleave(3, 1), maps], 1)
-    made = mix(inputs)
+    made = mix(inputs)[:, :, 1]
     for row, (pattern, channels) in enumerate(((5, (0, 2)), (2, (1,)))):
         want = sum(around[row, 3 * s + 1] * mix.weights[pattern, s, 0] for s in channels) + mix.weights[pattern, 3, 0]
         torch.testing.assert_close(made[row, 0], want)
+
+
+def test_what_is_not_shown_is_seen_as_the_mix_slice_by_slice():
+    mix = LinearMix(3, 3, 3, any_subset=True)
+    mix.weights.copy_(torch.randn(8, 4, 3))
+    around, shown = torch.rand(2, 3, 3, 4, 4), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    maps = 0.1 * shown[:, :, None, None].expand(-1, -1, 4, 4)
+    inputs = torch.cat([(around * shown[:, :, None, None, None]).flatten(1, 2), maps], 1)
+    filled = mix.fill(inputs, mix(inputs))
+    assert torch.equal(filled[:, 9:], maps)
+    seen = filled[:, :9].unflatten(1, (3, 3))
+    for row, (pattern, channels) in enumerate(((5, (0, 2)), (2, (1,)))):
+        for number in range(3):
+            weights = mix.weights[pattern, :, number]
+            want = sum(around[row, s] * weights[s] for s in channels) + weights[3]
+            torch.testing.assert_close(seen[row, number], around[row, number] if number in channels else want)
+
+
+def test_a_network_of_any_subset_reads_the_mix_of_neighbouring_slices_too():
+    mix = LinearMix(2, 2, 3, any_subset=True)
+    mix.weights.copy_(torch.randn(4, 3, 2))
+    network = CUNet(SMALL, 8, 2, None, mix=mix)
+    read = []
+    network.encoder.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    around = torch.rand(1, 6, 8, 8)
+    around[:, 3:] = 0
+    maps = torch.tensor([0.1, 0.0])[None, :, None, None].expand(-1, -1, 8, 8)
+    network(torch.cat([around, maps], 1))
+    want = around[:, :3] * mix.weights[1, 0, 1] + mix.weights[1, 2, 1]
+    torch.testing.assert_close(read[0][:, 3:6], want)
+
+
+@pytest.mark.parametrize("loss", ["squared", "absolute"])
+def test_the_loss_is_the_squared_or_the_absolute_error_of_what_is_present(loss):
+    network = CUNet(replace(SMALL, loss=loss), 2, 3, None)
+    sources, targets = torch.rand(2, 2, 8, 8), torch.rand(2, 3, 8, 8)
+    present = torch.tensor([[1.0, 0, 1], [0, 0, 1]])
+    error = (network(sources) - targets)[present > 0]
+    want = error.abs().mean() if loss == "absolute" else error.square().mean()
+    torch.testing.assert_close(network.loss(sources, targets, present), want)

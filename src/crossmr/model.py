@@ -38,9 +38,11 @@ from crossmr.stages.synthesis import (
 )
 
 FORMAT = "crossmr-model"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 EXTRAS = ("trivial", "calibration")
 """Files beside the networks'."""
+SHOWN = 0.1
+"""Value of the map of a source that is shown: ones would drown the images in the first group normalisations."""
 Guidance = Literal["sample", "unconditional", "mean", "reference", "none"]
 GUIDANCES: tuple[Guidance, ...] = ("sample", "unconditional", "mean", "reference", "none")
 
@@ -199,15 +201,15 @@ class CrossConditionedModel(nn.Module):
             shown: (N, S), 0 where a source is missing or to be hidden, where any subset may be; else all are there.
 
         Returns:
-            (N, inputs, *S): what is not shown is zero; then, where any subset may be missing, a map of ones for each
-            source that is shown and not black throughout this slice, or else of zeros.
+            (N, inputs, *S): what is not shown is zero; then, where any subset may be missing, a map for each source, of
+            SHOWN if it is shown and not black throughout this slice, or else of zeros.
         """
         if not self.config.any_subset:
             return around
         apart = rearrange(around, "n (s c) ... -> n s c ...", c=self.config.context_slices)
         there = apart[:, :, apart.shape[2] // 2].flatten(2).amax(-1) > 0
         maps = (shown.to(around) * there)[(...,) + (None,) * (around.ndim - 2)].expand(-1, -1, *around.shape[2:])
-        whole = torch.cat([(apart * maps[:, :, None]).flatten(1, 2), maps], 1)
+        whole = torch.cat([(apart * maps[:, :, None]).flatten(1, 2), SHOWN * maps], 1)
         return whole.contiguous(memory_format=torch.channels_last) if whole.ndim == 4 else whole
 
     def unguided(self, inputs: Tensor) -> Tensor:

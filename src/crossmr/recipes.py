@@ -119,10 +119,10 @@ STANDARD = replace(
     guidance="truth",
     representation=RepresentationConfig(cell=16),
     distribution=DistributionConfig(width=96, blocks=4),
-    synthesis=SynthesisConfig(condition_width=128, residual=True),
+    synthesis=SynthesisConfig(condition_width=128, residual=True, loss="absolute"),
 )
 """The design that docs/evidence.md found best: a grid of cells for each target, condition layers trained last, and a
-C-UNet that starts from the least-squares mix of the sources."""
+C-UNet that starts from the least-squares mix of the sources and learns by its absolute error."""
 
 _FAST = FitConfig(epochs=20, batch_size=8, learning_rate=1e-3, ema_decay=0.99)
 TINY = replace(
@@ -130,7 +130,7 @@ TINY = replace(
     crop=(96, 96),
     representation=RepresentationConfig(channels=16, multipliers=(1, 2, 3, 4), patch_size=8, cell=8),
     distribution=DistributionConfig(width=64, blocks=3),
-    synthesis=SynthesisConfig(channels=16, multipliers=(1, 2, 3, 4), condition_width=128, residual=True),
+    synthesis=replace(STANDARD.synthesis, channels=16, multipliers=(1, 2, 3, 4)),
     representation_fit=replace(_FAST, share=0.15),
     distribution_fit=replace(_FAST, epochs=100, batch_size=64, share=0.1),
     synthesis_fit=_FAST,

@@ -7,9 +7,10 @@ pass stays what a network without guidance gives.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from crossmr.errors import ConfigError
@@ -30,6 +31,8 @@ class SynthesisConfig:
     """Features of the condition c; None for as many as the representation has."""
     residual: bool = False
     """Whether the network learns what is to be added to the least-squares mix of the sources."""
+    loss: Literal["squared", "absolute"] = "squared"
+    """Of the error; 'squared' is published [C]."""
 
     def __post_init__(self) -> None:
         width = 1 if self.condition_width is None else self.condition_width
@@ -72,7 +75,7 @@ def central_slices(inputs: Tensor, sources: int, context: int) -> Tensor:
 
 def shown_sources(inputs: Tensor, sources: int) -> Tensor:
     """Which sources the maps at the end of these inputs say are shown, (B, S) of zeros and ones."""
-    return inputs[:, -sources:].flatten(2).amax(-1)
+    return (inputs[:, -sources:].flatten(2).amax(-1) > 0).to(inputs)
 
 
 class LinearMix(nn.Module):
@@ -89,23 +92,34 @@ class LinearMix(nn.Module):
         self.register_buffer("weights", torch.zeros(2**sources if any_subset else 1, sources + 1, targets))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Mix (B, inputs, *S) to (B, T, *S), float32."""
-        whole = (...,) + (None,) * (inputs.ndim - 2)
-        central = central_slices(inputs, self.sources, self.context).float()
+        """Mix (B, inputs, *S) to (B, T, context, *S), float32: each slice of context by itself."""
+        around = self._around(inputs).float()
         pattern = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
         if self.any_subset:
             shown = shown_sources(inputs, self.sources) > 0
             pattern = (shown * 2 ** torch.arange(self.sources, device=inputs.device)).sum(1)
         weights = self.weights[pattern]  # (B, S + 1, T)
-        mixed = (central[:, :, None] * weights[:, :-1][whole]).sum(1)
-        return mixed + weights[:, -1][whole]
+        with torch.autocast(inputs.device.type, enabled=False):  # half a promille of the intensity range would show
+            mixed = torch.einsum("bsc...,bst->btc...", around, weights[:, :-1])
+        return mixed + weights[:, -1][(...,) + (None,) * (mixed.ndim - 2)]
+
+    def fill(self, inputs: Tensor, mixed: Tensor) -> Tensor:
+        """The inputs (B, inputs, *S) of any subset, with the mix (B, S, context, *S) for what is not shown."""
+        around, maps = self._around(inputs), inputs[:, -self.sources :]
+        whole = torch.where(maps[:, :, None] > 0, around, mixed.to(around.dtype))
+        filled = torch.cat([whole.flatten(1, 2), maps], 1)
+        return filled.contiguous(memory_format=torch.channels_last) if filled.ndim == 4 else filled
+
+    def _around(self, inputs: Tensor) -> Tensor:
+        """The images of the inputs, (B, S, context, *S)."""
+        return rearrange(inputs[:, : self.sources * self.context], "b (s c) ... -> b s c ...", c=self.context)
 
 
 class CUNet(nn.Module):
     """U-Net from S source channels to T target channels; without `representation_dim`, its unguided twin.
 
     `guided_last`: its condition layers start at zero and are trained alone, after the rest; no y_0, no addition.
-    `mix`: what it starts from; its output is added to that.
+    `mix`: what it starts from; its output is added to that, and what is not shown of any subset is seen as the mix.
     """
 
     def __init__(
@@ -121,6 +135,7 @@ class CUNet(nn.Module):
     ):
         super().__init__()
         self.mix = mix
+        self.absolute = config.loss == "absolute"
         width = None if representation_dim is None else config.condition_width or representation_dim
         self.condition = None
         if representation_dim is not None and width is not None:
@@ -139,9 +154,12 @@ class CUNet(nn.Module):
         y_0 (B, D[, *G]) is the guidance, or None; keep (B, 1) of zeros and ones withholds it sample by sample.
         """
         c = None if self.condition is None else self.condition(y_0, sources.shape[0], keep)
-        features, skips = self.encoder(sources, c)
-        out = cast(Tensor, self.decoder(features, skips, c))
-        return out if self.mix is None else out + self.mix(sources)
+        if self.mix is None:
+            return cast(Tensor, self.decoder(*self.encoder(sources, c), c))
+        mixed = cast(Tensor, self.mix(sources))
+        if self.mix.any_subset:
+            sources = self.mix.fill(sources, mixed)
+        return cast(Tensor, self.decoder(*self.encoder(sources, c), c)) + mixed[:, :, mixed.shape[2] // 2]
 
     def zero_condition_layers(self) -> None:
         """Zero what lets the guidance into the blocks."""
@@ -162,8 +180,9 @@ class CUNet(nn.Module):
         y_0: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """L_Syn, the squared error over the targets (B, T, *S) that each patient has (present (B, T))."""
-        return mean_where_present((self(sources, y_0, keep).float() - targets) ** 2, present)
+        """L_Syn, the squared or absolute error over the targets (B, T, *S) that each patient has (present (B, T))."""
+        error = self(sources, y_0, keep).float() - targets
+        return mean_where_present(error.abs() if self.absolute else error**2, present)
 
 
 def mean_where_present(loss: Tensor, present: Tensor) -> Tensor:
