@@ -1,5 +1,7 @@
 """The table and the figure of what `ablation.py` has run: means over patients and seeds, beside the unguided twin.
 
+Rows that OUT holds from earlier runs stay, but for arms that were run again.
+
 python benchmarks/ablation_table.py runs/ablation -o benchmarks/results
 """
 
@@ -23,6 +25,7 @@ HEADINGS = {
     "tumour_ssim": "SSIM tumour",
 }
 DIGITS = {"psnr": 2, "ssim": 3, "haarpsi": 3, "tumour_psnr": 2, "tumour_ssim": 3}
+ARM = ("task", "seed", "steps", "arm")
 SURE = ("ause", "correlation", "certain_90", "coverage_95", "nll", "raw_coverage_95")
 
 
@@ -33,12 +36,11 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    certain: list[Row] = []
+    rows, certain = (_earlier(options.out / f"{name}.csv") for name in ("ablation", "uncertainty"))
     for path in sorted(options.runs.glob("*/*-steps/seed-*/*.json")):
         found = json.loads(path.read_text())
-        rows += found["rows"]
-        certain += [row for row in found["uncertainty"] if "uncertainty" in row]
+        rows = _with(rows, found["rows"])
+        certain = _with(certain, [row for row in found["uncertainty"] if "uncertainty" in row])
     for name, table in (("ablation", rows), ("uncertainty", certain)):
         fields = list(dict.fromkeys(key for row in table for key in row))
         with (options.out / f"{name}.csv").open("w", newline="") as file:
@@ -49,6 +51,23 @@ def main() -> None:
     (options.out / "ablation.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
     figure(rows, options.out / "ablation.png")
+
+
+def _earlier(path: Path) -> list[Row]:
+    """The rows of an earlier table, numbers as numbers."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        found = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+    text = ("task", "arm", "completion", "uncertainty", "patient", "target")
+    whole = ("seed", "steps", "samples")
+    return [{k: v if k in text else int(v) if k in whole else float(v) for k, v in row.items()} for row in found]
+
+
+def _with(rows: list[Row], new: Sequence[Row]) -> list[Row]:
+    """Rows of other arms, and the new ones."""
+    arms = {tuple(row[key] for key in ARM) for row in new}
+    return [row for row in rows if tuple(row[key] for key in ARM) not in arms] + list(new)
 
 
 def quality(rows: Sequence[Row]) -> list[str]:

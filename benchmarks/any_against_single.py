@@ -3,6 +3,8 @@
 On each task the C-UNet of recipe `any` is trained on random subsets, for the steps of the others, twice and four times
 as many, and beside it one C-UNet for each of some patterns: sources → all the rest. Same data, order, flips, first
 mix and steps. Scores are those of `ablation.py`, paired over patients; the least-squares mix is the trivial rival.
+--designs trains the network of any subset without what makes it learn sooner: `squared` error, missing sources left
+`black` instead of filled with the mix, maps of ones (`loud`), or all three (`before`).
 
 python benchmarks/any_against_single.py ../shared/data -o runs/any-single --task cubes-any --steps 500 --batch 16
 python benchmarks/any_against_single.py ../shared/data -o runs/any-single --task lgg-any --steps 400 --seeds 0 --every 2
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from crossmr import metrics
 from crossmr.display import SILENT
-from crossmr.model import CrossConditionedModel
+from crossmr.model import SHOWN, CrossConditionedModel
 from crossmr.recipes import TINY
 from crossmr.stages.synthesis import CUNet, LinearMix, SynthesisConfig
 from crossmr.training import random_subsets
@@ -37,13 +39,16 @@ PATTERNS = {
 }
 TIMES = (1, 2, 4)
 """Steps of the network of any subset, in those of the others."""
+DESIGNS = ("squared", "black", "loud", "before")
+ARMS = ("linear mix", "single", *(f"any-{times}" for times in TIMES), *DESIGNS)
 
 
 def model_of(
-    sources: Sequence[str], targets: Sequence[str], gram: Tensor, known: Sequence[str]
+    sources: Sequence[str], targets: Sequence[str], gram: Tensor, known: Sequence[str], design: str = ""
 ) -> CrossConditionedModel:
     """An untrained model whose C-UNet starts from the least-squares mix; of any subset if sources are targets."""
-    form = SynthesisConfig(**FORM, residual=True, loss="absolute")  # type: ignore[arg-type]
+    error = "squared" if design in ("squared", "before") else "absolute"
+    form = SynthesisConfig(**FORM, residual=True, loss=error)  # type: ignore[arg-type]
     recipe = replace(TINY, any_subset=tuple(sources) == tuple(targets), synthesis=form)
     model = CrossConditionedModel(recipe.model_config(tuple(sources), tuple(targets)))
     mix = cast(LinearMix, model.synthesis.mix)
@@ -55,6 +60,8 @@ def model_of(
             weights = least_squares(gram, *rows)
             for number, target in enumerate(wanted):
                 mix.weights[pattern, [*shown, len(sources)], target] = weights[:, number]
+    if design in ("black", "before"):
+        mix.fill = lambda inputs, mixed: inputs  # type: ignore[method-assign]
     return model
 
 
@@ -69,6 +76,14 @@ def one_pattern(task: Task, sources: Sequence[str]) -> Task:
     return Task(task.name, tuple(sources), targets, *(ordered(s) for s in (task.train, task.val, task.test)))
 
 
+def read(model: CrossConditionedModel, images: Tensor, shown: Tensor, design: str) -> Tensor:
+    """What the C-UNet of any subset reads, with maps of ones where the design wants them."""
+    inputs = model.inputs(images, shown)
+    if design in ("loud", "before"):
+        inputs[:, -shown.shape[1] :] /= SHOWN
+    return inputs
+
+
 def trained(bench: Bench, name: str, model: CrossConditionedModel, steps: int) -> CUNet:
     """The model's C-UNet, trained on the bench's task; in place, so that the model holds it."""
     train, count = bench.task.train, len(bench.task.sources)
@@ -78,7 +93,7 @@ def trained(bench: Bench, name: str, model: CrossConditionedModel, steps: int) -
         images, present = flipped(bench.images(train, chosen), flips), train.present[chosen]
         if model.config.any_subset:
             shown = random_subsets(present, generator)
-            return network.loss(model.inputs(images, shown), images, present - shown)  # type: ignore[operator, no-any-return]
+            return network.loss(read(model, images, shown, name), images, present - shown)  # type: ignore[operator, no-any-return]
         return network.loss(images[:, :count], images[:, count:], present[:, count:])  # type: ignore[operator, no-any-return]
 
     return bench.fit(name, lambda: model.synthesis, loss, steps)  # type: ignore[return-value]
@@ -109,21 +124,24 @@ def single(bench: Bench, gram: Tensor, sources: Sequence[str]) -> list[dict[str,
     return rows
 
 
-def any_subset(bench: Bench, gram: Tensor, patterns: Sequence[tuple[str, ...]], times: int) -> list[dict[str, object]]:
-    """One network of every subset, trained `times` as long, on each of the patterns."""
+def any_subset(
+    bench: Bench, gram: Tensor, patterns: Sequence[tuple[str, ...]], name: str, times: int = 1
+) -> list[dict[str, object]]:
+    """One network of every subset, trained `times` as long, on each of the patterns; its name may be a design's."""
     known, test, rows = bench.task.sources, bench.task.test, []
     with seeded_weights(bench.seed):
-        model = model_of(known, known, gram, known)
-    network = trained(bench, f"any-{times}", model, times * bench.steps)
+        model = model_of(known, known, gram, known, name)
+    network = trained(bench, name, model, times * bench.steps)
     for sources in patterns:
         shown = torch.tensor([float(m in sources) for m in known])
 
         def made(chosen: Tensor, shown: Tensor = shown) -> Tensor:
-            return network(model.inputs(bench.images(test, chosen), test.present[chosen] * shown))  # type: ignore[no-any-return]
+            inputs = read(model, bench.images(test, chosen), test.present[chosen] * shown, name)
+            return network(inputs)  # type: ignore[no-any-return]
 
         task = one_pattern(bench.task, sources)
         whole = in_chunks(bench.runner, made, len(test))
-        rows += scored(bench, f"any-{times}", task, whole[:, [known.index(target) for target in task.targets]])
+        rows += scored(bench, name, task, whole[:, [known.index(target) for target in task.targets]])
     return rows
 
 
@@ -146,13 +164,12 @@ def table(out: Path) -> None:
                 key = (row["task"], str(row["steps"]), row["sources"], row["target"])
                 found[key][measure][row["arm"]][row["patient"]].append(row[measure])
     for measure, digits in (("psnr", 2), ("ssim", 3)):
-        print(f"\n| {measure.upper()} | target | linear mix | single | any, as long | any, twice | any, four times |")
-        print("|---|---|---|---|---|---|---|")
+        print(f"\n| {measure.upper()} | target | {' | '.join(ARMS)} |\n|---|---|{'---|' * len(ARMS)}")
         for (task, steps, sources, target), measures in found.items():
             arms = measures[measure]
             means = {arm: {p: sum(v) / len(v) for p, v in of.items()} for arm, of in arms.items()}
             single, cells = means["single"], []
-            for arm in ("linear mix", "single", *(f"any-{n}" for n in TIMES)):
+            for arm in ARMS:
                 if arm not in means:
                     cells.append("")
                     continue
@@ -177,6 +194,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--every", type=int, default=1, help="of the test slices, score each n-th")
     parser.add_argument("--times", type=int, nargs="+", default=list(TIMES))
+    parser.add_argument("--designs", nargs="*", choices=DESIGNS, default=[])
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -193,7 +211,8 @@ def main() -> None:
         jobs: dict[str, Callable[[], list[dict[str, object]]]] = {
             "single-" + "+".join(sources): partial(single, bench, gram, sources) for sources in patterns
         }
-        jobs |= {f"any-{times}": partial(any_subset, bench, gram, patterns, times) for times in options.times}
+        networks = {f"any-{times}": times for times in options.times} | dict.fromkeys(options.designs, 1)
+        jobs |= {name: partial(any_subset, bench, gram, patterns, name, times) for name, times in networks.items()}
         for name, job in jobs.items():
             if not (folder / f"{name}.json").exists():
                 (folder / f"{name}.json").write_text(json.dumps(job()))

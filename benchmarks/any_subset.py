@@ -145,7 +145,7 @@ def jitter(model: CrossConditionedModel, prepared: Path, out: Path) -> None:
 
 def samples(model: CrossConditionedModel, prepared: Path, counts: Sequence[int] = (1, 4, 16)) -> None:
     """Seconds of one study by number of samples, interleaved, medians of three."""
-    subject = next(subjects(prepared))
+    subject = next(subjects(prepared, "TCGA-"))
     target = next(iter(subject.volumes))
     given = {m: volume for m, volume in subject.volumes.items() if m != target}
     taken: dict[int, list[float]] = defaultdict(list)
