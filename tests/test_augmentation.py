@@ -30,6 +30,14 @@ def generator(seed=0):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
+def test_low_precision_around_it_changes_nothing(dims):
+    augment, image = Augmentation(ALWAYS, dims), head(dims)
+    with torch.autocast("cpu", torch.bfloat16):
+        changed = augment(image, generator())
+    assert torch.equal(changed, augment(image, generator()))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
 def test_the_same_generator_gives_the_same_image_another_another(dims):
     augment, image = Augmentation(ALWAYS, dims), head(dims)
     first = augment(image, generator())

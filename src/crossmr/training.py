@@ -45,7 +45,7 @@ PATTERNS = 4
 """Random subsets of each validation slice that the deviations of a model of any subset are calibrated on."""
 CHUNK = 16
 """Slices through a network at once, where no gradient is needed."""
-CROPS = 8192
+CROPS = 2048
 """Random crops at most, of two epochs, whose grids the MDN learns from."""
 MUTE = 0.05
 """Standard deviation over samples, features being z-scored, below which representations say nothing."""

@@ -77,8 +77,9 @@ class Augmentation:
             return image
         self.move.set_random_state(seed=seed)
         self.transform.set_random_state(seed=seed)
-        moved = _plain(self.move(image))
-        changed = _plain(self.transform(moved))
+        with torch.autocast(image.device.type, enabled=False):  # MONAI's affines know no bfloat16
+            moved = _plain(self.move(image))
+            changed = _plain(self.transform(moved))
         largest = torch.nn.functional.max_pool2d if image.ndim == 3 else torch.nn.functional.max_pool3d
         near = largest((moved > 0).float(), 3, stride=1, padding=1) > 0  # noise is no head
         return changed.clamp(0, 1) * near
