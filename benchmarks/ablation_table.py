@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tasks import MEASURES
+from tasks import MEASURES, write_rows
 
 from crossmr import metrics
 
@@ -42,11 +42,7 @@ def main() -> None:
         rows = _with(rows, found["rows"])
         certain = _with(certain, [row for row in found["uncertainty"] if "uncertainty" in row])
     for name, table in (("ablation", rows), ("uncertainty", certain)):
-        fields = list(dict.fromkeys(key for row in table for key in row))
-        with (options.out / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
+        write_rows(options.out / f"{name}.csv", table)
     text = quality(rows) + sureness(certain)
     (options.out / "ablation.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))

@@ -23,7 +23,7 @@ from typing import cast
 
 import torch
 from ablation import FORM, Bench
-from tasks import Samples, Task, fabric, flipped, gram_matrix, in_chunks, least_squares, load_task, score
+from tasks import Samples, Task, fabric, flipped, gram_matrix, in_chunks, least_squares, load_task, score, write_rows
 from torch import Tensor, nn
 
 from crossmr import metrics
@@ -154,12 +154,14 @@ def seeded_weights(seed: int) -> Iterator[None]:
 
 
 def table(out: Path) -> None:
-    """PSNR of each network, and what the one for every subset is behind or ahead, means over patients."""
+    """PSNR of each network, and by how much the one for every subset differs; means over patients, and a CSV."""
     found: dict[tuple[str, ...], dict[str, dict[str, dict[str, list[float]]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     )
-    for file in sorted(out.glob("*/*-steps/seed-*/*.json")):
-        for row in json.loads(file.read_text()):
+    rows = [row for file in sorted(out.glob("*/*-steps/seed-*/*.json")) for row in json.loads(file.read_text())]
+    write_rows(out / "any_against_single.csv", rows)
+    for row in rows:
+        if row["arm"] in ARMS:
             for measure in ("psnr", "ssim"):
                 key = (row["task"], str(row["steps"]), row["sources"], row["target"])
                 found[key][measure][row["arm"]][row["patient"]].append(row[measure])

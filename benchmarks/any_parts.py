@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from any_subset import rough
 from default_weights import PHANTOMS, RECIPE, SHAPE, SPACING_MM, four_modalities
+from tasks import write_rows
 
 from crossmr import metrics
 from crossmr.checkpoint import load_bundle, load_checkpoint
@@ -80,12 +81,13 @@ def scores(model: CrossConditionedModel, cases: Iterable[Case]) -> list[dict[str
 
 
 def table(out: Path) -> None:
-    """Means over patients, and differences to `standard`."""
+    """Means over patients, and differences to `standard`; all rows as CSV."""
     found: dict[tuple[str, str], dict[str, dict[str, dict[str, object]]]] = defaultdict(lambda: defaultdict(dict))
-    for file in sorted(out.glob("*.json")):
-        for row in json.loads(file.read_text()):
-            arm = row["arm"] if row["predictor"] == "unguided" else "linear mix"
-            found[row["cohort"], row["target"]][arm][row["case"]] = row
+    rows = [row for file in sorted(out.glob("*-[0-9].json")) for row in json.loads(file.read_text())]
+    write_rows(out / "any_parts.csv", rows)
+    for row in rows:
+        arm = row["arm"] if row["predictor"] == "unguided" else "linear mix"
+        found[row["cohort"], row["target"]][arm][row["case"]] = row
     print("| cohort | target | arm | PSNR | SSIM | jitter | patients |\n|---|---|---|---|---|---|---|")
     for (cohort, target), arms in found.items():
         for arm, cases in arms.items():

@@ -5,6 +5,7 @@ held in memory, and every batch is a function of seed and step, so that all arms
 the same order.
 """
 
+import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,3 +286,12 @@ def averaged(rows: Iterable[Mapping[str, object]], keys: Sequence[str]) -> dict[
             if row.get(measure) not in (None, ""):
                 group[measure].append(float(row[measure]))  # type: ignore[arg-type]
     return {key: {m: float(np.mean(v)) for m, v in group.items() if v} for key, group in groups.items()}
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Rows as CSV, five digits a number."""
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
