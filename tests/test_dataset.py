@@ -181,13 +181,13 @@ def test_a_manifest_that_is_no_json(copy, content):
         PreparedSet(copy)
 
 
-@pytest.mark.parametrize(("key", "value"), [("format_version", 2), ("format", "nnunet"), ("format", None)])
+@pytest.mark.parametrize(("key", "value"), [("format_version", 1), ("format", "nnunet"), ("format", None)])
 def test_another_version(copy, key, value):
     body: dict[str, Any] = json.loads((copy / "manifest.json").read_text())
     del body["sha256"]
     body[key] = value
     (copy / "manifest.json").write_text(json.dumps({**body, "sha256": digest(body)}))
-    with pytest.raises(SetError, match=r"another format or version than crossmr-set 1\. Run prepare again"):
+    with pytest.raises(SetError, match=r"another format or version than crossmr-set 2\. Run prepare again"):
         PreparedSet(copy)
 
 

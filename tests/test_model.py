@@ -159,13 +159,13 @@ def test_saving_over_a_larger_model_leaves_no_part_of_it(folder):
 @pytest.mark.parametrize("change", [{"format_version": 1}, {"format_version": None}, {"format": "somebody-else"}])
 def test_another_format_is_refused(folder, change):
     resave(folder, lambda _, data: data.update(change))
-    refused(folder, "this crossmr reads crossmr-model 5")
+    refused(folder, "this crossmr reads crossmr-model 6")
 
 
 @pytest.mark.parametrize("key", ["format", "format_version", "config", "training"])
 def test_a_config_that_lacks_a_part_is_refused(folder, key):
     resave(folder, lambda _, data: data.pop(key))
-    refused(folder, f"has no '{key}'|this crossmr reads crossmr-model 5")
+    refused(folder, f"has no '{key}'|this crossmr reads crossmr-model 6")
 
 
 @pytest.mark.parametrize("name", ["representation", "source_representation", "distribution", "synthesis"])

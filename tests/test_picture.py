@@ -30,7 +30,7 @@ def test_rows_and_columns_of_tiles(tmp_path):
 def test_anterior_is_up_and_the_patients_left_on_the_viewers_right(tmp_path):
     image = np.zeros((4, 4), np.float32)  # rows posterior → anterior, columns left → right
     image[3, 0] = 1.0  # anterior, left
-    image[0, 3] = 0.5  # posterior, right
+    image[0, 3] = 0.3  # posterior, right
     save_picture(tmp_path / "a.png", [[("", image)]])
     shown = body(read(tmp_path / "a.png"))
     assert (shown[0, -1], shown[-1, 0]) == (255, 127)  # up on the viewer's right, down on their left
@@ -38,7 +38,7 @@ def test_anterior_is_up_and_the_patients_left_on_the_viewers_right(tmp_path):
 
 
 def test_intensities_are_shown_from_black_to_white_and_clipped(tmp_path):
-    image = np.repeat(np.array([[-3.0] * 4 + [0.5] * 4 + [9.0] * 4], np.float32), 12, axis=0)
+    image = np.repeat(np.array([[-3.0] * 4 + [0.3] * 4 + [9.0] * 4], np.float32), 12, axis=0)
     save_picture(tmp_path / "a.png", [[("", image)]])
     shown = body(read(tmp_path / "a.png"))[TILE // 2]
     assert (shown[-TILE // 6], shown[TILE // 2], shown[TILE // 6]) == (0, 127, 255)

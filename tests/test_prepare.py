@@ -67,8 +67,8 @@ def test_the_manifest_is_complete(cohort, tmp_path):
     manifest = read_json(tmp_path / "set" / "manifest.json")
     assert manifest.pop("sha256") == digest(manifest)
     assert manifest == body
-    assert (manifest["format"], manifest["format_version"]) == ("crossmr-set", 1)
-    assert "99.9" in manifest["normalisation"]
+    assert (manifest["format"], manifest["format_version"]) == ("crossmr-set", 2)
+    assert "4 times the median" in manifest["normalisation"]
     assert manifest["refused"] == []
     assert list(manifest["cases"]) == CASES
     fingerprint = manifest["fingerprint"]
@@ -78,7 +78,7 @@ def test_the_manifest_is_complete(cohort, tmp_path):
     assert fingerprint["shape_zyx"] == {"min": [24, 32, 28], "max": [24, 32, 28]}
     assert fingerprint["spacing_mm_zyx"]["median"] == [7, 6, 6]
     assert (fingerprint["masked_background"], fingerprint["labelled"]) == (1, 1)
-    assert 0.3 < fingerprint["intensity"]["t1n"]["mean"] < 0.9
+    assert 0.15 < fingerprint["intensity"]["t1n"]["mean"] < 0.5
     patients = {"P-00001", "P-00002", "P-00003"}
     assert set().union(*(manifest["split"][part] for part in PARTS)) == patients
     for name, case in manifest["cases"].items():

@@ -36,7 +36,7 @@ BATCH = 16
 """Slices synthesised at once."""
 INTENSITY = {
     "range": [0, 1],
-    "meaning": "the model's normalised scale: 0 is air, 1 the 99.9th percentile within the head of a real scan; "
+    "meaning": "the model's normalised scale: 0 is air, 1 four times the median within the head of a real scan; "
     "no MR unit",
 }
 ENHANCEMENT = (

@@ -1,6 +1,6 @@
 """Measuring a model: hide each target, synthesise it, and compare, always beside the trivial predictors.
 
-Two protocols, both on intensities normalised per volume (0 air, 1 the 99.9th percentile within the head):
+Two protocols, both on intensities normalised per volume (0 air, 1 four times the median within the head):
 
 volume  Within the head's bounding box plus 4 voxels (the empty rest would only flatter). Prediction and truth are
         scaled by the truth's 0–99.9 percentile range, the prediction never by itself. PSNR, SSIM (3D, Gaussian 1.5),

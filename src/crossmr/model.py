@@ -38,7 +38,7 @@ from crossmr.stages.synthesis import (
 )
 
 FORMAT = "crossmr-model"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 EXTRAS = ("trivial", "calibration")
 """Files beside the networks'."""
 SHOWN = 0.1

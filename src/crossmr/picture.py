@@ -13,6 +13,8 @@ from crossmr.files import write_atomically
 Array = npt.NDArray[np.float32]
 TILE = 192
 """Pixels of a tile's longer side."""
+WHITE = 0.6
+"""What is shown white: half of a head lies below .25."""
 BAND = 16
 """Pixels of the band above a tile that names it."""
 
@@ -20,8 +22,9 @@ BAND = 16
 def save_picture(path: Path, rows: Sequence[Sequence[tuple[str, Array]]]) -> None:
     """Write rows of (title, slice) as one PNG.
 
-    A slice is (Y, X) in [0, 1], rows posterior → anterior and columns left → right as volumes are in memory;
-    it is shown as radiologists look at it, from below: anterior up, the patient's left on the viewer's right.
+    A slice is (Y, X) in [0, 1], of which up to WHITE is shown; rows posterior → anterior and columns left → right as
+    volumes are in memory; it is shown as radiologists look at it, from below: anterior up, the patient's left on the
+    viewer's right.
     """
     tiles = [[_tile(title, image) for title, image in row] for row in rows]
     width = max(sum(tile.width for tile in row) for row in tiles)
@@ -39,7 +42,7 @@ def save_picture(path: Path, rows: Sequence[Sequence[tuple[str, Array]]]) -> Non
 
 
 def _tile(title: str, image: Array) -> Image.Image:
-    pixels = Image.fromarray((np.clip(image[::-1, ::-1], 0, 1) * 255).astype(np.uint8))
+    pixels = Image.fromarray((np.clip(image[::-1, ::-1] / WHITE, 0, 1) * 255).astype(np.uint8))
     factor = TILE / max(pixels.size)
     size = (max(1, round(pixels.width * factor)), max(1, round(pixels.height * factor)))
     tile = Image.new("L", (size[0] + 2, size[1] + BAND))

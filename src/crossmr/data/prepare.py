@@ -24,17 +24,17 @@ from typing import Any
 import numpy as np
 
 from crossmr.data.naming import StudyFiles, find_studies
-from crossmr.data.study import HIGH_PERCENTILE, Study, load_study
+from crossmr.data.study import MEDIANS, Study, load_study
 from crossmr.data.volume import content_sha256
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, OutputError, SetError, VolumeError
 from crossmr.files import digest, read_json, write_atomically, write_json
 
 FORMAT = "crossmr-set"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PARTS = ("train", "val", "test")
 ARRAYS = ("images.npy", "masks.npy")
-NORMALISATION = f"0 = air, 1 = {HIGH_PERCENTILE}th percentile within the head, per volume, saturating"
+NORMALISATION = f"0 = air, 1 = {MEDIANS:g} times the median within the head above air, per volume, saturating"
 MARGIN = 4
 """Voxels kept around the head's bounding box."""
 
