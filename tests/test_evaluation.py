@@ -406,10 +406,33 @@ def test_the_summary_of_sureness_has_its_rival_beside_it(sure):
     assert [column.header for column in table.columns][:2] == ["target", "uncertainty"]
 
 
+def test_the_calibration_curve_of_each_case_and_of_all(sure, cohort):
+    body, out, model = sure
+    with open(out / "calibration.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(CASES) * len(TARGETS) * 10
+    subject = subjects(cohort)["A1"]
+    predictions, deviations = predict_all(model, subject, SOURCES, ["none"], Settings(precision="float32"))
+    own = [r for r in rows if (r["case"], r["target"]) == ("A1", "t1c")]
+    for column, volume in (
+        ("deviation", deviations["t1c"]),
+        ("error", predictions[UNGUIDED]["t1c"] - subject.volumes["t1c"]),
+    ):
+        mean_square = np.mean([float(row[column]) ** 2 for row in own])
+        assert mean_square == pytest.approx((volume[subject.head].astype(float) ** 2).mean(), rel=1e-3)
+    assert [row["tenth"] for row in body["calibration"]] == [*range(1, 11)] * 2
+    for entry in body["calibration"]:
+        all_of_it = [r for r in rows if (r["target"], int(r["tenth"])) == (entry["target"], entry["tenth"])]
+        root = np.sqrt(np.mean([float(row["error"]) ** 2 for row in all_of_it]))
+        assert entry["error"] == pytest.approx(root)
+
+
 def test_where_a_model_says_nothing_of_its_sureness_nothing_is_measured(evaluated):
     out, body, _ = evaluated
     assert body["uncertainty"] == []
+    assert body["calibration"] == []
     assert not (out / "uncertainty.csv").exists()
+    assert not (out / "calibration.csv").exists()
 
 
 def test_a_pooled_model_measures_unguided_beside_its_samples(bare, cohort, tmp_path):

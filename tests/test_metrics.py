@@ -406,3 +406,23 @@ def test_uncertainty_without_anything_to_tell():
     for wrong in [((3,), (4,)), ((2, 2), (2, 2)), ((0,), (0,)), ((1,), ())]:
         with pytest.raises(ValueError, match="one \\(N,\\) each"):
             metrics.error_against_uncertainty(*(torch.ones(shape) for shape in wrong))
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_the_calibration_curve_is_the_diagonal_of_right_deviations(factor):
+    rng = np.random.default_rng(0)
+    deviation = rng.uniform(0.01, 1, 50_000)
+    error = torch.tensor(np.abs(rng.normal(0, deviation)))
+    curve = metrics.calibration_curve(error, torch.tensor(deviation * factor))
+    assert curve.shape == (10, 2)
+    assert (curve[1:, 0] > curve[:-1, 0]).all()
+    torch.testing.assert_close(curve[:, 0] / factor, curve[:, 1], rtol=0.04, atol=0)
+
+
+def test_bins_of_known_values():
+    error, deviation = torch.tensor([3.0, 1.0, 4.0, 2.0]), torch.tensor([0.3, 0.1, 0.4, 0.1])
+    curve = metrics.calibration_curve(error, deviation, bins=2)
+    assert curve.flatten().tolist() == pytest.approx([0.1, math.sqrt(2.5), math.sqrt(0.125), math.sqrt(12.5)])
+    for wrong in [(torch.ones(4), torch.ones(3)), (torch.ones(1), torch.ones(1)), (torch.ones(2, 2), torch.ones(2, 2))]:
+        with pytest.raises(ValueError, match="one \\(N,\\) each, N at least 2"):
+            metrics.calibration_curve(*wrong, bins=2)

@@ -18,6 +18,7 @@ A model with cells has no twin: its unguided synthesis is what a network without
 
 Where there is one, the standard deviation of each voxel is held against the absolute error within the head, on the
 [0, 1] scale (`error_against_uncertainty`), beside the predicted intensity, which any network has: it ranks errors too.
+The calibration curve holds what a tenth of the voxels are said to be off against what they are (`calibration_curve`).
 """
 
 import csv
@@ -56,6 +57,7 @@ Row = dict[str, Any]
 KEYS = ("sources", "target", "predictor", "protocol", "region")
 METRICS = ("psnr", "ssim", "mae", "nmse", "haarpsi")
 SURENESS = ("correlation", "error", "certain_90", "ause", "coverage_95")
+CURVE = ("tenth", "deviation", "error")
 DEVIATION, INTENSITY = "deviation", "predicted intensity"
 TWIN = "unguided twin"
 HEADINGS = {"psnr": "PSNR", "ssim": "SSIM", "haarpsi": "HaarPSI"}
@@ -104,7 +106,7 @@ def evaluate(
         model: a model, the folder of one, or the name of one at hand.
         data: a prepared set, of which `part` is measured, or a folder of studies.
         out: gets metrics.csv (a row a case, target, predictor and region), metrics.json, pictures, and with
-            standard deviations uncertainty.csv.
+            standard deviations uncertainty.csv and calibration.csv.
         part: 'train', 'val' or 'test' of a prepared set.
         every_subset: show a model of any subset every subset of what a study has, not only all but one modality.
         guidances: arms measured beside the model's own guidance.
@@ -131,6 +133,7 @@ def evaluate(
     arms = list(dict.fromkeys((own, *guidances)))
     rows: list[Row] = []
     sureness: list[Row] = []
+    curves: list[Row] = []
     failed: dict[str, str] = {}
     trained_on = set(model.record.get("training", {}).get("patients", {}).get("train", []))
     seen, pictures = [], 0
@@ -142,11 +145,13 @@ def evaluate(
                 subject = read()
                 measured: list[Row] = []
                 sure: list[Row] = []
+                curved: list[Row] = []
                 shown: list[tuple[tuple[str, ...], dict[str, dict[str, Array]]]] = []
                 for sources in patterns(model.config, subject, every_subset=every_subset):
                     predictions, deviations = predict_all(model, subject, sources, arms, settings)
                     measured += measure(subject, sources, predictions)
                     sure += measure_sureness(subject, sources, predictions[predictor_name(own)], deviations)
+                    curved += measure_calibration(subject, sources, predictions[predictor_name(own)], deviations)
                     shown = [one for one in shown if len(one[0]) == len(sources)]  # the largest subsets come last
                     shown.append((sources, _plane(subject, predictions)))
                 if pictures < PICTURES:
@@ -154,6 +159,7 @@ def evaluate(
                     pictures += 1
                 rows += measured
                 sureness += sure
+                curves += curved
                 if pseudonym(subject.patient) in trained_on:
                     seen.append(name)
             except CrossmrError as error:
@@ -167,6 +173,7 @@ def evaluate(
         "protocol": (__doc__ or "").strip(),
         "summary": summarise(rows),
         "uncertainty": sureness_summary(sureness),
+        "calibration": calibration_summary(curves),
         "own": predictor_name(own),
         "cases": sorted({row["case"] for row in rows}),
         "trained_on": seen,
@@ -187,6 +194,7 @@ def evaluate(
         write_atomically(
             out / "uncertainty.csv", _csv(sureness, ("case", "sources", "target", "uncertainty", *SURENESS))
         )
+        write_atomically(out / "calibration.csv", _csv(curves, ("case", "sources", "target", *CURVE)))
     write_json(out / "metrics.json", body)
     return body
 
@@ -283,13 +291,42 @@ def measure_sureness(
     """How errors within the head go with the standard deviations, and with the predicted intensity."""
     rows: list[Row] = []
     for target, deviation in deviations.items():
-        inside = subject.head & (subject.volumes[target].max((1, 2)) > 0)[:, None, None]  # slices that were acquired
-        error = torch.from_numpy(np.abs(predicted[target] - subject.volumes[target])[inside])
+        inside, error = _errors(subject, target, predicted[target])
         for name, guess in ((DEVIATION, deviation), (INTENSITY, predicted[target])):
             scores = metrics.error_against_uncertainty(error, torch.from_numpy(guess[inside]))
             common = {"case": subject.name, "sources": "+".join(sources), "target": target, "uncertainty": name}
             rows.append({**common, **scores})
     return rows
+
+
+def measure_calibration(
+    subject: Subject, sources: Sequence[str], predicted: Mapping[str, Array], deviations: Mapping[str, Array]
+) -> list[Row]:
+    """Deviation and error of each tenth of the voxels within the head, from the most certain to the least."""
+    rows: list[Row] = []
+    for target, deviation in deviations.items():
+        inside, error = _errors(subject, target, predicted[target])
+        curve = metrics.calibration_curve(error, torch.from_numpy(deviation[inside])).tolist()
+        common = {"case": subject.name, "sources": "+".join(sources), "target": target}
+        rows += [{**common, **dict(zip(CURVE, (n, *pair), strict=True))} for n, pair in enumerate(curve, 1)]
+    return rows
+
+
+def _errors(subject: Subject, target: str, predicted: Array) -> tuple[npt.NDArray[np.bool_], Tensor]:
+    """The voxels within the head, of slices where the target was acquired, and their absolute errors (N,)."""
+    truth = subject.volumes[target]
+    inside = subject.head & (truth.max((1, 2)) > 0)[:, None, None]
+    return inside, torch.from_numpy(np.abs(predicted - truth)[inside])
+
+
+def calibration_summary(rows: Sequence[Row]) -> list[Row]:
+    """Root mean square over cases and subsets of each target's tenths."""
+    summary = []
+    for target, tenth in dict.fromkeys((row["target"], row["tenth"]) for row in rows):
+        own = [row for row in rows if (row["target"], row["tenth"]) == (target, tenth)]
+        pair = {key: math.sqrt(sum(row[key] ** 2 for row in own) / len(own)) for key in CURVE[1:]}
+        summary.append({"target": target, "tenth": tenth, **pair})
+    return summary
 
 
 def sureness_summary(rows: Sequence[Row]) -> list[Row]:

@@ -144,6 +144,24 @@ def error_against_uncertainty(error: Tensor, uncertainty: Tensor) -> dict[str, f
     }
 
 
+def calibration_curve(error: Tensor, deviation: Tensor, bins: int = 10) -> Tensor:
+    """Standard deviations and the errors they stand for, (bins, 2), from the most certain voxels to the least.
+
+    The voxels (N,) are sorted by deviation into bins of equal number; a row holds the root mean squares of a bin's
+    deviations and of its absolute errors, which are equal where the deviations are right (Levi et al. 2022).
+
+    Raises:
+        ValueError: the two differ in shape, or there are fewer voxels than bins.
+    """
+    if error.shape != deviation.shape or error.ndim != 1 or len(error) < bins:
+        raise ValueError(
+            f"error and deviation are one (N,) each, N at least {bins}; got {error.shape} and {deviation.shape}."
+        )
+    order = deviation.argsort(stable=True)
+    pairs = torch.stack([deviation[order], error[order]], 1).double()
+    return torch.stack([chunk.square().mean(0).sqrt() for chunk in torch.tensor_split(pairs, bins)])
+
+
 def bootstrap_interval(
     values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
