@@ -442,7 +442,13 @@ def test_one_bad_patient_is_reported_and_the_others_finish(completed):
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     volumes = {"Ann/Ann-t1c.nii.gz", "Ann/Ann-t2f.nii.gz", "Bob/Bob-t2f.nii.gz"}
     manifests = {"manifest.json", *(f"{case}/manifest.json" for case in ("Ann", "Bob", "Cem", "Eve"))}
-    assert written == volumes | manifests
+    assert written == volumes | manifests | {"pictures/Ann.webp", "pictures/Bob.webp"}
+    shown = json.loads((out / "Ann" / "manifest.json").read_text())["picture"]
+    assert shown["file"] == "pictures/Ann.webp"
+    assert [(c["modality"], c["kind"]) for c in shown["columns"]] == [
+        *((m, "acquired") for m in ("t1n", "t2w")),
+        *((m, "synthetic") for m in ("t1c", "t2f")),
+    ]
 
 
 def test_manifest_tells_everything(cohort, completed, model_folder):

@@ -22,6 +22,7 @@ from crossmr.data.prepare import Split, prepare
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
 from crossmr.evaluation import METRICS, TWIN, Subject, evaluate, measure, patterns, predict_all, summarise, tables
 from crossmr.model import load_model, pseudonym
+from crossmr.picture import COLUMN, GAP
 from crossmr.trivial import fit_trivial
 
 SETTINGS = Settings(steps=3, precision="float32")
@@ -169,17 +170,21 @@ def test_cases_trained_on_are_flagged(evaluated):
     assert body["trained_on"] == ["A1"]  # B2 was watched, not trained on
 
 
-def test_pictures_are_written_for_the_first_cases(evaluated, cohort, bare, tmp_path, monkeypatch):
-    out, _, _ = evaluated
-    assert sorted(path.name for path in (out / "pictures").iterdir()) == [f"{case}.png" for case in CASES]
-    with Image.open(out / "pictures" / "A1.png") as picture:
-        assert picture.format == "PNG"
-        # two sources, synthetic, twin, truth and error side by side; a row a target
-        assert picture.width / picture.height == pytest.approx(6 * SHAPE[0] / (2 * SHAPE[1]), rel=0.25)
-        assert np.asarray(picture).std() > 10
-    monkeypatch.setattr(evaluation, "PICTURES", 1)
-    evaluate(bare, cohort, tmp_path, settings=SETTINGS)
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["A1.png"]
+def test_pictures_are_written_of_every_case_and_target(evaluated):
+    out, body, _ = evaluated
+    files = [f"{case}-{target}.webp" for case in CASES for target in TARGETS]
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == files
+    assert [picture["file"] for picture in body["pictures"]] == [f"pictures/{name}" for name in files]
+    shown = body["pictures"][0]
+    assert (shown["case"], shown["sources"], shown["target"]) == ("A1", list(SOURCES), "t1c")
+    kinds = ["acquired", "acquired", "synthetic", "unguided twin", "truth", "error"]
+    assert [column["kind"] for column in shown["columns"]] == kinds
+    with Image.open(out / shown["file"]) as picture:
+        assert picture.width == 6 * (COLUMN + GAP) - GAP
+        pixels = np.asarray(picture.convert("RGB")).astype(float)
+    truth, error = (pixels[:, n * (COLUMN + GAP) :][:, :COLUMN] for n in (4, 5))
+    assert truth.std() > 10
+    assert np.ptp(truth, axis=2).max() < 8 < np.ptp(error, axis=2).max()  # grey, and in colours
 
 
 # Whether the numbers are right

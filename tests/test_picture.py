@@ -6,7 +6,19 @@ from PIL import Image
 
 from crossmr import files
 from crossmr.errors import OutputError
-from crossmr.picture import BAND, TILE, save_picture
+from crossmr.picture import (
+    BAND,
+    BRIGHTEST,
+    COLOURS,
+    COLUMN,
+    GAP,
+    TILE,
+    Column,
+    middle,
+    save_columns,
+    save_picture,
+    where_most,
+)
 
 
 def read(path):
@@ -57,6 +69,40 @@ def test_titles_stand_above_their_tiles(tmp_path):
 def test_any_shape_is_a_tile(tmp_path, shape):
     save_picture(tmp_path / "a.png", [[("t", np.ones(shape, np.float32))]])
     assert max(read(tmp_path / "a.png").shape) >= TILE
+
+
+def test_volumes_are_cut_in_three_side_by_side_as_radiologists_look_at_them(tmp_path):
+    head = np.zeros((10, 40, 20), np.float32)  # Z, Y, X of 4, 1 and 1 mm
+    head[8:, 30:, :5] = 0.6  # superior, anterior, left
+    at = where_most(head > 0)
+    assert (at[0] in (8, 9), at[1] >= 30, at[2] < 5) == (True, True, True)
+    error = np.full_like(head, BRIGHTEST)
+    columns = [Column.of("t1n", "acquired", head, at), Column.of("t1n", "error", error, at)]
+    assert [plane.shape for plane in columns[0].planes] == [(40, 20), (10, 20), (10, 40)]
+    said = save_columns(tmp_path / "new" / "a.webp", columns, (4.0, 1.0, 1.0))
+    assert said == [{"modality": "t1n", "kind": "acquired"}, {"modality": "t1n", "kind": "error"}]
+    with Image.open(tmp_path / "new" / "a.webp") as image:
+        assert image.format == "WEBP"
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    # 40 mm of the sagittal plane fill a column, so the axial one is 100 wide and 200 high, both others 200 high
+    assert pixels.shape == (600 + 2 * GAP, 2 * COLUMN + GAP, 3)
+    first, second = pixels[:, :COLUMN], pixels[:, COLUMN + GAP :]
+    axial, coronal, sagittal = (first[top : top + 200] for top in (0, 200 + GAP, 400 + 2 * GAP))
+    for plane, left, right in ((axial, 50, 150), (coronal, 50, 150)):
+        assert (plane[5, right - 5] > 240).all()  # up, and on the viewer's right
+        assert (plane[5, left + 5] < 15).all()
+        assert (plane[-5, right - 5] < 15).all()
+    assert (sagittal[5, 5] > 240).all()  # the face looks left
+    assert (sagittal[5, -5] < 15).all()
+    np.testing.assert_allclose(second[100, 100], COLOURS[-1], atol=12)
+
+
+def test_the_middle_of_a_head():
+    head = np.zeros((30, 40, 20), bool)
+    head[10:20, 10:30, 5:15] = True
+    assert middle(head) == (15, 19, 9)
+    head[:5] = True  # a wide bottom draws it down a little
+    assert middle(head)[0] < 15
 
 
 def test_a_failure_leaves_the_old_picture(tmp_path, monkeypatch):

@@ -144,6 +144,7 @@ def complete(
     """Synthesise what is missing, on each study's exact grid, marked SYNTHETIC."""
     from crossmr.completion import ENHANCEMENT, complete_cohort
     from crossmr.display import Display
+    from crossmr.report import report_completion
 
     display = Display()
     result = complete_cohort(
@@ -169,6 +170,7 @@ def complete(
         display.say(f"Note: {ENHANCEMENT}")
     left = len(result["not_filled"].keys() - result["completed"].keys())
     display.say(f"{len(result['completed'])} cases completed in {out}, {left} could not be; research use only")
+    display.say(f"to look at: {report_completion(out)}")
     _report_failures(result["failed"], "failed")
 
 
@@ -193,6 +195,7 @@ def evaluate(
     from crossmr.display import Display
     from crossmr.evaluation import evaluate as run
     from crossmr.evaluation import sureness_table, tables
+    from crossmr.report import report_evaluation
 
     display = Display()
     if "reference" in (guidance or ()):
@@ -216,6 +219,7 @@ def evaluate(
     if result["trained_on"]:
         display.say(f"Warning: the model was trained on {len(result['trained_on'])} of these patients.")
     display.say(f"{len(result['cases'])} cases measured; every number is in {out}")
+    display.say(f"to look at: {report_evaluation(out)}")
     _report_failures(result["failed"], "failed")
 
 

@@ -24,6 +24,7 @@ from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import read_json, write_json
 from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
+from crossmr.picture import Column, middle, save_columns
 from crossmr.store import find_model
 from crossmr.trivial import resize
 
@@ -32,6 +33,8 @@ EXPECTED = ("t1n", "t1c", "t2w", "t2f")
 FORMAT = "crossmr-completion"
 MEAN_OF = 8
 """Samples whose mean guides, unless --samples says otherwise."""
+PICTURES = "pictures"
+"""The folder of an output that holds a picture a case."""
 BATCH = 16
 """Slices synthesised at once."""
 INTENSITY = {
@@ -89,6 +92,10 @@ class Completed:
     network for it and draws one sample."""
     manifest: Mapping[str, Any]
     """Inputs with hashes, model, seed, guidance, scale, what could not be filled and why."""
+    columns: Sequence[Column] = ()
+    """The acquired and the synthetic volumes, cut in three, for a picture."""
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Of (Z, Y, X)."""
 
 
 class Reference(NamedTuple):
@@ -168,18 +175,22 @@ def complete_study(
     used = [m for m in config.sources if m in study.volumes]
     images: dict[str, Any] = {}
     deviations: dict[str, Any] = {}
+    columns: list[Column] = []
     if wanted:
         box = study.box()
         sources = {m: study.normalised(m)[box] for m in used}
-        head = study.mask[box].sum((1, 2)).tolist()
+        head, at = study.mask[box].sum((1, 2)).tolist(), middle(study.mask[box])
+        columns = [Column.of(m, "acquired", volume, at) for m, volume in sources.items()]
         synthesis = synthesise(model, sources, head, study.case, settings, reference=reference and reference.volumes)
         for modality in wanted:
             index = config.targets.index(modality)
             images[modality] = _on_grid(study, synthesis.images[index], _description(modality, used), 1.0)
+            columns.append(Column.of(modality, "synthetic", synthesis.images[index].numpy(), at))
             if synthesis.deviations is not None:
                 deviation = synthesis.deviations[index]
                 said = _description(f"{modality} std", used)
                 deviations[modality] = _on_grid(study, deviation, said, max(float(deviation.max()), 1e-3))
+                columns.append(Column.of(modality, "deviation", deviation.numpy(), at))
     manifest = {
         "format": FORMAT,
         "case": study.case,
@@ -204,7 +215,7 @@ def complete_study(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("crossmr", "torch", "monai", "nibabel")},
     }
-    return Completed(images, deviations, manifest)
+    return Completed(images, deviations, manifest, columns, study.reference.spacing_mm)
 
 
 def _on_grid(study: Study, cropped: Tensor, description: str, brightest: float) -> Any:
@@ -522,16 +533,22 @@ def _complete_case(
     start, given = time.perf_counter(), _hashes(files.images())
     result = complete_study(load_study(files), model, settings, given, reference)
     earlier = _earlier(folder, files.case, model, result)
+    picture = folder.parent / PICTURES / f"{files.case}.webp"
     written: list[Path] = []
     try:
-        for path in (done, *earlier):
+        for path in (done, picture, *earlier):
             path.unlink(missing_ok=True)
         named = {f"{files.case}-{modality}.nii.gz": image for modality, image in result.images.items()}
         named |= {f"{files.case}-{modality}_std.nii.gz": image for modality, image in result.deviations.items()}
         for name, image in named.items():
             write_volume(image, folder / name)
             written.append(folder / name)
-        manifest = {**result.manifest, "given": given, "seconds": round(time.perf_counter() - start, 3)}
+        manifest = {**result.manifest, "given": given}
+        if result.columns:
+            shown = save_columns(picture, result.columns, result.spacing_mm)
+            manifest["picture"] = {"file": f"{PICTURES}/{picture.name}", "columns": shown}
+            written.append(picture)
+        manifest["seconds"] = round(time.perf_counter() - start, 3)
         write_json(done, manifest)
     except BaseException as error:
         for path in written:

@@ -18,6 +18,7 @@ from crossmr.evaluation import evaluate, sureness_table, tables
 from crossmr.phantom import write_cohort
 from crossmr.picture import save_picture
 from crossmr.recipes import TINY
+from crossmr.report import report_completion, report_evaluation
 from crossmr.training import train
 
 PATIENTS = 12
@@ -86,9 +87,10 @@ def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: D
     display.print_tables(tables(result["summary"], intervals=display.wide))
     display.print_tables([sureness_table(result["uncertainty"])])
     _picture(out, case)
-    display.say(
-        f"done in {time.monotonic() - start:.0f} s: look at {out / 'picture.png'} and {out / 'completed' / case}"
+    pages = " and ".join(
+        str(page) for page in (report_completion(out / "completed"), report_evaluation(out / "evaluation"))
     )
+    display.say(f"done in {time.monotonic() - start:.0f} s: look at {out / 'picture.png'}, {pages}")
     return result
 
 

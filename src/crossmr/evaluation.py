@@ -48,7 +48,7 @@ from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError
 from crossmr.files import write_atomically, write_json
 from crossmr.model import CrossConditionedModel, Guidance, ModelConfig, load_model, pseudonym
-from crossmr.picture import save_picture
+from crossmr.picture import Column, Kind, middle, save_columns, where_most
 from crossmr.store import find_model
 from crossmr.trivial import NAMES, predict_trivial
 
@@ -71,8 +71,6 @@ COLUMNS = (
     ("slices", "ssim", 3),
 )
 """What the printed tables show: region, metric, digits."""
-PICTURES = 6
-"""Cases of which a picture is made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +83,8 @@ class Subject:
     head: npt.NDArray[np.bool_]
     tumour: npt.NDArray[np.bool_]
     masked_background: bool
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Of (Z, Y, X)."""
 
 
 def evaluate(
@@ -136,7 +136,8 @@ def evaluate(
     curves: list[Row] = []
     failed: dict[str, str] = {}
     trained_on = set(model.record.get("training", {}).get("patients", {}).get("train", []))
-    seen, pictures = [], 0
+    seen: list[str] = []
+    pictures: list[dict[str, Any]] = []
     readers = list(_subjects(Path(data), part, mapping))
     write_json(out / "metrics.json", {"finished": False})
     with display.task("evaluate", len(readers)) as task:
@@ -146,17 +147,16 @@ def evaluate(
                 measured: list[Row] = []
                 sure: list[Row] = []
                 curved: list[Row] = []
-                shown: list[tuple[tuple[str, ...], dict[str, dict[str, Array]]]] = []
+                shown: list[tuple[tuple[str, ...], dict[str, list[Column]]]] = []
                 for sources in patterns(model.config, subject, every_subset=every_subset):
                     predictions, deviations = predict_all(model, subject, sources, arms, settings)
                     measured += measure(subject, sources, predictions)
                     sure += measure_sureness(subject, sources, predictions[predictor_name(own)], deviations)
                     curved += measure_calibration(subject, sources, predictions[predictor_name(own)], deviations)
                     shown = [one for one in shown if len(one[0]) == len(sources)]  # the largest subsets come last
-                    shown.append((sources, _plane(subject, predictions)))
-                if pictures < PICTURES:
-                    _draw(out / "pictures" / f"{name}.png", subject, shown)
-                    pictures += 1
+                    shown.append((sources, _columns(subject, sources, predictions, deviations)))
+                drawn = _draw(out, subject, shown)
+                pictures += drawn
                 rows += measured
                 sureness += sure
                 curves += curved
@@ -176,6 +176,7 @@ def evaluate(
         "calibration": calibration_summary(curves),
         "own": predictor_name(own),
         "cases": sorted({row["case"] for row in rows}),
+        "pictures": pictures,
         "trained_on": seen,
         "failed": failed,
         "model_sha256": model.record.get("sha256"),
@@ -222,7 +223,9 @@ def _subjects(data: Path, part: str, mapping: Mapping[str, str] | None) -> Itera
 def subject_from_set(case: Case) -> Subject:
     masks = np.asarray(case.masks())
     volumes = {modality: case.volume(modality) for modality in case.modalities}
-    return Subject(case.name, case.patient, volumes, masks[:, 0] > 0, masks[:, 1] > 0, case.masked_background)
+    return Subject(
+        case.name, case.patient, volumes, masks[:, 0] > 0, masks[:, 1] > 0, case.masked_background, case.spacing_mm
+    )
 
 
 def _from_files(files: StudyFiles) -> Subject:
@@ -231,7 +234,9 @@ def _from_files(files: StudyFiles) -> Subject:
     volumes = {m: np.ascontiguousarray(study.normalised(m)[box]) for m in study.volumes}
     head = study.mask[box]
     tumour = np.zeros_like(head) if study.labels is None else study.labels[box] > 0
-    return Subject(study.case, study.patient, volumes, head, tumour, study.masked_background)
+    return Subject(
+        study.case, study.patient, volumes, head, tumour, study.masked_background, study.reference.spacing_mm
+    )
 
 
 def patterns(config: ModelConfig, subject: Subject, *, every_subset: bool = False) -> list[tuple[str, ...]]:
@@ -528,28 +533,41 @@ def _csv(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
     return text.getvalue().encode(errors="surrogatepass")  # file names may be no Unicode
 
 
-def _shown_slice(subject: Subject) -> int:
-    """The slice with most tumour, or else most head."""
-    region = subject.tumour if subject.tumour.any() else subject.head
-    return int(region.sum((1, 2)).argmax())
+def _columns(
+    subject: Subject,
+    sources: Sequence[str],
+    predictions: Mapping[str, Mapping[str, Array]],
+    deviations: Mapping[str, Array],
+) -> dict[str, list[Column]]:
+    """Of each target the sources, the synthesis, the twin's, the truth, the error and the deviation.
 
-
-def _plane(subject: Subject, predictions: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
-    """Of each prediction the slice that is drawn."""
-    z = _shown_slice(subject)
-    return {name: {target: volume[z].copy() for target, volume in made.items()} for name, made in predictions.items()}
+    Cut where there is most tumour, or else in the middle.
+    """
+    at = where_most(subject.tumour) if subject.tumour.any() else middle(subject.head)
+    shown = {}
+    for target, own in next(iter(predictions.values())).items():
+        truth = subject.volumes[target]
+        volumes: dict[Kind, Array] = {"synthetic": own}
+        if TWIN in predictions:
+            volumes["unguided twin"] = predictions[TWIN][target]
+        volumes |= {"truth": truth, "error": np.abs(own - truth)}
+        if target in deviations:
+            volumes["deviation"] = deviations[target]
+        shown[target] = [Column.of(m, "acquired", subject.volumes[m], at) for m in sources]
+        shown[target] += [Column.of(target, kind, volume, at) for kind, volume in volumes.items()]
+    return shown
 
 
 def _draw(
-    path: Path, subject: Subject, shown: Sequence[tuple[Sequence[str], Mapping[str, Mapping[str, Array]]]]
-) -> None:
-    """Sources, each network's synthesis, truth and error of one slice."""
-    z, rows = _shown_slice(subject), []
-    for sources, predictions in shown:
-        for target, own in next(iter(predictions.values())).items():
-            truth = subject.volumes[target][z]
-            row = [*((f"{m} source", subject.volumes[m][z]) for m in sources), (f"{target} synthetic", own)]
-            if TWIN in predictions:
-                row.append((f"{target} unguided twin", predictions[TWIN][target]))
-            rows.append([*row, (f"{target} truth", truth), (f"{target} |error|", np.abs(own - truth))])
-    save_picture(path, rows)
+    out: Path, subject: Subject, shown: Sequence[tuple[Sequence[str], Mapping[str, Sequence[Column]]]]
+) -> list[dict[str, Any]]:
+    """Write a picture a target, and say what each shows."""
+    drawn = []
+    for sources, by_target in shown:
+        for target, columns in by_target.items():
+            file = f"pictures/{subject.name}-{target}.webp"
+            said = save_columns(out / file, columns, subject.spacing_mm)
+            drawn.append(
+                {"case": subject.name, "sources": list(sources), "target": target, "file": file, "columns": said}
+            )
+    return drawn

@@ -41,6 +41,8 @@ class Case:
     masked_background: bool
     labelled: bool
     folder: Path
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Of (Z, Y, X)."""
 
     def images(self) -> npt.NDArray[np.float16]:
         """The memory-mapped images, float16 (Z, M, Y, X) in [0, 1], M as in `modalities`."""
@@ -86,6 +88,7 @@ class PreparedSet:
                 part=case["part"],
                 modalities=tuple(case["modalities"]),
                 head_voxels=tuple(case["head_voxels"]),
+                spacing_mm=tuple(case["spacing_mm"]),
                 masked_background=case["masked_background"],
                 labelled=case["labelled"],
                 folder=self.folder / "cases" / name,

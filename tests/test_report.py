@@ -1,0 +1,185 @@
+"""The report: one file that needs no other, shows every case, and says what is synthetic and what went wrong."""
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import nibabel as nib
+import pytest
+from conftest import image, make_head, save_untrained, write_study
+
+from crossmr import report
+from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete_cohort
+from crossmr.data.naming import find_studies
+from crossmr.errors import OutputError
+from crossmr.evaluation import _from_files, evaluate
+from crossmr.model import load_model
+from crossmr.trivial import fit_trivial
+
+SETTINGS = Settings(precision="float32")
+WHOLE = ("t1n", "t1c", "t2w", "t2f")
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.source = path.read_text()
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag, **wanted):
+        return [found for name, found in self.tags if name == tag and wanted.items() <= found.items()]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Whole patients; the name of one would be markup."""
+    folder = tmp_path_factory.mktemp("cohort")
+    for seed, case in enumerate(("Ann", "B<i>ob", "Cem")):
+        write_study(folder, case, WHOLE, seed=seed, lesion=case == "Ann")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(cohort, tmp_path_factory):
+    """A model of any subset with cells, which has deviations and the trivial predictors."""
+    readers = [lambda files=files: _from_files(files).volumes for files in find_studies(cohort)]
+    trivial = fit_trivial(readers, WHOLE)
+    folder = tmp_path_factory.mktemp("model")
+    return load_model(save_untrained(folder, cell=8, sources=WHOLE, targets=WHOLE, trivial=trivial))
+
+
+@pytest.fixture(scope="module")
+def completed(cohort, model, tmp_path_factory):
+    """Ann lacks T1ce and FLAIR, Bob nothing, Cem's volumes do not fit together."""
+    folder, out = tmp_path_factory.mktemp("incomplete"), tmp_path_factory.mktemp("completed")
+    shutil.copytree(cohort, folder, dirs_exist_ok=True)
+    for modality in ("t1c", "t2f"):
+        (folder / "Ann" / f"Ann-{modality}.nii.gz").unlink()
+    nib.save(image(make_head("t2w", shape=(20, 20, 20))), folder / "Cem" / "Cem-t2w.nii.gz")
+    complete_cohort(folder, out, model, settings=SETTINGS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def evaluated(cohort, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluated")
+    evaluate(model, cohort, out, every_subset=True, settings=SETTINGS)
+    return out
+
+
+def needs_nothing(page):
+    """Nothing on the page points anywhere but into itself."""
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
+    assert not re.findall(r"https?://|@import|url\(", page.source)
+
+
+def test_a_completed_cohort_is_one_page(completed):
+    page = Page(report.report_completion(completed))
+    needs_nothing(page)
+    assert DISCLAIMER in page.text
+    assert ENHANCEMENT in page.text
+    assert [found["data-case"] for found in page.all("section")] == ["Ann", "B<i>ob"]
+    assert not page.all("i")  # a name is text
+    assert "t2w is 20×20×20" in page.text.split("Failed")[1].split("Cases")[0]
+    (picture,) = page.all("img")
+    assert base64.b64decode(picture["src"].partition(",")[2]) == (completed / "pictures" / "Ann.webp").read_bytes()
+    names = [found["class"] for found in page.all("span") if "title" in found]
+    assert names == ["acquired", "acquired", *["synthetic", "deviation"] * 2]
+    sha256 = json.loads((completed / "Ann" / "manifest.json").read_text())["inputs"]["t1n"]["sha256"]
+    assert sha256[:16] in page.text
+    assert len(page.all("span", **{"class": "chip made"})) == 2
+
+
+def test_a_finished_case_is_still_on_the_page_of_the_next_run(completed, cohort, model, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "in").mkdir()
+    source = write_study(tmp_path / "in", "Ann", ("t1n", "t2w"))
+    for _ in range(2):
+        complete_cohort(source, out, model, settings=SETTINGS)
+    assert json.loads((out / "manifest.json").read_text())["skipped"] == ["Ann"]
+    page = Page(report.report_completion(out))
+    assert len(page.all("img")) == 1
+    (out / "pictures" / "Ann.webp").unlink()
+    page = Page(report.report_completion(out))
+    assert not page.all("img")
+    assert "no picture on this page" in page.text
+
+
+def test_an_evaluation_is_one_page(evaluated):
+    page = Page(report.report_evaluation(evaluated))
+    needs_nothing(page)
+    body = json.loads((evaluated / "metrics.json").read_text())
+    assert len(page.all("section")) == 3
+    assert len(page.all("img")) == 12  # of each patient every modality, from the other three
+    headings = re.findall(r"<h3>(.*)</h3>", page.source)
+    assert headings[:5] == [
+        "T1: each case",
+        "T1ce: each case",
+        "T2: each case",
+        "FLAIR: each case",
+        "How sure, how wrong",
+    ]
+    # seven subsets of sources by three patients for each target, and ten tenths of four targets
+    assert len(page.all("circle")) == 4 * 7 * 3 + 4 * 10
+    assert len(page.all("polyline")) == 4
+    for found in page.all("circle"):
+        assert 0 <= float(found["cx"]) <= 100
+        assert 0 <= float(found["cy"]) <= 100
+    (own,) = (
+        e["psnr"]["mean"]
+        for e in body["summary"]
+        if (e["sources"], e["target"], e["predictor"], e["region"]) == ("t1n+t2w", "t2f", "unguided", "brain")
+    )
+    row = next(line for line in page.source.split("<tr>") if line.startswith("<td>T1 + T2</td>"))
+    assert f"{own:.2f}<small>" in row.split("<td>")[5]
+    for entry in body["uncertainty"]:
+        assert f"{entry['ause']:.2f}" in page.text
+
+
+def test_points_lie_where_the_numbers_say(evaluated):
+    rows = report._rows(evaluated / "metrics.csv")
+    plots = report._scatter(rows, "unguided")
+    chosen = [r for r in rows if (r["target"], r["sources"], r["region"]) == ("t1c", "t1n", "brain")]
+    values = {(r["case"], r["predictor"]): float(r["psnr"]) for r in chosen}
+    (plot,) = (p for p in plots if p.title.startswith("T1ce"))
+    for x, y, case in plot.series["t1n"]:
+        for at, predictor in ((x, "linear mix"), (y, "unguided")):
+            (first, low), (last, high) = plot.ticks[0], plot.ticks[-1]
+            step = (float(high) - float(low)) / (last - first)
+            assert float(low) + step * (at - first) == pytest.approx(values[case, predictor], abs=0.01)
+
+
+@pytest.mark.parametrize(("values", "ticks"), [((20, 30), 5), ((20, 20.001), 4), ((5, 5), 3), ((1e-4, 9e-4), 4)])
+def test_ticks_are_round_and_few(values, ticks):
+    plot = report._plot("", "", "", {"a": [(*values, "")]})
+    assert ticks <= len(plot.ticks) <= 8
+    assert all(0 <= at <= 100 for at, _ in plot.ticks)
+    assert all(len(text) <= 8 for _, text in plot.ticks)
+
+
+def test_a_page_shows_so_many_pictures(evaluated, monkeypatch):
+    monkeypatch.setattr(report, "SHOWN", 5)
+    assert len(Page(report.report_evaluation(evaluated)).all("img")) == 5
+
+
+@pytest.mark.parametrize("make", [report.report_completion, report.report_evaluation])
+def test_of_nothing_there_is_no_report(make, tmp_path):
+    with pytest.raises(OutputError, match="cannot be read"):
+        make(tmp_path)
+    for name in ("manifest.json", "metrics.json"):
+        (tmp_path / name).write_text('{"finished": false}')
+    with pytest.raises(OutputError, match="again"):
+        make(tmp_path)
