@@ -19,6 +19,7 @@ from pathlib import Path
 
 from crossmr.completion import complete_cohort
 from crossmr.config import with_settings
+from crossmr.data.naming import SPOKEN
 from crossmr.data.prepare import Split, default_workers, prepare
 from crossmr.display import Display
 from crossmr.evaluation import DEVIATION, INTENSITY, evaluate, sureness_table, tables
@@ -59,7 +60,6 @@ WEIGHTS = Path(__file__).parents[1] / "src" / "crossmr" / "weights" / "default"
 LARGEST_MIB = 16.0
 COHORTS = {"LGG": ("TCGA-",), "BraTS, HiNet, openms": ("BraTS", "Brats", "hinet", "patient"), "phantoms": ("PHANTOM",)}
 """How the cases of each are called."""
-NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR"}
 
 
 def four_modalities(data: Path) -> list[Path]:
@@ -103,8 +103,8 @@ def card(evaluation: Path) -> None:
             pair = (_mean(chosen, "ause", uncertainty=u) for u in (DEVIATION, INTENSITY))
             cells += [" / ".join(f"{value:.2f}" for value in pair)]
             cells += [f"{_mean(chosen, 'coverage_95', uncertainty=DEVIATION):.2f}"]
-            names = " + ".join(NAMES[source] for source in sources.split("+"))
-            print(f"| {names} | {NAMES[target]} | {' | '.join(cells)} |")
+            names = " + ".join(SPOKEN[source] for source in sources.split("+"))
+            print(f"| {names} | {SPOKEN[target]} | {' | '.join(cells)} |")
 
 
 def _read(path: Path) -> list[dict[str, str]]:

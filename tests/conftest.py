@@ -4,11 +4,13 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin against a neighbour's
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 
 SHAPE = (28, 32, 24)
 """(X, Y, Z) of a tiny head."""
@@ -101,3 +103,34 @@ def save_untrained(
     model.trivial = trivial or {}
     save_model(folder, model, training or {})
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium that draws WebGL in software and reaches nothing."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    switches = [
+        *("--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+        *("--disable-component-update", "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader"),
+        "--enable-unsafe-swiftshader",
+    ]
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=switches)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page that is offline; whatever it complains of, or asks for elsewhere, fails the test."""
+    context = browser.new_context(viewport={"width": 1366, "height": 800}, offline=True)
+    opened, wrong = context.new_page(), []
+    opened.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else wrong.append(r.url))
+    yield opened
+    context.close()
+    assert not wrong

@@ -183,3 +183,24 @@ def test_of_nothing_there_is_no_report(make, tmp_path):
         (tmp_path / name).write_text('{"finished": false}')
     with pytest.raises(OutputError, match="again"):
         make(tmp_path)
+
+
+def test_the_pages_work_in_a_browser_with_the_network_off(completed, evaluated, page):
+    for made in (report.report_completion(completed), report.report_evaluation(evaluated)):
+        page.goto(made.as_uri())
+        figure = page.locator("figure").first
+        seen = "async (image) => { image.scrollIntoView(); await image.decode(); return image.naturalWidth }"
+        width = figure.locator("img").evaluate(seen)
+        assert width == len(figure.locator(".names span").all()) * 204 - 4
+        before = figure.bounding_box()
+        figure.locator("img").click()
+        assert figure.bounding_box()["width"] > 1340 > before["width"]
+        page.keyboard.press("Escape")
+        assert figure.bounding_box()["width"] == before["width"]
+        dark = figure.locator("img").screenshot()
+        page.locator("#brightness").fill("3")
+        assert figure.locator("img").screenshot() != dark
+        page.locator("#search").fill("nobody")
+        assert not page.locator("section.case:visible").count()
+        page.locator("#search").fill("ann")
+        assert page.locator("section.case:visible").count() == 1

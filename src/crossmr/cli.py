@@ -223,6 +223,31 @@ def evaluate(
     _report_failures(result["failed"], "failed")
 
 
+@app.command()
+def view(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="What 'crossmr complete' wrote.")],
+    case: Annotated[str | None, typer.Argument(help="One of its cases; by default the first.")] = None,
+    scans: Annotated[
+        Path | None,
+        typer.Option(help="Folder of acquired scans: moved ones, or such as hold the truth of what was synthesised."),
+    ] = None,
+    mapping: Mapping = None,
+    opened: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+) -> None:
+    """Look at a completed study: a page with everything in it, synthesis against truth, deviations over it."""
+    import webbrowser
+
+    from crossmr.display import Display
+    from crossmr.viewer import view_case
+
+    page, notes = view_case(out, case, scans=scans, mapping=_mapping(mapping))
+    for note in notes:
+        Display().say(f"Note: {note}")
+    Display().say(f"{page}: one file, to be opened in any browser")
+    if opened:
+        webbrowser.open(page.resolve().as_uri())
+
+
 models = typer.Typer(help="The models at hand: list, verify, import from a file, export to one, remove.")
 app.add_typer(models, name="models")
 

@@ -1,6 +1,7 @@
 """Completing studies: what is missing is synthesised from what is there, on its exact grid, and labelled synthetic."""
 
 import itertools
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -543,7 +544,7 @@ def _complete_case(
         for name, image in named.items():
             write_volume(image, folder / name)
             written.append(folder / name)
-        manifest = {**result.manifest, "given": given}
+        manifest = {**result.manifest, "given": given, "paths": _paths(files, folder)}
         if result.columns:
             shown = save_columns(picture, result.columns, result.spacing_mm)
             manifest["picture"] = {"file": f"{PICTURES}/{picture.name}", "columns": shown}
@@ -592,6 +593,11 @@ def _hashes(images: Mapping[str, Any]) -> dict[str, Any]:
     """File name and SHA-256 of every image that is a file."""
     paths = {m: Path(image) for m, image in images.items() if isinstance(image, (str, Path))}
     return {m: {"file": path.name, "sha256": content_sha256(path)} for m, path in paths.items()}
+
+
+def _paths(files: StudyFiles, folder: Path) -> dict[str, str]:
+    """Where the acquired scans lie, as seen from the case's output."""
+    return {m: os.path.relpath(path, folder).replace(os.sep, "/") for m, path in files.images().items()}
 
 
 def _description(modality: str, sources: Sequence[str]) -> str:

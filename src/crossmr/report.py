@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from crossmr.completion import DISCLAIMER, ENHANCEMENT
-from crossmr.data.naming import in_usual_order
+from crossmr.data.naming import SPOKEN, in_usual_order
 from crossmr.errors import OutputError
 from crossmr.evaluation import COLUMNS, HEADINGS
 from crossmr.files import read_json, write_atomically
@@ -24,7 +24,6 @@ from crossmr.picture import BRIGHTEST, COLOURS, WHITE
 NAME = "report.html"
 SHOWN = 200
 """Cases of which a page has pictures; the rest stands in its tables."""
-SPOKEN = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
 RIVAL = "linear mix"
 """The predictor that a model's own is drawn against."""
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from crossmr.errors import ConfigError, NamingError
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f", "pdw")
+SPOKEN = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
+"""What people say."""
 """Canonical names of the modalities that file names are searched for."""
 
 _LABEL, _OTHER = "label", ""

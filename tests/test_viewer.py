@@ -1,0 +1,152 @@
+"""The viewer: one file that draws the volumes with the network off, and does what its keys say."""
+
+import base64
+import gzip
+import io
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import save_untrained, write_study
+from PIL import Image
+
+from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete_cohort
+from crossmr.errors import OutputError
+from crossmr.model import load_model
+from crossmr.viewer import view_case
+
+WHOLE = ("t1n", "t1c", "t2w", "t2f")
+
+
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory):
+    """Where Ann was completed, who lacked T1ce and FLAIR, and the scans that she has after all."""
+    folder, truth = tmp_path_factory.mktemp("view"), tmp_path_factory.mktemp("truth")
+    model = load_model(save_untrained(folder / "model", cell=8, sources=WHOLE, targets=WHOLE))
+    write_study(truth, "Ann", WHOLE)
+    write_study(folder / "scans", "Ann", ("t1n", "t2w"))
+    write_study(folder / "scans", "Bob", WHOLE, seed=1)
+    complete_cohort(folder / "scans", folder / "out", model, settings=Settings(precision="float32"))
+    return folder / "out", truth
+
+
+def shown(path):
+    """The volumes that a page holds, name → image."""
+    text = path.read_text().partition('<script id="volumes" type="application/json">')[2].partition("</script>")[0]
+    return {
+        v["name"]: nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(v["data"]))) for v in json.loads(text)
+    }
+
+
+def test_a_page_holds_what_was_acquired_and_what_was_made(completed):
+    out, _ = completed
+    path, notes = view_case(out)
+    assert (path, notes) == (out / "view" / "Ann.html", [])
+    volumes = shown(path)
+    assert list(volumes) == [
+        *("T1 acquired", "T2 acquired", "T1ce synthetic", "T1ce deviation", "FLAIR synthetic", "FLAIR deviation")
+    ]
+    made = nib.load(out / "Ann" / "Ann-t2f.nii.gz")
+    held = volumes["FLAIR synthetic"]
+    assert held.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(held.affine, made.affine)
+    np.testing.assert_allclose(held.get_fdata(), made.get_fdata(), atol=0.5 / 255 + 1e-6)
+    text = path.read_text()
+    assert DISCLAIMER in text
+    assert ENHANCEMENT in text
+    assert "Copyright (c) 2021, Niivue" in text
+
+
+def test_with_the_scans_of_all_the_truth_stands_beside(completed):
+    out, truth = completed
+    volumes = shown(view_case(out, "Ann", scans=truth)[0])
+    assert [name for name in volumes if name.endswith("truth")] == ["T1ce truth", "FLAIR truth"]
+
+
+def test_scans_that_moved_are_named_or_left_out(completed, tmp_path):
+    out, _ = completed
+    shutil.copytree(out, tmp_path / "copy" / "out")
+    path, (note,) = view_case(tmp_path / "copy" / "out")
+    assert "--scans" in note
+    assert [name.split()[1] for name in shown(path)] == ["synthetic", "deviation"] * 2
+
+
+@pytest.mark.parametrize(
+    ("case", "said"), [("Zoe", "no completed case 'Zoe'; it has Ann, Bob"), ("../x", "no completed")]
+)
+def test_what_is_not_there_is_refused(completed, case, said):
+    with pytest.raises(OutputError, match=said):
+        view_case(completed[0], case)
+
+
+def test_an_empty_folder_is_refused(completed, tmp_path):
+    with pytest.raises(OutputError, match="it has none"):
+        view_case(tmp_path)
+    with pytest.raises(OutputError, match="holds no study Ann"):
+        view_case(completed[0], scans=completed[0].parent / "scans" / "Bob")
+
+
+def pixels(page, pane):
+    with Image.open(io.BytesIO(page.locator(f"#{pane} canvas").screenshot())) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def coloured(image):
+    """Pixels in colours, but for the crosshair's."""
+    return int(((np.ptp(image, axis=2) > 40) & (image[..., 2] > image[..., 1] + 20)).sum())
+
+
+def test_it_draws_and_obeys_in_a_browser_with_the_network_off(completed, page):
+    out, truth = completed
+    page.goto(view_case(out, scans=truth)[0].as_uri())
+    page.wait_for_selector("body[data-ready=yes]", timeout=60_000)
+    titles = page.locator("[aria-pressed=true]").all_text_contents()
+    assert titles == ["all planes", "2 T1ce truth", "5 T1ce synthetic"]
+
+    def settled():
+        page.evaluate("Promise.all(panes.map((pane) => pane.busy))")
+        page.wait_for_timeout(200)
+        return pixels(page, "left"), pixels(page, "right")
+
+    left, right = settled()
+    for image in (left, right):
+        assert (image.max(2) > 60).mean() > 0.05  # a head is there
+        assert coloured(image) < 50
+    assert np.abs(left - right).mean() > 2  # not the same volume twice
+
+    page.keyboard.press("Space")
+    assert np.abs(settled()[1] - left).mean() < 1  # the truth on both sides
+    page.keyboard.press("Space")
+    assert np.abs(settled()[1] - right).mean() < 1
+
+    page.keyboard.press("u")
+    assert coloured(settled()[1]) > 500  # the deviation over the synthesis
+    assert page.locator("#overlay").is_checked()
+    page.keyboard.press("u")
+    assert coloured(settled()[1]) < 50
+
+    where = "panes.map((pane) => [...pane.nv.scene.crosshairPos])"
+    before = page.evaluate(where)
+    page.keyboard.press("ArrowUp")
+    after = page.evaluate(where)
+    assert after[0] == pytest.approx(after[1])
+    assert after[0] != pytest.approx(before[0])
+    box = page.locator("#right canvas").bounding_box()
+    page.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + 0.2 * box["height"])
+    clicked = page.evaluate(where)
+    assert clicked[0] == pytest.approx(clicked[1])  # linked
+    assert clicked[0] != pytest.approx(after[0])
+    assert "T1ce truth 0." in page.locator("#values").text_content()
+
+    page.keyboard.press("Digit1")
+    page.keyboard.press("Shift+Digit6")
+    settled()
+    assert page.locator(".pane [aria-pressed=true]").all_text_contents() == ["6 FLAIR synthetic", "1 T1 acquired"]
+    dark = pixels(page, "right").mean()
+    for _ in range(4):
+        page.keyboard.press("+")
+    assert settled()[1].mean() > 1.1 * dark
+    page.keyboard.press("l")
+    assert page.locator("#layouts [aria-pressed=true]").text_content() == "axial"
