@@ -91,7 +91,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     reference = nib.load(folder / f"{case}-t1n.nii.gz")
     for target in ("t1c", "t2f"):
-        image = nib.load(out / "completed" / case / f"{case}-{target}.nii.gz")
+        image = nib.load(out / "completed" / case / f"{case}-{target}_synthetic.nii.gz")
         same = all(image.header[key].tobytes() == reference.header[key].tobytes() for key in GEOMETRY)
         display.say(f"{target}: shape {image.shape}, geometry equal bit for bit: {same}")
     display.say(f"{seconds:.1f} s from start to end of the command, peak memory of a child process {peak:.2f} GiB")

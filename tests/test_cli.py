@@ -122,7 +122,7 @@ def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path)
     assert "synthesised t1c, t2f" in result.stdout
     assert "no finding" in result.stdout
     for case in (path.name for path in cohort.iterdir()):
-        written = nib.load(tmp_path / case / f"{case}-t2f.nii.gz")
+        written = nib.load(tmp_path / case / f"{case}-t2f_synthetic.nii.gz")
         reference = nib.load(cohort / case / f"{case}-t1n.nii.gz")
         assert written.shape == reference.shape
         assert written.header["sform_code"] == reference.header["sform_code"]

@@ -297,7 +297,7 @@ def test_output_lies_on_the_reference_grid_bit_for_bit(model, tmp_path, codes, t
     else:
         assert np.count_nonzero(reference.affine[:3, :3]) == 9
     for modality in ("t1c", "t2f"):
-        made = nib.load(tmp_path / "out" / "P" / f"P-{modality}.nii.gz")
+        made = nib.load(tmp_path / "out" / "P" / f"P-{modality}_synthetic.nii.gz")
         assert made.shape == reference.shape
         assert made.affine.tobytes() == reference.affine.tobytes()
         fields = ["dim", "pixdim", "xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z"]
@@ -398,9 +398,9 @@ def test_a_case_is_the_same_in_any_order_and_any_cohort(model, cohort, completed
     torch.manual_seed(12345)
     np.random.default_rng()
     alone = complete(cohort / "Bob", model, **FAST)
-    expected = voxels(out / "Bob" / "Bob-t2f.nii.gz")
+    expected = voxels(out / "Bob" / "Bob-t2f_synthetic.nii.gz")
     for place in ("reversed", "elsewhere"):
-        np.testing.assert_array_equal(voxels(tmp_path / place / "Bob" / "Bob-t2f.nii.gz"), expected)
+        np.testing.assert_array_equal(voxels(tmp_path / place / "Bob" / "Bob-t2f_synthetic.nii.gz"), expected)
     np.testing.assert_array_equal(np.asarray(alone.images["t2f"].dataobj), expected)
     # the order changes no byte of any other volume either
     volumes = [path.relative_to(out) for path in out.rglob("*.nii.gz")]
@@ -440,7 +440,7 @@ def test_one_bad_patient_is_reported_and_the_others_finish(completed):
     assert result["skipped"] == []
     assert json.loads((out / "manifest.json").read_text()) == result
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    volumes = {"Ann/Ann-t1c.nii.gz", "Ann/Ann-t2f.nii.gz", "Bob/Bob-t2f.nii.gz"}
+    volumes = {"Ann/Ann-t1c_synthetic.nii.gz", "Ann/Ann-t2f_synthetic.nii.gz", "Bob/Bob-t2f_synthetic.nii.gz"}
     manifests = {"manifest.json", *(f"{case}/manifest.json" for case in ("Ann", "Bob", "Cem", "Eve"))}
     assert written == volumes | manifests | {"pictures/Ann.webp", "pictures/Bob.webp"}
     shown = json.loads((out / "Ann" / "manifest.json").read_text())["picture"]
@@ -535,11 +535,11 @@ def test_overwriting_leaves_nothing_that_the_new_manifest_does_not_name(model, s
     complete_cohort(small, out, model, settings=SETTINGS)
     fewer = Settings(targets=("t1c",), steps=3, precision="float32")
     complete_cohort(small, out, model, settings=fewer, overwrite=True)
-    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t1c.nii.gz", "manifest.json"}
+    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t1c_synthetic.nii.gz", "manifest.json"}
     # a scan that has been acquired in the meantime closes its gap
     nib.save(image(make_head("t1c", shape=SHAPE)), small / "Ann" / "Ann-t1c.nii.gz")
     complete_cohort(small, out, model, settings=SETTINGS, overwrite=True)
-    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t2f.nii.gz", "manifest.json"}
+    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t2f_synthetic.nii.gz", "manifest.json"}
 
 
 @pytest.mark.parametrize("failing", ["second volume", "manifest"])
@@ -606,7 +606,7 @@ def test_completing_in_place_adds_to_the_cohort_and_can_be_repeated(model, cohor
     manifest = json.loads((place / "Ann" / "manifest.json").read_text())
     assert manifest["acquired"] == ["t1n", "t2w"]
     assert set(manifest["inputs"]) == {"t1n", "t2w"}
-    assert len(manifest["notes"]) == 2
+    assert manifest["notes"] == []  # what was synthesised is known by its name
     assert {k: v for k, v in tree(place).items() if not k.endswith("manifest.json")} == {
         k: v for k, v in after.items() if not k.endswith("manifest.json")
     }
@@ -615,10 +615,11 @@ def test_completing_in_place_adds_to_the_cohort_and_can_be_repeated(model, cohor
 def test_an_acquired_scan_is_never_replaced(model, cohort, tmp_path):
     """A mapping that leaves t1c out makes it a gap, but not a file to write over."""
     shutil.copytree(cohort / "Bob", tmp_path / "Bob")
+    shutil.copy(tmp_path / "Bob" / "Bob-t1c.nii.gz", tmp_path / "Bob" / "Bob-t1c_synthetic.nii.gz")
     before = tree(tmp_path)
     mapping = {"t1n": "*-t1n.nii.gz", "t2w": "*-t2w.nii.gz"}
     result = complete_cohort(tmp_path, tmp_path, model, settings=SETTINGS, mapping=mapping)
-    assert "Bob-t1c.nii.gz is an acquired scan and is not replaced" in result["failed"]["Bob"]
+    assert "Bob-t1c_synthetic.nii.gz is an acquired scan and is not replaced" in result["failed"]["Bob"]
     assert {k: v for k, v in tree(tmp_path).items() if k != "manifest.json"} == before
 
 

@@ -31,7 +31,7 @@ def test_the_hole_is_filled_on_the_study_s_own_grid(out):
     reference = nib.load(out / "incomplete" / case / f"{case}-t1n.nii.gz")
     for target in ("t1c", "t2f"):
         assert not (out / "incomplete" / case / f"{case}-{target}.nii.gz").exists()
-        image = nib.load(out / "completed" / case / f"{case}-{target}.nii.gz")
+        image = nib.load(out / "completed" / case / f"{case}-{target}_synthetic.nii.gz")
         assert image.shape == reference.shape
         np.testing.assert_array_equal(image.affine, reference.affine)
         data = image.get_fdata()
@@ -55,7 +55,8 @@ def test_deviations_say_where_it_may_be_wrong(out):
     (case,) = (path.name for path in (out / "incomplete").iterdir())
     for target in ("t1c", "t2f"):
         image, deviation = (
-            nib.load(out / "completed" / case / f"{case}-{target}{end}.nii.gz").get_fdata() for end in ("", "_std")
+            nib.load(out / "completed" / case / f"{case}-{target}_{kind}.nii.gz").get_fdata()
+            for kind in ("synthetic", "std")
         )
         assert deviation.shape == image.shape
         assert deviation[image > 0].max() > 0.01

@@ -48,7 +48,7 @@ def test_a_page_holds_what_was_acquired_and_what_was_made(completed):
     assert list(volumes) == [
         *("T1 acquired", "T2 acquired", "T1ce synthetic", "T1ce deviation", "FLAIR synthetic", "FLAIR deviation")
     ]
-    made = nib.load(out / "Ann" / "Ann-t2f.nii.gz")
+    made = nib.load(out / "Ann" / "Ann-t2f_synthetic.nii.gz")
     held = volumes["FLAIR synthetic"]
     assert held.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(held.affine, made.affine)

@@ -140,6 +140,9 @@ def complete(
     precision: Precision = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
     mapping: Mapping = None,
+    profile: Annotated[
+        str, typer.Option(help="labelled; challenge: BraSyn's flat folder; or bids: a BIDS derivative.")
+    ] = "labelled",
 ) -> None:
     """Synthesise what is missing, on each study's exact grid, marked SYNTHETIC."""
     from crossmr.completion import ENHANCEMENT, complete_cohort
@@ -155,6 +158,7 @@ def complete(
         device=device,
         mapping=_mapping(mapping),
         overwrite=overwrite,
+        profile=profile,  # type: ignore[arg-type]
         display=display,
     )
     for case, modalities in result["completed"].items():
@@ -246,6 +250,25 @@ def view(
     Display().say(f"{page}: one file, to be opened in any browser")
     if opened:
         webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
+def nnunet(
+    cohort: Annotated[Path, typer.Argument(help="The folder of studies that was completed.")],
+    completed: Annotated[Path, typer.Argument(help="What 'crossmr complete' wrote.")],
+    out: Out,
+    modalities: Annotated[str | None, typer.Option(help="Channels in their order; by default all there are.")] = None,
+    mapping: Mapping = None,
+) -> None:
+    """Write acquired and synthetic volumes together as a dataset for nnU-Net."""
+    from crossmr.display import Display
+    from crossmr.nnunet import export_nnunet
+
+    record = export_nnunet(cohort, completed, out, modalities=_modalities(modalities), mapping=_mapping(mapping))
+    filled = sum(bool(channels) for channels in record["synthetic"].values())
+    channels = ", ".join(record["channels"])
+    Display().say(f"{len(record['synthetic'])} cases in {out}, {filled} with synthetic channels; channels {channels}")
+    _report_failures(record["left_out"], "left out")
 
 
 models = typer.Typer(help="The models at hand: list, verify, import from a file, export to one, remove.")

@@ -26,6 +26,7 @@ from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import read_json, write_json
 from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
 from crossmr.picture import Column, middle, save_columns
+from crossmr.profiles import Layout, Profile
 from crossmr.store import find_model
 from crossmr.trivial import resize
 
@@ -197,8 +198,6 @@ def complete_study(
         "case": study.case,
         "synthetic": {
             modality: {
-                "file": f"{study.case}-{modality}.nii.gz",
-                "deviation": f"{study.case}-{modality}_std.nii.gz" if modality in deviations else None,
                 "from": used,
                 "warnings": [DISCLAIMER, *([ENHANCEMENT] if modality == "t1c" else [])],
             }
@@ -210,6 +209,7 @@ def complete_study(
         "normalisation": {m: {"low": n.low, "high": n.high} for m, n in study.normalisation.items()},
         "intensity": INTENSITY,
         "deviation": _deviation_record(model) if deviations else None,
+        "skull_stripped": study.masked_background,
         "notes": list(study.notes),
         "settings": _recorded(model, settings, reference),
         "seconds": round(time.perf_counter() - start, 3),
@@ -463,17 +463,19 @@ def complete_cohort(
     device: str = "auto",
     mapping: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    profile: Profile = "labelled",
     display: Display = SILENT,
 ) -> dict[str, Any]:
     """Complete every study of a folder into OUT/CASE/, and return what OUT/manifest.json says.
 
     A study that fails is listed under 'failed' with its reason; the others are finished. A finished case, which is
-    one with a manifest.json, is skipped unless `overwrite`.
+    one with a manifest.json, is skipped unless `overwrite`. Another `profile` lays OUT out otherwise (profiles.py).
 
     Raises:
         NamingError: no study at all. ModelError: no usable model. OutputError: OUT cannot be written.
     """
-    out, settings = Path(out), settings or Settings()
+    layout, settings = Layout(Path(out), profile), settings or Settings()
+    out = layout.records
     if not isinstance(model, CrossConditionedModel):
         model = load_model(find_model(model), choose_device(device))
     check_settings(model, settings)
@@ -483,11 +485,12 @@ def complete_cohort(
     if (out / "manifest.json").exists() and read_json(out / "manifest.json", OutputError).get("format") != FORMAT:
         raise OutputError(f"{out} holds a manifest.json that is not of a completed cohort; name another folder.")
     write_json(out / "manifest.json", {"format": FORMAT, "finished": False})
+    layout.start(Path(cohort))
     with display.task("complete", len(found)) as task:
         for files in found:
             try:
                 manifest, skipped = _complete_case(
-                    files, out / files.case, model, settings, reference, overwrite, display
+                    files, Path(cohort), layout, model, settings, reference, overwrite, display
                 )
                 if skipped:
                     summary["skipped"].append(files.case)
@@ -502,14 +505,21 @@ def complete_cohort(
             except (OSError, RuntimeError, MemoryError) as error:
                 summary["failed"][files.case] = f"{files.case}: {type(error).__name__}: {error}"
             task.advance(files.case)
-    body = {"format": FORMAT, "finished": True, **summary, "settings": _recorded(model, settings, reference)}
+    body = {
+        "format": FORMAT,
+        "finished": True,
+        "profile": profile,
+        **summary,
+        "settings": _recorded(model, settings, reference),
+    }
     write_json(out / "manifest.json", body)
     return body
 
 
 def _complete_case(
     files: StudyFiles,
-    folder: Path,
+    cohort: Path,
+    layout: Layout,
     model: CrossConditionedModel,
     settings: Settings,
     reference: Reference | None,
@@ -517,6 +527,7 @@ def _complete_case(
     display: Display,
 ) -> tuple[Mapping[str, Any], bool]:
     """Complete one case of a cohort and write it, its manifest last; returns that, and if it was finished before."""
+    folder = layout.folder(files.case)
     done = folder / "manifest.json"
     if done.exists() and not overwrite:
         manifest = read_json(done, OutputError)
@@ -532,19 +543,31 @@ def _complete_case(
             display.say(f"{files.case}: finished before with {what}, and kept; --overwrite does it again")
         return manifest, True
     start, given = time.perf_counter(), _hashes(files.images())
-    result = complete_study(load_study(files), model, settings, given, reference)
-    earlier = _earlier(folder, files.case, model, result)
-    picture = folder.parent / PICTURES / f"{files.case}.webp"
+    study = load_study(files)
+    layout.check(study)
+    result = complete_study(study, model, settings, given, reference)
+    earlier = _earlier(layout, files.case, model, result)
+    picture = layout.records / PICTURES / f"{files.case}.webp"
     written: list[Path] = []
     try:
         for path in (done, picture, *earlier):
             path.unlink(missing_ok=True)
-        named = {f"{files.case}-{modality}.nii.gz": image for modality, image in result.images.items()}
-        named |= {f"{files.case}-{modality}_std.nii.gz": image for modality, image in result.deviations.items()}
-        for name, image in named.items():
-            write_volume(image, folder / name)
-            written.append(folder / name)
-        manifest = {**result.manifest, "given": given, "paths": _paths(files, folder)}
+        manifest = {**result.manifest, "given": given, "paths": _seen_from(folder, files.images())}
+        for modality, image in result.images.items():
+            places = [(layout.image(files.case, modality), image)]
+            if modality in result.deviations and (place := layout.deviation(files.case, modality)) is not None:
+                places.append((place, result.deviations[modality]))
+            for path, volume in places:
+                write_volume(volume, path)
+                written.append(path)
+            names = [*_seen_from(folder, {str(i): path for i, (path, _) in enumerate(places)}).values(), None]
+            manifest["synthetic"][modality] = {
+                "file": names[0],
+                "deviation": names[1],
+                **manifest["synthetic"][modality],
+            }
+        inputs = [path for modality, path in files.images().items() if modality in manifest["acquired"]]
+        written += layout.finish(files.case, manifest, cohort, inputs)
         if result.columns:
             shown = save_columns(picture, result.columns, result.spacing_mm)
             manifest["picture"] = {"file": f"{PICTURES}/{picture.name}", "columns": shown}
@@ -560,16 +583,17 @@ def _complete_case(
     return manifest, False
 
 
-def _earlier(folder: Path, case: str, model: CrossConditionedModel, result: Completed) -> list[Path]:
+def _earlier(layout: Layout, case: str, model: CrossConditionedModel, result: Completed) -> list[Path]:
     """What was synthesised here before, which must not outlive its manifest.
 
     Raises:
         OutputError: an acquired scan lies where a synthetic one would be written.
     """
     earlier = []
-    for modality, end in itertools.product(dict.fromkeys((*EXPECTED, *model.config.targets)), ("", "_std")):
-        path = folder / f"{case}-{modality}{end}.nii.gz"
-        if not path.exists():
+    modalities = dict.fromkeys((*EXPECTED, *model.config.targets))
+    for modality, place in itertools.product(modalities, (layout.image, layout.deviation)):
+        path = place(case, modality)
+        if path is None or not path.exists():
             continue
         if read_volume(path).synthetic:
             earlier.append(path)
@@ -595,9 +619,9 @@ def _hashes(images: Mapping[str, Any]) -> dict[str, Any]:
     return {m: {"file": path.name, "sha256": content_sha256(path)} for m, path in paths.items()}
 
 
-def _paths(files: StudyFiles, folder: Path) -> dict[str, str]:
-    """Where the acquired scans lie, as seen from the case's output."""
-    return {m: os.path.relpath(path, folder).replace(os.sep, "/") for m, path in files.images().items()}
+def _seen_from(folder: Path, paths: Mapping[str, Path]) -> dict[str, str]:
+    """Where files lie, as seen from a folder."""
+    return {name: os.path.relpath(path, folder).replace(os.sep, "/") for name, path in paths.items()}
 
 
 def _description(modality: str, sources: Sequence[str]) -> str:

@@ -102,7 +102,7 @@ def _picture(out: Path, case: str) -> None:
     z = int(lesion.astype(bool).sum((1, 2)).argmax())
     rows = []
     for target in TARGETS:
-        made = [out / "completed" / case / f"{case}-{target}{end}.nii.gz" for end in ("", "_std")]
+        made = [out / "completed" / case / f"{case}-{target}_{kind}.nii.gz" for kind in ("synthetic", "std")]
         synthetic, deviation = (read_volume(path).data[z] for path in made)
         real = study.normalised(target)[z]
         row = [(f"{m} acquired", study.normalised(m)[z]) for m in ("t1n", "t2w")]

@@ -20,6 +20,7 @@ from crossmr.errors import OutputError
 from crossmr.evaluation import COLUMNS, HEADINGS
 from crossmr.files import read_json, write_atomically
 from crossmr.picture import BRIGHTEST, COLOURS, WHITE
+from crossmr.profiles import records_of
 
 NAME = "report.html"
 SHOWN = 200
@@ -44,11 +45,14 @@ class Plot:
 
 
 def report_completion(out: Path) -> Path:
-    """Write OUT/report.html of a completed cohort: its cases, their pictures, and where all of it comes from.
+    """Write report.html of a completed cohort: its cases, their pictures, and where all of it comes from.
+
+    It lies in OUT, or among the records of another profile.
 
     Raises:
         OutputError: OUT holds no completed cohort, or cannot be written.
     """
+    out = records_of(out)
     cohort = read_json(out / "manifest.json", OutputError)
     if not cohort.get("finished"):
         raise OutputError(f"{out} holds no completed cohort. Run crossmr complete again.")

@@ -15,6 +15,7 @@ from crossmr.data.volume import compact, on_grid, read_volume
 from crossmr.errors import CrossmrError, OutputError
 from crossmr.files import read_json, write_atomically
 from crossmr.picture import BRIGHTEST, WHITE
+from crossmr.profiles import records_of
 
 PAGES = Path(__file__).parent / "pages"
 
@@ -37,6 +38,7 @@ def view_case(
         OutputError: OUT holds no such case, or nothing can be written.
         NamingError, StudyError, VolumeError: of `scans`.
     """
+    out = records_of(out)
     cases = sorted(path.parent.name for path in out.glob("*/manifest.json"))
     case = case or next((one for one in cases if _manifest(out, one).get("synthetic")), None)
     if case not in cases:

@@ -17,9 +17,9 @@ from pathlib import Path
 from crossmr.errors import ConfigError, NamingError
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f", "pdw")
+"""Canonical names of the modalities that file names are searched for."""
 SPOKEN = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
 """What people say."""
-"""Canonical names of the modalities that file names are searched for."""
 
 _LABEL, _OTHER = "label", ""
 
@@ -43,6 +43,9 @@ _WORD = re.compile(r"[^-_. ]+")
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _BIDS_CASE = re.compile(r"sub-[A-Za-z0-9+]+(_ses-[A-Za-z0-9+]+)?(?=_|$)")
 _BIDS_FILE = re.compile(_BIDS_CASE.pattern + r"(?P<entities>(_[A-Za-z]+-[A-Za-z0-9+.]+)*)_(?P<suffix>[A-Za-z0-9]+)")
+_BIDS_ROOT = "dataset_description.json"
+_BIDS_APART = frozenset({"derivatives", "sourcedata", "code", "stimuli"})
+"""Folders of a BIDS dataset that hold no scans of its own."""
 _PATIENTS = (
     re.compile(r"(sub-[A-Za-z0-9+]+)(_.*)?"),
     re.compile(r"(IXI\d+)-.*"),
@@ -133,7 +136,8 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
     """The studies under a folder (at any depth), or the one study that the folder is; sorted by case.
 
     Takes `.nii` and `.nii.gz`; passes over hidden files and folders and those ending `.partial`, and follows
-    links. Paths come back absolute. `mapping` is as in `recognise`.
+    links. Of a BIDS dataset its derivatives and sourcedata are passed over: name such a folder itself. Paths come back
+    absolute. `mapping` is as in `recognise`.
 
     Raises:
         NamingError: the folder is missing, not a folder, not readable, or holds no NIfTI at all.
@@ -156,6 +160,7 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
             for name in sorted(folders)
             if not name.startswith(".")
             and not name.endswith(".partial")
+            and not (_BIDS_ROOT in files and name in _BIDS_APART)
             and os.path.realpath(os.path.join(place, name)) not in seen  # a link back up would never end
         ]
         nifti = [name for name in files if _NIFTI.search(name) and not name.startswith(".")]
@@ -249,9 +254,11 @@ def _read_name(name: str) -> tuple[str, str]:
 
 def _bids_meaning(suffix: str, entities: str) -> str:
     meaning = _MEANING.get(suffix.lower(), _OTHER)
+    if "_desc-synthetic" in entities or "_part-phase" in entities:
+        return _OTHER
     if "_ce-" in entities:  # an enhanced T1w is t1c; any other enhanced image is none that we know
         return {"t1n": "t1c", "t1c": "t1c", _LABEL: _LABEL}.get(meaning, _OTHER)
-    return _OTHER if "_part-phase" in entities or (meaning == _LABEL and "_desc-brain" in entities) else meaning
+    return _OTHER if meaning == _LABEL and "_desc-brain" in entities else meaning
 
 
 def _bids_case(stem: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
@@ -115,11 +116,12 @@ def on_grid(
     *,
     description: str,
     display_range: tuple[float, float] | None = None,
+    dtype: npt.DTypeLike = np.float32,
 ) -> nib.Nifti1Image:
-    """An image of a canonical float32 (Z, Y, X) array on the reference's grid, byte order and NIfTI version.
+    """An image of a canonical (Z, Y, X) array on the reference's grid, byte order and NIfTI version.
 
     Shape, orientation, sform and qform with their codes, pixdim and units are the reference's, bit for bit;
-    the voxels are float32 with slope 1 and intercept 0. Extensions, intent and texts of the reference are
+    the voxels are of `dtype` with slope 1 and intercept 0. Extensions, intent and texts of the reference are
     dropped, since they may identify the patient; `descrip` is the description, cal_min and cal_max the
     `display_range`.
 
@@ -131,7 +133,7 @@ def on_grid(
     if not description.isascii() or len(description) > 79:
         raise ValueError(f"description must be ASCII of at most 79 characters, got {description!r}")
     header = reference.image.header.copy()
-    header.set_data_dtype(np.float32)
+    header.set_data_dtype(dtype)
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["vox_offset"] = 0  # nibabel's to choose: there are no extensions to leave room for
     header["cal_min"], header["cal_max"] = display_range or (0, 0)
@@ -142,7 +144,7 @@ def on_grid(
     header.set_intent("none")
     header.extensions.clear()
     to_original = ornt_transform(axcodes2ornt("RAS"), io_orientation(reference.image.affine))
-    voxels = apply_orientation(np.array(array, dtype=np.float32).T, to_original)
+    voxels = apply_orientation(np.array(array, dtype=dtype).T, to_original)
     return _with_header(voxels, reference.image.affine, header)
 
 

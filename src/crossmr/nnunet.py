@@ -1,0 +1,125 @@
+"""A completed cohort as an nnU-Net dataset: every case with every channel, acquired or synthetic.
+
+DATASET/
+├── imagesTr/CASE_0000.nii.gz   a channel a modality, in the order that dataset.json names; imagesTs without labels
+├── labelsTr/CASE.nii.gz        segmentations, where there are any
+├── dataset.json                channels and labels, as nnU-Net 2 reads them
+└── crossmr.json                which channels of which case are synthetic
+"""
+
+import gzip
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossmr.data.naming import MODALITIES, SPOKEN, StudyFiles, find_studies
+from crossmr.data.volume import describe_grid, on_grid, read_labels, read_volume, same_grid, write_volume
+from crossmr.errors import CrossmrError, OutputError, StudyError
+from crossmr.files import read_json, write_atomically, write_json
+from crossmr.profiles import records_of
+
+ENHANCING = {4: 3}
+"""BraTS' label of enhancing tumour until 2022, and since: nnU-Net wants numbers without gaps."""
+
+
+def export_nnunet(
+    cohort: Path,
+    completed: Path,
+    out: Path,
+    *,
+    modalities: Sequence[str] | None = None,
+    mapping: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write a dataset for nnU-Net 2, and return what crossmr.json says.
+
+    Args:
+        cohort: the folder that was completed.
+        completed: what `complete` wrote.
+        out: the dataset's folder, such as nnUNet_raw/Dataset501_Completed; new or empty.
+        modalities: the channels in their order; by default all that any case has.
+        mapping: see `find_studies`.
+
+    Raises:
+        OutputError: OUT holds something, or cannot be written. NamingError: no study. StudyError: no case is complete.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise OutputError(f"{out} is not empty; name another folder.")
+    cases = {files.case: _channels(files, records_of(completed)) for files in find_studies(cohort, mapping)}
+    labels = {files.case: files.label() for files in find_studies(cohort, mapping)}
+    had = {modality for channels in cases.values() for modality in channels}
+    chosen = list(modalities or [m for m in (*MODALITIES, *sorted(had - {*MODALITIES})) if m in had])
+    written: dict[str, list[str]] = {}
+    left_out: dict[str, str] = {}
+    values: set[int] = set()
+    for case, channels in cases.items():
+        if lacking := [m for m in chosen if m not in channels]:
+            left_out[case] = f"it lacks {', '.join(lacking)}; complete it first, or choose --modalities"
+            continue
+        try:
+            values |= _write_case(out, case, [channels[m][0] for m in chosen], labels[case])
+        except CrossmrError as error:
+            left_out[case] = str(error)
+            continue
+        written[case] = [m for m in chosen if channels[m][1]]
+    if not written:
+        raise StudyError(f"No case of {cohort} has all of {', '.join(chosen)}: {next(iter(left_out.values()), 'none')}")
+    write_json(
+        out / "dataset.json",
+        {
+            "channel_names": {str(n): SPOKEN.get(m, m) for n, m in enumerate(chosen)},
+            "labels": {"background": 0, **{f"label {v}": v for v in range(1, max(values, default=0) + 1)}},
+            "numTraining": sum(labels[case] is not None for case in written),
+            "file_ending": ".nii.gz",
+        },
+    )
+    record = {"channels": chosen, "synthetic": written, "left_out": left_out}
+    write_json(out / "crossmr.json", record)
+    return record
+
+
+def _channels(files: StudyFiles, records: Path) -> dict[str, tuple[Path, bool]]:
+    """Modality → file, and whether it is synthetic."""
+    found = {modality: (path, False) for modality, path in files.images().items()}
+    folder = records / files.case
+    if (folder / "manifest.json").exists():
+        for modality, made in read_json(folder / "manifest.json", OutputError)["synthetic"].items():
+            found.setdefault(modality, (folder / made["file"], True))
+    return found
+
+
+def _write_case(out: Path, case: str, paths: Sequence[Path], label: Path | None) -> set[int]:
+    """Write a case's channels and labels, all or none; returns the labels it has."""
+    part = "Ts" if label is None else "Tr"
+    targets = [out / f"images{part}" / f"{case}_{number:04d}.nii.gz" for number in range(len(paths))]
+    values: set[int] = set()
+    reference, *others = (read_volume(path) for path in paths)
+    for other in others:
+        if not same_grid(other, reference):
+            raise StudyError(
+                f"{case}: {other.name} is {describe_grid(other)}, but {reference.name} is {describe_grid(reference)}, "
+                "or they lie elsewhere. Register and resample them to one grid first."
+            )
+    try:
+        if label is not None:
+            segmentation = read_labels(label, reference)
+            for old, new in ENHANCING.items():
+                segmentation = np.where(segmentation == old, np.uint8(new), segmentation)
+            values = {int(value) for value in np.unique(segmentation)}
+            targets.append(out / "labelsTr" / f"{case}.nii.gz")
+            write_volume(on_grid(segmentation, reference, description="labels", dtype=np.uint8), targets[-1])
+        for path, target in zip(paths, targets, strict=False):
+            if path.name.endswith(".gz"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            else:
+                write_atomically(target, gzip.compress(path.read_bytes(), 6, mtime=0))
+    except BaseException as error:
+        for target in targets:
+            target.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{out} could not be written: {error.strerror or error}.") from error
+        raise
+    return values

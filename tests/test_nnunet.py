@@ -1,0 +1,91 @@
+"""The nnU-Net dataset: every channel where dataset.json says, bit for bit, and labels without gaps."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import SHAPE, image, make_head, save_untrained, write_study
+
+from crossmr.completion import Settings, complete_cohort
+from crossmr.errors import OutputError, StudyError
+from crossmr.model import load_model
+from crossmr.nnunet import export_nnunet
+
+WHOLE = ("t1n", "t1c", "t2w", "t2f")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Ann is whole and has an old BraTS label, Bob lacks T1ce and labels, Cem could not be completed."""
+    root = tmp_path_factory.mktemp("nnunet")
+    write_study(root / "in", "Ann", WHOLE, lesion=True)
+    label = root / "in" / "Ann" / "Ann-seg.nii.gz"
+    old = np.asarray(nib.load(label).dataobj) // 3 * 4
+    old[5, 5, 5] = 1
+    nib.save(image(old.astype(np.uint8)), label)
+    write_study(root / "in", "Bob", ("t1n", "t2w", "t2f"), seed=1)
+    plain = root / "in" / "Bob" / "Bob-t2w.nii"
+    nib.save(image(make_head("t2w", seed=1)), plain)
+    (root / "in" / "Bob" / "Bob-t2w.nii.gz").unlink()
+    write_study(root / "in", "Cem", ("t1n", "t2w"), seed=2)
+    nib.save(image(make_head("t2w", shape=(20, 20, 20))), root / "in" / "Cem" / "Cem-t2w.nii.gz")
+    model = load_model(save_untrained(root / "model", cell=8, sources=WHOLE, targets=WHOLE))
+    complete_cohort(root / "in", root / "completed", model, settings=Settings(precision="float32"))
+    return root
+
+
+def test_acquired_and_synthetic_volumes_make_one_dataset(folders, tmp_path):
+    out = tmp_path / "Dataset501_Completed"
+    record = export_nnunet(folders / "in", folders / "completed", out)
+    assert record["synthetic"] == {"Ann": [], "Bob": ["t1c"]}
+    assert record["left_out"] == {"Cem": "it lacks t1c, t2f; complete it first, or choose --modalities"}
+    assert json.loads((out / "dataset.json").read_text()) == {
+        "channel_names": {"0": "T1", "1": "T1ce", "2": "T2", "3": "FLAIR"},
+        "labels": {"background": 0, "label 1": 1, "label 2": 2, "label 3": 3},
+        "numTraining": 1,
+        "file_ending": ".nii.gz",
+    }
+    names = {str(path.relative_to(out)) for path in out.rglob("*.nii.gz")}
+    channels = {
+        f"images{part}/{case}_{n:04d}.nii.gz" for part, case in (("Tr", "Ann"), ("Ts", "Bob")) for n in range(4)
+    }
+    assert names == channels | {"labelsTr/Ann.nii.gz"}
+    for number, source in enumerate(
+        [
+            folders / "in" / "Bob" / "Bob-t1n.nii.gz",
+            folders / "completed" / "Bob" / "Bob-t1c_synthetic.nii.gz",
+            folders / "in" / "Bob" / "Bob-t2w.nii",
+        ]
+    ):
+        made, given = nib.load(out / "imagesTs" / f"Bob_{number:04d}.nii.gz"), nib.load(source)
+        np.testing.assert_array_equal(made.get_fdata(), given.get_fdata())
+        np.testing.assert_array_equal(made.affine, given.affine)
+        assert made.header["descrip"] == given.header["descrip"]
+    labels, first = nib.load(out / "labelsTr" / "Ann.nii.gz"), nib.load(out / "imagesTr" / "Ann_0000.nii.gz")
+    assert labels.shape == first.shape == SHAPE
+    np.testing.assert_array_equal(labels.affine, first.affine)
+    data = np.asarray(labels.dataobj)
+    assert set(np.unique(data)) == {0, 1, 3}
+    assert (data[12:16, 14:18, 10:13] == 3).all()
+
+
+def test_chosen_channels_in_their_order(folders, tmp_path):
+    record = export_nnunet(folders / "in", folders / "completed", tmp_path / "out", modalities=("t2f", "t1n"))
+    assert list(record["synthetic"]) == ["Ann", "Bob"]
+    flair = nib.load(tmp_path / "out" / "imagesTs" / "Bob_0000.nii.gz")
+    np.testing.assert_array_equal(flair.get_fdata(), nib.load(folders / "in" / "Bob" / "Bob-t2f.nii.gz").get_fdata())
+
+
+def test_volumes_on_two_grids_are_left_out(folders, tmp_path):
+    record = export_nnunet(folders / "in", folders / "completed", tmp_path / "out", modalities=("t1n", "t2w"))
+    assert "Cem-t2w.nii.gz is 20×20×20" in record["left_out"]["Cem"]
+    assert not list((tmp_path / "out").rglob("Cem*"))
+
+
+def test_what_cannot_be_exported_is_said(folders, tmp_path):
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(OutputError, match="is not empty"):
+        export_nnunet(folders / "in", folders / "completed", tmp_path)
+    with pytest.raises(StudyError, match=r"No case of .* has all of pdw: it lacks pdw"):
+        export_nnunet(folders / "in", folders / "completed", tmp_path / "out", modalities=("pdw",))

@@ -1,0 +1,149 @@
+"""Layouts: BraSyn's flat folder holds its files alone, and a BIDS derivative passes the official validator."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import image, make_head, save_untrained
+
+from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete_cohort
+from crossmr.data.naming import find_studies
+from crossmr.errors import ConfigError
+from crossmr.model import load_model
+from crossmr.profiles import Layout, bids_entities, records_of
+from crossmr.report import report_completion
+from crossmr.viewer import view_case
+
+SETTINGS = Settings(precision="float32")
+WHOLE = ("t1n", "t1c", "t2w", "t2f")
+VALIDATOR = Path(sys.executable).with_name("bids-validator-deno")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(save_untrained(tmp_path_factory.mktemp("model"), cell=8, sources=WHOLE, targets=WHOLE))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A BIDS dataset: two sessions, one of them enhanced, a sidecar for one file only, and somebody's derivatives."""
+    root = tmp_path_factory.mktemp("bids") / "raw"
+    about = {"Name": "test", "BIDSVersion": "1.10.0", "DatasetType": "raw"}
+    for path, text in (("dataset_description.json", json.dumps(about)), ("README", "A test.\n" * 20)):
+        root.mkdir(exist_ok=True)
+        (root / path).write_text(text)
+    for name, modality in (
+        ("sub-01/ses-a/anat/sub-01_ses-a_T1w", "t1n"),
+        ("sub-01/ses-a/anat/sub-01_ses-a_ce-gadolinium_T1w", "t1c"),
+        ("sub-01/ses-b/anat/sub-01_ses-b_T2w", "t2w"),
+        ("sub-02/anat/sub-02_FLAIR", "t2f"),
+        ("sub-02/anat/sub-02_T1w", "t1n"),
+        ("derivatives/other/sub-02/anat/sub-02_desc-preproc_T1w", "t1n"),
+    ):
+        path = root / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = image(make_head(modality))
+        made.header.set_xyzt_units("mm", "sec")
+        nib.save(made, path)
+    (root / "sub-02/anat/sub-02_T1w.json").write_text('{"MagneticFieldStrength": 3}')
+    (root / "derivatives/other/dataset_description.json").write_text(json.dumps({**about, "DatasetType": "derivative"}))
+    return root
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def validate(folder):
+    """What the official validator says: errors and warnings."""
+    if not VALIDATOR.exists():
+        pytest.skip("bids-validator-deno is not installed")
+    ran = subprocess.run([VALIDATOR, "--json", folder], capture_output=True, text=True, timeout=120)
+    issues = json.loads(ran.stdout)["issues"]["issues"]
+    return {
+        severity: {issue["code"]: issue.get("location") for issue in issues if issue["severity"] == severity}
+        for severity in ("error", "warning")
+    }
+
+
+def test_a_bids_dataset_becomes_a_valid_derivative(dataset, model, tmp_path):
+    assert validate(dataset)["error"] == {}  # the validator works
+    out = tmp_path / "derivative"
+    result = complete_cohort(dataset, out, model, settings=SETTINGS, profile="bids")
+    assert result["failed"] == {}
+    assert result["completed"] == {
+        "sub-01_ses-a": ["t2w", "t2f"],
+        "sub-01_ses-b": ["t1n", "t1c", "t2f"],
+        "sub-02": ["t1c", "t2w"],
+    }
+    said = validate(out)
+    assert said["error"] == {}, said
+    report_completion(out)
+    view_case(out, "sub-02")
+    assert validate(out) == said  # the records are not in its way
+    enhanced = out / "sub-01/ses-b/anat/sub-01_ses-b_ce-gadolinium_desc-synthetic_T1w.nii.gz"
+    sidecar = json.loads(enhanced.with_name(enhanced.name.replace(".nii.gz", ".json")).read_text())
+    assert sidecar["Sources"] == ["bids:raw:sub-01/ses-b/anat/sub-01_ses-b_T2w.nii.gz"]
+    assert DISCLAIMER in sidecar["Description"]
+    assert ENHANCEMENT in sidecar["Description"]
+    assert sidecar["SkullStripped"] is False
+    about = json.loads((out / "dataset_description.json").read_text())
+    assert about["DatasetType"] == "derivative"
+    assert (out / about["DatasetLinks"]["raw"]).resolve() == dataset.resolve()
+    assert nib.load(enhanced).header["descrip"].item().startswith(b"SYNTHETIC")
+    assert (out / "crossmr" / "report.html").exists()
+    assert (out / "crossmr" / "view" / "sub-02.html").exists()
+    # what was synthesised is no input of the next run, even where both lie in one tree
+    shutil.copytree(dataset, tmp_path / "both")
+    shutil.copytree(out, tmp_path / "both", dirs_exist_ok=True)
+    assert find_studies(tmp_path / "both")[-1].images().keys() == {"t1n", "t2f"}
+
+
+def test_any_name_becomes_a_bids_name(model, tmp_path):
+    assert bids_entities("BraTS-GLI-00000-000") == ("sub-BraTSGLI00000000",)
+    assert bids_entities("sub-01_ses-b") == ("sub-01", "ses-b")
+    (tmp_path / "A-1").mkdir()
+    nib.save(image(make_head("t1n")), tmp_path / "A-1" / "A-1-t1n.nii.gz")
+    complete_cohort(tmp_path / "A-1", tmp_path / "out", model, settings=SETTINGS, profile="bids")
+    assert validate(tmp_path / "out")["error"] == {}
+
+
+def test_brasyn_s_folder_holds_its_files_and_nothing_else(model, tmp_path):
+    shape = (240, 240, 155)
+    head = np.zeros(shape, np.float32)
+    head[90:150, 90:150, 60:68] = make_head("t2w", air=False, shape=(60, 60, 8)) + 1
+    (tmp_path / "in" / "BraTS-GLI-1").mkdir(parents=True)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    for modality in ("t1n", "t2f", "t2w"):
+        nib.save(nib.Nifti1Image(head, affine), tmp_path / "in" / "BraTS-GLI-1" / f"BraTS-GLI-1-{modality}.nii.gz")
+    (tmp_path / "in" / "small").mkdir()
+    nib.save(image(make_head("t1n")), tmp_path / "in" / "small" / "small-t1n.nii.gz")
+    out = tmp_path / "out"
+    result = complete_cohort(tmp_path / "in", out, model, settings=SETTINGS, profile="challenge")
+    assert result["completed"] == {"BraTS-GLI-1": ["t1c"]}
+    assert "small: is 28×32×24 at 6×6×7 mm, but BraSyn's are 240×240×155" in result["failed"]["small"]
+    report_completion(out)
+    assert files(out) == {"BraTS-GLI-1-t1c.nii.gz"}
+    made = nib.load(out / "BraTS-GLI-1-t1c.nii.gz")
+    assert made.shape == shape
+    np.testing.assert_array_equal(made.affine, affine)
+    records = tmp_path / "out_records"
+    assert records_of(out) == records
+    assert files(records) == {
+        *("manifest.json", "report.html", "BraTS-GLI-1/manifest.json", "pictures/BraTS-GLI-1.webp")
+    }
+    manifest = json.loads((records / "BraTS-GLI-1" / "manifest.json").read_text())["synthetic"]["t1c"]
+    assert (records / "BraTS-GLI-1" / manifest["file"]).resolve() == out / "BraTS-GLI-1-t1c.nii.gz"
+    assert manifest["deviation"] is None
+    again = complete_cohort(tmp_path / "in", out, model, settings=SETTINGS, profile="challenge")
+    assert again["skipped"] == ["BraTS-GLI-1"]
+
+
+def test_a_profile_that_is_none_is_refused(model, tmp_path):
+    with pytest.raises(ConfigError, match="--profile is 'flat'; wanted one of labelled, challenge, bids"):
+        Layout(tmp_path, "flat")
