@@ -58,7 +58,8 @@ SETTINGS = {
 RECIPE = with_settings(ANY, SETTINGS)
 WEIGHTS = Path(__file__).parents[1] / "src" / "crossmr" / "weights" / "default"
 LARGEST_MIB = 16.0
-COHORTS = {"LGG": ("TCGA-",), "BraTS, HiNet, openms": ("BraTS", "Brats", "hinet", "patient"), "phantoms": ("PHANTOM",)}
+FOUR = ("BraTS", "Brats", "CompImg", "modelhub", "hinet", "patient")
+COHORTS = {"LGG": ("TCGA-",), "BraTS, HiNet, openms": FOUR, "phantoms": ("PHANTOM",)}
 """How the cases of each are called."""
 
 

@@ -163,6 +163,9 @@ def complete(
     )
     for case, modalities in result["completed"].items():
         display.say(f"{case}: synthesised {', '.join(modalities)}")
+    for case, notes in result["notes"].items():
+        for note in notes:
+            display.say(f"{case}: look: {note}")
     for case, reasons in result["not_filled"].items():
         for modality, reason in reasons.items():
             display.say(f"{case}: {modality} not filled: {reason}")

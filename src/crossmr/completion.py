@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from crossmr.checks import check
 from crossmr.data.dataset import as_inputs, fit_size, seeded, useful_slices
 from crossmr.data.naming import StudyFiles, find_studies, modality_name
 from crossmr.data.study import Study, load_study
@@ -210,7 +211,7 @@ def complete_study(
         "intensity": INTENSITY,
         "deviation": _deviation_record(model) if deviations else None,
         "skull_stripped": study.masked_background,
-        "notes": list(study.notes),
+        "notes": [*study.notes, *check(study, model.trivial, config.modalities)],
         "settings": _recorded(model, settings, reference),
         "seconds": round(time.perf_counter() - start, 3),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -481,7 +482,9 @@ def complete_cohort(
     check_settings(model, settings)
     reference = read_reference(settings.reference, model, mapping)
     found = find_studies(Path(cohort), mapping)
-    summary: dict[str, Any] = {"completed": {}, "whole": [], "skipped": [], "failed": {}, "not_filled": {}}
+    summary: dict[str, Any] = {
+        **{"completed": {}, "whole": [], "skipped": [], "failed": {}, "not_filled": {}, "notes": {}}
+    }
     if (out / "manifest.json").exists() and read_json(out / "manifest.json", OutputError).get("format") != FORMAT:
         raise OutputError(f"{out} holds a manifest.json that is not of a completed cohort; name another folder.")
     write_json(out / "manifest.json", {"format": FORMAT, "finished": False})
@@ -498,6 +501,8 @@ def complete_cohort(
                     summary["completed"][files.case] = list(manifest["synthetic"])
                 elif not manifest["not_filled"]:
                     summary["whole"].append(files.case)
+                if manifest["notes"]:
+                    summary["notes"][files.case] = manifest["notes"]
                 if manifest["not_filled"]:
                     summary["not_filled"][files.case] = manifest["not_filled"]
             except CrossmrError as error:

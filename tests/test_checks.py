@@ -1,0 +1,140 @@
+"""The checks of a study's input: each finds what it is made for, and keeps quiet about whole studies."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import image, make_head
+
+from crossmr import checks
+from crossmr.data.naming import find_studies
+from crossmr.data.study import load_study
+from crossmr.phantom import write_cohort
+from crossmr.trivial import fit_trivial
+
+MODALITIES = ("t1n", "t1c", "t2w", "t2f")
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """Four phantoms in float."""
+    folder = tmp_path_factory.mktemp("cohort")
+    write_cohort(folder, 4, seed=3, shape=(72, 84, 32), spacing_mm=(2.6, 2.6, 5.0))
+    return [load_study(files) for files in find_studies(folder)]
+
+
+@pytest.fixture(scope="module")
+def trivial(studies):
+    """The linear mixes of the first three."""
+
+    def reader(study):
+        return lambda: {m: study.normalised(m) for m in study.volumes}
+
+    return fit_trivial([reader(study) for study in studies[:3]], MODALITIES)
+
+
+@pytest.fixture
+def volumes(studies):
+    """The fourth, normalised; its head; its spacing."""
+    study = studies[3]
+    return {m: study.normalised(m) for m in study.volumes}, study.mask, study.reference.spacing_mm
+
+
+def test_of_a_whole_study_nothing_is_said(studies, trivial):
+    for study in studies:
+        assert checks.check(study, trivial, MODALITIES) == []
+
+
+@pytest.mark.parametrize(("axis", "voxels", "mm"), [(1, 3, 8), (2, -2, 5), (0, 2, 10)])
+def test_a_volume_that_is_moved_is_named_with_its_distance(volumes, axis, voxels, mm):
+    images, _, spacing = volumes
+    images["t2w"] = np.roll(images["t2w"], voxels, axis)
+    assert checks.shifts(images, spacing) == [f"T2 seems to lie {mm} mm away from T1: they may not be registered."]
+
+
+@pytest.mark.parametrize("pair", [("t1n", "t2w"), ("t1c", "t2f"), ("t2w", "t2f")])
+def test_exchanged_names_are_found_out(volumes, trivial, pair):
+    images, head, _ = volumes
+    assert checks.swaps(images, head, trivial, MODALITIES) == []
+    a, b = pair
+    images[a], images[b] = images[b], images[a]
+    (said,) = checks.swaps(images, head, trivial, MODALITIES)
+    names = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR"}
+    assert said.startswith(f"{names[a]} and {names[b]} may be swapped")
+
+
+def test_names_are_not_judged_without_enough_to_go_by(volumes, trivial):
+    images, head, _ = volumes
+    exchanged = {"t1n": images["t2w"], "t2w": images["t1n"]}
+    assert checks.swaps(exchanged, head, trivial, MODALITIES) == []
+    exchanged |= {"t1c": images["t1c"]}
+    assert checks.swaps(exchanged, head, {}, MODALITIES) == []
+    assert len(checks.swaps(exchanged, head, trivial, MODALITIES)) == 1
+    apart = {**trivial, "present": torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])}  # never all of them in one patient
+    assert checks.swaps(exchanged, head, apart, MODALITIES) == []
+
+
+def test_one_image_under_two_names(volumes):
+    images, head, _ = volumes
+    assert checks.same_images(images, head) == []
+    images["t1c"] = 0.9 * images["t1n"] + np.float32(0.01)
+    (said,) = checks.same_images(images, head)
+    assert said.startswith("T1 and T1ce are the same image")
+
+
+def test_slices_that_are_not_there(volumes):
+    images, head, _ = volumes
+    images["t2f"][8:11] = 0
+    useful = int((head.sum((1, 2)) >= 0.1 * head.sum((1, 2)).max()).sum())
+    assert checks.missing_slices("t2f", images["t2f"], head) == [f"FLAIR is empty in 3 of the head's {useful} slices."]
+    assert checks.missing_slices("t1n", images["t1n"], head) == []
+
+
+def test_few_grey_values_and_those_cut_off():
+    values = np.random.default_rng(0).gamma(4, 100, 20_000).astype(np.float32)
+    assert checks.grey_values("t1n", values) == []
+    assert checks.grey_values("t1n", np.rint(values / values.max() * 255)) == [
+        "T1 has eight bits, or as few grey values: fine differences are lost."
+    ]
+    limit = float(np.percentile(values, 95))
+    assert checks.grey_values("t1n", np.minimum(values, limit)) == [
+        "T1 is cut off: 5% of the head have the same, brightest value."
+    ]
+
+
+def test_a_t1ce_without_enhancement(volumes):
+    """Vessels that are brighter after than before say that contrast was given; the other way round that it was not."""
+    rng = np.random.default_rng(0)
+    head = np.zeros((10, 60, 60), bool)
+    head[:, 5:55, 5:55] = True
+    plain = np.where(head, rng.normal(0.25, 0.01, head.shape), 0).astype(np.float32)
+    enhanced = plain + np.where(rng.random(head.shape) < 0.01, 0.3, 0).astype(np.float32) * head
+    assert checks.unenhanced(plain, enhanced, head, (3, 2, 2)) == []
+    (said,) = checks.unenhanced(enhanced, plain, head, (3, 2, 2))
+    assert said.startswith("T1ce shows no enhancement")
+    assert checks.unenhanced(plain, enhanced, head & False, (3, 2, 2)) == []
+
+
+def test_a_study_s_warnings_come_in_order(tmp_path):
+    """Read from files: eight bits, a volume moved by two voxels of 6 mm."""
+    moved = np.roll(make_head("t2w", air=False), 2, axis=0)
+    given = {"t1n": image(make_head("t1n", air=False)), "t2w": image(np.rint(moved))}
+    said = checks.check(load_study(given, "P"), {}, MODALITIES)
+    assert [note.split()[0] for note in said] == ["T2", "T2"]
+    assert "eight bits" in said[0]
+    assert "12 mm away from T1" in said[1]
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
+def test_a_real_study_is_quiet_until_a_volume_is_moved():
+    (files,) = find_studies(DATA / "brats" / "BraTS-GLI-00000-000")
+    study = load_study(files)
+    assert checks.check(study, {}, MODALITIES) == []
+    box = study.box(0)
+    images = {m: study.normalised(m)[box] for m in study.volumes}
+    images["t1c"] = np.roll(images["t1c"], 6, 1)
+    assert checks.shifts(images, study.reference.spacing_mm) == [
+        "T1ce seems to lie 6 mm away from T1: they may not be registered."
+    ]
