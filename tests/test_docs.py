@@ -1,7 +1,10 @@
 """What the documents say exists: commands, options, files and functions."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -62,3 +65,40 @@ def test_changelog_knows_this_version_or_is_ahead_of_it():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert f"[{version}]" in changelog or "## [Unreleased]" in changelog
+
+
+def test_the_tutorial_runs(tmp_path):
+    """Every command of docs/tutorial.md, in its order, in one shell."""
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    script = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    ran = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    for made in (
+        *("completed/report.html", "completed/view/PHANTOM-00000-000.html", "evaluation/report.html", "mine.zip"),
+        *(f"completed/PHANTOM-00000-000/PHANTOM-00000-000-{m}_synthetic.nii.gz" for m in ("t1c", "t2f")),
+    ):
+        assert (tmp_path / made).stat().st_size > 1000
+
+
+def test_the_reference_names_every_command_and_option():
+    """docs/cli.md is made by: typer src/crossmr/cli.py utils docs --name crossmr --output docs/cli.md."""
+    reference = (ROOT / "docs" / "cli.md").read_text()
+    for name, command in get_command(app).commands.items():
+        for called, verb in {
+            name: command,
+            **{f"{name} {n}": c for n, c in getattr(command, "commands", {}).items()},
+        }.items():
+            _, heading, section = reference.partition(f"## `crossmr {called}`\n")
+            assert heading
+            section = section.partition("\n## `")[0]
+            for parameter in verb.params:
+                for option in parameter.opts:
+                    assert option in section or not option.startswith("-"), (called, option)

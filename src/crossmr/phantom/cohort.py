@@ -81,7 +81,7 @@ def make_phantom(
 
 
 def write_cohort(
-    folder: Path, patients: int, *, seed: int = 0, missing: Mapping[int, Sequence[str]] | None = None, **kwargs: Any
+    folder: Path | str, patients: int, *, seed: int = 0, missing: Mapping[int, Sequence[str]] | None = None, **kwargs: Any
 ) -> list[str]:
     """Write `patients` studies in the layout of BraTS >= 2023, and return their names.
 
@@ -118,7 +118,7 @@ def write_cohort(
         for modality in set(MODALITIES) - set(missing.get(index, ())):
             volumes[modality] = np.rint(phantom.images[modality].clip(0, 32767)).astype(np.int16)
         for kind, volume in volumes.items():
-            _write_volume(folder / name / f"{name}-{kind}.nii.gz", volume, phantom.affine)
+            _write_volume(Path(folder) / name / f"{name}-{kind}.nii.gz", volume, phantom.affine)
         names.append(name)
     return names
 
