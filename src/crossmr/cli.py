@@ -33,6 +33,9 @@ Mapping = Annotated[
         help="Name the files yourself, e.g. --map t1n='*_MPRAGE.nii.gz'; repeatable.",
     ),
 ]
+Register = Annotated[
+    bool, typer.Option("--register", help="Move each study's volumes rigidly onto the first one's grid (SimpleITK).")
+]
 Targets = Annotated[str | None, typer.Option(help="Modalities wanted, e.g. t1c,t2f.")]
 
 
@@ -44,6 +47,7 @@ def prepare(
     seed: Seed = 0,
     workers: Annotated[int, typer.Option(help="Processes; 0 for one a processor.")] = 0,
     mapping: Mapping = None,
+    registered: Register = False,
 ) -> None:
     """Check, normalise and crop a cohort into a set that trains fast. Run again, it goes on where it stopped."""
     from crossmr.data.prepare import Split, default_workers
@@ -56,6 +60,7 @@ def prepare(
         out,
         mapping=_mapping(mapping),
         split=Split.parse(split, seed),
+        registered=registered,
         workers=workers or default_workers(),
         display=display,
     )
@@ -140,6 +145,7 @@ def complete(
     precision: Precision = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
     mapping: Mapping = None,
+    registered: Register = False,
     profile: Annotated[
         str, typer.Option(help="labelled; challenge: BraSyn's flat folder; or bids: a BIDS derivative.")
     ] = "labelled",
@@ -154,7 +160,7 @@ def complete(
         study_or_cohort,
         out,
         model,
-        settings=_settings(targets, guidance, steps, samples, seed, precision, reference),
+        settings=_settings(targets, guidance, steps, samples, seed, precision, reference, registered),
         device=device,
         mapping=_mapping(mapping),
         overwrite=overwrite,
@@ -197,6 +203,7 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "auto",
     mapping: Mapping = None,
+    registered: Register = False,
 ) -> None:
     """Hide each target in turn, synthesise it, and measure, beside the unguided twin and trivial predictors."""
     from crossmr.display import Display
@@ -215,7 +222,7 @@ def evaluate(
         part=part,
         every_subset=every_subset,
         guidances=[arm for arm in arms if arm],
-        settings=_settings(None, None, steps, samples, seed, precision),
+        settings=_settings(None, None, steps, samples, seed, precision, None, registered),
         device=device,
         mapping=_mapping(mapping),
         display=display,
@@ -417,6 +424,7 @@ def _settings(
     seed: int,
     precision: str,
     reference: Path | None = None,
+    registered: bool = False,
 ) -> Any:
     from crossmr.completion import Settings
 
@@ -428,4 +436,5 @@ def _settings(
         reference=reference,
         seed=seed,
         precision=precision,
+        registered=registered,
     )

@@ -74,6 +74,8 @@ class Settings:
     """Of the sampled representation; each case derives its own from it and its name."""
     precision: str = "auto"
     """'auto', 'bfloat16' or 'float32'."""
+    registered: bool = False
+    """Move a study's volumes onto the first one's grid; see `load_study`."""
 
     def __post_init__(self) -> None:
         if self.guidance is not None and self.guidance not in GUIDANCES:
@@ -122,6 +124,7 @@ def complete(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    registered: bool = False,
     case: str = "study",
 ) -> Completed:
     """Synthesise what a study lacks and return it; nothing is written.
@@ -137,6 +140,7 @@ def complete(
         seed: of the sampled representation.
         device: 'auto', 'cpu', 'cuda', 'mps'; a model that was already loaded stays where it is.
         precision: see `Settings`.
+        registered: see `Settings`.
         case: the study's name where it has none: it seeds the sample.
 
     Raises:
@@ -152,15 +156,17 @@ def complete(
         reference=None if reference is None else Path(reference),
         seed=seed,
         precision=precision,
+        registered=registered,
     )
-    known = read_reference(settings.reference, model)
+    known = read_reference(settings.reference, model, registered=registered)
     if isinstance(study, Mapping):
         given = _by_modality(study, model.config.modalities)
-        return complete_study(load_study(given, case), model, settings, _hashes(given), known)
+        return complete_study(load_study(given, case, registered=registered), model, settings, _hashes(given), known)
     found = find_studies(Path(study))
     if len(found) != 1:
         raise NamingError(f"{study} holds {len(found)} studies; name one of them, or use complete_cohort.")
-    return complete_study(load_study(found[0]), model, settings, _hashes(found[0].images()), known)
+    study_of_files = load_study(found[0], registered=registered)
+    return complete_study(study_of_files, model, settings, _hashes(found[0].images()), known)
 
 
 def complete_study(
@@ -243,7 +249,11 @@ def _deviation_record(model: CrossConditionedModel) -> dict[str, Any]:
 
 
 def read_reference(
-    folder: Path | None, model: CrossConditionedModel, mapping: Mapping[str, str] | None = None
+    folder: Path | None,
+    model: CrossConditionedModel,
+    mapping: Mapping[str, str] | None = None,
+    *,
+    registered: bool = False,
 ) -> Reference | None:
     """The model's targets in a study; None of no folder.
 
@@ -255,7 +265,7 @@ def read_reference(
     found = find_studies(folder, mapping)
     if len(found) != 1:
         raise ConfigError(f"--reference {folder} holds {len(found)} studies; name one of them.")
-    study = load_study(found[0])
+    study = load_study(found[0], registered=registered)
     known = [target for target in model.config.targets if target in study.volumes]
     if not known or (len(known) < len(model.config.targets) and not model.config.representation.cell):
         wanted = ", ".join(model.config.targets)
@@ -480,7 +490,7 @@ def complete_cohort(
     if not isinstance(model, CrossConditionedModel):
         model = load_model(find_model(model), choose_device(device))
     check_settings(model, settings)
-    reference = read_reference(settings.reference, model, mapping)
+    reference = read_reference(settings.reference, model, mapping, registered=settings.registered)
     found = find_studies(Path(cohort), mapping)
     summary: dict[str, Any] = {
         **{"completed": {}, "whole": [], "skipped": [], "failed": {}, "not_filled": {}, "notes": {}}
@@ -548,7 +558,7 @@ def _complete_case(
             display.say(f"{files.case}: finished before with {what}, and kept; --overwrite does it again")
         return manifest, True
     start, given = time.perf_counter(), _hashes(files.images())
-    study = load_study(files)
+    study = load_study(files, registered=settings.registered)
     layout.check(study)
     result = complete_study(study, model, settings, given, reference)
     earlier = _earlier(layout, files.case, model, result)
@@ -646,6 +656,7 @@ def _recorded(model: CrossConditionedModel, settings: Settings, reference: Refer
         "eta": settings.eta,
         "reference": reference and dict(reference.files),
         "seed": settings.seed,
+        "registered": settings.registered,
         "device": model.device.type,
         "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),
     }

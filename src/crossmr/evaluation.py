@@ -138,7 +138,7 @@ def evaluate(
     trained_on = set(model.record.get("training", {}).get("patients", {}).get("train", []))
     seen: list[str] = []
     pictures: list[dict[str, Any]] = []
-    readers = list(_subjects(Path(data), part, mapping))
+    readers = list(_subjects(Path(data), part, mapping, settings.registered))
     write_json(out / "metrics.json", {"finished": False})
     with display.task("evaluate", len(readers)) as task:
         for name, read in readers:
@@ -210,14 +210,16 @@ def predictor_name(guidance: str) -> str:
     return "unguided" if guidance == "none" else f"guided: {guidance}"
 
 
-def _subjects(data: Path, part: str, mapping: Mapping[str, str] | None) -> Iterator[tuple[str, Callable[[], Subject]]]:
+def _subjects(
+    data: Path, part: str, mapping: Mapping[str, str] | None, registered: bool
+) -> Iterator[tuple[str, Callable[[], Subject]]]:
     """Name and reader of each study of a prepared set's part, or of a folder of studies."""
     if (data / "manifest.json").exists() and (data / "cases").exists():
         for case in PreparedSet(data).part(part):
             yield case.name, lambda case=case: subject_from_set(case)  # type: ignore[misc]
         return
     for files in find_studies(data, mapping):
-        yield files.case, lambda files=files: _from_files(files)  # type: ignore[misc]
+        yield files.case, lambda files=files: _from_files(files, registered)  # type: ignore[misc]
 
 
 def subject_from_set(case: Case) -> Subject:
@@ -228,8 +230,8 @@ def subject_from_set(case: Case) -> Subject:
     )
 
 
-def _from_files(files: StudyFiles) -> Subject:
-    study = load_study(files)
+def _from_files(files: StudyFiles, registered: bool = False) -> Subject:
+    study = load_study(files, registered=registered)
     box = study.box()
     volumes = {m: np.ascontiguousarray(study.normalised(m)[box]) for m in study.volumes}
     head = study.mask[box]

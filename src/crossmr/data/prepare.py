@@ -96,13 +96,15 @@ def prepare(
     *,
     mapping: Mapping[str, str] | None = None,
     split: Split | None = None,
+    registered: bool = False,
     workers: int = 1,
     display: Display = SILENT,
 ) -> dict[str, Any]:
     """Check, normalise and crop every study of the cohorts into the set `out`, and return its manifest.
 
     A study that is refused is listed with its reason under 'refused'; the others go on. Run again, finished
-    cases whose files have not changed are kept; cases no longer in the cohorts are deleted from the set.
+    cases whose files have not changed are kept; cases no longer in the cohorts are deleted from the set. `registered`:
+    see `load_study`.
 
     Raises:
         NamingError: a cohort without any study. ConfigError: two studies of one name. SetError: every study
@@ -118,7 +120,7 @@ def prepare(
     _check_out(out)
     cases, refused = {}, {}
     with display.task("prepare", len(found)) as task:
-        for study, result in _each(found, out, workers):
+        for study, result in _each(found, out, workers, registered):
             if isinstance(result, str):
                 refused[study.case] = result
             else:
@@ -172,13 +174,15 @@ def _is_case(folder: Path) -> bool:
     return folder.is_dir() and all(p.name in ours or p.name.startswith(".") for p in folder.iterdir())
 
 
-def _each(found: list[StudyFiles], out: Path, workers: int) -> Iterator[tuple[StudyFiles, dict[str, Any] | str]]:
+def _each(
+    found: list[StudyFiles], out: Path, workers: int, registered: bool
+) -> Iterator[tuple[StudyFiles, dict[str, Any] | str]]:
     """Prepare each study, in this process or in several; yields in the order in which they finish."""
     if workers <= 1:
-        yield from ((study, prepare_case(study, out)) for study in found)
+        yield from ((study, prepare_case(study, out, registered)) for study in found)
         return
     with ProcessPoolExecutor(min(workers, len(found)), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(prepare_case, study, out): study for study in found}
+        futures = {pool.submit(prepare_case, study, out, registered): study for study in found}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -187,17 +191,19 @@ def _each(found: list[StudyFiles], out: Path, workers: int) -> Iterator[tuple[St
             raise
 
 
-def prepare_case(files: StudyFiles, out: Path) -> dict[str, Any] | str:
+def prepare_case(files: StudyFiles, out: Path, registered: bool = False) -> dict[str, Any] | str:
     """Prepare one study; returns what case.json says, or the reason for refusing it.
 
     Raises:
         OutputError: the set cannot be written, which no other study would survive either.
     """
     try:
-        signature = _signature(files)
+        signature = _signature(files, registered)
         folder = out / "cases" / files.case
         known = _finished(folder, signature)
-        return _write_case(load_study(files), files, signature, folder) if known is None else known
+        if known is not None:
+            return known
+        return _write_case(load_study(files, registered=registered), files, signature, folder)
     except OutputError:
         raise
     except CrossmrError as error:
@@ -219,7 +225,7 @@ def _finished(folder: Path, signature: str) -> dict[str, Any] | None:
     return known
 
 
-def _signature(files: StudyFiles) -> str:
+def _signature(files: StudyFiles, registered: bool) -> str:
     """Changes when a file of the study does, or what it is taken for, or this format."""
     label = files.label()
     stats = []
@@ -231,7 +237,8 @@ def _signature(files: StudyFiles) -> str:
                 f"{files.case}: {path} cannot be read ({error.strerror}). Check the path and permissions."
             ) from error
         stats.append((role, path.name, stat.st_size, stat.st_mtime_ns))
-    return digest({"version": FORMAT_VERSION, "margin": MARGIN, "files": sorted(stats)})
+    how = {"registered": True} if registered else {}
+    return digest({"version": FORMAT_VERSION, "margin": MARGIN, "files": sorted(stats), **how})
 
 
 def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from crossmr.data.naming import MODALITIES, StudyFiles
+from crossmr.data.registration import register
 from crossmr.data.volume import Volume, describe_grid, read_labels, read_volume, same_grid
 from crossmr.errors import StudyError, VolumeError
 
@@ -87,12 +88,17 @@ def bounding_box(mask: Mask, margin: int) -> Box:
 
 
 def load_study(
-    source: StudyFiles | Mapping[str, Any], case: str = "study", *, allow: Sequence[str] | None = None
+    source: StudyFiles | Mapping[str, Any],
+    case: str = "study",
+    *,
+    allow: Sequence[str] | None = None,
+    registered: bool = False,
 ) -> Study:
     """Read and check one study.
 
     `source` is what `find_studies` found, or modality → path or nibabel image, in any order. Volumes that
-    their header marks as synthetic count as missing. `allow` limits which modalities are read.
+    their header marks as synthetic count as missing. `allow` limits which modalities are read. `registered`: volumes
+    are moved onto the first one's grid, and the notes say how far.
 
     Raises:
         NamingError, VolumeError, StudyError: one line that names the case, the volume and the remedy.
@@ -117,11 +123,16 @@ def load_study(
     reference_modality, reference = next(iter(volumes.items()))
     for modality, volume in volumes.items():
         _check_values(case, modality, volume)
-        if not same_grid(volume, reference):
+        if registered and volume is not reference:
+            moved = register(case, modality, volume, reference)
+            if moved.volume is not volume:
+                volumes[modality] = moved.volume
+                notes.append(f"{modality} was registered to {reference_modality}: {moved}.")
+        elif not same_grid(volume, reference):
             raise StudyError(
                 f"{case}: {modality} is {describe_grid(volume)}, but {reference_modality} is "
                 f"{describe_grid(reference)}{_same_shape_hint(volume, reference)}. "
-                "Register and resample them to one grid first."
+                "Register and resample them to one grid first, or pass --register."
             )
     mask, masked = head_mask(case, volumes)
     return Study(

@@ -81,7 +81,12 @@ def make_phantom(
 
 
 def write_cohort(
-    folder: Path | str, patients: int, *, seed: int = 0, missing: Mapping[int, Sequence[str]] | None = None, **kwargs: Any
+    folder: Path | str,
+    patients: int,
+    *,
+    seed: int = 0,
+    missing: Mapping[int, Sequence[str]] | None = None,
+    **kwargs: Any,
 ) -> list[str]:
     """Write `patients` studies in the layout of BraTS >= 2023, and return their names.
 
