@@ -26,6 +26,7 @@ from crossmr.evaluation import DEVIATION, INTENSITY, evaluate, sureness_table, t
 from crossmr.model import load_model
 from crossmr.phantom import write_cohort
 from crossmr.recipes import ANY
+from crossmr.report import report_completion, report_evaluation
 from crossmr.training import train
 
 LEFT_OUT = ("TCGA-DU-7294", "TCGA-FG-6692")
@@ -80,7 +81,9 @@ def measure(model: Path, data: Path, out: Path, display: Display) -> None:
     result = evaluate(model, out / "set", out / "evaluation", every_subset=True, display=display)
     display.print_tables(tables(result["summary"]))
     display.print_tables([sureness_table(result["uncertainty"])])
+    display.say(f"to look at: {report_evaluation(out / 'evaluation')}")
     completed = complete_cohort(data / "lgg_incomplete", out / "completed", model, overwrite=True, display=display)
+    display.say(f"to look at: {report_completion(out / 'completed')}")
     for case, modalities in completed["completed"].items():
         display.say(f"{case}: synthesised {', '.join(modalities)}")
 

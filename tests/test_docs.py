@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 METHOD = (ROOT / "docs" / "method.md").read_text()
 SOURCE = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
-COMMANDS = re.findall(r"^(?:pip install \. && )?(crossmr [^#\n]+)", README, flags=re.MULTILINE)
+HOW_TO = (ROOT / "docs" / "how-to.md").read_text()
+COMMANDS = re.findall(r"^(?:pip install \. && )?(crossmr [^#\n]+)", README + HOW_TO, flags=re.MULTILINE)
 
 
 def test_readme_has_its_two_commands():

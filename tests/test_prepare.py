@@ -147,7 +147,7 @@ def test_what_is_refused_is_listed_while_the_others_go_on(cohort, tmp_path):
 
 
 def test_a_bug_is_no_refusal(cohort, tmp_path, monkeypatch):
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(module, "load_study", broken)
