@@ -92,6 +92,14 @@ def test_slices_that_are_not_there(volumes):
     assert checks.missing_slices("t1n", images["t1n"], head) == []
 
 
+def test_a_skull_that_the_model_has_not_seen():
+    brains, heads, both = ({"studies": 9, "without_skull": n} for n in (9, 0, 4))
+    assert "trained on whole heads alone" in checks.skull(heads, stripped=True)[0]
+    assert "trained on stripped brains alone" in checks.skull(brains, stripped=False)[0]
+    for seen, stripped in ((brains, True), (heads, False), (both, True), (both, False), ({}, True)):
+        assert checks.skull(seen, stripped=stripped) == []
+
+
 def test_few_grey_values_and_those_cut_off():
     values = np.random.default_rng(0).gamma(4, 100, 20_000).astype(np.float32)
     assert checks.grey_values("t1n", values) == []

@@ -478,6 +478,7 @@ def test_manifest_tells_everything(cohort, completed, model_folder):
         "eta": 1.0,
         "reference": None,
         "seed": 0,
+        "registered": False,
         "device": "cpu",
         "precision": "float32",
     }

@@ -32,8 +32,12 @@ UNENHANCED = -1.0
 """Skewness of T1ce - T1 within a brain below which nothing enhances: vessels make it positive."""
 
 
-def check(study: Study, trivial: Mapping[str, Tensor], modalities: Sequence[str]) -> list[str]:
+def check(
+    study: Study, trivial: Mapping[str, Tensor], modalities: Sequence[str], seen: Mapping[str, int] | None = None
+) -> list[str]:
     """Warnings on a study; `trivial` and `modalities` are the model's (`fit_trivial`), {} where it has none.
+
+    `seen` says how many studies it was trained on, and how many of these were without skull.
 
     Grey values: eight bits, cut off at the top. Geometry: slices of the head that a volume lacks, volumes that are
     shifted against one another. Names: one image under two names, two contrasts that fit better the other way round,
@@ -42,7 +46,7 @@ def check(study: Study, trivial: Mapping[str, Tensor], modalities: Sequence[str]
     box = study.box(0)
     head = study.mask[box]
     volumes = {m: study.normalised(m)[box] for m in study.volumes}
-    found = []
+    found = skull(seen or {}, stripped=study.masked_background)
     for modality, volume in study.volumes.items():
         found += grey_values(modality, volume.data[study.mask])
         found += missing_slices(modality, volumes[modality], head)
@@ -52,6 +56,16 @@ def check(study: Study, trivial: Mapping[str, Tensor], modalities: Sequence[str]
     if study.masked_background and {"t1n", "t1c"} <= volumes.keys():
         found += unenhanced(volumes["t1n"], volumes["t1c"], head, study.reference.spacing_mm)
     return found
+
+
+def skull(seen: Mapping[str, int], *, stripped: bool) -> list[str]:
+    """A head where the model has seen brains alone, or the other way round."""
+    studies, without = seen.get("studies", 0), seen.get("without_skull", 0)
+    if studies and stripped and without == 0:
+        return ["The skull is stripped, or the background masked, and the model was trained on whole heads alone."]
+    if studies and not stripped and without == studies:
+        return ["The skull is there, and the model was trained on stripped brains alone: strip it first."]
+    return []
 
 
 def grey_values(modality: str, values: Array) -> list[str]:

@@ -217,7 +217,7 @@ def complete_study(
         "intensity": INTENSITY,
         "deviation": _deviation_record(model) if deviations else None,
         "skull_stripped": study.masked_background,
-        "notes": [*study.notes, *check(study, model.trivial, config.modalities)],
+        "notes": [*study.notes, *check(study, model.trivial, config.modalities, _seen(model))],
         "settings": _recorded(model, settings, reference),
         "seconds": round(time.perf_counter() - start, 3),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -233,6 +233,12 @@ def _on_grid(study: Study, cropped: Tensor, description: str, brightest: float) 
     if study.masked_background:
         full[~study.mask] = 0
     return on_grid(full, study.reference, description=description, display_range=(0.0, brightest))
+
+
+def _seen(model: CrossConditionedModel) -> Mapping[str, int]:
+    """What the model was trained on, as far as it says."""
+    seen: Mapping[str, int] = model.record.get("training", {}).get("seen", {})
+    return seen
 
 
 def _deviation_record(model: CrossConditionedModel) -> dict[str, Any]:

@@ -179,7 +179,9 @@ def train(
     if model.config.representation.cell:
         display.say("calibration of the deviations on validation patients")
         model.calibration = _calibration(state, model)
-    save_model(folder / "model", model, {**read_json(folder / "run.json"), "plan": read_json(folder / "plan.json")})
+    seen = {"studies": len(state.train), "without_skull": sum(case.masked_background for case in state.train)}
+    record = {**read_json(folder / "run.json"), "plan": read_json(folder / "plan.json"), "seen": seen}
+    save_model(folder / "model", model, record)
     return folder / "model"
 
 
