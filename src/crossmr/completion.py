@@ -189,17 +189,18 @@ def complete_study(
         box = study.box()
         sources = {m: study.normalised(m)[box] for m in used}
         head, at = study.mask[box].sum((1, 2)).tolist(), middle(study.mask[box])
+        seen = torch.from_numpy(study.mask[box]) if study.masked_background else torch.tensor(True)
         columns = [Column.of(m, "acquired", volume, at) for m, volume in sources.items()]
         synthesis = synthesise(model, sources, head, study.case, settings, reference=reference and reference.volumes)
         for modality in wanted:
             index = config.targets.index(modality)
             images[modality] = _on_grid(study, synthesis.images[index], _description(modality, used), 1.0)
-            columns.append(Column.of(modality, "synthetic", synthesis.images[index].numpy(), at))
+            columns.append(Column.of(modality, "synthetic", (synthesis.images[index] * seen).numpy(), at))
             if synthesis.deviations is not None:
                 deviation = synthesis.deviations[index]
                 said = _description(f"{modality} std", used)
                 deviations[modality] = _on_grid(study, deviation, said, max(float(deviation.max()), 1e-3))
-                columns.append(Column.of(modality, "deviation", deviation.numpy(), at))
+                columns.append(Column.of(modality, "deviation", (deviation * seen).numpy(), at))
     manifest = {
         "format": FORMAT,
         "case": study.case,

@@ -286,10 +286,11 @@ def predict_all(
     if model.trivial:
         for name, volumes in predict_trivial(model.trivial, config.modalities, given, targets).items():
             predictions[name] = dict(zip(targets, volumes, strict=True))
+    deviations = {} if made[0].deviations is None else apart(made[0].deviations)
     if subject.masked_background:
-        for volumes_of in predictions.values():
+        for volumes_of in (*predictions.values(), deviations):
             volumes_of |= {t: np.where(subject.head, v, np.float32(0)) for t, v in volumes_of.items()}
-    return predictions, {} if made[0].deviations is None else apart(made[0].deviations)
+    return predictions, deviations
 
 
 def measure_sureness(
