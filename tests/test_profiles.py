@@ -15,6 +15,7 @@ from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete_cohor
 from crossmr.data.naming import find_studies
 from crossmr.errors import ConfigError
 from crossmr.model import load_model
+from crossmr.nnunet import export_nnunet
 from crossmr.profiles import Layout, bids_entities, records_of
 from crossmr.report import report_completion
 from crossmr.viewer import view_case
@@ -147,3 +148,25 @@ def test_brasyn_s_folder_holds_its_files_and_nothing_else(model, tmp_path):
 def test_a_profile_that_is_none_is_refused(model, tmp_path):
     with pytest.raises(ConfigError, match="--profile is 'flat'; wanted one of labelled, challenge, bids"):
         Layout(tmp_path, "flat")
+
+
+@pytest.mark.parametrize(
+    ("folder", "names", "case"),
+    [
+        ("UPENN-GBM-00001_11", {"t1n": "T1", "t1c": "T1GD", "t2f": "FLAIR"}, "UPENN-GBM-00001_11"),
+        (".", {"t1n": "T1", "t1c": "T1GD", "t2f": "FLAIR"}, "UPENN-GBM-00001_11"),
+        ("BraTS20_Training_001", {"t1n": "t1", "t1c": "t1ce", "t2f": "flair"}, "BraTS20_Training_001"),
+    ],
+)
+def test_other_layouts_from_end_to_end(model, tmp_path, folder, names, case):
+    """Named as UPenn-GBM or the older BraTS name them: completed, looked at, and exported to nnU-Net."""
+    (tmp_path / "in" / folder).mkdir(parents=True)
+    for modality, name in names.items():
+        nib.save(image(make_head(modality)), tmp_path / "in" / folder / f"{case}_{name}.nii.gz")
+    result = complete_cohort(tmp_path / "in", tmp_path / "out", model, settings=SETTINGS)
+    assert result["completed"] == {case: ["t2w"]}
+    assert (tmp_path / "out" / case / f"{case}-t2w_synthetic.nii.gz").exists()
+    assert case in report_completion(tmp_path / "out").read_text()
+    assert view_case(tmp_path / "out")[1] == []
+    record = export_nnunet(tmp_path / "in", tmp_path / "out", tmp_path / "Dataset001")
+    assert record["synthetic"] == {case: ["t2w"]}
