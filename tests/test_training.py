@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from crossmr import training
 from crossmr.completion import Settings, synthesise
 from crossmr.config import with_settings
 from crossmr.data.dataset import Batches, PreparedSet
@@ -426,3 +427,18 @@ def test_a_task_of_one_contrast_to_itself_is_no_any_subset(prepared, tmp_path):
     with pytest.raises(ConfigError, match="t1n is both source and target"):
         train(prepared, tmp_path, recipe=SMALL, sources=("t1n", "t2w"), targets=("t1n", "t2f"), steps=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_deviations_are_calibrated_by_their_likelihood():
+    rng = np.random.default_rng(0)
+    variance = rng.gamma(2, 0.01, 20_000)
+    squared = rng.normal(0, np.sqrt(0.3 * variance + 0.004)) ** 2
+    a, b = training._likeliest(torch.tensor(variance), torch.tensor(squared)).tolist()
+    assert a == pytest.approx(0.3, rel=0.1)
+    assert b == pytest.approx(0.004, rel=0.1)
+    squared[:20] = 1.0  # a few gross errors, where little was said to be wrong
+    variance[:20] = 1e-4
+    a, b = training._likeliest(torch.tensor(variance), torch.tensor(squared)).tolist()
+    assert 0.1 < a < 1
+    exact = torch.zeros(100)  # errors that are none at all
+    assert torch.isfinite(training._likeliest(torch.rand(100).double(), exact.double())).all()

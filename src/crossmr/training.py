@@ -10,6 +10,7 @@ RUN/
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
-from scipy.optimize import nnls
+from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -212,7 +213,8 @@ def _fit_mix(run: Run, mix: LinearMix) -> None:
 def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
     """'variance' (T, 2), squared error = a·variance + b of each target, a, b >= 0, within validation patients' heads.
 
-    {} where no validation patient has what it takes.
+    By the Gaussian likelihood, for which a few large errors do not outweigh the rest. {} where no validation patient
+    has what it takes.
     """
     usable = _translatable(run, run.val)
     if not usable:
@@ -234,9 +236,21 @@ def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
     fitted = []
     for found in parts:
         said, error = torch.cat(found, 1)
-        told = torch.stack([said, torch.ones_like(said)], 1)
-        fitted.append(torch.from_numpy(nnls(told.numpy(), error.numpy())[0]) if len(said) else torch.tensor([1.0, 0.0]))
+        fitted.append(_likeliest(said, error) if len(said) else torch.tensor([1.0, 0.0]))
     return {"variance": torch.stack(fitted).float()}
+
+
+def _likeliest(variance: Tensor, squared: Tensor) -> Tensor:
+    """(a, b) under which squared errors (N,) are likeliest, if Gaussian of variance a·variance + b (N,)."""
+
+    def cost(logs: Any) -> float:
+        a, b = torch.from_numpy(logs).exp()
+        told = a * variance + b
+        return float((told.log() + squared / told).mean())
+
+    floor = max(float(squared.mean()), 1e-12)
+    start = [float((squared.mean() / variance.mean()).clamp(1e-6, 1e6).log()), math.log(floor * 1e-3)]
+    return torch.from_numpy(minimize(cost, start, method="Nelder-Mead", options={"xatol": 1e-3}).x).exp()
 
 
 def _fabric(device: str, precision: str) -> tuple[Fabric, str]:
