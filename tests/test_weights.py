@@ -1,0 +1,73 @@
+"""The weights that are shipped: whole, small, described, and good for any subset with no training and no network."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from crossmr.cli import main
+from crossmr.evaluation import evaluate
+from crossmr.model import load_model
+from crossmr.phantom import write_cohort
+from crossmr.store import find_model
+
+CARD = (Path(__file__).parents[1] / "MODEL_CARD.md").read_text()
+MODALITIES = ("t1n", "t1c", "t2w", "t2f")
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Two phantoms that were not trained on; the second has T2 alone."""
+    folder = tmp_path_factory.mktemp("cohort")
+    lacking = [m for m in MODALITIES if m != "t2w"]
+    write_cohort(folder, 2, seed=99, shape=(72, 84, 32), spacing_mm=(2.6, 2.6, 5.5), missing={1: lacking})
+    return folder
+
+
+def test_they_are_small_and_the_card_says_which_they_are():
+    folder = find_model()
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * 2**20
+    model = load_model(folder)
+    assert model.config.any_subset
+    assert model.config.modalities == MODALITIES
+    assert model.record["sha256"][:12] in CARD
+    training = model.record["training"]
+    assert all(len(name) == 16 for part in training["patients"].values() for name in part)  # no patient is named
+    for word in ("TCGA", "BraTS", "CC BY", "not a medical device", "enhancement"):
+        assert word in CARD
+
+
+def test_a_study_is_completed_with_no_model_named_and_no_network(cohort, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("a network connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(sys, "argv", ["crossmr", "complete", str(cohort / "PHANTOM-00001-000"), "-o", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    (case,) = (path for path in tmp_path.iterdir() if path.name.startswith("PHANTOM"))
+    reference = nib.load(cohort / case.name / f"{case.name}-t2w.nii.gz")
+    for target in ("t1n", "t1c", "t2f"):
+        image = nib.load(case / f"{case.name}-{target}_synthetic.nii.gz")
+        assert image.shape == reference.shape
+        np.testing.assert_array_equal(image.affine, reference.affine)
+        assert image.header["descrip"].item().startswith(b"SYNTHETIC")
+        assert image.get_fdata().std() > 0.05
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert load_model(find_model()).record["sha256"] in json.dumps(manifest)
+
+
+def test_every_subset_is_better_than_the_mean_image_and_near_the_best_linear_mix(cohort, tmp_path):
+    summary = evaluate(find_model(), cohort, tmp_path, every_subset=True)["summary"]
+    brain = {(e["sources"], e["target"], e["predictor"]): e["psnr"]["mean"] for e in summary if e["region"] == "brain"}
+    asked = {(sources, target) for sources, target, _ in brain}
+    assert len(asked) == 28
+    for sources, target in asked:
+        own = brain[sources, target, "unguided"]
+        assert own > brain[sources, target, "mean image"]
+        assert own > brain[sources, target, "linear mix"] - 2
