@@ -309,10 +309,13 @@ def test_deviations_are_calibrated_on_validation_patients(prepared, tmp_path, mo
     assert a > 1  # hardly trained, its errors are far larger than a tenth of the brightness
     assert wrong < 1e-3  # errors grow with brightness and never with its inverse
     assert float(constant) == pytest.approx(float(squared[:, 1].mean()), rel=0.02)
-    said = (a * guesses(model, sources, image)[:, 0].exp() + b)[head]
-    for other_a, other_b in ((a * 1.1, b), (a * 0.9, b), (a, b + 0.005)):  # no other line is closer
-        other = (other_a * guesses(model, sources, image)[:, 0].exp() + other_b)[head]
-        assert (said - squared[:, 0]).square().mean() < (other - squared[:, 0]).square().mean()
+
+    def cost(a, b):
+        told = (a * guesses(model, sources, image)[:, 0].exp() + b)[head]
+        return float((told.log() + squared[:, 0] / told).mean())
+
+    for other in ((a * 1.1, b), (a * 0.9, b), (a, b + 0.005)):
+        assert cost(a, b) < cost(*other)  # under no other line are the errors likelier
 
 
 def test_three_dimensions(prepared, tmp_path):
