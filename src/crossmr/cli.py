@@ -36,7 +36,38 @@ Mapping = Annotated[
 Register = Annotated[
     bool, typer.Option("--register", help="Move each study's volumes rigidly onto the first one's grid (SimpleITK).")
 ]
+KeepNames = Annotated[
+    bool, typer.Option("--keep-names", help="Call cases of DICOM by patient ID and date, rather than by hashes.")
+]
 Targets = Annotated[str | None, typer.Option(help="Modalities wanted, e.g. t1c,t2f.")]
+
+
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="Folder of DICOM, of any number of patients.")],
+    out: Out,
+    keep_names: KeepNames = False,
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="MOD=GLOB", help="Tell series by their descriptions, e.g. --map t1c='*GD*'."),
+    ] = None,
+) -> None:
+    """Sort a folder of DICOM and convert it into studies of NIfTI, for every other verb ('complete' does it itself)."""
+    from crossmr.data.dicom import convert as run
+    from crossmr.display import Display
+
+    display = Display()
+    found = run(folder, out, mapping=_mapping(mapping), keep_names=keep_names, display=display)
+    for scans in found:
+        for modality, series in scans.series.items():
+            display.say(f"{scans.case}: {series.name} is {modality} ({series.why})")
+        for name, why in scans.left_out.items():
+            display.say(f"{scans.case}: {name} left out: {why}")
+        for note in scans.notes:
+            display.say(f"{scans.case}: look: {note}")
+    refused = {scans.case: scans.refused for scans in found if scans.refused}
+    display.say(f"{len(found) - len(refused)} studies in {out}")
+    _report_failures(refused, "refused")
 
 
 @app.command()
@@ -123,7 +154,7 @@ def train(
 
 @app.command()
 def complete(
-    study_or_cohort: Annotated[Path, typer.Argument(help="Folder of one study or of many.")],
+    study_or_cohort: Annotated[Path, typer.Argument(help="Folder of one study or of many, NIfTI or DICOM.")],
     out: Out,
     model: Annotated[
         Path | None, typer.Option(help="Folder of a trained model, or the name of one at hand; else the default.")
@@ -149,6 +180,7 @@ def complete(
     profile: Annotated[
         str, typer.Option(help="labelled; challenge: BraSyn's flat folder; or bids: a BIDS derivative.")
     ] = "labelled",
+    keep_names: KeepNames = False,
 ) -> None:
     """Synthesise what is missing, on each study's exact grid, marked SYNTHETIC."""
     from crossmr.completion import ENHANCEMENT, complete_cohort
@@ -165,6 +197,7 @@ def complete(
         mapping=_mapping(mapping),
         overwrite=overwrite,
         profile=profile,  # type: ignore[arg-type]
+        keep_names=keep_names,
         display=display,
     )
     for case, modalities in result["completed"].items():

@@ -1,10 +1,13 @@
 """Completing studies: what is missing is synthesised from what is there, on its exact grid, and labelled synthetic."""
 
+import contextlib
 import itertools
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +20,14 @@ from torch import Tensor
 
 from crossmr.checks import check
 from crossmr.data.dataset import as_inputs, fit_size, seeded, useful_slices
-from crossmr.data.naming import StudyFiles, find_studies, modality_name
+from crossmr.data.dicom import Scans, convert, holds_dicom
+from crossmr.data.naming import SPOKEN, StudyFiles, find_studies, modality_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, on_grid, read_volume, write_volume
 from crossmr.device import choose_device, choose_precision
 from crossmr.diffusion import ddim_timesteps
 from crossmr.display import SILENT, Display
-from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
+from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
 from crossmr.files import read_json, write_json
 from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
 from crossmr.picture import Column, middle, save_columns
@@ -38,6 +42,8 @@ MEAN_OF = 8
 """Samples whose mean guides, unless --samples says otherwise."""
 PICTURES = "pictures"
 """The folder of an output that holds a picture a case."""
+SCANS = "scans"
+"""The folder of an output that holds what DICOM was converted to."""
 BATCH = 16
 """Slices synthesised at once."""
 INTENSITY = {
@@ -74,8 +80,8 @@ class Settings:
     """Of the sampled representation; each case derives its own from it and its name."""
     precision: str = "auto"
     """'auto', 'bfloat16' or 'float32'."""
-    registered: bool = False
-    """Move a study's volumes onto the first one's grid; see `load_study`."""
+    registered: bool | None = False
+    """Move a study's volumes onto the first one's grid; None where they lie on others. See `load_study`."""
 
     def __post_init__(self) -> None:
         if self.guidance is not None and self.guidance not in GUIDANCES:
@@ -130,7 +136,8 @@ def complete(
     """Synthesise what a study lacks and return it; nothing is written.
 
     Args:
-        study: the study's folder, or modality → path or nibabel image, such as {"t1n": "t1.nii.gz"}.
+        study: the study's folder, of NIfTI or of DICOM, or modality → path or nibabel image, such as
+            {"t1n": "t1.nii.gz"}.
         model: a model, the folder of one, or the name of one at hand; None for the default.
         targets: modalities wanted; all that are missing and the model knows by default.
         guidance: see `Settings`.
@@ -162,11 +169,16 @@ def complete(
     if isinstance(study, Mapping):
         given = _by_modality(study, model.config.modalities)
         return complete_study(load_study(given, case, registered=registered), model, settings, _hashes(given), known)
-    found = find_studies(Path(study))
-    if len(found) != 1:
-        raise NamingError(f"{study} holds {len(found)} studies; name one of them, or use complete_cohort.")
-    study_of_files = load_study(found[0], registered=registered)
-    return complete_study(study_of_files, model, settings, _hashes(found[0].images()), known)
+    with contextlib.ExitStack() as stack:
+        if scanned := holds_dicom(Path(study)):
+            scans = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crossmr-")))
+            for refused in (one.refused for one in convert(Path(study), scans) if one.refused):
+                raise StudyError(refused)
+        found = find_studies(scans if scanned else Path(study))
+        if len(found) != 1:
+            raise NamingError(f"{study} holds {len(found)} studies; name one of them, or use complete_cohort.")
+        loaded = load_study(found[0], registered=registered or (None if scanned else False))
+        return complete_study(loaded, model, settings, _hashes(found[0].images()), known)
 
 
 def complete_study(
@@ -260,7 +272,7 @@ def read_reference(
     model: CrossConditionedModel,
     mapping: Mapping[str, str] | None = None,
     *,
-    registered: bool = False,
+    registered: bool | None = False,
 ) -> Reference | None:
     """The model's targets in a study; None of no folder.
 
@@ -482,12 +494,16 @@ def complete_cohort(
     mapping: Mapping[str, str] | None = None,
     overwrite: bool = False,
     profile: Profile = "labelled",
+    keep_names: bool = False,
     display: Display = SILENT,
 ) -> dict[str, Any]:
     """Complete every study of a folder into OUT/CASE/, and return what OUT/manifest.json says.
 
     A study that fails is listed under 'failed' with its reason; the others are finished. A finished case, which is
     one with a manifest.json, is skipped unless `overwrite`. Another `profile` lays OUT out otherwise (profiles.py).
+
+    A folder of DICOM is converted into OUT/scans first (`keep_names`, `mapping`: see `dicom.convert`), its series are
+    registered where their grids differ, and what is synthesised is written as NIfTI and as a derived DICOM series.
 
     Raises:
         NamingError: no study at all. ModelError: no usable model. OutputError: OUT cannot be written.
@@ -498,7 +514,11 @@ def complete_cohort(
         model = load_model(find_model(model), choose_device(device))
     check_settings(model, settings)
     reference = read_reference(settings.reference, model, mapping, registered=settings.registered)
-    found = find_studies(Path(cohort), mapping)
+    scanned = holds_dicom(Path(cohort))
+    if scanned:
+        settings = replace(settings, registered=settings.registered or None)
+    else:
+        found = find_studies(Path(cohort), mapping)
     summary: dict[str, Any] = {
         **{"completed": {}, "whole": [], "skipped": [], "failed": {}, "not_filled": {}, "notes": {}}
     }
@@ -506,11 +526,17 @@ def complete_cohort(
         raise OutputError(f"{out} holds a manifest.json that is not of a completed cohort; name another folder.")
     write_json(out / "manifest.json", {"format": FORMAT, "finished": False})
     layout.start(Path(cohort))
+    scans: dict[str, Scans] = {}
+    if scanned:
+        studies = convert(Path(cohort), out / SCANS, mapping=mapping, keep_names=keep_names, display=display)
+        summary["failed"] = {one.case: one.refused for one in studies if one.refused}
+        scans = {one.case: one for one in studies if not one.refused}
+        found = [files for files in find_studies(out / SCANS) if files.case in scans] if scans else []
     with display.task("complete", len(found)) as task:
         for files in found:
             try:
                 manifest, skipped = _complete_case(
-                    files, Path(cohort), layout, model, settings, reference, overwrite, display
+                    files, Path(cohort), layout, model, settings, reference, overwrite, scans.get(files.case), display
                 )
                 if skipped:
                     summary["skipped"].append(files.case)
@@ -546,9 +572,13 @@ def _complete_case(
     settings: Settings,
     reference: Reference | None,
     overwrite: bool,
+    scans: Scans | None,
     display: Display,
 ) -> tuple[Mapping[str, Any], bool]:
-    """Complete one case of a cohort and write it, its manifest last; returns that, and if it was finished before."""
+    """Complete one case of a cohort and write it, its manifest last; returns that, and if it was finished before.
+
+    `scans` are the DICOM series that it was converted from, if it was.
+    """
     folder = layout.folder(files.case)
     done = folder / "manifest.json"
     if done.exists() and not overwrite:
@@ -573,7 +603,7 @@ def _complete_case(
     written: list[Path] = []
     try:
         for path in (done, picture, *earlier):
-            path.unlink(missing_ok=True)
+            _remove(path)
         manifest = {**result.manifest, "given": given, "paths": _seen_from(folder, files.images())}
         for modality, image in result.images.items():
             places = [(layout.image(files.case, modality), image)]
@@ -588,6 +618,13 @@ def _complete_case(
                 "deviation": names[1],
                 **manifest["synthetic"][modality],
             }
+        if scans is not None:
+            manifest["notes"] = [*scans.notes, *manifest["notes"]]
+            manifest["series"] = {
+                "taken": {m: {"series": series.number, "why": series.why} for m, series in scans.series.items()},
+                "left_out": dict(scans.left_out),
+            }
+            written += _write_dicom(layout, study, scans, result, manifest)
         inputs = [path for modality, path in files.images().items() if modality in manifest["acquired"]]
         written += layout.finish(files.case, manifest, cohort, inputs)
         if result.columns:
@@ -598,11 +635,49 @@ def _complete_case(
         write_json(done, manifest)
     except BaseException as error:
         for path in written:
-            path.unlink(missing_ok=True)
+            _remove(path)
         if isinstance(error, OSError):
             raise OutputError(f"{folder} could not be written: {error.strerror or error}.") from error
         raise
     return manifest, False
+
+
+def _write_dicom(layout: Layout, study: Study, scans: Scans, result: Completed, manifest: dict[str, Any]) -> list[Path]:
+    """Write each synthetic volume, and its deviation, as a derived series; name them in the manifest."""
+    from crossmr.data.derived import write_derived
+
+    like = scans.series[next(iter(study.volumes))]
+    settings = " ".join(str(manifest["settings"][key]) for key in ("model_sha256", "guidance", "samples", "seed"))
+    written = []
+    for modality, made in manifest["synthetic"].items():
+        for kind, image in (("", result.images[modality]), ("std", result.deviations.get(modality))):
+            if image is None:
+                continue
+            what = f"{'Standard deviation of the error of s' if kind else 'S'}ynthetic {SPOKEN.get(modality, modality)}"
+            sources = ", ".join(SPOKEN.get(m, m) for m in made["from"])
+            path = write_derived(
+                layout.dicom(study.case, modality, kind),
+                read_volume(image).data,
+                study.reference,
+                like,
+                {m: scans.series[m] for m in made["from"]},
+                modality=modality,
+                kind=kind,
+                description=f"{what} by crossmr {version('crossmr')} from {sources}. {' '.join(made['warnings'])}",
+                made=datetime.fromisoformat(manifest["created"]),
+                settings=settings,
+            )
+            written.append(path)
+        made["dicom"] = layout.dicom(study.case, modality).name
+    return written
+
+
+def _remove(path: Path) -> None:
+    """A file, or a folder of DICOM that was written here."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _earlier(layout: Layout, case: str, model: CrossConditionedModel, result: Completed) -> list[Path]:
@@ -611,8 +686,8 @@ def _earlier(layout: Layout, case: str, model: CrossConditionedModel, result: Co
     Raises:
         OutputError: an acquired scan lies where a synthetic one would be written.
     """
-    earlier = []
     modalities = dict.fromkeys((*EXPECTED, *model.config.targets))
+    earlier = [layout.dicom(case, modality, kind) for modality in modalities for kind in ("", "std")]
     for modality, place in itertools.product(modalities, (layout.image, layout.deviation)):
         path = place(case, modality)
         if path is None or not path.exists():

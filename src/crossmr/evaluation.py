@@ -138,7 +138,7 @@ def evaluate(
     trained_on = set(model.record.get("training", {}).get("patients", {}).get("train", []))
     seen: list[str] = []
     pictures: list[dict[str, Any]] = []
-    readers = list(_subjects(Path(data), part, mapping, settings.registered))
+    readers = list(_subjects(Path(data), part, mapping, bool(settings.registered)))
     write_json(out / "metrics.json", {"finished": False})
     with display.task("evaluate", len(readers)) as task:
         for name, read in readers:

@@ -61,6 +61,10 @@ class Layout:
             return None
         return self._bids(case, modality, "std") if self.profile == "bids" else self._labelled(case, modality, "std")
 
+    def dicom(self, case: str, modality: str, kind: str = "") -> Path:
+        """Where the folder of a derived DICOM series goes: beside the manifest, in every profile."""
+        return self.folder(case) / f"{case}-{modality}_synthetic{kind}_dicom"
+
     def _labelled(self, case: str, modality: str, what: str) -> Path:
         return self.out / case / f"{case}-{modality}_{what}.nii.gz"
 

@@ -95,7 +95,8 @@ def _acquired(
             raise OutputError(f"{scans} holds no study {case}; it has {', '.join(list(found)[:8])}.")
         return load_study(found[case])
     try:
-        return load_study({modality: folder / path for modality, path in manifest["paths"].items()}, case)
+        files = {modality: folder / path for modality, path in manifest["paths"].items()}
+        return load_study(files, case, registered=manifest.get("settings", {}).get("registered", False))
     except (CrossmrError, KeyError) as error:
         notes.append(f"the acquired scans are not shown ({error}); name their folder with --scans")
         return None

@@ -169,7 +169,7 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
     if not found:
         raise NamingError(
             f"{folder}: no .nii or .nii.gz file in it or below ({others} other files). "
-            "Give the folder of the studies; convert DICOM with dcm2niix first."
+            "Give the folder of the studies; convert DICOM with: crossmr convert FOLDER -o NIFTI."
         )
     return recognise(found, mapping)
 
@@ -192,7 +192,7 @@ def recognise(paths: Iterable[Path], mapping: Mapping[str, str] | None = None) -
     Raises:
         ConfigError: a key of the mapping is no name for a modality.
     """
-    globs = [(_mapping_key(key), glob) for key, glob in mapping.items()] if mapping is not None else None
+    globs = [(mapping_key(key), glob) for key, glob in mapping.items()] if mapping is not None else None
     claims: list[tuple[Path, str, str]] = []  # path, case ('' = ask the folder), meaning ('' = unrecognised)
     for path in sorted(set(paths)):
         if globs is None:
@@ -272,7 +272,12 @@ def _bids_only(name: str) -> tuple[str, str]:
     return (_bids_case(stem) if _BIDS_CASE.match(stem) else "", _OTHER)
 
 
-def _mapping_key(key: str) -> str:
+def mapping_key(key: str) -> str:
+    """The canonical name that a key of a mapping stands for.
+
+    Raises:
+        ConfigError: a key that cannot name a modality.
+    """
     meaning = _MEANING.get(key.lower(), _OTHER)
     if meaning or re.fullmatch(r"[a-z0-9]+", key):
         return meaning or key

@@ -92,13 +92,13 @@ def load_study(
     case: str = "study",
     *,
     allow: Sequence[str] | None = None,
-    registered: bool = False,
+    registered: bool | None = False,
 ) -> Study:
     """Read and check one study.
 
     `source` is what `find_studies` found, or modality → path or nibabel image, in any order. Volumes that
     their header marks as synthetic count as missing. `allow` limits which modalities are read. `registered`: volumes
-    are moved onto the first one's grid, and the notes say how far.
+    are moved onto the first one's grid, with None only those on another, and the notes say how far.
 
     Raises:
         NamingError, VolumeError, StudyError: one line that names the case, the volume and the remedy.
@@ -123,7 +123,7 @@ def load_study(
     reference_modality, reference = next(iter(volumes.items()))
     for modality, volume in volumes.items():
         _check_values(case, modality, volume)
-        if registered and volume is not reference:
+        if volume is not reference and (registered or (registered is None and not same_grid(volume, reference))):
             moved = register(case, modality, volume, reference)
             if moved.volume is not volume:
                 volumes[modality] = moved.volume

@@ -12,7 +12,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -143,9 +143,37 @@ def on_grid(
         header[relic] = b""
     header.set_intent("none")
     header.extensions.clear()
-    to_original = ornt_transform(axcodes2ornt("RAS"), io_orientation(reference.image.affine))
-    voxels = apply_orientation(np.array(array, dtype=dtype).T, to_original)
-    return _with_header(voxels, reference.image.affine, header)
+    return _with_header(_as_stored(np.array(array, dtype=dtype), reference), reference.image.affine, header)
+
+
+class Planes(NamedTuple):
+    """A volume as DICOM has it: slices along the file's third axis, in coordinates left, posterior, superior."""
+
+    pixels: np.ndarray
+    """(K, rows, columns), from the first slice along the normal to the last."""
+    positions: np.ndarray
+    """(K, 3) mm: the centre of each slice's first voxel."""
+    orientation: np.ndarray
+    """(2, 3) directions: along a row, and from row to row."""
+    spacing_mm: tuple[float, float, float]
+    """From slice to slice, row to row, column to column."""
+
+
+def as_planes(array: np.ndarray, reference: Volume) -> Planes:
+    """A canonical (Z, Y, X) array on the reference's grid, as slices; rows run as dcm2niix found them in DICOM."""
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(reference.image.affine, dtype=np.float64)
+    voxels = _as_stored(array, reference)[:, ::-1]  # NIfTI's second axis runs against DICOM's rows
+    across, down, through = affine[:3, 0], -affine[:3, 1], affine[:3, 2]
+    first = affine[:3, 3] - down * (voxels.shape[1] - 1)
+    positions = first + np.arange(voxels.shape[2])[:, None] * through
+    order = slice(None, None, -1 if np.cross(across, down) @ through < 0 else 1)
+    sizes = [float(np.linalg.norm(step)) for step in (through, down, across)]
+    return Planes(
+        pixels=np.ascontiguousarray(voxels.T[order]),
+        positions=positions[order],
+        orientation=np.stack([across / sizes[2], down / sizes[1]]),
+        spacing_mm=(sizes[0], sizes[1], sizes[2]),
+    )
 
 
 def write_volume(image: nib.Nifti1Image, path: Path) -> None:
@@ -254,7 +282,7 @@ def _read_image(image: Any, name: str) -> tuple[Any, np.ndarray]:
 
 def _parse_header(start: bytes, name: str) -> Any:
     if len(start) >= 132 and start[128:132] == b"DICM":
-        raise VolumeError(f"{name}: is DICOM, not NIfTI. Convert its series with dcm2niix first.")
+        raise VolumeError(f"{name}: is DICOM, not NIfTI. Convert its folder with: crossmr convert FOLDER -o NIFTI.")
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         size = kind.template_dtype.itemsize
         if len(start) >= size and kind.may_contain_header(start):
@@ -320,6 +348,13 @@ def _with_header(voxels: np.ndarray, affine: np.ndarray, header: Any) -> nib.Nif
     image = kind(voxels, affine, header)
     image.header["pixdim"][0] = header["pixdim"][0]  # nibabel repairs the header once more
     return image
+
+
+def _as_stored(array: np.ndarray, reference: Volume) -> np.ndarray:
+    """A canonical (Z, Y, X) array along the axes of the reference's file (x, y, z)."""
+    to_original = ornt_transform(axcodes2ornt("RAS"), io_orientation(reference.image.affine))
+    voxels: np.ndarray = apply_orientation(array.T, to_original)
+    return voxels
 
 
 def _displacement(a: Volume, b: Volume) -> str:

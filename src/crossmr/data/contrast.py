@@ -1,0 +1,193 @@
+"""Which contrast an MR series is, told from how it was acquired; its description speaks only where the tags do not.
+
+Times are in ms. The borders lie between what brain protocols use at 1.5 and 3 T; what lies between the borders is left
+to the description, and what neither tells is left out with the reason.
+"""
+
+import itertools
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_NOT_ANATOMY = {
+    "LOCALIZER": "a localiser",
+    "ADC": "a diffusion map",
+    "FA": "a diffusion map",
+    "TRACEW": "a diffusion image",
+    "DIFFUSION": "a diffusion image",
+    "PERFUSION": "a perfusion image",
+    "ASL": "a perfusion image",
+    "CBF": "a perfusion map",
+    "CBV": "a perfusion map",
+    "MTT": "a perfusion map",
+    "FMRI": "a functional image",
+    "T2_STAR": "weighted by T2*",
+    "T1 MAP": "a map of relaxation times",
+    "T2 MAP": "a map of relaxation times",
+    "P": "a phase image",
+    "PHASE": "a phase image",
+    "PHASE MAP": "a phase image",
+    "VELOCITY": "a flow image",
+    "MIP": "a projection",
+    "MINIP": "a projection",
+    "MNIP": "a projection",
+    "PROJECTION IMAGE": "a projection",
+    "MAX_IP": "a projection",
+    "MIN_IP": "a projection",
+    "SUB": "a subtraction",
+    "SUBTRACTION": "a subtraction",
+    "SUBTRACT": "a subtraction",
+    "TOF": "an angiogram",
+    "SWI": "weighted by susceptibility",
+    "REAL": "part of a complex image",
+    "IMAGINARY": "part of a complex image",
+    "SCREEN SAVE": "a picture of a screen",
+}
+"""What a value of Image Type means that is no contrast of ours."""
+
+_ACQUIRED = {"T1": "t1n", "T2": "t2w", "FLUID_ATTENUATED": "t2f", "PROTON_DENSITY": "pdw"}
+"""Acquisition Contrast of enhanced images (DICOM PS3.3 C.8.13.3.1)."""
+
+_NO_AGENT = re.compile(
+    r"\s*(no|none|non|nil|na|n/a|0|false|without.*|w/?o.*|ohne.*|sans.*|native?|unenhanced|pre.*|no[ -].*)?\s*", re.I
+)
+_WORD = {
+    "not": r"loc(ali[sz]er)?s?|scout|survey|3-?plane|tof|mra|mrv|angio\w*|swi\w*|swan|venobold|dwi|dti|adc|trace\w*|"
+    r"diff\w*|ep2d|epi|perf\w*|dsc|dce|asl|pcasl|fmri|bold|field|fieldmap|b0|b1|spectro\w*|svs|csi|mip|minip|sub|subtr\w*|"
+    r"t2star|hemo|ciss|fiesta|phase|pha|qsm|cal|calib\w*|shim\w*|smartbrain|stir|dir",
+    "t2f": r"flair|t2flair|tirm|darkfluid|dark-?fluid|fluid",
+    "t1n": r"t1w?|t1n|mprage|mpr|bravo|fspgr|spgr|ir-?fspgr|tfe|vibe|thrive|lava|mp2rage|ffe|st1\w*|t1-\w+",
+    "t2w": r"t2w?|st2\w*|t2-\w+",
+    "pdw": r"pdw?|proton",
+    "agent": r"c|gd|gad\w*|postc?|ce|km|kontrast\w*|contrast\w*|dotarem|multihance|enh\w*|pc|inj\w*|apres",
+    "plain": r"pre|nativ?e?|ohne|sans|without|wo|w-o|noncon\w*|unenh\w*|plain|before|avant",
+}
+_SAYS = {key: re.compile(rf"(?:{words})\Z") for key, words in _WORD.items()}
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """What the tags of a series say, None or empty where they are missing."""
+
+    families: frozenset[str] = frozenset()
+    """Scanning Sequence: SE, IR, GR, EP, RM."""
+    variants: frozenset[str] = frozenset()
+    """Sequence Variant: SK, SP, MP, SS, ..."""
+    tr_ms: float | None = None
+    te_ms: float | None = None
+    ti_ms: float | None = None
+    agent: bool | None = None
+    """Whether a contrast agent is named; None where the tags are missing or empty."""
+    acquired: str = ""
+    """Acquisition Contrast of enhanced images."""
+    kinds: frozenset[str] = frozenset()
+    """Values of Image Type, and of Frame Type."""
+    angiography: bool = False
+    diffusion: bool = False
+    """A b-value above zero."""
+    description: str = ""
+    """Series and protocol description: the last resort."""
+
+
+class Verdict(NamedTuple):
+    """What a series is."""
+
+    modality: str | None
+    """t1n, t1c, t2w, t2f, pdw; None for anything else."""
+    why: str
+    """Which tags told, or why it is none of ours; no words of the description."""
+    by_tags: bool
+    """Whether its acquisition told, rather than its description."""
+
+
+def names_agent(text: str) -> bool | None:
+    """Whether the text of Contrast/Bolus Agent names one; None of empty text."""
+    text = text.strip()
+    return None if not text else _NO_AGENT.fullmatch(text) is None
+
+
+def recognise_contrast(acquisition: Acquisition) -> Verdict:
+    """Tell a series' contrast."""
+    says = _words(acquisition.description)
+    for kind in sorted(acquisition.kinds & _NOT_ANATOMY.keys()):
+        return Verdict(None, _NOT_ANATOMY[kind], True)
+    if acquisition.diffusion or acquisition.acquired == "DIFFUSION":
+        return Verdict(None, "a diffusion image", True)
+    if acquisition.angiography or acquisition.acquired in ("TOF", "FLOW_ENCODED"):
+        return Verdict(None, "an angiogram", True)
+    if "EP" in acquisition.families and "t2f" not in says:
+        return Verdict(None, "echo-planar: diffusion, perfusion or function", True)
+    if "not" in says and "t2f" not in says:
+        return Verdict(None, "none of T1, T2, FLAIR and PD by its description", False)
+    modality, why = _by_tags(acquisition)
+    by_tags = modality is not None
+    if not by_tags:
+        if why:
+            return Verdict(None, why, True)
+        modality = next((m for m in ("t2f", "pdw", "t2w", "t1n") if m in says), None)
+        if "t1n" in says and modality == "t2w":
+            modality = None  # both words: no telling
+        if modality is None:
+            return Verdict(
+                None, f"neither its tags ({_timing(acquisition)}) nor its description tell its contrast", False
+            )
+        why = "its description"
+    if modality == "t1n":
+        enhanced, said = _enhanced(acquisition, says)
+        return Verdict("t1c" if enhanced else "t1n", f"{why}; {said}", by_tags)
+    return Verdict(modality, why, by_tags)
+
+
+def _by_tags(acquisition: Acquisition) -> tuple[str | None, str]:
+    """The contrast that tags tell, t1n for any T1; or None with the reason, empty where they say too little."""
+    if acquisition.acquired in _ACQUIRED:
+        return _ACQUIRED[acquisition.acquired], f"acquisition contrast {acquisition.acquired}"
+    tr, te, ti, families = acquisition.tr_ms, acquisition.te_ms, acquisition.ti_ms, acquisition.families
+    why = _timing(acquisition)
+    if ti is not None and ti >= 1500 and "GR" not in families and (te is None or te >= 60):
+        return "t2f", why
+    if "GR" in families and "SE" not in families:
+        if "SS" in acquisition.variants and not acquisition.variants & {"SP", "MP"}:
+            return None, f"balanced steady state ({why})"
+        if te is not None and te >= 12:
+            return None, f"weighted by T2* ({why})"
+        return ("t1n", why) if te is not None and te <= 8 and (tr is not None or ti is not None) else (None, "")
+    if not families or tr is None or te is None:
+        return None, ""
+    if ti is not None and 0 < ti < 300:
+        return None, f"short inversion time ({why})"
+    if te <= 40 and (tr <= 1300 or (ti is not None and ti <= 1300 and tr <= 3500)):
+        return "t1n", why
+    if tr >= 1800 and te >= 60 and (ti is None or ti == 0):
+        return "t2w", why
+    if tr >= 1800 and te <= 40 and (ti is None or ti == 0):
+        return "pdw", why
+    return None, ""
+
+
+def _enhanced(acquisition: Acquisition, says: Collection[str]) -> tuple[bool, str]:
+    """Whether a T1 was acquired with contrast agent, and what says so."""
+    if acquisition.agent is not None and not (acquisition.agent and "plain" in says and "agent" not in says):
+        return acquisition.agent, "contrast agent named" if acquisition.agent else "no contrast agent by its tag"
+    if "agent" in says and "plain" not in says:
+        return True, "contrast agent by its description"
+    if acquisition.agent:  # named for the whole examination, and this series is called plain
+        return False, "before the contrast agent, by its description"
+    return False, "no contrast agent named"
+
+
+def _timing(acquisition: Acquisition) -> str:
+    """Sequence and times, for people."""
+    numbers = {"TR": acquisition.tr_ms, "TE": acquisition.te_ms, "TI": acquisition.ti_ms}
+    times = [f"{name} {value:g} ms" for name, value in numbers.items() if value is not None]
+    return ", ".join(["/".join(sorted(acquisition.families)) or "no sequence", *times])
+
+
+def _words(description: str) -> frozenset[str]:
+    """What the words of a description say, as keys of `_WORD`."""
+    text = description.lower().replace("t2*", "t2star").replace("+c", " c ").replace("c+", " c ").replace("w/o", "wo")
+    words = [word for word in re.split(r"[^a-z0-9+]+", text) if word]
+    parts = words + [f"{a}-{b}" for a, b in itertools.pairwise(words)]
+    parts = [part for part in parts if part != "c" or "+c" in description.lower() or "c+" in description.lower()]
+    return frozenset(key for key, pattern in _SAYS.items() if any(pattern.match(part) for part in parts))
