@@ -5,12 +5,16 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from crossmr import files
 from crossmr.errors import ModelError, OutputError, SetError
-from crossmr.files import digest, read_json, write_atomically, write_json
+from crossmr.files import digest, read_json, sole_writer, write_atomically, write_json
 
 
 def names(folder):
@@ -170,3 +174,43 @@ def test_a_line_is_appended_or_the_reason_is_told(tmp_path):
     assert (tmp_path / "log").read_text() == "one\ntwo\n"
     with pytest.raises(OutputError, match="could not be written: No such file or directory"):
         files.append_line(tmp_path / "gone" / "log", "three")
+
+
+def test_one_writer_a_folder(tmp_path):
+    """A second process is refused, a killed one leaves nothing behind that could refuse anybody."""
+    code = (
+        "import sys, time; from pathlib import Path; from crossmr.files import sole_writer\n"
+        "@sole_writer('out')\n"
+        "def work(out): (out / 'at work').touch(); time.sleep(60)\n"
+        "work(Path(sys.argv[1]))"
+    )
+    out = tmp_path / "new" / "out"
+    ran = []
+
+    @sole_writer("out")
+    def work(out: Path) -> None:
+        ran.append(out)
+
+    other = subprocess.Popen([sys.executable, "-c", code, out])
+    while not (out / "at work").exists():
+        assert other.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(OutputError, match=r"being written to by another crossmr\. Wait for it"):
+        work(out=out)
+    other.kill()
+    other.wait()
+    work(out)
+    assert ran == [out]
+
+
+def test_a_folder_that_nothing_came_of_is_not_left_behind(tmp_path):
+    @sole_writer("out")
+    def fail(what: str, out: str) -> None:
+        raise OutputError(what)
+
+    with pytest.raises(OutputError, match="why"):
+        fail("why", str(tmp_path / "a" / "out"))
+    assert not (tmp_path / "a" / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="could not be written"):
+        fail("why", tmp_path / "file")

@@ -368,7 +368,7 @@ def test_an_empty_folder_is_welcome(cohort, tmp_path):
 
 def test_a_file_in_the_way(cohort, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match=r"file cannot be used: Not a directory\. Name another folder"):
+    with pytest.raises(OutputError, match=r"file could not be written: File exists\. Check free space"):
         prepare(cohort, tmp_path / "file")
     for workers in (1, 2):
         with pytest.raises(OutputError, match="could not be written: Not a directory"):

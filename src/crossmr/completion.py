@@ -28,7 +28,7 @@ from crossmr.device import choose_device, choose_precision
 from crossmr.diffusion import ddim_timesteps
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
-from crossmr.files import read_json, write_json
+from crossmr.files import read_json, sole_writer, write_json
 from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
 from crossmr.picture import Column, middle, save_columns
 from crossmr.profiles import Layout, Profile
@@ -484,6 +484,7 @@ def default_guidance(model: CrossConditionedModel) -> Guidance:
     return trained
 
 
+@sole_writer("out")
 def complete_cohort(
     cohort: Path | str,
     out: Path | str,

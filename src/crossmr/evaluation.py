@@ -46,7 +46,7 @@ from crossmr.data.study import load_study
 from crossmr.device import choose_device, choose_precision
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError
-from crossmr.files import write_atomically, write_json
+from crossmr.files import sole_writer, write_atomically, write_json
 from crossmr.model import CrossConditionedModel, Guidance, ModelConfig, load_model, pseudonym
 from crossmr.picture import Column, Kind, middle, save_columns, where_most
 from crossmr.store import find_model
@@ -87,6 +87,7 @@ class Subject:
     """Of (Z, Y, X)."""
 
 
+@sole_writer("out")
 def evaluate(
     model: CrossConditionedModel | Path | str,
     data: Path | str,

@@ -1,16 +1,72 @@
-"""Files that are whole or not there: atomic writes, JSON, SHA-256."""
+"""Files that are whole or not there: atomic writes, one writer a folder, JSON, SHA-256."""
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+from filelock import FileLock, Timeout
 
 from crossmr.errors import CrossmrError, ModelError, OutputError
+
+LOCK = ".lock"
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def sole_writer(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function write to the folder that one of its arguments names, unless another process does so already.
+
+    Raises:
+        OutputError: another process does, or the folder cannot be made.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+            with _locked(Path(signature.bind(*args, **kwargs).arguments[argument])):
+                return function(*args, **kwargs)
+
+        return alone
+
+    return decorate
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which the system takes back from a process that dies."""
+    new = not folder.exists()
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(
+            f"{folder} is being written to by another crossmr. Wait for it, or name another folder."
+        ) from error
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    except OSError as error:
+        raise _not_written(folder, error) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # before its release: who opens it later locks another file
+            (folder / LOCK).unlink()
+        lock.release()
+        if new:
+            with contextlib.suppress(OSError):  # unless something came of it
+                folder.rmdir()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

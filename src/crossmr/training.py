@@ -31,7 +31,7 @@ from crossmr.data.naming import in_usual_order
 from crossmr.device import choose_device, choose_precision
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, ModelError
-from crossmr.files import read_json, write_json
+from crossmr.files import read_json, sole_writer, write_json
 from crossmr.fitting import Job, Loop, fit, steps_in
 from crossmr.model import CrossConditionedModel, ModelConfig, pseudonym, save_model, variance_loss
 from crossmr.picture import save_picture
@@ -97,6 +97,7 @@ class View(NamedTuple):
     """(B, T), 1 where a target is to be synthesised and the patient has it."""
 
 
+@sole_writer("run")
 def train(
     prepared: Path | str,
     run: Path | str,

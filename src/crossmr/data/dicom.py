@@ -26,7 +26,7 @@ from crossmr.data.naming import in_usual_order, mapping_key
 from crossmr.data.volume import on_grid, read_volume, write_volume
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
-from crossmr.files import digest, read_json, write_json
+from crossmr.files import digest, read_json, sole_writer, write_json
 
 FORMAT = "crossmr-scans"
 FEWEST_SLICES = 8
@@ -119,6 +119,7 @@ def holds_dicom(folder: Path) -> bool:
     return seen
 
 
+@sole_writer("out")
 def convert(
     folder: Path,
     out: Path,

@@ -28,7 +28,7 @@ from crossmr.data.study import MEDIANS, Study, load_study
 from crossmr.data.volume import content_sha256
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, OutputError, SetError, VolumeError
-from crossmr.files import digest, read_json, write_atomically, write_json
+from crossmr.files import digest, read_json, sole_writer, write_atomically, write_json
 
 FORMAT = "crossmr-set"
 FORMAT_VERSION = 2
@@ -90,6 +90,7 @@ def assign_parts(patients: Sequence[str], split: Split) -> dict[str, str]:
     return {p: parts[p] for p in order}
 
 
+@sole_writer("out")
 def prepare(
     cohorts: Path | str | Sequence[Path | str],
     out: Path | str,
