@@ -199,8 +199,13 @@ def test_one_writer_a_folder(tmp_path):
         work(out=out)
     other.kill()
     other.wait()
+    (out / "case").mkdir()
+    (out / "case" / ".half.nii.gz.x1.partial").touch()
+    (out / ".series.x2.partial").mkdir()
+    (out / ".series.x2.partial" / "0001.dcm").touch()
     work(out)
     assert ran == [out]
+    assert sorted(path.name for path in out.rglob("*")) == ["at work", "case"]
 
 
 def test_a_folder_that_nothing_came_of_is_not_left_behind(tmp_path):

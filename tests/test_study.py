@@ -523,3 +523,10 @@ def test_a_real_head_with_its_skull():
     assert 0.3 < study.mask.mean() < 0.5
     for modality in study.volumes:
         assert np.median(study.normalised(modality)[~study.mask]) < 0.01
+
+
+def test_holes_are_filled_slice_by_slice_as_scipy_does():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.3, 0.5, 0.7, 1.0):
+        mask = rng.random((5, 17, 14)) < share
+        np.testing.assert_array_equal(fill_slices(mask), np.stack([ndimage.binary_fill_holes(plane) for plane in mask]))

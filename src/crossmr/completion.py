@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from crossmr.device import choose_device, choose_precision
 from crossmr.diffusion import ddim_timesteps
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
-from crossmr.files import read_json, sole_writer, write_json
+from crossmr.files import read_json, remove, sole_writer, write_json
 from crossmr.model import GUIDANCES, CrossConditionedModel, Guidance, load_model
 from crossmr.picture import Column, middle, save_columns
 from crossmr.profiles import Layout, Profile
@@ -604,7 +603,7 @@ def _complete_case(
     written: list[Path] = []
     try:
         for path in (done, picture, *earlier):
-            _remove(path)
+            remove(path)
         manifest = {**result.manifest, "given": given, "paths": _seen_from(folder, files.images())}
         for modality, image in result.images.items():
             places = [(layout.image(files.case, modality), image)]
@@ -636,7 +635,7 @@ def _complete_case(
         write_json(done, manifest)
     except BaseException as error:
         for path in written:
-            _remove(path)
+            remove(path)
         if isinstance(error, OSError):
             raise OutputError(f"{folder} could not be written: {error.strerror or error}.") from error
         raise
@@ -671,14 +670,6 @@ def _write_dicom(layout: Layout, study: Study, scans: Scans, result: Completed, 
             written.append(path)
         made["dicom"] = layout.dicom(study.case, modality).name
     return written
-
-
-def _remove(path: Path) -> None:
-    """A file, or a folder of DICOM that was written here."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _earlier(layout: Layout, case: str, model: CrossConditionedModel, result: Completed) -> list[Path]:

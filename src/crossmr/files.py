@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ def sole_writer(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which the system takes back from a process that dies."""
+    """Hold a folder's lock, which the system takes back from a process that dies; what that left is cleared."""
     new = not folder.exists()
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -59,6 +60,8 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise _not_written(folder, error) from error
     try:
+        for leaving in list(folder.rglob(".*.partial")):
+            remove(leaving)
         yield
     finally:
         with contextlib.suppress(OSError):  # before its release: who opens it later locks another file
@@ -92,6 +95,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:

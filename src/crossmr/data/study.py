@@ -194,13 +194,16 @@ def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool]:
     """
     masks = [foreground(volume.data) for volume in volumes.values()]
     masked = all(exact for _, exact in masks)
-    union = largest_component(np.logical_or.reduce([mask for mask, _ in masks]))
+    union = np.logical_or.reduce([mask for mask, _ in masks])
+    if union.any():
+        box = bounding_box(union, 0)
+        union[box] = fill_slices(largest_component(union[box]))
     if union.sum() < SMALLEST_SIDE**3:
         raise StudyError(
             f"{case}: no head was found ({int(union.sum())} voxels above the background) in "
             f"{', '.join(volumes)}. Look at the volumes, and export them again or leave this study out."
         )
-    return fill_slices(union), masked
+    return union, masked
 
 
 def foreground(data: Array) -> tuple[Mask, bool]:
@@ -209,9 +212,13 @@ def foreground(data: Array) -> tuple[Mask, bool]:
     A volume whose border is one exact value is foreground wherever it differs from it (skull-stripped, or
     masked), unless much of that is air: then, as in any other volume, Otsu's threshold tells air from tissue.
     """
-    tissue = ndimage.binary_opening(data > otsu_threshold(data))
-    tissue = ndimage.binary_closing(np.pad(tissue, 3), iterations=3)[3:-3, 3:-3, 3:-3]
-    tissue = fill_slices(largest_component(tissue))
+    tissue = data > otsu_threshold(data)
+    if tissue.any():
+        box = bounding_box(tissue, 0)  # nothing of the following leaves it
+        opened = ndimage.binary_opening(tissue[box])
+        closed = ndimage.binary_closing(np.pad(opened, 3), iterations=3)[3:-3, 3:-3, 3:-3]
+        tissue = np.zeros_like(tissue)
+        tissue[box] = fill_slices(largest_component(closed))
     faces = [data[0], data[-1], data[:, 0], data[:, -1], data[:, :, 0], data[:, :, -1]]
     border = np.concatenate([face.ravel() for face in faces])
     different = data != data[0, 0, 0]
@@ -232,8 +239,16 @@ def largest_component(mask: Mask) -> Mask:
 
 
 def fill_slices(mask: Mask) -> Mask:
-    """A mask whose axial slices have no holes."""
-    return np.stack([ndimage.binary_fill_holes(plane) for plane in mask])
+    """A mask whose axial slices have no holes: what is outside is what reaches a slice's border."""
+    in_plane = np.zeros((3, 3, 3), bool)
+    in_plane[1] = ndimage.generate_binary_structure(2, 1)
+    outside, count = ndimage.label(~mask, in_plane)
+    reaches = np.zeros(count + 1, bool)
+    for edge in (outside[:, 0], outside[:, -1], outside[:, :, 0], outside[:, :, -1]):
+        reaches[np.unique(edge)] = True
+    reaches[0] = False  # the mask itself
+    filled: Mask = ~reaches[outside]
+    return filled
 
 
 def otsu_threshold(data: Array) -> float:
