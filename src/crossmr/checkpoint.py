@@ -57,8 +57,10 @@ def load_bundle(folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], 
             raise ModelError(f"{folder / file} does not match its SHA-256: it was changed or damaged. Copy it again.")
         try:
             tensors[file.removesuffix(".safetensors")] = safetensors.torch.load(content)
-        except safetensors.SafetensorError as error:
-            raise ModelError(f"{folder / file} is no safetensors file ({error}).") from error
+        except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that PyTorch lacks
+            raise ModelError(
+                f"{folder / file} is no safetensors file that PyTorch reads ({error}). Copy it again."
+            ) from error
     return tensors, body
 
 

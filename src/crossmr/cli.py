@@ -425,7 +425,7 @@ def _report_failures(failures: Any, word: str) -> None:
     """Name each study that went wrong, and end with exit code 1 if any did."""
     if failures:
         for case, reason in failures.items():
-            print(f"{case} {word}: {reason}", file=sys.stderr)
+            print(" ".join(f"{case} {word}: {reason}".split()), file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -287,7 +287,10 @@ def read_reference(
     known = [target for target in model.config.targets if target in study.volumes]
     if not known or (len(known) < len(model.config.targets) and not model.config.representation.cell):
         wanted = ", ".join(model.config.targets)
-        raise ConfigError(f"--reference {folder} has {', '.join(known) or 'none'} of {wanted}, which guide this model.")
+        raise ConfigError(
+            f"--reference {folder} has {', '.join(known) or 'none'} of {wanted}, which guide this model. "
+            "Name a study that has them."
+        )
     files = {m: entry for m, entry in _hashes(found[0].images()).items() if m in known}
     return Reference({target: study.normalised(target)[study.box()] for target in known}, files)
 
@@ -307,6 +310,7 @@ def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
     if settings.samples and (guidance := chosen_guidance(model, settings)) in ("none", "reference"):
         raise ConfigError(f"--samples are drawn, and guidance '{guidance}' draws none; add --guidance sample.")
     ddim_timesteps(model.config.distribution.schedule.steps, settings.steps)
+    choose_precision(settings.precision, model.device)
 
 
 def what_to_fill(
@@ -522,7 +526,7 @@ def complete_cohort(
     summary: dict[str, Any] = {
         **{"completed": {}, "whole": [], "skipped": [], "failed": {}, "not_filled": {}, "notes": {}}
     }
-    if (out / "manifest.json").exists() and read_json(out / "manifest.json", OutputError).get("format") != FORMAT:
+    if os.path.exists(out / "manifest.json") and read_json(out / "manifest.json", OutputError).get("format") != FORMAT:
         raise OutputError(f"{out} holds a manifest.json that is not of a completed cohort; name another folder.")
     write_json(out / "manifest.json", {"format": FORMAT, "finished": False})
     layout.start(Path(cohort))

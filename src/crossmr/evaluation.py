@@ -125,7 +125,9 @@ def evaluate(
     if not isinstance(model, CrossConditionedModel):
         model = load_model(find_model(model), choose_device(device))
     if every_subset and not model.config.any_subset:
-        raise ConfigError("--every-subset is for models of any subset; this one always needs its sources.")
+        raise ConfigError(
+            "--every-subset is for models of any subset; this one always needs its sources, so leave it out."
+        )
     own = chosen_guidance(model, settings)
     for arm in (own, *guidances):
         check_settings(model, _of_arm(settings, arm))

@@ -13,6 +13,7 @@ MODEL/
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -330,9 +331,11 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
         ModelError: it is missing, damaged, of another version, or its weights do not fit its configuration.
     """
     folder = Path(folder)
-    if not (folder / "config.json").exists():
+    if not os.path.exists(folder / "config.json"):  # unlike Path.exists, of a name that is too long as well
         nested = folder / "model" / "config.json"
-        hint = f"Did you mean {nested.parent}?" if nested.exists() else "Train one with: crossmr train SET -o RUN"
+        hint = (
+            f"Did you mean {nested.parent}?" if os.path.exists(nested) else "Train one with: crossmr train SET -o RUN"
+        )
         if folder.suffix == ".zip":
             hint = f"If it is an exported one: crossmr models import {folder}"
         raise ModelError(f"{folder} is no model: it has no config.json. {hint}")
@@ -345,6 +348,9 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
         )
     if missing := {"config", "training"} - set(data):
         raise ModelError(f"{folder / 'config.json'} has no '{min(missing)}'. Copy or train the model again.")
+    training = data["training"]
+    if not (isinstance(training, dict) and all(isinstance(training.get(k, {}), dict) for k in ("seen", "patients"))):
+        raise ModelError(f"{folder / 'config.json'}: 'training' is no record of one. Copy or train the model again.")
     extras = {name: tensors.pop(name, {}) for name in EXTRAS}
     try:
         model = CrossConditionedModel(
@@ -355,18 +361,35 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
     if set(tensors) != set(model.networks()):
         raise ModelError(f"{folder} holds {', '.join(sorted(tensors))}; wanted {', '.join(sorted(model.networks()))}.")
     for name, network in model.networks().items():
+        if not all(tensor.is_floating_point() for tensor in tensors[name].values()):
+            raise ModelError(f"{folder / name}.safetensors holds weights that are no real numbers. Copy it again.")
         try:
             network.load_state_dict(tensors[name])
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
-            raise ModelError(f"{folder / name}.safetensors does not fit config.json: {first}") from error
+            raise ModelError(
+                f"{folder / name}.safetensors does not fit config.json: {first} Copy or train it again."
+            ) from error
         if not all(torch.isfinite(tensor).all() for tensor in tensors[name].values()):
-            raise ModelError(f"{folder / name}.safetensors holds NaN or infinite weights; the training diverged.")
+            raise ModelError(
+                f"{folder / name}.safetensors holds NaN or infinite weights; the training diverged. Train it again."
+            )
     variance = extras["calibration"].get("variance", torch.zeros(len(model.config.targets), 2))
     if variance.shape != (len(model.config.targets), 2) or not (variance >= 0).all():
         raise ModelError(
             f"{folder / 'calibration.safetensors'} does not fit config.json. Copy or train the model again."
         )
+    if not _trivial_fits(extras["trivial"], len(model.config.modalities)):
+        raise ModelError(f"{folder / 'trivial.safetensors'} does not fit config.json. Copy or train the model again.")
     model.trivial, model.calibration = dict(extras["trivial"]), dict(extras["calibration"])
     model.record = {"sha256": digest(data), "training": data["training"]}
     return model.to(device).eval().requires_grad_(False)
+
+
+def _trivial_fits(trivial: Mapping[str, Tensor], count: int) -> bool:
+    """Whether the trivial predictors, where there are any, are of so many modalities; see `fit_trivial`."""
+    if "present" not in trivial:
+        return True
+    present, gram, mean = (trivial.get(name, torch.zeros(0)) for name in ("present", "gram", "mean_image"))
+    grams = (len(present), count + 1, count + 1)
+    return present.shape == (*grams[:1], count) and gram.shape == grams and mean.ndim == 4 and len(mean) == count

@@ -45,14 +45,20 @@ def export_nnunet(
     Raises:
         OutputError: OUT holds something, or cannot be written. NamingError: no study. StudyError: no case is complete.
     """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; name another folder.")
     if out.exists() and any(out.iterdir()):
         raise OutputError(f"{out} is not empty; name another folder.")
-    cases = {files.case: _channels(files, records_of(completed)) for files in find_studies(cohort, mapping)}
-    labels = {files.case: files.label() for files in find_studies(cohort, mapping)}
+    cases, labels, left_out = {}, {}, {}
+    for files in find_studies(cohort, mapping):
+        try:
+            channels, label = _channels(files, records_of(completed)), files.label()
+            cases[files.case], labels[files.case] = channels, label
+        except CrossmrError as error:
+            left_out[files.case] = str(error)
     had = {modality for channels in cases.values() for modality in channels}
     chosen = list(modalities or [m for m in (*MODALITIES, *sorted(had - {*MODALITIES})) if m in had])
     written: dict[str, list[str]] = {}
-    left_out: dict[str, str] = {}
     values: set[int] = set()
     for case, channels in cases.items():
         if lacking := [m for m in chosen if m not in channels]:
@@ -84,8 +90,11 @@ def _channels(files: StudyFiles, records: Path) -> dict[str, tuple[Path, bool]]:
     """Modality → file, and whether it is synthetic."""
     found = {modality: (path, False) for modality, path in files.images().items()}
     folder = records / files.case
-    if (folder / "manifest.json").exists():
-        for modality, made in read_json(folder / "manifest.json", OutputError)["synthetic"].items():
+    if (done := folder / "manifest.json").exists():
+        manifest = read_json(done, OutputError)
+        if "synthetic" not in manifest:
+            raise OutputError(f"{done} is not crossmr's. Name the folder that 'crossmr complete' wrote.")
+        for modality, made in manifest["synthetic"].items():
             found.setdefault(modality, (folder / made["file"], True))
     return found
 

@@ -4,6 +4,7 @@ An exported model is a zip of its folder. Nothing is ever fetched: a file is wha
 """
 
 import io
+import lzma
 import os
 import re
 import shutil
@@ -63,9 +64,9 @@ def find_model(model: Path | str | None = None) -> Path:
         if DEFAULT not in known:
             raise ModelError("This crossmr has no default model. Name one with --model, or train one.")
         return known[DEFAULT].folder
-    if str(model) in known and not (Path(model) / "config.json").exists():
+    if str(model) in known and not os.path.exists(Path(model) / "config.json"):
         return known[str(model)].folder
-    if not Path(model).exists() and _NAME.fullmatch(str(model)):
+    if not os.path.exists(model) and _NAME.fullmatch(str(model)):
         raise ModelError(f"'{model}' is neither a folder nor a model at hand; these are: {', '.join(known) or 'none'}.")
     return Path(model)
 
@@ -97,7 +98,9 @@ def import_model(source: Path, name: str | None = None) -> Known:
                 raise ModelError(f"{source}: {str(error).replace(f'{folder}{os.sep}', '')}") from error
             os.replace(folder, home() / name)
     except OSError as error:
-        raise OutputError(f"{home()} could not be written: {error.strerror or error}.") from error
+        raise OutputError(
+            f"{home()} could not be written: {error.strerror or error}. Check free space and permissions."
+        ) from error
     return Known(name, home() / name, False)
 
 
@@ -151,6 +154,6 @@ def _contents(source: Path) -> dict[str, bytes]:
             if sum(entry.file_size for entry in entries) > LARGEST:
                 raise ModelError(f"{source} would unpack to more than {LARGEST >> 30} GiB. Do not use it.")
             return {entry.filename: archive.read(entry) for entry in entries}
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ModelError(f"{source} cannot be read as an exported model: {reason}.") from error
+        raise ModelError(f"{source} cannot be read as an exported model: {reason}. Copy it again.") from error

@@ -155,16 +155,18 @@ def train(
             raise ConfigError(f"No study of {opened.folder} has {modality}; it has {', '.join(known)}.")
     if steps is not None and minutes is not None:
         raise ConfigError("Give --steps or --minutes, not both.")
-    if (steps is not None and steps < 1) or (minutes is not None and minutes <= 0):
+    if (steps is not None and steps < 1) or (minutes is not None and not 0 < minutes < math.inf):  # NaN fails too
         raise ConfigError("--steps and --minutes are positive.")
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"--seed is {seed}; wanted a whole number of at most 64 bits.")
     fabric, dtype = _fabric(device, precision)
     state = Run(Loop(folder, fabric, seed, display), recipe, sources, targets, opened.part("train"), opened.part("val"))
-    _claim(state, opened, dtype)
     model = _initial_model(state, twin)
     order = list(model.stages())
     chosen = list(stages or order)
     if unknown := set(chosen) - set(order):
         raise ConfigError(f"'{min(unknown)}' is no stage of this training; it has {', '.join(order)}.")
+    _claim(state, opened, dtype)  # once all of the wish makes sense: a run cannot change it
     shares = sum(recipe.fit_config(stage).share for stage in chosen)
     for stage in order:
         if _load_finished(state, model, stage):

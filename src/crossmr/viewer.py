@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from crossmr.completion import DISCLAIMER, ENHANCEMENT
+from crossmr.completion import DISCLAIMER, ENHANCEMENT, FORMAT
 from crossmr.data.naming import SPOKEN, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import compact, on_grid, read_volume
@@ -45,6 +45,8 @@ def view_case(
         listed = ", ".join(cases[:8]) + (", …" if len(cases) > 8 else "")
         raise OutputError(f"{out} holds no completed case{f' {case!r}' if case else ''}; it has {listed or 'none'}.")
     manifest = _manifest(out, case)
+    if manifest.get("format") != FORMAT:
+        raise OutputError(f"{out / case}/manifest.json is not crossmr's. Name a folder that 'crossmr complete' wrote.")
     notes: list[str] = []
     study = _acquired(out / case, manifest, scans, mapping, notes)
     volumes = []

@@ -4,7 +4,7 @@ Because step N always gives the same batch, training resumes in the middle of an
 restore, and worker processes cannot change the result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -46,17 +46,20 @@ class Case:
 
     def images(self) -> npt.NDArray[np.float16]:
         """The memory-mapped images, float16 (Z, M, Y, X) in [0, 1], M as in `modalities`."""
-        images: npt.NDArray[np.float16] = self._mapped("images.npy")
+        images: npt.NDArray[np.float16] = self._mapped("images.npy", len(self.modalities), np.float16)
         return images
 
     def masks(self) -> npt.NDArray[np.uint8]:
         """The memory-mapped head mask and lesion labels, uint8 (Z, 2, Y, X)."""
-        masks: npt.NDArray[np.uint8] = self._mapped("masks.npy")
+        masks: npt.NDArray[np.uint8] = self._mapped("masks.npy", 2, np.uint8)
         return masks
 
-    def _mapped(self, name: str) -> Any:
+    def _mapped(self, name: str, channels: int, dtype: npt.DTypeLike) -> Any:
         try:
-            return np.lib.format.open_memmap(self.folder / name, mode="r")
+            mapped = np.lib.format.open_memmap(self.folder / name, mode="r")
+            if mapped.ndim != 4 or mapped.shape[:2] != (len(self.head_voxels), channels) or mapped.dtype != dtype:
+                raise ValueError(f"it is {mapped.dtype} {mapped.shape}")
+            return mapped
         except (OSError, ValueError) as error:
             raise SetError(f"{self.folder / name} is missing or damaged ({error}). Run prepare again.") from error
 
@@ -81,20 +84,10 @@ class PreparedSet:
             raise SetError(f"{path} does not match its own SHA-256: it was changed or damaged. Run prepare again.")
         if (self.manifest.get("format"), self.manifest.get("format_version")) != (FORMAT, FORMAT_VERSION):
             raise SetError(f"{path} is of another format or version than {FORMAT} {FORMAT_VERSION}. Run prepare again.")
-        self.cases = tuple(
-            Case(
-                name=name,
-                patient=case["patient"],
-                part=case["part"],
-                modalities=tuple(case["modalities"]),
-                head_voxels=tuple(case["head_voxels"]),
-                spacing_mm=tuple(case["spacing_mm"]),
-                masked_background=case["masked_background"],
-                labelled=case["labelled"],
-                folder=self.folder / "cases" / name,
-            )
-            for name, case in self.manifest["cases"].items()
-        )
+        try:
+            self.cases = tuple(_case(self.folder, name, case) for name, case in self.manifest["cases"].items())
+        except (AttributeError, KeyError, TypeError) as error:
+            raise SetError(f"{path} does not say what its cases are ({error!r}). Run prepare again.") from error
 
     def part(self, part: str) -> tuple[Case, ...]:
         """The cases of 'train', 'val' or 'test'."""
@@ -107,6 +100,21 @@ class PreparedSet:
         """A hash of everything that could change a training: cases, split and pixels."""
         files = {name: case["files"] for name, case in self.manifest["cases"].items()}
         return digest({"cases": files, "split": self.manifest["split"]})
+
+
+def _case(folder: Path, name: str, said: Mapping[str, Any]) -> Case:
+    """A case as the manifest describes it."""
+    return Case(
+        name=name,
+        patient=said["patient"],
+        part=said["part"],
+        modalities=tuple(said["modalities"]),
+        head_voxels=tuple(said["head_voxels"]),
+        spacing_mm=tuple(said["spacing_mm"]),
+        masked_background=said["masked_background"],
+        labelled=said["labelled"],
+        folder=folder / "cases" / name,
+    )
 
 
 def useful_slices(head_voxels: Sequence[int]) -> list[int]:
@@ -202,7 +210,10 @@ class Batches(Dataset[Batch]):
         else:
             self.items = [(i, -1) for i, _ in enumerate(self.cases)]
         if not self.items:
-            raise SetError(f"No study of the set can serve this training, which needs {', '.join(self.modalities)}.")
+            raise SetError(
+                f"No study of the set can serve this training, which needs {', '.join(self.modalities)}. "
+                "Prepare more patients, or choose other --sources and --targets."
+            )
         self._mapped: dict[int, npt.NDArray[np.float16]] = {}
 
     @property

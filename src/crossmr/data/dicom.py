@@ -331,7 +331,9 @@ def _convert_study(case: str, found: Sequence[Series], out: Path, converter: str
     if not chosen:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         return Scans(
-            case, {}, left_out, f"{case}: no T1, T1ce, T2, FLAIR or PD among its {len(found)} series ({reasons})."
+            *(case, {}, left_out),
+            f"{case}: no T1, T1ce, T2, FLAIR or PD among its {len(found)} series ({reasons}). "
+            "Export the series that are missing, or name one with --map t1n='DESCRIPTION'.",
         )
     record = {
         "format": FORMAT,
@@ -349,7 +351,10 @@ def _convert_study(case: str, found: Sequence[Series], out: Path, converter: str
             raise OutputError(f"{record_path} is not crossmr's, so it is not replaced. Name another folder.")
         if before == record and all(path.exists() for path in images.values()):
             return scans
-    record_path.unlink(missing_ok=True)
+    try:
+        record_path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{record_path} could not be written: {error.strerror}. Name another folder.") from error
     refused = {}
     for modality, series in chosen.items():
         try:
@@ -456,7 +461,7 @@ def _cases(found: Sequence[Series], keep_names: bool) -> dict[str, str]:
 def _files(folder: Path) -> Iterator[Path]:
     """Every file below, hidden ones apart; sorted."""
     root = Path(os.path.abspath(folder))
-    if root.is_file():
+    if os.path.isfile(root):
         raise NamingError(f"{folder}: is a file, not a folder: give the folder that holds it.")
     for place, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -144,17 +144,18 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
         ConfigError: a key of the mapping is no name for a modality.
     """
     root = Path(os.path.abspath(folder))
-    if not root.is_dir():
-        fault = "is a file, not a folder: give the folder that holds it" if root.exists() else "does not exist"
+    if not os.path.isdir(root):  # unlike Path.is_dir, of a name that is too long as well
+        fault = "is a file, not a folder: give the folder that holds it" if os.path.exists(root) else "does not exist"
         raise NamingError(f"{folder}: {fault}. Wanted a folder with .nii or .nii.gz files, of one study or of many.")
 
     def refuse(error: OSError) -> None:
         raise NamingError(f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions.") from error
 
     found: list[Path] = []
-    others, seen = 0, set()
+    others, seen, apart = 0, set(), set[str]()
     for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         seen.add(os.path.realpath(place))
+        apart |= _BIDS_APART & {*folders} if _BIDS_ROOT in files else set()
         folders[:] = [
             name
             for name in sorted(folders)
@@ -167,8 +168,9 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
         found += [Path(place, name) for name in nifti]
         others += len(files) - len(nifti)
     if not found:
+        passed = f", {' and '.join(sorted(apart))} passed over: name such a folder itself" if apart else ""
         raise NamingError(
-            f"{folder}: no .nii or .nii.gz file in it or below ({others} other files). "
+            f"{folder}: no .nii or .nii.gz file in it or below ({others} other files{passed}). "
             "Give the folder of the studies; convert DICOM with: crossmr convert FOLDER -o NIFTI."
         )
     return recognise(found, mapping)

@@ -119,7 +119,9 @@ def load_study(
         else:
             volumes[modality] = volume
     if not volumes:
-        raise StudyError(f"{case}: no acquired volume to work from. Wanted at least one of T1, T1ce, T2, FLAIR.")
+        raise StudyError(
+            f"{case}: no acquired volume to work from. Wanted at least one of T1, T1ce, T2, FLAIR{_unnamed(source)}."
+        )
     reference_modality, reference = next(iter(volumes.items()))
     for modality, volume in volumes.items():
         _check_values(case, modality, volume)
@@ -145,6 +147,15 @@ def load_study(
         labels=None if label is None else _read_labels(case, label, reference),
         notes=tuple(notes),
     )
+
+
+def _unnamed(source: StudyFiles | Mapping[str, Any]) -> str:
+    """What to do about files whose names say nothing."""
+    unnamed = source.unrecognised if isinstance(source, StudyFiles) else ()
+    if not unnamed:
+        return "; add one, or leave this study out"
+    listed = ", ".join(path.name for path in unnamed[:3]) + (", …" if len(unnamed) > 3 else "")
+    return f"; the names of {listed} say none of them: name them with --map, such as t1n='*_NAME.nii.gz'"
 
 
 def _modality_order(modality: str) -> int:
