@@ -57,9 +57,14 @@ class Result:
         return [line for line in self.err.splitlines() if line.strip()]
 
 
+STREAMS = ("strict", "backslashreplace")
+"""What Python's stdout and stderr do with what they cannot encode."""
+
+
 def crossmr(*arguments: object) -> Result:
     """Run the command line in this process."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", how, write_through=True) for how in STREAMS)
+    before = sys.argv
     sys.argv = ["crossmr", *map(str, arguments)]
     try:
         with (
@@ -70,7 +75,8 @@ def crossmr(*arguments: object) -> Result:
             main()
     finally:
         sys.argv = before
-    return Result(int(stopped.value.code or 0), out.getvalue(), err.getvalue())
+    said, complained = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    return Result(int(stopped.value.code or 0), said, complained)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -229,6 +235,7 @@ PATIENTS: list[tuple[str, Spoil, str]] = [
     ("a NaN", voxels(where(np.nan)), FINITE),
     ("an infinity", voxels(where(-np.inf)), FINITE),
     ("beyond float32", voxels(lambda d: where(1e300)(d.astype(np.float64))), FINITE),
+    ("beyond all scans", voxels(where(-3e38)), r"t1n has intensities of 3e\+38, as no scan has\. Repair them"),
     ("all NaN", voxels(lambda d: np.full_like(d, np.nan)), r"voxels that are NaN or infinite\. Repair them"),
     ("head of one voxel", lonely, r"no head was found \(0 voxels.*Look at the volumes"),
     ("too small", voxels(lambda d: d[:4, :4]), r"t1n is 4×4×24 .* too small to be a scan.*Export the whole series"),
@@ -322,7 +329,7 @@ def test_the_healthy_patient_is_finished(runs, verb):
     assert "Traceback" not in result.err + result.out
     assert len(result.lines) == len(PATIENTS)
     assert not leftovers(out)
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = json.loads((out / "manifest.json").read_bytes())
     if verb == "complete":
         assert list(manifest["completed"]) == [HEALTHY]
         assert sorted(manifest["failed"]) == sorted(case_of(kind) for kind, _, _ in PATIENTS)
@@ -751,11 +758,19 @@ def bids_unnamed(bench: Bench) -> Sequence[object]:
     return bench.complete("--profile", "bids", model=model, cohort=write_study(bench.folder, "P1", ("t1n", "t2w")))
 
 
-def line_break(bench: Bench) -> Sequence[object]:
-    cohort = bench.cohort()
-    write_study(cohort, "P\n1", ("t1n", "t2w"), replace={"t1n": np.zeros(SHAPE, np.float32)})
-    shutil.rmtree(cohort / "P1")
-    return bench.complete(cohort=cohort)
+def called(name: str) -> Build:
+    """A patient of that name, whose T1 is all zero, in the place of P1."""
+
+    def build(bench: Bench) -> Sequence[object]:
+        cohort = bench.cohort()
+        shutil.rmtree(cohort / "P1")
+        try:
+            write_study(cohort, name, ("t1n", "t2w"), replace={"t1n": np.zeros(SHAPE, np.float32)})
+        except (OSError, UnicodeError):
+            pytest.skip("no such names on this machine")
+        return bench.complete(cohort=cohort)
+
+    return build
 
 
 def two_claims(bench: Bench) -> Sequence[object]:
@@ -795,7 +810,8 @@ def viewing(*options: object, place: str = "out") -> Build:
 
 
 def nnunet(bench: Bench) -> Sequence[object]:
-    return ["nnunet", bench.cohort(), bench.folder / "completed", "-o", bench.out]
+    cohort = bench.folder / "cohort"
+    return ["nnunet", cohort if cohort.exists() else bench.cohort(), bench.folder / "completed", "-o", bench.out]
 
 
 def dicom_cohort(bench: Bench, **first: Any) -> Path:
@@ -856,10 +872,16 @@ def dicomdir(bench: Bench) -> Sequence[object]:
     return bench.complete(cohort=bench.folder / "dicom")
 
 
+def two_t1(bench: Bench) -> Sequence[object]:
+    beside("_T1w.nii.gz", make_head())(bench.cohort() / "P1")
+    return nnunet(bench)
+
+
 DISK, PROTECTED = errno.ENOSPC, errno.EROFS
 FULL, READ_ONLY = r"could not be written: No space left", r"could not be written: Read-only file system"
 NO_JSON = r"config\.json is damaged: it is not valid JSON \(.*\)\. Copy or make it again"
 NOT_FIT = r"synthesis\.safetensors does not fit config\.json: .*Copy"
+NOT_REAL = r"synthesis\.safetensors holds weights that are no real numbers\. Copy it again"
 NO_SAFETENSORS = r"synthesis\.safetensors is no safetensors file that PyTorch reads \(.*\)\. Copy it again"
 STRANGE = r"mine\.zip holds .*, which is no file of a model\. Do not use it"
 UNREADABLE = r"mine\.zip cannot be read as an exported model: .*Copy"
@@ -875,7 +897,8 @@ CALLS: list[Kind] = [
     Kind("empty folder to prepare", emptied_folder("prepare"), r"empty: no \.nii or \.nii\.gz file .*Give the folder"),
     Kind("texts alone", text_only, r"no \.nii or \.nii\.gz file in it or below \(1 other files\)\. Give the folder"),
     Kind("name too long", lambda b: b.complete(cohort=b.folder / LONG), r"a: (does not exist|cannot).*anted a folder"),
-    Kind("name of a line break", line_break, r"P 1: t1n is all zero: .*Export it again", "healthy"),
+    Kind("name that is no Unicode", called("P\udcff1"), r"P\\udcff1: t1n is all zero: .*Export it again", "healthy"),
+    Kind("name of a line break", called("P\n1"), r"P 1: t1n is all zero: .*Export it again", "healthy"),
     Kind("BIDS derivatives alone", bids_derivatives, r"no \.nii .*derivatives.*name such a folder itself"),
     Kind("BIDS of synthetic volumes alone", bids_synthetic, NO_SCAN, "begun"),
     Kind("BIDS has no such name", bids_unnamed, r"P1: BIDS has no name for swi\. Use --profile labelled", "begun"),
@@ -968,7 +991,8 @@ CALLS: list[Kind] = [
     Kind("weights of another shape", weights(lambda t: t.update({first(t): torch.zeros(3, 3)})), NOT_FIT),
     Kind("weights NaN", weights(lambda t: t[first(t)].fill_(np.nan)), r"holds NaN or infinite weights.*Train"),
     Kind("weights infinite", weights(lambda t: t[first(t)].fill_(np.inf)), r"holds NaN or infinite weights.*Train"),
-    Kind("weights complex", weights(lambda t: t.update({first(t): t[first(t)].to(torch.complex64)})), NOT_FIT),
+    Kind("weights complex", weights(lambda t: t.update({first(t): t[first(t)].to(torch.complex64)})), NOT_REAL),
+    Kind("weights of whole numbers", weights(lambda t: t.update({first(t): t[first(t)].long()})), NOT_REAL),
     Kind("one tensor too many", weights(lambda t: t.update(extra=torch.zeros(3))), NOT_FIT),
     Kind("one tensor too few", weights(lambda t: t.pop(first(t))), NOT_FIT),
     Kind("calibration of another shape", weights(lambda t: t.update(variance=torch.zeros(9)), "calibration"),
@@ -1102,6 +1126,9 @@ CALLS: list[Kind] = [
     Kind("unknown precision", plain("--precision", "float8"), r"--precision is 'float8'; wanted one of auto"),
     Kind("nothing to view", viewing(place="gone"), r"holds no completed case.*; it has none"),
     Kind("view of a foreign manifest", with_file("out/P1/manifest.json", "{}", viewing("P1")), r"P1.*crossmr", "begun"),
+    Kind("foreign manifest for nnU-Net", with_file("completed/P1/manifest.json", "{}", nnunet),
+         r"crossmr complete", "exported"),
+    Kind("two T1 for nnU-Net", two_t1, r"P1 left out: .*2 files claim to be t1n: .* Keep one", "exported"),
     Kind("nothing completed for nnU-Net", lambda b: [*nnunet(b), "--modalities", "t1c"],
          r"it lacks t1c; complete it first"),
 ]
@@ -1140,16 +1167,18 @@ def test_a_broken_call(kind, model, prepared, tmp_path, monkeypatch):
         assert bench.out.is_file()
     elif kind.left == "begun":
         assert not results
+    elif kind.left == "exported":
+        assert results == [f"imagesTs/{HEALTHY}_000{number}.nii.gz" for number in range(2)]
     elif kind.left == "converted":
         assert len(list(bench.out.glob("*/series.json"))) == 1
         assert len(list(bench.out.rglob("*.nii.gz"))) == 2
     elif kind.left == "scanned":
-        (good,) = json.loads((bench.out / "manifest.json").read_text())["completed"]
+        (good,) = json.loads((bench.out / "manifest.json").read_bytes())["completed"]
         assert {name.split("/")[0] for name in results} == {good}
         assert [p.name for p in (bench.out / "scans").iterdir() if any(p.iterdir())] == [good]
     else:
         finished = {"healthy": [HEALTHY], "all": ["P1", HEALTHY]}[kind.left]
-        assert list(json.loads((bench.out / "manifest.json").read_text())["completed"]) == finished
+        assert list(json.loads((bench.out / "manifest.json").read_bytes())["completed"]) == finished
         for case in finished:
             assert {f"{case}/manifest.json", f"{case}/{case}-t1c_synthetic.nii.gz", f"pictures/{case}.webp"} <= {
                 *written

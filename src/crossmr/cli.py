@@ -1,5 +1,6 @@
 """The command line: one verb, one function. Heavy imports wait until a verb needs them."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -408,6 +409,8 @@ def demo(out: Out, seed: Seed = 0) -> None:
 def main() -> None:
     """Run the command line; errors that crossmr raises on purpose are one line, and the exit code is 1."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would spin against neighbours
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a file's name may be no Unicode
     try:
         app()
     except Interrupted as error:
