@@ -36,8 +36,8 @@ HEALTHY = "zz-healthy"
 """The last of its folder, so that it comes after every failure."""
 REMEDY = re.compile(
     r"\b(add|check|choose|convert|copy|correct|export|give|install|keep|leave|look|make|measure|name|narrow|register|"
-    r"remove|repair|resample|run|split|stack|threshold|train it|update|use|wanted|expected|are positive|at least|"
-    r"did you mean|it has|these are|trained for|settings look like|may be|have only)\b",
+    r"remove|rename|repair|resample|run|split|stack|threshold|train it|update|use|wanted|expected|are positive|at "
+    r"least|did you mean|it has|these are|trained for|settings look like|may be|have only)\b",
     re.IGNORECASE,
 )
 """What a message ends with: the next step, or what was wanted."""
@@ -428,7 +428,7 @@ class Kind:
     """Breaks something; returns the arguments of the command line."""
     message: str
     left: str = "nothing"
-    """What becomes of OUT: 'nothing', it is 'begun' but holds no result, or the 'healthy' patient is finished in it."""
+    """What becomes of OUT: 'nothing', it is 'begun' without any result, the 'healthy' patient is finished in it, …"""
     code: int = 1
 
 
@@ -651,17 +651,17 @@ def emptied(part: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def failing(number: int, where: str, *, at: str = "replace") -> Callable[[Bench], None]:
-    """The lowest-level write of files called so fails, as on a full or read-only disk."""
+def failing(number: int, where: str, *, at: str = "replace", times: int = 1_000_000) -> Callable[[Bench], None]:
+    """The lowest-level write of files called so fails, as on a full or read-only disk: the first times, or always."""
     real = {name: getattr(os, name) for name in ("replace", "fdopen", "fsync")}
 
     def fail(bench: Bench) -> None:
-        open_files: list[str] = []
+        failed: list[str] = []
 
         def act(*arguments: Any, **others: Any) -> Any:
             name = str(arguments[1]) if at == "replace" else os.readlink(f"/proc/self/fd/{arguments[0]}")
-            if re.search(where, name):
-                open_files.append(name)
+            if re.search(where, name) and len(failed) < times:
+                failed.append(name)
                 if at == "fdopen":
                     os.close(arguments[0])
                 raise OSError(number, os.strerror(number), name)
@@ -670,6 +670,27 @@ def failing(number: int, where: str, *, at: str = "replace") -> Callable[[Bench]
         bench.patch.setattr(os, at, act)
 
     return fail
+
+
+def scanned_disk(fail: Callable[[Bench], None]) -> Build:
+    def build(bench: Bench) -> Sequence[object]:
+        cohort = dicom_cohort(bench)
+        fail(bench)
+        return bench.complete(cohort=cohort)
+
+    return build
+
+
+def half_evaluated(bench: Bench) -> Sequence[object]:
+    """P1's T1 is all zero, the other is whole."""
+    whole = ("t1n", "t1c", "t2w", "t2f")
+    write_study(bench.folder / "whole", "P1", whole, replace={"t1n": np.zeros(SHAPE, np.float32)})
+    write_study(bench.folder / "whole", HEALTHY, whole)
+    return bench.evaluate(data=bench.folder / "whole")
+
+
+def twice(bench: Bench) -> Sequence[object]:
+    return ["prepare", bench.cohort(), bench.copy(bench.folder / "cohort", "again"), "-o", bench.out, "--workers", 1]
 
 
 def broken_disk(fail: Callable[[Bench], None], verb: str = "complete") -> Build:
@@ -944,6 +965,8 @@ CALLS: list[Kind] = [
     Kind("disk full in evaluate", broken_disk(failing(DISK, r"metrics\.csv"), "evaluate"), FULL + r".*Check", "begun"),
     Kind("disk full in export", broken_disk(failing(DISK, r"m\.zip"), "export"), FULL + r".*Check", "begun"),
     Kind("disk full in import", broken_disk(failing(DISK, r"mine$"), "import"), FULL + r".*Check"),
+    Kind("a broken patient to evaluate", half_evaluated, r"P1 failed: P1: t1n is all zero.*Export it", "evaluated"),
+    Kind("one name in two cohorts", twice, r"The cohorts share study names \(P1, zz-healthy\); rename them"),
     # the model
     Kind("model not at hand", lambda b: b.complete(model="nonesuch"), r"'nonesuch' is neither .*; these are: default"),
     Kind("model folder missing", lambda b: b.complete(model=NOWHERE),
@@ -1025,6 +1048,13 @@ CALLS: list[Kind] = [
     Kind("zip under a name that is taken", imported(whole, bytes, "--name", "default"), r"'default' already; choose"),
     Kind("zip missing", lambda b: ["models", "import", b.folder / "mine.zip"],
          r"cannot be read .*: No such file.*Check|Copy"),
+    Kind("remove what is shipped", lambda b: ["models", "remove", "default"], r"no imported model but shipped with"),
+    Kind("remove what is not there", lambda b: ["models", "remove", "mine"], r"'mine' is no imported model"),
+    Kind("export over a file", with_file("m", "", lambda b: ["models", "export", b.model_folder, b.folder / "m"]),
+         r"m exists; name another file"),
+    Kind("export of a broken model", lambda b: ["models", "export", b.folder, b.out / "m.zip"],
+         r"is no model: .*Train one"),
+    Kind("verify a broken model", lambda b: ["models", "verify", b.folder], r"refused: .* is no model: .*Train one"),
     # the prepared set
     Kind("set missing", lambda b: b.train(prepared=b.folder / "set"), r"is no prepared set: .*Make one with: crossmr"),
     Kind("set without a manifest", lambda b: b.train(prepared=b.folder),
@@ -1065,6 +1095,7 @@ CALLS: list[Kind] = [
     Kind("no pixels", scanned(tags(PixelData=None), alone=False), r"series 1 .*Export it again", "scanned"),
     Kind("JPEG cut short to convert", scanned(cut(300), "convert", False, habit="JPEG-LS"),
          r"refused: .*series 1", "converted"),
+    Kind("disk full at a DICOM series", scanned_disk(failing(DISK, "_dicom$", times=1)), FULL + r".*Check", "scanned"),
     # the recipe
     Kind("unknown recipe", training("--recipe", "huge"),
          r"--recipe is 'huge'; wanted one of standard, any, paper, tiny"),
@@ -1169,13 +1200,18 @@ def test_a_broken_call(kind, model, prepared, tmp_path, monkeypatch):
         assert not results
     elif kind.left == "exported":
         assert results == [f"imagesTs/{HEALTHY}_000{number}.nii.gz" for number in range(2)]
+    elif kind.left == "evaluated":
+        assert json.loads((bench.out / "metrics.json").read_bytes())["cases"] == [HEALTHY]
+        assert not [name for name in written if "P1" in name]
     elif kind.left == "converted":
         assert len(list(bench.out.glob("*/series.json"))) == 1
         assert len(list(bench.out.rglob("*.nii.gz"))) == 2
     elif kind.left == "scanned":
         (good,) = json.loads((bench.out / "manifest.json").read_bytes())["completed"]
         assert {name.split("/")[0] for name in results} == {good}
-        assert [p.name for p in (bench.out / "scans").iterdir() if any(p.iterdir())] == [good]
+        converted = [p.name for p in (bench.out / "scans").iterdir() if any(p.iterdir())]
+        assert good in converted
+        assert len(converted) == 1 + ("disk" in kind.name)
     else:
         finished = {"healthy": [HEALTHY], "all": ["P1", HEALTHY]}[kind.left]
         assert list(json.loads((bench.out / "manifest.json").read_bytes())["completed"]) == finished

@@ -128,9 +128,12 @@ def remove_model(name: str) -> None:
     Raises:
         ModelError: there is none of this name, or it is shipped with the package. OutputError: it cannot be deleted.
     """
-    found = known_models().get(name)
+    known = known_models()
+    found = known.get(name)
     if found is None or found.shipped:
-        raise ModelError(f"'{name}' is no imported model" + (" but shipped with crossmr." if found else "."))
+        imported = ", ".join(name for name, one in known.items() if not one.shipped) or "none"
+        shipped = " but shipped with crossmr" if found else ""
+        raise ModelError(f"'{name}' is no imported model{shipped}; these are: {imported}.")
     try:
         if found.folder.is_symlink():
             found.folder.unlink()
