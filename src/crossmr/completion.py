@@ -554,7 +554,7 @@ def complete_cohort(
                     summary["not_filled"][files.case] = manifest["not_filled"]
             except CrossmrError as error:
                 summary["failed"][files.case] = str(error)
-            except (OSError, RuntimeError, MemoryError) as error:
+            except Exception as error:  # nobody foresaw it: the other patients go on all the same
                 summary["failed"][files.case] = f"{files.case}: {type(error).__name__}: {error}"
             task.advance(files.case)
     body = {

@@ -167,6 +167,8 @@ def evaluate(
                     seen.append(name)
             except CrossmrError as error:
                 failed[name] = str(error)
+            except Exception as error:  # nobody foresaw it: the other patients go on all the same
+                failed[name] = f"{name}: {type(error).__name__}: {error}"
             task.advance(name)
     if not rows:
         reason = next(iter(failed.values()), f"the '{part}' part is empty")
