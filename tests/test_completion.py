@@ -21,8 +21,9 @@ from torch import nn
 
 from crossmr import completion, files
 from crossmr.cli import main
-from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete, complete_cohort
+from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, _ahead, complete, complete_cohort
 from crossmr.data.dataset import seeded
+from crossmr.data.naming import StudyFiles
 from crossmr.data.study import load_study
 from crossmr.display import Display
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
@@ -1009,3 +1010,23 @@ def test_a_reference_is_found_by_the_same_mapping(cell_folder, small, tmp_path):
     result = complete_cohort(tmp_path / "cohort", tmp_path / "out", cell_folder, settings=settings, mapping=mapping)
     assert len(result["completed"]) == 1
     assert set(result["settings"]["reference"]) == {"t1c", "t2f"}
+
+
+def test_one_study_is_read_ahead_and_no_more():
+    loading, found = [], [StudyFiles(str(k), str(k), {}, (), ()) for k in range(4)]
+
+    def load(study):
+        loading.append(study.case)
+        if study.case == "2":
+            raise StudyError("the third")
+        return study.case
+
+    for number, (study, loaded) in enumerate(_ahead(found, load)):
+        assert study is found[number]
+        if number == 2:
+            with pytest.raises(StudyError, match="the third"):
+                loaded.result()
+        else:
+            assert loaded.result() == str(number)
+        assert len(loading) <= number + 2
+    assert loading == ["0", "1", "2", "3"]

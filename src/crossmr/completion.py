@@ -5,7 +5,8 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -536,11 +537,17 @@ def complete_cohort(
         summary["failed"] = {one.case: one.refused for one in studies if one.refused}
         scans = {one.case: one for one in studies if not one.refused}
         found = [files for files in find_studies(out / SCANS) if files.case in scans] if scans else []
+
+    def load(files: StudyFiles) -> Study | None:
+        finished = (layout.folder(files.case) / "manifest.json").exists() and not overwrite
+        return None if finished else load_study(files, registered=settings.registered)
+
     with display.task("complete", len(found)) as task:
-        for files in found:
+        for files, loaded in _ahead(found, load):
+            one = scans.get(files.case)
             try:
                 manifest, skipped = _complete_case(
-                    files, Path(cohort), layout, model, settings, reference, overwrite, scans.get(files.case), display
+                    files, loaded, Path(cohort), layout, model, settings, reference, overwrite, one, display
                 )
                 if skipped:
                     summary["skipped"].append(files.case)
@@ -568,8 +575,22 @@ def complete_cohort(
     return body
 
 
+def _ahead(
+    found: Sequence[StudyFiles], load: Callable[[StudyFiles], Study | None]
+) -> Iterator[tuple[StudyFiles, Future[Study | None]]]:
+    """Every study's files with its volumes, which are read while the study before it is completed."""
+    with ThreadPoolExecutor(1) as reader:
+        following: Future[Study | None] | None = None
+        for number, files in enumerate(found):
+            loaded = following or reader.submit(load, files)
+            wait([loaded])  # one study ahead, not more: memory
+            following = reader.submit(load, found[number + 1]) if number + 1 < len(found) else None
+            yield files, loaded
+
+
 def _complete_case(
     files: StudyFiles,
+    loaded: Future[Study | None],
     cohort: Path,
     layout: Layout,
     model: CrossConditionedModel,
@@ -599,7 +620,7 @@ def _complete_case(
             display.say(f"{files.case}: finished before with {what}, and kept; --overwrite does it again")
         return manifest, True
     start, given = time.perf_counter(), _hashes(files.images())
-    study = load_study(files, registered=settings.registered)
+    study = loaded.result() or load_study(files, registered=settings.registered)
     layout.check(study)
     result = complete_study(study, model, settings, given, reference)
     earlier = _earlier(layout, files.case, model, result)

@@ -1,0 +1,311 @@
+"""Where the time goes when one study is completed, against what the machine could do; and against what else there is.
+
+1. Counted: floating-point operations of each network, and the machine's own peak (a large matrix product in the
+   network's precision). Their quotient is the floor.
+2. Measured, medians of interleaved rounds: reading, checks, each network, drawing of guidance, writing, pictures.
+3. Beside: the published form's pooled guidance; eager float32 and bfloat16, ONNX Runtime, OpenVINO; zlib, isal,
+   zlib-ng; MONAI's DiffusionModelUNet of as many parameters, 50 DDIM steps. What is not installed is said.
+
+python benchmarks/speed.py ../shared/data/brats/BraTS-GLI-00000-000 --target t2f
+"""
+
+import argparse
+import gzip
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from crossmr.checks import check
+from crossmr.completion import BATCH, Settings, complete_study, synthesise
+from crossmr.data.dataset import as_inputs, seeded
+from crossmr.data.naming import find_studies
+from crossmr.data.study import load_study
+from crossmr.data.volume import write_volume
+from crossmr.device import choose_device, choose_precision
+from crossmr.model import CrossConditionedModel, load_model
+from crossmr.picture import save_columns
+from crossmr.recipes import PAPER
+from crossmr.store import find_model
+
+ALL = ("parts", "engines", "peer", "pooled", "compressors")
+Jobs = Mapping[str, Callable[[], object]]
+
+
+def interleaved(jobs: Jobs, rounds: int) -> dict[str, float]:
+    """Median seconds of each job; a first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def flops(call: Callable[[], object]) -> float:
+    """Floating-point operations of a call: multiplications and additions of convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return float(counter.get_total_flops())
+
+
+def peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product."""
+    a = torch.rand(2048, 2048).to(dtype)
+    return 2 * 2048**3 / interleaved({"product": lambda: a @ a}, 9)["product"]
+
+
+def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) -> None:
+    """One study, step by step."""
+    (files,) = find_studies(folder)
+    paths = {m: path for m, path in files.images().items() if m != target}
+    study = load_study(paths)
+    settings = Settings(targets=(target,))
+    dtype = choose_precision("auto", model.device)
+    product = peak(dtype)
+    box = study.box()
+    sources = {m: study.normalised(m)[box] for m in study.volumes}
+    head = study.mask[box].sum((1, 2)).tolist()
+    slices = [z for z, voxels in enumerate(head) if voxels]
+    stacked = torch.from_numpy(
+        np.stack([sources.get(m, np.zeros_like(next(iter(sources.values())))) for m in model.config.sources])
+    )
+    shown = torch.tensor([float(m in sources) for m in model.config.sources])
+    around = as_inputs(stacked, slices[:BATCH], 2, model.config.divisor, model.config.context_slices)
+    batches = len(slices) / len(around)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        inputs = model.inputs(around, shown.expand(len(around), -1))
+        unguided = model.unguided(inputs)
+        cells = model.guide_cells(inputs, unguided, [seeded("speed")]) if model.config.representation.cell else None
+
+    def no_grad(call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                call()
+
+        return run
+
+    done = complete_study(study, model, settings)
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary)
+        networks = {
+            "C-UNet": lambda: model.unguided(inputs),
+            "network of the error": lambda: model.deviation(inputs, unguided),
+        }
+        guided = {}
+        if cells is not None:
+            guided = {
+                "MDN, 50 steps, one sample": lambda: model.guide_cells(inputs, unguided, [seeded("speed")]),
+                "C-UNet, guided": lambda: model.synthesis(inputs, cells[0]),
+            }
+        jobs: dict[str, Callable[[], object]] = {
+            "read, normalise, find the head": lambda: load_study(paths),
+            "check the input": lambda: check(study, model.trivial, model.config.modalities),
+            "inputs of a batch": no_grad(lambda: model.inputs(around, shown.expand(len(around), -1))),
+            **{name: no_grad(call) for name, call in {**networks, **guided}.items()},
+            "the whole synthesis": lambda: synthesise(model, sources, head, "speed", settings),
+            "write image and deviation": lambda: [
+                write_volume(image, out / f"{k}.nii.gz")
+                for k, image in enumerate((done.images[target], done.deviations[target]))
+            ],
+            "picture": lambda: save_columns(out / "picture.webp", done.columns, done.spacing_mm),
+        }
+        seconds = interleaved(jobs, rounds)
+    print(f"\n{study.reference.data.shape} voxels, {len(slices)} slices with head, from {', '.join(sources)}; {dtype}")
+    print(f"peak {product / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads")
+    print("\n| | s a volume | GFLOP | floor, s | measured / floor |\n|---|---|---|---|---|")
+    for name, value in seconds.items():
+        total = value * batches if name in {*networks, *guided, "inputs of a batch"} else value
+        if name in {**networks, **guided}:
+            count = flops({**networks, **guided}[name]) * batches
+            print(
+                f"| {name} | {total:.2f} | {count / 1e9:.0f} | {count / product:.2f} | {total * product / count:.1f} |"
+            )
+        else:
+            print(f"| {name} | {total:.2f} | | | |")
+    network = seconds["the whole synthesis"]
+    around_it = sum(
+        seconds[n]
+        for n in ("read, normalise, find the head", "check the input", "write image and deviation", "picture")
+    )
+    print(f"\naround the network: {around_it:.2f} s, {around_it / network:.0%} of the synthesis")
+    if guided:
+        share = seconds["MDN, 50 steps, one sample"] / seconds["C-UNet"]
+        embedding = seconds["C-UNet, guided"] / seconds["C-UNet"] - 1
+        print(f"guidance: the MDN takes {share:.1%} of the C-UNet's time, the condition layers {embedding:+.1%}")
+
+
+def engines(model: CrossConditionedModel, rounds: int) -> None:
+    """One C-UNet, sixteen slices, on what there is."""
+    images = torch.rand(BATCH, model.config.inputs, 184, 144)
+    network = model.synthesis.eval()
+
+    def eager(dtype: torch.dtype, memory: torch.memory_format) -> Callable[[], Tensor]:
+        given = images.contiguous(memory_format=memory)
+
+        def run() -> Tensor:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                return network(given)  # type: ignore[no-any-return]
+
+        return run
+
+    reference = eager(torch.float32, torch.contiguous_format)()
+    jobs: dict[str, Callable[[], Tensor]] = {
+        "eager float32": eager(torch.float32, torch.contiguous_format),
+        "eager bfloat16": eager(torch.bfloat16, torch.contiguous_format),
+        "eager bfloat16, channels last": eager(torch.bfloat16, torch.channels_last),
+    }
+    try:
+        import openvino
+
+        converted = openvino.convert_model(network, example_input=(images,), input=[tuple(images.shape)])
+        for hint in ("f32", "bf16"):
+            settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+            compiled = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
+            jobs[f"OpenVINO {hint}"] = lambda c=compiled: torch.from_numpy(c.infer([images.numpy()])[0].copy())  # type: ignore[misc]
+    except ImportError:
+        print("OpenVINO is not installed")
+    try:
+        import onnxruntime
+
+        file = io.BytesIO()
+        torch.onnx.export(network, (images,), file, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+        fed = {session.get_inputs()[0].name: images.numpy()}
+        jobs["ONNX Runtime float32"] = lambda: torch.from_numpy(session.run(None, fed)[0])
+    except ImportError:
+        print("ONNX Runtime is not installed")
+    seconds = interleaved(jobs, rounds)
+    print("\n| engine | s for 16 slices | against eager bfloat16 | largest difference |\n|---|---|---|---|")
+    for name, job in jobs.items():
+        gain = seconds["eager bfloat16"] / seconds[name]
+        print(f"| {name} | {seconds[name]:.3f} | {gain:.2f}× | {float((job().float() - reference).abs().max()):.1e} |")
+
+
+def peer(model: CrossConditionedModel, rounds: int) -> None:
+    """Conditional pixel-space diffusion of as many parameters: one of its 50 steps on the C-UNet's batch."""
+    from monai.networks.nets import DiffusionModelUNet
+
+    config = model.config
+    count = sum(p.numel() for p in model.synthesis.parameters())
+    channels = 8
+    while True:
+        form = {"num_res_blocks": 1, "attention_levels": (False,) * 4, "norm_num_groups": 2}
+        wide = (channels, 2 * channels, 3 * channels, 4 * channels)
+        network = DiffusionModelUNet(
+            2, config.inputs + len(config.targets), len(config.targets), channels=wide, **form
+        ).eval()
+        if sum(p.numel() for p in network.parameters()) >= count or channels > 256:
+            break
+        channels += 2
+    images = torch.rand(BATCH, config.inputs + len(config.targets), 184, 144)
+    times = torch.full((BATCH,), 500)
+
+    def bfloat16(call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                call()
+
+        return run
+
+    seconds = interleaved(
+        {
+            "ours": bfloat16(lambda: model.synthesis(images[:, : config.inputs])),
+            "theirs": bfloat16(lambda: network(images, times)),
+        },
+        rounds,
+    )
+    size, times_ours = sum(p.numel() for p in network.parameters()), seconds["theirs"] / seconds["ours"]
+    print(
+        f"\nDiffusionModelUNet, {size / 1e6:.2f} M parameters (C-UNet {count / 1e6:.2f} M): one step takes "
+        f"{times_ours:.2f} times the C-UNet's whole pass, 50 steps {50 * times_ours:.0f} times"
+    )
+
+
+def pooled(rounds: int) -> None:
+    """The published form and size, untrained: what its guidance costs beside its C-UNet, on a volume of 146 slices."""
+    model = CrossConditionedModel(PAPER.model_config(("t1n", "t2w"), ("t1c", "t2f"))).eval()
+    images = torch.rand(4, 2, 184, 144)
+    y_0 = torch.rand(1, model.representation.dim)
+
+    def bfloat16(call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                call()
+
+        return run
+
+    seconds = interleaved(
+        {
+            "MDN": bfloat16(lambda: model.guide(None, [seeded("speed")], steps=50)),
+            "unguided": bfloat16(lambda: model.synthesis(images, None)),
+            "guided": bfloat16(lambda: model.synthesis(images, y_0.expand(len(images), -1))),
+        },
+        rounds,
+    )
+    volume = seconds["unguided"] * 146 / len(images)
+    print(
+        f"\npaper size: C-UNet {volume:.1f} s a volume; MDN, 50 steps, {seconds['MDN'] / volume:.2%} of that; "
+        f"condition embedding {seconds['guided'] / seconds['unguided'] - 1:+.1%}"
+    )
+
+
+def compressors(folder: Path, rounds: int) -> None:
+    """One float32 volume of the study, compressed as `.nii.gz`."""
+    study = load_study({"t1n": next(folder.glob("*t1n.nii.gz"))})
+    content = study.normalised("t1n").tobytes()
+    jobs: dict[str, Callable[[], bytes]] = {
+        f"zlib, level {n}": lambda n=n: gzip.compress(content, n, mtime=0) for n in (1, 6)
+    }  # type: ignore[misc]
+    try:
+        from isal import igzip
+
+        jobs |= {f"isal, level {n}": lambda n=n: igzip.compress(content, n, mtime=0) for n in (0, 1, 2)}  # type: ignore[misc]
+    except ImportError:
+        print("isal is not installed")
+    try:
+        from zlib_ng import gzip_ng
+
+        jobs |= {f"zlib-ng, level {n}": lambda n=n: gzip_ng.compress(content, n, mtime=0) for n in (1, 2)}  # type: ignore[misc]
+    except ImportError:
+        print("zlib-ng is not installed")
+    seconds = interleaved(jobs, rounds)
+    print(f"\n| {len(content) / 1e6:.0f} MB of float32 | s | MB |\n|---|---|---|")
+    for name, job in jobs.items():
+        print(f"| {name} | {seconds[name]:.2f} | {len(job()) / 1e6:.1f} |")
+
+
+def main() -> None:
+    """Print all tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, nargs="?", default=Path("../shared/data/brats/BraTS-GLI-00000-000"))
+    parser.add_argument("--target", default="t2f")
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=ALL, nargs="+")
+    options = parser.parse_args()
+    model = load_model(find_model(options.model), choose_device("cpu"))
+    wanted = options.only or ALL
+    if "parts" in wanted:
+        parts(options.study, options.target, model, options.rounds)
+    if "engines" in wanted:
+        engines(model, options.rounds)
+    if "peer" in wanted:
+        peer(model, options.rounds)
+    if "pooled" in wanted:
+        pooled(options.rounds)
+    if "compressors" in wanted:
+        compressors(options.study, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
