@@ -121,6 +121,14 @@ def test_each_slice_names_the_image_it_was_made_of(tmp_path):
         )
 
 
+def test_removed_uids_are_made_up(tmp_path):
+    habit = dicoms.Habit(missing=("StudyInstanceUID", "FrameOfReferenceUID", "PatientID", "StudyDate"))
+    _, _, images = derive(tmp_path, habit=habit)
+    for keyword in ("StudyInstanceUID", "FrameOfReferenceUID"):
+        assert len({image[keyword].value for image in images}) == 1
+        assert images[0][keyword].value.startswith("2.25.")
+
+
 def test_the_same_synthesis_has_the_same_uids(tmp_path):
     *_, one = derive(tmp_path / "a")
     *_, same = derive(tmp_path / "b")

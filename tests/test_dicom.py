@@ -254,3 +254,30 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(ConfigError, match=r"pip install 'crossmr\[dicom\]'"):
         convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_broken_elements_are_as_good_as_missing(tmp_path):
+    for path in dicoms.write_series(tmp_path / "in", head(), OBLIQUE, "t2f", description="flair"):
+        content = path.read_bytes()
+        for value, broken in ((b"9000", b"9e0."), (b"2500", b"2..0")):  # repetition and inversion time
+            content = content.replace(value, broken, 1)
+        path.write_bytes(content)
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    assert scans.series["t2f"].why == "its description"
+
+
+def test_patients_without_uids_are_not_mixed(tmp_path):
+    for patient in ("a", "b"):
+        for path in dicoms.write_series(tmp_path / "in" / patient, head(), OBLIQUE, "t1n", patient=patient):
+            image = pydicom.dcmread(path)
+            del image.StudyInstanceUID, image.PatientID
+            image.save_as(path)
+    assert len(convert(tmp_path / "in", tmp_path / "out")) == 2
+
+
+def test_the_output_may_lie_within_the_input(tmp_path):
+    write(tmp_path, ("t1n", "t2f"))
+    first = convert(tmp_path, tmp_path / "out")
+    assert holds_dicom(tmp_path, tmp_path / "out")
+    assert not holds_dicom(tmp_path)
+    assert [s.case for s in convert(tmp_path, tmp_path / "out")] == [s.case for s in first]

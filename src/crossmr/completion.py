@@ -519,7 +519,7 @@ def complete_cohort(
         model = load_model(find_model(model), choose_device(device))
     check_settings(model, settings)
     reference = read_reference(settings.reference, model, mapping, registered=settings.registered)
-    scanned = holds_dicom(Path(cohort))
+    scanned = holds_dicom(Path(cohort), layout.out)
     if scanned:
         settings = replace(settings, registered=settings.registered or None)
     else:
@@ -533,7 +533,13 @@ def complete_cohort(
     layout.start(Path(cohort))
     scans: dict[str, Scans] = {}
     if scanned:
-        studies = convert(Path(cohort), out / SCANS, mapping=mapping, keep_names=keep_names, display=display)
+        studies = convert(
+            *(Path(cohort), out / SCANS),
+            mapping=mapping,
+            keep_names=keep_names,
+            apart=layout.out,
+            display=display,
+        )
         summary["failed"] = {one.case: one.refused for one in studies if one.refused}
         scans = {one.case: one for one in studies if not one.refused}
         found = [files for files in find_studies(out / SCANS) if files.case in scans] if scans else []

@@ -87,6 +87,8 @@ def write_derived(
             raise VolumeError(f"{like.name}: its DICOM tags can no longer be read ({error}).") from error
         common = _common(scan, planes.orientation, planes.spacing_mm, stored.shape[1:], made)
         identity = f"{settings} {modality} {kind} {uuid.uuid5(uuid.NAMESPACE_OID, stored.tobytes().hex())}"
+        if not common.get("StudyInstanceUID"):  # removed by whoever shared the scans
+            common.StudyInstanceUID = _uid(like.study)
         common.SeriesInstanceUID = _uid(f"{common.StudyInstanceUID} {identity}")
         common.SeriesNumber = (
             _SERIES_NUMBERS + 10 * (list(SPOKEN).index(modality) if modality in SPOKEN else 9) + bool(kind)

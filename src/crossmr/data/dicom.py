@@ -109,10 +109,10 @@ class Scans:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def holds_dicom(folder: Path) -> bool:
-    """Whether a folder holds DICOM, and no NIfTI."""
+def holds_dicom(folder: Path, apart: Path | None = None) -> bool:
+    """Whether a folder holds DICOM, and no NIfTI; `apart` is a folder in it that does not count."""
     seen = False
-    for path in _files(folder):
+    for path in _files(folder, apart):
         if path.name.lower().endswith((".nii", ".nii.gz")):
             return False
         seen = seen or path.name.upper() == "DICOMDIR" or _is_dicom(path)
@@ -126,19 +126,21 @@ def convert(
     *,
     mapping: Mapping[str, str] | None = None,
     keep_names: bool = False,
+    apart: Path | None = None,
     display: Display = SILENT,
 ) -> list[Scans]:
     """Convert every study of a folder of DICOM into OUT/CASE/CASE-MODALITY.nii.gz, on the series' own grids.
 
     A case is called after the hashes of its study's UIDs, `sub-1f0c…_ses-77ab…`, or, with `keep_names`, after patient
-    ID and date. `mapping` is modality → glob on the series' description, for what tags cannot tell. What was taken and
+    ID and date. `mapping` is modality → glob on the series' description, for what tags cannot tell; `apart` a folder
+    that is passed over. What was taken and
     left out, and why, stands in OUT/CASE/series.json, which is written last; a case that has it is not done again.
 
     Raises:
         ConfigError: pydicom or dcm2niix is not installed. NamingError: no MR image. OutputError: OUT cannot be written.
     """
     converter = _converter()
-    found = find_series(folder, mapping)
+    found = find_series(folder, mapping, apart or out)
     if not found:
         raise NamingError(f"{folder}: no MR image in it or below. Give the folder of the studies' DICOM files.")
     studies: dict[str, list[Series]] = defaultdict(list)
@@ -154,14 +156,17 @@ def convert(
     return done
 
 
-def find_series(folder: Path, mapping: Mapping[str, str] | None = None) -> list[Series]:
-    """Every series of MR images under a folder, with what it is, or why it is none of ours; sorted."""
+def find_series(folder: Path, mapping: Mapping[str, str] | None = None, apart: Path | None = None) -> list[Series]:
+    """Every series of MR images under a folder, with what it is, or why it is none of ours; sorted.
+
+    `mapping` and `apart` as in `convert`.
+    """
     pydicom = _pydicom()
     mapping = {mapping_key(key): glob for key, glob in mapping.items()} if mapping else None
     groups: dict[tuple[Any, ...], list[tuple[Path, Any]]] = defaultdict(list)
     seen: set[str] = set()
     with pydicom.config.disable_value_validation():
-        for path in _files(folder):
+        for path in _files(folder, apart):
             header = _header(pydicom, path)
             if header is None or str(header.get("Modality", "MR")) != "MR" or header.SOPClassUID not in _MR:
                 continue
@@ -169,7 +174,7 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None) -> list[
                 continue
             seen.add(str(header.SOPInstanceUID))
             key = (
-                str(header.get("StudyInstanceUID", "")),
+                _study(header, path),
                 str(header.get("SeriesInstanceUID", header.get("SeriesNumber", path.parent))),
                 "" if header.SOPClassUID in _ENHANCED else str(_number(header, "EchoTime")),
                 "" if header.SOPClassUID in _ENHANCED else "\\".join(_texts(header, "ImageType")),
@@ -202,7 +207,7 @@ def _series(images: Sequence[tuple[Path, Any]], mapping: Mapping[str, str] | Non
         verdict = Verdict(None, wrong, True)
     return Series(
         patient=str(header.get("PatientID", "")),
-        study=str(header.get("StudyInstanceUID", "")),
+        study=_study(header, images[0][0]),
         date=str(header.get("StudyDate", "")),
         number=None if (number := _number(header, "SeriesNumber")) is None else int(number),
         time=str(header.get("AcquisitionTime", "") or header.get("SeriesTime", "")),
@@ -214,6 +219,11 @@ def _series(images: Sequence[tuple[Path, Any]], mapping: Mapping[str, str] | Non
         modality=verdict.modality,
         why=verdict.why,
     )
+
+
+def _study(header: Any, path: Path) -> str:
+    """The study's UID; where it was removed, what else tells studies apart."""
+    return str(header.get("StudyInstanceUID") or (header.get("PatientID"), header.get("StudyDate"), path.parent))
 
 
 def _fault(planes: Sequence[Plane], orientations: Sequence[Floats]) -> tuple[str, float]:
@@ -260,7 +270,6 @@ def _acquisition(header: Any) -> Acquisition:
     families = {*_texts(header, "ScanningSequence"), *pulse} | (
         {"IR"} if _find(header, "InversionRecovery") == "YES" else set()
     )
-    ti = _find(header, "InversionTimes")
     b_value = _number(header, "DiffusionBValue")
     agent = names_agent(str(header.get("ContrastBolusAgent") or ""))
     injected = (_number(header, "ContrastBolusVolume") or 0) > 0
@@ -271,7 +280,7 @@ def _acquisition(header: Any) -> Acquisition:
         variants=frozenset(_texts(header, "SequenceVariant")),
         tr_ms=_number(header, "RepetitionTime"),
         te_ms=_first(_number(header, "EffectiveEchoTime"), _number(header, "EchoTime")),
-        ti_ms=_first(_number(header, "InversionTime"), None if ti is None else float(_numbers(ti)[0])),
+        ti_ms=_first(_number(header, "InversionTime"), _number(header, "InversionTimes")),
         agent=agent,
         acquired=str(_find(header, "AcquisitionContrast") or ""),
         kinds=frozenset({*_texts(header, "ImageType"), *_texts(header, "FrameType")}),
@@ -458,13 +467,17 @@ def _cases(found: Sequence[Series], keep_names: bool) -> dict[str, str]:
     }
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Every file below, hidden ones apart; sorted."""
+def _files(folder: Path, apart: Path | None = None) -> Iterator[Path]:
+    """Every file below, without hidden ones and those of one folder; sorted."""
     root = Path(os.path.abspath(folder))
     if os.path.isfile(root):
         raise NamingError(f"{folder}: is a file, not a folder: give the folder that holds it.")
     for place, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and (apart is None or os.path.join(place, name) != os.path.abspath(apart))
+        )
         yield from (Path(place, name) for name in sorted(files) if not name.startswith("."))
 
 
@@ -486,9 +499,22 @@ def _header(pydicom: Any, path: Path) -> Any:
         return None
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS))
+        _drop_broken(header)
         return header if header.get("SOPClassUID") and header.get("SOPInstanceUID") else None
     except Exception:  # pydicom raises whatever its parsing runs into
         return None
+
+
+def _drop_broken(item: Any) -> None:
+    """Treat elements whose values make no sense as missing; pydicom finds out when they are asked for."""
+    for tag in list(item.keys()):
+        try:
+            element = item[tag]
+            if element.VR == "SQ":
+                for nested in element.value:
+                    _drop_broken(nested)
+        except Exception:  # whatever pydicom's parsing runs into
+            del item[tag]
 
 
 def _find(item: Any, keyword: str) -> Any:
