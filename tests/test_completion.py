@@ -742,7 +742,7 @@ def test_cells_give_the_mean_of_the_guided(cells, samples, guidance):
     result = synthesised(cells, guidance=guidance, samples=samples, seed=7)
     torch.testing.assert_close(result.images[:, 1:], want.transpose(0, 1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(result.deviations[:, 1:], deviation.transpose(0, 1), atol=1e-5, rtol=1e-4)
-    assert max(part[:, 0].abs().max() for part in result) == 0  # no head, no synthesis, no doubt
+    assert max(part[:, 0].abs().max() for part in result[:2]) == 0  # no head, no synthesis, no doubt
     if samples == 1:
         assert torch.equal(synthesised(cells, guidance=guidance, seed=7).images, result.images)
 
@@ -806,7 +806,7 @@ def test_seed_and_case_name_decide_the_grids(cells):
 def test_slices_of_a_batch_share_their_grids_with_slices_alone(cells, monkeypatch):
     whole = synthesised(cells, guidance="sample", samples=2)
     monkeypatch.setattr(completion, "BATCH", 1)
-    for part, again in zip(whole, synthesised(cells, guidance="sample", samples=2), strict=True):
+    for part, again in zip(whole[:2], synthesised(cells, guidance="sample", samples=2)[:2], strict=True):
         torch.testing.assert_close(again, part, atol=1e-5, rtol=1e-5)
 
 
@@ -1030,3 +1030,29 @@ def test_one_study_is_read_ahead_and_no_more():
             assert loaded.result() == str(number)
         assert len(loading) <= number + 2
     assert loading == ["0", "1", "2", "3"]
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(tmp_path, monkeypatch):
+    model = load_model(save_untrained(tmp_path / "model"))
+    study = load_study({m: image(make_head(m)) for m in ("t1n", "t2w")})
+    settings = Settings(guidance="none", precision="float32")
+    whole = completion.complete_study(study, model, settings)
+    forward, sizes = model.synthesis.forward, []
+
+    def small(images, *others):
+        sizes.append(len(images))
+        if len(images) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(images, *others)
+
+    monkeypatch.setattr(model.synthesis, "forward", small)
+    result = completion.complete_study(study, model, settings)
+    assert sizes[:3] == [16, 8, 4]
+    assert "ran out of memory, so 4 slices were made at once, not 16" in result.manifest["notes"][-1]
+    for modality, made in result.images.items():
+        np.testing.assert_allclose(made.get_fdata(), whole.images[modality].get_fdata(), atol=1e-6)
+    monkeypatch.setattr(
+        model.synthesis, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left"))
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        completion.complete_study(study, model, settings)

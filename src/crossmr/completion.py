@@ -197,6 +197,7 @@ def complete_study(
     images: dict[str, Any] = {}
     deviations: dict[str, Any] = {}
     columns: list[Column] = []
+    notes = [*study.notes, *check(study, model.trivial, config.modalities, _seen(model))]
     if wanted:
         box = study.box()
         sources = {m: study.normalised(m)[box] for m in used}
@@ -204,6 +205,8 @@ def complete_study(
         seen = torch.from_numpy(study.mask[box]) if study.masked_background else torch.tensor(True)
         columns = [Column.of(m, "acquired", volume, at) for m, volume in sources.items()]
         synthesis = synthesise(model, sources, head, study.case, settings, reference=reference and reference.volumes)
+        if synthesis.batch < BATCH:
+            notes.append(f"The device ran out of memory, so {synthesis.batch} slices were made at once, not {BATCH}.")
         for modality in wanted:
             index = config.targets.index(modality)
             images[modality] = _on_grid(study, synthesis.images[index], _description(modality, used), 1.0)
@@ -230,7 +233,7 @@ def complete_study(
         "intensity": INTENSITY,
         "deviation": _deviation_record(model) if deviations else None,
         "skull_stripped": study.masked_background,
-        "notes": [*study.notes, *check(study, model.trivial, config.modalities, _seen(model))],
+        "notes": notes,
         "settings": _recorded(model, settings, reference),
         "seconds": round(time.perf_counter() - start, 3),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -348,6 +351,19 @@ def _learnt_together(model: CrossConditionedModel, sources: Sequence[str], targe
     return bool((present[:, [known.index(m) for m in (*sources, target)]] > 0).all(1).any())
 
 
+def _in_batches(predict: Callable[[Tensor], Tensor], given: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """The predictions (N, …), on the CPU, and how many slices were made at once: fewer where memory runs out."""
+    batch, made = BATCH, list[Tensor]()
+    while (start := sum(map(len, made))) < len(given):
+        try:
+            made.append(predict(given[start : start + batch].to(device)).cpu())
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+    return torch.cat(made), batch
+
+
 class Synthesis(NamedTuple):
     """All targets of a volume."""
 
@@ -355,6 +371,8 @@ class Synthesis(NamedTuple):
     """(T, Z, Y, X) in [0, 1]."""
     deviations: Tensor | None
     """(T, Z, Y, X), standard deviation of each voxel's error: learnt with cells, or else of two or more samples."""
+    batch: int = BATCH
+    """Slices made at once."""
 
 
 @torch.no_grad()
@@ -424,7 +442,7 @@ def synthesise(
                 return torch.cat([made.mean(0), model.deviation(images, cast(Tensor, unguided))], 1)
             return made.mean(0) if len(made) < 2 else torch.cat([made.mean(0), made.std(0)], 1)
 
-        slices = [z for z, voxels in enumerate(head_voxels) if voxels]
+        slices, batch = [z for z, voxels in enumerate(head_voxels) if voxels], BATCH
         given = as_inputs(stacked, slices, dims, config.divisor, context)
         if guidance == "reference":
             stretched = {m: np.clip(resize(volume, shape), 0, 1) for m, volume in (reference or {}).items()}
@@ -440,15 +458,15 @@ def synthesise(
             result = fit_size(cast(Tensor, window)[0].cpu(), shape, [0.5] * 3)
         else:
             given = given.contiguous(memory_format=torch.channels_last)
-            predicted = torch.cat([predict(chunk.to(device)).cpu() for chunk in torch.split(given, BATCH)])
+            predicted, batch = _in_batches(predict, given, device)
             result = torch.zeros(predicted.shape[1], *shape)
             result[:, slices] = fit_size(predicted, shape[1:], [0.5] * 2).transpose(0, 1)
         targets = len(config.targets)
         if len(result) == targets:
-            return Synthesis(result.clamp(0, 1), None)
+            return Synthesis(result.clamp(0, 1), None, batch)
         deviations = result[targets:]
         deviations[:, [z for z, voxels in enumerate(head_voxels) if not voxels]] = 0
-        return Synthesis(result[:targets].clamp(0, 1), deviations)
+        return Synthesis(result[:targets].clamp(0, 1), deviations, batch)
 
 
 def _wanted(model: CrossConditionedModel, inputs: Tensor, real: Tensor) -> Tensor:
