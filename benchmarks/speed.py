@@ -51,6 +51,16 @@ def interleaved(jobs: Jobs, rounds: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def inferring(call: Callable[[], object], dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
+    """The call as `complete` makes it: without gradients, in this precision."""
+
+    def run() -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            call()
+
+    return run
+
+
 def flops(call: Callable[[], object]) -> float:
     """Floating-point operations of a call: multiplications and additions of convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -87,13 +97,6 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
         unguided = model.unguided(inputs)
         cells = model.guide_cells(inputs, unguided, [seeded("speed")]) if model.config.representation.cell else None
 
-    def no_grad(call: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-                call()
-
-        return run
-
     done = complete_study(study, model, settings)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
@@ -110,8 +113,8 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
         jobs: dict[str, Callable[[], object]] = {
             "read, normalise, find the head": lambda: load_study(paths),
             "check the input": lambda: check(study, model.trivial, model.config.modalities),
-            "inputs of a batch": no_grad(lambda: model.inputs(around, shown.expand(len(around), -1))),
-            **{name: no_grad(call) for name, call in {**networks, **guided}.items()},
+            "inputs of a batch": inferring(lambda: model.inputs(around, shown.expand(len(around), -1)), dtype),
+            **{name: inferring(call, dtype) for name, call in {**networks, **guided}.items()},
             "the whole synthesis": lambda: synthesise(model, sources, head, "speed", settings),
             "write image and deviation": lambda: [
                 write_volume(image, out / f"{k}.nii.gz")
@@ -210,17 +213,10 @@ def peer(model: CrossConditionedModel, rounds: int) -> None:
     images = torch.rand(BATCH, config.inputs + len(config.targets), 184, 144)
     times = torch.full((BATCH,), 500)
 
-    def bfloat16(call: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                call()
-
-        return run
-
     seconds = interleaved(
         {
-            "ours": bfloat16(lambda: model.synthesis(images[:, : config.inputs])),
-            "theirs": bfloat16(lambda: network(images, times)),
+            "ours": inferring(lambda: model.synthesis(images[:, : config.inputs])),
+            "theirs": inferring(lambda: network(images, times)),
         },
         rounds,
     )
@@ -237,18 +233,11 @@ def pooled(rounds: int) -> None:
     images = torch.rand(4, 2, 184, 144)
     y_0 = torch.rand(1, model.representation.dim)
 
-    def bfloat16(call: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                call()
-
-        return run
-
     seconds = interleaved(
         {
-            "MDN": bfloat16(lambda: model.guide(None, [seeded("speed")], steps=50)),
-            "unguided": bfloat16(lambda: model.synthesis(images, None)),
-            "guided": bfloat16(lambda: model.synthesis(images, y_0.expand(len(images), -1))),
+            "MDN": inferring(lambda: model.guide(None, [seeded("speed")], steps=50)),
+            "unguided": inferring(lambda: model.synthesis(images, None)),
+            "guided": inferring(lambda: model.synthesis(images, y_0.expand(len(images), -1))),
         },
         rounds,
     )
