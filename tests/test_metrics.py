@@ -291,7 +291,7 @@ def test_a_truth_without_range_is_refused(value):
 def test_bootstrap_agrees_with_scipy_and_the_normal_interval():
     values = np.random.default_rng(0).normal(30, 2, size=200)
     low, high = metrics.bootstrap_interval(values.tolist())
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(1))
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", random_state=np.random.default_rng(1))
     assert (low, high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.03)
     half = 1.96 * values.std(ddof=1) / math.sqrt(200)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
