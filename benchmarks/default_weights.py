@@ -1,8 +1,9 @@
 """The weights that crossmr ships: one model of any subset of T1, T1ce, T2 and FLAIR, from whatever data is at hand.
 
-LGG (three modalities, with skull), BraTS, HiNet's BraTS 2018 and openms (four), and phantoms. Two BraTS cases are left
-out: their patients occur, or may occur, in LGG. The split is by patient; its seed was taken by names alone, so that
-each cohort has patients who are never trained on.
+LGG (three modalities, with skull), BraTS, HiNet's BraTS 2018 and openms (four), cubes around the tumours of BraTS 2020
+(four, as mosaics), and phantoms. Two BraTS cases are left out: their patients occur, or may occur, in LGG; so are the
+cubes of low-grade gliomas, for the same reason, and of the patients held out from HiNet's. The split is by patient; its
+seed was taken by names alone, so that each cohort has patients who are never trained on.
 
 python benchmarks/default_weights.py ../shared/data -o runs/default --minutes 240
 python benchmarks/default_weights.py ../shared/data -o runs/default --measure   # every subset of the held-out patients
@@ -12,17 +13,26 @@ python benchmarks/default_weights.py ../shared/data -o runs/default --ship      
 
 import argparse
 import csv
+import hashlib
 import math
 import shutil
 import statistics
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
+from einops import rearrange
+from scipy.ndimage import zoom
+
 from crossmr.completion import complete_cohort
 from crossmr.config import with_settings
 from crossmr.data.naming import SPOKEN
 from crossmr.data.prepare import Split, default_workers, prepare
+from crossmr.data.study import MEDIANS
 from crossmr.display import Display
+from crossmr.errors import SetError
 from crossmr.evaluation import DEVIATION, INTENSITY, evaluate, sureness_table, tables
+from crossmr.files import digest, read_json, write_json
 from crossmr.model import load_model
 from crossmr.phantom import write_cohort
 from crossmr.recipes import ANY
@@ -30,6 +40,16 @@ from crossmr.report import report_completion, report_evaluation
 from crossmr.training import train
 
 LEFT_OUT = ("TCGA-DU-7294", "TCGA-FG-6692")
+CUBES_LEFT_OUT = frozenset({143, 147, *range(260, 336)})
+"""Numbers in BraTS 2020: hinet_train_08 and _01 (normalised correlation with their scans .92 and .74, the next .60 and
+.57), and the low-grade gliomas, 65 of whom are TCGA-LGG's. BraTS-GLI-00000-000 is not among the cubes (.51 at best, far
+from its tumour)."""
+CUBE_UNIT = 1000.0
+CUBE_OUTSIDE = 73
+"""The code of a z-score of 0, which fills what is not brain."""
+CUBE_SCALE = {"t1n": (0.66, 0.16, 2.2), "t1c": (0.42, 0.10, 5.5), "t2w": (0.38, 0.16, 3.9), "t2f": (0.45, 0.15, 3.9)}
+"""Mean and standard deviation of the brain where its 99.9th percentile is 1, and that percentile's z-score: typical of
+whole stripped scans."""
 SPLIT = Split.parse("75/7/18", 451)
 PHANTOMS = 20
 SHAPE, SPACING_MM = (104, 124, 44), (1.875, 1.875, 4.0)
@@ -60,7 +80,12 @@ RECIPE = with_settings(ANY, SETTINGS)
 WEIGHTS = Path(__file__).parents[1] / "src" / "crossmr" / "weights" / "default"
 LARGEST_MIB = 16.0
 FOUR = ("BraTS", "Brats", "CompImg", "modelhub", "hinet", "patient")
-COHORTS = {"LGG": ("TCGA-",), "BraTS, HiNet, openms": FOUR, "phantoms": ("PHANTOM",)}
+COHORTS = {
+    "LGG": ("TCGA-",),
+    "BraTS, HiNet, openms": FOUR,
+    "BraTS 2020 cubes, four patients in each": ("CUBES",),
+    "phantoms": ("PHANTOM",),
+}
 """How the cases of each are called."""
 
 
@@ -71,9 +96,72 @@ def four_modalities(data: Path) -> list[Path]:
 
 
 def cohorts(data: Path, out: Path) -> list[Path]:
-    """The folders that are prepared together; phantoms are made under `out`."""
+    """The folders that are prepared together; mosaics and phantoms are made under `out`."""
     write_cohort(out / "phantoms", PHANTOMS, seed=7, shape=SHAPE, spacing_mm=SPACING_MM)
-    return [data / "lgg", *four_modalities(data), out / "phantoms"]
+    return [data / "lgg", *four_modalities(data), mosaics(data, out / "mosaics"), out / "phantoms"]
+
+
+def mosaics(data: Path, out: Path) -> Path:
+    """The cubes as studies: four patients side by side in black, at the size in plane of 1 mm scans.
+
+    Cubes come as z-scores of the brain, 0 outside it, from volumes stretched to 128³ voxels. A patient gives the cube
+    that has the most brain, unless that is less than half.
+    """
+    cubes = []
+    for file in sorted((data / "brats20_cubes").glob("*.npz")):
+        if int(file.stem.rpartition("_")[2]) not in CUBES_LEFT_OUT:
+            with np.load(file) as arrays:
+                image, labels = arrays["image"], arrays["seg"]
+            brain = ~(image == CUBE_OUTSIDE).all(1)
+            best = int(brain.sum((1, 2, 3)).argmax())
+            if brain[best].mean() > 0.5:
+                cubes.append((image[best] * (14 / 255) - 4, brain[best], labels[best]))
+    affine = np.diag([-0.9375, -0.9375, 1.211, 1])
+    for start in range(0, len(cubes) - 3, 4):
+        name, group = f"CUBES-{start // 4:02d}", cubes[start : start + 4]
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        brain = np.stack([_large(mask, order=0) for _, mask, _ in group])
+        for index, (modality, (mean, deviation, highest)) in enumerate(CUBE_SCALE.items()):
+            scores = np.stack([_large(image[index], order=1) for image, _, _ in group])
+            intensity = np.where(brain, (mean + deviation * scores.clip(max=highest)).clip(min=0.02), 0)
+            picture = np.round(CUBE_UNIT * _tiled(intensity)).astype(np.int16)
+            nib.save(nib.Nifti1Image(picture, affine), folder / f"{name}-{modality}.nii.gz")
+        labels = np.stack([_large(seg, order=0) for _, _, seg in group])
+        nib.save(nib.Nifti1Image(_tiled(labels).astype(np.uint8), affine), folder / f"{name}-seg.nii.gz")
+    return out
+
+
+def _large(cube: np.ndarray, order: int) -> np.ndarray:
+    """(32, 32, 32) to (64, 64, 32)."""
+    return zoom(cube, (2, 2, 1), order=order, mode="nearest", grid_mode=True)
+
+
+def _tiled(tiles: np.ndarray) -> np.ndarray:
+    """(4, 64, 64, 32) to two by two, with zeros around them."""
+    return np.pad(rearrange(tiles, "(a b) x y z -> (a x) (b y) z", a=2), ((4, 4), (4, 4), (2, 2)))
+
+
+def rescale_mosaics(prepared: Path) -> None:
+    """Bring the brain's mean of a prepared mosaic to where the median of whole scans lies.
+
+    Mosaics are tumour for the most part: their own median of FLAIR is a quarter above the brain's.
+    """
+    manifest = read_json(prepared / "manifest.json", SetError)
+    for name, case in manifest["cases"].items():
+        if not name.startswith("CUBES"):
+            continue
+        folder = prepared / "cases" / name
+        images = np.load(folder / "images.npy")
+        for index, modality in enumerate(case["modalities"]):
+            scale, wanted = case["normalisation"][modality], MEDIANS * CUBE_UNIT * CUBE_SCALE[modality][0]
+            images[:, index] *= scale["high"] / wanted
+            scale["high"] = wanted
+        np.save(folder / "images.npy", images, allow_pickle=False)
+        case["files"]["images.npy"] = hashlib.sha256((folder / "images.npy").read_bytes()).hexdigest()
+        write_json(folder / "case.json", read_json(folder / "case.json", SetError) | case)
+    manifest.pop("sha256")
+    write_json(prepared / "manifest.json", {**manifest, "sha256": digest(manifest)})
 
 
 def measure(model: Path, data: Path, out: Path, display: Display) -> None:
@@ -140,6 +228,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data"))
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/default"))
     parser.add_argument("--minutes", type=float, default=240.0)
+    parser.add_argument("--start", type=Path, help="go on from the weights of this model")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true")
@@ -151,7 +240,8 @@ def main() -> None:
     if not (options.measure or options.card or options.ship):
         folders = cohorts(options.data, out)
         prepare(folders, out / "set", split=SPLIT, workers=default_workers(), display=display)
-        form = {"minutes": options.minutes, "device": options.device, "seed": options.seed}
+        rescale_mosaics(out / "set")
+        form = {"minutes": options.minutes, "device": options.device, "seed": options.seed, "start": options.start}
         train(out / "set", out / "run", recipe=RECIPE, display=display, **form)
     if options.measure:
         measure(model, options.data, out, display)

@@ -21,7 +21,7 @@ from crossmr.data.dataset import Batches, PreparedSet
 from crossmr.data.prepare import Split, prepare
 from crossmr.display import Display
 from crossmr.errors import ConfigError, ModelError, SetError
-from crossmr.model import CrossConditionedModel, load_model
+from crossmr.model import CrossConditionedModel, load_model, pseudonym
 from crossmr.phantom import write_cohort
 from crossmr.recipes import TINY, FitConfig, Recipe
 from crossmr.stages.representation import MaskedAutoencoder
@@ -349,6 +349,54 @@ def test_refusals(prepared, tmp_path):
         train(prepared, tmp_path, recipe=SMALL, stages=["discriminator"], steps=1)
     with pytest.raises(SetError, match="is no prepared set"):
         train(tmp_path, tmp_path / "run", recipe=SMALL)
+
+
+# Going on from a trained model
+
+
+def frozen(recipe: Recipe) -> Recipe:
+    """The recipe with learning rates too small to change a weight."""
+    fits = ("representation", "distribution", "synthesis", "guidance", "uncertainty")
+    return with_settings(recipe, {f"{name}_fit.learning_rate": "1e-12" for name in fits})
+
+
+def test_a_training_starts_from_the_weights_of_a_model(prepared, trained, tmp_path):
+    other = train(prepared, tmp_path / "a", recipe=frozen(SMALL), start=trained / "model", steps=1, seed=8)
+    before, after = weights(trained / "model"), weights(other)
+    own = {"trivial.mean_image", "calibration.variance", "distribution.centre", "distribution.scale"}
+    for key in before.keys() - own:
+        assert torch.allclose(before[key].float(), after[key].float(), atol=1e-6), key
+    record = load_model(other).record["training"]
+    assert record["start"] == load_model(trained / "model").record["sha256"]
+    assert load_model(other).config == load_model(trained / "model").config
+
+
+def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run, tmp_path):
+    write_cohort(tmp_path / "cohort", 2, seed=9, shape=(40, 48, 32), spacing_mm=(4.8, 4.8, 5.6))
+    for path in (tmp_path / "cohort").rglob("*t2w*"):
+        path.unlink()
+    prepare(tmp_path / "cohort", tmp_path / "set", split=Split(1.0, 0.0, 0.0))
+    model = load_model(train(tmp_path / "set", tmp_path / "run", start=any_run / "model", steps=2))
+    earlier = load_model(any_run / "model")
+    assert model.config == earlier.config
+    seen, before = (one.record["training"]["patients"]["train"] for one in (model, earlier))
+    own = {pseudonym(case.patient) for case in PreparedSet(tmp_path / "set").part("train")}
+    assert set(before) - own
+    assert set(seen) == own | set(before)
+    drawn = model.guide_cells(torch.rand(1, 16, 32, 32), torch.rand(1, 4, 32, 32), [torch.Generator()], steps=2)
+    assert drawn.isfinite().all()
+
+
+def test_a_training_starts_from_no_other_network(prepared, trained, tmp_path):
+    with pytest.raises(ConfigError, match="has another synthesis"):
+        train(prepared, tmp_path, recipe=with_settings(SMALL, {"synthesis.channels": "16"}), start=trained / "model")
+    with pytest.raises(ConfigError, match="has another sources"):
+        train(prepared, tmp_path, recipe=SMALL, sources=["t1n", "t2f"], targets=["t1c"], start=trained / "model")
+    with pytest.raises(ModelError, match="neither a folder nor a model at hand"):
+        train(prepared, tmp_path, start="nowhere")
+    train(prepared, tmp_path / "run", recipe=SMALL, start=trained / "model", steps=1, stages=["representation"])
+    with pytest.raises(ConfigError, match="another start"):
+        train(prepared, tmp_path / "run", recipe=SMALL, sources=SOURCES, targets=TARGETS, steps=1)
 
 
 # Any subset

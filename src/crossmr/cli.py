@@ -107,7 +107,13 @@ def prepare(
 def train(
     prepared: Annotated[Path, typer.Argument(metavar="SET", help="A set made by 'crossmr prepare'.")],
     out: Out,
-    recipe: Annotated[str, typer.Option(help="standard, any, paper or tiny.")] = "standard",
+    recipe: Annotated[
+        str | None, typer.Option(help="standard, any, paper or tiny; by default standard, or that of --start.")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="Go on from a trained model's weights, e.g. 'default', on other patients."),
+    ] = None,
     sources: Annotated[str | None, typer.Option(help="Modalities to read, e.g. t1n,t2w.")] = None,
     targets: Targets = None,
     stage: Annotated[list[str] | None, typer.Option(help="Train this stage alone; repeatable.")] = None,
@@ -129,16 +135,23 @@ def train(
     """Train the three networks. The same command again goes on exactly where it stopped."""
     from crossmr.config import with_settings
     from crossmr.display import Display
-    from crossmr.recipes import RECIPES
+    from crossmr.model import load_model
+    from crossmr.recipes import RECIPES, recipe_of
+    from crossmr.store import find_model
     from crossmr.training import train as run
 
-    if recipe not in RECIPES:
+    if recipe is not None and recipe not in RECIPES:
         raise ConfigError(f"--recipe is '{recipe}'; wanted one of {', '.join(RECIPES)}.")
+    if start is not None and recipe is None:
+        chosen = recipe_of(load_model(find_model(start)))
+    else:
+        chosen = RECIPES[recipe or "standard"]
     display = Display()
     model = run(
         prepared,
         out,
-        recipe=with_settings(RECIPES[recipe], _pairs(settings, "--set", "synthesis.channels=32")),
+        recipe=with_settings(chosen, _pairs(settings, "--set", "synthesis.channels=32")),
+        start=start,
         sources=_modalities(sources),
         targets=_modalities(targets),
         stages=stage,

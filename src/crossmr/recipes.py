@@ -7,9 +7,10 @@ TINY a small STANDARD for a demo.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from crossmr.config import from_dict
 from crossmr.data.augmentation import AugmentationConfig
 from crossmr.errors import ConfigError
-from crossmr.model import ModelConfig
+from crossmr.model import CrossConditionedModel, ModelConfig
 from crossmr.stages.distribution import DistributionConfig
 from crossmr.stages.representation import RepresentationConfig
 from crossmr.stages.synthesis import SynthesisConfig
@@ -143,3 +144,12 @@ ANY = replace(STANDARD, any_subset=True, context_slices=3)
 """STANDARD for any subset of the set's modalities, from three neighbouring slices."""
 
 RECIPES = {"standard": STANDARD, "any": ANY, "paper": PAPER, "tiny": TINY}
+
+
+def recipe_of(model: CrossConditionedModel) -> Recipe:
+    """The recipe that a model was trained by.
+
+    Raises:
+        ConfigError: its record is of a version that had other settings.
+    """
+    return from_dict(Recipe, model.record["training"].get("recipe", {}))

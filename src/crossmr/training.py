@@ -33,11 +33,12 @@ from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, ModelError
 from crossmr.files import read_json, sole_writer, write_json
 from crossmr.fitting import Job, Loop, fit, steps_in
-from crossmr.model import CrossConditionedModel, ModelConfig, pseudonym, save_model, variance_loss
+from crossmr.model import CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model, variance_loss
 from crossmr.picture import save_picture
-from crossmr.recipes import STANDARD, Recipe
+from crossmr.recipes import STANDARD, Recipe, recipe_of
 from crossmr.stages.representation import MaskedAutoencoder, z_score
 from crossmr.stages.synthesis import LinearMix
+from crossmr.store import find_model
 from crossmr.trivial import fit_trivial, linear_weights
 
 PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
@@ -64,6 +65,8 @@ class Run:
     targets: tuple[str, ...]
     train: tuple[Case, ...]
     val: tuple[Case, ...]
+    start: CrossConditionedModel | None = None
+    """A trained model whose weights are the first ones."""
 
     def batches(self, stage: str, cases: Sequence[Case], modalities: Sequence[str]) -> Batches:
         """The batches of a stage; the twin's are the C-UNet's."""
@@ -102,7 +105,8 @@ def train(
     prepared: Path | str,
     run: Path | str,
     *,
-    recipe: Recipe = STANDARD,
+    recipe: Recipe | None = None,
+    start: Path | str | None = None,
     sources: Sequence[str] | None = None,
     targets: Sequence[str] | None = None,
     stages: Sequence[str] | None = None,
@@ -119,7 +123,9 @@ def train(
     Args:
         prepared: the set's folder, as `prepare` wrote it.
         run: where the run lives; its 'model' folder is the result.
-        recipe: networks and optimisation.
+        recipe: networks and optimisation; by default STANDARD, or that of `start`.
+        start: a trained model, as folder or by name, whose weights every network starts from. Modalities and networks
+            are then its own; a model of any subset goes on with those of its modalities that the set has.
         sources: modalities to read; by default the published T1 and T2, as far as the set has them.
         targets: modalities to synthesise; by default the published T1ce and FLAIR. A recipe of any subset reads and
             synthesises all of them, by default all that the set has.
@@ -142,6 +148,11 @@ def train(
     """
     opened, folder = PreparedSet(prepared), Path(run)
     known = list(opened.manifest["fingerprint"]["modalities"])
+    begun = None if start is None else load_model(find_model(start))
+    if recipe is None:
+        recipe = STANDARD if begun is None else recipe_of(begun)
+    if begun is not None:
+        sources, targets = sources or begun.config.sources, targets or begun.config.targets
     if recipe.any_subset:
         learnt = {m for case in opened.part("train") for m in case.modalities}
         sources = targets = tuple(in_usual_order({*(sources or ()), *(targets or ())} or learnt))
@@ -150,7 +161,10 @@ def train(
         targets = tuple(targets or [m for m in PUBLISHED_TARGETS if m in known and m not in sources])
         if both := set(sources) & set(targets):
             raise ConfigError(f"{min(both)} is both source and target; for any subset of modalities use recipe 'any'.")
-    for modality in (*sources, *targets):
+    if begun is not None:
+        _check_start(begun, recipe.model_config(sources, targets))
+    needed = [] if begun is not None and recipe.any_subset else [*sources, *targets]
+    for modality in needed:
         if modality not in known:
             raise ConfigError(f"No study of {opened.folder} has {modality}; it has {', '.join(known)}.")
     if steps is not None and minutes is not None:
@@ -160,7 +174,8 @@ def train(
     if not -(2**63) <= seed < 2**64:
         raise ConfigError(f"--seed is {seed}; wanted a whole number of at most 64 bits.")
     fabric, dtype = _fabric(device, precision)
-    state = Run(Loop(folder, fabric, seed, display), recipe, sources, targets, opened.part("train"), opened.part("val"))
+    loop = Loop(folder, fabric, seed, display)
+    state = Run(loop, recipe, sources, targets, opened.part("train"), opened.part("val"), begun)
     model = _initial_model(state, twin)
     order = list(model.stages())
     chosen = list(stages or order)
@@ -284,22 +299,42 @@ def _claim(run: Run, prepared: PreparedSet, dtype: str) -> None:
         "set": prepared.fingerprint,
         "precision": dtype,
         "device": run.loop.fabric.device.type,
-        "patients": {"train": _pseudonyms(run.train), "val": _pseudonyms(run.val)},
+        "patients": {"train": _pseudonyms(run, "train"), "val": _pseudonyms(run, "val")},
     }
+    if run.start is not None:
+        identity["start"] = run.start.record["sha256"]
     path = run.loop.folder / "run.json"
     if not path.exists():
         write_json(path, {**identity, "versions": {name: version(name) for name in ("crossmr", "torch", "monai")}})
         return
     earlier = read_json(path)
-    for key, value in identity.items():
+    for key, value in {"start": None, **identity}.items():
         if earlier.get(key) != value:
             raise ConfigError(
                 f"{run.loop.folder} holds a run with another {key}; name another folder, or repeat its settings."
             )
 
 
-def _pseudonyms(cases: Sequence[Case]) -> list[str]:
-    return sorted({pseudonym(case.patient) for case in cases})
+def _check_start(start: CrossConditionedModel, wanted: ModelConfig) -> None:
+    """Refuse to start a network from another's weights."""
+    own, other = to_dict(start.config), to_dict(wanted)
+    for key in own:
+        if own[key] != other[key]:
+            raise ConfigError(
+                f"The model to start from has another {key} ({_short(own[key])}; wanted {_short(other[key])}). "
+                "Leave --recipe, --sources and --targets away, and --set to how it is trained."
+            )
+
+
+def _short(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _pseudonyms(run: Run, part: str) -> list[str]:
+    """Of the patients whom the model will have seen, those of the model it starts from included."""
+    earlier = [] if run.start is None else run.start.record["training"].get("patients", {}).get(part, [])
+    cases = run.train if part == "train" else run.val
+    return sorted({*earlier, *(pseudonym(case.patient) for case in cases)})
 
 
 def _initial_model(run: Run, twin: bool) -> CrossConditionedModel:
@@ -309,6 +344,9 @@ def _initial_model(run: Run, twin: bool) -> CrossConditionedModel:
         torch.manual_seed(run.loop.seed)
         began = (run.loop.folder / "stages" / "twin").exists()
         model = CrossConditionedModel(config, twin=(twin or began) and not config.representation.cell)
+    for name, network in model.networks().items():
+        if run.start is not None and name in run.start.networks():
+            network.load_state_dict(run.start.networks()[name].state_dict())
     if config.spatial_dims == 2:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(run.loop.fabric.device)
@@ -328,7 +366,8 @@ def _train_stage(run: Run, model: CrossConditionedModel, stage: str, steps: int 
     job, network = _job(run, model, stage), model.stages()[stage].requires_grad_(True)
     if stage == "guidance":
         model.synthesis.condition_layers_only()
-    if stage in ("synthesis", "twin") and isinstance(mix := getattr(network, "mix", None), LinearMix):
+    mix = getattr(network, "mix", None)
+    if run.start is None and stage in ("synthesis", "twin") and isinstance(mix, LinearMix):
         _fit_mix(run, mix)
     config = run.recipe.fit_config(stage)
     plan_path = run.loop.folder / "plan.json"
@@ -534,9 +573,9 @@ def _distribution_job(run: Run, model: CrossConditionedModel) -> Job:
 
 def _warn_if_mute(run: Run, known: Vectors) -> None:
     """Say so where representations hardly differ between samples."""
-    features = range(known.y_0.shape[1])
-    each = [known.y_0[known.wanted[:, d] > 0, d].std(0).mean() for d in features]
-    if (deviation := float(torch.stack(each).nanmean())) < MUTE:
+    several = (known.wanted.sum(0) > 1).nonzero().flatten()
+    each = [known.y_0[known.wanted[:, d] > 0, d].std(0).mean() for d in several]
+    if each and (deviation := float(torch.stack(each).mean())) < MUTE:
         run.loop.display.say(
             f"Warning: representations hardly differ between samples (standard deviation {deviation:.3f}, wanted .2 or "
             "so), so guidance will say little. Train 'representation' longer or by another seed."

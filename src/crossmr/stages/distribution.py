@@ -109,15 +109,16 @@ class DistributionNetwork(nn.Module):
         """Take each feature's mean and deviation over training vectors (N, D[, *G]), so that unit variance diffuses.
 
         Z-scored vectors share most of their direction and would be told from their mean at the very last steps only.
-        `wanted` (N, D) of zeros and ones: where 0, the feature does not count.
+        `wanted` (N, D) of zeros and ones: where 0, the feature does not count; one that never counts stays as it was.
         """
         weight = torch.ones(y_0.shape[:2]) if wanted is None else wanted
         share = weight / weight.sum(0).clamp(min=1)  # (N, D)
         centre = (share * y_0.flatten(2).mean(-1) if self.grid_dims else share * y_0).sum(0)
         squared = (y_0 - centre[(...,) + (None,) * self.grid_dims]) ** 2
         variance = (share * (squared.flatten(2).mean(-1) if self.grid_dims else squared)).sum(0)
-        self.centre.copy_(centre)  # type: ignore[operator]
-        self.scale.copy_(variance.sqrt().clamp(min=1e-4))  # type: ignore[operator]
+        counted, known = weight.sum(0) > 0, cast(dict[str, Tensor], self._buffers)
+        known["centre"][counted] = centre[counted]
+        known["scale"][counted] = variance.sqrt().clamp(min=1e-4)[counted]
 
     def forward(self, y_t: Tensor, t: Tensor, condition: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Predict y_0 (B, D[, *G]) from y_t of the same shape at steps t (B,).
