@@ -192,7 +192,7 @@ def test_another_version(copy, key, value):
 
 
 @pytest.mark.parametrize("name", ["images.npy", "masks.npy"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "text", "zip", "objects"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "text", "zip", "objects", "flipped"])
 def test_a_damaged_array(copy, name, damage):
     case = PreparedSet(copy).cases[3]
     path = case.folder / name
@@ -203,6 +203,8 @@ def test_a_damaged_array(copy, name, damage):
     elif damage == "zip":
         np.savez(path.with_suffix(""), content=np.ones(3))
         path.with_suffix(".npz").rename(path)
+    elif damage == "flipped":
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     elif damage != "missing":
         path.write_bytes({"truncated": content[:-1], "empty": b"", "text": b"not an array"}[damage])
     with pytest.raises(SetError, match=rf"{name} is missing or damaged .*Run prepare again"):

@@ -1075,6 +1075,8 @@ CALLS: list[Kind] = [
     Kind("array that is text", arrays(lambda _, p: p.write_text("text")),
          r"images\.npy is missing or damaged", "begun"),
     Kind("array that is a pickle", arrays(pickled_array), r"images\.npy is missing or damaged.*Run prepare", "begun"),
+    Kind("array of other numbers", arrays(lambda _, p: np.save(p, np.load(p) / 2)),
+         r"images\.npy is missing or damaged.*SHA-256", "begun"),
     Kind("array of another shape", arrays(lambda _, p: np.save(p, np.zeros((9, 9), "f2"))),
          r"images\.npy is missing or", "begun"),
     Kind("array cut short to evaluate", arrays(lambda _, p: p.write_bytes(b""), "evaluate"),

@@ -5,7 +5,8 @@ restore, and worker processes cannot change the result.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 
 from crossmr.data.augmentation import Augmentation, AugmentationConfig
 from crossmr.data.prepare import FORMAT, FORMAT_VERSION, PARTS
+from crossmr.data.volume import content_sha256
 from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest, read_json
 
@@ -43,6 +45,8 @@ class Case:
     folder: Path
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Of (Z, Y, X)."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the arrays, held against them once a process."""
 
     def images(self) -> npt.NDArray[np.float16]:
         """The memory-mapped images, float16 (Z, M, Y, X) in [0, 1], M as in `modalities`."""
@@ -59,6 +63,9 @@ class Case:
             mapped = np.lib.format.open_memmap(self.folder / name, mode="r")
             if mapped.ndim != 4 or mapped.shape[:2] != (len(self.head_voxels), channels) or mapped.dtype != dtype:
                 raise ValueError(f"it is {mapped.dtype} {mapped.shape}")
+            path = self.folder / name
+            if name in self.files and _sha256(path, path.stat().st_mtime_ns) != self.files[name]:
+                raise ValueError("its SHA-256 is another")
             return mapped
         except (OSError, ValueError) as error:
             raise SetError(f"{self.folder / name} is missing or damaged ({error}). Run prepare again.") from error
@@ -114,7 +121,13 @@ def _case(folder: Path, name: str, said: Mapping[str, Any]) -> Case:
         masked_background=said["masked_background"],
         labelled=said["labelled"],
         folder=folder / "cases" / name,
+        files=said["files"],
     )
+
+
+@cache
+def _sha256(path: Path, _written_ns: int) -> str:
+    return content_sha256(path)
 
 
 def useful_slices(head_voxels: Sequence[int]) -> list[int]:
