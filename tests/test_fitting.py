@@ -1,7 +1,10 @@
 """The training loop on a network of one layer, where everything can be computed by hand."""
 
+import copy
 import json
 import signal
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,8 +13,8 @@ from torch import nn
 
 from crossmr import fitting
 from crossmr.checkpoint import load_checkpoint
-from crossmr.display import SILENT
-from crossmr.errors import Interrupted
+from crossmr.display import SILENT, Display
+from crossmr.errors import Interrupted, ModelError
 from crossmr.fitting import Job, Loop, fit, steps_in
 from crossmr.recipes import FitConfig
 
@@ -105,6 +108,65 @@ def test_a_finished_stage_does_nothing_more(tmp_path):
     same = fit(loop(tmp_path), Network(), job(again), CONFIG, 5)
     assert again.asked == []
     assert torch.equal(done.weight, same.weight)
+
+
+class Pairs(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Five(Data):
+    """Batches of five samples."""
+
+    def __getitem__(self, step: int) -> Pairs:
+        x = torch.arange(5.0)[:, None] + step
+        return Pairs(x, 3 * x + 1)
+
+
+class Line(nn.Linear):
+    """What learns y from x."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+    def loss(self, batch: Pairs) -> torch.Tensor:
+        return (self(batch.x) - batch.y).square().mean()
+
+
+def squared(network: nn.Module, batch: Pairs, _: torch.Generator) -> torch.Tensor:
+    return network.loss(batch)
+
+
+def test_out_of_memory_a_batch_goes_through_in_parts(tmp_path, capsys):
+    def loss(network: nn.Module, batch: Pairs, generator: torch.Generator) -> torch.Tensor:
+        sizes.append(len(batch.x))
+        if len(batch.x) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return squared(network, batch, generator)
+
+    sizes: list[int] = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    torch.manual_seed(0)
+    network, config = Line(), FitConfig(learning_rate=0.05)
+    whole = fit(loop(tmp_path / "whole"), copy.deepcopy(network), Job("toy", Five(), squared, None), config, 6)
+    said = replace(loop(tmp_path / "parts"), display=Display())
+    parts = fit(said, network, Job("toy", Five(), loss, None), config, 6)
+    assert sizes == [5, 3, *[2, 1, 1, 1] * 6]
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-5, atol=1e-6)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    for one, other in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert "toy: out of memory; batches go through in 4 parts from here on" in capsys.readouterr().out
+    assert steps_in(said, network, Job("toy", Five(), loss, None), config, 0.001) >= 1
+
+
+def test_not_one_sample_fits_into_memory(tmp_path):
+    def loss(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(ModelError, match=r"toy: out of memory with one sample at a time\. Lower --set crop"):
+        fit(loop(tmp_path), Line(), Job("toy", Five(), loss, None), CONFIG, 6)
 
 
 def test_minutes_are_turned_into_steps_on_a_copy(tmp_path):

@@ -11,9 +11,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,12 @@ class Job:
 def steps_in(loop: Loop, network: nn.Module, job: Job, config: FitConfig, minutes: float) -> int:
     """How many steps fit into `minutes`, measured on a copy of the network that is then thrown away."""
     network, optimiser = _set_up(loop, copy.deepcopy(network), config)
-    started = 0.0
+    started, parts = 0.0, 1
     for step in range(2 * TIMED_STEPS):
         if step == TIMED_STEPS:
             _synchronise(loop.fabric.device)
             started = time.monotonic()
-        _step(loop, network, optimiser, job, config, job.data[step], step)
+        _, parts = _step(loop, network, optimiser, job, config, job.data[step], step, parts)
     _synchronise(loop.fabric.device)
     pace = (time.monotonic() - started) / TIMED_STEPS
     return max(1, int(USABLE * 60 * minutes / pace))
@@ -86,11 +86,12 @@ def fit(loop: Loop, network: nn.Module, job: Job, config: FitConfig, steps: int)
     """Train one network for `steps` steps, or from its newest checkpoint on, and return its averaged copy.
 
     Batches, masks, steps of diffusion and noise are drawn from the seed and the step's number, so a run that was
-    stopped anywhere, even killed, ends with the very weights of one that never was.
+    stopped anywhere, even killed, ends with the very weights of one that never was. Where memory runs out, batches go
+    through in parts whose gradients are summed.
 
     Raises:
         Interrupted: on Ctrl-C or SIGTERM, after the step in progress and a checkpoint.
-        ModelError: the loss is not finite any more.
+        ModelError: the loss is not finite any more, or not even one sample fits into memory.
     """
     folder, log = loop.folder / "stages" / job.name, loop.folder / "metrics.jsonl"
     averaged = copy.deepcopy(network).requires_grad_(False)
@@ -105,13 +106,15 @@ def fit(loop: Loop, network: nn.Module, job: Job, config: FitConfig, steps: int)
     )
     every, log_every = max(1, steps // VALIDATIONS), max(1, steps // 200)
     losses: list[Tensor] = []
+    parts = 1
     saved = marked = time.monotonic()
     with _stop_requests() as stopping, loop.display.task(job.name, steps, done) as task:
         for step, batch in enumerate(loader, start=done):
             rate = config.learning_rate * (1 - step / steps) ** 0.9
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            losses.append(_step(loop, network, optimiser, job, config, batch, step))
+            loss_now, parts = _step(loop, network, optimiser, job, config, batch, step, parts)
+            losses.append(loss_now)
             _average(averaged, network, min(config.ema_decay, (1 + step) / (10 + step)))
             done, last = step + 1, step + 1 == steps
             record: dict[str, Any] = {}
@@ -164,15 +167,51 @@ def _step(
     config: FitConfig,
     batch: Any,
     step: int,
-) -> Tensor:
-    """One step of gradient descent; returns the loss, detached."""
+    parts: int,
+) -> tuple[Tensor, int]:
+    """One step of gradient descent: the loss, detached, and in how many parts the batch went through."""
     network.train()
-    loss = job.loss(network, batch, seeded(job.name, loop.seed, step))
-    optimiser.zero_grad(set_to_none=True)
-    loop.fabric.backward(loss)
+    while True:
+        try:
+            optimiser.zero_grad(set_to_none=True)
+            loss = _descend(loop, network, job, seeded(job.name, loop.seed, step), _cut(batch, parts))
+            break
+        except torch.OutOfMemoryError as error:
+            if parts == (samples := len(_tensors(batch)[0])):
+                raise ModelError(
+                    f"{job.name}: out of memory with one sample at a time. Lower --set crop or the network's size."
+                ) from error
+        parts = min(2 * parts, samples)
+        loop.display.say(f"{job.name}: out of memory; batches go through in {parts} parts from here on")
     loop.fabric.clip_gradients(network, optimiser, max_norm=config.gradient_clip, error_if_nonfinite=False)
     optimiser.step()
-    return loss.detach()
+    return loss, parts
+
+
+def _descend(
+    loop: Loop, network: nn.Module, job: Job, generator: torch.Generator, parts: Sequence[tuple[Any, float]]
+) -> Tensor:
+    """Sum the gradients of a batch's parts, and their losses, each by its share of the samples."""
+    total = torch.zeros((), device=loop.fabric.device)
+    for part, share in parts:
+        loss = share * job.loss(network, part, generator)
+        loop.fabric.backward(loss)
+        total = total + loss.detach()
+    return total
+
+
+def _cut(batch: Any, parts: int) -> list[tuple[Any, float]]:
+    """A batch in so many parts, and their shares of its samples."""
+    if parts == 1:
+        return [(batch, 1.0)]
+    tensors = _tensors(batch)
+    pieces = zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True)
+    return [(type(batch)(*piece), len(piece[0]) / len(tensors[0])) for piece in pieces]
+
+
+def _tensors(batch: Any) -> Sequence[Tensor]:
+    """The tensors (B, ...) of a batch, a tuple or dataclass of them."""
+    return batch if isinstance(batch, tuple) else [getattr(batch, field.name) for field in fields(batch)]
 
 
 @torch.no_grad()
