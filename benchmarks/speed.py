@@ -1,17 +1,24 @@
 """Where the time goes when one study is completed, against what the machine could do; and against what else there is.
 
-1. Counted: floating-point operations of each network, and the machine's own peak (a large matrix product in the
-   network's precision). Their quotient is the floor.
+1. Counted: floating-point operations of each network, and the bytes that its layers read and write one by one; the
+   machine's own peaks (a large matrix product in the network's precision, a large copy). The longer of the two
+   quotients is the floor.
 2. Measured, medians of interleaved rounds: reading, checks, each network, drawing of guidance, writing, pictures.
-3. Beside: the published form's pooled guidance; eager float32 and bfloat16, ONNX Runtime, OpenVINO; zlib, isal,
+3. A training step of each stage, and the preparation of a study.
+4. Beside: the published form's pooled guidance; eager float32 and bfloat16, ONNX Runtime, OpenVINO; zlib, isal,
    zlib-ng; MONAI's DiffusionModelUNet of as many parameters, 50 DDIM steps. What is not installed is said.
+5. On a GPU, where there is one: training steps of the published C-UNet, eager and compiled, against the card's peak,
+   and the time for a study.
 
 python benchmarks/speed.py ../shared/data/brats/BraTS-GLI-00000-000 --target t2f
+python benchmarks/speed.py --only gpu
 """
 
 import argparse
 import gzip
 import io
+import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -20,22 +27,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossmr.checks import check
 from crossmr.completion import BATCH, Settings, complete_study, synthesise
 from crossmr.data.dataset import as_inputs, seeded
 from crossmr.data.naming import find_studies
+from crossmr.data.prepare import Split, prepare, prepare_case
 from crossmr.data.study import load_study
-from crossmr.data.volume import write_volume
+from crossmr.data.volume import content_sha256, write_volume
 from crossmr.device import choose_device, choose_precision
 from crossmr.model import CrossConditionedModel, load_model
+from crossmr.phantom import write_cohort
 from crossmr.picture import save_columns
-from crossmr.recipes import PAPER
+from crossmr.recipes import PAPER, recipe_of
+from crossmr.stages.synthesis import mean_where_present
 from crossmr.store import find_model
+from crossmr.training import train
 
-ALL = ("parts", "engines", "peer", "pooled", "compressors")
+ALL = ("parts", "training", "preparing", "engines", "peer", "pooled", "compressors", "gpu")
 Jobs = Mapping[str, Callable[[], object]]
 
 
@@ -74,6 +85,30 @@ def peak(dtype: torch.dtype) -> float:
     return 2 * 2048**3 / interleaved({"product": lambda: a @ a}, 9)["product"]
 
 
+def bandwidth() -> float:
+    """Bytes a second that a copy reads and writes."""
+    a = torch.zeros(2**27, dtype=torch.uint8)
+    b = torch.zeros_like(a)
+    return 2 * a.numel() / interleaved({"copy": lambda: b.copy_(a)}, 9)["copy"]
+
+
+def moved(network: nn.Module, call: Callable[[], object]) -> float:
+    """Bytes that the layers of a network read and write in a call, each by itself: inputs, outputs and weights."""
+    total = 0
+
+    def count(layer: nn.Module, given: tuple[object, ...], out: object) -> None:
+        nonlocal total
+        tensors = [*given, out, *layer.parameters()]
+        total += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    leaves = [layer for layer in network.modules() if not list(layer.children())]
+    hooks = [layer.register_forward_hook(count) for layer in leaves]
+    call()
+    for hook in hooks:
+        hook.remove()
+    return float(total)
+
+
 def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) -> None:
     """One study, step by step."""
     (files,) = find_studies(folder)
@@ -81,7 +116,7 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
     study = load_study(paths)
     settings = Settings(targets=(target,))
     dtype = choose_precision("auto", model.device)
-    product = peak(dtype)
+    product, copied = peak(dtype), bandwidth()
     box = study.box()
     sources = {m: study.normalised(m)[box] for m in study.volumes}
     head = study.mask[box].sum((1, 2)).tolist()
@@ -124,27 +159,138 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
         }
         seconds = interleaved(jobs, rounds)
     print(f"\n{study.reference.data.shape} voxels, {len(slices)} slices with head, from {', '.join(sources)}; {dtype}")
-    print(f"peak {product / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads")
-    print("\n| | s a volume | GFLOP | floor, s | measured / floor |\n|---|---|---|---|---|")
+    print(f"peak {product / 1e9:.0f} GFLOP/s, {copied / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
+    print("\n| | s a volume | GFLOP | GB | floor, s | measured / floor |\n|---|---|---|---|---|---|")
+    owner = {"C-UNet": model.synthesis, "network of the error": model.uncertainty, "C-UNet, guided": model.synthesis}
     for name, value in seconds.items():
         total = value * batches if name in {*networks, *guided, "inputs of a batch"} else value
         if name in {**networks, **guided}:
-            count = flops({**networks, **guided}[name]) * batches
+            call = {**networks, **guided}[name]
+            count, size = flops(call) * batches, 0.0
+            if (network := owner.get(name)) is not None:
+                size = moved(network, inferring(call, dtype)) * batches
+            floor = max(count / product, size / copied)
             print(
-                f"| {name} | {total:.2f} | {count / 1e9:.0f} | {count / product:.2f} | {total * product / count:.1f} |"
+                f"| {name} | {total:.2f} | {count / 1e9:.0f} | {size / 1e9:.0f} | {floor:.2f} | {total / floor:.1f} |"
             )
         else:
-            print(f"| {name} | {total:.2f} | | | |")
-    network = seconds["the whole synthesis"]
+            print(f"| {name} | {total:.2f} | | | | |")
+    whole = seconds["the whole synthesis"]
     around_it = sum(
         seconds[n]
         for n in ("read, normalise, find the head", "check the input", "write image and deviation", "picture")
     )
-    print(f"\naround the network: {around_it:.2f} s, {around_it / network:.0%} of the synthesis")
+    print(f"\naround the network: {around_it:.2f} s, {around_it / whole:.0%} of the synthesis")
     if guided:
         share = seconds["MDN, 50 steps, one sample"] / seconds["C-UNet"]
         embedding = seconds["C-UNet, guided"] / seconds["C-UNet"] - 1
         print(f"guidance: the MDN takes {share:.1%} of the C-UNet's time, the condition layers {embedding:+.1%}")
+
+
+def training(model: CrossConditionedModel, rounds: int) -> None:
+    """A step of each stage, as the shipped weights were trained, on phantoms: seconds, and operations against peak."""
+    recipe, product = recipe_of(model), peak(torch.bfloat16)
+    print(f"\na training step, crops of {recipe.crop}; peak {product / 1e9:.0f} GFLOP/s")
+    print("\n| stage | batch | s | GFLOP | floor, s | measured / floor |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_cohort(folder / "cohort", 2, seed=1, shape=(160, 160, 32), spacing_mm=(1.2, 1.2, 5.0))
+        prepare(folder / "cohort", folder / "set", split=Split(1, 0, 0))
+        train(folder / "set", folder / "run", recipe=recipe, steps=4 * rounds)
+        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        for stage in model.stages():
+            counted = []
+            for steps in (1, 2):  # what a stage does but once falls out of the difference
+                run = folder / f"{stage}-{steps}"
+                shutil.copytree(folder / "run", run, ignore=shutil.ignore_patterns(stage, "plan.json", "model"))
+                plan = json.loads((folder / "run" / "plan.json").read_text())
+                (run / "plan.json").write_text(json.dumps({**plan, stage: steps}))
+                with FlopCounterMode(display=False) as counter:
+                    train(folder / "set", run, recipe=recipe, stages=[stage])
+                counted.append(counter.get_total_flops())
+            seconds = statistics.median(1 / line["steps_per_second"] for line in lines if line["stage"] == stage)
+            count, batch = counted[1] - counted[0], recipe.fit_config(stage).batch_size
+            print(
+                f"| {stage} | {batch} | {seconds:.3f} | {count / 1e9:.0f} | {count / product:.3f} "
+                f"| {seconds * product / count:.1f} |",
+                flush=True,
+            )
+
+
+def preparing(folder: Path, rounds: int) -> None:
+    """One study into a set."""
+    (files,) = find_studies(folder)
+    paths = list(files.images().values())
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary)
+
+        def whole() -> None:
+            shutil.rmtree(out / "cases", ignore_errors=True)
+            prepare_case(files, out)
+
+        seconds = interleaved(
+            {
+                "unpack the files, nothing else": lambda: [gzip.decompress(path.read_bytes()) for path in paths],
+                "read, normalise, find the head": lambda: load_study(files),
+                "hash the files": lambda: [content_sha256(path) for path in paths],
+                "the whole: and crop, hash, write": whole,
+            },
+            rounds,
+        )
+        size = sum(path.stat().st_size for path in out.rglob("*.npy"))
+    print(f"\n| prepare one study, {size / 1e6:.0f} MB of arrays | s |\n|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.2f} |")
+
+
+def gpu(folder: Path, target: str, device: torch.device, rounds: int, batch: int) -> None:
+    """Training steps of the published C-UNet against the card's peak, and one study, on a GPU."""
+    if device.type != "cuda":
+        print(f"\nNo GPU here; what follows is a rehearsal on {device.type}.")
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.rand(size, size, device=device, dtype=torch.bfloat16)
+    product = 2 * size**3 / interleaved({"product": lambda: [a @ a, wait()]}, 9)["product"]
+    model = CrossConditionedModel(PAPER.model_config(("t1n", "t2w"), ("t1c", "t2f"))).to(device)
+    images = torch.rand(batch, 2, *PAPER.crop, device=device).contiguous(memory_format=torch.channels_last)
+    truth, present = torch.rand_like(images), torch.ones(batch, 2, device=device)
+    y_0 = torch.rand(batch, model.representation.dim, device=device)
+    network = model.synthesis.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = torch.optim.Adam(network.parameters(), 1e-4)
+
+    def step(forward: Callable[..., Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            optimiser.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = mean_where_present((forward(images, y_0).float() - truth) ** 2, present)
+            loss.backward()
+            optimiser.step()
+            wait()
+
+        return run
+
+    jobs = {"eager": step(network)}
+    if device.type == "cuda":
+        jobs["torch.compile"] = step(torch.compile(network))
+        jobs["torch.compile, CUDA graphs"] = step(torch.compile(network, mode="reduce-overhead"))
+    with FlopCounterMode(display=False) as counter:
+        jobs["eager"]()
+    count = counter.get_total_flops()
+    print(f"\npublished C-UNet, {batch} slices of {PAPER.crop}, bfloat16, channels last; {product / 1e12:.1f} TFLOP/s")
+    print("\n| training step | s | of the peak |\n|---|---|---|")
+    for name, seconds in interleaved(jobs, rounds).items():
+        print(f"| {name} | {seconds:.4f} | {count / seconds / product:.1%} |")
+    (files,) = find_studies(folder)
+    study = load_study({m: path for m, path in files.images().items() if m != target})
+    shipped = load_model(find_model(), device)
+    seconds = interleaved({"study": lambda: [complete_study(study, shipped, Settings(targets=(target,))), wait()]}, 3)
+    print(f"\none study, read beforehand, by the shipped weights: {seconds['study']:.2f} s")
+    if device.type == "cuda":
+        print(f"peak memory of the card: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 
 
 def engines(model: CrossConditionedModel, rounds: int) -> None:
@@ -281,11 +427,17 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=ALL, nargs="+")
+    parser.add_argument("--device", default="auto", help="of the part gpu; the others are for the processor")
+    parser.add_argument("--batch", type=int, default=24, help="slices of a training step of the part gpu")
     options = parser.parse_args()
     model = load_model(find_model(options.model), choose_device("cpu"))
     wanted = options.only or ALL
     if "parts" in wanted:
         parts(options.study, options.target, model, options.rounds)
+    if "training" in wanted:
+        training(model, options.rounds)
+    if "preparing" in wanted:
+        preparing(options.study, options.rounds)
     if "engines" in wanted:
         engines(model, options.rounds)
     if "peer" in wanted:
@@ -294,6 +446,9 @@ def main() -> None:
         pooled(options.rounds)
     if "compressors" in wanted:
         compressors(options.study, options.rounds)
+    device = choose_device(options.device)
+    if "gpu" in wanted and (device.type != "cpu" or options.only):
+        gpu(options.study, options.target, device, options.rounds, options.batch)
 
 
 if __name__ == "__main__":
