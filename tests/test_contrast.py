@@ -19,6 +19,30 @@ def acquisition(families="", tr=None, te=None, ti=None, *, variants="", kinds=""
     )
 
 
+PLAIN = (
+    "AX T1 NON CONTRAST",
+    "T1 non-contrast",
+    "T1_NO_GAD",
+    "T1 vor KM",
+    "T1 POST OP",
+    "T1 SAG+COR",
+    "T1 pre contrast",
+)
+ENHANCED = (
+    "T1+GD",
+    "AX T1+GAD",
+    "MPRAGE+GD",
+    "T1+KM",
+    "T1CE",
+    "T1GD",
+    "T1post",
+    "T1 POSTCONTRAST",
+    "T1 +C",
+    "T1C+",
+    "t1 gd",
+)
+
+
 @pytest.mark.parametrize(
     ("given", "modality"),
     [
@@ -47,6 +71,9 @@ def acquisition(families="", tr=None, te=None, ti=None, *, variants="", kinds=""
         (acquisition(description="sT2W_TSE"), "t2w"),
         (acquisition(description="t1_se_tra_KM"), "t1c"),
         (acquisition(description="T1 w/o contrast"), "t1n"),
+        (acquisition("SE", 3000, 15, 0), "pdw"),  # TI 0: nothing was inverted
+        *((acquisition("SE", 500, 12, description=text), "t1n") for text in PLAIN),
+        *((acquisition("SE", 500, 12, description=text), "t1c") for text in ENHANCED),
     ],
 )
 def test_ours(given, modality):
@@ -67,6 +94,10 @@ def test_ours(given, modality):
         (acquisition("GR", 5, 2.2, variants="SS SK"), "steady state"),
         (acquisition("SE IR", 4000, 50, 150), "short inversion"),
         (acquisition(description="3-plane loc"), "description"),
+        *(
+            (acquisition("GR", 3.15, 1.37, description=text), "description")
+            for text in ("AAHScout", "AAHScout_32ch", "CoilSurvey", "SmartSurvey", "SENSE_Ref", "B1map")
+        ),
         (acquisition(description="ep2d_diff_trace"), "description"),
         (acquisition(description="AX T2*"), "description"),
         (acquisition("SE", 1500, 50), "neither"),
@@ -90,6 +121,8 @@ def test_the_reason_repeats_no_words_of_the_description():
     [
         *(("", None), (" ", None), ("Gadavist", True), ("7.5ml Dotarem", True), ("NO", False), ("none", False)),
         *(("No contrast", False), ("without", False), ("N/A", False), ("Magnevist", True)),
+        *(("NON CONTRAST", False), ("None given", False), ("Not given", False), ("N", False), ("n.a.", False)),
+        *(("-", False), ("Nein", False), ("0 ml", False), ("Nonionic agent", True), ("10 ml", True)),
     ],
 )
 def test_agent(text, named):

@@ -131,7 +131,36 @@ def test_map_names_series_by_their_descriptions(tmp_path):
         dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, "?", number=number, description=description)
     (scans,) = convert(tmp_path, tmp_path / "out", mapping={"T1CE": "*a", "swi": "* b"})
     assert {m: s.number for m, s in scans.series.items()} == {"t1c": 1, "swi": 2}
-    assert scans.left_out == {"series 3": "not in --map"}
+    assert "tell its contrast" in scans.left_out["series 3"]
+
+
+def test_map_leaves_the_rest_to_recognition_and_what_was_taken_before_goes(tmp_path):
+    write(tmp_path / "in", ("t1n", "t2f"))
+    dicoms.write_series(tmp_path / "in" / "9", head(), OBLIQUE, number=9, description="late")
+    (before,) = convert(tmp_path / "in", tmp_path / "out")
+    assert set(before.series) == {"t1n", "t2f"}
+    (scans,) = convert(tmp_path / "in", tmp_path / "out", mapping={"t1c": "late"})
+    assert {m: s.number for m, s in scans.series.items()}["t1c"] == 9
+    assert set(scans.series) == {"t1n", "t1c", "t2f"}
+    convert(tmp_path / "in", tmp_path / "out", mapping={"swi": "*"})
+    assert [p.name for p in (tmp_path / "out").rglob("*.nii.gz")] == [f"{scans.case}-swi.nii.gz"]
+
+
+def test_of_two_t1_without_a_word_of_the_agent_the_earlier_is_the_plain_one(tmp_path):
+    for number, hour in ((1, "101500"), (2, "103000")):
+        dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, number=number, AcquisitionTime=hour)
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert scans.series["t1n"].number == 1
+    assert scans.left_out == {"series 2": "another t1n, later than series 1"}
+    assert "no tag says which" in scans.notes[0]
+
+
+def test_thin_slices_are_finer_than_thick_ones_of_small_pixels(tmp_path):
+    fine = np.diag([1.0, 1, 1, 1])
+    dicoms.write_series(tmp_path / "1", head(), fine @ np.diag([0.4, 0.4, 5, 1]), number=1)
+    dicoms.write_series(tmp_path / "2", head(), fine, number=2)
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert scans.series["t1n"].number == 2
 
 
 def test_missing_slices_are_named(tmp_path):

@@ -383,6 +383,8 @@ def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run,
     own = {pseudonym(case.patient) for case in PreparedSet(tmp_path / "set").part("train")}
     assert set(before) - own
     assert set(seen) == own | set(before)
+    assert torch.equal(model.calibration["variance"], earlier.calibration["variance"])  # nobody here to calibrate on
+    assert model.record["training"]["seen"]["studies"] == earlier.record["training"]["seen"]["studies"] + 2
     drawn = model.guide_cells(torch.rand(1, 16, 32, 32), torch.rand(1, 4, 32, 32), [torch.Generator()], steps=2)
     assert drawn.isfinite().all()
 

@@ -673,7 +673,7 @@ def _complete_case(
                 "taken": {m: {"series": series.number, "why": series.why} for m, series in scans.series.items()},
                 "left_out": dict(scans.left_out),
             }
-            written += _write_dicom(layout, study, scans, result, manifest)
+            _write_dicom(layout, study, scans, result, manifest, written)
         inputs = [path for modality, path in files.images().items() if modality in manifest["acquired"]]
         written += layout.finish(files.case, manifest, cohort, inputs)
         if result.columns:
@@ -691,13 +691,14 @@ def _complete_case(
     return manifest, False
 
 
-def _write_dicom(layout: Layout, study: Study, scans: Scans, result: Completed, manifest: dict[str, Any]) -> list[Path]:
-    """Write each synthetic volume, and its deviation, as a derived series; name them in the manifest."""
+def _write_dicom(
+    layout: Layout, study: Study, scans: Scans, result: Completed, manifest: dict[str, Any], written: list[Path]
+) -> None:
+    """Write each synthetic volume, and its deviation, as a derived series; name them in manifest and `written`."""
     from crossmr.data.derived import write_derived
 
     like = scans.series[next(iter(study.volumes))]
     settings = " ".join(str(manifest["settings"][key]) for key in ("model_sha256", "guidance", "samples", "seed"))
-    written = []
     for modality, made in manifest["synthetic"].items():
         for kind, image in (("", result.images[modality]), ("std", result.deviations.get(modality))):
             if image is None:
@@ -718,7 +719,6 @@ def _write_dicom(layout: Layout, study: Study, scans: Scans, result: Completed, 
             )
             written.append(path)
         made["dicom"] = layout.dicom(study.case, modality).name
-    return written
 
 
 def _earlier(layout: Layout, case: str, model: CrossConditionedModel, result: Completed) -> list[Path]:

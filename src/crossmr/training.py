@@ -199,6 +199,8 @@ def train(
         display.say("calibration of the deviations on validation patients")
         model.calibration = _calibration(state, model)
     seen = {"studies": len(state.train), "without_skull": sum(case.masked_background for case in state.train)}
+    if begun is not None:
+        seen = {key: count + begun.record["training"].get("seen", {}).get(key, 0) for key, count in seen.items()}
     record = {**read_json(folder / "run.json"), "plan": read_json(folder / "plan.json"), "seen": seen}
     save_model(folder / "model", model, record)
     return folder / "model"
@@ -231,12 +233,13 @@ def _fit_mix(run: Run, mix: LinearMix) -> None:
 def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
     """'variance' (T, 2), squared error = a·variance + b of each target, a, b >= 0, within validation patients' heads.
 
-    By the Gaussian likelihood, for which a few large errors do not outweigh the rest. {} where no validation patient
-    has what it takes.
+    By the Gaussian likelihood, for which a few large errors do not outweigh the rest. Where no validation patient has
+    what it takes, that of the model that the training started from, or {}.
     """
     usable = _translatable(run, run.val)
+    before = {} if run.start is None else run.start.calibration
     if not usable:
-        return {}
+        return dict(before)
     model.eval()
     batch = run.batches("synthesis", usable, run.modalities).fixed(VALIDATION_SLICES)
     parts: list[list[Tensor]] = [[] for _ in run.targets]
@@ -252,9 +255,10 @@ def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
                     inside = head & (view.wanted[rows, index] > 0)[(...,) + (None,) * (head.ndim - 1)]
                     found.append(torch.stack([variance[:, index][inside], squared[:, index][inside]]).double().cpu())
     fitted = []
-    for found in parts:
+    for index, found in enumerate(parts):
         said, error = torch.cat(found, 1)
-        fitted.append(_likeliest(said, error) if len(said) else torch.tensor([1.0, 0.0]))
+        unknown = before["variance"][index].cpu() if before else torch.tensor([1.0, 0.0])
+        fitted.append(_likeliest(said, error) if len(said) else unknown)
     return {"variance": torch.stack(fitted).float()}
 
 

@@ -50,19 +50,25 @@ _ACQUIRED = {"T1": "t1n", "T2": "t2w", "FLUID_ATTENUATED": "t2f", "PROTON_DENSIT
 """Acquisition Contrast of enhanced images (DICOM PS3.3 C.8.13.3.1)."""
 
 _NO_AGENT = re.compile(
-    r"\s*(no|none|non|nil|na|n/a|0|false|without.*|w/?o.*|ohne.*|sans.*|native?|unenhanced|pre.*|no[ -].*)?\s*", re.I
+    r"\s*(no[nt]?\b.*|none.*|nil|nein|kein.*|n\.?/?a?\.?|0+(\.0+)?( ?ml)?|-+|false|unknown|without.*|w/?o.*|"
+    r"ohne.*|sans.*|native?|unenhanced|pre.*)?\s*",
+    re.I,
 )
 _WORD = {
-    "not": r"loc(ali[sz]er)?s?|scout|survey|3-?plane|tof|mra|mrv|angio\w*|swi\w*|swan|venobold|dwi|dti|adc|trace\w*|"
-    r"diff\w*|ep2d|epi|perf\w*|dsc|dce|asl|pcasl|fmri|bold|field|fieldmap|b0|b1|spectro\w*|svs|csi|mip|minip|sub|subtr\w*|"
-    r"t2star|hemo|ciss|fiesta|phase|pha|qsm|cal|calib\w*|shim\w*|smartbrain|stir|dir",
+    "not": r"locs?|\w*locali[sz]er\w*|\w*scout\w*|\w*survey\w*|(sense|coil)-?ref\w*|b1-?map\w*|3-?plane|tof|mra|mrv|"
+    r"angio\w*|swi\w*|swan|venobold|dwi|dti|adc|trace\w*|diff\w*|ep2d|epi|perf\w*|dsc|dce|asl|pcasl|fmri|bold|field|"
+    r"fieldmap|b0|b1|spectro\w*|svs|csi|mip|minip|sub|subtr\w*|t2star|hemo|ciss|fiesta|phase|pha|qsm|cal|calib\w*|"
+    r"shim\w*|smartbrain|stir|dir",
     "t2f": r"flair|t2flair|tirm|darkfluid|dark-?fluid|fluid",
     "t1n": r"t1w?|t1n|mprage|mpr|bravo|fspgr|spgr|ir-?fspgr|tfe|vibe|thrive|lava|mp2rage|ffe|st1\w*|t1-\w+",
     "t2w": r"t2w?|st2\w*|t2-\w+",
     "pdw": r"pdw?|proton",
-    "agent": r"c|gd|gad\w*|postc?|ce|km|kontrast\w*|contrast\w*|dotarem|multihance|enh\w*|pc|inj\w*|apres",
+    "agent": r"gd|gad\w*|post(c\w*|g\w*|km|inj\w*)?|ce|km|kontrast\w*|contrast\w*|dotarem|multihance|enh\w*|pc|"
+    r"inj\w*|apres",
     "plain": r"pre|nativ?e?|ohne|sans|without|wo|w-o|noncon\w*|unenh\w*|plain|before|avant",
 }
+_WITHOUT = "non|no|not|vor|before|pre|ohne|sans|wo|without|avant"
+_AGENTS = r"contrast\w*|kontrast\w*|gad\w*|gd|km|ce|agent|inj\w*"
 _SAYS = {key: re.compile(rf"(?:{words})\Z") for key, words in _WORD.items()}
 
 
@@ -143,7 +149,8 @@ def _by_tags(acquisition: Acquisition) -> tuple[str | None, str]:
     """The contrast that tags tell, t1n for any T1; or None with the reason, empty where they say too little."""
     if acquisition.acquired in _ACQUIRED:
         return _ACQUIRED[acquisition.acquired], f"acquisition contrast {acquisition.acquired}"
-    tr, te, ti, families = acquisition.tr_ms, acquisition.te_ms, acquisition.ti_ms, acquisition.families
+    tr, te, families = acquisition.tr_ms, acquisition.te_ms, acquisition.families
+    ti = acquisition.ti_ms or None  # 0 where nothing was inverted
     why = _timing(acquisition)
     if ti is not None and ti >= 1500 and "GR" not in families and (te is None or te >= 60):
         return "t2f", why
@@ -155,13 +162,13 @@ def _by_tags(acquisition: Acquisition) -> tuple[str | None, str]:
         return ("t1n", why) if te is not None and te <= 8 and (tr is not None or ti is not None) else (None, "")
     if not families or tr is None or te is None:
         return None, ""
-    if ti is not None and 0 < ti < 300:
+    if ti is not None and ti < 300:
         return None, f"short inversion time ({why})"
     if te <= 40 and (tr <= 1300 or (ti is not None and ti <= 1300 and tr <= 3500)):
         return "t1n", why
-    if tr >= 1800 and te >= 60 and (ti is None or ti == 0):
+    if tr >= 1800 and te >= 60 and ti is None:
         return "t2w", why
-    if tr >= 1800 and te <= 40 and (ti is None or ti == 0):
+    if tr >= 1800 and te <= 40 and ti is None:
         return "pdw", why
     return None, ""
 
@@ -186,8 +193,12 @@ def _timing(acquisition: Acquisition) -> str:
 
 def _words(description: str) -> frozenset[str]:
     """What the words of a description say, as keys of `_WORD`."""
-    text = description.lower().replace("t2*", "t2star").replace("+c", " c ").replace("c+", " c ").replace("w/o", "wo")
-    words = [word for word in re.split(r"[^a-z0-9+]+", text) if word]
+    text = description.lower().replace("t2*", "t2star").replace("w/o", "wo")
+    text = re.sub(r"\+c\b|\bc\+", " gd ", text)
+    text = re.sub(r"[^a-z0-9]+", " ", text)
+    text = re.sub(r"\bpost ?op\w*", " ", text)
+    text = re.sub(rf"\b({_WITHOUT}) ?({_AGENTS})\b", " unenhanced ", text)
+    text = re.sub(r"\bt1(ce|gd|c|km|post\w*)\b", "t1 gd", text)
+    words = text.split()
     parts = words + [f"{a}-{b}" for a, b in itertools.pairwise(words)]
-    parts = [part for part in parts if part != "c" or "+c" in description.lower() or "c+" in description.lower()]
     return frozenset(key for key, pattern in _SAYS.items() if any(pattern.match(part) for part in parts))

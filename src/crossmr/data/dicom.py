@@ -6,13 +6,14 @@ is told from its tags (contrast.py). Patients are renamed, unless their names ar
 """
 
 import fnmatch
+import math
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from crossmr.data.naming import in_usual_order, mapping_key
 from crossmr.data.volume import on_grid, read_volume, write_volume
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
-from crossmr.files import digest, read_json, sole_writer, write_json
+from crossmr.files import digest, read_json, remove, sole_writer, write_json
 
 FORMAT = "crossmr-scans"
 FEWEST_SLICES = 8
@@ -81,7 +82,7 @@ class Series:
     planes: tuple[Plane, ...]
     orientation: Floats
     """(2, 3) directions of rows and columns, LPS; empty where unknown."""
-    voxel_mm3: float
+    voxel_mm: tuple[float, ...]
     acquisition: Acquisition
     original: bool
     """Image Type says ORIGINAL."""
@@ -197,7 +198,10 @@ def _series(images: Sequence[tuple[Path, Any]], mapping: Mapping[str, str] | Non
     description = acquisition.description
     if mapping:
         named = [m for m, glob in mapping.items() if fnmatch.fnmatchcase(description, glob)]
-        verdict = Verdict(named[0], "named so by --map", True) if named else Verdict(None, "not in --map", True)
+        if named:
+            verdict = Verdict(named[0], "named so by --map", True)
+        elif verdict.modality in mapping:
+            verdict = Verdict(None, f"not the {verdict.modality} that --map names", True)
     if description.upper().startswith("SYNTHETIC") or header.get("ManufacturerModelName") == "crossmr":
         verdict = Verdict(None, "itself synthetic", True)
     if int(header.get("SamplesPerPixel", 1) or 1) != 1:
@@ -213,7 +217,7 @@ def _series(images: Sequence[tuple[Path, Any]], mapping: Mapping[str, str] | Non
         time=str(header.get("AcquisitionTime", "") or header.get("SeriesTime", "")),
         planes=tuple(planes),
         orientation=orientations[0],
-        voxel_mm3=float(np.prod(spacings[0])) * between if len(spacings[0]) else 0.0,
+        voxel_mm=tuple(float(side) for side in (*spacings[0], between)),
         acquisition=acquisition,
         original="DERIVED" not in acquisition.kinds,
         modality=verdict.modality,
@@ -307,22 +311,25 @@ def _choose(found: Sequence[Series]) -> tuple[dict[str, Series], dict[str, str],
             left_out[name(series)] = series.why
     for modality in in_usual_order({s.modality for s in found if s.modality}):
         rivals = [s for s in found if s.modality == modality]
+        told_apart = modality != "t1n" or len(rivals) == 1 or any(s.modality == "t1c" for s in found)
         best = rivals[0]
         for rival in rivals[1:]:
-            better = (rival.original, best.voxel_mm3 > ALIKE * rival.voxel_mm3)
-            worse = (best.original, rival.voxel_mm3 > ALIKE * best.voxel_mm3)
-            best = rival if better > worse or (better == worse and rival.time >= best.time) else best
+            better = (rival.original, _coarser(best, rival))
+            worse = (best.original, _coarser(rival, best))
+            preferred = rival.time >= best.time
+            if not told_apart:  # the agent comes later
+                plain = rival.acquisition.agent is False, best.acquisition.agent is False
+                preferred = plain[0] if plain[0] != plain[1] else rival.time < best.time
+            best = rival if better > worse or (better == worse and preferred) else best
         chosen[modality] = best
         for rival in rivals:
             if rival is not best:
-                coarser = rival.voxel_mm3 > ALIKE * best.voxel_mm3
                 reason = (
-                    "derived, unlike"
-                    if rival.original < best.original
-                    else f"{'coarser' if coarser else 'earlier'} than"
+                    f"{'coarser' if _coarser(rival, best) else 'earlier' if rival.time <= best.time else 'later'} than"
                 )
+                if rival.original < best.original:
+                    reason = "derived, unlike"
                 left_out[name(rival)] = f"another {modality}, {reason} {best.name}"
-        told_apart = modality != "t1n" or len(rivals) == 1 or any(s.modality == "t1c" for s in found)
         if not told_apart:
             listed = ", ".join(s.name for s in rivals)
             notes.append(
@@ -332,12 +339,21 @@ def _choose(found: Sequence[Series]) -> tuple[dict[str, Series], dict[str, str],
     return chosen, left_out, notes
 
 
+def _coarser(a: Series, b: Series) -> bool:
+    """Whether the longest side of a voxel is, or, where these are alike, its volume."""
+    longest = max(a.voxel_mm), max(b.voxel_mm)
+    if max(longest) > ALIKE * min(longest):
+        return longest[0] > longest[1]
+    return math.prod(a.voxel_mm) > ALIKE * math.prod(b.voxel_mm)
+
+
 def _convert_study(case: str, found: Sequence[Series], out: Path, converter: str, keep_names: bool) -> Scans:
     """Convert one study; what goes wrong with it is returned, not raised."""
     chosen, left_out, notes = _choose(found)
     folder = out / case
     record_path = folder / "series.json"
     if not chosen:
+        _clear(folder, case, ())
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         return Scans(
             *(case, {}, left_out),
@@ -364,6 +380,7 @@ def _convert_study(case: str, found: Sequence[Series], out: Path, converter: str
         record_path.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{record_path} could not be written: {error.strerror}. Name another folder.") from error
+    _clear(folder, case, images.values())
     refused = {}
     for modality, series in chosen.items():
         try:
@@ -378,6 +395,13 @@ def _convert_study(case: str, found: Sequence[Series], out: Path, converter: str
         return replace(scans, series={}, refused="; ".join(refused.values()))
     write_json(record_path, record)
     return scans
+
+
+def _clear(folder: Path, case: str, keep: Collection[Path]) -> None:
+    """Remove what an earlier conversion took for a contrast, and this one does not."""
+    for path in sorted(folder.glob(f"{case}-*.nii.gz")):
+        if path not in keep and path.name != f"{case}-seg.nii.gz":
+            remove(path)
 
 
 def _described(series: Series, keep_names: bool) -> dict[str, Any]:
