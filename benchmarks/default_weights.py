@@ -185,7 +185,7 @@ def card(evaluation: Path) -> None:
     rows = [row for name in ("metrics", "uncertainty") for row in _read(evaluation / f"{name}.csv")]
     for cohort, cases in COHORTS.items():
         own = [row for row in rows if row["case"].startswith(cases)]
-        print(f"\n{cohort}: {len({row['case'] for row in own})} patients\n")
+        print(f"\n{cohort}: {len({row['case'] for row in own})} cases\n")
         print("| sources | target | PSNR, brain | SSIM, brain | PSNR, tumour | SSIM, tumour | AUSE | within 95 % |")
         print("|---|---|---|---|---|---|---|---|")
         asked = dict.fromkeys((row["sources"], row["target"]) for row in own)
