@@ -13,7 +13,6 @@ python benchmarks/default_weights.py ../shared/data -o runs/default --ship      
 
 import argparse
 import csv
-import hashlib
 import math
 import shutil
 import statistics
@@ -26,9 +25,11 @@ from scipy.ndimage import zoom
 
 from crossmr.completion import complete_cohort
 from crossmr.config import with_settings
+from crossmr.data.dataset import PreparedSet
 from crossmr.data.naming import SPOKEN
 from crossmr.data.prepare import Split, default_workers, prepare
 from crossmr.data.study import MEDIANS
+from crossmr.data.volume import content_sha256
 from crossmr.display import Display
 from crossmr.errors import SetError
 from crossmr.evaluation import DEVIATION, INTENSITY, evaluate, sureness_table, tables
@@ -151,7 +152,7 @@ def rescale_mosaics(prepared: Path) -> None:
 
     Mosaics are tumour for the most part: their own median of FLAIR is a quarter above the brain's.
     """
-    manifest = read_json(prepared / "manifest.json", SetError)
+    manifest = PreparedSet(prepared).manifest
     for name, case in manifest["cases"].items():
         if not name.startswith("CUBES"):
             continue
@@ -162,9 +163,9 @@ def rescale_mosaics(prepared: Path) -> None:
             images[:, index] *= scale["high"] / wanted
             scale["high"] = wanted
         np.save(folder / "images.npy", images, allow_pickle=False)
-        case["files"]["images.npy"] = hashlib.sha256((folder / "images.npy").read_bytes()).hexdigest()
-        write_json(folder / "case.json", read_json(folder / "case.json", SetError) | case)
-    manifest.pop("sha256")
+        case["files"]["images.npy"] = content_sha256(folder / "images.npy")
+        known = read_json(folder / "case.json", SetError)
+        write_json(folder / "case.json", {key: case[key] for key in known})
     write_json(prepared / "manifest.json", {**manifest, "sha256": digest(manifest)})
 
 

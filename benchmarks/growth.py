@@ -61,8 +61,12 @@ def many(folder: Path, count: int) -> Path:
     eight = folder / "eight"
     if not eight.exists():
         write_cohort(eight, 8, seed=3, missing={i: LACKS[i % len(LACKS)] for i in range(8)}, **FORM)
-    cases = sorted(path for path in eight.iterdir() if path.is_dir())
-    out = folder / f"cohort-{count}"
+    return under_names(eight, folder / f"cohort-{count}", count)
+
+
+def under_names(phantoms: Path, out: Path, count: int) -> Path:
+    """Phantoms in turn under so many names, as hard links."""
+    cases = sorted(path for path in phantoms.iterdir() if path.is_dir())
     shutil.rmtree(out, ignore_errors=True)
     for number in range(count):
         name = f"P{number:04d}"

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from growth import under_names
+
 from crossmr.data.prepare import Split, default_workers, prepare
 from crossmr.display import Display
 from crossmr.phantom import write_cohort
@@ -33,14 +35,7 @@ def cohort(folder: Path, studies: int) -> Path:
     one = folder / "one"
     if not one.exists():
         write_cohort(one, 1, seed=11, shape=(240, 240, 155), spacing_mm=(0.85, 0.85, 1.1))
-    out = folder / f"cohort-{studies}"
-    shutil.rmtree(out, ignore_errors=True)
-    for number in range(studies):
-        name = f"P{number:04d}"
-        (out / name).mkdir(parents=True)
-        for path in one.rglob("*.nii.gz"):
-            os.link(path, out / name / f"{name}-{path.name.rsplit('-', 1)[1]}")
-    return out
+    return under_names(one, folder / f"cohort-{studies}", studies)
 
 
 def forget(folder: Path) -> int:

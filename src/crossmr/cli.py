@@ -142,16 +142,14 @@ def train(
 
     if recipe is not None and recipe not in RECIPES:
         raise ConfigError(f"--recipe is '{recipe}'; wanted one of {', '.join(RECIPES)}.")
-    if start is not None and recipe is None:
-        chosen = recipe_of(load_model(find_model(start)))
-    else:
-        chosen = RECIPES[recipe or "standard"]
+    begun = None if start is None else load_model(find_model(start))
+    chosen = RECIPES[recipe or "standard"] if recipe is not None or begun is None else recipe_of(begun)
     display = Display()
     model = run(
         prepared,
         out,
         recipe=with_settings(chosen, _pairs(settings, "--set", "synthesis.channels=32")),
-        start=start,
+        start=begun,
         sources=_modalities(sources),
         targets=_modalities(targets),
         stages=stage,

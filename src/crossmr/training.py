@@ -106,7 +106,7 @@ def train(
     run: Path | str,
     *,
     recipe: Recipe | None = None,
-    start: Path | str | None = None,
+    start: CrossConditionedModel | Path | str | None = None,
     sources: Sequence[str] | None = None,
     targets: Sequence[str] | None = None,
     stages: Sequence[str] | None = None,
@@ -124,8 +124,8 @@ def train(
         prepared: the set's folder, as `prepare` wrote it.
         run: where the run lives; its 'model' folder is the result.
         recipe: networks and optimisation; by default STANDARD, or that of `start`.
-        start: a trained model, as folder or by name, whose weights every network starts from. Modalities and networks
-            are then its own; a model of any subset goes on with those of its modalities that the set has.
+        start: a trained model, loaded, as folder or by name, whose weights every network starts from. Modalities and
+            networks are then its own; a model of any subset goes on with those of its modalities that the set has.
         sources: modalities to read; by default the published T1 and T2, as far as the set has them.
         targets: modalities to synthesise; by default the published T1ce and FLAIR. A recipe of any subset reads and
             synthesises all of them, by default all that the set has.
@@ -148,7 +148,7 @@ def train(
     """
     opened, folder = PreparedSet(prepared), Path(run)
     known = list(opened.manifest["fingerprint"]["modalities"])
-    begun = None if start is None else load_model(find_model(start))
+    begun = load_model(find_model(start)) if isinstance(start, (str, Path)) else start
     if recipe is None:
         recipe = STANDARD if begun is None else recipe_of(begun)
     if begun is not None:
