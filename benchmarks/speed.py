@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossmr.checks import check
+from crossmr.cli import keep_memory
 from crossmr.completion import BATCH, Settings, complete_study, synthesise
 from crossmr.data.dataset import as_inputs, seeded
 from crossmr.data.naming import find_studies
@@ -118,7 +119,7 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
     dtype = choose_precision("auto", model.device)
     product, copied = peak(dtype), bandwidth()
     box = study.box()
-    sources = {m: study.normalised(m)[box] for m in study.volumes}
+    sources = {m: study.normalised(m, box) for m in study.volumes}
     head = study.mask[box].sum((1, 2)).tolist()
     slices = [z for z, voxels in enumerate(head) if voxels]
     stacked = torch.from_numpy(
@@ -430,6 +431,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="of the part gpu; the others are for the processor")
     parser.add_argument("--batch", type=int, default=24, help="slices of a training step of the part gpu")
     options = parser.parse_args()
+    keep_memory()
     model = load_model(find_model(options.model), choose_device("cpu"))
     wanted = options.only or ALL
     if "parts" in wanted:

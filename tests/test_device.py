@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crossmr.device import PRECISIONS, choose_device, choose_precision
+from crossmr.device import PRECISIONS, choose_device, choose_precision, in_batches, out_of_memory
 from crossmr.errors import ConfigError
 
 
@@ -77,3 +77,36 @@ def test_an_older_pytorch_that_cannot_tell_means_float32(monkeypatch):
 def test_another_precision_is_refused_with_those_there_are(name):
     with pytest.raises(ConfigError, match=f"--precision is '{name}'; wanted one of {', '.join(PRECISIONS)}"):
         choose_precision(name, torch.device("cpu"))
+
+
+def test_every_device_says_in_its_own_way_that_memory_ran_out():
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB)"),
+        MemoryError(),
+    ):
+        assert out_of_memory(error)
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55)
+    assert out_of_memory(caught.value)
+    assert not out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_batches_shrink_where_memory_runs_out():
+    asked = []
+
+    def run(some):
+        asked.append(some.stop - some.start)
+        if asked[-1] > 3:
+            raise RuntimeError("MPS backend out of memory")
+        return list(range(some.start, some.stop))
+
+    made = list(in_batches(run, 8, 8))
+    assert [n for _, part, _ in made for n in part] == list(range(8))
+    assert asked == [8, 4, 2, 2, 2, 2]
+    assert [batch for *_, batch in made] == [2] * 4
+    assert list(in_batches(run, 0, 8)) == []
+    with pytest.raises(RuntimeError, match="another"):
+        list(in_batches(lambda _: (_ for _ in ()).throw(RuntimeError("another")), 8, 8))
+    with pytest.raises(MemoryError):
+        list(in_batches(lambda _: (_ for _ in ()).throw(MemoryError()), 8, 8))

@@ -22,6 +22,7 @@ from crossmr.cli import app
 from crossmr.data.dicom import convert, find_series, holds_dicom
 from crossmr.data.naming import find_studies
 from crossmr.data.volume import read_volume, same_grid
+from crossmr.display import Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 
 SHAPE = (36, 40, 24)
@@ -241,8 +242,27 @@ def test_bad_folders(tmp_path):
     (tmp_path / "out" / scans.case / "series.json").write_text('{"format": "other"}')
     with pytest.raises(OutputError, match="not crossmr's"):
         convert(tmp_path / "in", tmp_path / "out")
-    (tmp_path / "in" / "t1.nii.gz").write_bytes(b"")
-    assert not holds_dicom(tmp_path / "in")
+
+
+def test_a_folder_of_both_is_read_as_nifti_and_says_so(tmp_path, capsys):
+    write(tmp_path / "in", ("t1n",))
+    (tmp_path / "in" / "lesion.nii.gz").write_bytes(b"")  # names no contrast
+    assert holds_dicom(tmp_path / "in", display=Display())
+    assert capsys.readouterr().out == ""
+    (tmp_path / "in" / "P1_t1.nii.gz").write_bytes(b"")
+    assert not holds_dicom(tmp_path / "in", display=Display())
+    assert "holds NIfTI (P1) and DICOM" in capsys.readouterr().out
+    assert holds_dicom(tmp_path / "in", {"t2f": "*_dark.nii.gz"})  # the user's names say that there is none
+
+
+def test_links_are_followed_and_never_in_a_circle(tmp_path):
+    write(tmp_path / "archive", ("t1n", "t2f"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "patient").symlink_to(tmp_path / "archive")
+    (tmp_path / "archive" / "back").symlink_to(tmp_path / "in")
+    assert holds_dicom(tmp_path / "in")
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    assert list(scans.series) == ["t1n", "t2f"]
 
 
 def test_find_series_needs_no_pixels(tmp_path):
@@ -307,6 +327,6 @@ def test_patients_without_uids_are_not_mixed(tmp_path):
 def test_the_output_may_lie_within_the_input(tmp_path):
     write(tmp_path, ("t1n", "t2f"))
     first = convert(tmp_path, tmp_path / "out")
-    assert holds_dicom(tmp_path, tmp_path / "out")
+    assert holds_dicom(tmp_path, apart=tmp_path / "out")
     assert not holds_dicom(tmp_path)
     assert [s.case for s in convert(tmp_path, tmp_path / "out")] == [s.case for s in first]

@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import image, make_head, save_untrained
+from conftest import image, make_head, save_untrained, write_study
 
 from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete_cohort
 from crossmr.data.naming import find_studies
@@ -170,3 +170,17 @@ def test_other_layouts_from_end_to_end(model, tmp_path, folder, names, case):
     assert view_case(tmp_path / "out")[1] == []
     record = export_nnunet(tmp_path / "in", tmp_path / "out", tmp_path / "Dataset001")
     assert record["synthetic"] == {case: ["t2w"]}
+
+
+def test_cases_of_one_name_in_bids_are_refused_not_replaced(tmp_path, model):
+    for case in ("P1_11", "P11_1", "P2"):
+        write_study(tmp_path / "cohort", case, ("t1n", "t2w"))
+    result = complete_cohort(tmp_path / "cohort", tmp_path / "out", model, settings=SETTINGS, profile="bids")
+    assert list(result["completed"]) == ["P2"]
+    assert result["failed"] == {
+        "P11_1": "P11_1: BIDS has one name for it and P1_11, sub-P111. Rename them, or use --profile labelled.",
+        "P1_11": "P1_11: BIDS has one name for it and P11_1, sub-P111. Rename them, or use --profile labelled.",
+    }
+    assert not (tmp_path / "out" / "sub-P111").exists()
+    labelled = complete_cohort(tmp_path / "cohort", tmp_path / "labelled", model, settings=SETTINGS)
+    assert sorted(labelled["completed"]) == ["P11_1", "P1_11", "P2"]

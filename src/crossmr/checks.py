@@ -45,7 +45,7 @@ def check(
     """
     box = study.box(0)
     head = study.mask[box]
-    volumes = {m: study.normalised(m)[box] for m in study.volumes}
+    volumes = {m: study.normalised(m, box) for m in study.volumes}
     found = skull(seen or {}, stripped=study.masked_background)
     for modality, volume in study.volumes.items():
         found += grey_values(modality, volume.data[study.mask])
@@ -193,7 +193,8 @@ def unenhanced(t1n: Array, t1c: Array, head: npt.NDArray[np.bool_], spacing_mm: 
         return []
     before, after = t1n[core].astype(np.float64), t1c[core].astype(np.float64)
     change = after / np.median(after) - before / np.median(before)
-    skewness = float(((change - change.mean()) ** 3).mean() / max(change.std(), 1e-6) ** 3)
+    change -= change.mean()
+    skewness = float((change * change * change).mean() / max(change.std(), 1e-6) ** 3)
     if skewness > UNENHANCED:
         return []
     return ["T1ce shows no enhancement that T1 does not, vessels included: it may be unenhanced, or swapped with T1."]

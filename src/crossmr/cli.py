@@ -1,5 +1,6 @@
 """The command line: one verb, one function. Heavy imports wait until a verb needs them."""
 
+import ctypes
 import io
 import os
 import sys
@@ -18,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+KEPT = 2**30
+"""Bytes: freed memory up to this is kept, and blocks up to this come from it."""
 Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, typer.Option(help="auto (bfloat16 where the hardware has it), bfloat16 or float32.")]
@@ -417,8 +420,16 @@ def demo(out: Out, seed: Seed = 0) -> None:
     run(out, seed=seed, display=Display())
 
 
+def keep_memory() -> None:
+    """Let glibc keep what is freed: it would map every layer's output anew, and the system clear it page by page."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+            mallopt(option, KEPT)
+
+
 def main() -> None:
     """Run the command line; errors that crossmr raises on purpose are one line, and the exit code is 1."""
+    keep_memory()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would spin against neighbours
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a file's name may be no Unicode

@@ -24,7 +24,7 @@ from crossmr.data.dicom import Scans, convert, holds_dicom
 from crossmr.data.naming import SPOKEN, StudyFiles, find_studies, modality_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, on_grid, read_volume, write_volume
-from crossmr.device import choose_device, choose_precision
+from crossmr.device import choose_device, choose_precision, in_batches
 from crossmr.diffusion import ddim_timesteps
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
@@ -200,7 +200,7 @@ def complete_study(
     notes = [*study.notes, *check(study, model.trivial, config.modalities, _seen(model))]
     if wanted:
         box = study.box()
-        sources = {m: study.normalised(m)[box] for m in used}
+        sources = {m: study.normalised(m, box) for m in used}
         head, at = study.mask[box].sum((1, 2)).tolist(), middle(study.mask[box])
         seen = torch.from_numpy(study.mask[box]) if study.masked_background else torch.tensor(True)
         columns = [Column.of(m, "acquired", volume, at) for m, volume in sources.items()]
@@ -296,7 +296,7 @@ def read_reference(
             "Name a study that has them."
         )
     files = {m: entry for m, entry in _hashes(found[0].images()).items() if m in known}
-    return Reference({target: study.normalised(target)[study.box()] for target in known}, files)
+    return Reference({target: study.normalised(target, study.box()) for target in known}, files)
 
 
 def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
@@ -349,19 +349,6 @@ def _learnt_together(model: CrossConditionedModel, sources: Sequence[str], targe
     if not model.config.any_subset or present is None:
         return True
     return bool((present[:, [known.index(m) for m in (*sources, target)]] > 0).all(1).any())
-
-
-def _in_batches(predict: Callable[[Tensor], Tensor], given: Tensor, device: torch.device) -> tuple[Tensor, int]:
-    """The predictions (N, …), on the CPU, and how many slices were made at once: fewer where memory runs out."""
-    batch, made = BATCH, list[Tensor]()
-    while (start := sum(map(len, made))) < len(given):
-        try:
-            made.append(predict(given[start : start + batch].to(device)).cpu())
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-            batch //= 2
-    return torch.cat(made), batch
 
 
 class Synthesis(NamedTuple):
@@ -442,31 +429,40 @@ def synthesise(
                 return torch.cat([made.mean(0), model.deviation(images, cast(Tensor, unguided))], 1)
             return made.mean(0) if len(made) < 2 else torch.cat([made.mean(0), made.std(0)], 1)
 
-        slices, batch = [z for z, voxels in enumerate(head_voxels) if voxels], BATCH
-        given = as_inputs(stacked, slices, dims, config.divisor, context)
+        targets, slices, batch = len(config.targets), [z for z, voxels in enumerate(head_voxels) if voxels], BATCH
+        real: Tensor | None = None
         if guidance == "reference":
             stretched = {m: np.clip(resize(volume, shape), 0, 1) for m, volume in (reference or {}).items()}
-            given = torch.cat(
-                [given, as_inputs(_stacked(stretched, config.targets)[0], slices, dims, config.divisor)], 1
-            )
+            real = _stacked(stretched, config.targets)[0]
+
+        def given(chosen: Sequence[int]) -> Tensor:
+            """What is there of some slices, or of the volume: the sources and, where real scans guide, these."""
+            around = as_inputs(stacked, chosen, dims, config.divisor, context)
+            if real is not None:
+                around = torch.cat([around, as_inputs(real, chosen, dims, config.divisor)], 1)
+            return around.to(device)
+
         if dims == 3:
             from monai.inferers import sliding_window_inference
 
-            window = sliding_window_inference(
-                given.to(device), config.window, 1, predict, overlap=0.25, mode="gaussian"
-            )
+            window = sliding_window_inference(given(slices), config.window, 1, predict, overlap=0.25, mode="gaussian")
             result = fit_size(cast(Tensor, window)[0].cpu(), shape, [0.5] * 3)
         else:
-            given = given.contiguous(memory_format=torch.channels_last)
-            predicted, batch = _in_batches(predict, given, device)
-            result = torch.zeros(predicted.shape[1], *shape)
-            result[:, slices] = fit_size(predicted, shape[1:], [0.5] * 2).transpose(0, 1)
-        targets = len(config.targets)
-        if len(result) == targets:
-            return Synthesis(result.clamp(0, 1), None, batch)
-        deviations = result[targets:]
+
+            def predict_some(some: slice) -> Tensor:
+                return predict(given(slices[some]).contiguous(memory_format=torch.channels_last)).cpu()
+
+            result = torch.zeros(0)
+            for some, made, at_once in in_batches(predict_some, len(slices), BATCH):
+                batch = at_once
+                if not len(result):
+                    result = torch.zeros(made.shape[1], *shape)
+                result[:, slices[some]] = fit_size(made, shape[1:], [0.5] * 2).transpose(0, 1)
+        images, deviations = result[:targets].clamp_(0, 1), result[targets:]
+        if not len(deviations):
+            return Synthesis(images, None, batch)
         deviations[:, [z for z, voxels in enumerate(head_voxels) if not voxels]] = 0
-        return Synthesis(result[:targets].clamp(0, 1), deviations, batch)
+        return Synthesis(images, deviations, batch)
 
 
 def _wanted(model: CrossConditionedModel, inputs: Tensor, real: Tensor) -> Tensor:
@@ -537,14 +533,16 @@ def complete_cohort(
         model = load_model(find_model(model), choose_device(device))
     check_settings(model, settings)
     reference = read_reference(settings.reference, model, mapping, registered=settings.registered)
-    scanned = holds_dicom(Path(cohort), layout.out)
+    scanned = holds_dicom(Path(cohort), mapping, apart=layout.out, display=display)
+    summary: dict[str, Any] = {
+        **{"completed": {}, "whole": [], "skipped": [], "failed": {}, "not_filled": {}, "notes": {}}
+    }
     if scanned:
         settings = replace(settings, registered=settings.registered or None)
     else:
         found = find_studies(Path(cohort), mapping)
-    summary: dict[str, Any] = {
-        **{"completed": {}, "whole": [], "skipped": [], "failed": {}, "not_filled": {}, "notes": {}}
-    }
+        summary["failed"] = layout.clashes([files.case for files in found])
+        found = [files for files in found if files.case not in summary["failed"]]
     if os.path.exists(out / "manifest.json") and read_json(out / "manifest.json", OutputError).get("format") != FORMAT:
         raise OutputError(f"{out} holds a manifest.json that is not of a completed cohort; name another folder.")
     write_json(out / "manifest.json", {"format": FORMAT, "finished": False})

@@ -1,8 +1,13 @@
 """Which processor runs the networks, and in which precision."""
 
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
 import torch
 
 from crossmr.errors import ConfigError
+
+Made = TypeVar("Made")
 
 PRECISIONS = ("auto", "bfloat16", "float32")
 
@@ -24,6 +29,33 @@ def choose_device(name: str = "auto") -> torch.device:
         usable = ", ".join(kind for kind, count in there.items() if count)
         raise ConfigError(f"--device is '{name}', but this machine and PyTorch build have only: {usable}.")
     return device
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left, on whatever device: CUDA has an error of its own for it, others have words."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("out of memory", "can't allocate memory")  # Apple's GPU, the processor
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def in_batches(run: Callable[[slice], Made], count: int, batch: int) -> Iterator[tuple[slice, Made, int]]:
+    """Run through `count` samples, `batch` at once, or half as many, and half of these, where memory runs out.
+
+    Yields which samples, what `run` made of them, and how many go at once by now.
+    """
+    start = 0
+    while start < count:
+        some = slice(start, min(count, start + batch))
+        try:
+            made = run(some)
+        except (RuntimeError, MemoryError) as error:
+            if batch == 1 or not out_of_memory(error):
+                raise
+            batch = max(1, batch // 2)
+            continue
+        yield some, made, batch
+        start = some.stop
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

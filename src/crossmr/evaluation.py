@@ -238,7 +238,7 @@ def subject_from_set(case: Case) -> Subject:
 def _from_files(files: StudyFiles, registered: bool = False) -> Subject:
     study = load_study(files, registered=registered)
     box = study.box()
-    volumes = {m: np.ascontiguousarray(study.normalised(m)[box]) for m in study.volumes}
+    volumes = {m: np.ascontiguousarray(study.normalised(m, box)) for m in study.volumes}
     head = study.mask[box]
     tumour = np.zeros_like(head) if study.labels is None else study.labels[box] > 0
     return Subject(

@@ -97,6 +97,21 @@ def write_atomically(path: Path, content: bytes) -> None:
                 os.unlink(temporary)
 
 
+def walk(root: Path, refuse: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Every folder from `root` down, with the names of its folders and files, sorted; what is hidden is passed over.
+
+    Links are followed, and no folder comes twice. Folders taken from the list are not entered, as with `os.walk`.
+    """
+    seen = set()
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(place)) in seen:  # a link back up would never end
+            folders.clear()
+            continue
+        seen.add(real)
+        yield place, folders, sorted(name for name in files if not name.startswith("."))
+
+
 def remove(path: Path) -> None:
     """Delete a file, or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():

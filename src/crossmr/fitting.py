@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -24,10 +24,13 @@ from torch.utils.data import DataLoader
 
 from crossmr.checkpoint import load_checkpoint, save_checkpoint
 from crossmr.data.dataset import seeded
+from crossmr.device import out_of_memory
 from crossmr.display import Display
 from crossmr.errors import Interrupted, ModelError
 from crossmr.files import append_line, write_atomically
 from crossmr.recipes import FitConfig
+
+Made = TypeVar("Made")
 
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("CROSSMR_SECONDS_BETWEEN_CHECKPOINTS", 60))
 VALIDATIONS = 10
@@ -171,17 +174,14 @@ def _step(
 ) -> tuple[Tensor, int]:
     """One step of gradient descent: the loss, detached, and in how many parts the batch went through."""
     network.train()
-    while True:
-        try:
-            optimiser.zero_grad(set_to_none=True)
-            loss = _descend(loop, network, job, seeded(job.name, loop.seed, step), _cut(batch, parts))
-            break
-        except torch.OutOfMemoryError as error:
-            if parts == (samples := len(_tensors(batch)[0])):
-                raise ModelError(
-                    f"{job.name}: out of memory with one sample at a time. Lower --set crop or the network's size."
-                ) from error
-        parts = min(2 * parts, samples)
+
+    def descend(pieces: Sequence[tuple[Any, float]]) -> Tensor:
+        optimiser.zero_grad(set_to_none=True)
+        return _descend(loop, network, job, seeded(job.name, loop.seed, step), pieces)
+
+    before = parts
+    loss, parts = in_parts(job.name, batch, descend, parts)
+    if parts > before:
         loop.display.say(f"{job.name}: out of memory; batches go through in {parts} parts from here on")
     loop.fabric.clip_gradients(network, optimiser, max_norm=config.gradient_clip, error_if_nonfinite=False)
     optimiser.step()
@@ -198,6 +198,29 @@ def _descend(
         loop.fabric.backward(loss)
         total = total + loss.detach()
     return total
+
+
+def in_parts(
+    name: str, batch: Any, run: Callable[[Sequence[tuple[Any, float]]], Made], parts: int = 1
+) -> tuple[Made, int]:
+    """What `run` makes of a batch's parts and their shares of its samples, and how many parts it took.
+
+    Where memory runs out there are twice as many.
+
+    Raises:
+        ModelError: not even one sample fits into memory.
+    """
+    while True:
+        try:
+            return run(_cut(batch, parts)), parts
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if parts == (samples := len(_tensors(batch)[0])):
+                raise ModelError(
+                    f"{name}: out of memory with one sample at a time. Lower --set crop or the network's size."
+                ) from error
+        parts = min(2 * parts, samples)
 
 
 def _cut(batch: Any, parts: int) -> list[tuple[Any, float]]:

@@ -76,6 +76,21 @@ class Layout:
         name = f"{'_'.join(entities)}{enhanced}_desc-synthetic{what}_{SUFFIXES[modality]}.nii.gz"
         return self.out.joinpath(*entities, "anat", name)
 
+    def clashes(self, cases: Sequence[str]) -> dict[str, str]:
+        """Cases whose volumes would replace one another's, and why; all of them, so that none depends on the order."""
+        if self.profile != "bids":
+            return {}
+        called: dict[tuple[str, ...], list[str]] = {}
+        for case in cases:
+            called.setdefault(bids_entities(case), []).append(case)
+        return {
+            case: f"{case}: BIDS has one name for it and {' and '.join(sorted({*same} - {case}))}, "
+            f"{'_'.join(name)}. Rename them, or use --profile labelled."
+            for name, same in called.items()
+            for case in same
+            if len(same) > 1
+        }
+
     def check(self, study: Study) -> None:
         """Refuse a study that the profile has no place for.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -28,11 +28,11 @@ from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
 from crossmr.config import to_dict
 from crossmr.data.dataset import Batch, Batches, Case, PreparedSet, as_inputs, seeded, useful_slices
 from crossmr.data.naming import in_usual_order
-from crossmr.device import choose_device, choose_precision
+from crossmr.device import choose_device, choose_precision, in_batches
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, ModelError
 from crossmr.files import read_json, sole_writer, write_json
-from crossmr.fitting import Job, Loop, fit, steps_in
+from crossmr.fitting import Job, Loop, fit, in_parts, steps_in
 from crossmr.model import CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model, variance_loss
 from crossmr.picture import save_picture
 from crossmr.recipes import STANDARD, Recipe, recipe_of
@@ -40,6 +40,8 @@ from crossmr.stages.representation import MaskedAutoencoder, z_score
 from crossmr.stages.synthesis import LinearMix
 from crossmr.store import find_model
 from crossmr.trivial import fit_trivial, linear_weights
+
+Made = TypeVar("Made")
 
 PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 VALIDATION_SLICES = 48
@@ -246,14 +248,22 @@ def _calibration(run: Run, model: CrossConditionedModel) -> dict[str, Tensor]:
     with run.loop.fabric.autocast():
         for number in range(PATTERNS if model.config.any_subset else 1):
             view = _view(run, model, batch, seeded("calibrate", run.loop.seed, number))
-            for rows in torch.split(torch.arange(len(batch.case)), CHUNK):
-                unguided = model.unguided(view.inputs[rows])
-                variance = model.log_variance(view.inputs[rows], unguided).exp()
-                squared = (unguided - view.truth[rows]) ** 2
-                head = (batch.images[rows] > 0).any(1).to(squared.device)
-                for index, found in enumerate(parts):
-                    inside = head & (view.wanted[rows, index] > 0)[(...,) + (None,) * (head.ndim - 1)]
-                    found.append(torch.stack([variance[:, index][inside], squared[:, index][inside]]).double().cpu())
+
+            def pairs(some: slice, view: View = view) -> list[Tensor]:
+                unguided = model.unguided(view.inputs[some])
+                variance = model.log_variance(view.inputs[some], unguided).exp()
+                squared = (unguided - view.truth[some]) ** 2
+                head = (batch.images[some] > 0).any(1).to(squared.device)
+                wanted = (view.wanted[some] > 0)[(...,) + (None,) * (head.ndim - 1)]
+                insides = [head & wanted[:, index] for index in range(len(run.targets))]
+                return [
+                    torch.stack([variance[:, index][inside], squared[:, index][inside]]).double().cpu()
+                    for index, inside in enumerate(insides)
+                ]
+
+            for made in _in_chunks(pairs, len(batch.case)):
+                for found, pair in zip(parts, made, strict=True):
+                    found.append(pair)
     fitted = []
     for index, found in enumerate(parts):
         said, error = torch.cat(found, 1)
@@ -424,10 +434,20 @@ def _loss_on(run: Run, loss: Callable[..., Tensor], fixed: Any) -> Callable[[nn.
 
     @torch.no_grad()
     def validate(network: nn.Module, picture: Path) -> dict[str, float]:
+        def measure(parts: Sequence[tuple[Any, float]]) -> float:
+            generator = seeded("validate", run.loop.seed)
+            return sum(share * float(loss(network, part, generator)) for part, share in parts)
+
+        network.eval()
         with run.loop.fabric.autocast():
-            return {"val_loss": float(loss(network.eval(), fixed, seeded("validate", run.loop.seed)))}
+            return {"val_loss": in_parts("validation", fixed, measure)[0]}
 
     return None if fixed is None else validate
+
+
+def _in_chunks(run: Callable[[slice], Made], count: int) -> list[Made]:
+    """What is made of so many samples, CHUNK at once, or fewer where memory runs out."""
+    return [made for _, made, _ in in_batches(run, count, CHUNK)]
 
 
 def _placed(run: Run, batch: Batch) -> Batch:
@@ -490,10 +510,11 @@ def _pooled(run: Run, network: MaskedAutoencoder, cases: Sequence[Case], modalit
             images = as_inputs(
                 reader.read(index, -1), useful_slices(case.head_voxels), run.recipe.spatial_dims, divisor
             )
-            parts = [
-                network.pooled(chunk.to(run.loop.fabric.device)).float().cpu() for chunk in torch.split(images, CHUNK)
-            ]
-            pooled.append(torch.cat(parts))
+
+            def pool(some: slice, images: Tensor = images) -> Tensor:
+                return network.pooled(images[some].to(run.loop.fabric.device)).float().cpu()
+
+            pooled.append(torch.cat(_in_chunks(pool, len(images))))
             task.advance()
     return pooled
 
@@ -534,10 +555,15 @@ def _cells(run: Run, model: CrossConditionedModel, cases: Sequence[Case]) -> Vec
             view = _view(run, model, batches[step], seeded("cells", run.loop.seed, step))
             some = view.wanted.amax(1) > 0
             if some.any():
-                inputs, truth, wanted = (part[some] for part in view)
-                told = model.told(inputs, model.unguided(inputs))
-                parts = model.representation.represent(truth), told, model.wanted_features(wanted)
-                found.append([part.cpu() for part in parts])
+                view = View(*(part[some] for part in view))
+
+                def vectors(rows: slice, view: View = view) -> list[Tensor]:
+                    inputs, truth, wanted = (part[rows] for part in view)
+                    told = model.told(inputs, model.unguided(inputs))
+                    parts = model.representation.represent(truth), told, model.wanted_features(wanted)
+                    return [part.cpu() for part in parts]
+
+                found += _in_chunks(vectors, len(view.inputs))
             task.advance()
     return Vectors(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
@@ -595,19 +621,19 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
     data = run.batches(stage, usable, run.modalities)
     vectors = _drawn(run, model, usable, guidance)
 
-    def guide(batch: Batch, view: View, drawn: Tensor | None, generator: torch.Generator) -> Tensor | None:
+    def guide(case: Tensor, view: View, drawn: Tensor | None, generator: torch.Generator) -> Tensor | None:
         if guidance == "truth":
             with torch.no_grad(), run.loop.fabric.autocast():
                 return model.guidance_of(view.truth, view.wanted)
         if drawn is None:
             return None
-        which = torch.randint(drawn.shape[1], (len(batch.case),), generator=generator)
-        return drawn[batch.case.to(drawn.device), which.to(drawn.device)]
+        which = torch.randint(drawn.shape[1], (len(case),), generator=generator)
+        return drawn[case.to(drawn.device), which.to(drawn.device)]
 
     def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         view = _view(run, model, batch, generator)
         keep = (torch.rand(len(batch.case), 1, generator=generator) >= run.recipe.guidance_dropout).float()
-        y_0 = guide(batch, view, vectors, generator)
+        y_0 = guide(batch.case, view, vectors, generator)
         return network.loss(*view, y_0, keep.to(view.inputs.device))  # type: ignore[operator, no-any-return]
 
     if not held_out:
@@ -618,12 +644,14 @@ def _synthesis_job(run: Run, model: CrossConditionedModel, stage: str) -> Job:
 
     @torch.no_grad()
     def validate(network: nn.Module, picture: Path) -> dict[str, float]:
-        y_0 = guide(fixed, seen, fixed_vectors, seeded("validate", run.loop.seed))
+        def predict(some: slice) -> Tensor:
+            part = View(*(tensor[some] for tensor in seen))
+            y_0 = guide(fixed.case[some], part, fixed_vectors, seeded("validate", run.loop.seed, some.start))
+            return cast(Tensor, network(part.inputs, y_0)).float()
+
+        network.eval()
         with run.loop.fabric.autocast():
-            network.eval()
-            chunks = [slice(i, i + CHUNK) for i in range(0, len(seen.inputs), CHUNK)]
-            parts = [network(seen.inputs[c], None if y_0 is None else y_0[c]).float() for c in chunks]
-            prediction = torch.cat(parts).clamp(0, 1)
+            prediction = torch.cat(_in_chunks(predict, len(seen.inputs))).clamp(0, 1)
         scores = {}
         for index, target in enumerate(run.targets):
             there = seen.wanted[:, index] > 0

@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from crossmr.data.contrast import Acquisition, Verdict, names_agent, recognise_contrast
-from crossmr.data.naming import in_usual_order, mapping_key
+from crossmr.data.naming import BIDS_ROOT, in_usual_order, is_nifti, mapping_key, recognise
 from crossmr.data.volume import on_grid, read_volume, write_volume
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
-from crossmr.files import digest, read_json, remove, sole_writer, write_json
+from crossmr.files import digest, read_json, remove, sole_writer, walk, write_json
 
 FORMAT = "crossmr-scans"
 FEWEST_SLICES = 8
@@ -110,14 +110,30 @@ class Scans:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def holds_dicom(folder: Path, apart: Path | None = None) -> bool:
-    """Whether a folder holds DICOM, and no NIfTI; `apart` is a folder in it that does not count."""
-    seen = False
+def holds_dicom(
+    folder: Path,
+    mapping: Mapping[str, str] | None = None,
+    *,
+    apart: Path | None = None,
+    display: Display = SILENT,
+) -> bool:
+    """Whether a folder is to be read as DICOM: it holds some, and no NIfTI whose name says which contrast it is.
+
+    Where it holds both, that is said, and the NIfTI counts. `apart` is a folder in it that does not count, `mapping` as
+    in `find_studies`.
+    """
+    nifti: list[Path] = []
+    others: list[Path] = []
     for path in _files(folder, apart):
-        if path.name.lower().endswith((".nii", ".nii.gz")):
-            return False
-        seen = seen or path.name.upper() == "DICOMDIR" or _is_dicom(path)
-    return seen
+        (nifti if is_nifti(path.name) else others).append(path)
+    found = next((path for path in others if path.name.upper() == "DICOMDIR" or _is_dicom(path)), None)
+    named = [study.case for study in recognise(nifti, mapping) if study.candidates]
+    if found is not None and named and not (folder / BIDS_ROOT).exists():
+        display.say(
+            f"{folder} holds NIfTI ({', '.join(named[:3])}{', …' if len(named) > 3 else ''}) and DICOM ({found.name}): "
+            "the DICOM is passed over. Give the folder of the DICOM alone to complete that."
+        )
+    return found is not None and not named
 
 
 @sole_writer("out")
@@ -492,17 +508,13 @@ def _cases(found: Sequence[Series], keep_names: bool) -> dict[str, str]:
 
 
 def _files(folder: Path, apart: Path | None = None) -> Iterator[Path]:
-    """Every file below, without hidden ones and those of one folder; sorted."""
+    """Every file below, links followed, without hidden ones and those of one folder; sorted."""
     root = Path(os.path.abspath(folder))
     if os.path.isfile(root):
         raise NamingError(f"{folder}: is a file, not a folder: give the folder that holds it.")
-    for place, folders, files in os.walk(root):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and (apart is None or os.path.join(place, name) != os.path.abspath(apart))
-        )
-        yield from (Path(place, name) for name in sorted(files) if not name.startswith("."))
+    for place, folders, files in walk(root):
+        folders[:] = [name for name in folders if apart is None or os.path.join(place, name) != os.path.abspath(apart)]
+        yield from (Path(place, name) for name in files)
 
 
 def _is_dicom(path: Path) -> bool:

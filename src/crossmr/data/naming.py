@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crossmr.errors import ConfigError, NamingError
+from crossmr.files import walk
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f", "pdw")
 """Canonical names of the modalities that file names are searched for."""
@@ -43,7 +44,7 @@ _WORD = re.compile(r"[^-_. ]+")
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _BIDS_CASE = re.compile(r"sub-[A-Za-z0-9+]+(_ses-[A-Za-z0-9+]+)?(?=_|$)")
 _BIDS_FILE = re.compile(_BIDS_CASE.pattern + r"(?P<entities>(_[A-Za-z]+-[A-Za-z0-9+.]+)*)_(?P<suffix>[A-Za-z0-9]+)")
-_BIDS_ROOT = "dataset_description.json"
+BIDS_ROOT = "dataset_description.json"
 _BIDS_APART = frozenset({"derivatives", "sourcedata", "code", "stimuli"})
 """Folders of a BIDS dataset that hold no scans of its own."""
 _PATIENTS = (
@@ -107,6 +108,11 @@ class StudyFiles:
         return self.labels[0] if self.labels else None
 
 
+def is_nifti(name: str) -> bool:
+    """Whether a file's name ends as NIfTI's do."""
+    return _NIFTI.search(name) is not None
+
+
 def in_usual_order(modalities: Iterable[str]) -> list[str]:
     """Modalities as they are usually listed, unknown ones last."""
     return sorted(modalities, key=lambda m: (MODALITIES.index(m) if m in MODALITIES else len(MODALITIES), m))
@@ -152,19 +158,12 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
         raise NamingError(f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions.") from error
 
     found: list[Path] = []
-    others, seen, apart = 0, set(), set[str]()
-    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        seen.add(os.path.realpath(place))
-        apart |= _BIDS_APART & {*folders} if _BIDS_ROOT in files else set()
-        folders[:] = [
-            name
-            for name in sorted(folders)
-            if not name.startswith(".")
-            and not name.endswith(".partial")
-            and not (_BIDS_ROOT in files and name in _BIDS_APART)
-            and os.path.realpath(os.path.join(place, name)) not in seen  # a link back up would never end
-        ]
-        nifti = [name for name in files if _NIFTI.search(name) and not name.startswith(".")]
+    others, apart = 0, set[str]()
+    for place, folders, files in walk(root, refuse):
+        beside = _BIDS_APART & {*folders} if BIDS_ROOT in files else set[str]()
+        apart |= beside
+        folders[:] = [name for name in folders if not name.endswith(".partial") and name not in beside]
+        nifti = [name for name in files if is_nifti(name)]
         found += [Path(place, name) for name in nifti]
         others += len(files) - len(nifti)
     if not found:

@@ -245,7 +245,7 @@ def _signature(files: StudyFiles, registered: bool) -> str:
 def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -> dict[str, Any]:
     z, y, x = box = study.box(MARGIN)
     modalities = list(study.volumes)
-    images = np.stack([study.normalised(m)[box] for m in modalities], axis=1).astype(np.float16)
+    images = np.stack([study.normalised(m, box) for m in modalities], axis=1).astype(np.float16)
     labels = np.zeros_like(study.mask, np.uint8) if study.labels is None else study.labels
     masks = np.stack([study.mask[box].astype(np.uint8), labels[box]], axis=1)
     (folder / "case.json").unlink(missing_ok=True)

@@ -1,9 +1,10 @@
 """One patient's study: volumes on one grid, checked, with a head mask and intensities scaled to [0, 1]."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,10 @@ from crossmr.errors import StudyError, VolumeError
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+EVERYTHING: Box = (slice(None), slice(None), slice(None))
 
 MEDIANS = 4.0
 """The head's median lies at a quarter of the scale, whatever is brightest: scalp where there is a skull, vessels where
@@ -72,10 +77,10 @@ class Study:
         """The volume whose grid is everyone's: the first in modality order."""
         return next(iter(self.volumes.values()))
 
-    def normalised(self, modality: str) -> Array:
+    def normalised(self, modality: str, within: Box = EVERYTHING) -> Array:
         """One volume in [0, 1], float32 (Z, Y, X), with 0 outside the mask where the background is masked."""
-        image = self.normalisation[modality].apply(self.volumes[modality].data)
-        return np.where(self.mask, image, np.float32(0)) if self.masked_background else image
+        image = self.normalisation[modality].apply(self.volumes[modality].data[within])
+        return np.where(self.mask[within], image, np.float32(0)) if self.masked_background else image
 
     def box(self, margin: int = 4) -> Box:
         """The head's bounding box, `margin` voxels wider where the volume allows."""
@@ -84,8 +89,11 @@ class Study:
 
 def bounding_box(mask: Mask, margin: int) -> Box:
     """The smallest box around a mask (Z, Y, X), `margin` voxels wider on every side, cut at the border."""
-    (box,) = ndimage.find_objects(mask.astype(np.uint8))
-    z, y, x = (slice(max(0, s.start - margin), min(n, s.stop + margin)) for s, n in zip(box, mask.shape, strict=True))
+    inside = [np.flatnonzero(mask.any(others)) for others in ((1, 2), (0, 2), (0, 1))]
+    z, y, x = (
+        slice(max(0, int(found[0]) - margin), min(n, int(found[-1]) + 1 + margin))
+        for found, n in zip(inside, mask.shape, strict=True)
+    )
     return z, y, x
 
 
@@ -111,15 +119,12 @@ def load_study(
     else:
         patient, label = case, None
         images = {m: source[m] for m in sorted(source, key=_modality_order)}
-    volumes, notes = {}, []
-    for modality, image in images.items():
-        if allow is not None and modality not in allow:
-            continue
-        volume = read_volume(image, name=_name(case, modality, image))
-        if volume.synthetic:
-            notes.append(f"{modality} is itself synthetic, so it was not used as an input.")
-        else:
-            volumes[modality] = volume
+    read = _in_threads(
+        lambda modality, image: read_volume(image, name=_name(case, modality, image)),
+        {m: image for m, image in images.items() if allow is None or m in allow},
+    )
+    volumes = {m: volume for m, volume in read.items() if not volume.synthetic}
+    notes = [f"{m} is itself synthetic, so it was not used as an input." for m in read if m not in volumes]
     if not volumes:
         raise StudyError(
             f"{case}: no acquired volume to work from. Wanted at least one of T1, T1ce, T2, FLAIR{_unnamed(source)}."
@@ -145,10 +150,16 @@ def load_study(
         volumes=volumes,
         mask=mask,
         masked_background=masked,
-        normalisation={m: fit_normalisation(volume.data, mask) for m, volume in volumes.items()},
+        normalisation=_in_threads(lambda _, volume: fit_normalisation(volume.data, mask), volumes),
         labels=None if label is None else _read_labels(case, label, reference),
         notes=tuple(notes),
     )
+
+
+def _in_threads(make: Callable[[str, Given], Made], given: Mapping[str, Given]) -> dict[str, Made]:
+    """What is made of each volume, side by side: NumPy, SciPy and zlib do most of it without the interpreter."""
+    with ThreadPoolExecutor(max(1, len(given))) as pool:
+        return dict(zip(given, pool.map(make, given, given.values()), strict=True))
 
 
 def _unnamed(source: StudyFiles | Mapping[str, Any]) -> str:
@@ -210,7 +221,7 @@ def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool]:
 
     The union of the volumes' foregrounds, its largest component, filled slice by slice.
     """
-    masks = [foreground(volume.data) for volume in volumes.values()]
+    masks = _in_threads(lambda _, volume: foreground(volume.data), volumes).values()
     masked = all(exact for _, exact in masks)
     union = np.logical_or.reduce([mask for mask, _ in masks])
     if union.any():
