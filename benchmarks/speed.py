@@ -3,7 +3,8 @@
 1. Counted: floating-point operations of each network, and the bytes that its layers read and write one by one; the
    machine's own peaks (a large matrix product in the network's precision, a large copy). The longer of the two
    quotients is the floor.
-2. Measured, medians of interleaved rounds: reading, checks, each network, drawing of guidance, writing, pictures.
+2. Measured, medians of interleaved rounds: reading, checks, each network, drawing of guidance, writing, pictures; and
+   how long a further study takes in a cohort, where one is read while another is synthesised.
 3. A training step of each stage, and the preparation of a study.
 4. Beside: the published form's pooled guidance; eager float32 and bfloat16, ONNX Runtime, OpenVINO; zlib, isal,
    zlib-ng; MONAI's DiffusionModelUNet of as many parameters, 50 DDIM steps. What is not installed is said.
@@ -27,12 +28,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from growth import Watch, under_names
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossmr.checks import check
 from crossmr.cli import keep_memory
-from crossmr.completion import BATCH, Settings, complete_study, synthesise
+from crossmr.completion import BATCH, Settings, complete_cohort, complete_study, synthesise
 from crossmr.data.dataset import as_inputs, seeded
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import Split, prepare, prepare_case
@@ -176,16 +178,34 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
             )
         else:
             print(f"| {name} | {total:.2f} | | | | |")
-    whole = seconds["the whole synthesis"]
-    around_it = sum(
-        seconds[n]
-        for n in ("read, normalise, find the head", "check the input", "write image and deviation", "picture")
-    )
-    print(f"\naround the network: {around_it:.2f} s, {around_it / whole:.0%} of the synthesis")
+    own = sum(seconds[name] for name in networks) * batches
+    files = ("read, normalise, find the head", "check the input", "write image and deviation", "picture")
+    around_it = sum(seconds[name] for name in files) + seconds["the whole synthesis"] - own
+    print(f"\naround the networks: {around_it:.2f} s, {around_it / own:.0%} of their own {own:.2f} s")
+    each = in_a_cohort(paths, model, settings, 2 * rounds)
+    print(f"in a cohort, one study read ahead, a further study takes {each:.2f} s: {each / own - 1:.0%} around them")
     if guided:
         share = seconds["MDN, 50 steps, one sample"] / seconds["C-UNet"]
         embedding = seconds["C-UNet, guided"] / seconds["C-UNet"] - 1
         print(f"guidance: the MDN takes {share:.1%} of the C-UNet's time, the condition layers {embedding:+.1%}")
+
+
+def in_a_cohort(paths: Mapping[str, Path], model: CrossConditionedModel, settings: Settings, count: int) -> float:
+    """Seconds that a further study takes in a cohort of one study under so many names."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "one" / "case").mkdir(parents=True)
+        for modality, path in paths.items():
+            shutil.copyfile(path, folder / "one" / "case" / f"case-{modality}.nii.gz")
+        watch = Watch(count)
+        complete_cohort(
+            under_names(folder / "one", folder / "cohort", count),
+            folder / "out",
+            model,
+            settings=settings,
+            display=watch,
+        )
+    return (watch.finished[-1] - watch.finished[0]) / (count - 1)
 
 
 def training(model: CrossConditionedModel, rounds: int) -> None:

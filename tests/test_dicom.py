@@ -305,6 +305,27 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
         convert(tmp_path / "in", tmp_path / "out")
 
 
+def test_the_converter_is_found_without_importing_its_package(tmp_path, monkeypatch):
+    """Releases of dcm2niix without the program in them fetch it from the network when they are imported."""
+    bare = tmp_path / "dcm2niix"
+    bare.mkdir()
+    (bare / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.delitem(sys.modules, "dcm2niix", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    write(tmp_path / "in", ("t1n",))
+    with pytest.raises(ConfigError, match=r"pip install 'crossmr\[dicom\]'"):
+        convert(tmp_path / "in", tmp_path / "out")
+    for place in (bare, tmp_path / "nowhere"):
+        place.mkdir(exist_ok=True)
+        program = place / "dcm2niix"
+        program.write_text(f"#!{sys.executable}\nprint('Error: asked {place.name}')")
+        program.chmod(0o755)
+        (scans,) = convert(tmp_path / "in", tmp_path / "out")
+        assert f"Error: asked {place.name}" in scans.refused
+        program.unlink()
+
+
 def test_broken_elements_are_as_good_as_missing(tmp_path):
     for path in dicoms.write_series(tmp_path / "in", head(), OBLIQUE, "t2f", description="flair"):
         content = path.read_bytes()

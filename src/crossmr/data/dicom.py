@@ -6,6 +6,7 @@ is told from its tags (contrast.py). Patients are renamed, unless their names ar
 """
 
 import fnmatch
+import importlib.util
 import math
 import os
 import re
@@ -604,13 +605,11 @@ def _pydicom() -> Any:
 
 
 def _converter() -> str:
+    """The program: that of the wheel, which is not imported, since its releases without one download it then."""
     _pydicom()
-    try:
-        import dcm2niix
-
-        return str(dcm2niix.bin)
-    except ImportError:
-        found = shutil.which("dcm2niix")
+    wheel = importlib.util.find_spec("dcm2niix")
+    places = [] if wheel is None or wheel.origin is None else [str(Path(wheel.origin).parent)]
+    found = shutil.which("dcm2niix", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
     if found is None:
         raise ConfigError("DICOM needs dcm2niix. Install it with: pip install 'crossmr[dicom]'")
     return found
