@@ -23,7 +23,7 @@ import numpy as np
 from einops import rearrange
 from scipy.ndimage import zoom
 
-from crossmr.completion import complete_cohort
+from crossmr.cohort import complete_cohort
 from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedSet
 from crossmr.data.naming import SPOKEN

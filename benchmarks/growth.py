@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from crossmr.cli import keep_memory
-from crossmr.completion import complete_cohort
+from crossmr.cohort import complete_cohort
 from crossmr.display import Display
 from crossmr.phantom import write_cohort
 from crossmr.report import report_completion

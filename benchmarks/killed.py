@@ -27,7 +27,8 @@ import numpy as np
 from safetensors import safe_open
 
 from crossmr import fitting
-from crossmr.completion import Settings, complete_cohort
+from crossmr.cohort import complete_cohort
+from crossmr.completion import Settings
 from crossmr.data.prepare import Split, prepare
 from crossmr.data.volume import read_volume
 from crossmr.evaluation import evaluate

@@ -6,7 +6,8 @@ python benchmarks/lgg.py ../shared/data -o runs/lgg
 import argparse
 from pathlib import Path
 
-from crossmr.completion import Settings, complete_cohort
+from crossmr.cohort import complete_cohort
+from crossmr.completion import Settings
 from crossmr.config import with_settings
 from crossmr.data.prepare import Split, default_workers, prepare
 from crossmr.display import Display

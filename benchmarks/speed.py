@@ -34,7 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossmr.checks import check
 from crossmr.cli import keep_memory
-from crossmr.completion import BATCH, Settings, complete_cohort, complete_study, synthesise
+from crossmr.cohort import complete_cohort
+from crossmr.completion import BATCH, Settings, complete_study, synthesise
 from crossmr.data.dataset import as_inputs, seeded
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import Split, prepare, prepare_case

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin against a neighbour's
 
+import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,3 +135,67 @@ def page(browser):
     yield opened
     context.close()
     assert not wrong
+
+
+def voxels(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tree(folder):
+    """Every file under a folder and its content."""
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_images(folder, case, modalities, *, seed=0, air=True, shape=(26, 28, 22), change=lambda image: image):
+    """FOLDER/CASE/CASE-{modality}.nii.gz of tiny heads."""
+    (folder / case).mkdir(parents=True, exist_ok=True)
+    for modality in modalities:
+        head = image(make_head(modality, seed=seed, air=air, shape=shape))
+        nib.save(change(head), folder / case / f"{case}-{modality}.nii.gz")
+    return folder / case
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_untrained(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    from crossmr.model import load_model
+
+    return load_model(model_folder)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Five patients: two to fill, one without a source, one broken, one whole."""
+    folder = tmp_path_factory.mktemp("cohort")
+    write_images(folder, "Ann", ("t1n", "t2w"), seed=1)
+    write_images(folder, "Bob", ("t1n", "t1c", "t2w"), seed=2)
+    write_images(folder, "Cem", ("t1n",), seed=3)
+    write_images(folder, "Dan", ("t1n", "t2w"), seed=4)
+    nib.save(image(make_head("t2w", shape=(24, 28, 22))), folder / "Dan" / "Dan-t2w.nii.gz")
+    write_images(folder, "Eve", ("t1n", "t1c", "t2w", "t2f"), seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def completed(cohort, model, tmp_path_factory):
+    """The cohort, completed once: the folder and what was returned."""
+    from crossmr.cohort import complete_cohort
+    from crossmr.completion import Settings
+
+    out = tmp_path_factory.mktemp("completed")
+    return out, complete_cohort(cohort, out, model, settings=Settings(steps=3, precision="float32"))
+
+
+@pytest.fixture
+def small(cohort, tmp_path):
+    """A cohort of one patient with two gaps."""
+    shutil.copytree(cohort / "Ann", tmp_path / "small" / "Ann")
+    return tmp_path / "small"

@@ -1,10 +1,6 @@
 """Completion: what is missing is filled on the exact grid, the same whatever the batch, the order or the cohort."""
 
-import errno
-import hashlib
 import json
-import re
-import shutil
 import struct
 import sys
 from dataclasses import replace
@@ -14,34 +10,24 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import image, make_head, save_untrained, write_study
+from conftest import image, make_head, save_untrained, sha256, tree, voxels, write_images, write_study
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
 from torch import nn
 
-from crossmr import completion, files
+from crossmr import completion
 from crossmr.cli import main
-from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, _ahead, complete, complete_cohort
+from crossmr.cohort import complete_cohort
+from crossmr.completion import Settings, complete
 from crossmr.data.dataset import seeded
-from crossmr.data.naming import StudyFiles
 from crossmr.data.study import load_study
-from crossmr.display import Display
-from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
+from crossmr.errors import ConfigError, ModelError, NamingError, StudyError
 from crossmr.model import load_model
 
 SHAPE = (26, 28, 22)
 SETTINGS = Settings(steps=3, precision="float32")
 FAST = {"steps": 3, "precision": "float32", "device": "cpu"}
 TURN = nib.eulerangles.euler2mat(0.2, -0.15, 0.1)
-
-
-def write_images(folder, case, modalities, *, seed=0, air=True, shape=SHAPE, change=lambda image: image):
-    """FOLDER/CASE/CASE-{modality}.nii.gz of tiny heads."""
-    (folder / case).mkdir(parents=True, exist_ok=True)
-    for modality in modalities:
-        head = image(make_head(modality, seed=seed, air=air, shape=shape))
-        nib.save(change(head), folder / case / f"{case}-{modality}.nii.gz")
-    return folder / case
 
 
 def stored_as(codes, turn=None):
@@ -62,28 +48,6 @@ def stored_as(codes, turn=None):
     return change
 
 
-def voxels(path):
-    return np.asarray(nib.load(path).dataobj)
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def tree(folder):
-    """Every file under a folder and its content."""
-    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-class Listener(Display):
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.said = []
-
-    def say(self, text):
-        self.said.append(text)
-
-
 class Copy(nn.Module):
     """Stands in for the C-UNet: every target is the first source."""
 
@@ -93,43 +57,6 @@ class Copy(nn.Module):
 
     def forward(self, sources, y_0=None):
         return sources[:, :1].repeat_interleave(self.targets, dim=1)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_untrained(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(model_folder):
-    return load_model(model_folder)
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    """Five patients: two to fill, one without a source, one broken, one whole."""
-    folder = tmp_path_factory.mktemp("cohort")
-    write_images(folder, "Ann", ("t1n", "t2w"), seed=1)
-    write_images(folder, "Bob", ("t1n", "t1c", "t2w"), seed=2)
-    write_images(folder, "Cem", ("t1n",), seed=3)
-    write_images(folder, "Dan", ("t1n", "t2w"), seed=4)
-    nib.save(image(make_head("t2w", shape=(24, 28, 22))), folder / "Dan" / "Dan-t2w.nii.gz")
-    write_images(folder, "Eve", ("t1n", "t1c", "t2w", "t2f"), seed=5)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def completed(cohort, model, tmp_path_factory):
-    """The cohort, completed once: the folder and what was returned."""
-    out = tmp_path_factory.mktemp("completed")
-    return out, complete_cohort(cohort, out, model, settings=SETTINGS)
-
-
-@pytest.fixture
-def small(cohort, tmp_path):
-    """A cohort of one patient with two gaps."""
-    shutil.copytree(cohort / "Ann", tmp_path / "small" / "Ann")
-    return tmp_path / "small"
 
 
 # What is filled
@@ -387,29 +314,6 @@ def test_batched_equals_one_slice_at_a_time(model, cohort, monkeypatch, guidance
         assert np.abs(results[size] - results[1]).max() < 1e-5
 
 
-def test_a_case_is_the_same_in_any_order_and_any_cohort(model, cohort, completed, monkeypatch, tmp_path):
-    out, _ = completed
-    found = completion.find_studies(cohort)
-    monkeypatch.setattr(completion, "find_studies", lambda *_: found[::-1])
-    complete_cohort(cohort, tmp_path / "reversed", model, settings=SETTINGS)
-    monkeypatch.undo()
-    write_images(tmp_path / "other", "Aaa", ("t1n", "t2w"), seed=9)
-    shutil.copytree(cohort / "Bob", tmp_path / "other" / "Bob")
-    complete_cohort(tmp_path / "other", tmp_path / "elsewhere", model, settings=SETTINGS)
-    torch.manual_seed(12345)
-    np.random.default_rng()
-    alone = complete(cohort / "Bob", model, **FAST)
-    expected = voxels(out / "Bob" / "Bob-t2f_synthetic.nii.gz")
-    for place in ("reversed", "elsewhere"):
-        np.testing.assert_array_equal(voxels(tmp_path / place / "Bob" / "Bob-t2f_synthetic.nii.gz"), expected)
-    np.testing.assert_array_equal(np.asarray(alone.images["t2f"].dataobj), expected)
-    # the order changes no byte of any other volume either
-    volumes = [path.relative_to(out) for path in out.rglob("*.nii.gz")]
-    assert len(volumes) == 3
-    for path in volumes:
-        assert (tmp_path / "reversed" / path).read_bytes() == (out / path).read_bytes()
-
-
 def test_seed_and_case_name_decide_the_sample(model, cohort):
     def data(**options):
         case = {m: cohort / "Ann" / f"Ann-{m}.nii.gz" for m in ("t1n", "t2w")}
@@ -425,277 +329,6 @@ def test_seed_and_case_name_decide_the_sample(model, cohort):
     samples = [data(guidance=guidance) for guidance in ("sample", "unconditional")]
     for a, b in ((samples[0], unguided), (samples[1], unguided), (samples[0], samples[1])):
         assert np.abs(a - b).max() > 1e-3
-
-
-# Cohorts
-
-
-def test_one_bad_patient_is_reported_and_the_others_finish(completed):
-    out, result = completed
-    assert result["finished"] is True
-    assert result["completed"] == {"Ann": ["t1c", "t2f"], "Bob": ["t2f"]}
-    assert set(result["not_filled"]) == {"Cem"}
-    assert set(result["not_filled"]["Cem"]) == {"t1c", "t2w", "t2f"}
-    assert set(result["failed"]) == {"Dan"}
-    assert re.search("Dan.*t2w is 24×28×22.*t1n is 26×28×22", result["failed"]["Dan"])
-    assert result["skipped"] == []
-    assert json.loads((out / "manifest.json").read_text()) == result
-    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    volumes = {"Ann/Ann-t1c_synthetic.nii.gz", "Ann/Ann-t2f_synthetic.nii.gz", "Bob/Bob-t2f_synthetic.nii.gz"}
-    manifests = {"manifest.json", *(f"{case}/manifest.json" for case in ("Ann", "Bob", "Cem", "Eve"))}
-    assert written == volumes | manifests | {"pictures/Ann.webp", "pictures/Bob.webp"}
-    shown = json.loads((out / "Ann" / "manifest.json").read_text())["picture"]
-    assert shown["file"] == "pictures/Ann.webp"
-    assert [(c["modality"], c["kind"]) for c in shown["columns"]] == [
-        *((m, "acquired") for m in ("t1n", "t2w")),
-        *((m, "synthetic") for m in ("t1c", "t2f")),
-    ]
-
-
-def test_manifest_tells_everything(cohort, completed, model_folder):
-    out, _ = completed
-    manifest = json.loads((out / "Ann" / "manifest.json").read_text())
-    paths = {m: cohort / "Ann" / f"Ann-{m}.nii.gz" for m in ("t1n", "t2w")}
-    assert manifest["case"] == "Ann"
-    assert manifest["inputs"] == {m: {"file": path.name, "sha256": sha256(path)} for m, path in paths.items()}
-    assert manifest["acquired"] == ["t1n", "t2w"]
-    assert set(manifest["synthetic"]) == {"t1c", "t2f"}
-    for modality, entry in manifest["synthetic"].items():
-        assert (out / "Ann" / entry["file"]).exists()
-        assert entry["from"] == ["t1n", "t2w"]
-        assert DISCLAIMER in entry["warnings"]
-        assert (ENHANCEMENT in entry["warnings"]) == (modality == "t1c")
-    study = load_study(paths)
-    for modality in paths:
-        low, high = (manifest["normalisation"][modality][key] for key in ("low", "high"))
-        assert (low, high) == (study.normalisation[modality].low, study.normalisation[modality].high)
-    assert manifest["settings"] == {
-        "model_sha256": sha256_of_model(model_folder),
-        "sources": ["t1n", "t2w"],
-        "targets": ["t1c", "t2f"],
-        "guidance": "sample",
-        "ddim_steps": 3,
-        "samples": 1,
-        "eta": 1.0,
-        "reference": None,
-        "seed": 0,
-        "registered": False,
-        "device": "cpu",
-        "precision": "float32",
-    }
-    assert set(manifest["versions"]) == {"crossmr", "torch", "monai", "nibabel"}
-    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert manifest["intensity"]["range"] == [0, 1]
-    assert manifest["seconds"] >= 0
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", manifest["created"])
-
-
-def sha256_of_model(folder):
-    """The hash that config.json carries of itself."""
-    return json.loads((folder / "config.json").read_text())["sha256"]
-
-
-def test_an_unsaved_model_claims_no_hash(model_folder, cohort):
-    unsaved = load_model(model_folder)
-    unsaved.record = {}
-    assert complete(cohort / "Ann", unsaved, **FAST).manifest["settings"]["model_sha256"] is None
-
-
-def test_finished_cases_are_skipped_and_overwrite_redoes_them(model, small, tmp_path):
-    out = tmp_path / "out"
-    complete_cohort(small, out, model, settings=SETTINGS)
-    before = {path: path.stat().st_mtime_ns for path in (out / "Ann").iterdir()}
-    assert len(before) == 3
-    listener = Listener()
-    again = complete_cohort(small, out, model, settings=SETTINGS, display=listener)
-    assert again["skipped"] == ["Ann"]
-    assert again["completed"] == {}
-    assert {path: path.stat().st_mtime_ns for path in (out / "Ann").iterdir()} == before
-    assert not any("other settings" in line for line in listener.said)
-    first = {path: path.read_bytes() for path in before if path.suffix == ".gz"}
-    redone = complete_cohort(small, out, model, settings=SETTINGS, overwrite=True)
-    assert redone["completed"] == {"Ann": ["t1c", "t2f"]}
-    assert redone["skipped"] == []
-    assert all(path.stat().st_mtime_ns > before[path] for path in before)
-    assert {path: path.read_bytes() for path in first} == first
-
-
-@pytest.mark.parametrize("change", [{"seed": 1}, {"guidance": "none"}, {"targets": ("t1c",)}, {"steps": 4}])
-def test_other_settings_are_noticed_and_said(model, small, tmp_path, change):
-    complete_cohort(small, tmp_path / "out", model, settings=SETTINGS)
-    before = tree(tmp_path / "out" / "Ann")
-    listener = Listener()
-    other = Settings(**{"steps": 3, "precision": "float32", **change})
-    result = complete_cohort(small, tmp_path / "out", model, settings=other, display=listener)
-    assert result["skipped"] == ["Ann"]
-    assert [line for line in listener.said if "Ann: finished before with other settings" in line]
-    assert tree(tmp_path / "out" / "Ann") == before
-
-
-def test_overwriting_leaves_nothing_that_the_new_manifest_does_not_name(model, small, tmp_path):
-    out = tmp_path / "out"
-    complete_cohort(small, out, model, settings=SETTINGS)
-    fewer = Settings(targets=("t1c",), steps=3, precision="float32")
-    complete_cohort(small, out, model, settings=fewer, overwrite=True)
-    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t1c_synthetic.nii.gz", "manifest.json"}
-    # a scan that has been acquired in the meantime closes its gap
-    nib.save(image(make_head("t1c", shape=SHAPE)), small / "Ann" / "Ann-t1c.nii.gz")
-    complete_cohort(small, out, model, settings=SETTINGS, overwrite=True)
-    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t2f_synthetic.nii.gz", "manifest.json"}
-
-
-@pytest.mark.parametrize("failing", ["second volume", "manifest"])
-@pytest.mark.parametrize("again", [False, True], ids=["first-time", "overwriting"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OutputError("disk full")])
-def test_a_write_that_fails_leaves_no_volume_without_manifest(
-    model, small, tmp_path, monkeypatch, failing, again, error
-):
-    out = tmp_path / "out"
-    if again:
-        complete_cohort(small, out, model, settings=SETTINGS)
-    break_writing(monkeypatch, failing, error)
-    result = complete_cohort(small, out, model, settings=SETTINGS, overwrite=again)
-    assert set(result["failed"]) == {"Ann"}
-    assert re.search("could not be written: No space left|disk full", result["failed"]["Ann"])
-    assert result["completed"] == {}
-    assert list((out / "Ann").iterdir()) == []
-    monkeypatch.undo()
-    assert complete_cohort(small, out, model, settings=SETTINGS)["completed"] == {"Ann": ["t1c", "t2f"]}
-
-
-@pytest.mark.parametrize("failing", ["second volume", "manifest"])
-def test_ctrl_c_stops_the_cohort_and_leaves_no_volume_without_manifest(model, small, tmp_path, monkeypatch, failing):
-    break_writing(monkeypatch, failing, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        complete_cohort(small, tmp_path / "out", model, settings=SETTINGS)
-    assert list((tmp_path / "out" / "Ann").iterdir()) == []
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["finished"] is False
-
-
-def break_writing(monkeypatch, failing, error):
-    write_volume, write_json = completion.write_volume, completion.write_json
-
-    def volume(made, path):
-        if failing == "second volume" and "t2f" in path.name:
-            raise error
-        write_volume(made, path)
-
-    def manifest(path, data):
-        if failing == "manifest" and path.parent.name == "Ann":
-            raise error
-        write_json(path, data)
-
-    monkeypatch.setattr(completion, "write_volume", volume)
-    monkeypatch.setattr(completion, "write_json", manifest)
-
-
-def test_completing_in_place_adds_to_the_cohort_and_can_be_repeated(model, cohort, tmp_path):
-    place = tmp_path / "cohort"
-    shutil.copytree(cohort, place)
-    shutil.rmtree(place / "Dan")
-    acquired = tree(place)
-    first = complete_cohort(place, place, model, settings=SETTINGS)
-    assert first["completed"] == {"Ann": ["t1c", "t2f"], "Bob": ["t2f"]}
-    assert first["failed"] == {}
-    after = tree(place)
-    assert acquired.items() < after.items()  # every acquired file is as it was
-    second = complete_cohort(place, place, model, settings=SETTINGS)
-    assert second["failed"] == {}
-    assert sorted(second["skipped"]) == ["Ann", "Bob", "Cem", "Eve"]
-    redone = complete_cohort(place, place, model, settings=SETTINGS, overwrite=True)
-    assert redone["failed"] == {}
-    assert redone["completed"] == first["completed"]
-    manifest = json.loads((place / "Ann" / "manifest.json").read_text())
-    assert manifest["acquired"] == ["t1n", "t2w"]
-    assert set(manifest["inputs"]) == {"t1n", "t2w"}
-    assert manifest["notes"] == []  # what was synthesised is known by its name
-    assert {k: v for k, v in tree(place).items() if not k.endswith("manifest.json")} == {
-        k: v for k, v in after.items() if not k.endswith("manifest.json")
-    }
-
-
-def test_an_acquired_scan_is_never_replaced(model, cohort, tmp_path):
-    """A mapping that leaves t1c out makes it a gap, but not a file to write over."""
-    shutil.copytree(cohort / "Bob", tmp_path / "Bob")
-    shutil.copy(tmp_path / "Bob" / "Bob-t1c.nii.gz", tmp_path / "Bob" / "Bob-t1c_synthetic.nii.gz")
-    before = tree(tmp_path)
-    mapping = {"t1n": "*-t1n.nii.gz", "t2w": "*-t2w.nii.gz"}
-    result = complete_cohort(tmp_path, tmp_path, model, settings=SETTINGS, mapping=mapping)
-    assert "Bob-t1c_synthetic.nii.gz is an acquired scan and is not replaced" in result["failed"]["Bob"]
-    assert {k: v for k, v in tree(tmp_path).items() if k != "manifest.json"} == before
-
-
-def test_a_damaged_manifest_is_reported_and_overwritten_on_request(model, small, tmp_path):
-    out = tmp_path / "out"
-    complete_cohort(small, out, model, settings=SETTINGS)
-    (out / "Ann" / "manifest.json").write_text("{")
-    assert "is damaged" in complete_cohort(small, out, model, settings=SETTINGS)["failed"]["Ann"]
-    redone = complete_cohort(small, out, model, settings=SETTINGS, overwrite=True)
-    assert redone["completed"] == {"Ann": ["t1c", "t2f"]}
-
-
-def test_an_out_that_cannot_be_written_is_an_output_error(model, small, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    for out in (tmp_path / "file", tmp_path / "file" / "out"):
-        with pytest.raises(OutputError, match="could not be written"):
-            complete_cohort(small, out, model, settings=SETTINGS)
-
-    def refuse(*_, **__):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
-    with pytest.raises(OutputError, match="Read-only file system"):
-        complete_cohort(small, tmp_path / "out", model, settings=SETTINGS)
-
-
-def test_mapping_and_model_folder_are_passed_on(model_folder, tmp_path):
-    folder = tmp_path / "cohort" / "P"
-    folder.mkdir(parents=True)
-    for modality, name in {"t1n": "MPRAGE", "t2w": "TSE"}.items():
-        nib.save(image(make_head(modality, shape=SHAPE)), folder / f"P_{name}.nii.gz")
-    result = complete_cohort(
-        tmp_path / "cohort",
-        tmp_path / "out",
-        Path(model_folder),
-        settings=SETTINGS,
-        device="cpu",
-        mapping={"t1n": "*_MPRAGE*", "t2w": "*_TSE*"},
-    )
-    assert result["completed"] == {"P": ["t1c", "t2f"]}
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(NamingError, match=r"no \.nii"):
-        complete_cohort(tmp_path / "empty", tmp_path / "new", model_folder, settings=SETTINGS)
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_finished_case_whose_inputs_changed_is_kept_and_said(model, small, tmp_path, capsys):
-    complete_cohort(small, tmp_path / "out", model, settings=SETTINGS)
-    (changed,) = small.rglob("Ann-t1n.nii.gz")
-    image = nib.load(changed)
-    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * 2, image.affine, image.header), changed)
-    again = complete_cohort(small, tmp_path / "out", model, settings=SETTINGS, display=Display())
-    assert again["skipped"] == ["Ann"]
-    assert "Ann: finished before with other input files, and kept; --overwrite" in capsys.readouterr().out
-
-
-def test_somebody_else_s_manifest_is_never_replaced(model, small, tmp_path):
-    (tmp_path / "manifest.json").write_text('{"mine": true}')
-    with pytest.raises(OutputError, match="not of a completed cohort; name another folder"):
-        complete_cohort(small, tmp_path, model, settings=SETTINGS)
-    assert (tmp_path / "manifest.json").read_text() == '{"mine": true}'
-    assert {path.name for path in tmp_path.iterdir()} == {"small", "manifest.json"}
-
-
-def test_a_study_that_lacks_nothing_is_listed_as_whole(model, small, tmp_path):
-    filled = complete_cohort(small, tmp_path / "out", model, settings=SETTINGS)["completed"]["Ann"]
-    folder = next(small.rglob("Ann-t1n.nii.gz")).parent
-    for modality in {"t1n", "t1c", "t2w", "t2f"} - {p.name.split("-")[-1][:3] for p in folder.glob("*.nii.gz")}:
-        shutil.copy(folder / "Ann-t1n.nii.gz", folder / f"Ann-{modality}.nii.gz")
-    again = complete_cohort(small, tmp_path / "out", model, settings=SETTINGS, overwrite=True)
-    assert filled
-    assert again["whole"] == ["Ann"]
-    assert again["completed"] == {}
-    assert not list((tmp_path / "out" / "Ann").glob("*.nii.gz"))
 
 
 # A grid of cells, deviations, several guided syntheses
@@ -1010,26 +643,6 @@ def test_a_reference_is_found_by_the_same_mapping(cell_folder, small, tmp_path):
     result = complete_cohort(tmp_path / "cohort", tmp_path / "out", cell_folder, settings=settings, mapping=mapping)
     assert len(result["completed"]) == 1
     assert set(result["settings"]["reference"]) == {"t1c", "t2f"}
-
-
-def test_one_study_is_read_ahead_and_no_more():
-    loading, found = [], [StudyFiles(str(k), str(k), {}, (), ()) for k in range(4)]
-
-    def load(study):
-        loading.append(study.case)
-        if study.case == "2":
-            raise StudyError("the third")
-        return study.case
-
-    for number, (study, loaded) in enumerate(_ahead(found, load)):
-        assert study is found[number]
-        if number == 2:
-            with pytest.raises(StudyError, match="the third"):
-                loaded.result()
-        else:
-            assert loaded.result() == str(number)
-        assert len(loading) <= number + 2
-    assert loading == ["0", "1", "2", "3"]
 
 
 def test_out_of_memory_halves_the_batch_and_says_so(tmp_path, monkeypatch):

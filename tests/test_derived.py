@@ -22,7 +22,8 @@ import pydicom
 from test_dicom import OBLIQUE, SAGITTAL, head, write
 
 from crossmr.cli import app
-from crossmr.completion import Settings, complete, complete_cohort
+from crossmr.cohort import complete_cohort
+from crossmr.completion import Settings, complete
 from crossmr.data.derived import STEPS, write_derived
 from crossmr.data.dicom import convert, find_series
 from crossmr.data.volume import read_volume, same_grid

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import SHAPE, image, make_head, save_untrained, write_study
 
-from crossmr.completion import Settings, complete_cohort
+from crossmr.cohort import complete_cohort
+from crossmr.completion import Settings
 from crossmr.errors import OutputError, StudyError
 from crossmr.model import load_model
 from crossmr.nnunet import export_nnunet

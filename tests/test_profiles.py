@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import image, make_head, save_untrained, write_study
 
-from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete_cohort
+from crossmr.cohort import complete_cohort
+from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings
 from crossmr.data.naming import find_studies
 from crossmr.errors import ConfigError
 from crossmr.model import load_model

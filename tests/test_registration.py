@@ -10,7 +10,8 @@ from conftest import save_untrained
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from crossmr.completion import Settings, complete_cohort
+from crossmr.cohort import complete_cohort
+from crossmr.completion import Settings
 from crossmr.data.naming import find_studies
 from crossmr.data.registration import register
 from crossmr.data.study import load_study

@@ -11,7 +11,8 @@ import pytest
 from conftest import image, make_head, save_untrained, write_study
 
 from crossmr import report
-from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete_cohort
+from crossmr.cohort import complete_cohort
+from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings
 from crossmr.data.naming import find_studies
 from crossmr.errors import OutputError
 from crossmr.evaluation import _from_files, evaluate

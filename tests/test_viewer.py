@@ -12,7 +12,8 @@ import pytest
 from conftest import save_untrained, write_study
 from PIL import Image
 
-from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings, complete_cohort
+from crossmr.cohort import complete_cohort
+from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings
 from crossmr.errors import OutputError
 from crossmr.model import load_model
 from crossmr.viewer import view_case

@@ -8,7 +8,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossmr.completion import Completed, Settings, complete, complete_cohort
+    from crossmr.cohort import complete_cohort
+    from crossmr.completion import Completed, Settings, complete
     from crossmr.data.prepare import Split, prepare
     from crossmr.errors import CrossmrError
     from crossmr.evaluation import evaluate
@@ -28,7 +29,7 @@ _HOMES = {
     "Settings": "completion",
     "Split": "data.prepare",
     "complete": "completion",
-    "complete_cohort": "completion",
+    "complete_cohort": "cohort",
     "evaluate": "evaluation",
     "load_model": "model",
     "make_phantom": "phantom",

@@ -198,7 +198,8 @@ def complete(
     keep_names: KeepNames = False,
 ) -> None:
     """Synthesise what is missing, on each study's exact grid, marked SYNTHETIC."""
-    from crossmr.completion import ENHANCEMENT, complete_cohort
+    from crossmr.cohort import complete_cohort
+    from crossmr.completion import ENHANCEMENT
     from crossmr.display import Display
     from crossmr.report import report_completion
 

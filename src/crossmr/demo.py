@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from crossmr.completion import Settings, complete_cohort
+from crossmr.cohort import complete_cohort
+from crossmr.completion import Settings
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import Split, default_workers, prepare
 from crossmr.data.study import load_study
