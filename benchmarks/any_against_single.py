@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from crossmr import metrics
 from crossmr.display import SILENT
+from crossmr.jobs import random_subsets
 from crossmr.model import SHOWN, CrossConditionedModel
 from crossmr.recipes import TINY
 from crossmr.stages.synthesis import CUNet, LinearMix, SynthesisConfig
-from crossmr.training import random_subsets
 
 PATTERNS = {
     "lgg-any": (("t1n",), ("t1n", "t1c"), ("t1n", "t2f")),

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from conftest import make_head
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import UID
 from pydicom.valuerep import DSfloat
+from scipy.spatial.transform import Rotation
 
 MR, ENHANCED = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
 TIMING = {
@@ -224,3 +226,19 @@ def _save(path: Path, image: FileDataset, pixels: np.ndarray, habit: Habit) -> P
 
 def _decimals(values) -> list:
     return [DSfloat(value, auto_format=True) for value in values]
+
+
+SHAPE = (36, 40, 24)
+OBLIQUE = np.eye(4)
+OBLIQUE[:3, :3] = Rotation.from_euler("xyz", [12, -7, 20], degrees=True).as_matrix() @ np.diag([-6.0, 5.0, 7.0])
+OBLIQUE[:3, 3] = [80.5, -90.25, -70.125]
+SAGITTAL = np.array([[0, 0, 6.0, -60], [5, 0, 0, -80], [0, 5, 0, -70], [0, 0, 0, 1.0]])
+
+
+def head(modality="t1n"):
+    return np.rint(make_head(modality, shape=SHAPE)).astype(int)
+
+
+def write(folder, modalities=("t1n", "t1c", "t2w", "t2f"), *, habit="plain", affine=OBLIQUE, **others):
+    for number, modality in enumerate(modalities, 2):
+        write_series(folder / str(number), head(modality), affine, modality, number=number, habit=habit, **others)

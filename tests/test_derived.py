@@ -19,13 +19,14 @@ pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
 import dcm2niix
 import dicoms
 import pydicom
-from test_dicom import OBLIQUE, SAGITTAL, head, write
+from dicoms import OBLIQUE, SAGITTAL, head, write
 
 from crossmr.cli import app
 from crossmr.cohort import complete_cohort
 from crossmr.completion import Settings, complete
 from crossmr.data.derived import STEPS, write_derived
-from crossmr.data.dicom import convert, find_series
+from crossmr.data.dicom import convert
+from crossmr.data.series import find_series
 from crossmr.data.volume import read_volume, same_grid
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import read_json

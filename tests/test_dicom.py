@@ -8,8 +8,6 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import make_head
-from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 pytest.importorskip("pydicom", reason="pip install crossmr[dicom]")
@@ -17,30 +15,14 @@ pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
 
 import dicoms
 import pydicom
+from dicoms import OBLIQUE, SAGITTAL, head, write
 
 from crossmr.cli import app
-from crossmr.data.dicom import convert, find_series, holds_dicom
+from crossmr.data.dicom import convert
 from crossmr.data.naming import find_studies
+from crossmr.data.series import holds_dicom
 from crossmr.data.volume import read_volume, same_grid
-from crossmr.display import Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
-
-SHAPE = (36, 40, 24)
-OBLIQUE = np.eye(4)
-OBLIQUE[:3, :3] = Rotation.from_euler("xyz", [12, -7, 20], degrees=True).as_matrix() @ np.diag([-6.0, 5.0, 7.0])
-OBLIQUE[:3, 3] = [80.5, -90.25, -70.125]
-SAGITTAL = np.array([[0, 0, 6.0, -60], [5, 0, 0, -80], [0, 5, 0, -70], [0, 0, 0, 1.0]])
-
-
-def head(modality="t1n"):
-    return np.rint(make_head(modality, shape=SHAPE)).astype(int)
-
-
-def write(folder, modalities=("t1n", "t1c", "t2w", "t2f"), *, habit="plain", affine=OBLIQUE, **others):
-    for number, modality in enumerate(modalities, 2):
-        dicoms.write_series(
-            folder / str(number), head(modality), affine, modality, number=number, habit=habit, **others
-        )
 
 
 def truth(modality, affine=OBLIQUE):
@@ -172,27 +154,6 @@ def test_missing_slices_are_named(tmp_path):
     assert "14.00 mm between the 9th and the next of 23: some are missing" in scans.left_out["series 3"]
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"ImagePositionPatient": None}, "do not say where they lie"),
-        ({"SamplesPerPixel": 3}, "in colour"),
-        ({"SeriesDescription": "SYNTHETIC T1"}, "itself synthetic"),
-        ({"ImageType": ["ORIGINAL", "PRIMARY", "P"]}, "a phase image"),
-    ],
-)
-def test_left_out_with_the_reason(change, why, tmp_path):
-    paths = dicoms.write_series(tmp_path, head(), OBLIQUE)
-    for path in paths:
-        image = pydicom.dcmread(path)
-        for keyword, value in change.items():
-            delattr(image, keyword) if value is None else setattr(image, keyword, value)
-        image.save_as(path)
-    (scans,) = convert(tmp_path, tmp_path / "out")
-    assert why in scans.left_out["series 1"]
-    assert "no T1, T1ce" in scans.refused
-
-
 def test_two_echoes_are_two_contrasts(tmp_path):
     for echo, time in ((1, 15), (2, 95)):
         tags = dicoms.TIMING["t2w"] | {"EchoTime": time, "EchoNumbers": echo}
@@ -242,33 +203,6 @@ def test_bad_folders(tmp_path):
     (tmp_path / "out" / scans.case / "series.json").write_text('{"format": "other"}')
     with pytest.raises(OutputError, match="not crossmr's"):
         convert(tmp_path / "in", tmp_path / "out")
-
-
-def test_a_folder_of_both_is_read_as_nifti_and_says_so(tmp_path, capsys):
-    write(tmp_path / "in", ("t1n",))
-    (tmp_path / "in" / "lesion.nii.gz").write_bytes(b"")  # names no contrast
-    assert holds_dicom(tmp_path / "in", display=Display())
-    assert capsys.readouterr().out == ""
-    (tmp_path / "in" / "P1_t1.nii.gz").write_bytes(b"")
-    assert not holds_dicom(tmp_path / "in", display=Display())
-    assert "holds NIfTI (P1) and DICOM" in capsys.readouterr().out
-    assert holds_dicom(tmp_path / "in", {"t2f": "*_dark.nii.gz"})  # the user's names say that there is none
-
-
-def test_links_are_followed_and_never_in_a_circle(tmp_path):
-    write(tmp_path / "archive", ("t1n", "t2f"))
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "patient").symlink_to(tmp_path / "archive")
-    (tmp_path / "archive" / "back").symlink_to(tmp_path / "in")
-    assert holds_dicom(tmp_path / "in")
-    (scans,) = convert(tmp_path / "in", tmp_path / "out")
-    assert list(scans.series) == ["t1n", "t2f"]
-
-
-def test_find_series_needs_no_pixels(tmp_path):
-    for path in dicoms.write_series(tmp_path, head(), OBLIQUE):
-        path.write_bytes(path.read_bytes()[:-2000])
-    assert [series.modality for series in find_series(tmp_path)] == ["t1n"]
 
 
 def test_the_verb_says_what_it_took_and_other_verbs_name_it(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from crossmr import training
+from crossmr import jobs
 from crossmr.completion import Settings, synthesise
 from crossmr.config import with_settings
 from crossmr.data.dataset import Batches, PreparedSet
@@ -26,7 +26,7 @@ from crossmr.model import CrossConditionedModel, load_model, pseudonym
 from crossmr.phantom import write_cohort
 from crossmr.recipes import TINY, FitConfig, Recipe
 from crossmr.stages.representation import MaskedAutoencoder
-from crossmr.training import random_subsets, train
+from crossmr.training import train
 from crossmr.trivial import predict_trivial
 
 COMMAND = "import sys; from crossmr.cli import main; main()"
@@ -54,7 +54,7 @@ SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 def few_validation_slices():
     """Short trainings are validated at every step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "VALIDATION_SLICES", 8)
+        patch.setattr(jobs, "VALIDATION_SLICES", 8)
         yield
 
 
@@ -303,7 +303,7 @@ def test_deviations_are_calibrated_on_validation_patients(prepared, tmp_path, mo
         return torch.cat([torch.log(0.01 * bright**2), torch.log(0.01 / bright**4)], 1)
 
     monkeypatch.setattr(CrossConditionedModel, "log_variance", guesses)
-    monkeypatch.setattr(training, "VALIDATION_SLICES", 48)
+    monkeypatch.setattr(jobs, "VALIDATION_SLICES", 48)
     recipe = replace(SMALL, synthesis=replace(SMALL.synthesis, residual=False))  # far from the truth
     common = {"recipe": recipe, "sources": SOURCES, "targets": TARGETS, "steps": 2, "precision": "float32"}
     model = load_model(train(prepared, tmp_path, **common))
@@ -413,20 +413,6 @@ def test_a_training_starts_from_no_other_network(prepared, trained, tmp_path):
 # Any subset
 
 
-def test_subsets_are_proper_and_equally_likely():
-    generator = torch.Generator().manual_seed(0)
-    present = torch.tensor([[1.0, 1, 0, 1]]).expand(6000, -1)
-    chosen = random_subsets(present, generator)
-    assert not chosen[:, 2].any()
-    codes = (chosen * torch.tensor([1.0, 2, 0, 4])).sum(1).long()
-    counts = codes.bincount(minlength=8)
-    assert counts[0] == counts[7] == 0
-    assert (counts[1:7] - 1000).abs().max() < 150
-    assert random_subsets(torch.tensor([[0.0, 1], [0, 0]]), generator).tolist() == [[0, 1], [0, 0]]
-    whole = random_subsets(torch.ones(2000, 4), generator)
-    assert len({tuple(row) for row in whole.tolist()}) == 14
-
-
 @pytest.fixture(scope="module")
 def any_run(prepared, tmp_path_factory):
     run = tmp_path_factory.mktemp("any") / "run"
@@ -489,21 +475,6 @@ def test_a_task_of_one_contrast_to_itself_is_no_any_subset(prepared, tmp_path):
     with pytest.raises(ConfigError, match="t1n is both source and target"):
         train(prepared, tmp_path, recipe=SMALL, sources=("t1n", "t2w"), targets=("t1n", "t2f"), steps=1)
     assert not list(tmp_path.iterdir())
-
-
-def test_deviations_are_calibrated_by_their_likelihood():
-    rng = np.random.default_rng(0)
-    variance = rng.gamma(2, 0.01, 20_000)
-    squared = rng.normal(0, np.sqrt(0.3 * variance + 0.004)) ** 2
-    a, b = training._likeliest(torch.tensor(variance), torch.tensor(squared)).tolist()
-    assert a == pytest.approx(0.3, rel=0.1)
-    assert b == pytest.approx(0.004, rel=0.1)
-    squared[:20] = 1.0  # a few gross errors, where little was said to be wrong
-    variance[:20] = 1e-4
-    a, b = training._likeliest(torch.tensor(variance), torch.tensor(squared)).tolist()
-    assert 0.1 < a < 1
-    exact = torch.zeros(100)  # errors that are none at all
-    assert torch.isfinite(training._likeliest(torch.rand(100).double(), exact.double())).all()
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from crossmr.completion import (
     read_reference,
     recorded,
 )
-from crossmr.data.dicom import Scans, convert, holds_dicom
+from crossmr.data.dicom import Scans, convert
 from crossmr.data.naming import SPOKEN, StudyFiles, find_studies
+from crossmr.data.series import holds_dicom
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume, write_volume
 from crossmr.device import choose_device

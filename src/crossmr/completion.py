@@ -17,8 +17,9 @@ from torch import Tensor
 
 from crossmr.checks import check
 from crossmr.data.dataset import as_inputs, fit_size, seeded, useful_slices
-from crossmr.data.dicom import convert, holds_dicom
+from crossmr.data.dicom import convert
 from crossmr.data.naming import find_studies, modality_name
+from crossmr.data.series import holds_dicom
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, on_grid
 from crossmr.device import choose_device, choose_precision, in_batches

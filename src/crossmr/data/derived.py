@@ -21,8 +21,8 @@ import pydicom.config
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.valuerep import DSfloat
 
-from crossmr.data.dicom import Plane, Series
 from crossmr.data.naming import SPOKEN
+from crossmr.data.series import Plane, Series
 from crossmr.data.volume import Volume, as_planes
 from crossmr.errors import OutputError, VolumeError
 
