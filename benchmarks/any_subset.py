@@ -1,10 +1,11 @@
-"""What a model of any subset is worth, on patients that it was not trained on. Four questions, one flag each:
+"""What a model of any subset is worth, on patients that it was not trained on. Five questions, one flag each:
 
   --patterns EVALUATION   do more sources ever hurt? From what `crossmr evaluate MODEL SET --every-subset` wrote
   --reference             whose real scan guides best: the patient's own three slices away, another patient's of the
                           same site (TCGA's code in the name), or a stranger's? PSNR of the held-out LGG patients
   --jitter                do neighbouring slices agree? Second differences through the plane, against the truth's
   --samples               what do 16 samples cost against one?
+  --steps                 how few DDIM steps will do? PSNR and time of one guided sample
 
 python benchmarks/any_subset.py ../shared/data -o runs/default --model runs/default/run/model --reference
 """
@@ -31,6 +32,8 @@ from crossmr.model import CrossConditionedModel, load_model
 from crossmr.store import find_model
 
 Array = npt.NDArray[np.float32]
+STEPS = (50, 20, 10, 5, 2)
+"""Of DDIM; the first is the usual number."""
 FAR = 3
 """Slices between a patient's own reference and where it guides."""
 
@@ -162,6 +165,56 @@ def samples(model: CrossConditionedModel, prepared: Path, counts: Sequence[int] 
         )
 
 
+def steps(model: CrossConditionedModel, prepared: Path, out: Path) -> None:
+    """PSNR over the brain of the held-out LGG patients by DDIM steps, against 50 steps, and medians of the time."""
+    rows = []
+    for subject in subjects(prepared, "TCGA-"):
+        head = subject.head.sum((1, 2)).tolist()
+        for target in subject.volumes:
+            given = {m: volume for m, volume in subject.volumes.items() if m != target}
+            truth = torch.from_numpy(subject.volumes[target])[None]
+            for guidance, count in (("none", 0), *(("sample", count) for count in STEPS)):
+                start = time.perf_counter()
+                settings = Settings(guidance=guidance, steps=count or STEPS[0])
+                made = synthesise(model, given, head, subject.name, settings).images
+                taken = time.perf_counter() - start
+                image = made[model.config.targets.index(target)][None]
+                inside = torch.from_numpy(subject.head)[None]
+                score = float(metrics.psnr(*metrics.scale_by_truth(image, truth), 1.0, inside))
+                rows.append(
+                    {
+                        "case": subject.name,
+                        "target": target,
+                        "guidance": guidance,
+                        "steps": count,
+                        "psnr": score,
+                        "seconds": taken,
+                    }
+                )
+        print(subject.name, flush=True)
+    kinds = list(dict.fromkeys((row["guidance"], row["steps"]) for row in rows))
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    print(f"\n| guidance | steps | s | {' | '.join(targets)} |\n|---|---|---|{'---|' * len(targets)}")
+    for guidance, count in kinds:
+        own = [row for row in rows if (row["guidance"], row["steps"]) == (guidance, count)]
+        cells = []
+        for target in targets:
+            scores = [row["psnr"] for row in own if row["target"] == target]
+            most = [
+                row["psnr"]
+                for row in rows
+                if (row["guidance"], row["steps"], row["target"]) == (guidance, STEPS[0], target)
+            ]
+            beside = ""
+            if count and count != STEPS[0]:
+                gain = statistics.mean(a - b for a, b in zip(scores, most, strict=True))
+                beside = f" ({gain:+.3f}, p {metrics.paired_wilcoxon(scores, most):.2g})"
+            cells.append(f"{statistics.mean(scores):.2f}{beside}")
+        middle = statistics.median(row["seconds"] for row in own)
+        print(f"| {guidance} | {count or ''} | {middle:.2f} | {' | '.join(cells)} |")
+    write_json(out / "steps.json", {"rows": rows})
+
+
 def main() -> None:
     """Answer what is asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,10 +225,11 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--jitter", action="store_true")
     parser.add_argument("--samples", action="store_true")
+    parser.add_argument("--steps", action="store_true")
     options = parser.parse_args()
     if options.patterns:
         patterns(options.patterns, options.out)
-    if options.reference or options.jitter or options.samples:
+    if options.reference or options.jitter or options.samples or options.steps:
         model, prepared = load_model(find_model(options.model)), options.out / "set"
         if options.reference:
             references(model, prepared, options.out)
@@ -183,6 +237,8 @@ def main() -> None:
             jitter(model, prepared, options.out)
         if options.samples:
             samples(model, prepared)
+        if options.steps:
+            steps(model, prepared, options.out)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel.affines import voxel_sizes
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from nibabel.spatialimages import HeaderDataError
+from scipy.optimize import linear_sum_assignment
 
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import write_atomically
@@ -71,7 +72,7 @@ def read_volume(source: Path | str | nib.Nifti1Image, *, name: str | None = None
         header, stored = _read_image(source, name)
 
     affine = _affine(header, name)
-    orientation = io_orientation(affine)
+    orientation = _orientation(affine)
     shape = stored.shape
     canonical = apply_orientation(stored, orientation)  # a view, (X, Y, Z)
     with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite
@@ -342,6 +343,21 @@ def _affine(header: Any, name: str) -> np.ndarray:
     return affine
 
 
+def _orientation(affine: np.ndarray) -> np.ndarray:
+    """The closest RAS+ axis of each of the file's axes and the direction along it, (3, 2), as nibabel has them.
+
+    Of all ways to pair them the best; nibabel's `io_orientation` takes the axes one after the other, so that about 45°
+    from the RAS+ axes a scan would be read otherwise when it is stored along other axes.
+    """
+    scaled = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    left, _, right = np.linalg.svd(scaled)
+    rotation = left @ right  # without shears
+    world, file = linear_sum_assignment(-np.abs(rotation))
+    order = np.argsort(file)
+    axes = world[order]
+    return np.stack([axes, np.where(rotation[axes, np.arange(3)] < 0, -1, 1)], axis=1).astype(float)
+
+
 def _with_header(voxels: np.ndarray, affine: np.ndarray, header: Any) -> nib.Nifti1Image:
     """An image that keeps its header: nibabel rewrites sform and qform only where the affine differs."""
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
@@ -352,7 +368,7 @@ def _with_header(voxels: np.ndarray, affine: np.ndarray, header: Any) -> nib.Nif
 
 def _as_stored(array: np.ndarray, reference: Volume) -> np.ndarray:
     """A canonical (Z, Y, X) array along the axes of the reference's file (x, y, z)."""
-    to_original = ornt_transform(axcodes2ornt("RAS"), io_orientation(reference.image.affine))
+    to_original = ornt_transform(axcodes2ornt("RAS"), _orientation(reference.image.affine))
     voxels: np.ndarray = apply_orientation(array.T, to_original)
     return voxels
 
