@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from crossmr import files
-from crossmr.errors import ModelError, OutputError, SetError
-from crossmr.files import digest, read_json, sole_writer, write_atomically, write_json
+from crossmr.errors import ModelError, NamingError, OutputError, SetError
+from crossmr.files import digest, read_json, sole_writer, walk, write_atomically, write_json
 
 
 def names(folder):
@@ -219,3 +219,30 @@ def test_a_folder_that_nothing_came_of_is_not_left_behind(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="could not be written"):
         fail("why", tmp_path / "file")
+
+
+def test_walking_follows_links_once_and_passes_over_what_is_hidden(tmp_path):
+    for name in ("b/c", ".hidden", "elsewhere/d"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+    (tmp_path / "root" / "elsewhere").rename(tmp_path / "elsewhere")
+    for path in ("root/z.txt", "root/a.txt", "root/.secret", "root/b/c/one", "elsewhere/d/two"):
+        (tmp_path / path).write_text("")
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "twin").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "root")
+    found = {
+        os.path.relpath(place, tmp_path / "root"): (folders, files) for place, folders, files in walk(tmp_path / "root")
+    }
+    assert found["."] == (["b", "link", "twin"], ["a.txt", "z.txt"])
+    assert [place for place, (_, files) in found.items() if files] == [".", "b/c", "link/d"]
+    entered = [place for place, folders, _ in walk(tmp_path / "root") if folders.clear() is None]
+    assert entered == [str(tmp_path / "root")]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(NamingError, match=r"cannot be listed \(Permission denied\)\. Check its permissions"):
+        list(walk(tmp_path))

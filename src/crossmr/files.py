@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
-from crossmr.errors import CrossmrError, ModelError, OutputError
+from crossmr.errors import CrossmrError, ModelError, NamingError, OutputError
 
 LOCK = ".lock"
 P = ParamSpec("P")
@@ -97,11 +97,18 @@ def write_atomically(path: Path, content: bytes) -> None:
                 os.unlink(temporary)
 
 
-def walk(root: Path, refuse: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Every folder from `root` down, with the names of its folders and files, sorted; what is hidden is passed over.
 
     Links are followed, and no folder comes twice. Folders taken from the list are not entered, as with `os.walk`.
+
+    Raises:
+        NamingError: a folder cannot be listed.
     """
+
+    def refuse(error: OSError) -> None:
+        raise NamingError(f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions.") from error
+
     seen = set()
     for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -154,12 +154,9 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
         fault = "is a file, not a folder: give the folder that holds it" if os.path.exists(root) else "does not exist"
         raise NamingError(f"{folder}: {fault}. Wanted a folder with .nii or .nii.gz files, of one study or of many.")
 
-    def refuse(error: OSError) -> None:
-        raise NamingError(f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions.") from error
-
     found: list[Path] = []
     others, apart = 0, set[str]()
-    for place, folders, files in walk(root, refuse):
+    for place, folders, files in walk(root):
         beside = _BIDS_APART & {*folders} if BIDS_ROOT in files else set[str]()
         apart |= beside
         folders[:] = [name for name in folders if not name.endswith(".partial") and name not in beside]

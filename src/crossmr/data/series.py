@@ -251,7 +251,7 @@ def _files(folder: Path, apart: Path | None = None) -> Iterator[Path]:
     root = Path(os.path.abspath(folder))
     if os.path.isfile(root):
         raise NamingError(f"{folder}: is a file, not a folder: give the folder that holds it.")
-    for place, folders, files in walk(root):
+    for place, folders, files in walk(root) if os.path.isdir(root) else ():
         folders[:] = [name for name in folders if apart is None or os.path.join(place, name) != os.path.abspath(apart)]
         yield from (Path(place, name) for name in files)
 
