@@ -42,6 +42,7 @@ from crossmr.data.prepare import Split, prepare, prepare_case
 from crossmr.data.study import load_study
 from crossmr.data.volume import content_sha256, write_volume
 from crossmr.device import choose_device, choose_precision
+from crossmr.metrics import psnr
 from crossmr.model import CrossConditionedModel, load_model
 from crossmr.phantom import write_cohort
 from crossmr.picture import save_columns
@@ -129,32 +130,40 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
         np.stack([sources.get(m, np.zeros_like(next(iter(sources.values())))) for m in model.config.sources])
     )
     shown = torch.tensor([float(m in sources) for m in model.config.sources])
-    around = as_inputs(stacked, slices[:BATCH], 2, model.config.divisor, model.config.context_slices)
-    batches = len(slices) / len(around)
+    arounds = [
+        as_inputs(stacked, slices[start : start + BATCH], 2, model.config.divisor, model.config.context_slices)
+        for start in range(0, len(slices), BATCH)
+    ]
+
+    def read(around: Tensor) -> Tensor:
+        return model.inputs(around, shown.expand(len(around), -1))
+
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        inputs = model.inputs(around, shown.expand(len(around), -1))
-        unguided = model.unguided(inputs)
+        pairs = [(given, model.unguided(given)) for given in map(read, arounds)]
+        inputs, unguided = pairs[len(pairs) // 2]
+        batches = len(slices) / len(inputs)  # of what is drawn for one batch
         cells = model.guide_cells(inputs, unguided, [seeded("speed")]) if model.config.representation.cell else None
 
     done = complete_study(study, model, settings)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
         networks = {
-            "C-UNet": lambda: model.unguided(inputs),
-            "network of the error": lambda: model.deviation(inputs, unguided),
+            "C-UNet": lambda: [model.unguided(given) for given, _ in pairs],
+            "network of the error": lambda: [model.deviation(*pair) for pair in pairs],
         }
         guided = {}
         if cells is not None:
             guided = {
                 "MDN, 50 steps, one sample": lambda: model.guide_cells(inputs, unguided, [seeded("speed")]),
                 "C-UNet, guided": lambda: model.synthesis(inputs, cells[0]),
+                "C-UNet, unguided": lambda: model.synthesis(inputs),
             }
         jobs: dict[str, Callable[[], object]] = {
             "read, normalise, find the head": lambda: load_study(paths),
             "check the input": lambda: check(study, model.trivial, model.config.modalities),
-            "inputs of a batch": inferring(lambda: model.inputs(around, shown.expand(len(around), -1)), dtype),
+            "inputs of the networks": inferring(lambda: [read(around) for around in arounds], dtype),
             **{name: inferring(call, dtype) for name, call in {**networks, **guided}.items()},
-            "the whole synthesis": lambda: synthesise(model, sources, head, "speed", settings),
+            "the whole synthesis": lambda: synthesise(model, sources, head, "speed", settings, wanted=[target]),
             "write image and deviation": lambda: [
                 write_volume(image, out / f"{k}.nii.gz")
                 for k, image in enumerate((done.images[target], done.deviations[target]))
@@ -167,27 +176,28 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
     print("\n| | s a volume | GFLOP | GB | floor, s | measured / floor |\n|---|---|---|---|---|---|")
     owner = {"C-UNet": model.synthesis, "network of the error": model.uncertainty, "C-UNet, guided": model.synthesis}
     for name, value in seconds.items():
-        total = value * batches if name in {*networks, *guided, "inputs of a batch"} else value
+        scale = batches if name in guided else 1.0
+        total = value * scale
         if name in {**networks, **guided}:
             call = {**networks, **guided}[name]
-            count, size = flops(call) * batches, 0.0
+            count, size = flops(call) * scale, 0.0
             if (network := owner.get(name)) is not None:
-                size = moved(network, inferring(call, dtype)) * batches
+                size = moved(network, inferring(call, dtype)) * scale
             floor = max(count / product, size / copied)
             print(
                 f"| {name} | {total:.2f} | {count / 1e9:.0f} | {size / 1e9:.0f} | {floor:.2f} | {total / floor:.1f} |"
             )
         else:
             print(f"| {name} | {total:.2f} | | | | |")
-    own = sum(seconds[name] for name in networks) * batches
+    own = sum(seconds[name] for name in networks)
     files = ("read, normalise, find the head", "check the input", "write image and deviation", "picture")
     around_it = sum(seconds[name] for name in files) + seconds["the whole synthesis"] - own
     print(f"\naround the networks: {around_it:.2f} s, {around_it / own:.0%} of their own {own:.2f} s")
     each = in_a_cohort(paths, model, settings, 2 * rounds)
     print(f"in a cohort, one study read ahead, a further study takes {each:.2f} s: {each / own - 1:.0%} around them")
     if guided:
-        share = seconds["MDN, 50 steps, one sample"] / seconds["C-UNet"]
-        embedding = seconds["C-UNet, guided"] / seconds["C-UNet"] - 1
+        share = seconds["MDN, 50 steps, one sample"] * batches / seconds["C-UNet"]
+        embedding = seconds["C-UNet, guided"] / seconds["C-UNet, unguided"] - 1
         print(f"guidance: the MDN takes {share:.1%} of the C-UNet's time, the condition layers {embedding:+.1%}")
 
 
@@ -315,10 +325,29 @@ def gpu(folder: Path, target: str, device: torch.device, rounds: int, batch: int
         print(f"peak memory of the card: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 
 
-def engines(model: CrossConditionedModel, rounds: int) -> None:
-    """One C-UNet, sixteen slices, on what there is."""
-    images = torch.rand(BATCH, model.config.inputs, 184, 144)
-    network = model.synthesis.eval()
+def some_slices(folder: Path, target: str, model: CrossConditionedModel) -> tuple[Tensor, Tensor]:
+    """Sixteen slices from the middle of a study as the C-UNet reads them, and the true target (16, 1, Y, X)."""
+    study = load_study(find_studies(folder)[0])
+    box = study.box()
+    head = study.mask[box].sum((1, 2)).tolist()
+    middle = (len(head) - BATCH) // 2
+    chosen = list(range(middle, middle + BATCH))
+    given = [study.normalised(m, box) for m in model.config.sources if m in study.volumes]
+    stacked = torch.from_numpy(np.stack(given))
+    around = as_inputs(stacked, chosen, 2, model.config.divisor, model.config.context_slices)
+    shown = torch.tensor([float(m != target) for m in model.config.sources])
+    truth = as_inputs(torch.from_numpy(study.normalised(target, box))[None], chosen, 2, model.config.divisor)
+    return model.inputs(around, shown.expand(BATCH, -1)), truth
+
+
+def engines(folder: Path, target: str, model: CrossConditionedModel, rounds: int) -> None:
+    """One C-UNet, sixteen slices of a study, on what there is."""
+    images, truth = some_slices(folder, target, model)
+    images, network = images.contiguous(), model.synthesis.eval()
+    index = model.config.targets.index(target)
+
+    def quality(made: Tensor) -> float:
+        return float(psnr(made[:, index : index + 1].float().clamp(0, 1), truth, 1.0).mean())
 
     def eager(dtype: torch.dtype, memory: torch.memory_format) -> Callable[[], Tensor]:
         given = images.contiguous(memory_format=memory)
@@ -329,20 +358,33 @@ def engines(model: CrossConditionedModel, rounds: int) -> None:
 
         return run
 
+    def compiled() -> Callable[[], Tensor]:
+        given, faster = images.contiguous(memory_format=torch.channels_last), torch.compile(network)
+
+        def run() -> Tensor:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                return faster(given)  # type: ignore[no-any-return]
+
+        return run
+
     reference = eager(torch.float32, torch.contiguous_format)()
     jobs: dict[str, Callable[[], Tensor]] = {
         "eager float32": eager(torch.float32, torch.contiguous_format),
         "eager bfloat16": eager(torch.bfloat16, torch.contiguous_format),
         "eager bfloat16, channels last": eager(torch.bfloat16, torch.channels_last),
     }
+    if shutil.which("g++") is None:
+        print("torch.compile needs a compiler")
+    else:
+        jobs["torch.compile bfloat16, channels last"] = compiled()
     try:
         import openvino
 
         converted = openvino.convert_model(network, example_input=(images,), input=[tuple(images.shape)])
         for hint in ("f32", "bf16"):
             settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-            compiled = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
-            jobs[f"OpenVINO {hint}"] = lambda c=compiled: torch.from_numpy(c.infer([images.numpy()])[0].copy())  # type: ignore[misc]
+            request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
+            jobs[f"OpenVINO {hint}"] = lambda c=request: torch.from_numpy(c.infer([images.numpy()])[0].copy())  # type: ignore[misc]
     except ImportError:
         print("OpenVINO is not installed")
     try:
@@ -356,10 +398,14 @@ def engines(model: CrossConditionedModel, rounds: int) -> None:
     except ImportError:
         print("ONNX Runtime is not installed")
     seconds = interleaved(jobs, rounds)
-    print("\n| engine | s for 16 slices | against eager bfloat16 | largest difference |\n|---|---|---|---|")
+    print(f"\n{BATCH} slices, {target}; against eager bfloat16, channels last, as complete does it")
+    print("\n| engine | s | times as fast | largest difference to float32 | PSNR, dB |\n|---|---|---|---|---|")
     for name, job in jobs.items():
-        gain = seconds["eager bfloat16"] / seconds[name]
-        print(f"| {name} | {seconds[name]:.3f} | {gain:.2f}× | {float((job().float() - reference).abs().max()):.1e} |")
+        gain, made = seconds["eager bfloat16, channels last"] / seconds[name], job()
+        print(
+            f"| {name} | {seconds[name]:.3f} | {gain:.2f} | {float((made.float() - reference).abs().max()):.1e} "
+            f"| {quality(made):.3f} |"
+        )
 
 
 def peer(model: CrossConditionedModel, rounds: int) -> None:
@@ -462,7 +508,7 @@ def main() -> None:
     if "preparing" in wanted:
         preparing(options.study, options.rounds)
     if "engines" in wanted:
-        engines(model, options.rounds)
+        engines(options.study, options.target, model, options.rounds)
     if "peer" in wanted:
         peer(model, options.rounds)
     if "pooled" in wanted:

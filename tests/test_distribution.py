@@ -248,18 +248,19 @@ def test_a_grid_depends_on_its_generator_and_condition_alone(grid):
 
 def test_a_grid_block_starts_as_the_identity_and_then_asks_the_neighbours():
     torch.manual_seed(0)
-    block, x, embedding = GridBlock(2, 8), torch.randn(1, 8, 9, 9), torch.randn(1, 8, 1, 1)
-    assert torch.equal(block(x, embedding), x)
+    block, x, addition = GridBlock(2, 8), torch.randn(1, 8, 9, 9), torch.randn(1, 8, 1, 1)
+    assert torch.equal(block(x, addition), x)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
+        addition = block.embedding(torch.nn.functional.silu(addition))
     changed = x.clone()
     changed[0, :, 4, 4] += 1 + torch.randn(8)
-    moved = (block(changed, embedding) - block(x, embedding)).abs().mean((0, 1))
+    moved = (block(changed, addition) - block(x, addition)).abs().mean((0, 1))
     far = moved[:, :2].mean()  # by the normalisation alone
     assert moved[3:6, 3:6].mean() > 5 * far
     assert moved[2, 2:7].mean() > 3 * far  # two convolutions reach two cells
-    assert not torch.allclose(block(x, embedding + 1), block(x, embedding), atol=1e-2)
+    assert not torch.allclose(block(x, addition + 1), block(x, addition), atol=1e-2)
 
 
 def test_keep_withholds_the_condition_of_a_grid():
@@ -337,3 +338,26 @@ def test_what_is_not_wanted_brings_no_loss_and_comes_out_as_the_mean(grid):
     for row, column in ((0, 2), (3, 0)):
         torch.testing.assert_close(drawn[row, column], network.centre[column].expand(grid))
     assert (drawn[0, 0] - network.centre[0]).abs().max() > 1e-2
+
+
+def test_what_all_steps_add_is_what_each_adds_by_itself():
+    torch.manual_seed(0)
+    network = DistributionNetwork(DistributionConfig(width=16, blocks=2), 3, 2)
+    condition = torch.randn(2, 2)
+    at_once = network._all_additions([900, 5], 2, condition)
+    for step in (900, 5):
+        alone = network.additions(torch.full((2,), step), condition)
+        for one, other in zip(at_once[step], alone, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_vector_is_drawn_in_full_precision_within_mixed():
+    torch.manual_seed(0)
+    network = DistributionNetwork(DistributionConfig(width=16, blocks=2), 3, 2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    plain = network.sample(generators(3), torch.ones(3, 2), steps=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = network.sample(generators(3), torch.ones(3, 2), steps=4)
+    assert torch.equal(plain, mixed)

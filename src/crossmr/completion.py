@@ -195,11 +195,11 @@ def complete_study(
         head, at = study.mask[box].sum((1, 2)).tolist(), middle(study.mask[box])
         seen = torch.from_numpy(study.mask[box]) if study.masked_background else torch.tensor(True)
         columns = [Column.of(m, "acquired", volume, at) for m, volume in sources.items()]
-        synthesis = synthesise(model, sources, head, study.case, settings, reference=reference and reference.volumes)
+        known = reference and reference.volumes
+        synthesis = synthesise(model, sources, head, study.case, settings, wanted=wanted, reference=known)
         if synthesis.batch < BATCH:
             notes.append(f"The device ran out of memory, so {synthesis.batch} slices were made at once, not {BATCH}.")
-        for modality in wanted:
-            index = config.targets.index(modality)
+        for index, modality in enumerate(wanted):
             images[modality] = _on_grid(study, synthesis.images[index], _description(modality, used), 1.0)
             columns.append(Column.of(modality, "synthetic", (synthesis.images[index] * seen).numpy(), at))
             if synthesis.deviations is not None:
@@ -343,12 +343,12 @@ def _learnt_together(model: CrossConditionedModel, sources: Sequence[str], targe
 
 
 class Synthesis(NamedTuple):
-    """All targets of a volume."""
+    """The targets of a volume that are wanted."""
 
     images: Tensor
-    """(T, Z, Y, X) in [0, 1]."""
+    """(W, Z, Y, X) in [0, 1]."""
     deviations: Tensor | None
-    """(T, Z, Y, X), standard deviation of each voxel's error: learnt with cells, or else of two or more samples."""
+    """(W, Z, Y, X), standard deviation of each voxel's error: learnt with cells, or else of two or more samples."""
     batch: int = BATCH
     """Slices made at once."""
 
@@ -361,12 +361,14 @@ def synthesise(
     case: str,
     settings: Settings,
     *,
+    wanted: Sequence[str] | None = None,
     network: str = "synthesis",
     reference: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> Synthesis:
-    """Synthesise all targets on the CPU from sources, modality → volume (Z, Y, X) in [0, 1], head-cropped.
+    """Synthesise targets on the CPU from sources, modality → volume (Z, Y, X) in [0, 1], head-cropped.
 
-    A model of any subset may be shown some of its sources only; what it says of these themselves means nothing.
+    All of the model's targets, unless some are `wanted`, and in that order. A model of any subset may be shown some of
+    its sources only; what it says of these themselves means nothing.
 
     Representations are drawn from seeds derived from settings.seed and the case's name: one pooled vector for the
     volume, or a grid for each slice from noise that all slices share. The image is the mean of the guided syntheses,
@@ -379,8 +381,9 @@ def synthesise(
     guidance, count = chosen_guidance(model, settings), samples_drawn(model, settings)
     if network == "twin":
         guidance, count = "none", 0
-    stacked, shown = _stacked(sources, config.sources)
-    shape, context, inwards = stacked.shape[1:], config.context_slices, config.context_slices * len(config.sources)
+    kept = [config.targets.index(target) for target in wanted or config.targets]
+    volumes, shown = _volumes(sources, config.sources), torch.tensor([float(m in sources) for m in config.sources])
+    shape, context, inwards = volumes[0].shape[1:], config.context_slices, config.context_slices * len(config.sources)
     keys = [("case", settings.seed, case, *([k] if k else ())) for k in range(count)]
     chosen = {"steps": settings.steps, "eta": settings.eta}
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -388,7 +391,7 @@ def synthesise(
         if count and not cells:
             pooled = None
             if guidance in ("sample", "mean"):
-                inputs = as_inputs(stacked, useful_slices(head_voxels), dims, config.divisor)
+                inputs = _inputs(volumes, useful_slices(head_voxels), dims, config.divisor)
                 pooled = torch.cat([model.pool_sources(chunk.to(device)) for chunk in torch.split(inputs, BATCH)])
             vectors = list(model.guide(pooled, [seeded(*key) for key in keys], **chosen))  # type: ignore[arg-type]
             vectors = [torch.stack(vectors).mean(0)] if guidance == "mean" else vectors
@@ -416,21 +419,22 @@ def synthesise(
             else:
                 guided = [y_0.expand(len(images), -1) for y_0 in vectors]
             made = torch.stack([run(images, y_0) for y_0 in guided]) if guided else cast(Tensor, unguided)[None]
+            made = made[:, :, kept]
             if cells:
-                return torch.cat([made.mean(0), model.deviation(images, cast(Tensor, unguided))], 1)
+                return torch.cat([made.mean(0), model.deviation(images, cast(Tensor, unguided))[:, kept]], 1)
             return made.mean(0) if len(made) < 2 else torch.cat([made.mean(0), made.std(0)], 1)
 
-        targets, slices, batch = len(config.targets), [z for z, voxels in enumerate(head_voxels) if voxels], BATCH
-        real: Tensor | None = None
+        slices, batch = [z for z, voxels in enumerate(head_voxels) if voxels], BATCH
+        real: Sequence[Tensor] = ()
         if guidance == "reference":
             stretched = {m: np.clip(resize(volume, shape), 0, 1) for m, volume in (reference or {}).items()}
-            real = _stacked(stretched, config.targets)[0]
+            real = _volumes(stretched, config.targets)
 
         def given(chosen: Sequence[int]) -> Tensor:
             """What is there of some slices, or of the volume: the sources and, where real scans guide, these."""
-            around = as_inputs(stacked, chosen, dims, config.divisor, context)
-            if real is not None:
-                around = torch.cat([around, as_inputs(real, chosen, dims, config.divisor)], 1)
+            around = _inputs(volumes, chosen, dims, config.divisor, context)
+            if real:
+                around = torch.cat([around, _inputs(real, chosen, dims, config.divisor)], 1)
             return around.to(device)
 
         if dims == 3:
@@ -449,7 +453,7 @@ def synthesise(
                 if not len(result):
                     result = torch.zeros(made.shape[1], *shape)
                 result[:, slices[some]] = fit_size(made, shape[1:], [0.5] * 2).transpose(0, 1)
-        images, deviations = result[:targets].clamp_(0, 1), result[targets:]
+        images, deviations = result[: len(kept)].clamp_(0, 1), result[len(kept) :]
         if not len(deviations):
             return Synthesis(images, None, batch)
         deviations[:, [z for z, voxels in enumerate(head_voxels) if not voxels]] = 0
@@ -462,11 +466,15 @@ def _wanted(model: CrossConditionedModel, inputs: Tensor, real: Tensor) -> Tenso
     return there * (1 - model.shown(inputs)) if model.config.any_subset else there
 
 
-def _stacked(given: Mapping[str, npt.NDArray[np.float32]], sources: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """All sources (S, Z, Y, X), what is missing as zeros, and which are there (S,)."""
-    nothing = np.zeros_like(next(iter(given.values())))
-    volumes = np.stack([given.get(source, nothing) for source in sources])
-    return torch.from_numpy(volumes), torch.tensor([float(source in given) for source in sources])
+def _volumes(given: Mapping[str, npt.NDArray[np.float32]], modalities: Sequence[str]) -> list[Tensor]:
+    """The volume of each modality, (1, Z, Y, X), uncopied; what is missing is zero, without memory of its own."""
+    nothing = torch.zeros(()).expand(next(iter(given.values())).shape)
+    return [(torch.from_numpy(given[m]) if m in given else nothing)[None] for m in modalities]
+
+
+def _inputs(volumes: Sequence[Tensor], *how: Any) -> Tensor:
+    """What `as_inputs` makes of all of these volumes, as channels."""
+    return torch.cat([as_inputs(volume, *how) for volume in volumes], 1)
 
 
 def chosen_guidance(model: CrossConditionedModel, settings: Settings) -> Guidance:

@@ -54,7 +54,7 @@ class ResidualBlock(nn.Module):
         """Map features (B, inputs, *S) and condition (B, condition_dim[, *G]) to (B, outputs, *S)."""
         h = self.conv_1(F.silu(self.norm_1(x)))
         if self.condition is not None and c is not None:
-            h = h + spread(self.condition(F.silu(c).movedim(1, -1)).movedim(-1, 1), h.shape[2:])
+            h += spread(self.condition(F.silu(c).movedim(1, -1)).movedim(-1, 1), h.shape[2:])
         h = self.conv_2(F.silu(self.norm_2(h)))
         return cast(Tensor, self.shortcut(x) + h)
 

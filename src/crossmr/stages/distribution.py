@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossmr.diffusion import Schedule, ddim_sample, q_sample
+from crossmr.diffusion import Schedule, ddim_sample, ddim_timesteps, q_sample
 from crossmr.errors import ConfigError
 from crossmr.layers import convolution, group_norm, zeroed
 
@@ -59,9 +59,9 @@ class MLPBlock(nn.Module):
         self.linear = nn.Linear(width, width)
         self.embedding = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (B, width) to (B, width)."""
-        return cast(Tensor, x + self.linear(F.silu(self.norm(x))) + self.embedding(F.silu(embedding)))
+    def forward(self, x: Tensor, addition: Tensor) -> Tensor:
+        """Map (B, width) to (B, width); `addition` is the projected embedding."""
+        return cast(Tensor, x + self.linear(F.silu(self.norm(x))) + addition)
 
 
 class GridBlock(nn.Module):
@@ -74,9 +74,9 @@ class GridBlock(nn.Module):
         self.conv_2 = zeroed(convolution(dims, width, width))
         self.embedding = convolution(dims, width, width, size=1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (B, width, *G) to (B, width, *G)."""
-        h = self.conv_1(F.silu(self.norm_1(x))) + self.embedding(F.silu(embedding))
+    def forward(self, x: Tensor, addition: Tensor) -> Tensor:
+        """Map (B, width, *G) to (B, width, *G); `addition` is the projected embedding."""
+        h = self.conv_1(F.silu(self.norm_1(x))) + addition
         return cast(Tensor, x + self.conv_2(F.silu(self.norm_2(h))))
 
 
@@ -120,8 +120,8 @@ class DistributionNetwork(nn.Module):
         known["centre"][counted] = centre[counted]
         known["scale"][counted] = variance.sqrt().clamp(min=1e-4)[counted]
 
-    def forward(self, y_t: Tensor, t: Tensor, condition: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Predict y_0 (B, D[, *G]) from y_t of the same shape at steps t (B,).
+    def additions(self, t: Tensor, condition: Tensor | None = None, keep: Tensor | None = None) -> list[Tensor]:
+        """What the blocks add, (B, width[, *G]) each: the projected embeddings of steps t (B,) and condition.
 
         condition (B, C[, *G]) is what is known of the sources; keep (B, 1) of zeros and ones withholds it where 0.
         """
@@ -133,9 +133,20 @@ class DistributionNetwork(nn.Module):
                 known = self.embed_condition(condition)
                 told = known if keep is None else torch.where(keep[cells] > 0, known, told)
             embedding = embedding + told
+        return [block.embedding(F.silu(embedding)) for block in self.blocks]  # type: ignore[operator]
+
+    def forward(
+        self,
+        y_t: Tensor,
+        t: Tensor,
+        condition: Tensor | None = None,
+        keep: Tensor | None = None,
+        additions: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Predict y_0 (B, D[, *G]) from y_t of the same shape at steps t (B,); the rest as `additions`, or these."""
         x = self.inwards(y_t)  # (B, width[, *G])
-        for block in self.blocks:
-            x = block(x, embedding)
+        for block, addition in zip(self.blocks, additions or self.additions(t, condition, keep), strict=True):
+            x = block(x, addition)
         return cast(Tensor, self.outwards(F.silu(self.norm(x))))  # (B, D)
 
     def loss(
@@ -173,19 +184,35 @@ class DistributionNetwork(nn.Module):
         A network over grids draws (B, D, *grid) and is told (B, C, *grid). `wanted` (B, D) as in `loss`: what is not
         wanted comes out as the mean.
         """
-        cells = (...,) + (None,) * self.grid_dims
+        cells, device = (...,) + (None,) * self.grid_dims, next(self.parameters()).device
+        known: dict[int, list[Tensor]] = {}
 
         def predict(y_t: Tensor, t: Tensor) -> Tensor:
-            predicted = cast(Tensor, self(y_t, t, condition)).float()
+            additions = known[int(t[0])] if known else None
+            predicted = cast(Tensor, self(y_t, t, condition, additions=additions)).float()
             return predicted if wanted is None else predicted * wanted[cells]
 
-        drawn = ddim_sample(
-            predict,
-            (len(generators), self.dim, *grid),
-            self.config.schedule,
-            steps=steps,
-            eta=eta,
-            generator=generators,
-            device=next(self.parameters()).device,
-        )
+        # a vector's steps wait for the weights: they are not cast at every step, and half of them read once for all
+        mixed = torch.is_autocast_enabled(device.type) and bool(self.grid_dims)
+        with torch.autocast(device.type, torch.get_autocast_dtype(device.type), enabled=mixed):
+            if not self.grid_dims:
+                known = self._all_additions(
+                    ddim_timesteps(self.config.schedule.steps, steps), len(generators), condition
+                )
+            drawn = ddim_sample(
+                predict,
+                (len(generators), self.dim, *grid),
+                self.config.schedule,
+                steps=steps,
+                eta=eta,
+                generator=generators,
+                device=device,
+            )
         return drawn * self.scale[cells] + self.centre[cells]  # type: ignore[index]
+
+    def _all_additions(self, steps: Sequence[int], rows: int, condition: Tensor | None) -> dict[int, list[Tensor]]:
+        """`additions` of a batch of `rows` vectors at each of these steps."""
+        t = torch.tensor(steps, device=cast(Tensor, self.alpha_bar).device).repeat_interleave(rows)
+        told = None if condition is None else condition.repeat(len(steps), 1)
+        parts = [part.reshape(len(steps), rows, -1) for part in self.additions(t, told)]
+        return {step: [part[index] for part in parts] for index, step in enumerate(steps)}
