@@ -209,9 +209,13 @@ class CrossConditionedModel(nn.Module):
             return around
         apart = rearrange(around, "n (s c) ... -> n s c ...", c=self.config.context_slices)
         there = apart[:, :, apart.shape[2] // 2].flatten(2).amax(-1) > 0
-        maps = (shown.to(around) * there)[(...,) + (None,) * (around.ndim - 2)].expand(-1, -1, *around.shape[2:])
-        whole = torch.cat([(apart * maps[:, :, None]).flatten(1, 2), SHOWN * maps], 1)
-        return whole.contiguous(memory_format=torch.channels_last) if whole.ndim == 4 else whole
+        maps = (shown.to(around) * there)[(...,) + (None,) * (around.ndim - 2)]  # (N, S, 1, ...)
+        layout = torch.channels_last if around.ndim == 4 else torch.contiguous_format
+        shape = len(around), self.config.inputs, *around.shape[2:]
+        whole = torch.empty(shape, dtype=around.dtype, device=around.device, memory_format=layout)
+        whole[:, : around.shape[1]] = around * maps.repeat_interleave(apart.shape[2], 1)
+        whole[:, around.shape[1] :] = SHOWN * maps
+        return whole
 
     def unguided(self, inputs: Tensor) -> Tensor:
         """The synthesis (N, T, *S) of what the C-UNet reads (N, inputs, *S), guided by nothing, in [0, 1]."""

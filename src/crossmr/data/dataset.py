@@ -164,7 +164,8 @@ def as_inputs(volume: Tensor, chosen: Sequence[int], dims: int, divisor: int, co
     """
     if dims == 3:
         return to_multiple(volume[None], dims, divisor)
-    images = torch.stack([volume[:, around(z, context, volume.shape[1])].flatten(0, 1) for z in chosen])
+    planes = torch.tensor([around(z, context, volume.shape[1]) for z in chosen])
+    images = volume[:, planes].transpose(0, 1).flatten(1, 2)  # (N, M·context, Y, X)
     return to_multiple(images, dims, divisor)
 
 
