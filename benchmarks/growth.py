@@ -140,13 +140,14 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
             axis.grid(alpha=0.3)
             if key == seconds:
                 slope = sum(a * b for a, b in zip(x, y, strict=True)) / sum(a * a for a in x)
-                axis.plot(x, [slope * a for a in x], "--", color="0.5", label=f"{slope:.2g} s each")
+                unit = "study" if label == "studies" else "million voxels"
+                axis.plot(x, [slope * a for a in x], "--", color="0.5", label=f"{slope:.2g} s a {unit}")
                 axis.legend(frameon=False)
-                if max(x) > 50 * min(x):
+                if max(x) > 500 * min(x):
                     axis.set_xscale("log")
                     axis.set_yscale("log")
             else:
-                axis.set_ylim(0, None)
+                axis.set_ylim(0, 1.1 * max(y))
         axes[1, column].set_xlabel(label)
     drawn.tight_layout()
     drawn.savefig(path, dpi=90)
