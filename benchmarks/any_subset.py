@@ -1,4 +1,4 @@
-"""What a model of any subset is worth, on patients that it was not trained on. Five questions, one flag each:
+"""What a model of any subset is worth, on patients that it was not trained on. Six questions, one flag each:
 
   --patterns EVALUATION   do more sources ever hurt? From what `crossmr evaluate MODEL SET --every-subset` wrote
   --reference             whose real scan guides best: the patient's own three slices away, another patient's of the
@@ -6,6 +6,7 @@
   --jitter                do neighbouring slices agree? Second differences through the plane, against the truth's
   --samples               what do 16 samples cost against one?
   --steps                 how few DDIM steps will do? PSNR and time of one guided sample
+  --spread                how far samples of so few steps still deviate from one another
 
 python benchmarks/any_subset.py ../shared/data -o runs/default --model runs/default/run/model --reference
 """
@@ -16,7 +17,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,22 @@ def steps(model: CrossConditionedModel, prepared: Path, out: Path) -> None:
     write_json(out / "steps.json", {"rows": rows})
 
 
+def spread(
+    model: CrossConditionedModel, prepared: Path, target: str = "t2f", patients: int = 2, seeds: int = 4
+) -> None:
+    """How far samples deviate from one another within the head, by DDIM steps."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for subject in islice(subjects(prepared, "TCGA-"), patients):
+        given = {m: volume for m, volume in subject.volumes.items() if m != target}
+        head, inside = subject.head.sum((1, 2)).tolist(), torch.from_numpy(subject.head)
+        for count in STEPS:
+            wishes = [Settings(guidance="sample", steps=count, seed=seed) for seed in range(seeds)]
+            drawn = [synthesise(model, given, head, subject.name, wish, wanted=[target]).images[0] for wish in wishes]
+            found[count].append(float(torch.stack(drawn).std(0)[inside].mean()))
+    for count, values in found.items():
+        print(f"{target}, {count} steps: samples deviate by {statistics.mean(values):.4f}, {patients} patients")
+
+
 def main() -> None:
     """Answer what is asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,10 +243,11 @@ def main() -> None:
     parser.add_argument("--jitter", action="store_true")
     parser.add_argument("--samples", action="store_true")
     parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--spread", action="store_true")
     options = parser.parse_args()
     if options.patterns:
         patterns(options.patterns, options.out)
-    if options.reference or options.jitter or options.samples or options.steps:
+    if options.reference or options.jitter or options.samples or options.steps or options.spread:
         model, prepared = load_model(find_model(options.model)), options.out / "set"
         if options.reference:
             references(model, prepared, options.out)
@@ -239,6 +257,8 @@ def main() -> None:
             samples(model, prepared)
         if options.steps:
             steps(model, prepared, options.out)
+        if options.spread:
+            spread(model, prepared)
 
 
 if __name__ == "__main__":
