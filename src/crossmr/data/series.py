@@ -99,9 +99,11 @@ def holds_dicom(
     others: list[Path] = []
     for path in _files(folder, apart):
         (nifti if is_nifti(path.name) else others).append(path)
-    found = next((path for path in others if path.name.upper() == "DICOMDIR" or _is_dicom(path)), None)
     named = [study.case for study in recognise(nifti, mapping) if study.candidates]
-    if found is not None and named and not (folder / BIDS_ROOT).exists():
+    if named and (folder / BIDS_ROOT).exists():  # whose DICOM is its sourcedata: nothing to open, nothing to say
+        return False
+    found = next((path for path in others if path.name.upper() == "DICOMDIR" or _is_dicom(path)), None)
+    if found is not None and named:
         display.say(
             f"{folder} holds NIfTI ({', '.join(named[:3])}{', …' if len(named) > 3 else ''}) and DICOM ({found.name}): "
             "the DICOM is passed over. Give the folder of the DICOM alone to complete that."
