@@ -1,6 +1,6 @@
 """How often the checks of a study's input are right: on studies as they are, and after each thing they look for.
 
-The set is that of default_weights.py, its training patients included: the linear mixes were fitted on these.
+The set is that of default_weights.py, its training patients included: the linear regressions were fitted on these.
 
 python benchmarks/checks.py runs/default/set src/crossmr/weights/default
 """
@@ -12,21 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from default_weights import COHORTS
+from scans import COHORTS, cohort_of
 
-from crossmr import checks
-from crossmr.data.dataset import Case, PreparedSet
-from crossmr.data.naming import SPOKEN
-from crossmr.model import CrossConditionedModel, load_model
+from crossmr.completion import checks
+from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.networks.model import CrossConditionedModel, load_model
 
 
-def asked(case: Case, model: CrossConditionedModel) -> Iterator[tuple[str, str, bool]]:
+def checked(case: Case, model: CrossConditionedModel) -> Iterator[tuple[str, str, bool]]:
     """(what was done to the study, the check, whether it warned)."""
     head = np.asarray(case.masks())[:, 0] > 0
     volumes = {m: case.volume(m) for m in case.modalities}
-    trivial, known = model.trivial, model.config.modalities
+    baselines, known = model.baselines, model.config.modalities
     yield "as it is", "shift", bool(checks.shifts(volumes, case.spacing_mm))
-    yield "as it is", "swap", bool(checks.swaps(volumes, head, trivial, known))
+    yield "as it is", "swap", bool(checks.swaps(volumes, head, baselines, known))
     yield "as it is", "same", bool(checks.same_images(volumes, head))
     yield "as it is", "missing slices", any(checks.missing_slices(m, v, head) for m, v in volumes.items())
     if case.masked_background:
@@ -36,29 +36,31 @@ def asked(case: Case, model: CrossConditionedModel) -> Iterator[tuple[str, str, 
         moved = np.roll(volumes["t1c"], round(mm / across), 2)
         yield f"T1ce moved by {mm} mm", "shift", bool(checks.shifts(volumes | {"t1c": moved}, case.spacing_mm))
     for a, b in itertools.combinations(case.modalities, 2):
-        done, changed = f"{SPOKEN[a]} and {SPOKEN[b]} exchanged", volumes | {a: volumes[b], b: volumes[a]}
-        yield done, "swap", bool(checks.swaps(changed, head, trivial, known))
+        change, changed = (
+            f"{DISPLAY_NAMES[a]} and {DISPLAY_NAMES[b]} exchanged",
+            volumes | {a: volumes[b], b: volumes[a]},
+        )
+        yield change, "swap", bool(checks.swaps(changed, head, baselines, known))
         if (a, b) == ("t1n", "t1c") and case.masked_background:
-            yield done, "unenhanced", bool(checks.unenhanced(changed["t1n"], changed["t1c"], head, case.spacing_mm))
+            yield change, "unenhanced", bool(checks.unenhanced(changed["t1n"], changed["t1c"], head, case.spacing_mm))
     yield "T1 given as T1ce, too", "same", bool(checks.same_images(volumes | {"t1c": volumes["t1n"] * 0.9}, head))
 
 
 def main() -> None:
-    """Print a table: what was done, which check, and the share of studies it warned of, by cohort."""
+    """Print a table: what was done, which check, and how many studies it warned of, by cohort."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", type=Path)
     parser.add_argument("model", type=Path)
     options = parser.parse_args()
     model = load_model(options.model)
     counts: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for case in PreparedSet(options.set).cases:
-        cohort = next(name for name, starts in COHORTS.items() if case.name.startswith(starts))
-        for done, check, said in asked(case, model):
-            counts[done, check][cohort].append(said)
+    for case in PreparedDataset(options.set).cases:
+        for change, check, warned in checked(case, model):
+            counts[change, check][cohort_of(case.name)].append(warned)
     print(f"| the study | check | {' | '.join(COHORTS)} |\n|---|---|{'---|' * len(COHORTS)}")
-    for (done, check), by_cohort in counts.items():
-        cells = [f"{sum(found)} of {len(found)}" if (found := by_cohort[name]) else "–" for name in COHORTS]
-        print(f"| {done} | {check} | {' | '.join(cells)} |")
+    for (change, check), by_cohort in counts.items():
+        cells = [f"{sum(warned)} of {len(warned)}" if (warned := by_cohort[name]) else "–" for name in COHORTS]
+        print(f"| {change} | {check} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from crossmr.cli import keep_memory
-from crossmr.cohort import complete_cohort
+from crossmr.completion.cohort import complete_cohort
 from crossmr.display import Display
+from crossmr.output.report import report_completion
 from crossmr.phantom import write_cohort
-from crossmr.report import report_completion
 
 LACKS = (("t2f",), ("t1c",), ("t1c", "t2f"), ("t2w",))
 FORM = {"shape": (48, 56, 40), "spacing_mm": (3.8, 3.8, 4.5)}
@@ -91,11 +91,11 @@ def measure(cohort: Path, out: Path, count: int, answer: Any) -> None:
     keep_memory()
     watch = Watch(count)
     start = time.perf_counter()
-    result = complete_cohort(cohort, out, display=watch)
+    summary = complete_cohort(cohort, out, display=watch)
     seconds = time.perf_counter() - start
     report_completion(out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    row = {"studies": count, "completed": len(result["completed"]), "seconds": round(seconds, 1)}
+    row = {"studies": count, "completed": len(summary.completed), "seconds": round(seconds, 1)}
     row |= {"seconds a study": round(seconds / count, 2), "peak MiB": round(peak)}
     if len(watch.finished) > 2:  # the first pays for what is built once
         row["seconds a further study"] = round((watch.finished[-1] - watch.finished[0]) / (len(watch.finished) - 1), 2)
@@ -109,9 +109,9 @@ def completed(cohort: Path, out: Path, count: int) -> tuple[dict[str, Any], list
     answer = context.SimpleQueue()
     child = context.Process(target=measure, args=(cohort, out, count, answer))
     child.start()
-    said: tuple[dict[str, Any], list[dict[str, int]]] = answer.get()
+    cost: tuple[dict[str, Any], list[dict[str, int]]] = answer.get()
     child.join()
-    return said
+    return cost
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:

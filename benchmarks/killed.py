@@ -1,6 +1,6 @@
 """Killed at any moment: SIGKILL at random times in `prepare`, `train`, `complete` and `evaluate`, which are run again.
 
-Each verb runs once undisturbed. Then, again and again, it is started, killed after a random share of that time and
+Each verb runs once undisturbed. Then, again and again, it is started, killed after a random fraction of that time and
 started anew on what it left, until it has been killed five times and may finish. After every kill all that looks
 finished is read: volumes, arrays, weights and JSON must be whole. In the end every file must be, byte for byte, what
 the undisturbed run wrote, and nothing else may lie there; except for times, for which cases were found finished, and
@@ -26,30 +26,31 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from crossmr import fitting
-from crossmr.cohort import complete_cohort
-from crossmr.completion import Settings
-from crossmr.data.prepare import Split, prepare
+from crossmr.completion.cohort import complete_cohort
+from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.data.volume import read_volume
-from crossmr.evaluation import evaluate
+from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
+from crossmr.networks.inference import Settings
+from crossmr.output.report import report_completion
 from crossmr.phantom import write_cohort
-from crossmr.recipes import TINY
-from crossmr.report import report_completion
-from crossmr.training import train
+from crossmr.training import loop
+from crossmr.training.recipes import RECIPES
+from crossmr.training.run import TrainingSettings, train
 
 FORM = {"shape": (40, 48, 32), "spacing_mm": (4.5, 4.5, 5.5)}
-_FIT = replace(TINY.synthesis_fit, batch_size=2)
+TINY = RECIPES["tiny"]
+_TRAIN = replace(TINY.synthesis_train, batch_size=2)
 RECIPE = replace(
     TINY,
     crop=(32, 32),
     representation=replace(TINY.representation, channels=4, multipliers=(1, 2)),
     distribution=replace(TINY.distribution, width=16, blocks=1),
     synthesis=replace(TINY.synthesis, channels=4, multipliers=(1, 2)),
-    representation_fit=_FIT,
-    distribution_fit=_FIT,
-    synthesis_fit=_FIT,
-    guidance_fit=_FIT,
-    uncertainty_fit=_FIT,
+    representation_train=_TRAIN,
+    distribution_train=_TRAIN,
+    synthesis_train=_TRAIN,
+    guidance_train=_TRAIN,
+    uncertainty_train=_TRAIN,
 )
 """Seconds, most of them for reading and writing."""
 BETWEEN = 5
@@ -66,15 +67,16 @@ def verbs(folder: Path) -> dict[str, Callable[[Path], None]]:
         report_completion(out)
 
     def learn(out: Path) -> None:
-        fitting.SECONDS_BETWEEN_CHECKPOINTS = 0.3
-        set_ = folder / "prepare" / "reference"
-        train(set_, out, recipe=RECIPE, sources=("t1n", "t2w"), targets=("t1c", "t2f"), steps=12, precision="float32")
+        loop.SECONDS_BETWEEN_CHECKPOINTS = 0.3
+        task = {"sources": ("t1n", "t2w"), "targets": ("t1c", "t2f")}
+        train(folder / "prepare" / "reference", out, TrainingSettings(RECIPE, steps=12, precision="float32", **task))
 
     def measure(out: Path) -> None:
-        evaluate(folder / "train" / "reference" / "model", folder / "prepare" / "reference", out, settings=SETTINGS)
+        wish = EvaluationSettings(inference=SETTINGS)
+        evaluate(folder / "train" / "reference" / "model", folder / "prepare" / "reference", out, wish)
 
     return {
-        "prepare": lambda out: void(prepare(folder / "cohort", out, split=Split.parse("50/25/25"))),
+        "prepare": lambda out: void(prepare(folder / "cohort", out, PrepareSettings(split=Split(0.5, 0.25, 0.25)))),
         "train": learn,
         "complete": complete,
         "evaluate": measure,

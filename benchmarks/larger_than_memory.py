@@ -20,11 +20,11 @@ from typing import Any
 
 from growth import under_names
 
-from crossmr.data.prepare import Split, default_workers, prepare
+from crossmr.data.prepare import PrepareSettings, Split, default_workers, prepare
 from crossmr.display import Display
 from crossmr.phantom import write_cohort
-from crossmr.recipes import RECIPES
-from crossmr.training import train
+from crossmr.training.recipes import RECIPES
+from crossmr.training.run import TrainingSettings, train
 
 ROOTS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
 NAMES = {"limit": ("memory.limit_in_bytes", "memory.max"), "peak": ("memory.max_usage_in_bytes", "memory.peak")}
@@ -68,7 +68,7 @@ def trained(group: Path, prepared: Path, run: Path, steps: int, answer: Any) -> 
     """Train within the group, and say what that took."""
     (group / "cgroup.procs").write_text(str(os.getpid()))
     start = time.perf_counter()
-    train(prepared, run, recipe=RECIPES["tiny"], steps=steps, display=Display(quiet=True))
+    train(prepared, run, TrainingSettings(RECIPES["tiny"], steps=steps), display=Display(quiet=True))
     seconds = time.perf_counter() - start
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     paces = [line["steps_per_second"] for line in lines if line["stage"] == "synthesis" and "steps_per_second" in line]
@@ -92,8 +92,8 @@ def main() -> None:
     options = parser.parse_args()
     for studies in (options.few, options.studies):
         prepared = options.out / f"set-{studies}"
-        workers = default_workers()
-        prepare(cohort(options.out, studies), prepared, split=Split(1, 0, 0), workers=workers, display=Display())
+        wish = PrepareSettings(split=Split(1, 0, 0), workers=default_workers())
+        prepare(cohort(options.out, studies), prepared, wish, display=Display())
         size = forget(prepared)
         run = options.out / f"run-{studies}"
         shutil.rmtree(run, ignore_errors=True)
@@ -104,11 +104,11 @@ def main() -> None:
             child.start()
             while child.is_alive() and answer.empty():
                 time.sleep(0.5)
-            said = {} if answer.empty() else answer.get()
+            cost = {} if answer.empty() else answer.get()
             child.join()
             row = {"studies": studies, "set, MiB": round(size / 2**20), "allowed, MiB": options.limit_mib}
             row |= {"peak with cached pages, MiB": round(int(peak.read_text()) / 2**20), "exit": child.exitcode}
-            print(json.dumps({**row, **said}), flush=True)
+            print(json.dumps({**row, **cost}), flush=True)
 
 
 if __name__ == "__main__":

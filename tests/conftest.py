@@ -66,42 +66,36 @@ def write_study(
 
 
 def save_untrained(
-    folder: Path, *, seed: int = 0, twin: bool = False, cell: int = 0, trivial=None, training=None, **changes
+    folder: Path, *, seed: int = 0, guidance: str = "joint", baselines=None, training=None, **changes
 ) -> Path:
     """A model folder whose every layer is random, so that guidance matters, with outputs around 0.5.
 
-    With `cell` (8, say) the representation is a grid of cells, as in the recipe 'standard'.
+    By default its C-UNet is guided by samples of an MDN that is given the sources.
     """
     import torch
 
-    from crossmr.model import CrossConditionedModel, ModelConfig, save_model
-    from crossmr.stages.distribution import DistributionConfig
-    from crossmr.stages.representation import RepresentationConfig
-    from crossmr.stages.synthesis import SynthesisConfig
+    from crossmr.networks.c_unet import SynthesisConfig
+    from crossmr.networks.distribution import DistributionConfig
+    from crossmr.networks.masked_autoencoder import RepresentationConfig
+    from crossmr.networks.model import CrossConditionedModel, ModelConfig, save_model
 
-    settings = {"sources": ("t1n", "t2w"), "targets": ("t1c", "t2f"), "window": (16, 16), "guidance": "sample"}
-    if cell:
-        settings = settings | {"window": (2 * cell, 2 * cell), "guidance": "truth"}
-    settings |= changes
+    settings = {"sources": ("t1n", "t2w"), "targets": ("t1c", "t2f"), "window": (16, 16)} | changes
     conditional = settings.pop("conditional", True)
     config = ModelConfig(
-        representation=RepresentationConfig(
-            channels=4, multipliers=(1, 2), patch_size=4, **({"cell": cell, "cell_features": 2} if cell else {})
-        ),
+        guidance=guidance,
+        representation=RepresentationConfig(channels=4, multipliers=(1, 2), patch_size=4),
         distribution=DistributionConfig(width=16, blocks=1, conditional=conditional),
         synthesis=SynthesisConfig(channels=4, multipliers=(1, 2)),
         **settings,
     )
-    with torch.random.fork_rng(devices=[]):
+    model = CrossConditionedModel(config, seed=seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = CrossConditionedModel(config, twin=twin)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape))
-            for network in [model.synthesis] + [model.twin] * twin:
-                network.decoder.out.weight.mul_(0.2)
-                network.decoder.out.bias.fill_(0.5)
-    model.trivial = trivial or {}
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+        model.synthesis.decoder.out.weight.mul_(0.2)
+        model.synthesis.decoder.out.bias.fill_(0.5)
+    model.baselines = baselines or {}
     save_model(folder, model, training or {})
     return folder
 
@@ -166,7 +160,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(model_folder):
-    from crossmr.model import load_model
+    from crossmr.networks.model import load_model
 
     return load_model(model_folder)
 
@@ -187,11 +181,11 @@ def cohort(tmp_path_factory):
 @pytest.fixture(scope="module")
 def completed(cohort, model, tmp_path_factory):
     """The cohort, completed once: the folder and what was returned."""
-    from crossmr.cohort import complete_cohort
-    from crossmr.completion import Settings
+    from crossmr.completion.cohort import complete_cohort
+    from crossmr.networks.inference import Settings
 
     out = tmp_path_factory.mktemp("completed")
-    return out, complete_cohort(cohort, out, model, settings=Settings(steps=3, precision="float32"))
+    return out, complete_cohort(cohort, out, model, Settings(ddim_steps=3, precision="float32"))
 
 
 @pytest.fixture

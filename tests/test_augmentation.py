@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import write_study
 
-from crossmr.data.augmentation import Augmentation, AugmentationConfig
-from crossmr.data.dataset import Batches, PreparedSet
-from crossmr.data.prepare import Split, prepare
+from crossmr.data.dataset import PreparedDataset
+from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.errors import ConfigError
+from crossmr.training.augmentation import Augmentation, AugmentationConfig
+from crossmr.training.batches import Batches, BatchSettings
 
 ALWAYS = AugmentationConfig(probability=1)
 NOTHING = AugmentationConfig(probability=1, gamma=1, scale=0, bias_field=0, noise=0, zoom=1, shift=0, angle=0)
@@ -66,6 +67,14 @@ def test_each_change_does_something_to_all_channels_alike(name, dims):
         torch.testing.assert_close(made[0], made[2], atol=1e-5, rtol=0)
 
 
+def test_gamma_brightens_as_well_as_it_darkens():
+    augment, image = Augmentation(replace(NOTHING, gamma=2.0), 2), head(2)
+    inside = image > 0.01
+    means = torch.tensor([float(augment(image, generator(seed))[inside].mean()) for seed in range(30)])
+    assert means.max() > image[inside].mean() + 0.05
+    assert means.min() < image[inside].mean() - 0.05
+
+
 def test_nobody_else_s_random_numbers_are_touched():
     state, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     Augmentation(ALWAYS, 2)(head(2), generator())
@@ -76,19 +85,19 @@ def test_nobody_else_s_random_numbers_are_touched():
 def test_the_sources_of_a_batch_are_augmented_its_images_never(tmp_path):
     for number in range(3):
         write_study(tmp_path / "cohort", f"P-0000{number}-000", seed=number)
-    prepare(tmp_path / "cohort", tmp_path / "set", split=Split(0.8, 0.1, 0.1))
-    cases = PreparedSet(tmp_path / "set").cases
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(0.8, 0.1, 0.1)))
+    cases = PreparedDataset(tmp_path / "set").cases
     form = {"size": (16, 16), "batch_size": 4, "seed": 0, "context": 3}
-    plain = Batches(cases, ("t1n", "t2f"), **form)
-    changed = Batches(cases, ("t1n", "t2f"), **form, augmentation=ALWAYS)
+    plain = Batches(cases, ("t1n", "t2f"), BatchSettings(**form))
+    changed = Batches(cases, ("t1n", "t2f"), BatchSettings(**form, augmentation=ALWAYS))
     for step in (0, 2):
         one, other, again = plain[step], changed[step], changed[step]
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.present, other.present)
-        assert torch.equal(other.around, again.around)
-        assert one.around.shape == other.around.shape
-        assert (one.around - other.around).abs().amax((1, 2, 3)).min() > 1e-2
-    assert torch.equal(plain.fixed(5).around, changed.fixed(5).around)
+        assert torch.equal(other.neighbours, again.neighbours)
+        assert one.neighbours.shape == other.neighbours.shape
+        assert (one.neighbours - other.neighbours).abs().amax((1, 2, 3)).min() > 1e-2
+    assert torch.equal(plain.fixed(5).neighbours, changed.fixed(5).neighbours)
 
 
 @pytest.mark.parametrize("wrong", [{"probability": 1.5}, {"zoom": 0}, {"gamma": 0.5}, {"scale": 1}, {"noise": -1}])
@@ -99,12 +108,12 @@ def test_senseless_settings_are_refused(wrong):
 
 def test_only_the_sources_of_a_task_are_augmented_and_black_images_stay_black(tmp_path):
     write_study(tmp_path / "cohort", "P-00000-000", ("t1n", "t2f"))
-    prepare(tmp_path / "cohort", tmp_path / "set", split=Split(1, 0, 0))
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1, 0, 0)))
     form = {"size": (16, 16), "batch_size": 4, "seed": 0}
-    cases, names = PreparedSet(tmp_path / "set").cases, ("t1n", "t2f", "t1c")
-    plain = Batches(cases, names, **form)[0].around
-    one = Batches(cases, names, **form, augmentation=ALWAYS, augmented=1)[0].around
-    every = Batches(cases, names, **form, augmentation=ALWAYS)[0].around
+    cases, names = PreparedDataset(tmp_path / "set").cases, ("t1n", "t2f", "t1c")
+    plain = Batches(cases, names, BatchSettings(**form))[0].neighbours
+    one = Batches(cases, names, BatchSettings(**form, augmentation=ALWAYS, augmented=1))[0].neighbours
+    every = Batches(cases, names, BatchSettings(**form, augmentation=ALWAYS))[0].neighbours
     assert (one[:, 0] - plain[:, 0]).abs().amax((1, 2)).min() > 1e-2
     assert torch.equal(one[:, 1:], plain[:, 1:])
     assert (every[:, 1] - plain[:, 1]).abs().amax((1, 2)).min() > 1e-2

@@ -88,10 +88,10 @@ def test_a_flipped_byte_anywhere_is_noticed(folder, file, flip):
 
 
 @pytest.mark.parametrize("file", ["config.json", "first.safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_cut_file_is_noticed(folder, file, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_a_cut_file_is_noticed(folder, file, fraction):
     whole = (folder / file).read_bytes()
-    (folder / file).write_bytes(whole[: int(len(whole) * share)])
+    (folder / file).write_bytes(whole[: int(len(whole) * fraction)])
     with pytest.raises(ModelError):
         load_bundle(folder, "config")
 

@@ -1,4 +1,4 @@
-"""The checks of a study's input: each finds what it is made for, and keeps quiet about whole studies."""
+"""The checks of a study's input: each finds what it is made for, and keeps quiet about sound studies."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import image, make_head
 
-from crossmr import checks
+from crossmr.baselines import fit_baselines
+from crossmr.completion import checks
 from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
 from crossmr.phantom import write_cohort
-from crossmr.trivial import fit_trivial
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
-DATA = Path(__file__).parents[2] / "shared" / "data"
+BRATS = Path(__file__).parents[2] / "shared" / "data" / "brats" / "BraTS-GLI-00000-000"
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def studies(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trivial(studies):
-    """The linear mixes of the first three."""
+def baselines(studies):
+    """The linear regressions of the first three."""
 
     def reader(study):
         return lambda: {m: study.normalised(m) for m in study.volumes}
 
-    return fit_trivial([reader(study) for study in studies[:3]], MODALITIES)
+    return fit_baselines([reader(study) for study in studies[:3]], MODALITIES)
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def volumes(studies):
     return {m: study.normalised(m) for m in study.volumes}, study.mask, study.reference.spacing_mm
 
 
-def test_of_a_whole_study_nothing_is_said(studies, trivial):
+def test_of_a_sound_study_nothing_is_said(studies, baselines):
     for study in studies:
-        assert checks.check(study, trivial, MODALITIES) == []
+        assert checks.check(study, baselines, MODALITIES) == []
 
 
 @pytest.mark.parametrize(("axis", "voxels", "mm"), [(1, 3, 8), (2, -2, 5), (0, 2, 10)])
@@ -55,24 +55,24 @@ def test_a_volume_that_is_moved_is_named_with_its_distance(volumes, axis, voxels
 
 
 @pytest.mark.parametrize("pair", [("t1n", "t2w"), ("t1c", "t2f"), ("t2w", "t2f")])
-def test_exchanged_names_are_found_out(volumes, trivial, pair):
+def test_exchanged_names_are_found_out(volumes, baselines, pair):
     images, head, _ = volumes
-    assert checks.swaps(images, head, trivial, MODALITIES) == []
+    assert checks.swaps(images, head, baselines, MODALITIES) == []
     a, b = pair
     images[a], images[b] = images[b], images[a]
-    (said,) = checks.swaps(images, head, trivial, MODALITIES)
+    (said,) = checks.swaps(images, head, baselines, MODALITIES)
     names = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR"}
     assert said.startswith(f"{names[a]} and {names[b]} may be swapped")
 
 
-def test_names_are_not_judged_without_enough_to_go_by(volumes, trivial):
+def test_names_are_not_judged_without_enough_to_go_by(volumes, baselines):
     images, head, _ = volumes
     exchanged = {"t1n": images["t2w"], "t2w": images["t1n"]}
-    assert checks.swaps(exchanged, head, trivial, MODALITIES) == []
+    assert checks.swaps(exchanged, head, baselines, MODALITIES) == []
     exchanged |= {"t1c": images["t1c"]}
     assert checks.swaps(exchanged, head, {}, MODALITIES) == []
-    assert len(checks.swaps(exchanged, head, trivial, MODALITIES)) == 1
-    apart = {**trivial, "present": torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])}  # never all of them in one patient
+    assert len(checks.swaps(exchanged, head, baselines, MODALITIES)) == 1
+    apart = {**baselines, "present": torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])}  # never all of them in one patient
     assert checks.swaps(exchanged, head, apart, MODALITIES) == []
 
 
@@ -135,9 +135,9 @@ def test_a_study_s_warnings_come_in_order(tmp_path):
     assert "12 mm away from T1" in said[1]
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
+@pytest.mark.skipif(not BRATS.is_dir(), reason=f"needs the real scans in {BRATS}")
 def test_a_real_study_is_quiet_until_a_volume_is_moved():
-    (files,) = find_studies(DATA / "brats" / "BraTS-GLI-00000-000")
+    (files,) = find_studies(BRATS)
     study = load_study(files)
     assert checks.check(study, {}, MODALITIES) == []
     box = study.box(0)

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from crossmr.cli import main
-from crossmr.data.prepare import Split, prepare
-from crossmr.model import CrossConditionedModel, ModelConfig, save_model
+from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.networks.c_unet import SynthesisConfig
+from crossmr.networks.distribution import DistributionConfig
+from crossmr.networks.masked_autoencoder import RepresentationConfig
+from crossmr.networks.model import CrossConditionedModel, ModelConfig, save_model
 from crossmr.phantom import write_cohort
-from crossmr.stages.distribution import DistributionConfig
-from crossmr.stages.representation import RepresentationConfig
-from crossmr.stages.synthesis import SynthesisConfig
 
 GRID = {"shape": (40, 48, 32), "spacing_mm": (4.8, 4.8, 5.6)}
 
@@ -71,10 +71,9 @@ def model(tmp_path_factory) -> Path:
         targets=("t1c", "t2f"),
         window=(32, 32),
         representation=RepresentationConfig(channels=4, multipliers=(1, 2)),
-        distribution=DistributionConfig(width=16, blocks=1),
+        distribution=DistributionConfig(width=16, blocks=1, conditional=True),
         synthesis=SynthesisConfig(channels=4, multipliers=(1, 2)),
     )
-    torch.manual_seed(0)
     model = CrossConditionedModel(config)
     torch.nn.init.constant_(model.synthesis.decoder.out.bias, 0.5)  # within [0, 1], where nothing is clipped away
     save_model(folder, model, {})
@@ -116,8 +115,20 @@ def test_help_is_quick_and_names_every_verb():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_the_first_line_of_a_training_waits_for_nothing_heavy(tmp_path):
+    code = (
+        "import sys; from crossmr.cli import main; from crossmr.display import Display\n"
+        "Display.say = lambda self, text: (print(text, 'torch' in sys.modules), sys.exit())\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, "train", "SET", "-o", str(tmp_path / "run")]
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    assert said.startswith("training on SET")
+    assert said.strip().endswith("False")
+
+
 def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path):
-    result = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--steps", 4)
+    result = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--ddim-steps", 4)
     assert result.returncode == 0, result.stderr
     assert "synthesised t1c, t2f" in result.stdout
     assert "no finding" in result.stdout
@@ -129,7 +140,7 @@ def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path)
         np.testing.assert_array_equal(written.affine, reference.affine)
         assert written.header["descrip"].item().startswith(b"SYNTHETIC t2f by crossmr")
         assert json.loads((tmp_path / case / "manifest.json").read_text())["settings"]["ddim_steps"] == 4
-    again = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--steps", 4)
+    again = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--ddim-steps", 4)
     assert again.returncode == 0
     assert "2 cases were finished before" in again.stdout
 
@@ -270,10 +281,10 @@ def test_unknown_names(cohort, model, tmp_path):
         "sample",
     )
     refused(crossmr("complete", cohort, *out, "--model", model, "--device", "tpu"), "--device is 'tpu'", "cpu")
-    refused(crossmr("complete", cohort, *out, "--model", model, "--steps", 0), "0 sampling steps", "1 to 1000")
+    refused(crossmr("complete", cohort, *out, "--model", model, "--ddim-steps", 0), "0 sampling steps", "1 to 1000")
     refused(crossmr("complete", cohort, *out, "--model", model, "--map", "t1n"), "--map is 't1n'", "KEY=VALUE")
     refused(crossmr("prepare", cohort, *out, "--split", "70/40"), "--split is '70/40'", "70/10/20")
-    refused(crossmr("train", cohort, *out), "is no prepared set", "crossmr prepare")
+    refused(crossmr("train", cohort, *out), "is no prepared dataset", "crossmr prepare")
     refused(crossmr("train", cohort, *out, "--recipe", "huge"), "--recipe is 'huge'", "paper, tiny")
     refused(crossmr("train", cohort, *out, "--set", "synthesis.chanels=3"), "chanels", "Did you mean 'channels'?")
     assert not (tmp_path / "out").exists()
@@ -301,15 +312,16 @@ def test_prepare_evaluate_and_mapping(tmp_path, model):
     )
     assert result.returncode == 0, result.stderr
     assert "3 studies of 3 patients (train 1, val 1, test 1)" in result.stdout
-    result = crossmr("evaluate", model, tmp_path / "set", "-o", tmp_path / "evaluation", "--guidance", "none")
+    result = crossmr("evaluate", model, tmp_path / "set", "-o", tmp_path / "evaluation", "--guidance", "unconditional")
     assert result.returncode == 0, result.stderr
+    assert "guided: sample" in result.stdout
     assert "guided: unconditional" in result.stdout
     assert (tmp_path / "evaluation" / "metrics.csv").exists()
 
 
 def test_a_damaged_set(tmp_path):
     write_cohort(tmp_path / "whole", 3, seed=2, **GRID)
-    prepare(tmp_path / "whole", tmp_path / "set", split=Split(0.4, 0.3, 0.3))
+    prepare(tmp_path / "whole", tmp_path / "set", PrepareSettings(split=Split(0.4, 0.3, 0.3)))
     manifest = tmp_path / "set" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"train"', '"test"', 1))
     refused(

@@ -8,8 +8,8 @@ import pytest
 
 from crossmr.config import from_dict, to_dict, with_settings
 from crossmr.errors import ConfigError
-from crossmr.model import ModelConfig
-from crossmr.recipes import PAPER, RECIPES, TINY, Recipe
+from crossmr.networks.model import ModelConfig
+from crossmr.training.recipes import PAPER, RECIPES, TINY, Recipe
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,7 @@ def test_several_nested_settings_at_once_leave_the_rest_alone():
         {"synthesis.channels": "32", "synthesis.multipliers": "1,2", "crop": "64,64", "guidance": "none"},
     )
     assert (changed.synthesis.channels, changed.synthesis.multipliers) == (32, (1, 2))
-    assert (changed.crop, changed.guidance) == (
-        (64, 64),
-        "none",
-    )  # 'none' is a word here, not a missing value
+    assert (changed.crop, changed.guidance) == ((64, 64), "none")  # 'none' is a word here, not a missing value
     assert changed.distribution == TINY.distribution
     assert TINY.synthesis.channels == 16
 
@@ -143,8 +140,8 @@ def test_a_far_off_name_is_met_with_all_names():
         ("crop", "96,tall"),
         ("crop", ""),
         ("synthesis.channels", "inf"),
-        ("synthesis_fit.learning_rate", "nan"),
-        ("synthesis_fit.gradient_clip", "inf"),
+        ("synthesis_train.learning_rate", "nan"),
+        ("synthesis_train.gradient_clip", "inf"),
     ],
 )
 def test_text_of_the_wrong_type_is_refused_by_path(path, text):
@@ -190,7 +187,6 @@ def test_no_mapping_at_all_is_refused():
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("guidance_dropout", "1.5"),
         ("samples", "0"),
         ("representation.mask_ratio", "1"),
         ("representation.multipliers", "1,0"),
@@ -200,9 +196,9 @@ def test_no_mapping_at_all_is_refused():
         ("distribution.schedule.steps", "0"),
         ("distribution.schedule.beta_end", "1"),
         ("synthesis.channels", "0"),
-        ("synthesis_fit.learning_rate", "0"),
-        ("synthesis_fit.ema_decay", "1"),
-        ("synthesis_fit.weight_decay", "-1"),
+        ("synthesis_train.learning_rate", "0"),
+        ("synthesis_train.ema_decay", "1"),
+        ("synthesis_train.weight_decay", "-1"),
     ],
 )
 def test_the_checks_of_each_dataclass_surface(path, text):

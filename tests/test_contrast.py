@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from crossmr.data.contrast import Acquisition, names_agent, recognise_contrast
+from crossmr.dicom.contrast import Acquisition, names_agent, recognise_contrast
 
 
 def acquisition(families="", tr=None, te=None, ti=None, *, variants="", kinds="", **others) -> Acquisition:

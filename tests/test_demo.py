@@ -43,7 +43,7 @@ def test_the_hole_is_filled_on_the_study_s_own_grid(out):
 def test_the_evaluation_stands_beside_its_baselines(out):
     summary = json.loads((out / "evaluation" / "metrics.json").read_text())["summary"]
     predictors = {entry["predictor"] for entry in summary}
-    assert {"unguided", "zeros", "mean image", "linear mix"} == predictors
+    assert {"unguided", "zeros", "mean image", "linear regression"} == predictors
     brain = {
         (entry["target"], entry["predictor"]): entry["psnr"]["mean"] for entry in summary if entry["region"] == "brain"
     }
@@ -51,22 +51,22 @@ def test_the_evaluation_stands_beside_its_baselines(out):
         assert brain[target, "unguided"] > brain[target, "zeros"] + 3
 
 
-def test_deviations_say_where_it_may_be_wrong(out):
+def test_standard_deviations_say_where_it_may_be_wrong(out):
     (case,) = (path.name for path in (out / "incomplete").iterdir())
     for target in ("t1c", "t2f"):
-        image, deviation = (
+        image, std = (
             nib.load(out / "completed" / case / f"{case}-{target}_{kind}.nii.gz").get_fdata()
             for kind in ("synthetic", "std")
         )
-        assert deviation.shape == image.shape
-        assert deviation[image > 0].max() > 0.01
+        assert std.shape == image.shape
+        assert std[image > 0].max() > 0.01
     uncertainty = json.loads((out / "evaluation" / "metrics.json").read_text())["uncertainty"]
     assert {(e["target"], e["uncertainty"]) for e in uncertainty} == {
-        (target, name) for target in ("t1c", "t2f") for name in ("deviation", "predicted intensity")
+        (target, name) for target in ("t1c", "t2f") for name in ("std", "predicted intensity")
     }
     for entry in uncertainty:
-        assert entry["certain_90"] > 0
-        if entry["uncertainty"] == "deviation":
+        assert entry["error_most_certain_90"] > 0
+        if entry["uncertainty"] == "std":
             assert 0.6 < entry["coverage_95"] <= 1  # calibrated, on few patients
 
 

@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 
-from crossmr.device import PRECISIONS, choose_device, choose_precision, in_batches, out_of_memory
+from crossmr.device import (
+    PRECISIONS,
+    autocast,
+    choose_device,
+    choose_precision,
+    in_batches,
+    out_of_memory,
+    set_numerics,
+)
 from crossmr.errors import ConfigError
 
 
@@ -79,17 +88,55 @@ def test_another_precision_is_refused_with_those_there_are(name):
         choose_precision(name, torch.device("cpu"))
 
 
+@pytest.fixture
+def tf32():
+    """Whether matrix products and convolutions may round to TF32; PyTorch's own defaults before and after."""
+
+    def allowed():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = allowed()
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+    yield allowed
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize(("dtype", "want"), [(torch.float32, (False, False)), (torch.bfloat16, (True, True))])
+def test_float32_on_a_gpu_never_means_tf32(tf32, dtype, want):
+    set_numerics(torch.device("cpu"), dtype)
+    assert tf32() == (False, True)
+    set_numerics(torch.device("cuda"), dtype)
+    assert tf32() == want
+
+
+@pytest.mark.parametrize(("dtype", "want"), [(torch.float32, (False, False)), (torch.bfloat16, (True, True))])
+def test_networks_run_in_the_precision_that_was_chosen(tf32, dtype, want):
+    layer, x = torch.nn.Linear(3, 2), torch.ones(1, 3)
+    with autocast(torch.device("cpu"), dtype):
+        assert layer(x).dtype is dtype
+    assert layer(x).dtype is torch.float32
+    with fake_cuda():
+        layer, x = layer.to("cuda"), x.to("cuda")
+        with autocast(torch.device("cuda"), dtype):
+            assert tf32() == want
+            assert layer(x).dtype is dtype
+        assert layer(x).dtype is torch.float32
+
+
 def test_every_device_says_in_its_own_way_that_memory_ran_out():
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB)"),
         MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ):
         assert out_of_memory(error)
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55)
     assert out_of_memory(caught.value)
     assert not out_of_memory(RuntimeError("shapes differ"))
+    assert not out_of_memory(ValueError("out of memory"))
 
 
 def test_batches_shrink_where_memory_runs_out():

@@ -8,13 +8,12 @@ import stat
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from crossmr import files
 from crossmr.errors import ModelError, NamingError, OutputError, SetError
-from crossmr.files import digest, read_json, sole_writer, walk, write_atomically, write_json
+from crossmr.files import digest, locked, read_json, walk, write_atomically, write_json
 
 
 def names(folder):
@@ -176,49 +175,49 @@ def test_a_line_is_appended_or_the_reason_is_told(tmp_path):
         files.append_line(tmp_path / "gone" / "log", "three")
 
 
-def test_one_writer_a_folder(tmp_path):
-    """A second process is refused, a killed one leaves nothing behind that could refuse anybody."""
+def test_one_writer_per_folder(tmp_path):
+    """A second process is refused; a killed one leaves nothing behind that could refuse anybody."""
     code = (
-        "import sys, time; from pathlib import Path; from crossmr.files import sole_writer\n"
-        "@sole_writer('out')\n"
-        "def work(out): (out / 'at work').touch(); time.sleep(60)\n"
-        "work(Path(sys.argv[1]))"
+        "import sys, time; from pathlib import Path; from crossmr.files import locked\n"
+        "out = Path(sys.argv[1])\n"
+        "with locked(out): (out / 'at work').touch(); time.sleep(60)"
     )
     out = tmp_path / "new" / "out"
-    ran = []
-
-    @sole_writer("out")
-    def work(out: Path) -> None:
-        ran.append(out)
-
     other = subprocess.Popen([sys.executable, "-c", code, out])
     while not (out / "at work").exists():
         assert other.poll() is None
         time.sleep(0.05)
-    with pytest.raises(OutputError, match=r"being written to by another crossmr\. Wait for it"):
-        work(out=out)
+    with pytest.raises(OutputError, match=r"being written to by another crossmr\. Wait for it"), locked(out):
+        pass
     other.kill()
     other.wait()
-    (out / "case").mkdir()
-    (out / "case" / ".half.nii.gz.x1.partial").touch()
-    (out / ".series.x2.partial").mkdir()
-    (out / ".series.x2.partial" / "0001.dcm").touch()
-    work(out)
-    assert ran == [out]
-    assert sorted(path.name for path in out.rglob("*")) == ["at work", "case"]
+    with locked(out):
+        assert (out / files.LOCK).exists()
+    assert [path.name for path in out.iterdir()] == ["at work"]
 
 
-def test_a_folder_that_nothing_came_of_is_not_left_behind(tmp_path):
-    @sole_writer("out")
-    def fail(what: str, out: str) -> None:
-        raise OutputError(what)
+def test_unfinished_files_of_a_killed_writer_are_deleted_and_no_others(tmp_path):
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / f".half.nii.gz.x1{files.PARTIAL}").touch()
+    (tmp_path / f".series.x2{files.PARTIAL}").mkdir()
+    (tmp_path / f".series.x2{files.PARTIAL}" / "0001.dcm").touch()
+    (tmp_path / ".film.mkv.partial").touch()
+    (tmp_path / f"mine{files.PARTIAL}").touch()
+    with locked(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".film.mkv.partial", "case", f"mine{files.PARTIAL}"]
 
-    with pytest.raises(OutputError, match="why"):
-        fail("why", str(tmp_path / "a" / "out"))
+
+def test_a_locked_folder_stays_only_if_something_was_written(tmp_path):
+    with pytest.raises(OutputError, match="why"), locked(tmp_path / "a" / "out"):
+        raise OutputError("why")
     assert not (tmp_path / "a" / "out").exists()
+    with locked(tmp_path / "b"):
+        (tmp_path / "b" / "file").touch()
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["file"]
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="could not be written"):
-        fail("why", tmp_path / "file")
+    with pytest.raises(OutputError, match="could not be written"), locked(tmp_path / "file"):
+        pass
 
 
 def test_walking_follows_links_once_and_passes_over_what_is_hidden(tmp_path):

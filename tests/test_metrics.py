@@ -345,12 +345,12 @@ def test_wilcoxon_without_pairs_without_differences_and_with_infinite_scores():
 
 def test_uncertainty_that_ranks_as_the_error_does_is_perfect():
     error = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    said = metrics.error_against_uncertainty(error, error**2 / 7)
+    measures = metrics.error_against_uncertainty(error, error**2 / 7)
     oracle = error.sort().values[:90].mean().item()
-    assert said["ause"] == pytest.approx(0, abs=1e-12)
-    assert said["certain_90"] == pytest.approx(oracle)
-    assert said["error"] == pytest.approx(error.mean().item()) != pytest.approx(oracle)
-    assert 0.9 < said["correlation"] < 1
+    assert measures["ause"] == pytest.approx(0, abs=1e-12)
+    assert measures["error_most_certain_90"] == pytest.approx(oracle)
+    assert measures["error"] == pytest.approx(error.mean().item()) != pytest.approx(oracle)
+    assert 0.9 < measures["correlation"] < 1
     assert metrics.error_against_uncertainty(error, 3 * error + 1)["correlation"] == pytest.approx(1)
 
 
@@ -362,37 +362,39 @@ def test_uncertainty_that_ranks_backwards_is_worse_than_a_guess():
     )
     assert guess["ause"] == pytest.approx(0.5, abs=0.03)  # of errors that are uniform
     assert guess["correlation"] == pytest.approx(0, abs=0.05)
-    assert guess["certain_90"] == pytest.approx(guess["error"], rel=0.03)
+    assert guess["error_most_certain_90"] == pytest.approx(guess["error"], rel=0.03)
     assert backwards["ause"] == pytest.approx(1, abs=0.03)
     assert backwards["correlation"] == pytest.approx(-1)
-    assert backwards["certain_90"] > 1.05 * backwards["error"]
+    assert backwards["error_most_certain_90"] > 1.05 * backwards["error"]
 
 
 def test_sparsification_of_known_values():
-    said = metrics.error_against_uncertainty(torch.tensor([4.0, 1.0, 3.0, 0.0]), torch.tensor([1.0, 2.0, 3.0, 0.0]))
+    measures = metrics.error_against_uncertainty(torch.tensor([4.0, 1.0, 3.0, 0.0]), torch.tensor([1.0, 2.0, 3.0, 0.0]))
     by_uncertainty, by_error = [0, 4 / 2, 5 / 3, 8 / 4], [0, 1 / 2, 4 / 3, 8 / 4]
-    assert said["ause"] == pytest.approx((sum(by_uncertainty) - sum(by_error)) / 4 / 2)
-    assert said["certain_90"] == 2  # round(3.6) voxels
-    assert said["coverage_95"] == 3 / 4
-    assert said["scale"] == pytest.approx(math.sqrt((16 + 1 / 4 + 1) / 3))  # the voxel without deviation is left out
+    assert measures["ause"] == pytest.approx((sum(by_uncertainty) - sum(by_error)) / 4 / 2)
+    assert measures["error_most_certain_90"] == 2  # round(3.6) voxels
+    assert measures["coverage_95"] == 3 / 4
+    assert measures["scale"] == pytest.approx(
+        math.sqrt((16 + 1 / 4 + 1) / 3)
+    )  # the voxel without deviation is left out
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
-def test_right_deviations_cover_and_wrong_ones_are_scaled_back(factor):
+def test_right_stds_cover_and_wrong_ones_are_scaled_back(factor):
     rng = np.random.default_rng(0)
-    deviation = rng.uniform(0.01, 1, 50_000)
-    error = torch.tensor(np.abs(rng.normal(0, deviation)))
-    said = metrics.error_against_uncertainty(error, torch.tensor(deviation * factor))
-    assert said["coverage_95"] == pytest.approx(2 * stats.norm.cdf(1.96 * factor) - 1, abs=0.005)
-    assert said["scale"] * factor == pytest.approx(1, abs=0.01)
-    assert 0 < said["ause"] < 0.5
+    std = rng.uniform(0.01, 1, 50_000)
+    error = torch.tensor(np.abs(rng.normal(0, std)))
+    measures = metrics.error_against_uncertainty(error, torch.tensor(std * factor))
+    assert measures["coverage_95"] == pytest.approx(2 * stats.norm.cdf(1.96 * factor) - 1, abs=0.005)
+    assert measures["scale"] * factor == pytest.approx(1, abs=0.01)
+    assert 0 < measures["ause"] < 0.5
 
 
 def test_equally_certain_voxels_are_taken_together():
     error = torch.tensor([0.1, 0.2, 0.3, 0.4])
     forwards, backwards = (metrics.error_against_uncertainty(e, torch.full((4,), 0.1)) for e in (error, error.flip(0)))
     assert forwards["ause"] == pytest.approx(backwards["ause"])
-    assert forwards["certain_90"] == pytest.approx(0.25)
+    assert forwards["error_most_certain_90"] == pytest.approx(0.25)
     assert math.isnan(metrics.error_against_uncertainty(torch.rand(6), torch.full((6,), 0.1))["correlation"])
 
 
@@ -409,19 +411,19 @@ def test_uncertainty_without_anything_to_tell():
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0])
-def test_the_calibration_curve_is_the_diagonal_of_right_deviations(factor):
+def test_the_calibration_curve_is_the_diagonal_of_right_stds(factor):
     rng = np.random.default_rng(0)
-    deviation = rng.uniform(0.01, 1, 50_000)
-    error = torch.tensor(np.abs(rng.normal(0, deviation)))
-    curve = metrics.calibration_curve(error, torch.tensor(deviation * factor))
+    std = rng.uniform(0.01, 1, 50_000)
+    error = torch.tensor(np.abs(rng.normal(0, std)))
+    curve = metrics.calibration_curve(error, torch.tensor(std * factor))
     assert curve.shape == (10, 2)
     assert (curve[1:, 0] > curve[:-1, 0]).all()
     torch.testing.assert_close(curve[:, 0] / factor, curve[:, 1], rtol=0.04, atol=0)
 
 
 def test_bins_of_known_values():
-    error, deviation = torch.tensor([3.0, 1.0, 4.0, 2.0]), torch.tensor([0.3, 0.1, 0.4, 0.1])
-    curve = metrics.calibration_curve(error, deviation, bins=2)
+    error, std = torch.tensor([3.0, 1.0, 4.0, 2.0]), torch.tensor([0.3, 0.1, 0.4, 0.1])
+    curve = metrics.calibration_curve(error, std, bins=2)
     assert curve.flatten().tolist() == pytest.approx([0.1, math.sqrt(2.5), math.sqrt(0.125), math.sqrt(12.5)])
     for wrong in [(torch.ones(4), torch.ones(3)), (torch.ones(1), torch.ones(1)), (torch.ones(2, 2), torch.ones(2, 2))]:
         with pytest.raises(ValueError, match="one \\(N,\\) each, N at least 2"):

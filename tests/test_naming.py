@@ -335,7 +335,7 @@ class TestFindStudies:
         assert {cohort: len(found) for cohort, found in everyone.items()} == {
             "lgg": 77,
             "lgg_incomplete": 10,
-            "brats": 6,
+            "brats": 2,
             "openms": 2,
         }
         assert all(list(s.images()) == ["t1n", "t1c", "t2f"] and s.label() for s in everyone["lgg"])

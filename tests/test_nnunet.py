@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 from conftest import SHAPE, image, make_head, save_untrained, write_study
 
-from crossmr.cohort import complete_cohort
-from crossmr.completion import Settings
+from crossmr.completion.cohort import complete_cohort
 from crossmr.errors import OutputError, StudyError
-from crossmr.model import load_model
-from crossmr.nnunet import export_nnunet
+from crossmr.networks.inference import Settings
+from crossmr.networks.model import load_model
+from crossmr.output.nnunet import export_nnunet
 
-WHOLE = ("t1n", "t1c", "t2w", "t2f")
+ALL_FOUR = ("t1n", "t1c", "t2w", "t2f")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Ann is whole and has an old BraTS label, Bob lacks T1ce and labels, Cem could not be completed."""
     root = tmp_path_factory.mktemp("nnunet")
-    write_study(root / "in", "Ann", WHOLE, lesion=True)
+    write_study(root / "in", "Ann", ALL_FOUR, lesion=True)
     label = root / "in" / "Ann" / "Ann-seg.nii.gz"
     old = np.asarray(nib.load(label).dataobj) // 3 * 4
     old[5, 5, 5] = 1
@@ -31,8 +31,8 @@ def folders(tmp_path_factory):
     (root / "in" / "Bob" / "Bob-t2w.nii.gz").unlink()
     write_study(root / "in", "Cem", ("t1n", "t2w"), seed=2)
     nib.save(image(make_head("t2w", shape=(20, 20, 20))), root / "in" / "Cem" / "Cem-t2w.nii.gz")
-    model = load_model(save_untrained(root / "model", cell=8, sources=WHOLE, targets=WHOLE))
-    complete_cohort(root / "in", root / "completed", model, settings=Settings(precision="float32"))
+    model = load_model(save_untrained(root / "model", guidance="last", sources=ALL_FOUR, targets=ALL_FOUR))
+    complete_cohort(root / "in", root / "completed", model, Settings(precision="float32"))
     return root
 
 

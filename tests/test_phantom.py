@@ -187,7 +187,7 @@ def test_a_patient_does_not_depend_on_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "options", "told"),
+    ("seed", "options", "message"),
     [
         (0, {"shape": (96, 31, 80)}, r"\(96, 31, 80\).*32"),
         (0, {"shape": (96, 96)}, r"\(96, 96\).*three"),
@@ -196,13 +196,13 @@ def test_a_patient_does_not_depend_on_the_others(tmp_path: Path) -> None:
         (-1, {}, "-1.*0 or more"),
     ],
 )
-def test_nonsense_is_refused(seed: int, options: dict[str, object], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_nonsense_is_refused(seed: int, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         make_phantom(seed, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("patients", "options", "told"),
+    ("patients", "options", "message"),
     [
         (0, {}, "got 0, wanted 1"),
         (2, {"missing": {0: ["flair"]}}, "flair.*patient 0.*t2f"),
@@ -211,8 +211,8 @@ def test_nonsense_is_refused(seed: int, options: dict[str, object], told: str) -
     ],
 )
 def test_nonsense_cohorts_are_refused_before_anything_is_written(
-    tmp_path: Path, patients: int, options: dict[str, object], told: str
+    tmp_path: Path, patients: int, options: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         write_cohort(tmp_path / "cohort", patients, **options)  # type: ignore[arg-type]
     assert not (tmp_path / "cohort").exists()

@@ -1,4 +1,4 @@
-"""Pictures for people: where up is, and whose left."""
+"""Pictures: orientation, scale, size."""
 
 import numpy as np
 import pytest
@@ -10,12 +10,12 @@ from crossmr.picture import (
     BAND,
     BRIGHTEST,
     COLOURS,
-    COLUMN,
     GAP,
+    PANEL,
     TILE,
-    Column,
+    Panel,
     middle,
-    save_columns,
+    save_panels,
     save_picture,
     where_most,
 )
@@ -71,22 +71,22 @@ def test_any_shape_is_a_tile(tmp_path, shape):
     assert max(read(tmp_path / "a.png").shape) >= TILE
 
 
-def test_volumes_are_cut_in_three_side_by_side_as_radiologists_look_at_them(tmp_path):
+def test_volumes_are_cut_in_three_side_by_side_in_the_radiological_convention(tmp_path):
     head = np.zeros((10, 40, 20), np.float32)  # Z, Y, X of 4, 1 and 1 mm
     head[8:, 30:, :5] = 0.6  # superior, anterior, left
     at = where_most(head > 0)
     assert (at[0] in (8, 9), at[1] >= 30, at[2] < 5) == (True, True, True)
     error = np.full_like(head, BRIGHTEST)
-    columns = [Column.of("t1n", "acquired", head, at), Column.of("t1n", "error", error, at)]
-    assert [plane.shape for plane in columns[0].planes] == [(40, 20), (10, 20), (10, 40)]
-    said = save_columns(tmp_path / "new" / "a.webp", columns, (4.0, 1.0, 1.0))
-    assert said == [{"modality": "t1n", "kind": "acquired"}, {"modality": "t1n", "kind": "error"}]
+    panels = [Panel.of("t1n", "acquired", head, at), Panel.of("t1n", "error", error, at)]
+    assert [plane.shape for plane in panels[0].planes] == [(40, 20), (10, 20), (10, 40)]
+    kinds = save_panels(tmp_path / "new" / "a.webp", panels, (4.0, 1.0, 1.0))
+    assert kinds == [{"modality": "t1n", "kind": "acquired"}, {"modality": "t1n", "kind": "error"}]
     with Image.open(tmp_path / "new" / "a.webp") as image:
         assert image.format == "WEBP"
         pixels = np.asarray(image.convert("RGB")).astype(int)
-    # 40 mm of the sagittal plane fill a column, so the axial one is 100 wide and 200 high, both others 200 high
-    assert pixels.shape == (600 + 2 * GAP, 2 * COLUMN + GAP, 3)
-    first, second = pixels[:, :COLUMN], pixels[:, COLUMN + GAP :]
+    # 40 mm of the sagittal plane fill a panel, so the axial one is 100 wide and 200 high, both others 200 high
+    assert pixels.shape == (600 + 2 * GAP, 2 * PANEL + GAP, 3)
+    first, second = pixels[:, :PANEL], pixels[:, PANEL + GAP :]
     axial, coronal, sagittal = (first[top : top + 200] for top in (0, 200 + GAP, 400 + 2 * GAP))
     for plane, left, right in ((axial, 50, 150), (coronal, 50, 150)):
         assert (plane[5, right - 5] > 240).all()  # up, and on the viewer's right

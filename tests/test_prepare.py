@@ -12,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import crossmr.data.prepare as module
-from crossmr.data.dataset import PreparedSet
+from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import find_studies
-from crossmr.data.prepare import PARTS, Split, assign_parts, default_workers, prepare, prepare_case
+from crossmr.data.prepare import (
+    SPLITS,
+    PrepareSettings,
+    Split,
+    assign_splits,
+    default_workers,
+    prepare,
+    prepare_case,
+)
 from crossmr.data.study import load_study
 from crossmr.data.volume import content_sha256
 from crossmr.errors import ConfigError, NamingError, OutputError, SetError
@@ -80,7 +88,7 @@ def test_the_manifest_is_complete(cohort, tmp_path):
     assert (fingerprint["masked_background"], fingerprint["labelled"]) == (1, 1)
     assert 0.15 < fingerprint["intensity"]["t1n"]["mean"] < 0.5
     patients = {"P-00001", "P-00002", "P-00003"}
-    assert set().union(*(manifest["split"][part] for part in PARTS)) == patients
+    assert set().union(*(manifest["split"][name] for name in SPLITS)) == patients
     for name, case in manifest["cases"].items():
         assert case["patient"] in manifest["split"][case["part"]]
         assert case["patient"] == name[:-4]
@@ -181,10 +189,12 @@ def test_a_mapping_tells_the_modalities(tmp_path):
     write_study(tmp_path / "cohort", "P1", ("t1n", "t2f"))
     for path in (tmp_path / "cohort" / "P1").iterdir():
         path.rename(path.with_name(path.name.replace("t1n", "one").replace("t2f", "two")))
-    first = prepare(tmp_path / "cohort", tmp_path / "set", mapping={"t1n": "*-one*", "t2f": "*-two*"})
+    first = prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(mapping={"t1n": "*-one*", "t2f": "*-two*"}))
     assert first["cases"]["P1"]["modalities"] == ["t1n", "t2f"]
     images, _ = arrays(tmp_path / "set", "P1")
-    swapped = prepare(tmp_path / "cohort", tmp_path / "set", mapping={"t2f": "*-one*", "t1n": "*-two*"})
+    swapped = prepare(
+        tmp_path / "cohort", tmp_path / "set", PrepareSettings(mapping={"t2f": "*-one*", "t1n": "*-two*"})
+    )
     assert swapped["cases"]["P1"]["modalities"] == ["t1n", "t2f"]
     np.testing.assert_array_equal(arrays(tmp_path / "set", "P1")[0], images[:, ::-1])
 
@@ -306,10 +316,17 @@ def test_a_damaged_manifest_is_made_again(cohort, tmp_path):
     assert inodes(tmp_path / "set") == before
 
 
+def test_registration_is_part_of_a_case(cohort, tmp_path):
+    prepare(cohort, tmp_path / "set")
+    before = inodes(tmp_path / "set")
+    prepare(cohort, tmp_path / "set", PrepareSettings(register="if needed"))
+    assert rewritten(before, inodes(tmp_path / "set")) == set(CASES)
+
+
 def test_workers_do_not_change_a_byte(cohort, tmp_path):
     write_study(cohort, "P-00009-000", replace={"t2f": make_head("t2f")[1:]})
-    alone = prepare(cohort, tmp_path / "alone", workers=1)
-    assert prepare(cohort, tmp_path / "together", workers=2) == alone
+    alone = prepare(cohort, tmp_path / "alone")
+    assert prepare(cohort, tmp_path / "together", PrepareSettings(workers=2)) == alone
     assert tree(tmp_path / "together") == tree(tmp_path / "alone")
     assert default_workers() >= 1
 
@@ -336,7 +353,7 @@ def occupied(folder: Path) -> list[Path]:
 def test_a_folder_that_holds_something_else_is_refused(cohort, tmp_path):
     for folder in occupied(tmp_path / "occupied"):
         before = tree(folder)
-        with pytest.raises(OutputError, match=rf"{folder.name} exists and is no prepared set"):
+        with pytest.raises(OutputError, match=rf"{folder.name} exists and is no prepared dataset"):
             prepare(cohort, folder)
         assert tree(folder) == before
 
@@ -346,7 +363,7 @@ def test_into_the_cohort_itself_is_refused(tmp_path):
     write_study(tmp_path / "data" / "cases", "P1")
     write_study(tmp_path / "data" / "cases", "P2", replace={"t2f": np.zeros((28, 32, 24), np.float32)})
     before = tree(tmp_path / "data")
-    with pytest.raises(OutputError, match="no prepared set"):
+    with pytest.raises(OutputError, match="no prepared dataset"):
         prepare(tmp_path / "data", tmp_path / "data")
     assert tree(tmp_path / "data") == before
 
@@ -372,7 +389,7 @@ def test_a_file_in_the_way(cohort, tmp_path):
         prepare(cohort, tmp_path / "file")
     for workers in (1, 2):
         with pytest.raises(OutputError, match="could not be written: Not a directory"):
-            prepare(cohort, tmp_path / "file" / "set", workers=workers)
+            prepare(cohort, tmp_path / "file" / "set", PrepareSettings(workers=workers))
     assert (tmp_path / "file").read_text() == "x"
 
 
@@ -412,60 +429,60 @@ def test_visits_of_one_patient_are_never_separated(tmp_path):
         write_study(tmp_path / "cohort", f"P-0000{number}-001", ("t1n",), seed=100 + number)
     for seed in range(3):
         split = Split(1 / 3, 1 / 3, 1 / 3, seed=seed)
-        manifest = prepare(tmp_path / "cohort", tmp_path / "set", split=split)
+        manifest = prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=split))
         assert manifest["split"]["seed"] == seed
-        assert sum(len(manifest["split"][part]) for part in PARTS) == 6
+        assert sum(len(manifest["split"][name]) for name in SPLITS) == 6
         for number in range(6):
-            parts = {manifest["cases"][f"P-0000{number}-00{visit}"]["part"] for visit in range(2)}
-            assert len(parts) == 1
+            splits = {manifest["cases"][f"P-0000{number}-00{visit}"]["part"] for visit in range(2)}
+            assert len(splits) == 1
 
 
 def everyone(count: int) -> list[str]:
     return [f"BraTS-GLI-{number:05d}" for number in range(count)]
 
 
-def test_the_shares_are_kept_and_the_seed_matters():
-    parts = assign_parts(everyone(3000), Split())
-    for part, share in zip(PARTS, (0.7, 0.1, 0.2), strict=True):
-        assert list(parts.values()).count(part) / 3000 == pytest.approx(share, abs=0.03)
-    other = assign_parts(everyone(3000), Split(seed=1))
-    moved = sum(parts[p] != other[p] for p in parts)
+def test_the_fractions_are_kept_and_the_seed_matters():
+    splits = assign_splits(everyone(3000), Split())
+    for name, fraction in zip(SPLITS, (0.7, 0.1, 0.2), strict=True):
+        assert list(splits.values()).count(name) / 3000 == pytest.approx(fraction, abs=0.03)
+    other = assign_splits(everyone(3000), Split(seed=1))
+    moved = sum(splits[p] != other[p] for p in splits)
     assert moved / 3000 == pytest.approx(1 - (0.49 + 0.01 + 0.04), abs=0.04)  # as two independent draws
 
 
 def test_the_split_depends_on_nothing_but_seed_and_names():
     patients = everyone(50)
-    wanted = assign_parts(patients, Split(seed=3))
+    splits = assign_splits(patients, Split(seed=3))
     shuffled = [patients[i] for i in np.random.default_rng(0).permutation(50)]
-    assert assign_parts([*shuffled, *shuffled], Split(seed=3)) == wanted
-    first = " ".join(wanted[patient][:2] for patient in patients[:20])
+    assert assign_splits([*shuffled, *shuffled], Split(seed=3)) == splits
+    first = " ".join(splits[patient][:2] for patient in patients[:20])
     assert first == "tr tr tr te te tr tr tr tr te va tr tr tr te tr tr te tr tr"  # for ever
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_cohort_that_grows_moves_nobody(seed):
-    small, grown = (assign_parts(everyone(count), Split(seed=seed)) for count in (60, 90))
+    small, grown = (assign_splits(everyone(count), Split(seed=seed)) for count in (60, 90))
     assert {p: grown[p] for p in small} == small
 
 
 @given(count=st.integers(3, 12), seed=st.integers(0, 10**6))
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_no_wanted_part_is_empty(count, seed):
-    parts = assign_parts(everyone(count), Split(seed=seed))
-    assert set(parts) == set(everyone(count))
-    assert set(parts.values()) == set(PARTS)
-    place = assign_parts(everyone(count + 60), Split(seed=seed))
-    assert sum(parts[p] != place[p] for p in parts) <= 2  # all but the few who had to fill a part
+def test_no_split_with_a_fraction_is_empty(count, seed):
+    splits = assign_splits(everyone(count), Split(seed=seed))
+    assert set(splits) == set(everyone(count))
+    assert set(splits.values()) == set(SPLITS)
+    grown = assign_splits(everyone(count + 60), Split(seed=seed))
+    assert sum(splits[p] != grown[p] for p in splits) <= 2  # the few who were moved to fill a split
 
 
 @given(count=st.integers(2, 12), seed=st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_a_part_without_a_share_stays_empty(count, seed):
-    assert set(assign_parts(everyone(count), Split(0.8, 0.2, 0, seed)).values()) == {"train", "val"}
-    assert set(assign_parts(everyone(count), Split(1, 0, 0, seed)).values()) == {"train"}
+def test_a_split_without_a_fraction_stays_empty(count, seed):
+    assert set(assign_splits(everyone(count), Split(0.8, 0.2, 0, seed)).values()) == {"train", "val"}
+    assert set(assign_splits(everyone(count), Split(1, 0, 0, seed)).values()) == {"train"}
 
 
-def test_shares_are_read_from_text():
+def test_fractions_are_read_from_text():
     assert Split.parse("70/10/20") == Split(0.7, 0.1, 0.2)
     assert Split.parse("8/1/1", seed=4) == Split(0.8, 0.1, 0.1, seed=4)
     assert Split.parse("100/0/0") == Split(1, 0, 0)
@@ -476,15 +493,17 @@ def test_shares_are_read_from_text():
     "text",
     ["", "70", "70/30", "70/10/10/10", "a/b/c", "70-10-20", "0/0/0", "0/50/50", "-10/60/50", "nan/1/1", "inf/1/1"],
 )
-def test_shares_that_make_no_sense_are_refused(text):
+def test_fractions_that_make_no_sense_are_refused(text):
     with pytest.raises(ConfigError, match=r"--split is .* such as 70/10/20\."):
         Split.parse(text)
 
 
-@pytest.mark.parametrize("shares", [(0.7, 0.1, 0.1), (70, 10, 20), (0, 0.5, 0.5), (1.2, -0.2, 0), (float("nan"), 0, 1)])
-def test_a_split_that_makes_no_sense_is_refused(shares):
+@pytest.mark.parametrize(
+    "fractions", [(0.7, 0.1, 0.1), (70, 10, 20), (0, 0.5, 0.5), (1.2, -0.2, 0), (float("nan"), 0, 1)]
+)
+def test_a_split_that_makes_no_sense_is_refused(fractions):
     with pytest.raises(ConfigError, match=r"--split is .* sum to 1"):
-        Split(*shares)
+        Split(*fractions)
 
 
 # ------------------------------------------------------------------------------------------- real scans
@@ -500,4 +519,4 @@ def test_real_patients_who_lack_modalities(tmp_path):
     assert manifest["refused"] == []
     assert all("t2f" in case["modalities"] for case in manifest["cases"].values())
     assert min(len(case["modalities"]) for case in manifest["cases"].values()) < 3
-    assert len(PreparedSet(tmp_path / "set").cases) == 3
+    assert len(PreparedDataset(tmp_path / "set").cases) == 3

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 import crossmr
-from crossmr import completion
-from crossmr.completion import Completed
+from crossmr.completion.study import Completed
 from crossmr.data.volume import write_volume
-from crossmr.model import load_model
+from crossmr.networks import inference
+from crossmr.networks.model import load_model
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 GEOMETRY = (
@@ -163,7 +163,8 @@ def write(path: Path, voxels: np.ndarray, grid: Grid, form: Form) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Any subset of the four in, the rest out; learnt nothing."""
-    return load_model(save_untrained(tmp_path_factory.mktemp("model"), cell=8, sources=MODALITIES, targets=MODALITIES))
+    both = {"sources": MODALITIES, "targets": MODALITIES}
+    return load_model(save_untrained(tmp_path_factory.mktemp("model"), guidance="last", uncertainty=True, **both))
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +181,15 @@ def scans(folder: Path, grid: Grid, study: Mapping[str, Any], air: bool) -> dict
     return made
 
 
-def complete(model, study: Mapping[str, Any], **options: Any) -> Completed:
-    return crossmr.complete(study, model, precision="float32", **options)
+def complete(model, study: Mapping[str, Any], case: str = "study", **changes: Any) -> Completed:
+    return crossmr.complete(study, model, crossmr.Settings(precision="float32", **changes), case=case)
 
 
 def arrays(completed: Completed) -> dict[str, np.ndarray]:
-    """Every volume, images and deviations."""
+    """Every volume, images and standard deviations."""
     return {
         f"{modality} {kind}": np.asanyarray(image.dataobj)
-        for kind, images in (("image", completed.images), ("deviation", completed.deviations))
+        for kind, images in (("image", completed.images), ("std", completed.stds))
         for modality, image in images.items()
     }
 
@@ -217,16 +218,16 @@ def test_what_is_written_lies_on_the_reference_grid_bit_for_bit(model, folder, g
         assert data.min() >= 0
         assert data.max() <= 1
         assert data.std() > 0
-        deviation = np.asanyarray(result.deviations[modality].dataobj)
-        assert np.isfinite(deviation).all()
-        assert deviation.min() >= 0
+        std = np.asanyarray(result.stds[modality].dataobj)
+        assert np.isfinite(std).all()
+        assert std.min() >= 0
 
 
 @few
 @given(grid=grids(), study=studies(), air=st.booleans(), data=st.data())
 def test_the_order_of_the_volumes_and_of_the_studies_changes_nothing(model, folder, grid, study, air, data):
     guidance = data.draw(st.sampled_from(["none", "sample"]))
-    options = {"guidance": guidance, "steps": 2, "case": "A"}
+    options = {"guidance": guidance, "ddim_steps": 2, "case": "A"}
     files = scans(folder, grid, study, air)
     first = arrays(complete(model, files, **options))
     complete(model, dict(list(files.items())[:1]), **{**options, "case": "B"})  # another study in between
@@ -244,8 +245,8 @@ def test_the_size_of_the_batch_changes_nothing(model, folder, grid, study, air, 
     made = []
     for size in (1, 3, 16):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(completion, "BATCH", size)
-            made.append(arrays(complete(model, files, guidance=guidance, steps=2)))
+            patch.setattr(inference, "BATCH", size)
+            made.append(arrays(complete(model, files, guidance=guidance, ddim_steps=2)))
     for other in made[1:]:
         for name, volume in made[0].items():
             np.testing.assert_allclose(other[name], volume, rtol=0, atol=1e-5)
@@ -258,7 +259,7 @@ def test_reorienting_the_input_reorients_the_output(model, folder, grid, study, 
     images = {m: nib.load(path) for m, path in scans(folder, grid, study, air).items()}
     turned = {m: image.as_reoriented(turn) for m, image in images.items()}
     one, other = complete(model, images, guidance="none"), complete(model, turned, guidance="none")
-    for made, again in ((one.images, other.images), (one.deviations, other.deviations)):
+    for made, again in ((one.images, other.images), (one.stds, other.stds)):
         assert made.keys() == again.keys()
         for modality, image in made.items():
             back = again[modality].as_reoriented(inverse(turn))

@@ -10,14 +10,14 @@ from conftest import save_untrained
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from crossmr.cohort import complete_cohort
-from crossmr.completion import Settings
+from crossmr.completion.cohort import complete_cohort
 from crossmr.data.naming import find_studies
-from crossmr.data.registration import register
+from crossmr.data.registration import register_rigidly
 from crossmr.data.study import load_study
 from crossmr.data.volume import read_volume
 from crossmr.errors import ConfigError, StudyError
-from crossmr.model import load_model
+from crossmr.networks.inference import Settings
+from crossmr.networks.model import load_model
 from crossmr.phantom import write_cohort
 
 pytest.importorskip("SimpleITK")
@@ -44,7 +44,7 @@ def head(tmp_path_factory):
 
 def test_a_head_that_was_moved_comes_back(head):
     fixed, true, moving, _, _ = head
-    result = register("P", "t2w", moving, fixed)
+    result = register_rigidly("P", "t2w", moving, fixed)
     assert result.volume.data.shape == fixed.data.shape
     np.testing.assert_array_equal(result.volume.affine, fixed.affine)
     inside = true.data > np.percentile(true.data, 60)
@@ -57,13 +57,13 @@ def test_a_head_that_was_moved_comes_back(head):
     middle = fixed.affine @ [*(np.array(fixed.data.shape[::-1]) - 1) / 2, 1]
     back = middle[:3] - (TURN @ middle[:3] + SHIFT_MM)
     np.testing.assert_allclose(result.translation_mm, back, atol=1.5)
-    again = register("P", "t2w", moving, fixed)
+    again = register_rigidly("P", "t2w", moving, fixed)
     np.testing.assert_array_equal(again.volume.data, result.volume.data)  # the same, every time
 
 
 def test_what_lies_right_is_left_alone(head):
     fixed, true, _, _, _ = head
-    result = register("P", "t2w", true, fixed)
+    result = register_rigidly("P", "t2w", true, fixed)
     assert result.volume is true
     assert result.displacement_mm < 1.5
 
@@ -74,11 +74,20 @@ def test_what_is_no_head_or_far_off_is_refused(head):
         np.random.default_rng(0).normal(100, 10, (40, 40, 40)).astype(np.float32), np.diag([5, 5, 5, 1.0])
     )
     with pytest.raises(StudyError, match=r"P: t2w .* cannot be registered .* Look at both"):
-        register("P", "t2w", read_volume(noise), fixed)
+        register_rigidly("P", "t2w", read_volume(noise), fixed)
     far = moved.affine.copy()
     far[:3, 3] += (0, 0, 300)
     with pytest.raises(StudyError, match="cannot be registered"):
-        register("P", "t2w", read_volume(nib.Nifti1Image(np.asarray(moved.dataobj), far)), fixed)
+        register_rigidly("P", "t2w", read_volume(nib.Nifti1Image(np.asarray(moved.dataobj), far)), fixed)
+
+
+def test_only_volumes_on_another_grid_are_registered_if_needed(head):
+    _, _, _, moved, paths = head
+    images = {"t1n": paths["t1n"], "t1c": paths["t2w"], "t2w": moved}
+    study = load_study(images, register="if needed")
+    assert len(study.notes) == 1
+    assert study.notes[0].startswith("t2w was registered to t1n")
+    np.testing.assert_array_equal(study.volumes["t1c"].data, read_volume(paths["t2w"]).data)
 
 
 def test_completing_with_register_says_what_was_done(head, tmp_path):
@@ -89,20 +98,23 @@ def test_completing_with_register_says_what_was_done(head, tmp_path):
     nib.save(moved, folder / "P-t2w.nii.gz")
     with pytest.raises(StudyError, match="Register and resample them to one grid first, or pass --register"):
         load_study(find_studies(folder)[0])
-    model = load_model(save_untrained(tmp_path / "model", cell=8))
-    settings = Settings(precision="float32", registered=True)
-    result = complete_cohort(folder, tmp_path / "out", model, settings=settings)
-    assert result["completed"] == {"P": ["t1c", "t2f"]}
-    (note,) = [note for note in result["notes"]["P"] if "registered" in note]
+    model = load_model(save_untrained(tmp_path / "model"))
+    settings = Settings(precision="float32", register="always")
+    result = complete_cohort(folder, tmp_path / "out", model, settings)
+    assert result.completed == {"P": ["t1c", "t2f"]}
+    (note,) = [note for note in result.notes["P"] if "registered" in note]
     assert note.startswith("t2w was registered to t1n: moved by (")
     manifest = json.loads((tmp_path / "out" / "P" / "manifest.json").read_text())
-    assert manifest["settings"]["registered"] is True
-    made, reference = nib.load(tmp_path / "out" / "P" / "P-t2f_synthetic.nii.gz"), nib.load(folder / "P-t1n.nii.gz")
-    assert made.shape == reference.shape
-    np.testing.assert_array_equal(made.affine, reference.affine)
+    assert manifest["settings"]["register"] == "always"
+    synthetic, reference = (
+        nib.load(tmp_path / "out" / "P" / "P-t2f_synthetic.nii.gz"),
+        nib.load(folder / "P-t1n.nii.gz"),
+    )
+    assert synthetic.shape == reference.shape
+    np.testing.assert_array_equal(synthetic.affine, reference.affine)
 
 
 def test_without_simpleitk_it_is_named(head, monkeypatch):
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     with pytest.raises(ConfigError, match=r"pip install 'crossmr\[register\]'"):
-        register("P", "t2w", head[2], head[0])
+        register_rigidly("P", "t2w", head[2], head[0])

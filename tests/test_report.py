@@ -10,17 +10,21 @@ import nibabel as nib
 import pytest
 from conftest import image, make_head, save_untrained, write_study
 
-from crossmr import report
-from crossmr.cohort import complete_cohort
-from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings
+from crossmr.baselines import fit_baselines
+from crossmr.completion.cohort import complete_cohort
+from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.data.naming import find_studies
 from crossmr.errors import OutputError
-from crossmr.evaluation import _from_files, evaluate
-from crossmr.model import load_model
-from crossmr.trivial import fit_trivial
+from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
+from crossmr.evaluation.subjects import subject_of_files
+from crossmr.evaluation.tables import read_scores
+from crossmr.networks.inference import Settings
+from crossmr.networks.model import load_model, pseudonym
+from crossmr.output import report
 
 SETTINGS = Settings(precision="float32")
-WHOLE = ("t1n", "t1c", "t2w", "t2f")
+SECOND = "<b>"
+ALL = ("t1n", "t1c", "t2w", "t2f")
 
 
 class Page(HTMLParser):
@@ -38,26 +42,26 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text += data
 
-    def all(self, tag, **wanted):
-        return [found for name, found in self.tags if name == tag and wanted.items() <= found.items()]
+    def all(self, tag, **attributes):
+        return [found for name, found in self.tags if name == tag and attributes.items() <= found.items()]
 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    """Whole patients; the name of one would be markup."""
+    """Complete patients; the name of one would be markup."""
     folder = tmp_path_factory.mktemp("cohort")
     for seed, case in enumerate(("Ann", "B<i>ob", "Cem")):
-        write_study(folder, case, WHOLE, seed=seed, lesion=case == "Ann")
+        write_study(folder, case, ALL, seed=seed, lesion=case == "Ann")
     return folder
 
 
 @pytest.fixture(scope="module")
 def model(cohort, tmp_path_factory):
-    """A model of any subset with cells, which has deviations and the trivial predictors."""
-    readers = [lambda files=files: _from_files(files).volumes for files in find_studies(cohort)]
-    trivial = fit_trivial(readers, WHOLE)
+    """A model of any subset, which gives standard deviations and has baselines."""
+    readers = [lambda files=files: subject_of_files(files).volumes for files in find_studies(cohort)]
+    changes = {"guidance": "last", "uncertainty": True, "sources": ALL, "targets": ALL}
     folder = tmp_path_factory.mktemp("model")
-    return load_model(save_untrained(folder, cell=8, sources=WHOLE, targets=WHOLE, trivial=trivial))
+    return load_model(save_untrained(folder, baselines=fit_baselines(readers, ALL), **changes))
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +72,17 @@ def completed(cohort, model, tmp_path_factory):
     for modality in ("t1c", "t2f"):
         (folder / "Ann" / f"Ann-{modality}.nii.gz").unlink()
     nib.save(image(make_head("t2w", shape=(20, 20, 20))), folder / "Cem" / "Cem-t2w.nii.gz")
-    complete_cohort(folder, out, model, settings=SETTINGS)
+    complete_cohort(folder, out, model, SETTINGS)
     return out
 
 
 @pytest.fixture(scope="module")
 def evaluated(cohort, model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluated")
-    evaluate(model, cohort, out, every_subset=True, settings=SETTINGS)
+    """From every subset, against a second model whose name would be markup."""
+    out, runs = tmp_path_factory.mktemp("evaluated"), tmp_path_factory.mktemp("runs")
+    training = {"patients": {"train": [pseudonym("Cem")]}}
+    second = save_untrained(runs / SECOND, guidance="none", sources=ALL, targets=ALL, seed=1, training=training)
+    evaluate(model, cohort, out, EvaluationSettings(every_subset=True, against=second, inference=SETTINGS))
     return out
 
 
@@ -98,9 +105,14 @@ def test_a_completed_cohort_is_one_page(completed):
     (picture,) = page.all("img")
     assert base64.b64decode(picture["src"].partition(",")[2]) == (completed / "pictures" / "Ann.webp").read_bytes()
     names = [found["class"] for found in page.all("span") if "title" in found]
-    assert names == ["acquired", "acquired", *["synthetic", "deviation"] * 2]
-    sha256 = json.loads((completed / "Ann" / "manifest.json").read_text())["inputs"]["t1n"]["sha256"]
-    assert sha256[:16] in page.text
+    assert names == ["acquired", "acquired", *["synthetic", "standard deviation"] * 2]
+    manifest = json.loads((completed / "Ann" / "manifest.json").read_text())
+    assert manifest["inputs"]["t1n"]["sha256"][:16] in page.text
+    assert manifest["std"]["of"] in page.text
+    for synthesis in manifest["synthetic"].values():
+        assert f"{synthesis['file']}, {synthesis['std']} · from T1, T2" in page.text
+    counts = re.findall(r"<b>(\d+)</b>([a-z ]+)<", page.source)
+    assert counts == [("1", "completed"), ("1", "already complete"), ("0", "with gaps left"), ("1", "failed")]
     assert len(page.all("span", **{"class": "chip made"})) == 2
 
 
@@ -109,7 +121,7 @@ def test_a_finished_case_is_still_on_the_page_of_the_next_run(completed, cohort,
     (tmp_path / "in").mkdir()
     source = write_study(tmp_path / "in", "Ann", ("t1n", "t2w"))
     for _ in range(2):
-        complete_cohort(source, out, model, settings=SETTINGS)
+        complete_cohort(source, out, model, SETTINGS)
     assert json.loads((out / "manifest.json").read_text())["skipped"] == ["Ann"]
     page = Page(report.report_completion(out))
     assert len(page.all("img")) == 1
@@ -126,53 +138,61 @@ def test_an_evaluation_is_one_page(evaluated):
     assert len(page.all("section")) == 3
     assert len(page.all("img")) == 12  # of each patient every modality, from the other three
     headings = re.findall(r"<h3>(.*)</h3>", page.source)
-    assert headings[:5] == [
-        "T1: each case",
-        "T1ce: each case",
-        "T2: each case",
-        "FLAIR: each case",
-        "How sure, how wrong",
-    ]
-    # seven subsets of sources by three patients for each target, and ten tenths of four targets
-    assert len(page.all("circle")) == 4 * 7 * 3 + 4 * 10
+    each_case = [f"{name}: each case" for name in ("T1", "T1ce", "T2", "FLAIR")]
+    assert headings[:9] == [*each_case, *each_case, "Calibration of the standard deviation"]
+    # of two plots for each target seven subsets of sources by three patients, and ten deciles of four targets
+    assert len(page.all("circle")) == 2 * 4 * 7 * 3 + 4 * 10
     assert len(page.all("polyline")) == 4
     for found in page.all("circle"):
         assert 0 <= float(found["cx"]) <= 100
         assert 0 <= float(found["cy"]) <= 100
-    (own,) = (
-        e["psnr"]["mean"]
+    means = {
+        e["predictor"]: f"{e['psnr']['mean']:.2f}"
         for e in body["summary"]
-        if (e["sources"], e["target"], e["predictor"], e["region"]) == ("t1n+t2w", "t2f", "unguided", "brain")
-    )
+        if (e["sources"], e["target"], e["region"]) == ("t1n+t2w", "t2f", "brain")
+    }
     row = next(line for line in page.source.split("<tr>") if line.startswith("<td>T1 + T2</td>"))
-    assert f"{own:.2f}<small>" in row.split("<td>")[5]
+    cell = "{unguided}<small>{linear regression}</small><small>{against: <b>}</small>"
+    for predictor, mean in means.items():
+        cell = cell.replace(f"{{{predictor}}}", mean)
+    assert row.split("<td>")[5].startswith(cell)
+    assert "in grey: linear regression, against: <b>." in page.text  # a model's name is text
+    assert body["against"]["sha256"] in page.text
+    assert "The second model was trained on 1 of these patients (Cem)" in page.text
+    assert "The model was trained on" not in page.text
     for entry in body["uncertainty"]:
         assert f"{entry['ause']:.2f}" in page.text
 
 
-def test_points_lie_where_the_numbers_say(evaluated):
-    rows = report._rows(evaluated / "metrics.csv")
-    plots = report._scatter(rows, "unguided")
-    chosen = [r for r in rows if (r["target"], r["sources"], r["region"]) == ("t1c", "t1n", "brain")]
-    values = {(r["case"], r["predictor"]): float(r["psnr"]) for r in chosen}
+@pytest.mark.parametrize(
+    ("other", "axis"),
+    [("linear regression", "PSNR of the linear regression, dB"), (f"against: {SECOND}", f"PSNR of {SECOND}, dB")],
+)
+def test_points_lie_where_the_numbers_say(evaluated, other, axis):
+    scores = read_scores(evaluated / "metrics.csv")
+    plots = report._scatter(scores, "unguided", other)
+    chosen = [s for s in scores if (s.target, s.sources, s.region) == ("t1c", "t1n", "brain")]
+    values = {(s.case, s.predictor): s.psnr for s in chosen}
     (plot,) = (p for p in plots if p.title.startswith("T1ce"))
-    for x, y, case in plot.series["t1n"]:
-        for at, predictor in ((x, "linear mix"), (y, "unguided")):
+    assert plot.x == axis
+    assert {point.label for point in plot.series["t1n"]} == {"Ann", "B<i>ob", "Cem"}
+    for point in plot.series["t1n"]:
+        for at, predictor in ((point.x, other), (point.y, "unguided")):
             (first, low), (last, high) = plot.ticks[0], plot.ticks[-1]
             step = (float(high) - float(low)) / (last - first)
-            assert float(low) + step * (at - first) == pytest.approx(values[case, predictor], abs=0.01)
+            assert float(low) + step * (at - first) == pytest.approx(values[point.label, predictor], abs=0.01)
 
 
 @pytest.mark.parametrize(("values", "ticks"), [((20, 30), 5), ((20, 20.001), 4), ((5, 5), 3), ((1e-4, 9e-4), 4)])
 def test_ticks_are_round_and_few(values, ticks):
-    plot = report._plot("", "", "", {"a": [(*values, "")]})
+    plot = report._plot("", "", "", {"a": [report.Point(*values, "")]})
     assert ticks <= len(plot.ticks) <= 8
     assert all(0 <= at <= 100 for at, _ in plot.ticks)
     assert all(len(text) <= 8 for _, text in plot.ticks)
 
 
 def test_a_page_shows_so_many_pictures(evaluated, monkeypatch):
-    monkeypatch.setattr(report, "SHOWN", 5)
+    monkeypatch.setattr(report, "MOST_PICTURES", 5)
     assert len(Page(report.report_evaluation(evaluated)).all("img")) == 5
 
 

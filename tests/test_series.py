@@ -9,8 +9,8 @@ import dicoms
 import pydicom
 from dicoms import OBLIQUE, head, write
 
-from crossmr.data.dicom import convert
-from crossmr.data.series import find_series, holds_dicom
+from crossmr.dicom.convert import convert
+from crossmr.dicom.series import find_series, holds_dicom
 from crossmr.display import Display
 
 

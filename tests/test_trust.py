@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossmr.cohort import complete_cohort
-from crossmr.completion import Settings
+from crossmr.completion.cohort import complete_cohort
 from crossmr.data.volume import read_volume
+from crossmr.networks.inference import Settings
 from crossmr.phantom import write_cohort
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -18,7 +18,8 @@ GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = 2e-3
 GUARD = """
 import sys
-import crossmr.completion, crossmr.report, crossmr.store, safetensors.torch, monai.networks, monai.inferers
+import crossmr.completion.study, crossmr.output.report, crossmr.registry
+import safetensors.torch, monai.networks, monai.inferers
 
 def guard(event, arguments):
     if event.startswith(("socket.", "pickle.", "marshal.", "ftplib.", "http.", "urllib.")):
@@ -51,7 +52,7 @@ def phantom(folder: Path) -> Path:
 
 def completed(cohort: Path, out: Path) -> dict[str, dict[str, float]]:
     """What the shipped weights make of it, in a few numbers a volume."""
-    complete_cohort(cohort, out, settings=Settings(precision="float32"))
+    complete_cohort(cohort, out, None, Settings(precision="float32"))
     found = {}
     for path in sorted(out.glob("*/*.nii.gz")):
         data = read_volume(path).data
@@ -65,7 +66,7 @@ def completed(cohort: Path, out: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def test_the_main_job_neither_connects_nor_unpickles(cohort, tmp_path):
+def test_completing_neither_connects_nor_unpickles(cohort, tmp_path):
     result = guarded("complete", cohort, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stdout + result.stderr
     assert list((tmp_path / "out").glob("*/*t2f_synthetic.nii.gz"))
@@ -84,9 +85,9 @@ def test_the_guard_guards(tmp_path):
 
 
 def test_the_shipped_weights_give_the_stored_values(cohort, tmp_path):
-    wanted, found = json.loads(GOLDEN.read_text()), completed(cohort, tmp_path)
-    assert wanted.keys() == found.keys()
-    for name, numbers in wanted.items():
+    stored, found = json.loads(GOLDEN.read_text()), completed(cohort, tmp_path)
+    assert stored.keys() == found.keys()
+    for name, numbers in stored.items():
         assert found[name] == pytest.approx(numbers, abs=TOLERANCE), name
 
 

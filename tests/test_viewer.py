@@ -12,24 +12,27 @@ import pytest
 from conftest import save_untrained, write_study
 from PIL import Image
 
-from crossmr.cohort import complete_cohort
-from crossmr.completion import DISCLAIMER, ENHANCEMENT, Settings
+from crossmr.completion.cohort import complete_cohort
+from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.errors import OutputError
-from crossmr.model import load_model
-from crossmr.viewer import view_case
+from crossmr.networks.inference import Settings
+from crossmr.networks.model import load_model
+from crossmr.output.viewer import view_case
 
-WHOLE = ("t1n", "t1c", "t2w", "t2f")
+ALL_FOUR = ("t1n", "t1c", "t2w", "t2f")
 
 
 @pytest.fixture(scope="module")
 def completed(tmp_path_factory):
     """Where Ann was completed, who lacked T1ce and FLAIR, and the scans that she has after all."""
     folder, truth = tmp_path_factory.mktemp("view"), tmp_path_factory.mktemp("truth")
-    model = load_model(save_untrained(folder / "model", cell=8, sources=WHOLE, targets=WHOLE))
-    write_study(truth, "Ann", WHOLE)
+    model = load_model(
+        save_untrained(folder / "model", guidance="last", uncertainty=True, sources=ALL_FOUR, targets=ALL_FOUR)
+    )
+    write_study(truth, "Ann", ALL_FOUR)
     write_study(folder / "scans", "Ann", ("t1n", "t2w"))
-    write_study(folder / "scans", "Bob", WHOLE, seed=1)
-    complete_cohort(folder / "scans", folder / "out", model, settings=Settings(precision="float32"))
+    write_study(folder / "scans", "Bob", ALL_FOUR, seed=1)
+    complete_cohort(folder / "scans", folder / "out", model, Settings(precision="float32"))
     return folder / "out", truth
 
 
@@ -47,7 +50,14 @@ def test_a_page_holds_what_was_acquired_and_what_was_made(completed):
     assert (path, notes) == (out / "view" / "Ann.html", [])
     volumes = shown(path)
     assert list(volumes) == [
-        *("T1 acquired", "T2 acquired", "T1ce synthetic", "T1ce deviation", "FLAIR synthetic", "FLAIR deviation")
+        *(
+            "T1 acquired",
+            "T2 acquired",
+            "T1ce synthetic",
+            "T1ce standard deviation",
+            "FLAIR synthetic",
+            "FLAIR standard deviation",
+        )
     ]
     made = nib.load(out / "Ann" / "Ann-t2f_synthetic.nii.gz")
     held = volumes["FLAIR synthetic"]
@@ -71,7 +81,7 @@ def test_scans_that_moved_are_named_or_left_out(completed, tmp_path):
     shutil.copytree(out, tmp_path / "copy" / "out")
     path, (note,) = view_case(tmp_path / "copy" / "out")
     assert "--scans" in note
-    assert [name.split()[1] for name in shown(path)] == ["synthetic", "deviation"] * 2
+    assert [name.split()[1] for name in shown(path)] == ["synthetic", "standard"] * 2
 
 
 @pytest.mark.parametrize(
@@ -123,7 +133,7 @@ def test_it_draws_and_obeys_in_a_browser_with_the_network_off(completed, page):
     assert np.abs(settled()[1] - right).mean() < 1
 
     page.keyboard.press("u")
-    assert coloured(settled()[1]) > 500  # the deviation over the synthesis
+    assert coloured(settled()[1]) > 500  # the standard deviation over the synthesis
     assert page.locator("#overlay").is_checked()
     page.keyboard.press("u")
     assert coloured(settled()[1]) < 50

@@ -1,4 +1,4 @@
-"""The weights that are shipped: whole, small, described, and good for any subset with no training and no network."""
+"""The weights that are shipped: sound, small, described, and good for any subset with no training and no network."""
 
 import json
 import socket
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from crossmr.cli import main
-from crossmr.evaluation import evaluate
-from crossmr.model import load_model
+from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
+from crossmr.networks.model import load_model
 from crossmr.phantom import write_cohort
-from crossmr.store import find_model
+from crossmr.registry import find_model
 
 CARD = (Path(__file__).parents[1] / "MODEL_CARD.md").read_text()
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
@@ -36,7 +36,7 @@ def test_they_are_small_and_the_card_says_which_they_are():
     assert model.config.modalities == MODALITIES
     assert model.record["sha256"][:12] in CARD
     training = model.record["training"]
-    assert all(len(name) == 16 for part in training["patients"].values() for name in part)  # no patient is named
+    assert all(len(name) == 16 for split in training["patients"].values() for name in split)  # no patient is named
     for word in ("TCGA", "BraTS", "CC BY", "not a medical device", "enhancement"):
         assert word in CARD
 
@@ -62,13 +62,13 @@ def test_a_study_is_completed_with_no_model_named_and_no_network(cohort, tmp_pat
     assert load_model(find_model()).record["sha256"] in json.dumps(manifest)
 
 
-def test_every_subset_is_better_than_the_mean_image_and_near_the_best_linear_mix(cohort, tmp_path):
-    summary = evaluate(find_model(), cohort, tmp_path, every_subset=True)["summary"]
+def test_every_subset_is_better_than_the_mean_image_and_near_the_linear_regression(cohort, tmp_path):
+    summary = evaluate(find_model(), cohort, tmp_path, EvaluationSettings(every_subset=True))["summary"]
     brain = {(e["sources"], e["target"], e["predictor"]): e["psnr"]["mean"] for e in summary if e["region"] == "brain"}
-    asked = {(sources, target) for sources, target, _ in brain}
-    assert len(asked) == 28
-    for sources, target in sorted(asked):
+    pairs = {(sources, target) for sources, target, _ in brain}
+    assert len(pairs) == 28
+    for sources, target in sorted(pairs):
         own = brain[sources, target, "unguided"]
-        assert own > brain[sources, target, "linear mix"] - 2.5
+        assert own > brain[sources, target, "linear regression"] - 2.5
         if target != "t2w":  # the card says so: T2 is its weakest, and all phantoms have one template
             assert own > brain[sources, target, "mean image"] + 1

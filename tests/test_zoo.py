@@ -28,16 +28,18 @@ from conftest import SHAPE, image, make_head, save_untrained, write_study
 from safetensors.torch import load, save
 
 from crossmr.cli import main
-from crossmr.data.prepare import Split, prepare
-from crossmr.files import digest
+from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.files import PARTIAL, digest
+from crossmr.networks.model import FORMAT_VERSION
 
 AFFINE = np.diag([6.0, 6.0, 7.0, 1.0])
 HEALTHY = "zz-healthy"
 """The last of its folder, so that it comes after every failure."""
 REMEDY = re.compile(
     r"\b(add|check|choose|convert|copy|correct|export|give|install|keep|leave|look|make|measure|name|narrow|register|"
-    r"remove|rename|repair|resample|run|split|stack|threshold|train it|update|use|wanted|expected|are positive|at "
-    r"least|did you mean|it has|these are|trained for|settings look like|may be|have only)\b",
+    r"remove|rename|repair|resample|run|split|stack|threshold|train it|train one|update|use|wanted|expected|"
+    r"are positive|at least|did you mean|it has|these are|the models are|trained for|settings look like|may be|"
+    r"have only)\b",
     re.IGNORECASE,
 )
 """What a message ends with: the next step, or what was wanted."""
@@ -81,7 +83,7 @@ def crossmr(*arguments: object) -> Result:
 
 def leftovers(folder: Path) -> list[str]:
     """Files of an output that only a write that was cut short leaves."""
-    return [str(p) for p in folder.rglob("*") if p.name.endswith((".partial", ".tmp")) or p.name.startswith(".import")]
+    return [str(p) for p in folder.rglob("*") if p.name.endswith((PARTIAL, ".tmp")) or p.name.startswith(".import")]
 
 
 # ------------------------------------------------------------------------------------- one patient's files
@@ -292,7 +294,7 @@ def runs(patients, model, tmp_path_factory) -> dict[str, tuple[Result, Path]]:
     out = tmp_path_factory.mktemp("out")
     return {
         "complete": (
-            crossmr("complete", patients, "-o", out / "complete", "--model", model, "--steps", 2),
+            crossmr("complete", patients, "-o", out / "complete", "--model", model, "--ddim-steps", 2),
             out / "complete",
         ),
         "prepare": (crossmr("prepare", patients, "-o", out / "prepare", "--workers", 1), out / "prepare"),
@@ -393,7 +395,7 @@ class Bench:
     def complete(self, *options: object, cohort: Path | None = None, model: object = None) -> list[object]:
         """The verb, on the cohort unless another one is given."""
         chosen = self.model_folder if model is None else model
-        return ["complete", cohort or self.cohort(), "-o", self.out, "--model", chosen, "--steps", 2, *options]
+        return ["complete", cohort or self.cohort(), "-o", self.out, "--model", chosen, "--ddim-steps", 2, *options]
 
     def train(self, *options: object, prepared: Path | None = None) -> list[object]:
         """The verb, as short as it gets."""
@@ -413,7 +415,7 @@ class Bench:
 
     def evaluate(self, *options: object, data: Path | None = None) -> list[object]:
         """The verb."""
-        return ["evaluate", self.model_folder, data or self.set_folder, "-o", self.out, "--steps", 2, *options]
+        return ["evaluate", self.model_folder, data or self.set_folder, "-o", self.out, "--ddim-steps", 2, *options]
 
 
 Build = Callable[[Bench], Sequence[object]]
@@ -528,15 +530,15 @@ def first(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def any_subset(bench: Bench) -> Path:
-    """A model whose trivial predictors are looked at before anything is filled."""
+    """A model whose baselines are looked at before anything is filled."""
     both = ("t1n", "t1c", "t2w", "t2f")
-    return save_untrained(bench.folder / "any", cell=8, sources=both, targets=both)
+    return save_untrained(bench.folder / "any", guidance="last", sources=both, targets=both)
 
 
-def trivial_of(**tensors: torch.Tensor) -> Build:
+def baselines_of(**tensors: torch.Tensor) -> Build:
     def build(bench: Bench) -> Sequence[object]:
         model = any_subset(bench)
-        (model / "trivial.safetensors").write_bytes(save(tensors))
+        (model / "baselines.safetensors").write_bytes(save(tensors))
         return bench.complete(model=sign(model))
 
     return build
@@ -779,6 +781,11 @@ def bids_unnamed(bench: Bench) -> Sequence[object]:
     return bench.complete("--profile", "bids", model=model, cohort=write_study(bench.folder, "P1", ("t1n", "t2w")))
 
 
+def unguided(*options: object) -> Build:
+    """Of a model that nothing guides unless guidance is asked for."""
+    return lambda bench: bench.complete(*options, model=save_untrained(bench.folder / "last", guidance="last"))
+
+
 def called(name: str) -> Build:
     """A patient of that name, whose T1 is all zero, in the place of P1."""
 
@@ -900,6 +907,7 @@ def two_t1(bench: Bench) -> Sequence[object]:
 
 DISK, PROTECTED = errno.ENOSPC, errno.EROFS
 FULL, READ_ONLY = r"could not be written: No space left", r"could not be written: Read-only file system"
+FORMATS = rf"is other {FORMAT_VERSION}; this crossmr reads crossmr-model {FORMAT_VERSION}"
 NO_JSON = r"config\.json is damaged: it is not valid JSON \(.*\)\. Copy or make it again"
 NOT_FIT = r"synthesis\.safetensors does not fit config\.json: .*Copy"
 NOT_REAL = r"synthesis\.safetensors holds weights that are no real numbers\. Copy it again"
@@ -945,11 +953,11 @@ CALLS: list[Kind] = [
     Kind("output for nnU-Net is not empty", with_file("out/a", "", nnunet),
          r"out is not empty; name another folder", "begun"),
     Kind("foreign manifest", with_file("out/manifest.json", '{"a": 1}', plain()),
-         r"not of a completed cohort; name", "begun"),
+         r"not of a completed cohort, so .*; name", "begun"),
     Kind("damaged manifest", with_file("out/manifest.json", "{", plain()),
          r"manifest\.json is damaged: .*Copy or", "begun"),
     Kind("foreign set", with_file("out/manifest.json", "{}", preparing()),
-         r"is no prepared set; name another", "begun"),
+         r"is no prepared dataset; name another", "begun"),
     Kind("foreign manifest of a case", foreign, r"is not crossmr's, so it is not replaced\. Name another", "healthy"),
     Kind("acquired scan in the way", acquired_in_the_way, r"is an acquired scan and is not replaced\. Name", "healthy"),
     Kind("no permission", without_permission, r"could not be written: Permission denied\. Check", "begun"),
@@ -968,7 +976,8 @@ CALLS: list[Kind] = [
     Kind("a broken patient to evaluate", half_evaluated, r"P1 failed: P1: t1n is all zero.*Export it", "evaluated"),
     Kind("one name in two cohorts", twice, r"The cohorts share study names \(P1, zz-healthy\); rename them"),
     # the model
-    Kind("model not at hand", lambda b: b.complete(model="nonesuch"), r"'nonesuch' is neither .*; these are: default"),
+    Kind("model not registered", lambda b: b.complete(model="nonesuch"),
+         r"'nonesuch' is neither .*; the models are: default"),
     Kind("model folder missing", lambda b: b.complete(model=NOWHERE),
          r"all is no model: it has no config\.json\. Train one"),
     Kind("model folder empty", lambda b: b.complete(model=b.folder),
@@ -983,7 +992,7 @@ CALLS: list[Kind] = [
     Kind("config without end", model_text("[" * 100_000), NO_JSON),
     Kind("config is a list", model_text("[]"), r"config\.json is damaged: it holds no JSON object\. Copy"),
     Kind("config without a hash", model_text("{}"), r"config\.json does not match its own SHA-256.*Copy it again"),
-    Kind("config of another format", config("format", "other"), r"is other 6; this crossmr reads crossmr-model 6"),
+    Kind("config of another format", config("format", "other"), FORMATS),
     Kind("config of another version", config("format_version", 99), r"crossmr-model 99; this .*Update crossmr"),
     Kind("config with an unknown key", config("config.colour", "red"),
          r"config\.json: 'colour' is no setting of ModelConfig\. Did you mean"),
@@ -1023,9 +1032,10 @@ CALLS: list[Kind] = [
          r"calibration"),
     Kind("calibration below zero", weights(lambda t: t.update(variance=-torch.ones(2, 2)), "calibration"),
          r"calibration"),
-    Kind("predictors of another shape", trivial_of(present=torch.zeros(3)),
-         r"trivial\.safetensors.*does not fit config"),
-    Kind("predictors incomplete", trivial_of(present=torch.ones(2, 4)), r"trivial\.safetensors.*does not fit config"),
+    Kind("baselines of another shape", baselines_of(present=torch.zeros(3)),
+         r"baselines\.safetensors.*does not fit config"),
+    Kind("baselines incomplete", baselines_of(present=torch.ones(2, 4)),
+         r"baselines\.safetensors.*does not fit config"),
     # a model to import
     Kind("zip that climbs", imported(entry("../../evil.safetensors")), STRANGE),
     Kind("zip of an absolute path", imported(entry("/tmp/evil.safetensors")), STRANGE),
@@ -1057,9 +1067,9 @@ CALLS: list[Kind] = [
          r"is no model: .*Train one"),
     Kind("verify a broken model", lambda b: ["models", "verify", b.folder], r"refused: .* is no model: .*Train one"),
     # the prepared set
-    Kind("set missing", lambda b: b.train(prepared=b.folder / "set"), r"is no prepared set: .*Make one with: crossmr"),
+    Kind("set missing", lambda b: b.train(prepared=b.folder / "set"), r"is no prepared dataset: .*Make one with"),
     Kind("set without a manifest", lambda b: b.train(prepared=b.folder),
-         r"is no prepared set: .*Make one with: crossmr"),
+         r"is no prepared dataset: .*Make one with"),
     Kind("set of a damaged manifest", set_text("manifest.json", "{"), r"manifest\.json is damaged: .*Copy or make it"),
     Kind("set of another hash", set_text("manifest.json", "{}"), r"does not match its own SHA-256.*Run prepare again"),
     Kind("set of another format", set_entry(lambda b: b.update(format_version=1)),
@@ -1069,7 +1079,7 @@ CALLS: list[Kind] = [
          r"manifest\.json .*Run prepare again"),
     Kind("set with nobody to train on", set_entry(emptied("train")), r"No study of the set can serve", "begun"),
     Kind("set without the part", lambda b: b.evaluate("--part", "bogus"),
-         r"'bogus' is no part of a set; wanted one of"),
+         r"'bogus' is no split of a .*; wanted one of"),
     Kind("array missing", arrays(lambda _, p: p.unlink()), r"images\.npy is missing or damaged.*Run prepare", "begun"),
     Kind("array cut short", arrays(lambda _, p: p.write_bytes(p.read_bytes()[:-99])),
          r"images\.npy is missing or", "begun"),
@@ -1109,12 +1119,14 @@ CALLS: list[Kind] = [
     Kind("setting of a wrong type", training("--set", "synthesis.channels=many"), r"channels is 'many'; wanted int"),
     Kind("setting without a value", training("--set", "synthesis.channels"), r"wanted KEY=VALUE, such as"),
     Kind("no channels", training("--set", "synthesis.channels=0"), r"counts of at least 1"),
-    Kind("no batch", training("--set", "synthesis_fit.batch_size=0"), r"batch_size, .* are positive"),
-    Kind("learning rate NaN", training("--set", "synthesis_fit.learning_rate=nan"),
+    Kind("no batch", training("--set", "synthesis_train.batch_size=0"), r"batch_size, .* are positive"),
+    Kind("learning rate NaN", training("--set", "synthesis_train.learning_rate=nan"),
          r"learning_rate is 'nan'; wanted float"),
     Kind("crop of another stride", training("--set", "crop=30,30"), r"The crop is \(30, 30\); wanted multiples of"),
     Kind("crop of nothing", training("--set", "crop=0,0"), r"The crop is \(0, 0\); wanted multiples of"),
     Kind("crop of three sides", training("--set", "crop=32,32,32"), r"crop is .*wanted 2|crop .*wanted"),
+    Kind("uncertainty of what is always guided", training("--set", "guidance=joint"),
+         r"which guidance 'joint' does not have; choose 'last' or 'none'"),
     Kind("steps below zero", training("--steps", -3), r"--steps and --minutes are positive"),
     Kind("no steps to train", training("--steps", 0), r"--steps and --minutes are positive"),
     Kind("steps and minutes", training("--steps", 3, "--minutes", 1), r"Give --steps or --minutes, not both"),
@@ -1134,7 +1146,7 @@ CALLS: list[Kind] = [
     Kind("shares below zero", preparing("--split", "150/-25/-25"), r"--split is .*; wanted train/val/test"),
     Kind("shares NaN", preparing("--split", "nan/1/1"), r"--split is .*; wanted train/val/test"),
     Kind("nobody to train on", preparing("--split", "0/50/50"), r"--split is .*; wanted train/val/test"),
-    # the wish
+    # how to synthesise
     Kind("unknown guidance", plain("--guidance", "oracle"), r"--guidance is 'oracle'; wanted one of sample"),
     Kind("reference of nothing", plain("--guidance", "reference"),
          r"--guidance reference and --reference STUDY go together"),
@@ -1147,10 +1159,15 @@ CALLS: list[Kind] = [
     Kind("two references", reference_with(("t1c", "t2f"), 2), r"holds 2 studies; name one of them"),
     Kind("reference in an evaluation", evaluating("--guidance", "reference"), r"knows no reference; measure sample"),
     Kind("every subset of a pair", evaluating("--every-subset"), r"--every-subset is for models of any subset; this"),
-    Kind("no steps", plain("--steps", 0), r"0 sampling steps.*1 to 1000"),
-    Kind("too many steps", plain("--steps", 1001), r"1001 sampling steps.*1 to 1000"),
+    Kind("no steps", plain("--ddim-steps", 0), r"0 sampling steps.*1 to 1000"),
+    Kind("too many steps", plain("--ddim-steps", 1001), r"1001 sampling steps.*1 to 1000"),
     Kind("no samples", plain("--samples", 0), r"--samples is 0; wanted at least 1"),
-    Kind("samples of nothing", plain("--samples", 2, "--guidance", "none"), r"draws none; add --guidance sample|use"),
+    Kind("samples of nothing", unguided("--samples", 2), r"draws none; add --guidance sample"),
+    Kind("guidance of an unguided C-UNet",
+         lambda b: b.complete("--guidance", "sample", model=save_untrained(b.folder / "other", guidance="none")),
+         r"trained without guidance, .*; use guidance 'none'"),
+    Kind("no guidance of a guided C-UNet", plain("--guidance", "none"),
+         r"always guided in training; .* train one with .* compare with: crossmr evaluate MODEL --against"),
     Kind("unknown target", plain("--targets", "t1x"), r"'t1x' is no modality: expected one of"),
     Kind("no target", plain("--targets", ""), r"'' is no modality: expected one of"),
     Kind("target never learnt", plain("--targets", "t1n"), r"cannot synthesise t1n; it was trained for t1c, t2f"),
@@ -1175,7 +1192,7 @@ def prepared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     for number in range(4):
         write_study(folder / "cohort", f"P{number}", ("t1n", "t1c", "t2w", "t2f"), seed=number)
-    prepare(folder / "cohort", folder / "set", split=Split(0.5, 0.25, 0.25))
+    prepare(folder / "cohort", folder / "set", PrepareSettings(split=Split(0.5, 0.25, 0.25)))
     return folder / "set"
 
 

@@ -8,33 +8,34 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossmr.cohort import complete_cohort
-    from crossmr.completion import Completed, Settings, complete
+    from crossmr.completion.cohort import complete_cohort
+    from crossmr.completion.study import Completed, complete
     from crossmr.data.prepare import Split, prepare
     from crossmr.errors import CrossmrError
-    from crossmr.evaluation import evaluate
-    from crossmr.model import CrossConditionedModel, load_model
+    from crossmr.evaluation.evaluate import evaluate
+    from crossmr.networks.inference import Settings
+    from crossmr.networks.model import CrossConditionedModel, load_model
     from crossmr.phantom import make_phantom, write_cohort
-    from crossmr.recipes import RECIPES, Recipe
-    from crossmr.training import train
+    from crossmr.training.recipes import RECIPES, Recipe
+    from crossmr.training.run import train
 
 __version__ = version("crossmr")
 
-_HOMES = {
-    "Completed": "completion",
-    "CrossConditionedModel": "model",
+_MODULES = {
+    "Completed": "completion.study",
+    "CrossConditionedModel": "networks.model",
     "CrossmrError": "errors",
-    "RECIPES": "recipes",
-    "Recipe": "recipes",
-    "Settings": "completion",
+    "RECIPES": "training.recipes",
+    "Recipe": "training.recipes",
+    "Settings": "networks.inference",
     "Split": "data.prepare",
-    "complete": "completion",
-    "complete_cohort": "cohort",
-    "evaluate": "evaluation",
-    "load_model": "model",
+    "complete": "completion.study",
+    "complete_cohort": "completion.cohort",
+    "evaluate": "evaluation.evaluate",
+    "load_model": "networks.model",
     "make_phantom": "phantom",
     "prepare": "data.prepare",
-    "train": "training",
+    "train": "training.run",
     "write_cohort": "phantom",
 }
 
@@ -59,6 +60,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import crossmr` and the command line start at once."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'crossmr' has no attribute '{name}'")
-    return getattr(import_module(f"crossmr.{_HOMES[name]}"), name)
+    return getattr(import_module(f"crossmr.{_MODULES[name]}"), name)

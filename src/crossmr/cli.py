@@ -5,11 +5,15 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crossmr.errors import ConfigError, CrossmrError, Interrupted
+
+if TYPE_CHECKING:
+    from crossmr.completion.cohort import CohortSummary
+    from crossmr.display import Display
 
 app = typer.Typer(
     name="crossmr",
@@ -28,6 +32,7 @@ Samples = Annotated[
     int | None,
     typer.Option(help="Guided syntheses to average, with --guidance sample."),
 ]
+DdimSteps = Annotated[int, typer.Option("--ddim-steps", help="DDIM steps of the sampled representation.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Mapping = Annotated[
     list[str] | None,
@@ -57,7 +62,7 @@ def convert(
     ] = None,
 ) -> None:
     """Sort a folder of DICOM and convert it into studies of NIfTI, for every other verb ('complete' does it itself)."""
-    from crossmr.data.dicom import convert as run
+    from crossmr.dicom.convert import convert as run
     from crossmr.display import Display
 
     display = Display()
@@ -68,7 +73,7 @@ def convert(
         for name, why in scans.left_out.items():
             display.say(f"{scans.case}: {name} left out: {why}")
         for note in scans.notes:
-            display.say(f"{scans.case}: look: {note}")
+            display.say(f"{scans.case}: warning: {note}")
     refused = {scans.case: scans.refused for scans in found if scans.refused}
     display.say(f"{len(found) - len(refused)} studies in {out}")
     _report_failures(refused, "refused")
@@ -82,23 +87,18 @@ def prepare(
     seed: Seed = 0,
     workers: Annotated[int, typer.Option(help="Processes; 0 for one a processor.")] = 0,
     mapping: Mapping = None,
-    registered: Register = False,
+    register: Register = False,
 ) -> None:
     """Check, normalise and crop a cohort into a set that trains fast. Run again, it goes on where it stopped."""
-    from crossmr.data.prepare import Split, default_workers
+    from crossmr.data.prepare import PrepareSettings, Split, default_workers
     from crossmr.data.prepare import prepare as run
     from crossmr.display import Display
 
     display = Display()
-    manifest = run(
-        cohort,
-        out,
-        mapping=_mapping(mapping),
-        split=Split.parse(split, seed),
-        registered=registered,
-        workers=workers or default_workers(),
-        display=display,
+    settings = PrepareSettings(
+        _mapping(mapping), Split.parse(split, seed), _register(register), workers or default_workers()
     )
+    manifest = run(cohort, out, settings, display=display)
     found, parts = manifest["fingerprint"], manifest["split"]
     counts = ", ".join(f"{part} {len(parts[part])}" for part in ("train", "val", "test"))
     display.say(f"{found['studies']} studies of {found['patients']} patients ({counts}) in {out}")
@@ -120,9 +120,8 @@ def train(
     sources: Annotated[str | None, typer.Option(help="Modalities to read, e.g. t1n,t2w.")] = None,
     targets: Targets = None,
     stage: Annotated[list[str] | None, typer.Option(help="Train this stage alone; repeatable.")] = None,
-    twin: Annotated[bool, typer.Option(help="Train the unguided twin too, for evaluations.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Steps of every stage.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time for all stages together.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of every stage.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Wall time of the whole training.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -135,35 +134,34 @@ def train(
     precision: Precision = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train the three networks. The same command again goes on exactly where it stopped."""
-    from crossmr.config import with_settings
+    """Train the networks. The same command again goes on where it stopped."""
     from crossmr.display import Display
-    from crossmr.model import load_model
-    from crossmr.recipes import RECIPES, recipe_of
-    from crossmr.store import find_model
-    from crossmr.training import train as run
+
+    display = Display()
+    display.say(f"training on {prepared} in {out}")  # PyTorch takes seconds to load
+    from crossmr.config import with_settings
+    from crossmr.networks.model import load_model
+    from crossmr.registry import find_model
+    from crossmr.training.recipes import RECIPES, recipe_of
+    from crossmr.training.run import TrainingSettings
+    from crossmr.training.run import train as run
 
     if recipe is not None and recipe not in RECIPES:
         raise ConfigError(f"--recipe is '{recipe}'; wanted one of {', '.join(RECIPES)}.")
-    begun = None if start is None else load_model(find_model(start))
-    chosen = RECIPES[recipe or "standard"] if recipe is not None or begun is None else recipe_of(begun)
-    display = Display()
-    model = run(
-        prepared,
-        out,
+    initial_model = None if start is None else load_model(find_model(start))
+    chosen = RECIPES[recipe or "standard"] if recipe is not None or initial_model is None else recipe_of(initial_model)
+    training = TrainingSettings(
         recipe=with_settings(chosen, _pairs(settings, "--set", "synthesis.channels=32")),
-        start=begun,
         sources=_modalities(sources),
         targets=_modalities(targets),
-        stages=stage,
-        twin=twin,
+        stages=None if stage is None else tuple(stage),
         steps=steps,
         minutes=minutes,
         device=device,
         precision=precision,
         seed=seed,
-        display=display,
     )
+    model = run(prepared, out, training, initial_model=initial_model, display=display)
     display.say(f"model: {model}" if (model / "config.json").exists() else f"no model yet: {model} needs every stage")
 
 
@@ -172,115 +170,130 @@ def complete(
     study_or_cohort: Annotated[Path, typer.Argument(help="Folder of one study or of many, NIfTI or DICOM.")],
     out: Out,
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a trained model, or the name of one at hand; else the default.")
+        Path | None, typer.Option(help="Folder of a trained model, or the name of a registered one; else the default.")
     ] = None,
     targets: Targets = None,
     guidance: Annotated[
         str | None,
-        typer.Option(
-            help="sample, unconditional, mean, reference or none; by default as trained, and none with cells."
-        ),
+        typer.Option(help="sample, unconditional, reference or none; by default what the model was trained with."),
     ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Study whose real scans guide: an earlier visit, or the site's protocol.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="DDIM steps of the sampled representation.")] = 50,
+    ddim_steps: DdimSteps = 50,
     samples: Samples = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Complete finished cases again.")] = False,
     mapping: Mapping = None,
-    registered: Register = False,
+    register: Register = False,
     profile: Annotated[
         str, typer.Option(help="labelled; challenge: BraSyn's flat folder; or bids: a BIDS derivative.")
     ] = "labelled",
     keep_names: KeepNames = False,
 ) -> None:
     """Synthesise what is missing, on each study's exact grid, marked SYNTHETIC."""
-    from crossmr.cohort import complete_cohort
-    from crossmr.completion import ENHANCEMENT
+    from crossmr.completion.cohort import CohortSettings, complete_cohort
     from crossmr.display import Display
-    from crossmr.report import report_completion
+    from crossmr.networks.inference import Settings
+    from crossmr.output.report import report_completion
 
     display = Display()
-    result = complete_cohort(
-        study_or_cohort,
-        out,
-        model,
-        settings=_settings(targets, guidance, steps, samples, seed, precision, reference, registered),
+    settings = Settings(
+        targets=_modalities(targets),
+        guidance=guidance,  # type: ignore[arg-type]
+        ddim_steps=ddim_steps,
+        samples=samples,
+        reference=reference,
+        seed=seed,
         device=device,
-        mapping=_mapping(mapping),
-        overwrite=overwrite,
-        profile=profile,  # type: ignore[arg-type]
-        keep_names=keep_names,
-        display=display,
+        precision=precision,
+        register=_register(register),
     )
-    for case, modalities in result["completed"].items():
+    options = CohortSettings(_mapping(mapping), overwrite, profile, keep_names)  # type: ignore[arg-type]
+    summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
+    _say_summary(summary, out, display)
+    display.say(f"to look at: {report_completion(out)}")
+    _report_failures(summary.failed, "failed")
+
+
+def _say_summary(summary: "CohortSummary", out: Path, display: "Display") -> None:
+    """What became of each case, then the counts."""
+    from crossmr.completion.study import ENHANCEMENT
+
+    for case, modalities in summary.completed.items():
         display.say(f"{case}: synthesised {', '.join(modalities)}")
-    for case, notes in result["notes"].items():
+    for case, notes in summary.notes.items():
         for note in notes:
-            display.say(f"{case}: look: {note}")
-    for case, reasons in result["not_filled"].items():
+            display.say(f"{case}: warning: {note}")
+    for case, reasons in summary.not_filled.items():
         for modality, reason in reasons.items():
             display.say(f"{case}: {modality} not filled: {reason}")
-    if result["whole"]:
-        display.say(f"{len(result['whole'])} cases lack nothing")
-    if result["skipped"]:
-        display.say(f"{len(result['skipped'])} cases were finished before; --overwrite does them again")
-    if any("t1c" in modalities for modalities in result["completed"].values()):
+    if summary.complete:
+        display.say(f"{len(summary.complete)} cases were complete")
+    if summary.skipped:
+        display.say(f"{len(summary.skipped)} cases were finished before; --overwrite completes them again")
+    if any("t1c" in modalities for modalities in summary.completed.values()):
         display.say(f"Note: {ENHANCEMENT}")
-    left = len(result["not_filled"].keys() - result["completed"].keys())
-    display.say(f"{len(result['completed'])} cases completed in {out}, {left} could not be; research use only")
-    display.say(f"to look at: {report_completion(out)}")
-    _report_failures(result["failed"], "failed")
+    left = len(summary.not_filled.keys() - summary.completed.keys())
+    display.say(f"{len(summary.completed)} cases completed in {out}, {left} could not be; research use only")
 
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Folder of a trained model, or the name of one at hand.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a trained model, or the name of a registered one.")],
     data: Annotated[Path, typer.Argument(metavar="SET_OR_COHORT", help="A prepared set, or a folder of studies.")],
     out: Out,
-    part: Annotated[str, typer.Option(help="Part of a prepared set: train, val or test.")] = "test",
+    part: Annotated[str, typer.Option(help="Split of a prepared set: train, val or test.")] = "test",
     every_subset: Annotated[
         bool, typer.Option("--every-subset", help="Any-subset models: from every subset, not only from all but one.")
     ] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Measure another model beside it, e.g. an unguided baseline.")
+    ] = None,
     guidance: Annotated[list[str] | None, typer.Option(help="Measure this guidance too; repeatable.")] = None,
-    steps: Annotated[int, typer.Option(help="DDIM steps of the sampled representation.")] = 50,
+    ddim_steps: DdimSteps = 50,
     samples: Samples = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
     mapping: Mapping = None,
-    registered: Register = False,
+    register: Register = False,
 ) -> None:
-    """Hide each target in turn, synthesise it, and measure, beside the unguided twin and trivial predictors."""
+    """Hide each target in turn, synthesise it, and measure, beside another model and the baselines."""
     from crossmr.display import Display
-    from crossmr.evaluation import evaluate as run
-    from crossmr.evaluation import sureness_table, tables
-    from crossmr.report import report_evaluation
+    from crossmr.evaluation.evaluate import EvaluationSettings
+    from crossmr.evaluation.evaluate import evaluate as run
+    from crossmr.evaluation.tables import tables, uncertainty_table
+    from crossmr.networks.inference import Settings
+    from crossmr.output.report import report_evaluation
 
     display = Display()
-    if "reference" in (guidance or ()):
-        raise ConfigError("An evaluation knows no reference; measure sample, mean, unconditional or none.")
-    arms = [_settings(None, arm, steps, samples, seed, precision).guidance for arm in guidance or ()]
-    result = run(
-        model,
-        data,
-        out,
-        part=part,
-        every_subset=every_subset,
-        guidances=[arm for arm in arms if arm],
-        settings=_settings(None, None, steps, samples, seed, precision, None, registered),
+    inference = Settings(
+        ddim_steps=ddim_steps,
+        samples=samples,
+        seed=seed,
         device=device,
-        mapping=_mapping(mapping),
-        display=display,
+        precision=precision,
+        register=_register(register),
     )
+    settings = EvaluationSettings(
+        split=part,
+        every_subset=every_subset,
+        guidances=tuple(guidance or ()),  # type: ignore[arg-type]
+        against=against,
+        inference=inference,
+        mapping=_mapping(mapping),
+    )
+    result = run(model, data, out, settings, display=display)
     display.print_tables(tables(result["summary"], intervals=display.wide))
     if result["uncertainty"]:
-        display.print_tables([sureness_table(result["uncertainty"])])
+        display.print_tables([uncertainty_table(result["uncertainty"])])
     if result["trained_on"]:
         display.say(f"Warning: the model was trained on {len(result['trained_on'])} of these patients.")
+    if result["against"] is not None and result["against"]["trained_on"]:
+        display.say(f"Warning: --against was trained on {len(result['against']['trained_on'])} of these patients.")
     display.say(f"{len(result['cases'])} cases measured; every number is in {out}")
     display.say(f"to look at: {report_evaluation(out)}")
     _report_failures(result["failed"], "failed")
@@ -301,7 +314,7 @@ def view(
     import webbrowser
 
     from crossmr.display import Display
-    from crossmr.viewer import view_case
+    from crossmr.output.viewer import view_case
 
     page, notes = view_case(out, case, scans=scans, mapping=_mapping(mapping))
     for note in notes:
@@ -321,7 +334,7 @@ def nnunet(
 ) -> None:
     """Write acquired and synthetic volumes together as a dataset for nnU-Net."""
     from crossmr.display import Display
-    from crossmr.nnunet import export_nnunet
+    from crossmr.output.nnunet import export_nnunet
 
     record = export_nnunet(cohort, completed, out, modalities=_modalities(modalities), mapping=_mapping(mapping))
     filled = sum(bool(channels) for channels in record["synthetic"].values())
@@ -330,18 +343,18 @@ def nnunet(
     _report_failures(record["left_out"], "left out")
 
 
-models = typer.Typer(help="The models at hand: list, verify, import from a file, export to one, remove.")
+models = typer.Typer(help="The registered models: list, verify, import from a file, export to one, remove.")
 app.add_typer(models, name="models")
 
 
 @models.callback(invoke_without_command=True)
 def list_models(context: typer.Context) -> None:
-    """List the models at hand."""
+    """List the registered models."""
     if context.invoked_subcommand:
         return
     from crossmr.display import Display
     from crossmr.files import read_json
-    from crossmr.store import home, known_models
+    from crossmr.registry import known_models, models_folder
 
     display, known = Display(), known_models()
     for name, entry in known.items():
@@ -356,15 +369,15 @@ def list_models(context: typer.Context) -> None:
         kind = "shipped" if entry.shipped else "imported"
         display.say(f"{name}: {what}; {kind}, {size:.1f} MiB, {str(config.get('sha256'))[:12]}")
     if not known:
-        display.say(f"no models at hand; imported ones live in {home()}")
+        display.say(f"no registered models; imported ones live in {models_folder()}")
 
 
 @models.command()
-def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by default all at hand.")] = None) -> None:
+def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by default all.")] = None) -> None:
     """Check every hash and every weight of a model, or of all."""
     from crossmr.display import Display
-    from crossmr.model import load_model
-    from crossmr.store import find_model, known_models
+    from crossmr.networks.model import load_model
+    from crossmr.registry import find_model, known_models
 
     broken = {}
     for one in [name] if name else list(known_models()):
@@ -383,7 +396,7 @@ def import_(
 ) -> None:
     """Check a model and keep it, to be named with --model."""
     from crossmr.display import Display
-    from crossmr.store import import_model
+    from crossmr.registry import import_model
 
     known = import_model(file, name)
     Display().say(f"{known.name}: imported to {known.folder}")
@@ -396,7 +409,7 @@ def export(
 ) -> None:
     """Check a model and write it to one file."""
     from crossmr.display import Display
-    from crossmr.store import export_model
+    from crossmr.registry import export_model
 
     record = export_model(model, file).record
     Display().say(f"{file}: {model}, {record['sha256'][:12]}")
@@ -406,7 +419,7 @@ def export(
 def remove(name: Annotated[str, typer.Argument(help="An imported model.")]) -> None:
     """Delete an imported model."""
     from crossmr.display import Display
-    from crossmr.store import remove_model
+    from crossmr.registry import remove_model
 
     remove_model(name)
     Display().say(f"{name}: removed")
@@ -475,25 +488,5 @@ def _modalities(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(modality_name(part.strip()) for part in text.split(","))
 
 
-def _settings(
-    targets: str | None,
-    guidance: str | None,
-    steps: int,
-    samples: int | None,
-    seed: int,
-    precision: str,
-    reference: Path | None = None,
-    registered: bool = False,
-) -> Any:
-    from crossmr.completion import Settings
-
-    return Settings(
-        targets=_modalities(targets),
-        guidance=guidance,  # type: ignore[arg-type]
-        steps=steps,
-        samples=samples,
-        reference=reference,
-        seed=seed,
-        precision=precision,
-        registered=registered,
-    )
+def _register(register: bool) -> Any:
+    return "always" if register else "never"

@@ -1,6 +1,7 @@
 """Which processor runs the networks, and in which precision."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -35,7 +36,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory left, on whatever device: CUDA has an error of its own for it, others have words."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    words = ("out of memory", "can't allocate memory")  # Apple's GPU, the processor
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # Apple's GPU, the processor, cuBLAS and cuDNN
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
@@ -73,3 +74,21 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         native = device.type == "cpu" and probe is not None and bool(probe())
     return torch.bfloat16 if native else torch.float32
+
+
+def set_numerics(device: torch.device, dtype: torch.dtype) -> None:
+    """Compute matrix products and convolutions as the precision says: 'float32' never means TF32.
+
+    PyTorch's own defaults let cuDNN round float32 convolutions to TF32's 10 bits.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = dtype is not torch.float32
+        torch.backends.cudnn.allow_tf32 = dtype is not torch.float32
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Run the networks within this in a precision that `choose_precision` gave."""
+    set_numerics(device, dtype)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+        yield

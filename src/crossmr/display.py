@@ -21,10 +21,10 @@ LOG_WIDTH = 132
 
 
 class Task:
-    """One job of a known length; `advance` it, with a note such as the loss."""
+    """One job; `advance` it, with a note such as the loss. Its `total`, None where nobody knows, may change."""
 
-    def __init__(self, display: "Display", name: str, total: int, done: int, bar: Progress | None):
-        self._display, self._name, self._total, self._done, self._bar = display, name, total, done, bar
+    def __init__(self, display: "Display", name: str, total: int | None, done: int, bar: Progress | None):
+        self._display, self._name, self.total, self._done, self._bar = display, name, total, done, bar
         self._identity = bar.add_task(name, total=total, completed=done, note="", speed="") if bar else None
         self._note = ""
         self._start, self._first, self._last_line = time.monotonic(), done, time.monotonic()
@@ -37,11 +37,11 @@ class Task:
         pace = (now - self._start) / max(1, self._done - self._first)
         speed = f"{1 / pace:.2f}/s" if pace > 0 else ""
         if self._bar is not None and self._identity is not None:
-            self._bar.update(self._identity, completed=self._done, note=self._note, speed=speed)
-        elif now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self._total:
+            self._bar.update(self._identity, total=self.total, completed=self._done, note=self._note, speed=speed)
+        elif now - self._last_line > SECONDS_BETWEEN_LINES or self._done == self.total:
             self._last_line = now
-            left = f"{pace * (self._total - self._done):.0f} s left"
-            parts = (f"{self._name}: {self._done}/{self._total}", self._note, speed, left)
+            left = f"{pace * (self.total - self._done):.0f} s left" if self.total else ""
+            parts = (f"{self._name}: {self._done}/{self.total or '?'}", self._note, speed, left)
             self._display.say("  ".join(part for part in parts if part))
 
 
@@ -69,8 +69,8 @@ class Display:
             self.console.print(table)
 
     @contextmanager
-    def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
-        """Show the progress of a job of `total` steps, `done` of which were done before."""
+    def task(self, name: str, total: int | None, done: int = 0) -> Iterator[Task]:
+        """Show the progress of a job of `total` steps, if that is known, `done` of which were done before."""
         if self._quiet or not self.console.is_terminal:
             yield Task(self, name, total, done, None)
             return

@@ -1,50 +1,34 @@
-"""Files that are whole or not there: atomic writes, one writer a folder, JSON, SHA-256."""
+"""Files on disk: written whole or not at all, one writer per folder, JSON, SHA-256."""
 
 import contextlib
-import functools
 import hashlib
-import inspect
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from crossmr.errors import CrossmrError, ModelError, NamingError, OutputError
 
 LOCK = ".lock"
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def sole_writer(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function write to the folder that one of its arguments names, unless another process does so already.
-
-    Raises:
-        OutputError: another process does, or the folder cannot be made.
-    """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-
-        @functools.wraps(function)
-        def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-            with _locked(Path(signature.bind(*args, **kwargs).arguments[argument])):
-                return function(*args, **kwargs)
-
-        return alone
-
-    return decorate
+PARTIAL = ".crossmr.partial"
+"""Ending of the hidden names of files and folders that are not yet complete."""
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which the system takes back from a process that dies; what that left is cleared."""
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder, if need be, and let no other process write to it; also delete what a killed one left unfinished.
+
+    The system releases the lock of a process that dies. A file system without locks is written to without one.
+
+    Raises:
+        OutputError: another process holds the lock, or the folder cannot be made.
+    """
     new = not folder.exists()
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -60,20 +44,20 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise _not_written(folder, error) from error
     try:
-        for leaving in list(folder.rglob(".*.partial")):
-            remove(leaving)
+        for unfinished in list(folder.rglob(f".*{PARTIAL}")):
+            remove(unfinished)
         yield
     finally:
-        with contextlib.suppress(OSError):  # before its release: who opens it later locks another file
+        with contextlib.suppress(OSError):  # before the release: who opened it later would lock a deleted file
             (folder / LOCK).unlink()
         lock.release()
         if new:
-            with contextlib.suppress(OSError):  # unless something came of it
+            with contextlib.suppress(OSError):  # it stays unless it is empty
                 folder.rmdir()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a mixture.
 
     Raises:
         OutputError: the folder is missing, read-only or full; nothing is left behind.
@@ -81,7 +65,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -98,9 +82,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Every folder from `root` down, with the names of its folders and files, sorted; what is hidden is passed over.
+    """Every folder from `root` down, with the sorted names of its folders and files; hidden ones are skipped.
 
-    Links are followed, and no folder comes twice. Folders taken from the list are not entered, as with `os.walk`.
+    Links are followed, and no folder comes twice. Folders deleted from the list are not entered, as with `os.walk`.
 
     Raises:
         NamingError: a folder cannot be listed.
@@ -109,18 +93,18 @@ def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     def refuse(error: OSError) -> None:
         raise NamingError(f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions.") from error
 
-    seen = set()
+    visited = set()
     for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (real := os.path.realpath(place)) in seen:  # a link back up would never end
+        if (real := os.path.realpath(place)) in visited:  # a link to a parent would never end
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         yield place, folders, sorted(name for name in files if not name.startswith("."))
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it, if it is there."""
+    """Delete a file, or a folder with its contents; does nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -154,9 +138,9 @@ def _umask() -> int:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write readable JSON atomically; NaN is refused, since JSON has none."""
+    """Write indented JSON atomically; NaN is refused, since JSON has none."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, text.encode(errors="surrogatepass"))  # file names may be no Unicode
+    write_atomically(path, text.encode(errors="surrogatepass"))  # a file name need not be valid Unicode
 
 
 def read_json(path: Path, error: type[CrossmrError] = ModelError) -> dict[str, Any]:
@@ -183,5 +167,5 @@ def digest(content: bytes | str | Mapping[str, Any]) -> str:
     if isinstance(content, Mapping):
         content = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
     if isinstance(content, str):
-        content = content.encode(errors="surrogatepass")  # names may be no Unicode
+        content = content.encode(errors="surrogatepass")  # as above
     return hashlib.sha256(content).hexdigest()

@@ -69,9 +69,9 @@ def haarpsi(prediction: Tensor, truth: Tensor, data_range: float | Tensor, mask:
     """Haar wavelet perceptual similarity of grey images (Reisenhofer et al. 2018), in (0, 1].
 
     Images (B, H, W), scaled to 0..255 and halved first, as the authors do. The two finer scales are compared,
-    the third weighs each place; the mask, halved alike, multiplies those weights, so that only its region
-    counts (wavelets at its rim see some 8 pixels beyond). Returns (B,); nan where no place has any weight,
-    as in two images that are 0 everywhere.
+    the third weights each pixel; the mask, also halved, multiplies these weights, so that only its region counts
+    (wavelets at its border reach some 8 pixels beyond). Returns (B,); nan where all weights are 0, as of two
+    images that are 0 everywhere.
     """
     _check(prediction, truth, mask)
     if truth.ndim != 3:
@@ -109,15 +109,15 @@ def scale_by_truth(prediction: Tensor, truth: Tensor, low: float = 0.0, high: fl
 
 
 def error_against_uncertainty(error: Tensor, uncertainty: Tensor) -> dict[str, float]:
-    """How absolute errors (N,) go with the standard deviations (N,) that were given for them.
+    """How well predicted standard deviations (N,) agree with the absolute errors (N,).
 
     correlation: Pearson's, nan where either is constant.
-    error, certain_90: mean error of all voxels, and of the 90 % that are said to be the most certain.
-    ause: area between the sparsification curves by uncertainty and by the error itself (Ilg et al. 2018), as the
-        least certain voxels are left out, over the mean error: 0 perfect, about .5 for a guess at random.
-    coverage_95: share of errors within 1.96 deviations; .95 where the deviations are Gaussian and right.
-    scale: root mean square of error over deviation, which multiplied in would make the deviations right on average;
-        voxels whose deviation is 0 are left out.
+    error, error_most_certain_90: mean error of all voxels, and of the 90 % with the smallest standard deviations.
+    ause: area between the sparsification curves by uncertainty and by the error itself (Ilg et al. 2018), over the mean
+        error: 0 is perfect, some .5 random. A curve is the mean error as the least certain voxels are left out.
+    coverage_95: fraction of errors within 1.96 standard deviations; .95 where errors are Gaussian with these.
+    scale: root mean square of error over standard deviation; multiplied by it, the standard deviations are right on
+        average. Voxels whose standard deviation is 0 are left out.
 
     Raises:
         ValueError: the two differ in shape, or are empty.
@@ -133,32 +133,30 @@ def error_against_uncertainty(error: Tensor, uncertainty: Tensor) -> dict[str, f
     shared = torch.zeros_like(size, dtype=e.dtype).index_add_(0, group, e) / size
     by_uncertainty = shared.repeat_interleave(size).cumsum(0) / count  # mean error of the n most certain voxels
     by_error = e.sort().values.cumsum(0) / count
-    known = u > 0
+    positive = u > 0
     return {
         "correlation": float(correlation),
         "error": float(e.mean()),
-        "certain_90": float(by_uncertainty[max(0, round(0.9 * len(e)) - 1)]),
+        "error_most_certain_90": float(by_uncertainty[max(0, round(0.9 * len(e)) - 1)]),
         "ause": float((by_uncertainty - by_error).mean() / e.mean()) if e.mean() > 0 else 0.0,
         "coverage_95": float((e <= 1.96 * u).double().mean()),
-        "scale": float((e[known] / u[known]).square().mean().sqrt()) if known.any() else torch.nan,
+        "scale": float((e[positive] / u[positive]).square().mean().sqrt()) if positive.any() else torch.nan,
     }
 
 
-def calibration_curve(error: Tensor, deviation: Tensor, bins: int = 10) -> Tensor:
-    """Standard deviations and the errors they stand for, (bins, 2), from the most certain voxels to the least.
+def calibration_curve(error: Tensor, std: Tensor, bins: int = 10) -> Tensor:
+    """Predicted standard deviations against errors, (bins, 2), from the most certain voxels to the least.
 
-    The voxels (N,) are sorted by deviation into bins of equal number; a row holds the root mean squares of a bin's
-    deviations and of its absolute errors, which are equal where the deviations are right (Levi et al. 2022).
+    The voxels (N,) are sorted by standard deviation into bins of equal number; a row holds the root mean squares of a
+    bin's standard deviations and of its absolute errors, equal where the former are right (Levi et al. 2022).
 
     Raises:
         ValueError: the two differ in shape, or there are fewer voxels than bins.
     """
-    if error.shape != deviation.shape or error.ndim != 1 or len(error) < bins:
-        raise ValueError(
-            f"error and deviation are one (N,) each, N at least {bins}; got {error.shape} and {deviation.shape}."
-        )
-    order = deviation.argsort(stable=True)
-    pairs = torch.stack([deviation[order], error[order]], 1).double()
+    if error.shape != std.shape or error.ndim != 1 or len(error) < bins:
+        raise ValueError(f"error and std are one (N,) each, N at least {bins}; got {error.shape} and {std.shape}.")
+    order = std.argsort(stable=True)
+    pairs = torch.stack([std[order], error[order]], 1).double()
     return torch.stack([chunk.square().mean(0).sqrt() for chunk in torch.tensor_split(pairs, bins)])
 
 
@@ -166,12 +164,12 @@ def bootstrap_interval(
     values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean (Efron 1979), nan left out; (nan, nan) without values."""
-    kept = np.asarray(values, dtype=np.float64)
-    kept = kept[~np.isnan(kept)]
-    if kept.size == 0:
+    scores = np.asarray(values, dtype=np.float64)
+    scores = scores[~np.isnan(scores)]
+    if scores.size == 0:
         return float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(kept.size, size=(resamples, kept.size), dtype=np.int32)
-    means = np.sort(kept[drawn].mean(axis=1))
+    indices = np.random.default_rng(seed).integers(scores.size, size=(resamples, scores.size), dtype=np.int32)
+    means = np.sort(scores[indices].mean(axis=1))  # scipy.stats.bootstrap takes neither one score nor infinite ones
     rank = round((1 - confidence) / 2 * (resamples - 1))
     return float(means[rank]), float(means[-1 - rank])
 
@@ -231,7 +229,7 @@ def _halve(image: Tensor) -> Tensor:
 
 
 def _agreement(a: Tensor, b: Tensor) -> Tensor:
-    """Likeness of two magnitudes, in (0, 1], of their shape."""
+    """Similarity of two magnitudes, in (0, 1], of their shape."""
     return (2 * a * b + HAARPSI_C) / (a**2 + b**2 + HAARPSI_C)
 
 

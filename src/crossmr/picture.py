@@ -1,4 +1,4 @@
-"""Pictures for people: labelled rows of slices as PNG, and volumes cut in three as WebP, which reports label."""
+"""Pictures: rows of slices with titles as PNG, and panels of three planes per volume as WebP."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,30 +13,30 @@ from PIL import Image, ImageDraw
 from crossmr.files import write_atomically
 
 Array = npt.NDArray[np.float32]
-Kind = Literal["acquired", "synthetic", "unguided twin", "truth", "error", "deviation"]
+Kind = Literal["acquired", "synthetic", "other model", "truth", "error", "standard deviation"]
+"""What a panel shows; 'other model' is the synthesis of a model that is compared with."""
 TILE = 192
 """Pixels of a tile's longer side."""
 WHITE = 0.6
-"""What is shown white: half of a head lies below .25."""
+"""Intensity that is shown white; half of a head lies below .25."""
 RESAMPLING = Image.Resampling.BILINEAR
 BAND = 16
-"""Pixels of the band above a tile that names it."""
-
-COLUMN = 200
-"""Pixels of a column of planes."""
+"""Pixels of the band above a tile that holds its title."""
+PANEL = 200
+"""Pixels of a panel's width."""
 GAP = 4
 """Pixels between planes."""
-MAPS: tuple[Kind, ...] = ("error", "deviation")
-"""What is shown in colours, not in greys."""
+MAPS: tuple[Kind, ...] = ("error", "standard deviation")
+"""Kinds that are shown in colours, not in greys."""
 BRIGHTEST = 0.3
-"""What is shown in the last of these."""
+"""Value that is shown in the last of the colours."""
 COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
-"""From nothing to `BRIGHTEST`: rising in lightness, and told apart by colour-blind eyes."""
+"""From 0 to `BRIGHTEST`: of increasing lightness, and distinct to the colour-blind."""
 
 
 @dataclass(frozen=True, eq=False)
-class Column:
-    """A volume as it is shown: cut in three."""
+class Panel:
+    """Three orthogonal planes of a volume."""
 
     modality: str
     kind: Kind
@@ -44,7 +44,7 @@ class Column:
     """Axial (Y, X), coronal (Z, X) and sagittal (Z, Y), in [0, 1]."""
 
     @classmethod
-    def of(cls, modality: str, kind: Kind, volume: Array, at: Sequence[int]) -> "Column":
+    def of(cls, modality: str, kind: Kind, volume: Array, at: Sequence[int]) -> "Panel":
         """Cut a volume (Z, Y, X) at the voxel `at`."""
         z, y, x = at
         return cls(modality, kind, (volume[z].copy(), volume[:, y].copy(), volume[:, :, x].copy()))
@@ -57,46 +57,45 @@ def where_most(region: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
 
 
 def middle(region: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
-    """A voxel (Z, Y, X) in the middle of a head: through the ventricles, beside the midline."""
+    """A voxel (Z, Y, X) in the middle of a head, at which its planes cross ventricles, but not the midline."""
     counts = [region.sum(tuple({0, 1, 2} - {axis})).cumsum() for axis in range(3)]
-    z, y, x = (int(np.searchsorted(c, share * c[-1])) for c, share in zip(counts, (0.6, 0.5, 0.45), strict=True))
+    z, y, x = (int(np.searchsorted(c, fraction * c[-1])) for c, fraction in zip(counts, (0.6, 0.5, 0.45), strict=True))
     return z, y, x
 
 
-def save_columns(path: Path, columns: Sequence[Column], spacing_mm: Sequence[float]) -> list[Mapping[str, str]]:
-    """Write volumes side by side as one WebP, a column each, all on one scale; returns what each column is.
+def save_panels(path: Path, panels: Sequence[Panel], spacing_mm: Sequence[float]) -> list[Mapping[str, str]]:
+    """Write panels side by side as one WebP, all on one scale; returns modality and kind of each.
 
-    `spacing_mm` is of (Z, Y, X). Shown as by `save_picture`; coronal and sagittal planes with the head's top up, the
-    sagittal one with the face to the left. Errors and deviations are in colours.
+    `spacing_mm` is of (Z, Y, X). Axial planes are oriented as by `save_picture`; coronal and sagittal planes have the
+    top of the head up, the sagittal one with the face to the left. Errors and standard deviations are in colours.
     """
     depth, height, width = spacing_mm
     sides = [(height, width), (depth, width), (depth, height)]
-    planes = columns[0].planes
+    planes = panels[0].planes
     extents = [(a.shape[0] * mm[0], a.shape[1] * mm[1]) for a, mm in zip(planes, sides, strict=True)]
-    factor = COLUMN / max(across for _, across in extents)
+    factor = PANEL / max(across for _, across in extents)
     sizes = [(max(1, round(across * factor)), max(1, round(up * factor))) for up, across in extents]
     total = sum(up for _, up in sizes) + GAP * (len(sizes) - 1)
-    canvas = Image.new("RGB", (len(columns) * (COLUMN + GAP) - GAP, total))
-    for number, column in enumerate(columns):
+    canvas = Image.new("RGB", (len(panels) * (PANEL + GAP) - GAP, total))
+    for number, panel in enumerate(panels):
         top = 0
-        for plane, (across, up) in zip(column.planes, sizes, strict=True):
-            tile = _pixels(plane, BRIGHTEST if column.kind in MAPS else WHITE).resize((across, up), RESAMPLING)
-            if column.kind in MAPS:
+        for plane, (across, up) in zip(panel.planes, sizes, strict=True):
+            tile = _pixels(plane, BRIGHTEST if panel.kind in MAPS else WHITE).resize((across, up), RESAMPLING)
+            if panel.kind in MAPS:
                 tile.putpalette(_PALETTE)
-            canvas.paste(tile.convert("RGB"), (number * (COLUMN + GAP) + (COLUMN - across) // 2, top))
+            canvas.paste(tile.convert("RGB"), (number * (PANEL + GAP) + (PANEL - across) // 2, top))
             top += up + GAP
     buffer = BytesIO()
     canvas.save(buffer, format="WEBP", quality=85)
     write_atomically(path, buffer.getvalue())
-    return [{"modality": column.modality, "kind": column.kind} for column in columns]
+    return [{"modality": panel.modality, "kind": panel.kind} for panel in panels]
 
 
 def save_picture(path: Path, rows: Sequence[Sequence[tuple[str, Array]]]) -> None:
     """Write rows of (title, slice) as one PNG.
 
-    A slice is (Y, X) in [0, 1], of which up to WHITE is shown; rows posterior → anterior and columns left → right as
-    volumes are in memory; it is shown as radiologists look at it, from below: anterior up, the patient's left on the
-    viewer's right.
+    A slice is (Y, X) in [0, 1], in memory from posterior to anterior and from left to right. It is shown in the
+    radiological convention: anterior up, the patient's left on the right. `WHITE` and more is white.
     """
     tiles = [[_tile(title, image) for title, image in row] for row in rows]
     width = max(sum(tile.width for tile in row) for row in tiles)
@@ -124,7 +123,7 @@ def _tile(title: str, image: Array) -> Image.Image:
 
 
 def _pixels(image: Array, white: float) -> Image.Image:
-    """A plane as it is looked at, 0 to `white` as 0 to 255."""
+    """A plane in the radiological convention, 0 to `white` as 0 to 255."""
     return Image.fromarray((np.clip(image[::-1, ::-1] / white, 0, 1) * 255).astype(np.uint8))
 
 

@@ -1,8 +1,8 @@
 """Which file is which: studies and their modalities, from file names alone.
 
-Nothing is opened here, and no channel order is ever assumed. `recognise` is pure; `find_studies` walks a
-folder and calls it. A study whose files cannot be told apart is still listed: its error comes from
-`StudyFiles.images()` or `.label()`, so that one patient never stops a cohort.
+No file is opened here, and no channel order is ever assumed. `recognise` reads names; `find_studies` walks a folder and
+calls it. A study whose files are ambiguous is still listed: its error comes from `StudyFiles.images()` or `.label()`,
+so that one patient never stops a cohort.
 """
 
 import difflib
@@ -19,8 +19,8 @@ from crossmr.files import walk
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f", "pdw")
 """Canonical names of the modalities that file names are searched for."""
-SPOKEN = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
-"""What people say."""
+DISPLAY_NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
+"""Names of the modalities for people to read."""
 
 _LABEL, _OTHER = "label", ""
 
@@ -33,7 +33,7 @@ _WORDS = {
     "pdw": "pdw pd",
     _LABEL: "seg segm segmentation dseg label labels lesion lesions mask roi tumor tumour "
     "tumor-seg tumor-mask tumor-segmentation lesion-seg lesion-mask automated-approx-segm",
-    # A brain mask is no segmentation of a disease: known, so that it is not taken for one.
+    # A brain mask is no segmentation of a disease, although its name ends as one.
     _OTHER: "brain-mask brainmask brain-seg brain-segmentation",
 }
 _MEANING = {word: meaning for meaning, words in _WORDS.items() for word in words.split()}
@@ -45,7 +45,7 @@ _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _BIDS_CASE = re.compile(r"sub-[A-Za-z0-9+]+(_ses-[A-Za-z0-9+]+)?(?=_|$)")
 _BIDS_FILE = re.compile(_BIDS_CASE.pattern + r"(?P<entities>(_[A-Za-z]+-[A-Za-z0-9+.]+)*)_(?P<suffix>[A-Za-z0-9]+)")
 BIDS_ROOT = "dataset_description.json"
-_BIDS_APART = frozenset({"derivatives", "sourcedata", "code", "stimuli"})
+_BIDS_EXCLUDED = frozenset({"derivatives", "sourcedata", "code", "stimuli"})
 """Folders of a BIDS dataset that hold no scans of its own."""
 _PATIENTS = (
     re.compile(r"(sub-[A-Za-z0-9+]+)(_.*)?"),
@@ -53,27 +53,27 @@ _PATIENTS = (
     re.compile(r"(UPENN-GBM-\d{5})_\d{2}"),
     re.compile(r"([A-Za-z][A-Za-z-]*-\d{5})-\d{3}"),  # BraTS-GLI-00000-000: the last three are the time point
 )
-# Folders that say what kind of file they hold, not whose: BIDS' anat/, and the like.
+# Folders named after the kind of their files, not after a patient, such as BIDS' anat/.
 _ANONYMOUS = frozenset({"anat", "nifti", "nii", "mri", "images"})
 
 
 @dataclass(frozen=True)
 class StudyFiles:
-    """The files of one study, as found on disk: not opened yet."""
+    """The files of one study, none of them opened yet."""
 
     case: str
     """Unique name of the study, fit for a file name: `BraTS-GLI-00000-000`, `sub-01_ses-02`."""
     patient: str
-    """Whom it is of: `BraTS-GLI-00000`, `sub-01`; the case where names say no more. Splits are made by it."""
+    """The patient: `BraTS-GLI-00000`, `sub-01`; the same as `case` where the name says no more. A split is by it."""
     candidates: Mapping[str, tuple[Path, ...]]
-    """Modality -> the files that claim to be it; in the order of `MODALITIES`, custom ones after."""
+    """Modality → the files whose names say it; in the order of `MODALITIES`, custom ones after."""
     labels: tuple[Path, ...]
-    """Segmentations (seg, lesion, mask ...), at best one."""
+    """Segmentations (seg, lesion, mask …); `label()` refuses more than one."""
     unrecognised: tuple[Path, ...]
-    """NIfTI files of this study whose names say nothing that we know."""
+    """NIfTI files of this study whose names say no known modality."""
 
     def images(self) -> dict[str, Path]:
-        """One file a modality, in the order of `candidates`.
+        """Modality → its file, in the order of `candidates`.
 
         Raises:
             NamingError: two files claim one modality, or one file two modalities (a mapping can do that).
@@ -141,9 +141,9 @@ def modality_name(text: str, extra: Collection[str] = ()) -> str:
 def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:
     """The studies under a folder (at any depth), or the one study that the folder is; sorted by case.
 
-    Takes `.nii` and `.nii.gz`; passes over hidden files and folders and those ending `.partial`, and follows
-    links. Of a BIDS dataset its derivatives and sourcedata are passed over: name such a folder itself. Paths come back
-    absolute. `mapping` is as in `recognise`.
+    Takes `.nii` and `.nii.gz`, and follows links. Skips hidden files and folders, folders ending in `.partial`, and the
+    derivatives and sourcedata of a BIDS dataset, unless `folder` is such a folder itself. Returned paths are absolute.
+    `mapping` is as in `recognise`.
 
     Raises:
         NamingError: the folder is missing, not a folder, not readable, or holds no NIfTI at all.
@@ -154,72 +154,73 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
         fault = "is a file, not a folder: give the folder that holds it" if os.path.exists(root) else "does not exist"
         raise NamingError(f"{folder}: {fault}. Wanted a folder with .nii or .nii.gz files, of one study or of many.")
 
-    found: list[Path] = []
-    others, apart = 0, set[str]()
+    paths: list[Path] = []
+    others, excluded = 0, set[str]()
     for place, folders, files in walk(root):
-        beside = _BIDS_APART & {*folders} if BIDS_ROOT in files else set[str]()
-        apart |= beside
-        folders[:] = [name for name in folders if not name.endswith(".partial") and name not in beside]
+        derived = _BIDS_EXCLUDED & {*folders} if BIDS_ROOT in files else set[str]()
+        excluded |= derived
+        folders[:] = [name for name in folders if not name.endswith(".partial") and name not in derived]
         nifti = [name for name in files if is_nifti(name)]
-        found += [Path(place, name) for name in nifti]
+        paths += [Path(place, name) for name in nifti]
         others += len(files) - len(nifti)
-    if not found:
-        passed = f", {' and '.join(sorted(apart))} passed over: name such a folder itself" if apart else ""
+    if not paths:
+        skipped = f", {' and '.join(sorted(excluded))} passed over: name such a folder itself" if excluded else ""
         raise NamingError(
-            f"{folder}: no .nii or .nii.gz file in it or below ({others} other files{passed}). "
+            f"{folder}: no .nii or .nii.gz file in it or below ({others} other files{skipped}). "
             "Give the folder of the studies; convert DICOM with: crossmr convert FOLDER -o NIFTI."
         )
-    return recognise(found, mapping)
+    return recognise(paths, mapping)
 
 
 def recognise(paths: Iterable[Path], mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:
     """Group NIfTI files into studies and tell their modalities, from their names only; sorted by case.
 
-    The modality is the last word (or words: `T2_FLAIR`, `T1_Gd`) of the file name, in any case; words part at
-    `-`, `_`, `.` and spaces. What stands before it is the case; where nothing does (`PATIENT1/t1.nii.gz`), it
-    is the folder's name, with as many of its parents as it takes to be unique. BIDS names are read by their
-    entities: a `ce-` makes a T1w t1c, and the case is `sub-X[_ses-Y]`. Files of one case belong together,
-    wherever they lie.
+    The modality is the last word (or words: `T2_FLAIR`, `T1_Gd`) of the file name, in upper or lower case; words are
+    separated by `-`, `_`, `.` and spaces. The text before it is the case; where there is none (`PATIENT1/t1.nii.gz`),
+    the case is the folder's name, preceded by as many of its parents as make it unique. BIDS names are read by their
+    entities: a `ce-` makes a T1w t1c, and the case is `sub-X[_ses-Y]`. Files of one case belong together, in whichever
+    folders they are.
 
     A `mapping` from modality to a glob on the file name replaces all this, for instance
-    `{"t1n": "*_MPRAGE.nii.gz", "swi": "*_SWI*"}` (case-sensitive). Its keys are modalities in any spelling,
-    `seg` for the segmentation, or new names in lower-case letters and digits. The case is what the leading
-    `*` of the glob stands for (as little as possible, without trailing separators; in BIDS names its
-    `sub-X[_ses-Y]`), or else the folder's name.
+    `{"t1n": "*_MPRAGE.nii.gz", "swi": "*_SWI*"}` (case-sensitive). Its keys are modalities in any spelling, `seg` for
+    the segmentation, or new names in lower-case letters and digits. The case is what the leading `*` of the glob stands
+    for (the shortest match, without trailing separators; in BIDS names `sub-X[_ses-Y]`), or else the folder's name.
 
     Raises:
         ConfigError: a key of the mapping is no name for a modality.
     """
-    globs = [(mapping_key(key), glob) for key, glob in mapping.items()] if mapping is not None else None
-    claims: list[tuple[Path, str, str]] = []  # path, case ('' = ask the folder), meaning ('' = unrecognised)
-    for path in sorted(set(paths)):
-        if globs is None:
-            claims.append((path, *_read_name(path.name)))
-        else:
-            matches = [
-                (_glob_case(path.name, glob), key) for key, glob in globs if fnmatch.fnmatchcase(path.name, glob)
-            ]
-            claims += [(path, *match) for match in matches] or [(path, *_bids_only(path.name))]
-
-    folders = _folder_names({_home(path) for path, case, meaning in claims if meaning and not case})
-    named = [(path, case or folders[_home(path)], meaning) for path, case, meaning in claims if meaning]
-    imaged = {case for _, case, meaning in named if meaning != _LABEL}
-    lodgers: dict[Path, set[str]] = defaultdict(set)  # folder -> the cases that have images in it
+    readings = _readings(sorted(set(paths)), mapping)
+    folder_names = _folder_names({_case_folder(path) for path, case, meaning in readings if meaning and not case})
+    named = [(path, case or folder_names[_case_folder(path)], meaning) for path, case, meaning in readings if meaning]
+    cases = {case for _, case, meaning in named if meaning != _LABEL}
+    cases_in_folder: dict[Path, set[str]] = defaultdict(set)  # of the images, not of the segmentations
     for path, case, meaning in named:
         if meaning != _LABEL:
-            lodgers[path.parent].add(case)
+            cases_in_folder[path.parent].add(case)
 
     studies: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for path, case, meaning in named:
         # A segmentation of another name in a study's own folder is that study's (BraTS20_Training_355).
-        own = {_home(path).name}
-        stray = meaning == _LABEL and case not in imaged and lodgers[path.parent] == own
-        studies[own.pop() if stray else case].append((meaning, path))
-    for path, case, meaning in claims:
+        own = _case_folder(path).name
+        unmatched = meaning == _LABEL and case not in cases and cases_in_folder[path.parent] == {own}
+        studies[own if unmatched else case].append((meaning, path))
+    for path, case, meaning in readings:
         if not meaning:
-            studies[case or _adopt(path, imaged, lodgers[path.parent], folders)].append((_OTHER, path))
-
+            assigned = case or _assign(path, cases, cases_in_folder[path.parent], folder_names)
+            studies[assigned].append((_OTHER, path))
     return [_study(case, files) for case, files in sorted(studies.items())]
+
+
+def _readings(paths: Iterable[Path], mapping: Mapping[str, str] | None) -> list[tuple[Path, str, str]]:
+    """What each name says: (path, case, meaning), '' where it does not; a path comes once for each glob it matches."""
+    if mapping is None:
+        return [(path, *_read_name(path.name)) for path in paths]
+    globs = [(mapping_key(key), glob) for key, glob in mapping.items()]
+    readings: list[tuple[Path, str, str]] = []
+    for path in paths:
+        matches = [(_glob_case(path.name, glob), key) for key, glob in globs if fnmatch.fnmatchcase(path.name, glob)]
+        readings += [(path, *match) for match in matches or [_bids_only(path.name)]]
+    return readings
 
 
 def _study(case: str, files: list[tuple[str, Path]]) -> StudyFiles:
@@ -238,7 +239,7 @@ def _study(case: str, files: list[tuple[str, Path]]) -> StudyFiles:
 
 
 def _read_name(name: str) -> tuple[str, str]:
-    """(case, meaning) of a file name, either of them '' where the name does not say."""
+    """(case, meaning) of a file name, each '' where the name does not say it."""
     stem = _stem(name)
     if bids := _BIDS_FILE.fullmatch(stem):
         return _bids_case(stem), _bids_meaning(bids["suffix"], bids["entities"])
@@ -254,7 +255,7 @@ def _bids_meaning(suffix: str, entities: str) -> str:
     meaning = _MEANING.get(suffix.lower(), _OTHER)
     if "_desc-synthetic" in entities or "_part-phase" in entities:
         return _OTHER
-    if "_ce-" in entities:  # an enhanced T1w is t1c; any other enhanced image is none that we know
+    if "_ce-" in entities:  # an enhanced T1w is t1c; no other enhanced image has a name here
         return {"t1n": "t1c", "t1c": "t1c", _LABEL: _LABEL}.get(meaning, _OTHER)
     return _OTHER if meaning == _LABEL and "_desc-brain" in entities else meaning
 
@@ -292,18 +293,20 @@ def _glob_case(name: str, glob: str) -> str:
     return _bids_case(match[1].rstrip(_SEPARATORS)) if match else ""
 
 
-def _adopt(path: Path, cases: Collection[str], lodgers: set[str], folders: Mapping[Path, str]) -> str:
-    """The study that an unrecognised file belongs to: by its name's beginning, else by its folder."""
+def _assign(path: Path, cases: Collection[str], cases_in_folder: set[str], folder_names: Mapping[Path, str]) -> str:
+    """The study of an unrecognised file: the longest case that its name begins with, else its folder's."""
     stem = _stem(path.name)
     for end in range(len(stem), 0, -1):
         if (end == len(stem) or stem[end] in _SEPARATORS) and stem[:end] in cases:
             return stem[:end]
-    home = _home(path)
-    return next(iter(lodgers)) if len(lodgers) == 1 else folders.get(home, home.name or "study")
+    if len(cases_in_folder) == 1:
+        return next(iter(cases_in_folder))
+    folder = _case_folder(path)
+    return folder_names.get(folder, folder.name or "study")
 
 
-def _home(path: Path) -> Path:
-    """The folder that a file without a case of its own is named after."""
+def _case_folder(path: Path) -> Path:
+    """The folder whose name is the case of a file whose own name says none."""
     folder = path.parent
     while folder.name.lower() in _ANONYMOUS and folder.parent.name:
         folder = folder.parent
@@ -311,7 +314,7 @@ def _home(path: Path) -> Path:
 
 
 def _folder_names(folders: Collection[Path]) -> dict[Path, str]:
-    """Each folder's name, with its parents' before it until no other folder is called the same."""
+    """Each folder's name, preceded by as many of its parents' names as make it unique."""
     names: dict[Path, str] = {}
     depth, left = 0, set(folders)
     while left:

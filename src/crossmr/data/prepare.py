@@ -1,7 +1,7 @@
-"""A cohort of studies into a prepared set: checked, normalised, cropped to the head, ready to be mapped.
+"""A cohort of studies into a prepared dataset: checked, normalised, cropped to the head, stored to be memory-mapped.
 
 SET/
-├── manifest.json          what is in it: fingerprint, split, every case, every refusal
+├── manifest.json          summary, split, every case, every refused study
 └── cases/CASE/
     ├── images.npy         float16 (Z, M, Y, X) in [0, 1], M the case's modalities in the order of case.json
     ├── masks.npy          uint8 (Z, 2, Y, X): head mask, lesion labels
@@ -23,39 +23,43 @@ from typing import Any
 
 import numpy as np
 
+from crossmr.data.head import MEDIANS
 from crossmr.data.naming import StudyFiles, find_studies
-from crossmr.data.study import MEDIANS, Study, load_study
+from crossmr.data.registration import RegistrationMode
+from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, OutputError, SetError, VolumeError
-from crossmr.files import digest, read_json, sole_writer, write_atomically, write_json
+from crossmr.files import digest, locked, read_json, write_atomically, write_json
 
 FORMAT = "crossmr-set"
 FORMAT_VERSION = 2
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 ARRAYS = ("images.npy", "masks.npy")
 NORMALISATION = f"0 = air, 1 = {MEDIANS:g} times the median within the head above air, per volume, saturating"
 MARGIN = 4
-"""Voxels kept around the head's bounding box."""
+"""Voxels of background kept around the head's bounding box."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """How patients are shared out; by patient, never by slice or visit."""
+    """Which fraction of the patients goes where; all studies of a patient go together."""
 
     train: float = 0.7
-    """Share of patients whose studies train the networks."""
+    """Fraction of patients that the networks learn from."""
     val: float = 0.1
-    """Share watched during training."""
+    """Fraction that validates during training."""
     test: float = 0.2
-    """Share that training never sees."""
+    """Fraction that training never reads."""
     seed: int = 0
     """Seed of the hash that orders the patients."""
 
     def __post_init__(self) -> None:
-        shares = (self.train, self.val, self.test)
-        if not (min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6 and self.train > 0):  # NaN fails too
-            raise ConfigError(f"--split is {shares}; wanted train/val/test shares that sum to 1, such as 70/10/20.")
+        fractions = (self.train, self.val, self.test)
+        if not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6 and self.train > 0):  # NaN fails too
+            raise ConfigError(
+                f"--split is {fractions}; wanted train/val/test fractions that sum to 1, such as 70/10/20."
+            )
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> "Split":
@@ -70,71 +74,87 @@ class Split:
         return cls(train, val, test, seed)
 
 
-def assign_parts(patients: Sequence[str], split: Split) -> dict[str, str]:
-    """Give each patient a part by the hash of seed and name.
+@dataclass(frozen=True)
+class PrepareSettings:
+    """How a cohort is prepared."""
 
-    A patient's place on the hash line never changes, so a cohort that grows moves nobody from test to train,
-    but for the few patients needed to leave no wanted part empty in a small cohort.
+    mapping: Mapping[str, str] | None = None
+    """Modality → glob on file names, see `recognise`."""
+    split: Split = Split()
+    register: RegistrationMode = "never"
+    """Which volumes are registered to the first of their study."""
+    workers: int = 1
+    """Processes that prepare studies in parallel; the result does not depend on it."""
+
+
+def assign_splits(patients: Sequence[str], split: Split) -> dict[str, str]:
+    """Assign each patient to a split by the hash of seed and name: patient → 'train', 'val' or 'test'.
+
+    The hash of a patient never changes, so a cohort that grows moves nobody from test to train, except the few patients
+    of a small cohort that are moved so that no split with a fraction above 0 stays empty.
     """
-    place = {p: int(digest(f"{split.seed}:{p}")[:13], 16) / 16**13 for p in set(patients)}
-    parts = {
-        p: "train" if x < split.train else "val" if x < split.train + split.val else "test" for p, x in place.items()
+    position = {p: int(digest(f"{split.seed}:{p}")[:13], 16) / 16**13 for p in set(patients)}  # in [0, 1)
+    splits = {
+        p: "train" if x < split.train else "val" if x < split.train + split.val else "test" for p, x in position.items()
     }
-    order = sorted(place, key=lambda p: place[p])
-    wanted = [part for part, share in zip(PARTS, (split.train, split.val, split.test), strict=True) if share > 0]
-    wanted = wanted[: len(order)]
-    for part in wanted:
-        if part not in parts.values():
-            spare = [p for p in order if parts[p] not in wanted or list(parts.values()).count(parts[p]) > 1]
-            parts[spare[0] if part == "train" else spare[-1]] = part
-    return {p: parts[p] for p in order}
+    order = sorted(position, key=lambda p: position[p])
+    fractions = zip(SPLITS, (split.train, split.val, split.test), strict=True)
+    required = [name for name, fraction in fractions if fraction > 0][: len(order)]
+    for name in required:
+        if name not in splits.values():
+            spare = [p for p in order if splits[p] not in required or list(splits.values()).count(splits[p]) > 1]
+            splits[spare[0] if name == "train" else spare[-1]] = name
+    return {p: splits[p] for p in order}
 
 
-@sole_writer("out")
 def prepare(
     cohorts: Path | str | Sequence[Path | str],
     out: Path | str,
+    settings: PrepareSettings = PrepareSettings(),
     *,
-    mapping: Mapping[str, str] | None = None,
-    split: Split | None = None,
-    registered: bool = False,
-    workers: int = 1,
     display: Display = SILENT,
 ) -> dict[str, Any]:
-    """Check, normalise and crop every study of the cohorts into the set `out`, and return its manifest.
+    """Check, normalise and crop every study of the cohorts into the dataset `out`, and return its manifest.
 
-    A study that is refused is listed with its reason under 'refused'; the others go on. Run again, finished
-    cases whose files have not changed are kept; cases no longer in the cohorts are deleted from the set. `registered`:
-    see `load_study`.
+    A study that is refused is listed under 'refused' with the reason, and the others go on. A second run keeps the
+    cases whose files have not changed, and deletes those that are no longer in the cohorts.
 
     Raises:
         NamingError: a cohort without any study. ConfigError: two studies of one name. SetError: every study
             was refused. OutputError: cannot write, or `out` holds something else.
     """
-    out, split = Path(out), split or Split()
-    folders = [Path(c) for c in ([cohorts] if isinstance(cohorts, (str, Path)) else cohorts)]
-    found = [study for folder in folders for study in find_studies(folder, mapping)]
-    names = [study.case for study in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"The cohorts share study names ({', '.join(twice[:3])}); rename them or prepare them apart.")
-    _check_out(out)
-    cases, refused = {}, {}
-    with display.task("prepare", len(found)) as task:
-        for study, result in _each(found, out, workers, registered):
-            if isinstance(result, str):
-                refused[study.case] = result
-            else:
-                cases[study.case] = result
-            task.advance(study.case)
-    if not cases:
-        reasons = "; ".join(list(refused.values())[:3])
-        raise SetError(f"None of the {len(found)} studies could be prepared: {reasons}")
-    for stale in sorted((out / "cases").iterdir()):
-        if stale.name not in cases and _is_case(stale):
-            shutil.rmtree(stale, ignore_errors=True)
-    parts = assign_parts([case["patient"] for case in cases.values()], split)
-    body = {
+    out, folders = Path(out), [Path(c) for c in ([cohorts] if isinstance(cohorts, (str, Path)) else cohorts)]
+    with locked(out):
+        studies = [study for folder in folders for study in find_studies(folder, settings.mapping)]
+        names = [study.case for study in studies]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(
+                f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or prepare them separately."
+            )
+        _check_out(out)
+        cases, refused = {}, {}
+        with display.task("prepare", len(studies)) as task:
+            for study, result in _each(studies, out, settings):
+                if isinstance(result, str):
+                    refused[study.case] = result
+                else:
+                    cases[study.case] = result
+                task.advance(study.case)
+        if not cases:
+            reasons = "; ".join(list(refused.values())[:3])
+            raise SetError(f"None of the {len(studies)} studies could be prepared: {reasons}")
+        for stale in sorted((out / "cases").iterdir()):
+            if stale.name not in cases and _is_case(stale):
+                shutil.rmtree(stale, ignore_errors=True)
+        manifest = _manifest(cases, refused, settings.split)
+        write_json(out / "manifest.json", {**manifest, "sha256": digest(manifest)})
+        return manifest
+
+
+def _manifest(cases: Mapping[str, Mapping[str, Any]], refused: Mapping[str, str], split: Split) -> dict[str, Any]:
+    """What manifest.json says, but for its own hash."""
+    splits = assign_splits([case["patient"] for case in cases.values()], split)
+    return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "fingerprint": _fingerprint(cases),
@@ -142,23 +162,21 @@ def prepare(
         "split": {
             "seed": split.seed,
             "shares": [split.train, split.val, split.test],
-            "sha256": digest(parts),
-            **{part: sorted(p for p in parts if parts[p] == part) for part in PARTS},
+            "sha256": digest(splits),
+            **{name: sorted(p for p in splits if splits[p] == name) for name in SPLITS},
         },
         "refused": [{"case": case, "reason": refused[case]} for case in sorted(refused)],
-        "cases": {case: {"part": parts[cases[case]["patient"]], **cases[case]} for case in sorted(cases)},
+        "cases": {case: {"part": splits[cases[case]["patient"]], **cases[case]} for case in sorted(cases)},
     }
-    write_json(out / "manifest.json", {**body, "sha256": digest(body)})
-    return body
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a folder that holds something else: what is stale in a set gets deleted, so it must be a set."""
+    """Refuse a folder that holds anything but a prepared dataset: cases in it may be deleted."""
     try:
         visible = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.exists() else set()
         if not visible:
             return
-        with contextlib.suppress(SetError):  # none, or a damaged one: then its cases tell
+        with contextlib.suppress(SetError):  # missing or damaged: its cases decide
             if read_json(out / "manifest.json", SetError).get("format") == FORMAT:
                 return
             visible.add("another program's manifest.json")
@@ -166,24 +184,24 @@ def _check_out(out: Path) -> None:
             return
     except OSError as error:
         raise OutputError(f"{out} cannot be used: {error.strerror or error}. Name another folder.") from error
-    raise OutputError(f"{out} exists and is no prepared set; name another folder.")
+    raise OutputError(f"{out} exists and is no prepared dataset; name another folder.")
 
 
 def _is_case(folder: Path) -> bool:
-    """Whether a folder is one of ours: nothing in it that `prepare` did not write."""
-    ours = (*ARRAYS, "case.json")
-    return folder.is_dir() and all(p.name in ours or p.name.startswith(".") for p in folder.iterdir())
+    """Whether a folder holds nothing but files that `prepare` writes."""
+    names = (*ARRAYS, "case.json")
+    return folder.is_dir() and all(p.name in names or p.name.startswith(".") for p in folder.iterdir())
 
 
 def _each(
-    found: list[StudyFiles], out: Path, workers: int, registered: bool
+    studies: list[StudyFiles], out: Path, settings: PrepareSettings
 ) -> Iterator[tuple[StudyFiles, dict[str, Any] | str]]:
     """Prepare each study, in this process or in several; yields in the order in which they finish."""
-    if workers <= 1:
-        yield from ((study, prepare_case(study, out, registered)) for study in found)
+    if settings.workers <= 1:
+        yield from ((study, prepare_case(study, out, settings.register)) for study in studies)
         return
-    with ProcessPoolExecutor(min(workers, len(found)), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(prepare_case, study, out, registered): study for study in found}
+    with ProcessPoolExecutor(min(settings.workers, len(studies)), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(prepare_case, study, out, settings.register): study for study in studies}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -192,19 +210,19 @@ def _each(
             raise
 
 
-def prepare_case(files: StudyFiles, out: Path, registered: bool = False) -> dict[str, Any] | str:
-    """Prepare one study; returns what case.json says, or the reason for refusing it.
+def prepare_case(files: StudyFiles, out: Path, register: RegistrationMode = "never") -> dict[str, Any] | str:
+    """Prepare one study; returns the record that case.json holds, or the reason for refusing the study.
 
     Raises:
-        OutputError: the set cannot be written, which no other study would survive either.
+        OutputError: the dataset cannot be written, so that no other study could be either.
     """
     try:
-        signature = _signature(files, registered)
+        signature = _signature(files, register)
         folder = out / "cases" / files.case
-        known = _finished(folder, signature)
-        if known is not None:
-            return known
-        return _write_case(load_study(files, registered=registered), files, signature, folder)
+        finished = _finished(folder, signature)
+        if finished is not None:
+            return finished
+        return _write_case(load_study(files, register=register), files, signature, folder)
     except OutputError:
         raise
     except CrossmrError as error:
@@ -214,20 +232,20 @@ def prepare_case(files: StudyFiles, out: Path, registered: bool = False) -> dict
 
 
 def _finished(folder: Path, signature: str) -> dict[str, Any] | None:
-    """What case.json says, if it is of these very files and both arrays are whole; else None."""
+    """The record in case.json, if it is of these very files and both arrays are complete; else None."""
     try:
-        known = read_json(folder / "case.json", SetError)
-        if known.get("signature") != signature:
+        record = read_json(folder / "case.json", SetError)
+        if record.get("signature") != signature:
             return None
         for name in ARRAYS:
             np.lib.format.open_memmap(folder / name, mode="r")
     except (SetError, OSError, ValueError):
         return None
-    return known
+    return record
 
 
-def _signature(files: StudyFiles, registered: bool) -> str:
-    """Changes when a file of the study does, or what it is taken for, or this format."""
+def _signature(files: StudyFiles, register: RegistrationMode) -> str:
+    """A hash that changes with the study's files, their modalities, the registration and this format."""
     label = files.label()
     stats = []
     for role, path in (*files.images().items(), *([] if label is None else [("seg", label)])):
@@ -238,18 +256,19 @@ def _signature(files: StudyFiles, registered: bool) -> str:
                 f"{files.case}: {path} cannot be read ({error.strerror}). Check the path and permissions."
             ) from error
         stats.append((role, path.name, stat.st_size, stat.st_mtime_ns))
-    how = {"registered": True} if registered else {}
-    return digest({"version": FORMAT_VERSION, "margin": MARGIN, "files": sorted(stats), **how})
+    registration = {} if register == "never" else {"registered": True if register == "always" else register}
+    return digest({"version": FORMAT_VERSION, "margin": MARGIN, "files": sorted(stats), **registration})
 
 
 def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -> dict[str, Any]:
+    """Write the arrays, then case.json; returns the record that it holds."""
     z, y, x = box = study.box(MARGIN)
     modalities = list(study.volumes)
     images = np.stack([study.normalised(m, box) for m in modalities], axis=1).astype(np.float16)
     labels = np.zeros_like(study.mask, np.uint8) if study.labels is None else study.labels
     masks = np.stack([study.mask[box].astype(np.uint8), labels[box]], axis=1)
     (folder / "case.json").unlink(missing_ok=True)
-    written = {
+    hashes = {
         "images.npy": _write_array(folder / "images.npy", images),
         "masks.npy": _write_array(folder / "masks.npy", masks),
     }
@@ -266,7 +285,7 @@ def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -
         "statistics": {m: _statistics(images[:, i], masks[:, 0] > 0) for i, m in enumerate(modalities)},
         "head_voxels": [int(n) for n in (masks[:, 0] > 0).sum((1, 2))],
         "inputs": {path.name: content_sha256(path) for path in files.images().values()},
-        "files": written,
+        "files": hashes,
         "signature": signature,
     }
     write_json(folder / "case.json", case)
@@ -274,12 +293,13 @@ def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -
 
 
 def _statistics(image: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """Mean and deviation within the head of one normalised modality."""
+    """Mean and standard deviation within the head of one normalised modality."""
     inside = image[mask].astype(np.float32)
     return {"mean": round(float(inside.mean()), 6), "std": round(float(inside.std()), 6)}
 
 
 def _write_array(path: Path, array: np.ndarray) -> str:
+    """Write an .npy file; returns its SHA-256."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     content = buffer.getvalue()
@@ -288,7 +308,7 @@ def _write_array(path: Path, array: np.ndarray) -> str:
 
 
 def _fingerprint(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the cohort looks like, in a few readable numbers."""
+    """A summary of the cohort in a few readable numbers."""
     modalities = sorted({m for case in cases.values() for m in case["modalities"]})
     patterns: dict[str, int] = {}
     for case in cases.values():

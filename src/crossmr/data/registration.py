@@ -5,7 +5,7 @@ same output.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,36 +15,38 @@ from crossmr.data.volume import Volume, describe_grid, same_grid
 from crossmr.errors import ConfigError, StudyError
 
 Array = npt.NDArray[np.float32]
+RegistrationMode = Literal["never", "if needed", "always"]
+"""Which volumes of a study are registered to its first one: none, those on another grid, or all."""
 COARSE, FINE = (4, 2.0, 0.25), (1, 0.0, 0.01)
-"""Shrink factor, smoothing (mm) and the share of voxels that is looked at."""
+"""Shrink factor, smoothing (mm), fraction of the voxels that is sampled."""
 SEED = 1
-"""Of the jitter of the samples."""
-SHARE = 0.02
-"""Of the voxels, from which mutual information is told in the end."""
+"""Seed of the sampled voxels' jitter."""
+SAMPLED = 0.02
+"""Fraction of the voxels from which the mutual information of the results is computed."""
 FARTHEST_MM, WIDEST_DEGREES = 80.0, 40.0
-"""A head that moved or turned farther was not where its header says; such a result is refused."""
+"""Largest displacement and rotation that are accepted: no head lies farther from where its header says."""
 OVERLAP = 0.6
-"""Dice of the two volumes' brighter halves, below which they do not lie on one another."""
+"""Dice coefficient of the two volumes' voxels above their means, below which a result is refused."""
 STILL_MM = 1.5
-"""A volume on the same grid that would move less than this is left as it is."""
+"""A volume on the same grid that would move by less than this is not resampled."""
 CORNER_MM = 70.0
-"""How far from the middle of the head its displacement is measured."""
+"""Distance from the middle of the head at which its displacement is measured."""
 
 
 @dataclass(frozen=True)
-class Moved:
-    """What became of a volume."""
+class Registered:
+    """A registered volume, and how far it was moved."""
 
     volume: Volume
-    """On the reference's grid."""
+    """Resampled onto the reference's grid."""
     translation_mm: tuple[float, float, float]
-    """(X, Y, Z), right to left, posterior to anterior, inferior to superior, of the reference's middle."""
+    """(X, Y, Z) RAS+, of the middle of the reference."""
     rotation_degrees: tuple[float, float, float]
-    """About these axes: their direction the rotation's axis, their length its angle."""
+    """Rotation vector about these axes: its direction is the axis, its length the angle."""
     displacement_mm: float
-    """The farthest that any point some 7 cm from the middle moves."""
+    """Largest displacement of eight points `CORNER_MM` from the middle."""
     mutual_information: tuple[float, float]
-    """Of the two volumes (Mattes et al. 2003) before and after."""
+    """Mutual information of the two volumes (Mattes et al. 2003), before and after."""
 
     def __str__(self) -> str:
         shift = ", ".join(f"{value:.1f}" for value in self.translation_mm)
@@ -53,12 +55,12 @@ class Moved:
         return f"moved by ({shift}) mm and ({turn})°; mutual information {before:.3f} → {after:.3f}"
 
 
-def register(case: str, modality: str, moving: Volume, fixed: Volume) -> Moved:
+def register_rigidly(case: str, modality: str, moving: Volume, fixed: Volume) -> Registered:
     """Move a volume rigidly onto the grid of another of the same head, and resample it linearly.
 
     Raises:
         ConfigError: SimpleITK is not installed.
-        StudyError: the two do not come to lie on one another, or only by a movement that no header can excuse.
+        StudyError: the result does not overlap the reference, or was moved farther than is plausible.
     """
     itk = _simpleitk()
     threads = itk.ProcessObject.GetGlobalDefaultNumberOfThreads()
@@ -70,12 +72,12 @@ def register(case: str, modality: str, moving: Volume, fixed: Volume) -> Moved:
         transform = _optimised(itk, target, source, starts[int(np.argmax(information))], FINE)
         before, after = (_information(itk, target, source, t) for t in (itk.Euler3DTransform(), transform))
         background = float(np.percentile(moving.data, 0.5))
-        made = itk.Resample(source, target, transform, itk.sitkLinear, background, itk.sitkFloat32)
+        resampled = itk.Resample(source, target, transform, itk.sitkLinear, background, itk.sitkFloat32)
     finally:
         itk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
-    data = np.ascontiguousarray(itk.GetArrayFromImage(made), dtype=np.float32)
+    data = np.ascontiguousarray(itk.GetArrayFromImage(resampled), dtype=np.float32)
     shift, turn, farthest = _movement(itk, transform, target)
-    result = Moved(
+    result = Registered(
         replace(fixed, data=data, name=moving.name, synthetic=moving.synthetic), shift, turn, farthest, (before, after)
     )
     overlap = _dice(data, fixed.data)
@@ -98,7 +100,7 @@ def _simpleitk() -> Any:
 
 
 def _image(itk: Any, volume: Volume) -> Any:
-    """A volume as ITK has it: its axes point to left, posterior and superior."""
+    """A volume as an ITK image, in LPS coordinates."""
     image = itk.GetImageFromArray(volume.data)
     to_lps = np.diag([-1.0, -1.0, 1.0])
     spacing = np.array(volume.spacing_mm[::-1])
@@ -109,7 +111,7 @@ def _image(itk: Any, volume: Volume) -> Any:
 
 
 def _starts(itk: Any, target: Any, source: Any) -> list[Any]:
-    """Where the headers put the two, and their centres of mass upon one another."""
+    """Initial transforms: the headers' positions, and equal centres of mass."""
     middle = itk.CenteredTransformInitializer(
         target, source, itk.Euler3DTransform(), itk.CenteredTransformInitializerFilter.MOMENTS
     )
@@ -118,34 +120,34 @@ def _starts(itk: Any, target: Any, source: Any) -> list[Any]:
     return [header, itk.Euler3DTransform(middle)]
 
 
-def _method(itk: Any, share: float) -> Any:
+def _method(itk: Any, sampled: float) -> Any:
     method = itk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(48)
     method.SetMetricSamplingStrategy(method.REGULAR)
-    method.SetMetricSamplingPercentage(share, SEED)
+    method.SetMetricSamplingPercentage(sampled, SEED)
     method.SetInterpolator(itk.sitkLinear)
     return method
 
 
-def _optimised(itk: Any, target: Any, source: Any, start: Any, level: tuple[int, float, float]) -> Any:
-    """The transform that a start leads to; the start where the two do not overlap at all."""
-    shrink, smoothing, share = level
-    method = _method(itk, share)
+def _optimised(itk: Any, target: Any, source: Any, initial: Any, level: tuple[int, float, float]) -> Any:
+    """Optimise a transform; the initial one is returned where the two do not overlap."""
+    shrink, smoothing, sampled = level
+    method = _method(itk, sampled)
     method.SetShrinkFactorsPerLevel([shrink])
     method.SetSmoothingSigmasPerLevel([smoothing])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetOptimizerAsRegularStepGradientDescent(2.0, 1e-3, 120, relaxationFactor=0.6)
     method.SetOptimizerScalesFromPhysicalShift()
-    method.SetInitialTransform(itk.Euler3DTransform(start), inPlace=True)
+    method.SetInitialTransform(itk.Euler3DTransform(initial), inPlace=True)
     try:
         return itk.Euler3DTransform(method.Execute(target, source))
     except RuntimeError:
-        return start
+        return initial
 
 
 def _information(itk: Any, target: Any, source: Any, transform: Any) -> float:
-    """Mutual information under a transform; 0 where the two do not overlap."""
-    method = _method(itk, SHARE)
+    """Mutual information under a transform; 0 where the volumes do not overlap."""
+    method = _method(itk, SAMPLED)
     method.SetInitialTransform(transform)
     try:
         return -float(method.MetricEvaluate(target, source))
@@ -156,7 +158,7 @@ def _information(itk: Any, target: Any, source: Any, transform: Any) -> float:
 def _movement(
     itk: Any, transform: Any, target: Any
 ) -> tuple[tuple[float, float, float], tuple[float, float, float], float]:
-    """Translation of the target's middle and rotation, in RAS, and the farthest displacement in the head."""
+    """Translation of the target's middle, rotation vector, both in RAS+, and the largest displacement."""
     middle = np.array(target.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in target.GetSize()]))
     corners = CORNER_MM / np.sqrt(3) * np.array(np.meshgrid([-1, 1], [-1, 1], [-1, 1])).reshape(3, -1).T
     moves = [np.array(transform.TransformPoint(tuple(p))) - p for p in middle + np.vstack([np.zeros(3), corners])]
@@ -168,6 +170,6 @@ def _movement(
 
 
 def _dice(a: Array, b: Array) -> float:
-    """Of what is brighter than each volume's mean."""
+    """Dice coefficient of the voxels above each volume's mean."""
     one, other = a > a.mean(), b > b.mean()
     return 2 * float((one & other).sum()) / max(1, int(one.sum()) + int(other.sum()))

@@ -31,7 +31,7 @@ _GRID_TOLERANCE = 1e-3
 _GZIP_LEVEL = 1
 """A smooth 240×240×155 float32 brain (36 MB) becomes 5.4 MB in 0.17 s; level 6 saves 4 % in 1.6× the time."""
 
-_SILENT = logging.Logger("crossmr.nifti")  # nibabel tells of the headers it repairs; ours to judge
+_SILENT = logging.Logger("crossmr.nifti")  # not shown: what nibabel repairs in a header is checked here
 _SILENT.addHandler(logging.NullHandler())
 
 
@@ -46,19 +46,19 @@ class Volume:
     affine: np.ndarray
     """(4, 4) float64 of the canonical image: (x, y, z, 1) indices -> mm. For comparing grids."""
     image: nib.Nifti1Image
-    """The original grid and header (shape, orientation, sform, qform, units); its voxels are all zero."""
+    """The original grid and header (shape, orientation, sform, qform, units), with all voxels zero."""
     name: str
     """For messages: the file's name."""
     synthetic: bool
-    """Its header says that it was synthesised: `descrip` starts with SYNTHETIC."""
+    """Whether its header says that it was synthesised: `descrip` starts with SYNTHETIC."""
 
 
 def read_volume(source: Path | str | nib.Nifti1Image, *, name: str | None = None) -> Volume:
     """Read a NIfTI-1 or -2 file (plain or gzipped, of any name and byte order) or an in-memory image.
 
-    Scaling (scl_slope, scl_inter) is applied. Trailing axes of length one are dropped, and what is written on
-    this grid is 3D. The affine is the sform, else the qform, else the one that nibabel makes of the spacing;
-    units other than mm are taken for mm, as nibabel does. Values may be NaN, infinite or constant.
+    Scaling (scl_slope, scl_inter) is applied. Trailing axes of length one are dropped, so that every image is 3D. The
+    affine is the sform, else the qform, else the one that nibabel derives from the spacing; units other than mm are
+    taken for mm, as nibabel does. Values may be NaN, infinite or constant.
 
     Raises:
         VolumeError: missing, unreadable, truncated, not NIfTI, not 3D, empty, complex or RGB, or with a
@@ -76,7 +76,9 @@ def read_volume(source: Path | str | nib.Nifti1Image, *, name: str | None = None
     shape = stored.shape
     canonical = apply_orientation(stored, orientation)  # a view, (X, Y, Z)
     with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite
-        data = np.array(canonical.T, dtype=np.float32, order="C")  # always a copy: writable, nobody else's
+        data = np.array(
+            canonical.T, dtype=np.float32, order="C"
+        )  # always a copy, so writing to it changes nothing else
     affine_ras = affine @ inv_ornt_aff(orientation, shape)
     x, y, z = map(float, voxel_sizes(affine_ras))
     return Volume(
@@ -101,12 +103,12 @@ def read_labels(source: Path | str | nib.Nifti1Image, like: Volume) -> np.ndarra
             f"{labels.name}: is {describe_grid(labels)}, but {like.name} is {describe_grid(like)}"
             f"{_displacement(labels, like)}. Resample the segmentation onto the image's grid first."
         )
-    whole = np.isfinite(labels.data) & (labels.data == np.rint(labels.data))
-    whole &= (labels.data >= 0) & (labels.data <= 255)
-    if not whole.all():
+    valid = np.isfinite(labels.data) & (labels.data == np.rint(labels.data))
+    valid &= (labels.data >= 0) & (labels.data <= 255)
+    if not valid.all():
         raise VolumeError(
-            f"{labels.name}: is no segmentation: {np.count_nonzero(~whole)} voxels are not whole numbers "
-            f"from 0 to 255 (one is {labels.data[~whole][0]:g}). Threshold a probability map first."
+            f"{labels.name}: is no segmentation: {np.count_nonzero(~valid)} voxels are not whole numbers "
+            f"from 0 to 255 (one is {labels.data[~valid][0]:g}). Threshold a probability map first."
         )
     return labels.data.astype(np.uint8)
 
@@ -136,7 +138,7 @@ def on_grid(
     header = reference.image.header.copy()
     header.set_data_dtype(dtype)
     header["scl_slope"], header["scl_inter"] = 1, 0
-    header["vox_offset"] = 0  # nibabel's to choose: there are no extensions to leave room for
+    header["vox_offset"] = 0  # nibabel chooses it
     header["cal_min"], header["cal_max"] = display_range or (0, 0)
     header["descrip"] = description.encode("ascii")
     header["aux_file"] = b""
@@ -147,8 +149,8 @@ def on_grid(
     return _with_header(_as_stored(np.array(array, dtype=dtype), reference), reference.image.affine, header)
 
 
-class Planes(NamedTuple):
-    """A volume as DICOM has it: slices along the file's third axis, in coordinates left, posterior, superior."""
+class DicomSlices(NamedTuple):
+    """A volume as DICOM slices along the file's third axis, in LPS coordinates (left, posterior, superior)."""
 
     pixels: np.ndarray
     """(K, rows, columns), from the first slice along the normal to the last."""
@@ -160,8 +162,8 @@ class Planes(NamedTuple):
     """From slice to slice, row to row, column to column."""
 
 
-def as_planes(array: np.ndarray, reference: Volume) -> Planes:
-    """A canonical (Z, Y, X) array on the reference's grid, as slices; rows run as dcm2niix found them in DICOM."""
+def as_dicom_slices(array: np.ndarray, reference: Volume) -> DicomSlices:
+    """A canonical (Z, Y, X) array on the reference's grid, as DICOM slices; dcm2niix undone: it reverses the rows."""
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(reference.image.affine, dtype=np.float64)
     voxels = _as_stored(array, reference)[:, ::-1]  # NIfTI's second axis runs against DICOM's rows
     across, down, through = affine[:3, 0], -affine[:3, 1], affine[:3, 2]
@@ -169,7 +171,7 @@ def as_planes(array: np.ndarray, reference: Volume) -> Planes:
     positions = first + np.arange(voxels.shape[2])[:, None] * through
     order = slice(None, None, -1 if np.cross(across, down) @ through < 0 else 1)
     sizes = [float(np.linalg.norm(step)) for step in (through, down, across)]
-    return Planes(
+    return DicomSlices(
         pixels=np.ascontiguousarray(voxels.T[order]),
         positions=positions[order],
         orientation=np.stack([across / sizes[2], down / sizes[1]]),
@@ -192,15 +194,15 @@ def write_volume(image: nib.Nifti1Image, path: Path) -> None:
 
 
 def compact(image: nib.Nifti1Image) -> bytes:
-    """An image within [0, 1] as `.nii.gz` of 256 grey values, a tenth of its size, for pages to show."""
+    """An image within [0, 1] as `.nii.gz` of 256 grey values, a tenth of its size: for display in a page."""
     header = image.header.copy()
     header.set_data_dtype(np.uint8)
     header["scl_slope"], header["scl_inter"] = 1 / 255, 0
     header["vox_offset"] = 0
     voxels = np.rint(np.clip(np.asanyarray(image.dataobj), 0, 1) * 255).astype(np.uint8)
-    made = _with_header(voxels, image.affine, header)
-    made.header.set_slope_inter(1 / 255, 0)
-    return gzip.compress(made.to_bytes(), _GZIP_LEVEL, mtime=0)
+    coarse = _with_header(voxels, image.affine, header)
+    coarse.header.set_slope_inter(1 / 255, 0)
+    return gzip.compress(coarse.to_bytes(), _GZIP_LEVEL, mtime=0)
 
 
 def same_grid(a: Volume, b: Volume) -> bool:
@@ -251,18 +253,18 @@ def _read_file(path: Path, name: str) -> tuple[Any, np.ndarray]:
         ) from error
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     count, offset = math.prod(shape), max(int(header["vox_offset"]), header.single_vox_offset)
-    wanted = offset + dtype.itemsize * count
-    if len(content) < wanted:
+    length = offset + dtype.itemsize * count
+    if len(content) < length:
         raise VolumeError(
             f"{name}: is truncated: {len(content)} bytes{' once unpacked' * gzipped}, but its header "
-            f"announces {wanted}. Copy the file again."
+            f"announces {length}. Copy the file again."
         )
     stored = np.frombuffer(content, dtype, count, offset).reshape(shape[:3], order="F")
     slope, inter = header.get_slope_inter()
     if slope is not None and (slope, inter) != (1, 0):
         with np.errstate(over="ignore", invalid="ignore"):
             stored = stored * np.float64(slope) + np.float64(inter)
-    header["vox_offset"] = 0  # true of this file, not of what is written on its grid
+    header["vox_offset"] = 0  # of this file only; the header is used for others
     return header, stored
 
 
@@ -312,12 +314,12 @@ def _repaired(header: Any, name: str) -> Any:
 
 
 def _check_header(header: Any, name: str) -> None:
-    """Refuse what is not a 3D image of real numbers."""
+    """Refuse images that are not 3D or not of real numbers."""
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if len(shape) > 3 and any(size > 1 for size in shape[3:]):
         raise VolumeError(
             f"{name}: is {_times(shape)}: {math.prod(shape[3:])} volumes, wanted one. "
-            "Split it (fslsplit, mrconvert) and give one volume a file."
+            "Split it (fslsplit, mrconvert) into one file per volume."
         )
     if len(shape) < 3:
         raise VolumeError(f"{name}: is {len(shape)}D ({_times(shape)}), wanted a 3D volume. Stack its slices first.")
@@ -346,8 +348,8 @@ def _affine(header: Any, name: str) -> np.ndarray:
 def _orientation(affine: np.ndarray) -> np.ndarray:
     """The closest RAS+ axis of each of the file's axes and the direction along it, (3, 2), as nibabel has them.
 
-    Of all ways to pair them the best; nibabel's `io_orientation` takes the axes one after the other, so that about 45°
-    from the RAS+ axes a scan would be read otherwise when it is stored along other axes.
+    The pairing maximises the sum of cosines. nibabel's `io_orientation` pairs one axis after the other, so that for a
+    scan some 45° from the RAS+ axes the result would depend on the order in which its axes are stored.
     """
     scaled = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     left, _, right = np.linalg.svd(scaled)
@@ -359,10 +361,10 @@ def _orientation(affine: np.ndarray) -> np.ndarray:
 
 
 def _with_header(voxels: np.ndarray, affine: np.ndarray, header: Any) -> nib.Nifti1Image:
-    """An image that keeps its header: nibabel rewrites sform and qform only where the affine differs."""
+    """An image with this very header: nibabel rewrites sform and qform only where the affine differs."""
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(voxels, affine, header)
-    image.header["pixdim"][0] = header["pixdim"][0]  # nibabel repairs the header once more
+    image.header["pixdim"][0] = header["pixdim"][0]  # which nibabel has changed
     return image
 
 

@@ -306,7 +306,7 @@ def _draw_gliosis(rng: np.random.Generator, canvas: Canvas, cerebrum: Array) -> 
 
 
 def _pose(rng: np.random.Generator, axes: Axes) -> Array:
-    """Head coordinates of every voxel: this patient's size, tilt and smooth deviation from the template."""
+    """Head coordinates of every voxel: this patient's size, tilt and smooth deformation of the template."""
     scale = rng.normal(0.97, 0.025) * np.exp(rng.normal(0, 0.02, 3))
     pitch, yaw, roll = rng.normal(0, 0.035, 3)
     tilt = np.array([[1, -yaw, roll], [yaw, 1, -pitch], [-roll, pitch, 1]])  # small angles
@@ -319,9 +319,10 @@ def _pose(rng: np.random.Generator, axes: Axes) -> Array:
 def draw(
     body: np.random.Generator, tumour: np.random.Generator, axes: Axes, lesion: bool
 ) -> tuple[Array, NDArray[np.bool_]]:
-    """A head on a grid, its glioma from dice of its own: fractions (tissues, X, Y, Z), and where the brain is.
+    """Draw a head on a grid: fractions (tissues, X, Y, Z), and where the brain is, bool (X, Y, Z).
 
-    The brain is what skull stripping leaves: the inside of the skull, down to the foramen magnum.
+    The glioma has a random generator of its own, so that `lesion` changes nothing else. The brain is what skull
+    stripping leaves: the inside of the skull, down to the foramen magnum.
     """
     atrophy = float(body.uniform(0, 1))
     coordinates = _pose(body, axes)

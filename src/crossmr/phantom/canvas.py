@@ -16,7 +16,7 @@ Row = tuple[int, float, Shape]
 
 
 def noise(rng: np.random.Generator, axes: Axes, grain_mm: float) -> Array:
-    """A smooth random field with features of about `grain_mm`, mean 0 and deviation about 1: (X, Y, Z).
+    """A smooth random field with features of about `grain_mm`, mean 0 and standard deviation about 1: (X, Y, Z).
 
     It is a sum of cubic B-splines on knots that cover a fixed 260 mm cube, whatever the grid.
     """

@@ -1,4 +1,4 @@
-"""Scanner: what four sequences make of tissue fractions. Signal equations, coil, noise, arbitrary scale."""
+"""Scanner: the images that four sequences give of tissue fractions. Signal equations, coil, noise, arbitrary scale."""
 
 from math import cos, exp, log, radians, sin
 from typing import NamedTuple
@@ -108,8 +108,8 @@ def _signals(rng: np.random.Generator) -> Array:
 def scan(scanner: np.random.Generator, receiver: np.random.Generator, fractions: Array, axes: Axes) -> dict[str, Array]:
     """Modality -> magnitude image (X, Y, Z) in arbitrary units >= 0, of fractions (tissues, X, Y, Z).
 
-    Point spread, a bias field that is mostly the coil's, Rician noise, and an own scale for every sequence. The
-    `receiver` rolls what differs from voxel to voxel, the `scanner` all else.
+    Each sequence has its own point spread, bias field (mostly the coil's), Rician noise and scale. The generator
+    `receiver` draws the noise and the strength of each of these, `scanner` all else.
     """
     signals = _signals(scanner)
     ideal = np.tensordot(signals, fractions, axes=1)  # (modalities, X, Y, Z)

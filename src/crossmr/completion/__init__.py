@@ -1,0 +1,1 @@
+"""From a study, or a folder of them, to labelled synthetic volumes on its exact grid."""

@@ -1,0 +1,203 @@
+"""What may be wrong with a study, in plain words: warnings, not refusals, measured on real scans (docs/checks.md)."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy import fft, ndimage
+from torch import Tensor
+
+from crossmr.baselines import linear_weights
+from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.data.study import Study
+
+Array = npt.NDArray[np.float32]
+GREYS = 256
+"""Grey values of an image of eight bits."""
+SATURATED = 0.01
+"""Fraction of the head at one brightest value, from which on it is cut off."""
+SHIFT_MM, GAIN = 3.0, 1.05
+"""A volume lies elsewhere where its edges fit another's so much better when moved so far."""
+FARTHEST_MM = 25.0
+GRID_MM = 2.0
+"""What volumes are thinned to before they are moved about."""
+SWAPPED = 0.8
+"""Of the error of the linear regressions, what is left of it when two contrasts exchange their names."""
+VOXELS = 40_000
+"""Of the head, from which names are judged."""
+SAME = 0.995
+"""Correlation within the head from which on two volumes are one image."""
+UNENHANCED = -1.0
+"""Skewness of T1ce - T1 within a brain below which nothing enhances: vessels make it positive."""
+
+
+def check(
+    study: Study,
+    baselines: Mapping[str, Tensor],
+    modalities: Sequence[str],
+    trained_on: Mapping[str, int] | None = None,
+) -> list[str]:
+    """Warnings on a study; `baselines` and `modalities` are the model's (`fit_baselines`), {} where it has none.
+
+    `trained_on` says how many studies it was trained on, and how many of these were without skull.
+
+    Grey values: eight bits, cut off at the top. Geometry: slices of the head that a volume lacks, volumes that are
+    shifted against one another. Names: one image under two names, two contrasts that fit better the other way round,
+    and in brains without skull a T1ce without enhancement (where there is a skull, suppressed fat looks like that).
+    """
+    box = study.box(0)
+    head = study.mask[box]
+    volumes = {m: study.normalised(m, box) for m in study.volumes}
+    found = skull(trained_on or {}, stripped=study.masked_background)
+    for modality, volume in study.volumes.items():
+        found += grey_values(modality, volume.data[study.mask])
+        found += missing_slices(modality, volumes[modality], head)
+    found += shifts(volumes, study.reference.spacing_mm)
+    found += same_images(volumes, head)
+    found += swaps(volumes, head, baselines, modalities)
+    if study.masked_background and {"t1n", "t1c"} <= volumes.keys():
+        found += unenhanced(volumes["t1n"], volumes["t1c"], head, study.reference.spacing_mm)
+    return found
+
+
+def skull(trained_on: Mapping[str, int], *, stripped: bool) -> list[str]:
+    """A head where the model has seen brains alone, or the other way round."""
+    studies, without = trained_on.get("studies", 0), trained_on.get("without_skull", 0)
+    if studies and stripped and without == 0:
+        return ["The skull is stripped, or the background masked, and the model was trained on whole heads alone."]
+    if studies and not stripped and without == studies:
+        return ["The skull is there, and the model was trained on stripped brains alone: strip it first."]
+    return []
+
+
+def grey_values(modality: str, values: Array) -> list[str]:
+    """Few grey values, or many voxels at the brightest one."""
+    name, found = DISPLAY_NAMES.get(modality, modality), []
+    some = values[:: max(1, len(values) // VOXELS)]
+    if len(np.unique(some)) <= GREYS and len(some) > 8 * GREYS:
+        found.append(f"{name} has eight bits, or as few grey values: fine differences are lost.")
+    if (share := float((values == values.max()).mean())) > SATURATED:
+        found.append(f"{name} is cut off: {share:.0%} of the head have the same, brightest value.")
+    return found
+
+
+def missing_slices(modality: str, volume: Array, head: npt.NDArray[np.bool_]) -> list[str]:
+    """Slices of the head in which a volume is one value: not acquired, or lost."""
+    area = head.sum((1, 2))
+    useful = area >= 0.1 * area.max()
+    empty = useful & (np.ptp(volume.reshape(len(volume), -1), axis=1) == 0)
+    if not empty.any():
+        return []
+    return [f"{DISPLAY_NAMES.get(modality, modality)} is empty in {empty.sum()} of the head's {useful.sum()} slices."]
+
+
+def shifts(volumes: Mapping[str, Array], spacing_mm: Sequence[float]) -> list[str]:
+    """Volumes whose edges fit the first one's better when they are moved."""
+    first, *others = volumes
+    found = []
+    steps = [max(1, round(GRID_MM / side)) for side in spacing_mm]
+    sides = [side * step for side, step in zip(spacing_mm, steps, strict=True)]
+    edges = {m: _edges(volume[tuple(slice(None, None, step) for step in steps)]) for m, volume in volumes.items()}
+    for other in others:
+        distance, gain = best_shift(edges[first], edges[other], sides)
+        if distance >= SHIFT_MM and gain > GAIN:
+            found.append(
+                f"{DISPLAY_NAMES.get(other, other)} seems to lie {distance:.0f} mm away from "
+                f"{DISPLAY_NAMES.get(first, first)}: they may not be registered."
+            )
+    return found
+
+
+def _edges(volume: Array) -> Array:
+    """Gradient magnitude within slices, bright edges cut off, mean 0."""
+    smooth = [ndimage.gaussian_filter(volume, 1, order=[int(axis == a) for a in range(3)]) for axis in (1, 2)]
+    edges = np.hypot(*smooth)
+    capped: Array = np.minimum(edges, np.percentile(edges, 99))
+    capped -= capped.mean()
+    return capped
+
+
+def best_shift(fixed: Array, moving: Array, spacing_mm: Sequence[float]) -> tuple[float, float]:
+    """How far, in mm, edges (Z, Y, X) must move to correlate best, and how many times better they then do."""
+    room = [int(FARTHEST_MM / side) for side in spacing_mm]  # so that what leaves at one end does not meet the other
+    size = [fft.next_fast_len(n + more, real=True) for n, more in zip(fixed.shape, room, strict=True)]
+    spectrum = fft.rfftn(fixed, size) * np.conj(fft.rfftn(moving, size))
+    correlation = fft.irfftn(spectrum, size)
+    reach = [min(more, n // 2 - 1) for n, more in zip(size, room, strict=True)]
+    near = np.roll(correlation, reach, (0, 1, 2))[tuple(slice(0, 2 * r + 1) for r in reach)]
+    peak = np.unravel_index(int(near.argmax()), near.shape)
+    moved = [(int(p) - r) * side for p, r, side in zip(peak, reach, spacing_mm, strict=True)]
+    still = float(correlation[0, 0, 0])
+    return float(np.linalg.norm(moved)), float(near.max()) / still if still > 0 else np.inf
+
+
+def same_images(volumes: Mapping[str, Array], head: npt.NDArray[np.bool_]) -> list[str]:
+    """Two volumes that are one image, perhaps scaled."""
+    found = []
+    inside = np.flatnonzero(head)[:: max(1, int(head.sum()) // VOXELS)]
+    for one, other in itertools.combinations(volumes, 2):
+        pair = volumes[one].ravel()[inside], volumes[other].ravel()[inside]
+        if min(values.std() for values in pair) > 0 and np.corrcoef(*pair)[0, 1] > SAME:
+            names = " and ".join(DISPLAY_NAMES.get(m, m) for m in (one, other))
+            found.append(f"{names} are the same image, or nearly: one of them is under a wrong name.")
+    return found
+
+
+def swaps(
+    volumes: Mapping[str, Array],
+    head: npt.NDArray[np.bool_],
+    baselines: Mapping[str, Tensor],
+    modalities: Sequence[str],
+) -> list[str]:
+    """Two contrasts of three or more that fit the model's linear regressions far better with their names exchanged."""
+    known = sorted((m for m in volumes if m in modalities), key=modalities.index)
+    if len(known) < 3 or "present" not in baselines or not _together(baselines, [modalities.index(m) for m in known]):
+        return []
+    inside = np.flatnonzero(head)
+    chosen = inside[:: max(1, len(inside) // VOXELS)]
+    voxels = [volumes[m].ravel()[chosen] for m in known]
+    given = [modalities.index(m) for m in known]
+    before = _error_of_regressions(voxels, given, baselines)
+    best, pair = before, None
+    for i, j in itertools.combinations(range(len(known)), 2):
+        exchanged = list(given)
+        exchanged[i], exchanged[j] = given[j], given[i]
+        if (error := _error_of_regressions(voxels, exchanged, baselines)) < best:
+            best, pair = error, (known[i], known[j])
+    if pair is None or best > SWAPPED * before:
+        return []
+    names = " and ".join(DISPLAY_NAMES.get(m, m) for m in pair)
+    return [f"{names} may be swapped: they look like each other's contrast. Compare them before using anything."]
+
+
+def _together(baselines: Mapping[str, Tensor], known: Sequence[int]) -> bool:
+    """Whether any training patient had all of these, so that mixes of them were fitted."""
+    return bool((baselines["present"][:, list(known)] > 0).all(1).any())
+
+
+def _error_of_regressions(voxels: Sequence[Array], named: Sequence[int], baselines: Mapping[str, Tensor]) -> float:
+    """Mean absolute error of predicting each contrast by linear regression of the others, under these names, summed."""
+    total = 0.0
+    for index, target in enumerate(named):
+        others = sorted((k for k in range(len(named)) if k != index), key=lambda k: named[k])
+        weights = linear_weights(baselines, [named[k] for k in others], target)
+        mix = sum(weight * voxels[k] for weight, k in zip(weights, others, strict=False)) + weights[len(others)]
+        total += float(np.abs(np.clip(mix, 0, 1) - voxels[index]).mean())
+    return total
+
+
+def unenhanced(t1n: Array, t1c: Array, head: npt.NDArray[np.bool_], spacing_mm: Sequence[float]) -> list[str]:
+    """A T1ce that is nowhere brighter than T1, but in places darker."""
+    within = max(1, round(12 / spacing_mm[1]))
+    core = np.stack([ndimage.binary_erosion(plane, iterations=within) for plane in head])
+    core &= (t1n > 0) & (t1c > 0)
+    if core.sum() < 1000:
+        return []
+    before, after = t1n[core].astype(np.float64), t1c[core].astype(np.float64)
+    change = after / np.median(after) - before / np.median(before)
+    change -= change.mean()
+    skewness = float((change * change * change).mean() / max(change.std(), 1e-6) ** 3)
+    if skewness > UNENHANCED:
+        return []
+    return ["T1ce shows no enhancement that T1 does not, vessels included: it may be unenhanced, or swapped with T1."]

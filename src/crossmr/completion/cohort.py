@@ -1,0 +1,345 @@
+"""Completing a cohort: every study of a folder, one after the other, written, labelled and recorded in OUT."""
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossmr.completion.layout import Layout, Profile
+from crossmr.completion.study import (
+    EXPECTED,
+    FORMAT,
+    Completed,
+    Reference,
+    complete_study,
+    hashes,
+    read_reference,
+    settings_record,
+)
+from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
+from crossmr.data.study import Study, load_study
+from crossmr.data.volume import read_volume, write_volume
+from crossmr.device import choose_device
+from crossmr.dicom.convert import Scans, convert
+from crossmr.dicom.series import holds_dicom
+from crossmr.display import SILENT, Display
+from crossmr.errors import CrossmrError, OutputError
+from crossmr.files import locked, read_json, remove, write_json
+from crossmr.networks.inference import HeadVolumes, Settings, Synthesis, check_settings
+from crossmr.networks.model import CrossConditionedModel, load_model
+from crossmr.picture import Array, Kind, Panel, middle, save_panels
+from crossmr.registry import find_model
+
+PICTURES = "pictures"
+"""The folder of an output that holds one picture per case."""
+SCANS = "scans"
+"""The folder of an output that holds what DICOM was converted to."""
+
+
+@dataclass(frozen=True)
+class CohortSettings:
+    """What is read of a folder of studies, and how the output is laid out."""
+
+    mapping: Mapping[str, str] | None = None
+    """Modality → pattern of file names, or, of DICOM, of series descriptions."""
+    overwrite: bool = False
+    """Whether finished cases are completed again."""
+    profile: Profile = "labelled"
+    """How OUT is laid out; see layout.py."""
+    keep_names: bool = False
+    """Whether cases of DICOM are called by patient ID and date, rather than by hashes."""
+
+
+@dataclass
+class CohortSummary:
+    """What became of the cases of a cohort; OUT/manifest.json says the same."""
+
+    completed: dict[str, list[str]] = field(default_factory=dict)
+    """Case → modalities synthesised now."""
+    complete: list[str] = field(default_factory=list)
+    """Cases that lack nothing."""
+    skipped: list[str] = field(default_factory=list)
+    """Cases that were finished before."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Case → why it could not be read, completed or written."""
+    not_filled: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Case → modality → why the gap was left."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """Case → what a reader of the results should know about the input."""
+
+    def add(self, case: str, manifest: Mapping[str, Any], *, skipped: bool) -> None:
+        """Count a case by its manifest."""
+        if skipped:
+            self.skipped.append(case)
+        elif manifest["synthetic"]:
+            self.completed[case] = list(manifest["synthetic"])
+        elif not manifest["not_filled"]:
+            self.complete.append(case)
+        if manifest["notes"]:
+            self.notes[case] = manifest["notes"]
+        if manifest["not_filled"]:
+            self.not_filled[case] = manifest["not_filled"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What all cases of one call share."""
+
+    cohort: Path
+    layout: Layout
+    model: CrossConditionedModel
+    settings: Settings
+    options: CohortSettings
+    reference: Reference | None
+    display: Display
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Everything that decides the voxels, for the manifests."""
+        return settings_record(self.model, self.settings, self.reference)
+
+
+def complete_cohort(
+    cohort: Path | str,
+    out: Path | str,
+    model: CrossConditionedModel | Path | str | None = None,
+    settings: Settings | None = None,
+    options: CohortSettings | None = None,
+    *,
+    display: Display = SILENT,
+) -> CohortSummary:
+    """Complete every study of a folder into OUT/CASE/.
+
+    A study that fails is listed under 'failed' with its reason; the others are finished. A finished case, which is
+    one with a manifest.json, is skipped unless `options.overwrite`.
+
+    A folder of DICOM is converted into OUT/scans first, its series are registered where their grids differ, and what
+    is synthesised is written as NIfTI and as a derived DICOM series.
+
+    Raises:
+        NamingError: no study at all. ModelError: no usable model. OutputError: OUT cannot be written.
+    """
+    with locked(Path(out)):
+        settings, options = settings or Settings(), options or CohortSettings()
+        layout = Layout(Path(out), options.profile)
+        if not isinstance(model, CrossConditionedModel):
+            model = load_model(find_model(model), choose_device(settings.device))
+        check_settings(model, settings)
+        reference = read_reference(settings, model, options.mapping)
+        from_dicom = holds_dicom(Path(cohort), options.mapping, exclude=layout.out, display=display)
+        if from_dicom and settings.register == "never":
+            settings = replace(settings, register="if needed")
+        run = _Run(Path(cohort), layout, model, settings, options, reference, display)
+        summary = CohortSummary()
+        studies, scans = _find(run, summary, from_dicom=from_dicom)
+        with display.task("complete", len(studies)) as task:
+            for files, study in _read_ahead(studies, run):
+                try:
+                    manifest, skipped = _complete_case(run, files, study, scans.get(files.case))
+                    summary.add(files.case, manifest, skipped=skipped)
+                except CrossmrError as error:
+                    summary.failed[files.case] = str(error)
+                except Exception as error:  # nobody foresaw it: the other patients go on all the same
+                    summary.failed[files.case] = f"{files.case}: {type(error).__name__}: {error}"
+                task.advance(files.case)
+        body = {"format": FORMAT, "finished": True, "profile": options.profile, **asdict(summary)}
+        write_json(layout.records / "manifest.json", {**body, "settings": run.record})
+    return summary
+
+
+def _find(run: _Run, summary: CohortSummary, *, from_dicom: bool) -> tuple[list[StudyFiles], dict[str, Scans]]:
+    """The studies of the cohort, and of DICOM the series that each was converted from; OUT is begun."""
+    layout, options, studies = run.layout, run.options, list[StudyFiles]()
+    if not from_dicom:
+        studies = find_studies(run.cohort, options.mapping)
+        summary.failed = layout.clashes([files.case for files in studies])
+        studies = [files for files in studies if files.case not in summary.failed]
+    path = layout.records / "manifest.json"
+    if os.path.exists(path) and read_json(path, OutputError).get("format") != FORMAT:
+        raise OutputError(f"{path} is not of a completed cohort, so it is not replaced; name another folder.")
+    write_json(path, {"format": FORMAT, "finished": False})
+    layout.start(run.cohort)
+    if not from_dicom:
+        return studies, {}
+    converted = convert(
+        run.cohort,
+        layout.records / SCANS,
+        mapping=options.mapping,
+        keep_names=options.keep_names,
+        exclude=layout.out,
+        display=run.display,
+    )
+    summary.failed = {one.case: one.refused for one in converted if one.refused}
+    scans = {one.case: one for one in converted if not one.refused}
+    found = find_studies(layout.records / SCANS) if scans else []
+    return [files for files in found if files.case in scans], scans
+
+
+def _read_ahead(studies: Sequence[StudyFiles], run: _Run) -> Iterator[tuple[StudyFiles, Future[Study | None]]]:
+    """Every study's files with its volumes, which are read while the study before it is completed."""
+
+    def load(files: StudyFiles) -> Study | None:
+        finished = (run.layout.folder(files.case) / "manifest.json").exists() and not run.options.overwrite
+        return None if finished else load_study(files, register=run.settings.register)
+
+    with ThreadPoolExecutor(1) as reader:
+        following: Future[Study | None] | None = None
+        for number, files in enumerate(studies):
+            study = following or reader.submit(load, files)
+            wait([study])  # one study ahead, not more: memory
+            following = reader.submit(load, studies[number + 1]) if number + 1 < len(studies) else None
+            yield files, study
+
+
+def _complete_case(
+    run: _Run, files: StudyFiles, study: Future[Study | None], scans: Scans | None
+) -> tuple[Mapping[str, Any], bool]:
+    """Complete one case of a cohort and write it; returns its manifest, and whether it was finished before."""
+    path = run.layout.folder(files.case) / "manifest.json"
+    images = files.images()
+    files_now = hashes(images)
+    if path.exists() and not run.options.overwrite:
+        return _finished_before(run, files.case, files_now), True
+    start = time.perf_counter()
+    loaded = study.result() or load_study(files, register=run.settings.register)
+    run.layout.check(loaded)
+    result = complete_study(loaded, run.model, run.settings, files_now, run.reference)
+    paths = _relative_to(run.layout.folder(files.case), images)
+    manifest = {**result.manifest, "given": files_now, "paths": paths}
+    earlier = _earlier(run, files.case, result)
+    picture = run.layout.records / PICTURES / f"{files.case}.webp"
+    written: list[Path] = []
+    try:
+        for old in (path, picture, *earlier):
+            remove(old)
+        _write_volumes(run, result, manifest, written)
+        if scans is not None:
+            _write_dicom(run, loaded, scans, result, manifest, written)
+        inputs = [image for modality, image in images.items() if modality in manifest["acquired"]]
+        written += run.layout.finish(files.case, manifest, run.cohort, inputs)
+        if result.head is not None and result.synthesis is not None:
+            panels = save_panels(picture, _panels(loaded, result.head, result.synthesis), loaded.reference.spacing_mm)
+            manifest["picture"] = {"file": f"{PICTURES}/{picture.name}", "panels": panels}
+            written.append(picture)
+        manifest["seconds"] = round(time.perf_counter() - start, 3)
+        write_json(path, manifest)
+    except BaseException as error:
+        for file in written:
+            remove(file)
+        if isinstance(error, OSError):
+            raise OutputError(f"{path.parent} could not be written: {error.strerror or error}.") from error
+        raise
+    return manifest, False
+
+
+def _finished_before(run: _Run, case: str, files_now: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The manifest of a case that is kept as it is, after saying what has changed since."""
+    path = run.layout.folder(case) / "manifest.json"
+    manifest = read_json(path, OutputError)
+    if manifest.get("format") != FORMAT:
+        raise OutputError(f"{path} is not crossmr's, so it is not replaced. Name another folder with -o.")
+    names = {"other settings": ("settings", run.record), "other input files": ("given", files_now)}
+    changed = [name for name, (key, now) in names.items() if manifest.get(key) != now]
+    if changed:
+        run.display.say(f"{case}: finished before with {' and '.join(changed)}, and kept; --overwrite does it again")
+    return manifest
+
+
+def _write_volumes(run: _Run, result: Completed, manifest: dict[str, Any], written: list[Path]) -> None:
+    """Write the synthetic volumes and their standard deviations; name them in manifest and `written`."""
+    case, layout = manifest["case"], run.layout
+    folder = layout.folder(case)
+    for modality, image in result.images.items():
+        volumes = {"file": (layout.image(case, modality), image)}
+        if modality in result.stds and (place := layout.std(case, modality)) is not None:
+            volumes["std"] = (place, result.stds[modality])
+        for path, volume in volumes.values():
+            write_volume(volume, path)
+            written.append(path)
+        names = _relative_to(folder, {key: path for key, (path, _) in volumes.items()})
+        manifest["synthetic"][modality] = {"std": None, **names, **manifest["synthetic"][modality]}
+
+
+def _write_dicom(
+    run: _Run, study: Study, scans: Scans, result: Completed, manifest: dict[str, Any], written: list[Path]
+) -> None:
+    """Write each synthetic volume, and its standard deviation, as a derived series; name them like `_write_volumes`."""
+    from crossmr.dicom.write import DerivedSeries, write_derived
+
+    manifest["notes"] = [*scans.notes, *manifest["notes"]]
+    manifest["series"] = {
+        "taken": {m: {"series": series.number, "why": series.why} for m, series in scans.series.items()},
+        "left_out": dict(scans.left_out),
+    }
+    settings = " ".join(str(manifest["settings"][key]) for key in ("model_sha256", "guidance", "samples", "seed"))
+    for modality, entry in manifest["synthetic"].items():
+        sources = ", ".join(DISPLAY_NAMES.get(m, m) for m in entry["from"])
+        for kind, image in (("", result.images[modality]), ("std", result.stds.get(modality))):
+            if image is None:
+                continue
+            what = f"{'Standard deviation of the error of s' if kind else 'S'}ynthetic "
+            what += f"{DISPLAY_NAMES.get(modality, modality)} by crossmr {version('crossmr')} from {sources}."
+            series = DerivedSeries(
+                modality=modality,
+                like=scans.series[next(iter(study.volumes))],
+                sources={m: scans.series[m] for m in entry["from"]},
+                description=f"{what} {' '.join(entry['warnings'])}",
+                settings=settings,
+                created=datetime.fromisoformat(manifest["created"]),
+                kind=kind,
+            )
+            folder = run.layout.dicom(study.case, modality, kind)
+            written.append(write_derived(folder, read_volume(image).data, study.reference, series))
+        entry["dicom"] = run.layout.dicom(study.case, modality).name
+
+
+def _panels(study: Study, head: HeadVolumes, synthesis: Synthesis) -> list[Panel]:
+    """The acquired and the synthetic volumes, cut in three through the middle of the head."""
+    mask = study.mask[study.box()]
+    at = middle(mask)
+    volumes: list[tuple[str, Kind, Array]] = [(m, "acquired", volume) for m, volume in head.volumes.items()]
+    for index, modality in enumerate(synthesis.targets):
+        volumes.append((modality, "synthetic", synthesis.images[index].numpy()))
+        if synthesis.stds is not None:
+            volumes.append((modality, "standard deviation", synthesis.stds[index].numpy()))
+    panels = [Panel.of(modality, kind, volume, at) for modality, kind, volume in volumes]
+    if not study.masked_background:
+        return panels
+    axial, coronal, sagittal = Panel.of("", "acquired", mask.astype(np.float32), at).planes
+    return [
+        replace(panel, planes=(panel.planes[0] * axial, panel.planes[1] * coronal, panel.planes[2] * sagittal))
+        for panel in panels
+    ]
+
+
+def _earlier(run: _Run, case: str, result: Completed) -> list[Path]:
+    """What was synthesised here before, which must not outlive its manifest.
+
+    Raises:
+        OutputError: an acquired scan lies where a synthetic one would be written.
+    """
+    layout = run.layout
+    modalities = dict.fromkeys((*EXPECTED, *run.model.config.targets))
+    earlier = [layout.dicom(case, modality, kind) for modality in modalities for kind in ("", "std")]
+    for modality, place in itertools.product(modalities, (layout.image, layout.std)):
+        path = place(case, modality)
+        if path is None or not path.exists():
+            continue
+        if read_volume(path).synthetic:
+            earlier.append(path)
+        elif modality in result.images:
+            raise OutputError(f"{path} is an acquired scan and is not replaced. Name another folder with -o.")
+    return earlier
+
+
+def _relative_to(folder: Path, paths: Mapping[str, Path]) -> dict[str, str]:
+    """Where files lie, as seen from a folder."""
+    return {name: os.path.relpath(path, folder).replace(os.sep, "/") for name, path in paths.items()}

@@ -1,0 +1,180 @@
+"""How an output is laid out.
+
+labelled   OUT/CASE/CASE-t2f_synthetic.nii.gz and its _std; manifests, pictures and report beside them
+challenge  OUT/CASE-t2f.nii.gz and nothing else, as BraSyn wants it; the records in OUT_records
+bids       a BIDS derivative: OUT/sub-X[/ses-Y]/anat/sub-X[_ses-Y]_desc-synthetic_FLAIR.nii.gz; records in OUT/crossmr
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from crossmr.data.study import Study
+from crossmr.data.volume import describe_grid
+from crossmr.errors import ConfigError, StudyError
+from crossmr.files import write_atomically, write_json
+
+Profile = Literal["labelled", "challenge", "bids"]
+PROFILES: tuple[Profile, ...] = get_args(Profile)
+CHALLENGE_GRID = "240×240×155 at 1×1×1 mm"
+BIDS_VERSION = "1.10.0"
+SUFFIXES = {"t1n": "T1w", "t1c": "T1w", "t2w": "T2w", "t2f": "FLAIR", "pdw": "PDw"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where what is written goes."""
+
+    out: Path
+    profile: Profile = "labelled"
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise ConfigError(f"--profile is '{self.profile}'; wanted one of {', '.join(PROFILES)}.")
+
+    @property
+    def records(self) -> Path:
+        """The folder of manifests, pictures and report."""
+        return {
+            "labelled": self.out,
+            "challenge": self.out.with_name(f"{self.out.name}_records"),
+            "bids": self.out / "crossmr",
+        }[self.profile]
+
+    def folder(self, case: str) -> Path:
+        """The folder of a case's manifest."""
+        return self.records / case
+
+    def image(self, case: str, modality: str) -> Path:
+        """Where a synthetic volume goes."""
+        if self.profile == "challenge":
+            return self.out / f"{case}-{modality}.nii.gz"
+        return self._bids(case, modality, "") if self.profile == "bids" else self._labelled(case, modality, "synthetic")
+
+    def std(self, case: str, modality: str) -> Path | None:
+        """Where its standard deviation goes; None where none is wanted."""
+        if self.profile == "challenge":
+            return None
+        return self._bids(case, modality, "std") if self.profile == "bids" else self._labelled(case, modality, "std")
+
+    def dicom(self, case: str, modality: str, kind: str = "") -> Path:
+        """Where the folder of a derived DICOM series goes: beside the manifest, in every profile."""
+        return self.folder(case) / f"{case}-{modality}_synthetic{kind}_dicom"
+
+    def _labelled(self, case: str, modality: str, what: str) -> Path:
+        return self.out / case / f"{case}-{modality}_{what}.nii.gz"
+
+    def _bids(self, case: str, modality: str, what: str) -> Path:
+        if modality not in SUFFIXES:
+            raise StudyError(f"{case}: BIDS has no name for {modality}. Use --profile labelled.")
+        entities = bids_entities(case)
+        enhanced = "_ce-gadolinium" if modality == "t1c" else ""
+        name = f"{'_'.join(entities)}{enhanced}_desc-synthetic{what}_{SUFFIXES[modality]}.nii.gz"
+        return self.out.joinpath(*entities, "anat", name)
+
+    def clashes(self, cases: Sequence[str]) -> dict[str, str]:
+        """Cases whose volumes would replace one another's, and why; all of them, so that none depends on the order."""
+        if self.profile != "bids":
+            return {}
+        called: dict[tuple[str, ...], list[str]] = {}
+        for case in cases:
+            called.setdefault(bids_entities(case), []).append(case)
+        return {
+            case: f"{case}: BIDS has one name for it and {' and '.join(sorted({*same} - {case}))}, "
+            f"{'_'.join(name)}. Rename them, or use --profile labelled."
+            for name, same in called.items()
+            for case in same
+            if len(same) > 1
+        }
+
+    def check(self, study: Study) -> None:
+        """Refuse a study that the profile has no place for.
+
+        Raises:
+            StudyError: 'challenge', and the study is not on BraTS' grid.
+        """
+        if self.profile == "challenge" and (grid := describe_grid(study.reference)) != CHALLENGE_GRID:
+            raise StudyError(f"{study.case}: is {grid}, but BraSyn's are {CHALLENGE_GRID}. Use --profile labelled.")
+
+    def start(self, scans: Path) -> None:
+        """Write what stands at the head of the output."""
+        if self.profile != "bids":
+            return
+        raw = _relative(_dataset(scans), self.out.resolve())
+        write_json(
+            self.out / "dataset_description.json",
+            {
+                "Name": "Synthetic MRI by crossmr",
+                "BIDSVersion": BIDS_VERSION,
+                "DatasetType": "derivative",
+                "GeneratedBy": [{"Name": "crossmr", "Version": version("crossmr")}],
+                "DatasetLinks": {"raw": f"{raw}/"},
+            },
+        )
+        write_atomically(self.out / ".bidsignore", b"crossmr\n")
+        write_atomically(self.out / "README", _README.encode())
+
+    def finish(self, case: str, manifest: Mapping[str, Any], scans: Path, inputs: Sequence[Path]) -> list[Path]:
+        """Write what stands beside a case's volumes; returns it."""
+        if self.profile != "bids":
+            return []
+        written = []
+        for modality, entry in manifest["synthetic"].items():
+            image, std = self.image(case, modality), self.std(case, modality)
+            sources = [
+                f"bids:raw:{os.path.relpath(path.resolve(), _dataset(scans)).replace(os.sep, '/')}" for path in inputs
+            ]
+            common = {"Sources": sources, "SkullStripped": manifest["skull_stripped"]}
+            fields = {"Description": " ".join(entry["warnings"]), "Units": "arbitrary", **common}
+            written.append(_sidecar(image, fields))
+            if entry["std"] and std is not None:
+                what = f"Standard deviation of the error of {image.name}, on its scale: {manifest['std']['of']}"
+                written.append(_sidecar(std, {"Description": what, "Units": "arbitrary", **common}))
+        return written
+
+
+def bids_entities(case: str) -> tuple[str, ...]:
+    """`sub-X` and, where the case has one, `ses-Y`."""
+    match = re.fullmatch(r"(sub-[A-Za-z0-9+]+)(?:_(ses-[A-Za-z0-9+]+))?", case)
+    if match is None:
+        return (f"sub-{re.sub('[^A-Za-z0-9]', '', case)}",)
+    return tuple(part for part in match.groups() if part)
+
+
+def records_of(out: Path) -> Path:
+    """The records of an output of any profile."""
+    places = [Layout(out, profile).records for profile in PROFILES]
+    return next((place for place in places if (place / "manifest.json").exists()), out)
+
+
+def _dataset(scans: Path) -> Path:
+    """The BIDS dataset that a folder lies in, or else the folder."""
+    scans = scans.resolve()
+    return next((f for f in (scans, *scans.parents) if (f / "dataset_description.json").exists()), scans)
+
+
+def _relative(path: Path, start: Path) -> str:
+    return os.path.relpath(path, start).replace(os.sep, "/")
+
+
+def _sidecar(image: Path, fields: Mapping[str, Any]) -> Path:
+    path = image.with_name(image.name.replace(".nii.gz", ".json"))
+    write_json(path, fields)
+    return path
+
+
+_README = """Synthetic MRI
+=============
+
+Every image here was made by crossmr, a program that synthesises contrasts which were not acquired. None of them is a
+scan. Research use only; not a medical device. Contrast enhancement cannot in general be inferred from unenhanced
+images: enhancement seen, or not seen, in a synthetic T1w with contrast is no finding.
+
+desc-synthetic     the image, float32 on the model's [0, 1] scale
+desc-syntheticstd  how far each voxel may be off, a standard deviation on that scale
+crossmr/           manifests with inputs, hashes, model and settings; pictures; report.html
+"""

@@ -1,0 +1,299 @@
+"""Completing one study: missing contrasts are synthesised from the acquired ones, on its grid, labelled synthetic."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from crossmr.completion.checks import check
+from crossmr.data.naming import find_studies, modality_name
+from crossmr.data.study import Study, load_study
+from crossmr.data.volume import content_sha256, on_grid
+from crossmr.device import choose_device, choose_precision
+from crossmr.dicom.convert import convert
+from crossmr.dicom.series import holds_dicom
+from crossmr.errors import ConfigError, NamingError, StudyError
+from crossmr.networks.inference import (
+    BATCH,
+    HeadVolumes,
+    Settings,
+    Synthesis,
+    check_settings,
+    chosen_guidance,
+    samples_drawn,
+    synthesise,
+)
+from crossmr.networks.model import CrossConditionedModel, load_model
+from crossmr.registry import find_model
+
+EXPECTED = ("t1n", "t1c", "t2w", "t2f")
+"""A complete study; the manifest says which of these a model cannot fill."""
+FORMAT = "crossmr-completion"
+INTENSITY = {
+    "range": [0, 1],
+    "meaning": "the model's normalised scale: 0 is air, 1 four times the median within the head of a real scan; "
+    "no MR unit",
+}
+ENHANCEMENT = (
+    "Contrast enhancement cannot in general be inferred from unenhanced images: "
+    "absence or presence of enhancement in this synthetic T1ce is no finding."
+)
+DISCLAIMER = "Synthetic, for research use only; crossmr is not a medical device."
+
+
+@dataclass(frozen=True, eq=False)
+class Completed:
+    """What became of one study."""
+
+    images: Mapping[str, Any]
+    """Modality → nibabel image on the reference's grid, float32 in [0, 1], its header marked SYNTHETIC."""
+    stds: Mapping[str, Any]
+    """Modality → how far each voxel may be off, a standard deviation on the image's scale; empty where the model has no
+    network for it and draws one sample."""
+    manifest: Mapping[str, Any]
+    """Inputs with hashes, model, seed, guidance, scale, what could not be filled and why."""
+    head: HeadVolumes | None = None
+    """The sources as the networks read them; None where nothing was synthesised."""
+    synthesis: Synthesis | None = None
+    """The arrays that the images hold, cropped to the head."""
+
+
+class Reference(NamedTuple):
+    """Real scans that guide."""
+
+    head: HeadVolumes
+    """The volumes of the model's targets."""
+    files: Mapping[str, Any]
+    """File names and hashes, for the manifest."""
+
+
+def complete(
+    study: Path | str | Mapping[str, Any],
+    model: CrossConditionedModel | Path | str | None = None,
+    settings: Settings | None = None,
+    *,
+    case: str = "study",
+) -> Completed:
+    """Synthesise what a study lacks and return it; nothing is written.
+
+    Args:
+        study: the study's folder, of NIfTI or of DICOM, or modality → path or nibabel image, such as
+            {"t1n": "t1.nii.gz"}.
+        model: a model, the folder of one, or the name of a registered one; None for the default.
+        settings: targets, guidance, seed, device; see `Settings`.
+        case: the study's name where it has none: it seeds the sample.
+
+    Raises:
+        CrossmrError: with one line that says what is wrong with the study, the model or the settings.
+    """
+    settings = settings or Settings()
+    if not isinstance(model, CrossConditionedModel):
+        model = load_model(find_model(model), choose_device(settings.device))
+    reference = read_reference(settings, model)
+    if isinstance(study, Mapping):
+        images = _by_modality(study, model.config.modalities)
+        loaded = load_study(images, case, register=settings.register)
+        return complete_study(loaded, model, settings, hashes(images), reference)
+    with contextlib.ExitStack() as stack:
+        folder = Path(study)
+        if from_dicom := holds_dicom(folder):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crossmr-")))
+            for refused in (one.refused for one in convert(Path(study), folder) if one.refused):
+                raise StudyError(refused)
+        studies = find_studies(folder)
+        if len(studies) != 1:
+            raise NamingError(f"{study} holds {len(studies)} studies; name one of them, or use complete_cohort.")
+        if from_dicom and settings.register == "never":
+            settings = replace(settings, register="if needed")
+        loaded = load_study(studies[0], register=settings.register)
+        return complete_study(loaded, model, settings, hashes(studies[0].images()), reference)
+
+
+def complete_study(
+    study: Study,
+    model: CrossConditionedModel,
+    settings: Settings,
+    inputs: Mapping[str, Any] | None = None,
+    reference: Reference | None = None,
+) -> Completed:
+    """Complete a loaded study; `inputs` is what the manifest says of its files, `reference` see `read_reference`."""
+    start = time.perf_counter()
+    check_settings(model, settings)
+    requested, not_filled = what_to_fill(tuple(study.volumes), model, settings)
+    sources = tuple(m for m in model.config.sources if m in study.volumes)
+    notes = [*study.notes, *check(study, model.baselines, model.config.modalities, _trained_on(model))]
+    images: dict[str, Any] = {}
+    stds: dict[str, Any] = {}
+    head, synthesis = None, None
+    if requested:
+        box = study.box()
+        head = HeadVolumes({m: study.normalised(m, box) for m in sources}, study.mask[box].sum((1, 2)).tolist())
+        wish = replace(settings, targets=tuple(requested))
+        synthesis = synthesise(model, head, study.case, wish, reference and reference.head)
+        images, stds = _as_images(study, synthesis, sources)
+        if synthesis.batch < BATCH and model.config.spatial_dims == 2:
+            notes.append(f"The device ran out of memory, so {synthesis.batch} slices were made at once, not {BATCH}.")
+    warnings = {m: [DISCLAIMER, *([ENHANCEMENT] if m == "t1c" else [])] for m in images}
+    manifest = {
+        "format": FORMAT,
+        "case": study.case,
+        "synthetic": {m: {"from": list(sources), "warnings": warnings[m]} for m in images},
+        "not_filled": not_filled,
+        "acquired": list(study.volumes),
+        "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},
+        "normalisation": {m: {"low": n.low, "high": n.high} for m, n in study.normalisation.items()},
+        "intensity": INTENSITY,
+        "std": _std_record(model) if stds else None,
+        "skull_stripped": study.masked_background,
+        "notes": notes,
+        "settings": settings_record(model, settings, reference),
+        "seconds": round(time.perf_counter() - start, 3),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("crossmr", "torch", "monai", "nibabel")},
+    }
+    return Completed(images, stds, manifest, head, synthesis)
+
+
+def _as_images(study: Study, synthesis: Synthesis, sources: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Synthetic volumes and their standard deviations as nibabel images on the study's grid."""
+    images, stds = {}, {}
+    for index, modality in enumerate(synthesis.targets):
+        images[modality] = _on_grid(study, synthesis.images[index], _description(modality, sources), 1.0)
+        if synthesis.stds is not None:
+            std = synthesis.stds[index]
+            stds[modality] = _on_grid(study, std, _description(f"{modality} std", sources), max(float(std.max()), 1e-3))
+    return images, stds
+
+
+def _on_grid(study: Study, cropped: Tensor, description: str, brightest: float) -> Any:
+    """A head-cropped volume (Z, Y, X) on the study's reference grid, 0 outside."""
+    full = np.zeros(study.mask.shape, np.float32)
+    full[study.box()] = cropped.numpy()
+    if study.masked_background:
+        full[~study.mask] = 0
+    return on_grid(full, study.reference, description=description, display_range=(0.0, brightest))
+
+
+def _trained_on(model: CrossConditionedModel) -> Mapping[str, int]:
+    """How many studies the model was trained on, and how many of these without skull, as far as it says."""
+    counts: Mapping[str, int] = model.record.get("training", {}).get("seen", {})
+    return counts
+
+
+def _std_record(model: CrossConditionedModel) -> dict[str, Any]:
+    """What the manifest says of the standard deviations."""
+    if model.uncertainty is None:
+        return {"of": "guided syntheses, uncalibrated: several times too small", "calibration": None}
+    variance = model.calibration.get("variance")
+    factors = None if variance is None else dict(zip(model.config.targets, variance.tolist(), strict=True))
+    return {
+        "of": "the unguided synthesis's error, learnt, "
+        + ("scaled to what held-out patients show" if factors else "uncalibrated"),
+        "calibration": factors and {target: {"a": a, "b": b} for target, (a, b) in factors.items()},
+    }
+
+
+def read_reference(
+    settings: Settings, model: CrossConditionedModel, mapping: Mapping[str, str] | None = None
+) -> Reference | None:
+    """The model's targets in the study that settings.reference names; None where it names none.
+
+    Raises:
+        ConfigError: the folder holds more than one study, or none of the targets.
+    """
+    if settings.reference is None:
+        return None
+    studies = find_studies(settings.reference, mapping)
+    if len(studies) != 1:
+        raise ConfigError(f"--reference {settings.reference} holds {len(studies)} studies; name one of them.")
+    study = load_study(studies[0], register=settings.register)
+    targets = [target for target in model.config.targets if target in study.volumes]
+    if not targets:
+        raise ConfigError(
+            f"--reference {settings.reference} has none of {', '.join(model.config.targets)}, which guide this model. "
+            "Name a study that has one."
+        )
+    box = study.box()
+    head = HeadVolumes({m: study.normalised(m, box) for m in targets}, study.mask[box].sum((1, 2)).tolist())
+    return Reference(head, {m: entry for m, entry in hashes(studies[0].images()).items() if m in targets})
+
+
+def what_to_fill(
+    acquired: Sequence[str], model: CrossConditionedModel, settings: Settings
+) -> tuple[list[str], dict[str, str]]:
+    """Which targets to synthesise, and for every other gap the reason why not."""
+    config = model.config
+    missing = [m for m in dict.fromkeys((*EXPECTED, *config.targets)) if m not in acquired]
+    if settings.targets is not None:
+        missing = [m for m in missing if m in settings.targets]
+    lacking = [source for source in config.sources if source not in acquired]
+    enough = not lacking or (config.any_subset and len(lacking) < len(config.sources))
+    requested, not_filled = [], {}
+    for modality in missing:
+        if modality not in config.targets:
+            not_filled[modality] = f"the model was trained for {', '.join(config.targets)} only"
+        elif enough and not _learnt_together(model, [m for m in config.sources if m in acquired], modality):
+            together = ", ".join(m for m in config.sources if m in acquired)
+            not_filled[modality] = f"no training patient had {modality} together with {together}"
+        elif not enough and config.any_subset:
+            not_filled[modality] = f"the model needs any of {', '.join(config.sources)}, and none is there"
+        elif not enough:
+            not_filled[modality] = f"the model needs {', '.join(config.sources)}, and {', '.join(lacking)} is missing"
+        else:
+            requested.append(modality)
+    return requested, not_filled
+
+
+def _learnt_together(model: CrossConditionedModel, sources: Sequence[str], target: str) -> bool:
+    """Whether any training patient had a target and these sources, as far as the model says which they had."""
+    present, modalities = model.baselines.get("present"), model.config.modalities
+    if not model.config.any_subset or present is None:
+        return True
+    return bool((present[:, [modalities.index(m) for m in (*sources, target)]] > 0).all(1).any())
+
+
+def _by_modality(study: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, Any]:
+    """The study under the names used everywhere inside: 'T1ce' becomes t1c."""
+    images: dict[str, Any] = {}
+    for text, image in study.items():
+        modality = modality_name(text, modalities)
+        if modality in images:
+            raise NamingError(f"The study names {modality} twice, in two spellings. Keep one of them.")
+        images[modality] = image
+    return images
+
+
+def hashes(images: Mapping[str, Any]) -> dict[str, Any]:
+    """File name and SHA-256 of every image that is a file."""
+    paths = {m: Path(image) for m, image in images.items() if isinstance(image, (str, Path))}
+    return {m: {"file": path.name, "sha256": content_sha256(path)} for m, path in paths.items()}
+
+
+def _description(modality: str, sources: Sequence[str]) -> str:
+    """What the header says, in the 79 characters it has."""
+    return f"SYNTHETIC {modality} by crossmr {version('crossmr')} from {'+'.join(sources)}"[:79]
+
+
+def settings_record(model: CrossConditionedModel, settings: Settings, reference: Reference | None) -> dict[str, Any]:
+    """Everything that decides the voxels, for the manifest."""
+    return {
+        "model_sha256": model.record.get("sha256"),
+        "sources": list(model.config.sources),
+        "targets": [t for t in model.config.targets if settings.targets is None or t in settings.targets],
+        "guidance": chosen_guidance(model, settings),
+        "ddim_steps": settings.ddim_steps,
+        "samples": samples_drawn(model, settings),
+        "reference": reference and dict(reference.files),
+        "seed": settings.seed,
+        "register": settings.register,
+        "device": model.device.type,
+        "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),
+    }

@@ -1,0 +1,144 @@
+"""Where the head is in a study's volumes, and the linear map of each volume's intensities to [0, 1]."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from crossmr.data.volume import Volume
+from crossmr.errors import StudyError
+
+Array = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Box = tuple[slice, slice, slice]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MEDIANS = 4.0
+"""Width of the intensity scale: the head's median lies at a quarter of it. The median hardly depends on what is
+brightest (scalp where there is a skull, vessels where there is none), as percentiles do: scaled by the 99.9th, the
+brain's T1 lay at .30 in one cohort, at .71 in another."""
+SMALLEST_SIDE = 8
+"""Voxels; a volume with a shorter side than this in two directions is no scan of a head."""
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """The linear map of one volume's intensities to [0, 1]: `low` → 0, `high` → 1."""
+
+    low: float
+    """Intensity of air (the median outside the head), or lower where the head itself is darker (z-scores)."""
+    high: float
+    """Four times (`MEDIANS`) as far above `low` as the median within the head."""
+
+    def apply(self, intensities: Array) -> Array:
+        """Map intensities to [0, 1]; values outside `low`..`high` saturate."""
+        return np.clip(self.scale(intensities), 0, 1)
+
+    def scale(self, intensities: Array) -> Array:
+        """Map intensities without saturating."""
+        return (intensities - np.float32(self.low)) / np.float32(self.high - self.low)
+
+
+def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool]:
+    """Find the head in a study's volumes: bool (Z, Y, X), and whether every background is one exact value.
+
+    The union of the volumes' foregrounds, its largest component, filled slice by slice.
+    """
+    foregrounds = in_threads(lambda _, volume: foreground(volume.data), volumes).values()
+    masked_background = all(exact for _, exact in foregrounds)
+    union = np.logical_or.reduce([mask for mask, _ in foregrounds])
+    if union.any():
+        box = bounding_box(union, 0)
+        union[box] = fill_slices(largest_component(union[box]))
+    if union.sum() < SMALLEST_SIDE**3:
+        raise StudyError(
+            f"{case}: no head was found ({int(union.sum())} voxels above the background) in "
+            f"{', '.join(volumes)}. Look at the volumes, and export them again or leave this study out."
+        )
+    return union, masked_background
+
+
+def foreground(data: Array) -> tuple[Mask, bool]:
+    """Find the head in one volume (Z, Y, X), and tell whether its background is one exact value.
+
+    Where the border of a volume is one exact value (skull-stripped, or masked), all other voxels are the head, unless
+    many of them are air: then, as in any other volume, Otsu's threshold separates tissue from air.
+    """
+    tissue = data > otsu_threshold(data)
+    if tissue.any():
+        box = bounding_box(tissue, 0)  # faster; no step below adds a voxel outside it
+        opened = ndimage.binary_opening(tissue[box])
+        closed = ndimage.binary_closing(np.pad(opened, 3), iterations=3)[3:-3, 3:-3, 3:-3]
+        tissue = np.zeros_like(tissue)
+        tissue[box] = fill_slices(largest_component(closed))
+    faces = [data[0], data[-1], data[:, 0], data[:, -1], data[:, :, 0], data[:, :, -1]]
+    border = np.concatenate([face.ravel() for face in faces])
+    different = data != data[0, 0, 0]
+    if (border == data[0, 0, 0]).mean() >= 0.95 and (different & ~tissue).sum() < 0.25 * different.sum():
+        return different, True
+    return tissue, False
+
+
+def bounding_box(mask: Mask, margin: int) -> Box:
+    """The smallest box around a mask (Z, Y, X), `margin` voxels wider on every side where the volume allows."""
+    inside = [np.flatnonzero(mask.any(others)) for others in ((1, 2), (0, 2), (0, 1))]
+    z, y, x = (
+        slice(max(0, int(indices[0]) - margin), min(n, int(indices[-1]) + 1 + margin))
+        for indices, n in zip(inside, mask.shape, strict=True)
+    )
+    return z, y, x
+
+
+def largest_component(mask: Mask) -> Mask:
+    """The largest connected component of a mask; faces connect."""
+    components, count = ndimage.label(mask)
+    if count <= 1:
+        return mask
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    largest: Mask = components == sizes.argmax()
+    return largest
+
+
+def fill_slices(mask: Mask) -> Mask:
+    """Fill the holes of every axial slice of a mask (Z, Y, X)."""
+    filled: Mask = ndimage.binary_fill_holes(mask, ndimage.generate_binary_structure(2, 1)[None])
+    return filled
+
+
+def otsu_threshold(data: Array) -> float:
+    """Half-way from the darkest voxels to Otsu's threshold (1979), so that dark tissue is not taken for air."""
+    low, high = (float(p) for p in np.percentile(data, (0.5, 98)))
+    top = high if high > low else float(data.max())
+    narrow = top - low < 1024 * np.spacing(np.float32(max(abs(low), abs(top))))  # float32 has no 256 bins there
+    counts, edges = np.histogram(data.astype(np.float64) if narrow else data, bins=256, range=(low, top))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts).astype(float)
+    above = below[-1] - below
+    sum_below = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sum_below / below - (sum_below[-1] - sum_below) / above) ** 2
+    best = int(np.nan_to_num(between).argmax())  # nan where one side is empty
+    return float(low + (centres[best] - low) / 2)
+
+
+def fit_normalisation(data: Array, mask: Mask) -> Normalisation:
+    """Choose the intensities that become 0 and 1, from the voxels inside and outside the head."""
+    inside, outside = data[mask], data[~mask]
+    floor, middle = (float(p) for p in np.percentile(inside, (0.5, 50)))
+    low = min(floor, float(np.median(outside)) if outside.size else 0.0)
+    high = low + MEDIANS * (middle - low)
+    if high <= low:
+        high = float(inside.max())
+    return Normalisation(low=low, high=high if high > low else low + 1.0)
+
+
+def in_threads(function: Callable[[str, Item], Result], items: Mapping[str, Item]) -> dict[str, Result]:
+    """Call a function for every key and item in parallel: NumPy, SciPy and zlib release the interpreter's lock."""
+    with ThreadPoolExecutor(max(1, len(items))) as pool:
+        return dict(zip(items, pool.map(function, items, items.values()), strict=True))

@@ -1,0 +1,1 @@
+"""DICOM: which series a folder holds, which contrast each is, conversion to NIfTI, and derived series out."""

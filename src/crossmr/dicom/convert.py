@@ -1,0 +1,328 @@
+"""Folders of DICOM from a scanner or an archive: sorted by pydicom, converted to NIfTI by dcm2niix.
+
+An extra (`pip install crossmr[dicom]`). dcm2niix is the converter that most of the field uses: it handles the vendors'
+peculiarities, enhanced multi-frame images and most transfer syntaxes, and its wheel contains the program. contrast.py
+recognises the contrast of a series from its tags. Cases get pseudonyms unless names are to be kept.
+"""
+
+import importlib.util
+import itertools
+import math
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from crossmr.data.naming import in_usual_order
+from crossmr.data.volume import on_grid, read_volume, write_volume
+from crossmr.dicom.series import Series, find_series, import_pydicom
+from crossmr.display import SILENT, Display
+from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
+from crossmr.files import digest, locked, read_json, remove, write_json
+
+FORMAT = "crossmr-scans"
+ALIKE = 1.2
+"""Two series whose voxels differ by less than this factor count as equally fine, and the later one is taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scans:
+    """A study that was converted, or refused."""
+
+    case: str
+    series: Mapping[str, Series]
+    """Modality → the series that was converted."""
+    left_out: Mapping[str, str]
+    """Name of a series → why it was not taken."""
+    refused: str = ""
+    """Why nothing of the study was converted; empty where it was."""
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def convert(
+    folder: Path,
+    out: Path,
+    *,
+    mapping: Mapping[str, str] | None = None,
+    keep_names: bool = False,
+    exclude: Path | None = None,
+    display: Display = SILENT,
+) -> list[Scans]:
+    """Convert every study of a folder of DICOM into OUT/CASE/CASE-MODALITY.nii.gz, on the series' own grids.
+
+    OUT/CASE/series.json says which series were taken and left out, and why. It is written last; a case that has it is
+    not converted again.
+
+    Args:
+        folder: searched at any depth.
+        out: the folder to write to.
+        mapping: modality → glob on the series' description, for what tags cannot tell.
+        keep_names: name cases after patient ID and date, not after hashes of UIDs (`sub-1f0c…_ses-77ab…`).
+        exclude: a folder that is not searched; by default `out`.
+        display: where progress is shown.
+
+    Raises:
+        ConfigError: pydicom or dcm2niix is not installed. NamingError: no MR image. OutputError: OUT cannot be written.
+    """
+    with locked(out):
+        converter = _converter()
+        all_series = find_series(folder, mapping, exclude or out)
+        if not all_series:
+            raise NamingError(f"{folder}: no MR image in it or below. Give the folder of the studies' DICOM files.")
+        studies: dict[str, list[Series]] = defaultdict(list)
+        for series in all_series:
+            studies[series.study].append(series)
+        cases = _cases(all_series, keep_names)
+        converted = []
+        with display.task("convert", len(studies)) as task:
+            for study in sorted(studies, key=cases.__getitem__):
+                converted.append(_convert_study(cases[study], studies[study], out, converter, keep_names))
+                task.advance(cases[study])
+        return converted
+
+
+def _choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, str], list[str]]:
+    """Modality → its series, name of each other series → why it was left out, and notes for a reader."""
+    chosen: dict[str, Series] = {}
+    left_out: dict[str, str] = {}
+    notes: list[str] = []
+    for series in all_series:
+        if series.modality is None:
+            left_out[_unique_name(series, left_out)] = series.why
+    for modality in in_usual_order({s.modality for s in all_series if s.modality}):
+        candidates = [s for s in all_series if s.modality == modality]
+        # Of several T1, none of which is known to be enhanced, one may be: the agent is given last.
+        unsure = modality == "t1n" and len(candidates) > 1 and not any(s.modality == "t1c" for s in all_series)
+        best = candidates[0]
+        for candidate in candidates[1:]:
+            if _preferred(candidate, best, earlier=unsure):
+                best = candidate
+        chosen[modality] = best
+        for candidate in candidates:
+            if candidate is not best:
+                why = f"another {modality}, {_difference(candidate, best)} {best.name}"
+                left_out[_unique_name(candidate, left_out)] = why
+        if unsure:
+            listed = ", ".join(s.name for s in candidates)
+            notes.append(
+                f"{listed} are T1, and no tag says which was acquired with contrast agent; {best.name} was taken for "
+                "the one without. Name it with --map t1c='DESCRIPTION' if that is wrong."
+            )
+    return chosen, left_out, notes
+
+
+def _preferred(series: Series, other: Series, *, earlier: bool) -> bool:
+    """Whether to take `series`: original before derived, then the finer, then the later, or, if asked, the earlier.
+
+    Where the earlier is wanted, one whose tags say that no agent was given comes before both.
+    """
+    rank, other_rank = (series.original, _coarser(other, series)), (other.original, _coarser(series, other))
+    if rank != other_rank:
+        return rank > other_rank
+    if not earlier:
+        return series.time >= other.time
+    plain, other_plain = series.acquisition.agent is False, other.acquisition.agent is False
+    return plain if plain != other_plain else series.time < other.time
+
+
+def _difference(series: Series, best: Series) -> str:
+    """In what a series is inferior to the one that was chosen."""
+    if series.original < best.original:
+        return "derived, unlike"
+    if _coarser(series, best):
+        return "coarser than"
+    return "earlier than" if series.time <= best.time else "later than"
+
+
+def _unique_name(series: Series, names: Collection[str]) -> str:
+    """The series' name, numbered where there is one of this name already."""
+    numbered = (series.name if k == 1 else f"{series.name} ({k})" for k in itertools.count(1))
+    return next(name for name in numbered if name not in names)
+
+
+def _coarser(a: Series, b: Series) -> bool:
+    """Whether a's voxels are longer than b's, or, where they are about as long, larger."""
+    longest = max(a.voxel_mm), max(b.voxel_mm)
+    if max(longest) > ALIKE * min(longest):
+        return longest[0] > longest[1]
+    return math.prod(a.voxel_mm) > ALIKE * math.prod(b.voxel_mm)
+
+
+def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter: str, keep_names: bool) -> Scans:
+    """Convert one study; its faults are returned, not raised."""
+    chosen, left_out, notes = _choose(all_series)
+    folder = out / case
+    if not chosen:
+        _clear(folder, case, ())
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        return Scans(
+            case,
+            {},
+            left_out,
+            refused=f"{case}: no T1, T1ce, T2, FLAIR or PD among its {len(all_series)} series ({reasons}). "
+            "Export the series that are missing, or name one with --map t1n='DESCRIPTION'.",
+        )
+    record = {
+        "format": FORMAT,
+        "case": case,
+        "of": digest("\n".join(image.sop_instance for series in chosen.values() for image in series.images)),
+        "taken": {m: _described(s, keep_names) for m, s in chosen.items()},
+        "left_out": left_out,
+        "notes": notes,
+    }
+    scans = Scans(case, chosen, left_out, notes=notes)
+    paths = {m: folder / f"{case}-{m}.nii.gz" for m in chosen}
+    if _is_done(folder / "series.json", record, paths.values()):
+        return scans
+    try:
+        (folder / "series.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder / 'series.json'} could not be written: {error.strerror}. Name another folder."
+        ) from error
+    _clear(folder, case, paths.values())
+    faults = []
+    for modality, series in chosen.items():
+        try:
+            _convert_series(case, series, paths[modality], converter)
+        except OutputError:
+            raise
+        except CrossmrError as error:
+            faults.append(str(error))
+    if faults:  # without one of its scans the study would look incomplete, and the scan would be synthesised
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+        return replace(scans, series={}, refused="; ".join(faults))
+    write_json(folder / "series.json", record)
+    return scans
+
+
+def _is_done(path: Path, record: Mapping[str, Any], images: Collection[Path]) -> bool:
+    """Whether an earlier conversion wrote this very record and all its images.
+
+    Raises:
+        OutputError: the file is not crossmr's.
+    """
+    if not path.exists():
+        return False
+    earlier = read_json(path, OutputError)
+    if earlier.get("format") != FORMAT:
+        raise OutputError(f"{path} is not crossmr's, so it is not replaced. Name another folder.")
+    return earlier == record and all(image.exists() for image in images)
+
+
+def _clear(folder: Path, case: str, keep: Collection[Path]) -> None:
+    """Delete the images of an earlier conversion that are not in `keep`."""
+    for path in sorted(folder.glob(f"{case}-*.nii.gz")):
+        if path not in keep and path.name != f"{case}-seg.nii.gz":
+            remove(path)
+
+
+def _described(series: Series, keep_names: bool) -> dict[str, Any]:
+    """A series' entry in series.json; its description may name the patient."""
+    entry = {"series": series.number, "why": series.why, "images": len(series.images)}
+    return {**entry, "description": series.acquisition.description} if keep_names else entry
+
+
+def _convert_series(case: str, series: Series, path: Path, converter: str) -> None:
+    """Convert one series to one NIfTI file, without the texts that dcm2niix writes into its header."""
+    with tempfile.TemporaryDirectory(prefix="crossmr-") as temporary:
+        inside = Path(temporary, "in")
+        inside.mkdir()
+        links = [inside / f"{index:05d}.dcm" for index in range(len(series.images))]
+        for image, link in zip(series.images, links, strict=True):
+            _link(image.path, link)
+        volumes, complaint = _run(converter, inside, Path(temporary, "out"))
+        if not volumes:  # such as deflated images, which pydicom can read
+            for image, link in zip(series.images, links, strict=True):
+                link.unlink()
+                _unpack(case, series, image.path, link)
+            volumes, complaint = _run(converter, inside, Path(temporary, "out"))
+        if len(volumes) != 1:
+            hint = f" (dcm2niix: {complaint.replace(temporary, '')})" if complaint else ""
+            raise StudyError(
+                f"{case}: {series.name} became {len(volumes) or 'no'} volumes, wanted one{hint}. "
+                "Export it again, or leave it out of the folder."
+            )
+        volume = read_volume(volumes[0], name=f"{case}: {series.name}")
+        write_volume(on_grid(volume.data, volume, description="acquired"), path)
+
+
+def _run(converter: str, inside: Path, outside: Path) -> tuple[list[Path], str]:
+    """Run dcm2niix on a folder that holds one series; returns the volumes and its first error or warning."""
+    outside.mkdir(exist_ok=True)
+    # no rotation, no cropping, no defaults of the user; scaled for display; slices merged to one volume
+    options = ["-g", "i", "-b", "n", "-z", "n", "-x", "i", "-p", "n", "-m", "y", "-w", "1", "-d", "0", "-f", "volume"]
+    result = subprocess.run(
+        [converter, *options, "-o", outside, inside], capture_output=True, text=True, errors="replace"
+    )
+    complaint = re.search(r"(?:Error|Warning|Unsupported)[^\n]*", result.stdout + result.stderr)
+    return sorted(outside.glob("*.nii")), complaint[0] if complaint else ""
+
+
+def _unpack(case: str, series: Series, path: Path, unpacked: Path) -> None:
+    """Write an image without compression.
+
+    Raises:
+        StudyError: pydicom cannot read it.
+    """
+    pydicom = import_pydicom()
+    try:
+        image = pydicom.dcmread(path, force=True)
+        if image.file_meta.TransferSyntaxUID.is_compressed and not image.file_meta.TransferSyntaxUID.is_deflated:
+            image.decompress()
+        else:
+            image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        image.save_as(unpacked, enforce_file_format=True)
+    except Exception as error:  # pydicom raises whatever its parsing runs into
+        reason = " ".join(str(error).split())
+        raise StudyError(
+            f"{case}: {series.name} cannot be read by dcm2niix, nor by pydicom ({reason}). "
+            "Export it again without compression, or leave it out of the folder."
+        ) from error
+
+
+def _link(path: Path, link: Path) -> None:
+    try:
+        link.symlink_to(path.resolve())
+    except OSError:  # no links on this file system
+        shutil.copyfile(path, link)
+
+
+def _cases(all_series: Sequence[Series], keep_names: bool) -> dict[str, str]:
+    """Study UID → case; studies of one patient share the `sub-`."""
+    first: dict[str, str] = {}
+    for series in sorted(all_series, key=lambda s: (s.date, s.study)):
+        first.setdefault(series.patient or series.study, series.study)
+    cases: dict[str, str] = {}
+    for series in all_series:
+        subject, session = digest(first[series.patient or series.study])[:10], digest(series.study)[:8]
+        if keep_names:
+            subject = re.sub("[^A-Za-z0-9]", "", series.patient) or subject
+            session = re.sub("[^A-Za-z0-9]", "", series.date) or session
+        cases[series.study] = f"sub-{subject}_ses-{session}"
+    names = list(cases.values())
+    return {
+        study: case if names.count(case) == 1 else f"{case}x{digest(study)[:6]}"  # two examinations in one day
+        for study, case in cases.items()
+    }
+
+
+def _converter() -> str:
+    """Path of dcm2niix: the wheel's, else that on PATH.
+
+    The wheel is not imported: some of its releases contain no program and download it on import.
+    """
+    import_pydicom()
+    wheel = importlib.util.find_spec("dcm2niix")
+    places = [] if wheel is None or wheel.origin is None else [str(Path(wheel.origin).parent)]
+    program = shutil.which("dcm2niix", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
+    if program is None:
+        raise ConfigError("DICOM needs dcm2niix. Install it with: pip install 'crossmr[dicom]'")
+    return program

@@ -1,0 +1,352 @@
+"""The series in a folder of DICOM, read by pydicom: positions, acquisition and contrast of their images.
+
+pydicom is an extra (`pip install crossmr[dicom]`). contrast.py recognises the contrast from the tags.
+"""
+
+import fnmatch
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from crossmr.data.naming import BIDS_ROOT, is_nifti, mapping_key, recognise
+from crossmr.dicom.contrast import Acquisition, Verdict, names_agent, recognise_contrast
+from crossmr.display import SILENT, Display
+from crossmr.errors import ConfigError, NamingError
+from crossmr.files import walk
+
+FEWEST_SLICES = 8
+UNEVEN = 0.05
+"""Fraction of the slice distance by which single distances may differ from it."""
+_TAGS = (
+    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID", "StudyDate"),
+    *("Modality", "ImageType", "SeriesNumber", "SeriesDescription", "ProtocolName", "AcquisitionTime", "SeriesTime"),
+    *("ScanningSequence", "SequenceVariant", "RepetitionTime", "EchoTime", "InversionTime", "AngioFlag"),
+    *("ContrastBolusAgent", "ContrastBolusAgentSequence", "ContrastBolusVolume", "AcquisitionContrast"),
+    *("DiffusionBValue", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns"),
+    *("NumberOfFrames", "EchoPulseSequence", "InversionRecovery", "SamplesPerPixel", "ManufacturerModelName"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+)
+_MR = frozenset(
+    {
+        "1.2.840.10008.5.1.4.1.1.4",  # MR
+        "1.2.840.10008.5.1.4.1.1.4.1",  # enhanced MR
+        "1.2.840.10008.5.1.4.1.1.4.4",  # legacy converted enhanced MR
+    }
+)
+_ENHANCED = _MR - {"1.2.840.10008.5.1.4.1.1.4"}
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DicomImage:
+    """One file: its UIDs and its position."""
+
+    path: Path
+    sop_class: str
+    sop_instance: str
+    position: Floats
+    """(3,) of its first voxel's centre, LPS, mm; of an enhanced image (F, 3)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """One series of MR images: of a known contrast, or left out for a reason."""
+
+    patient: str
+    study: str
+    """UID of the study."""
+    date: str
+    number: int | None
+    time: str
+    images: tuple[DicomImage, ...]
+    orientation: Floats
+    """(2, 3) directions of rows and columns, LPS; empty where unknown."""
+    voxel_mm: tuple[float, ...]
+    acquisition: Acquisition
+    original: bool
+    """Image Type says ORIGINAL."""
+    modality: str | None
+    why: str
+    """The tags by which its contrast was recognised, or why it was left out."""
+
+    @cached_property
+    def name(self) -> str:
+        """For messages."""
+        return "series without a number" if self.number is None else f"series {self.number}"
+
+
+def holds_dicom(
+    folder: Path,
+    mapping: Mapping[str, str] | None = None,
+    *,
+    exclude: Path | None = None,
+    display: Display = SILENT,
+) -> bool:
+    """Whether a folder is to be read as DICOM: it holds DICOM, and no NIfTI whose name says a contrast.
+
+    Where it holds both, `display` says that the DICOM is passed over. `exclude` is a folder in it that is not searched,
+    `mapping` as in `find_studies`.
+    """
+    nifti: list[Path] = []
+    others: list[Path] = []
+    for path in _files(folder, exclude):
+        (nifti if is_nifti(path.name) else others).append(path)
+    named = [study.case for study in recognise(nifti, mapping) if study.candidates]
+    if named and (folder / BIDS_ROOT).exists():  # any DICOM in it is its source data: not worth a search, nor a message
+        return False
+    dicom = next((path for path in others if path.name.upper() == "DICOMDIR" or _is_dicom(path)), None)
+    if dicom is not None and named:
+        display.say(
+            f"{folder} holds NIfTI ({', '.join(named[:3])}{', …' if len(named) > 3 else ''}) and DICOM ({dicom.name}): "
+            "the DICOM is passed over. Give the folder of the DICOM alone to complete that."
+        )
+    return dicom is not None and not named
+
+
+def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude: Path | None = None) -> list[Series]:
+    """Every series of MR images under a folder, with its contrast, or the reason for leaving it out; sorted.
+
+    `mapping` and `exclude` as in `convert`.
+    """
+    pydicom = import_pydicom()
+    mapping = {mapping_key(key): glob for key, glob in mapping.items()} if mapping else None
+    groups: dict[tuple[Any, ...], list[tuple[Path, Any]]] = defaultdict(list)
+    instances: set[str] = set()
+    with pydicom.config.disable_value_validation():
+        for path in _files(folder, exclude):
+            header = _header(pydicom, path)
+            if header is None or str(header.get("Modality", "MR")) != "MR" or header.SOPClassUID not in _MR:
+                continue
+            if header.SOPInstanceUID in instances:  # the same image twice in one export
+                continue
+            instances.add(str(header.SOPInstanceUID))
+            key = (
+                _study(header, path),
+                str(header.get("SeriesInstanceUID", header.get("SeriesNumber", path.parent))),
+                "" if header.SOPClassUID in _ENHANCED else str(_number(header, "EchoTime")),
+                "" if header.SOPClassUID in _ENHANCED else "\\".join(_texts(header, "ImageType")),
+            )
+            groups[key].append((path, header))
+        series = [_series(files, mapping) for files in groups.values()]
+    return sorted(series, key=lambda s: (s.patient, s.date, s.study, s.number or 0, s.time, str(s.images[0].path)))
+
+
+def _series(files: Sequence[tuple[Path, Any]], mapping: Mapping[str, str] | None) -> Series:
+    """One series from the paths and tags of its files."""
+    first_path, first = files[0]
+    images, orientations, spacings = [], [], []
+    for path, header in files:
+        position, orientation, spacing = _geometry(header)
+        images.append(DicomImage(path, str(header.SOPClassUID), str(header.SOPInstanceUID), position))
+        orientations.append(orientation)
+        spacings.append(spacing)
+    acquisition = _acquisition(first)
+    fault, slice_distance = _fault(images, orientations)
+    verdict = _verdict(first, acquisition, mapping)
+    if verdict.modality is not None and fault:
+        verdict = Verdict(None, fault, True)
+    return Series(
+        patient=str(first.get("PatientID", "")),
+        study=_study(first, first_path),
+        date=str(first.get("StudyDate", "")),
+        number=None if (number := _number(first, "SeriesNumber")) is None else int(number),
+        time=str(first.get("AcquisitionTime", "") or first.get("SeriesTime", "")),
+        images=tuple(images),
+        orientation=orientations[0],
+        voxel_mm=tuple(float(side) for side in (*spacings[0], slice_distance)),
+        acquisition=acquisition,
+        original="DERIVED" not in acquisition.kinds,
+        modality=verdict.modality,
+        why=verdict.why,
+    )
+
+
+def _verdict(header: Any, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Verdict:
+    """The contrast of a series: by its tags, or by the pattern of `mapping` that its description matches."""
+    if int(header.get("SamplesPerPixel", 1) or 1) != 1:
+        return Verdict(None, "in colour", True)
+    description = acquisition.description
+    if description.upper().startswith("SYNTHETIC") or header.get("ManufacturerModelName") == "crossmr":
+        return Verdict(None, "itself synthetic", True)
+    verdict = recognise_contrast(acquisition)
+    for modality, glob in (mapping or {}).items():
+        if fnmatch.fnmatchcase(description, glob):
+            return Verdict(modality, "named so by --map", True)
+    if mapping and verdict.modality in mapping:
+        return Verdict(None, f"not the {verdict.modality} that --map names", True)
+    return verdict
+
+
+def _study(header: Any, path: Path) -> str:
+    """The study's UID; where it was removed, patient, date and folder in its place."""
+    return str(header.get("StudyInstanceUID") or (header.get("PatientID"), header.get("StudyDate"), path.parent))
+
+
+def _fault(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> tuple[str, float]:
+    """Why these images are no volume, '' if they are one, and the distance of the slices in mm."""
+    first = orientations[0]
+    if any(o.shape != (2, 3) for o in orientations):
+        return "its images do not say where they lie", 0.0
+    if any(not np.allclose(o, first, atol=1e-3) for o in orientations):
+        return "its slices lie in several directions, as a localiser's", 0.0
+    normal = np.cross(*first)
+    along = np.sort(np.concatenate([np.atleast_2d(image.position) @ normal for image in images]))
+    steps = np.diff(along)
+    if len(along) < FEWEST_SLICES:
+        return f"{len(along)} slices only", 0.0
+    step = float(np.median(steps))
+    if (steps < 0.01).any():
+        return "several images lie at one place: echoes, times or directions that its tags do not tell apart", step
+    if (np.abs(steps - step) > max(UNEVEN * step, 0.02)).any():
+        k = int(np.argmax(np.abs(steps - step)))
+        return (
+            f"its slices are {step:.2f} mm apart, but {steps[k]:.2f} mm between the {k + 1}th and the next of "
+            f"{len(along)}: some are missing. Export the whole series"
+        ), step
+    return "", step
+
+
+def _geometry(image: Any) -> tuple[Floats, Floats, Floats]:
+    """Position (3,), or (F, 3) of an enhanced image, orientation (2, 3) and pixel spacing (2,); empty where missing."""
+    nothing = np.zeros(0)
+    orientation = _numbers(_find(image, "ImageOrientationPatient"))
+    spacing = _numbers(_find(image, "PixelSpacing"))
+    frames = image.get("PerFrameFunctionalGroupsSequence") or [image]
+    positions = [_numbers(_find(frame, "ImagePositionPatient")) for frame in frames]
+    if len(orientation) != 6 or len(spacing) != 2 or any(len(p) != 3 for p in positions):
+        return nothing, nothing, nothing
+    position = np.stack(positions) if image.SOPClassUID in _ENHANCED else positions[0]
+    return position, orientation.reshape(2, 3), spacing
+
+
+def _acquisition(header: Any) -> Acquisition:
+    """The tags that tell contrasts apart."""
+    pulse = {"SPIN": {"SE"}, "GRADIENT": {"GR"}, "BOTH": {"SE", "GR"}}.get(
+        str(_find(header, "EchoPulseSequence")), set()
+    )
+    families = {*_texts(header, "ScanningSequence"), *pulse} | (
+        {"IR"} if _find(header, "InversionRecovery") == "YES" else set()
+    )
+    b_value = _number(header, "DiffusionBValue")
+    agent = names_agent(str(header.get("ContrastBolusAgent") or ""))
+    injected = (_number(header, "ContrastBolusVolume") or 0) > 0
+    if header.get("ContrastBolusAgentSequence") or (agent is None and injected):
+        agent = True
+    return Acquisition(
+        families=frozenset(families),
+        variants=frozenset(_texts(header, "SequenceVariant")),
+        tr_ms=_number(header, "RepetitionTime"),
+        te_ms=_first(_number(header, "EffectiveEchoTime"), _number(header, "EchoTime")),
+        ti_ms=_first(_number(header, "InversionTime"), _number(header, "InversionTimes")),
+        agent=agent,
+        acquired=str(_find(header, "AcquisitionContrast") or ""),
+        kinds=frozenset({*_texts(header, "ImageType"), *_texts(header, "FrameType")}),
+        angiography=header.get("AngioFlag") == "Y",
+        diffusion=b_value is not None and b_value > 0,
+        description=str(header.get("SeriesDescription") or header.get("ProtocolName") or ""),
+    )
+
+
+def _files(folder: Path, exclude: Path | None = None) -> Iterator[Path]:
+    """Every file under a folder that is neither hidden nor below `exclude`; sorted, links followed."""
+    root = Path(os.path.abspath(folder))
+    if os.path.isfile(root):
+        raise NamingError(f"{folder}: is a file, not a folder: give the folder that holds it.")
+    for place, folders, files in walk(root) if os.path.isdir(root) else ():
+        folders[:] = [f for f in folders if exclude is None or os.path.join(place, f) != os.path.abspath(exclude)]
+        yield from (Path(place, name) for name in files)
+
+
+def _is_dicom(path: Path) -> bool:
+    """Whether a file begins as DICOM does; a file without a preamble begins with group 0002 or 0008."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(132)
+    except OSError:
+        return False
+    return start[128:132] == b"DICM" or (
+        len(start) > 8 and start[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x02\x00\x00\x00")
+    )
+
+
+def _header(pydicom: Any, path: Path) -> Any:
+    """A file's tags, or None where it is no DICOM image."""
+    if path.name.upper() == "DICOMDIR" or not _is_dicom(path):
+        return None
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS))
+        _drop_broken(header)
+        return header if header.get("SOPClassUID") and header.get("SOPInstanceUID") else None
+    except Exception:  # pydicom raises whatever its parsing runs into
+        return None
+
+
+def _drop_broken(item: Any) -> None:
+    """Delete elements whose values cannot be parsed; pydicom parses them only when they are read."""
+    for tag in list(item.keys()):
+        try:
+            element = item[tag]
+            if element.VR == "SQ":
+                for nested in element.value:
+                    _drop_broken(nested)
+        except Exception:  # whatever pydicom's parsing runs into
+            del item[tag]
+
+
+def _find(item: Any, keyword: str) -> Any:
+    """The value of a tag in the image, or in the functional groups that are shared or of its first frame."""
+    if keyword in item and item.get(keyword) not in (None, ""):
+        return item.get(keyword)
+    for element in item:
+        if element.VR == "SQ" and element.value and element.keyword != "ReferencedImageSequence":
+            value = _find(element.value[0], keyword)
+            if value is not None:
+                return value
+    return None
+
+
+def _number(item: Any, keyword: str) -> float | None:
+    try:
+        value = _find(item, keyword)
+        number = float(value[0] if isinstance(value, (list, tuple)) or hasattr(value, "append") else value)
+    except (TypeError, ValueError, IndexError):
+        return None
+    return number if np.isfinite(number) else None
+
+
+def _numbers(value: Any) -> Floats:
+    try:
+        return np.atleast_1d(np.array(value, dtype=np.float64)) if value is not None else np.zeros(0)
+    except (TypeError, ValueError):
+        return np.zeros(0)
+
+
+def _texts(item: Any, keyword: str) -> list[str]:
+    value = _find(item, keyword)
+    if value is None:
+        return []
+    return [str(value).strip()] if isinstance(value, str) else [str(part).strip() for part in value]
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
+
+
+def import_pydicom() -> Any:
+    """The module pydicom, or a ConfigError that says how to install it."""
+    try:
+        import pydicom
+        import pydicom.config
+    except ImportError as error:
+        raise ConfigError(
+            "DICOM needs pydicom and dcm2niix. Install them with: pip install 'crossmr[dicom]'"
+        ) from error
+    return pydicom

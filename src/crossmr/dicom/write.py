@@ -1,0 +1,256 @@
+r"""Synthetic volumes as DICOM: a series of MR images for any archive, marked as derived in every image.
+
+It has its own series and image UIDs, and shares the scans' study and frame of reference. Image Type is
+`DERIVED\SECONDARY`, the description starts with SYNTHETIC, and the source images and the program are named (DICOM PS3.3
+A.4, C.7.6.1, C.7.5.1). An extra.
+"""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+import pydicom.config
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.valuerep import DSfloat
+
+from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.data.volume import DicomSlices, Volume, as_dicom_slices
+from crossmr.dicom.series import DicomImage, Series
+from crossmr.errors import OutputError, VolumeError
+from crossmr.files import PARTIAL
+
+STEPS = 10000
+"""Stored integer that stands for 1: most archives expect integers."""
+_SERIES_NUMBERS = 9000
+"""The lowest number of a derived series."""
+
+# Patient, study and coordinates: copied from the scan.
+_COPIED = (
+    *("SpecificCharacterSet", "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
+    *("PatientAge", "PatientSize", "PatientWeight", "OtherPatientIDs", "PatientIdentityRemoved"),
+    *("DeidentificationMethod", "StudyInstanceUID", "StudyID", "StudyDate", "StudyTime", "StudyDescription"),
+    *("AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID", "PositionReferenceIndicator"),
+    *("PatientPosition", "BodyPartExamined", "MagneticFieldStrength", "InstitutionName"),
+)
+_REQUIRED = (
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime"),
+    *("AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator"),
+)
+"""Type 2: they must be present, but may be empty."""
+_MR_STORAGE = "1.2.840.10008.5.1.4.1.1.4"
+
+
+@dataclass(frozen=True, eq=False)
+class DerivedSeries:
+    """What a series of synthetic images is, and what it was derived from."""
+
+    modality: str
+    like: Series
+    """The series whose patient, study and frame of reference it shares."""
+    sources: Mapping[str, Series]
+    """Modality → series that it was synthesised from."""
+    description: str
+    """How it was derived, and what to beware of."""
+    settings: str
+    """Whatever determines the voxels; the UIDs follow from it and from the voxels, so that the same synthesis has the
+    same UIDs."""
+    created: datetime
+    kind: str = ""
+    """'std' for a standard deviation, '' for an image."""
+
+    @property
+    def number(self) -> int:
+        """Series Number."""
+        place = list(DISPLAY_NAMES).index(self.modality) if self.modality in DISPLAY_NAMES else 9
+        return _SERIES_NUMBERS + 10 * place + bool(self.kind)
+
+    @property
+    def title(self) -> str:
+        """Series Description, at most 64 characters."""
+        name = DISPLAY_NAMES.get(self.modality, self.modality)
+        return f"SYNTHETIC {name}{f' {self.kind}' if self.kind else ''} (crossmr)"[:64]
+
+
+def write_derived(folder: Path, array: npt.NDArray[np.float32], grid: Volume, series: DerivedSeries) -> Path:
+    """Write a volume as a folder of MR images, completely or not at all.
+
+    Args:
+        folder: becomes the series' folder; an older one of this name is replaced.
+        array: (Z, Y, X) within [0, 1], on `grid`.
+        grid: the volume that was converted from `series.like`.
+        series: what the images are.
+
+    Raises:
+        OutputError: the folder cannot be written. VolumeError: the scan's tags can no longer be read.
+    """
+    slices = as_dicom_slices(array, grid)
+    stored = np.rint(np.clip(slices.pixels, 0, 1) * STEPS).astype("<u2")
+    with pydicom.config.disable_value_validation():
+        common = _common(series, slices, stored)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL))
+            try:
+                for index, (pixels, position) in enumerate(zip(stored, slices.positions, strict=True), 1):
+                    image = _image(common, index, pixels, position)
+                    nearest = _nearest(series.sources, position, slices.orientation)
+                    image.SourceImageSequence = [_source(source) for source in nearest]
+                    image.SliceLocation = _decimals([position @ np.cross(*slices.orientation)])[0]
+                    image.save_as(temporary / f"{index:04d}.dcm", enforce_file_format=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.chmod(temporary, 0o755)
+                os.replace(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except OSError as error:
+            raise OutputError(f"{folder} could not be written: {error.strerror or error}. Check free space.") from error
+    return folder
+
+
+def _image(common: Dataset, index: int, pixels: npt.NDArray[np.uint16], position: npt.NDArray[np.float64]) -> Dataset:
+    """One image (rows, columns) with its own tags, numbered from 1, beside those that all images share."""
+    image = FileDataset(None, {}, preamble=bytes(128))
+    image.update(common)
+    image.SOPInstanceUID = _uid(f"{common.SeriesInstanceUID} {index}")
+    image.InstanceNumber = index
+    image.ImagePositionPatient = _decimals(position)
+    image.PixelData = pixels.tobytes()
+    image["PixelData"].VR = "OW"
+    image.file_meta = FileMetaDataset()
+    image.file_meta.MediaStorageSOPClassUID = _MR_STORAGE
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
+    image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    image.file_meta.ImplementationClassUID = _uid("crossmr implementation")
+    image.file_meta.ImplementationVersionName = f"CROSSMR {version('crossmr')}"[:16]
+    return image
+
+
+def _common(series: DerivedSeries, slices: DicomSlices, stored: npt.NDArray[np.uint16]) -> Dataset:
+    """The tags that all images of the series share."""
+    try:
+        scan = pydicom.dcmread(series.like.images[0].path, stop_before_pixels=True, force=True)
+    except Exception as error:  # pydicom raises whatever its parsing runs into
+        raise VolumeError(f"{series.like.name}: its DICOM tags can no longer be read ({error}).") from error
+    common = Dataset()
+    _add_patient(common, scan, series)
+    _add_origin(common, scan, series.created)
+    _add_pixels(common, slices, stored.shape[1:])
+    voxels = uuid.uuid5(uuid.NAMESPACE_OID, stored.tobytes().hex())
+    identity = f"{series.settings} {series.modality} {series.kind} {voxels}"
+    common.SeriesInstanceUID = _uid(f"{common.StudyInstanceUID} {identity}")
+    common.SeriesNumber = series.number
+    common.SeriesDescription = series.title
+    common.DerivationDescription = series.description[:1024]
+    return common
+
+
+def _add_patient(common: Dataset, scan: Dataset, series: DerivedSeries) -> None:
+    """Copy patient, study and frame of reference from the scan."""
+    for keyword in _COPIED:
+        if keyword in scan:
+            common[keyword] = scan[keyword]
+    for keyword in _REQUIRED:
+        if keyword not in common:
+            setattr(common, keyword, "")
+    if not common.get("FrameOfReferenceUID"):
+        common.FrameOfReferenceUID = _uid(f"{scan.get('StudyInstanceUID')} frame of reference")
+    if not common.get("StudyInstanceUID"):  # removed by whoever shared the scans
+        common.StudyInstanceUID = _uid(series.like.study)
+    common.BodyPartExamined = common.get("BodyPartExamined") or "BRAIN"
+
+
+def _add_origin(common: Dataset, scan: Dataset, created: datetime) -> None:
+    """State that the images are derived, when, and by which program."""
+    common.SOPClassUID = _MR_STORAGE
+    common.Modality = "MR"
+    common.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+    common.SeriesDate = common.ContentDate = common.InstanceCreationDate = created.strftime("%Y%m%d")
+    common.SeriesTime = common.ContentTime = common.InstanceCreationTime = created.strftime("%H%M%S")
+    common.Manufacturer = common.ManufacturerModelName = "crossmr"
+    common.SoftwareVersions = version("crossmr")
+    common.ContributingEquipmentSequence = [_equipment(created)]
+    common.AcquisitionNumber = ""
+    common.LossyImageCompression = str(scan.get("LossyImageCompression") or "00")
+    common.BurnedInAnnotation = "NO"
+    # nothing was acquired: research mode, and no times
+    common.ScanningSequence, common.SequenceVariant = "RM", "NONE"
+    common.ScanOptions = common.MRAcquisitionType = common.EchoTime = common.EchoTrainLength = ""
+    common.RepetitionTime = ""
+
+
+def _add_pixels(common: Dataset, slices: DicomSlices, shape: Sequence[int]) -> None:
+    """Describe geometry, storage and scale of the pixels; `shape` is (rows, columns)."""
+    distance, rows, columns = slices.spacing_mm
+    common.PixelSpacing = _decimals([rows, columns])
+    common.SliceThickness = common.SpacingBetweenSlices = _decimals([distance])[0]
+    common.ImageOrientationPatient = _decimals(np.ravel(slices.orientation))
+    common.SamplesPerPixel, common.PhotometricInterpretation = 1, "MONOCHROME2"
+    common.Rows, common.Columns = shape
+    common.BitsAllocated, common.BitsStored, common.HighBit, common.PixelRepresentation = 16, 16, 15, 0
+    common.WindowCenter, common.WindowWidth = STEPS // 2, STEPS
+    common.WindowCenterWidthExplanation = "SYNTHETIC"
+    scale = Dataset()
+    scale.LUTLabel, scale.LUTExplanation = "NORMALISED", "0 is air, 1 four times the median of the head"
+    scale.RealWorldValueFirstValueMapped, scale.RealWorldValueLastValueMapped = 0, STEPS
+    scale.RealWorldValueIntercept, scale.RealWorldValueSlope = 0.0, 1 / STEPS
+    scale.MeasurementUnitsCodeSequence = [_code("1", "UCUM", "no units")]
+    for keyword in ("RealWorldValueFirstValueMapped", "RealWorldValueLastValueMapped"):
+        scale[keyword].VR = "US"
+    common.RealWorldValueMappingSequence = [scale]
+
+
+def _equipment(created: datetime) -> Dataset:
+    equipment = Dataset()
+    equipment.PurposeOfReferenceCodeSequence = [_code("109102", "DCM", "Processing Equipment")]
+    equipment.Manufacturer = equipment.ManufacturerModelName = "crossmr"
+    equipment.SoftwareVersions = version("crossmr")
+    equipment.ContributionDateTime = created.strftime("%Y%m%d%H%M%S")
+    equipment.ContributionDescription = "Synthesis of an MR contrast that was not acquired; research use only"
+    return equipment
+
+
+def _source(image: DicomImage) -> Dataset:
+    source = Dataset()
+    source.ReferencedSOPClassUID, source.ReferencedSOPInstanceUID = image.sop_class, image.sop_instance
+    source.PurposeOfReferenceCodeSequence = [_code("121322", "DCM", "Source image for image processing operation")]
+    return source
+
+
+def _nearest(sources: Mapping[str, Series], position: Any, orientation: Any) -> list[DicomImage]:
+    """The image nearest to a slice of each parallel source series, and all images of any other."""
+    normal = np.cross(*orientation)
+
+    def distance(image: DicomImage) -> float:
+        return float(np.abs((np.atleast_2d(image.position) - position) @ normal).min())
+
+    images: list[DicomImage] = []
+    for series in sources.values():
+        parallel = abs(normal @ np.cross(*series.orientation)) > 0.9
+        images += [min(series.images, key=distance)] if parallel else series.images
+    return images
+
+
+def _code(value: str, scheme: str, meaning: str) -> Dataset:
+    code = Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = value, scheme, meaning
+    return code
+
+
+def _uid(name: str) -> str:
+    """The UID (2.25.…) of a name: the same name always has the same."""
+    return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, name).int}"
+
+
+def _decimals(values: Any) -> list[Any]:
+    """Decimal strings of at most 16 characters."""
+    return [DSfloat(float(value), auto_format=True) for value in values]

@@ -1,0 +1,272 @@
+"""Evaluate a model: hide each target, synthesise it and compare, beside a second model and the baselines.
+
+What is measured, and how, is said in `measures`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from crossmr.device import choose_device, choose_precision
+from crossmr.display import SILENT, Display
+from crossmr.errors import ConfigError, CrossmrError, StudyError
+from crossmr.evaluation.measures import (
+    PROTOCOL,
+    CalibrationPoint,
+    Score,
+    UncertaintyScore,
+    measure,
+    measure_calibration,
+    measure_uncertainty,
+)
+from crossmr.evaluation.predictors import AGAINST, Predictions, Predictor, find_predictors, predict
+from crossmr.evaluation.statistics import (
+    CalibrationSummary,
+    Summary,
+    UncertaintySummary,
+    summarise,
+    summarise_calibration,
+    summarise_uncertainty,
+)
+from crossmr.evaluation.subjects import Array, Subject, find_subjects, patterns
+from crossmr.evaluation.tables import write_csv
+from crossmr.files import locked, write_json
+from crossmr.networks.inference import Settings, chosen_guidance, samples_drawn
+from crossmr.networks.model import CrossConditionedModel, Guidance, load_model, pseudonym
+from crossmr.picture import Kind, Panel, middle, save_panels, where_most
+from crossmr.registry import find_model
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What to measure, and how to synthesise it."""
+
+    split: str = "test"
+    """Of a prepared dataset: 'train', 'val' or 'test'."""
+    every_subset: bool = False
+    """Give a model of any subset every subset of what a study has, not only all but one modality."""
+    guidances: tuple[Guidance, ...] = ()
+    """Guidance modes measured beside the model's own."""
+    against: Path | str | None = None
+    """The folder or name of a second model, measured beside the first by its own default guidance."""
+    inference: Settings = field(default_factory=Settings)
+    """The model's own guidance, and seed, steps, device and precision of all."""
+    mapping: Mapping[str, str] | None = None
+    """See `find_studies`."""
+
+    def __post_init__(self) -> None:
+        if "reference" in (*self.guidances, self.inference.guidance):
+            raise ConfigError("An evaluation knows no reference; measure sample, unconditional or none.")
+        if self.inference.targets is not None:
+            raise ConfigError("An evaluation measures every target that the model knows; name none.")
+
+
+class Picture(TypedDict):
+    """A picture of one target, and what its panels show."""
+
+    case: str
+    sources: list[str]
+    target: str
+    file: str
+    panels: Sequence[Mapping[str, str]]
+
+
+class SecondModel(TypedDict):
+    """The second model, as metrics.json names it."""
+
+    predictor: str
+    guidance: str
+    sha256: str | None
+    training: dict[str, Any]
+    trained_on: list[str]
+    """Cases of which it was trained on the patient."""
+
+
+class Evaluation(TypedDict):
+    """What metrics.json holds."""
+
+    finished: bool
+    protocol: str
+    summary: list[Summary]
+    uncertainty: list[UncertaintySummary]
+    calibration: list[CalibrationSummary]
+    own: str
+    """The predictor that is the model's own."""
+    against: SecondModel | None
+    cases: list[str]
+    pictures: list[Picture]
+    trained_on: list[str]
+    """Cases of which the model was trained on the patient."""
+    failed: dict[str, str]
+    model_sha256: str | None
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """All that was measured."""
+
+    scores: list[Score] = field(default_factory=list)
+    uncertainty: list[UncertaintyScore] = field(default_factory=list)
+    calibration: list[CalibrationPoint] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    patients: dict[str, str] = field(default_factory=dict)
+    """Case → patient."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Case → reason."""
+
+    def add(self, other: "Measurements") -> None:
+        """Append what was measured of another study."""
+        self.scores.extend(other.scores)
+        self.uncertainty.extend(other.uncertainty)
+        self.calibration.extend(other.calibration)
+        self.pictures.extend(other.pictures)
+        self.patients.update(other.patients)
+
+
+def evaluate(
+    model: CrossConditionedModel | Path | str,
+    data: Path | str,
+    out: Path | str,
+    settings: EvaluationSettings = EvaluationSettings(),
+    *,
+    display: Display = SILENT,
+) -> Evaluation:
+    """Hide, synthesise and measure every target of every study, and return what OUT/metrics.json holds.
+
+    `model` is a model, the folder of one or a registered name; `data` a prepared dataset or a folder of studies. OUT
+    gets metrics.csv, metrics.json, pictures, and with standard deviations uncertainty.csv and calibration.csv.
+
+    Raises:
+        CrossmrError: nothing could be measured. A study that fails is listed under 'failed'.
+    """
+    out = Path(out)
+    predictors = find_predictors(_loaded(model, settings), settings.inference, settings.guidances, settings.against)
+    subjects = find_subjects(Path(data), settings.split, settings.mapping, settings.inference.register)
+    measured = Measurements()
+    with locked(out), display.task("evaluate", len(subjects)) as task:
+        write_json(out / "metrics.json", {"finished": False})
+        for name, read in subjects:
+            try:
+                measured.add(measure_subject(read(), predictors, out, every_subset=settings.every_subset))
+            except CrossmrError as error:
+                measured.failed[name] = str(error)
+            except Exception as error:  # nobody foresaw it: the other patients go on all the same
+                measured.failed[name] = f"{name}: {type(error).__name__}: {error}"
+            task.advance(name)
+        if not measured.scores:
+            reason = next(iter(measured.failed.values()), f"the split '{settings.split}' is empty")
+            raise StudyError(f"No study of {data} could be measured: {reason}")
+        evaluation = summarise_all(measured, predictors)
+        write_csv(out / "metrics.csv", measured.scores)
+        if measured.uncertainty:
+            write_csv(out / "uncertainty.csv", measured.uncertainty)
+            write_csv(out / "calibration.csv", measured.calibration)
+        write_json(out / "metrics.json", evaluation)
+    return evaluation
+
+
+def _loaded(model: CrossConditionedModel | Path | str, settings: EvaluationSettings) -> CrossConditionedModel:
+    if not isinstance(model, CrossConditionedModel):
+        model = load_model(find_model(model), choose_device(settings.inference.device))
+    if settings.every_subset and not model.config.any_subset:
+        raise ConfigError(
+            "--every-subset is for models of any subset; this one always needs its sources, so leave it out."
+        )
+    return model
+
+
+def measure_subject(
+    subject: Subject, predictors: Sequence[Predictor], out: Path, *, every_subset: bool = False
+) -> Measurements:
+    """Measure every predictor on one study, and draw pictures of it: those from the largest subsets of sources."""
+    measured = Measurements(patients={subject.name: subject.patient})
+    pictured: dict[tuple[str, ...], dict[str, list[Panel]]] = {}
+    for sources in patterns(predictors[0].model.config, subject, every_subset=every_subset):
+        predictions = predict(subject, sources, predictors)
+        own = predictions.images[predictors[0].name]
+        measured.scores.extend(measure(subject, sources, predictions.images))
+        measured.uncertainty.extend(measure_uncertainty(subject, sources, own, predictions.stds))
+        measured.calibration.extend(measure_calibration(subject, sources, own, predictions.stds))
+        pictured = {key: panels for key, panels in pictured.items() if len(key) == len(sources)}
+        pictured[sources] = _panels(subject, sources, predictions)
+    for sources, by_target in pictured.items():
+        for target, panels in by_target.items():
+            file = f"pictures/{subject.name}-{target}.webp"
+            shown = save_panels(out / file, panels, subject.spacing_mm)
+            measured.pictures.append(
+                Picture(case=subject.name, sources=list(sources), target=target, file=file, panels=shown)
+            )
+    return measured
+
+
+def _panels(subject: Subject, sources: Sequence[str], predictions: Predictions) -> dict[str, list[Panel]]:
+    """Of each target the sources, the synthesis, the second model's, the truth, the error and its standard deviation.
+
+    Cut where there is most tumour, or else in the middle.
+    """
+    at = where_most(subject.tumour) if subject.tumour.any() else middle(subject.head)
+    second = next((name for name in predictions.images if name.startswith(AGAINST)), None)
+    panels = {}
+    for target, own in next(iter(predictions.images.values())).items():
+        truth = subject.volumes[target]
+        volumes: dict[Kind, Array] = {"synthetic": own}
+        if second is not None:
+            volumes["other model"] = predictions.images[second][target]
+        volumes |= {"truth": truth, "error": np.abs(own - truth)}
+        if target in predictions.stds:
+            volumes["standard deviation"] = predictions.stds[target]
+        panels[target] = [Panel.of(m, "acquired", subject.volumes[m], at) for m in sources]
+        panels[target] += [Panel.of(target, kind, volume, at) for kind, volume in volumes.items()]
+    return panels
+
+
+def summarise_all(measured: Measurements, predictors: Sequence[Predictor]) -> Evaluation:
+    """What metrics.json says of it all."""
+    own, second = predictors[0], next((p for p in predictors if p.name.startswith(AGAINST)), None)
+    model, settings = own.model, own.settings
+    return Evaluation(
+        finished=True,
+        protocol=PROTOCOL,
+        summary=summarise(measured.scores),
+        uncertainty=summarise_uncertainty(measured.uncertainty),
+        calibration=summarise_calibration(measured.calibration),
+        own=own.name,
+        against=None if second is None else _describe(second, measured.patients),
+        cases=sorted(measured.patients),
+        pictures=measured.pictures,
+        trained_on=_trained_on(model, measured.patients),
+        failed=measured.failed,
+        model_sha256=model.record.get("sha256"),
+        settings={
+            "seed": settings.seed,
+            "ddim_steps": settings.ddim_steps,
+            "samples": samples_drawn(model, settings),
+            "device": model.device.type,
+            "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),
+        },
+        versions={name: version(name) for name in ("crossmr", "torch")},
+    )
+
+
+def _describe(second: Predictor, patients: Mapping[str, str]) -> SecondModel:
+    """The second model's identity and training record, without the patients of it."""
+    training = second.model.record.get("training", {})
+    return SecondModel(
+        predictor=second.name,
+        guidance=chosen_guidance(second.model, second.settings),
+        sha256=second.model.record.get("sha256"),
+        training={key: value for key, value in training.items() if key != "patients"},
+        trained_on=_trained_on(second.model, patients),
+    )
+
+
+def _trained_on(model: CrossConditionedModel, patients: Mapping[str, str]) -> list[str]:
+    """The cases, of case → patient, of which a model was trained on the patient."""
+    trained = set(model.record.get("training", {}).get("patients", {}).get("train", []))
+    return [case for case, patient in patients.items() if pseudonym(patient) in trained]

@@ -1,0 +1,130 @@
+"""What is measured: a model by its own guidance and by others, a second model, and the baselines."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from crossmr.baselines import predict_baselines
+from crossmr.errors import ConfigError
+from crossmr.evaluation.subjects import Array, Subject
+from crossmr.networks.inference import (
+    HeadVolumes,
+    Settings,
+    check_settings,
+    chosen_guidance,
+    samples_drawn,
+    synthesise,
+)
+from crossmr.networks.model import CrossConditionedModel, Guidance, ModelConfig, load_model
+from crossmr.registry import find_model
+
+AGAINST = "against: "
+"""What the second model's name begins with in tables and files."""
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """A model and its settings, under one name in tables and files."""
+
+    name: str
+    model: CrossConditionedModel
+    settings: Settings
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What was synthesised of one study from one set of sources."""
+
+    images: Mapping[str, Mapping[str, Array]]
+    """Predictor → target → volume (Z, Y, X) in [0, 1]; the model's own first."""
+    stds: Mapping[str, Array]
+    """Target → standard deviation (Z, Y, X) of the model's own; empty if it gives none."""
+
+
+def find_predictors(
+    model: CrossConditionedModel,
+    settings: Settings,
+    guidances: Sequence[Guidance] = (),
+    against: Path | str | None = None,
+) -> list[Predictor]:
+    """The model by its own guidance first, then by other guidance modes; then the second model, `against`.
+
+    Raises:
+        ConfigError: a model cannot do what it is asked. ModelError: there is no such model.
+    """
+    modes = dict.fromkeys((chosen_guidance(model, settings), *guidances))
+    predictors = [Predictor(predictor_name(mode), model, _guided(settings, mode)) for mode in modes]
+    if against is not None:
+        predictors.append(_second_model(model, against, settings))
+    for predictor in predictors:
+        check_settings(predictor.model, predictor.settings)
+    if not any(samples_drawn(predictor.model, predictor.settings) for predictor in predictors):
+        check_settings(model, settings)  # which refuses a number of samples, where none are drawn
+    return predictors
+
+
+def predictor_name(guidance: Guidance) -> str:
+    """The name of one of the model's guidance modes in tables and files."""
+    return "unguided" if guidance == "none" else f"guided: {guidance}"
+
+
+def _guided(settings: Settings, guidance: Guidance) -> Settings:
+    """The settings of one guidance mode; without guidance no samples are drawn."""
+    return replace(settings, guidance=guidance, samples=None if guidance == "none" else settings.samples)
+
+
+def _second_model(model: CrossConditionedModel, against: Path | str, settings: Settings) -> Predictor:
+    """The model named `against`, by its own default guidance, on the first one's device."""
+    folder = find_model(against)
+    second = load_model(folder, model.device)
+    if not _same_task(model.config, second.config):
+        raise ConfigError(
+            f"--against {against} makes {_task(second.config)}, but the model makes {_task(model.config)}. "
+            "Name a model of these sources and targets."
+        )
+    if folder == Path(against):
+        folder = folder.resolve()
+        name = folder.parent.name if folder.name == "model" else folder.name  # RUN/model is known by its run
+    else:
+        name = str(against)  # a registered model
+    guidance = chosen_guidance(second, replace(settings, guidance=None))
+    return Predictor(f"{AGAINST}{name}", second, _guided(settings, guidance))
+
+
+def _same_task(first: ModelConfig, second: ModelConfig) -> bool:
+    """Whether the second model can synthesise all that the first is measured on, from the same sources."""
+    if second.any_subset:
+        return set(first.modalities) <= set(second.modalities)
+    return set(first.sources) == set(second.sources) and set(first.targets) <= set(second.targets)
+
+
+def _task(config: ModelConfig) -> str:
+    return f"{', '.join(config.targets)} from {'any of ' * config.any_subset}{', '.join(config.sources)}"
+
+
+def predict(subject: Subject, sources: Sequence[str], predictors: Sequence[Predictor]) -> Predictions:
+    """Synthesise the targets of one study by every predictor, and by the first one's baselines, from `sources` alone.
+
+    The targets are those of the first model that the study has and that are hidden.
+    """
+    model = predictors[0].model
+    targets = [m for m in model.config.targets if m in subject.volumes and m not in sources]
+    head = HeadVolumes({m: subject.volumes[m] for m in sources}, subject.head.sum((1, 2)).tolist())
+
+    def by_target(volumes: Sequence[Array] | Tensor) -> dict[str, Array]:
+        pairs = zip(targets, map(np.asarray, volumes), strict=True)
+        # where the background of all scans is 0, so is that of what was synthesised
+        return {t: np.where(subject.head, v, np.float32(0)) if subject.masked_background else v for t, v in pairs}
+
+    results = [
+        synthesise(each.model, head, subject.name, replace(each.settings, targets=tuple(targets)))
+        for each in predictors
+    ]
+    images = {each.name: by_target(result.images) for each, result in zip(predictors, results, strict=True)}
+    if model.baselines:
+        baselines = predict_baselines(model.baselines, model.config.modalities, head.volumes, targets)
+        images |= {name: by_target(volumes) for name, volumes in baselines.items()}
+    return Predictions(images, {} if results[0].stds is None else by_target(results[0].stds))

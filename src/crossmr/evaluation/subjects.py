@@ -1,0 +1,86 @@
+"""The studies of an evaluation: how each is read, and which of its modalities are hidden."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.naming import StudyFiles, find_studies
+from crossmr.data.registration import RegistrationMode
+from crossmr.data.study import load_study
+from crossmr.errors import StudyError
+from crossmr.networks.model import ModelConfig
+
+Array = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One study as it is measured: head-cropped volumes (Z, Y, X) in [0, 1], and masks of their shape."""
+
+    name: str
+    patient: str
+    volumes: Mapping[str, Array]
+    head: Mask
+    tumour: Mask
+    masked_background: bool
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Of (Z, Y, X)."""
+
+
+def find_subjects(
+    data: Path, split: str, mapping: Mapping[str, str] | None = None, register: RegistrationMode = "never"
+) -> list[tuple[str, Callable[[], Subject]]]:
+    """Name and reader of each study: those of a prepared dataset's split, or all of a folder of studies.
+
+    Raises:
+        ConfigError: no such split. NamingError: the folder holds no study.
+    """
+    if (data / "manifest.json").exists() and (data / "cases").exists():
+        return [(case.name, partial(subject_of_case, case)) for case in PreparedDataset(data).split(split)]
+    return [(files.case, partial(subject_of_files, files, register)) for files in find_studies(data, mapping)]
+
+
+def subject_of_case(case: Case) -> Subject:
+    """Read a study of a prepared dataset."""
+    head, tumour = np.moveaxis(np.asarray(case.masks()), 1, 0) > 0
+    volumes = {modality: case.volume(modality) for modality in case.modalities}
+    return Subject(case.name, case.patient, volumes, head, tumour, case.masked_background, case.spacing_mm)
+
+
+def subject_of_files(files: StudyFiles, register: RegistrationMode = "never") -> Subject:
+    """Read a study of NIfTI files, and crop it to the head."""
+    study = load_study(files, register=register)
+    box = study.box()
+    volumes = {m: np.ascontiguousarray(study.normalised(m, box)) for m in study.volumes}
+    head = study.mask[box]
+    tumour = np.zeros_like(head) if study.labels is None else study.labels[box] > 0
+    spacing = study.reference.spacing_mm
+    return Subject(study.case, study.patient, volumes, head, tumour, study.masked_background, spacing)
+
+
+def patterns(config: ModelConfig, subject: Subject, *, every_subset: bool = False) -> list[tuple[str, ...]]:
+    """Which sources the model is given of a study; what else the study has is hidden.
+
+    The model's own sources. Of a model of any subset: all modalities but one, each in turn, or every subset.
+
+    Raises:
+        StudyError: the study lacks a source, or has no target to compare with.
+    """
+    acquired = [m for m in config.modalities if m in subject.volumes]
+    if config.any_subset:
+        if len(acquired) < 2:
+            raise StudyError(f"{subject.name}: cannot be measured: it has not two of {', '.join(config.modalities)}.")
+        sizes = range(1, len(acquired)) if every_subset else [len(acquired) - 1]
+        return [sources for size in sizes for sources in itertools.combinations(acquired, size)]
+    missing = [source for source in config.sources if source not in acquired]
+    if missing or not set(config.targets) & set(acquired):
+        what = f"it lacks {', '.join(missing)}" if missing else f"it has none of {', '.join(config.targets)}"
+        raise StudyError(f"{subject.name}: cannot be measured: {what}.")
+    return [config.sources]

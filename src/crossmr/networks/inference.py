@@ -1,0 +1,251 @@
+"""From arrays to arrays: the targets of a head, synthesised from its sources; completion and evaluation both use it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from crossmr.device import autocast, choose_precision, in_batches
+from crossmr.errors import ConfigError
+from crossmr.networks.diffusion import ddim_timesteps
+from crossmr.networks.model import GUIDANCES, CrossConditionedModel, Guidance
+from crossmr.tensors import crop_or_pad, foreground_slices, seeded, to_model_input
+
+Array = npt.NDArray[np.float32]
+Register = Literal["never", "if needed", "always"]
+
+BATCH = 16
+"""Slices that pass through the networks at once."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to synthesise; the same settings and inputs give the same voxels."""
+
+    targets: tuple[str, ...] | None = None
+    """Modalities requested; None for all that are missing and the model knows."""
+    guidance: Guidance | None = None
+    """'sample' (the MDN is given the sources), 'unconditional' (as published), 'reference' (the representation of
+    another study's real scans), 'none'; None for what the model was trained with."""
+    ddim_steps: int = 50
+    """DDIM steps of the MDN."""
+    samples: int | None = None
+    """Guided syntheses whose mean the image is, where it is guided; None for one."""
+    reference: Path | None = None
+    """Folder of the study that guidance 'reference' represents: an earlier visit, or one of the site's protocol."""
+    seed: int = 0
+    """Of the sampled representation; each case derives its own from it and its name."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'; a model that was already loaded stays where it is."""
+    precision: str = "auto"
+    """'auto', 'bfloat16' or 'float32'."""
+    register: Register = "never"
+    """Whether a study's volumes are moved rigidly onto the first one's grid: 'if needed', those on another grid."""
+
+    def __post_init__(self) -> None:
+        if self.guidance is not None and self.guidance not in GUIDANCES:
+            raise ConfigError(f"--guidance is '{self.guidance}'; wanted one of {', '.join(GUIDANCES)}.")
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"--samples is {self.samples}; wanted at least 1.")
+        if (self.guidance == "reference") != (self.reference is not None):
+            raise ConfigError("--guidance reference and --reference STUDY go together; give both, or neither.")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadVolumes:
+    """The acquired volumes of one head, as the networks read them."""
+
+    volumes: Mapping[str, Array]
+    """Modality → (Z, Y, X) in [0, 1], cropped to the head."""
+    foreground_voxels: Sequence[int]
+    """Voxels of head in each axial slice."""
+
+
+class Synthesis(NamedTuple):
+    """The synthetic targets of one head."""
+
+    targets: tuple[str, ...]
+    """Their modalities, in the order of the images."""
+    images: Tensor
+    """(W, Z, Y, X) in [0, 1], on the CPU."""
+    stds: Tensor | None
+    """(W, Z, Y, X), the standard deviation of each voxel's error: learnt, or else of two or more samples."""
+    batch: int = BATCH
+    """Slices that passed through the networks at once."""
+
+
+def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
+    """Refuse, before anything runs, what this model cannot do.
+
+    Raises:
+        ConfigError: a target or a guidance that it was not trained for, or an impossible step count.
+    """
+    config = model.config
+    for target in settings.targets or ():
+        if target not in config.targets:
+            raise ConfigError(f"This model cannot synthesise {target}; it was trained for {', '.join(config.targets)}.")
+    guidance = chosen_guidance(model, settings)
+    if guidance == "none" and config.guidance == "joint":
+        raise ConfigError(
+            "This model's C-UNet was always guided in training; for an unguided baseline train one with "
+            "--set guidance=none, and compare with: crossmr evaluate MODEL --against BASELINE"
+        )
+    if guidance != "none" and config.guidance == "none":
+        raise ConfigError(
+            f"This model was trained without guidance, so --guidance {guidance} means nothing to it; "
+            "use guidance 'none'."
+        )
+    if guidance == "sample" and not config.distribution.conditional:
+        raise ConfigError("This model's MDN was trained without a condition; use guidance 'unconditional'.")
+    if settings.samples and guidance in ("none", "reference"):
+        raise ConfigError(f"--samples are drawn, and guidance '{guidance}' draws none; add --guidance sample.")
+    ddim_timesteps(config.distribution.schedule.steps, settings.ddim_steps)
+    choose_precision(settings.precision, model.device)
+
+
+def chosen_guidance(model: CrossConditionedModel, settings: Settings) -> Guidance:
+    """The guidance that is asked for, or else the model's default."""
+    return settings.guidance or model.config.default_guidance
+
+
+def samples_drawn(model: CrossConditionedModel, settings: Settings) -> int:
+    """How many representations are drawn."""
+    return 0 if chosen_guidance(model, settings) in ("none", "reference") else settings.samples or 1
+
+
+@torch.no_grad()
+def synthesise(
+    model: CrossConditionedModel,
+    head: HeadVolumes,
+    case: str,
+    settings: Settings,
+    reference: HeadVolumes | None = None,
+) -> Synthesis:
+    """Synthesise settings.targets, by default all of the model's, from a head's sources.
+
+    A model of any subset may be given some of its sources only; what it returns for these themselves means nothing.
+    Guidance is one vector per sample for the whole volume, drawn from seeds that follow from settings.seed and the
+    case's name; the image is the mean over the samples. Axial slices without any head stay zero. `reference` holds the
+    real scans of targets that guidance 'reference' represents.
+    """
+    targets = tuple(settings.targets or model.config.targets)
+    sources = model.config.sources
+    available = torch.tensor([[float(m in head.volumes) for m in sources]], device=model.device)  # (1, S)
+    with autocast(model.device, choose_precision(settings.precision, model.device)):
+        vectors = _guidance_vectors(model, head, case, settings, reference)
+        predictor = _Predictor(model, available, vectors, [model.config.targets.index(target) for target in targets])
+        channels, batch = (_by_windows if model.config.spatial_dims == 3 else _by_slices)(model, head, predictor)
+    channels[:, [z for z, voxels in enumerate(head.foreground_voxels) if not voxels]] = 0
+    images, stds = channels[: len(targets)].clamp_(0, 1), channels[len(targets) :]
+    return Synthesis(targets, images, stds if len(stds) else None, batch)
+
+
+def _guidance_vectors(
+    model: CrossConditionedModel, head: HeadVolumes, case: str, settings: Settings, reference: HeadVolumes | None
+) -> Tensor | None:
+    """What guides each synthesis of a volume, (K, T·D), or None."""
+    config, guidance = model.config, chosen_guidance(model, settings)
+    if guidance == "none":
+        return None
+    missing = torch.tensor([[float(m not in head.volumes or not config.any_subset) for m in config.targets]])  # (1, T)
+    if guidance == "reference":
+        if reference is None:
+            raise ConfigError("Guidance 'reference' needs real scans of the model's targets.")
+        real = missing * torch.tensor([[float(m in reference.volumes) for m in config.targets]])
+        return model.y_0(_pooled(model, reference, config.targets), real.to(model.device))
+    condition = None
+    if guidance == "sample":
+        available = torch.tensor([[float(m in head.volumes) for m in config.sources]], device=model.device)
+        condition = model.condition(_pooled(model, head, config.sources), available)
+    keys = [("case", settings.seed, case, *([k] if k else ())) for k in range(samples_drawn(model, settings))]
+    return model.draw([seeded(*key) for key in keys], condition, missing, steps=settings.ddim_steps)
+
+
+def _pooled(model: CrossConditionedModel, head: HeadVolumes, modalities: Sequence[str]) -> Tensor:
+    """The mean of the pooled features over a volume's slices with enough head, (1, M, D)."""
+    config = model.config
+    slices = foreground_slices(head.foreground_voxels)
+    images = _inputs(_volumes(head.volumes, modalities), slices, config.spatial_dims, config.divisor)
+
+    def pool(some: slice) -> Tensor:
+        return model.pooled(images[some].to(model.device))
+
+    return torch.cat([features for _, features, _ in in_batches(pool, len(images), BATCH)]).mean(0, keepdim=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Predictor:
+    """What the networks make of a batch of slices, or of one window."""
+
+    model: CrossConditionedModel
+    available: Tensor
+    """(1, S), which sources there are."""
+    vectors: Tensor | None
+    """(K, T·D), the guidance of each synthesis that is averaged."""
+    chosen: Sequence[int]
+    """Indices of the targets requested."""
+
+    def __call__(self, neighbours: Tensor) -> Tensor:
+        """Map sources (N, S·C, *S) to images and, where there are any, standard deviations, as channels (N, W, *S)."""
+        model = self.model
+        inputs = model.inputs(neighbours, self.available.expand(len(neighbours), -1))
+        unguided = model.unguided(inputs) if self.vectors is None or model.uncertainty is not None else None
+        if self.vectors is None:
+            images = cast(Tensor, unguided)[None]
+        else:
+            guided = [model.synthesis(inputs, y_0.expand(len(inputs), -1)) for y_0 in self.vectors]
+            images = torch.stack(guided).float().clamp(0, 1)  # (K, N, T, *S)
+        image = images.mean(0)[:, self.chosen]
+        if model.uncertainty is not None:
+            return torch.cat([image, model.std(inputs, cast(Tensor, unguided))[:, self.chosen]], 1)
+        return image if len(images) < 2 else torch.cat([image, images.std(0)[:, self.chosen]], 1)
+
+
+def _by_slices(
+    model: CrossConditionedModel, head: HeadVolumes, predict: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, int]:
+    """Predict the axial slices that hold any head, (W, Z, Y, X), and how many passed at once."""
+    config = model.config
+    volumes = _volumes(head.volumes, config.sources)
+    slices = [z for z, voxels in enumerate(head.foreground_voxels) if voxels]
+
+    def predict_some(some: slice) -> Tensor:
+        neighbours = _inputs(volumes, slices[some], 2, config.divisor, config.context_slices).to(model.device)
+        return predict(neighbours.contiguous(memory_format=torch.channels_last)).cpu()
+
+    shape, batch, result = volumes[0].shape[1:], BATCH, torch.zeros(0)
+    for some, predicted, at_once in in_batches(predict_some, len(slices), BATCH):
+        batch = at_once
+        if not len(result):
+            result = torch.zeros(predicted.shape[1], *shape)
+        result[:, slices[some]] = crop_or_pad(predicted, shape[1:], [0.5] * 2).transpose(0, 1)
+    return result, batch
+
+
+def _by_windows(
+    model: CrossConditionedModel, head: HeadVolumes, predict: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, int]:
+    """Predict a volume, (W, Z, Y, X), window by window."""
+    from monai.inferers import sliding_window_inference
+
+    config = model.config
+    volumes = _volumes(head.volumes, config.sources)
+    whole = _inputs(volumes, (), 3, config.divisor).to(model.device)
+    result = cast(Tensor, sliding_window_inference(whole, config.window, 1, predict, overlap=0.25, mode="gaussian"))
+    return crop_or_pad(result[0].cpu(), volumes[0].shape[1:], [0.5] * 3), 1
+
+
+def _volumes(given: Mapping[str, Array], modalities: Sequence[str]) -> list[Tensor]:
+    """The volume of each modality, (1, Z, Y, X), uncopied; what is missing is zero, without memory of its own."""
+    nothing = torch.zeros(()).expand(next(iter(given.values())).shape)
+    return [(torch.from_numpy(given[m]) if m in given else nothing)[None] for m in modalities]
+
+
+def _inputs(volumes: Sequence[Tensor], slices: Sequence[int], dims: int, divisor: int, context: int = 1) -> Tensor:
+    """What `to_model_input` makes of each of these volumes, as channels."""
+    return torch.cat([to_model_input(volume, slices, dims, divisor, context) for volume in volumes], 1)

@@ -1,0 +1,178 @@
+"""The U-Net skeleton that the masked autoencoder and the C-UNet share, in two dimensions or three."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def convolution(dims: int, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Module:
+    """A convolution over `dims` spatial axes that keeps the shape (or divides it by `stride`)."""
+    return CONVOLUTION[dims](inputs, outputs, size, stride=stride, padding=size // 2)
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Zero a layer's parameters, so that the residual branch it ends starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation with at most 32 groups of at least four channels each.
+
+    Fewer channels a group would erase each feature's mean, which is where contrast and scale live.
+    """
+    groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 4))
+    return nn.GroupNorm(groups, channels)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; a condition, once there is a layer for it, is added after the first one [C]."""
+
+    def __init__(self, dims: int, inputs: int, outputs: int):
+        super().__init__()
+        self.outputs = outputs
+        self.norm_1, self.norm_2 = group_norm(inputs), group_norm(outputs)
+        self.conv_1 = convolution(dims, inputs, outputs)
+        self.conv_2 = zero_init(convolution(dims, outputs, outputs))
+        self.shortcut = nn.Identity() if inputs == outputs else convolution(dims, inputs, outputs, size=1)
+        self.condition: nn.Linear | None = None
+
+    def add_condition(self, dim: int) -> None:
+        """Give the block a layer that lets a condition (B, dim) in."""
+        self.condition = nn.Linear(dim, self.outputs)
+
+    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
+        """Map features (B, inputs, *S) and condition (B, dim) to (B, outputs, *S)."""
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        if self.condition is not None and c is not None:
+            h += self.condition(F.silu(c))[(...,) + (None,) * (h.ndim - 2)]
+        h = self.conv_2(F.silu(self.norm_2(h)))
+        return cast(Tensor, self.shortcut(x) + h)
+
+
+class SelfAttention(nn.Module):
+    """Attention of every position to every other, with a residual connection."""
+
+    def __init__(self, dims: int, channels: int, head_channels: int = 32):
+        super().__init__()
+        most = max(1, channels // head_channels)
+        self.heads = max(heads for heads in range(1, most + 1) if channels % heads == 0)
+        self.norm = group_norm(channels)
+        self.to_qkv = convolution(dims, channels, 3 * channels, size=1)
+        self.to_out = zero_init(convolution(dims, channels, channels, size=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (B, C, *S) to (B, C, *S)."""
+        shape = x.shape
+        qkv = self.to_qkv(self.norm(x)).flatten(2)  # (B, 3C, N)
+        q, k, v = rearrange(qkv, "b (three h d) n -> three b h n d", three=3, h=self.heads)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b (h d) n")
+        return cast(Tensor, x + self.to_out(out.reshape(shape)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where asked."""
+
+    def __init__(self, dims: int, inputs: Sequence[int], outputs: int, attention: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(dims, n, outputs) for n in inputs)
+        self.attentions = nn.ModuleList(SelfAttention(dims, outputs) if attention else nn.Identity() for _ in inputs)
+
+    def steps(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Each block and the attention after it."""
+        return zip(self.blocks, self.attentions, strict=True)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form that the two halves of one U-Net share."""
+
+    dims: int
+    """Spatial axes, 2 or 3."""
+    channels: int
+    """Features of the finest level."""
+    multipliers: Sequence[int]
+    """Features of each level, as multiples of `channels`; each level halves the resolution."""
+    blocks: int
+    """Residual blocks per level of the encoder; the decoder has one more."""
+
+    @property
+    def widths(self) -> list[int]:
+        """Features of each level, finest first."""
+        return [self.channels * m for m in self.multipliers]
+
+
+class Encoder(nn.Module):
+    """Input convolution, the downward half of a U-Net, and its middle block."""
+
+    def __init__(self, form: Form, inputs: int):
+        super().__init__()
+        dims, widths = form.dims, form.widths
+        self.stem = convolution(dims, inputs, widths[0])
+        self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
+        width = widths[0]
+        for depth, outputs in enumerate(widths):
+            last = depth == len(widths) - 1
+            self.levels.append(Level(dims, [width] + [outputs] * (form.blocks - 1), outputs, last))
+            self.downs.append(nn.Identity() if last else convolution(dims, outputs, outputs, stride=2))
+            width = outputs
+        self.middle_1 = ResidualBlock(dims, width, width)
+        self.middle_attention = SelfAttention(dims, width)
+        self.middle_2 = ResidualBlock(dims, width, width)
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Map images (B, inputs, *S) to features (B, width, *S/2^(levels-1)) and the skips, finest first."""
+        x = self.stem(x)
+        skips = [x]
+        for depth, (level, down) in enumerate(zip(self.levels, self.downs, strict=True)):
+            for block, attention in cast(Level, level).steps():
+                x = attention(block(x, c))
+                skips.append(x)
+            if depth < len(self.levels) - 1:
+                x = down(x)
+                skips.append(x)
+        x = self.middle_2(self.middle_attention(self.middle_1(x, c)), c)
+        return x, skips
+
+
+class Decoder(nn.Module):
+    """The upward half of a U-Net, with or without the skips from its encoder."""
+
+    def __init__(self, form: Form, outputs: int, *, skips: bool = True):
+        super().__init__()
+        dims, widths, blocks = form.dims, form.widths, form.blocks
+        from_below = [widths[0]]
+        for depth, width in enumerate(widths):
+            from_below += [width] * (blocks + (depth < len(widths) - 1))
+        self.skips = skips
+        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        width = widths[-1]
+        for depth in reversed(range(len(widths))):
+            inputs = []
+            for _ in range(blocks + 1):
+                inputs.append(width + (from_below.pop() if skips else 0))
+                width = widths[depth]
+            self.levels.append(Level(dims, inputs, width, depth == len(widths) - 1))
+            self.ups.append(convolution(dims, width, width) if depth else nn.Identity())
+        self.norm = group_norm(width)
+        self.out = convolution(dims, width, outputs)
+
+    def forward(self, x: Tensor, skips: list[Tensor], c: Tensor | None = None) -> Tensor:
+        """Map deep features and skips to images (B, outputs, *S)."""
+        skips = list(skips)
+        for depth, (level, up) in enumerate(zip(self.levels, self.ups, strict=True)):
+            for block, attention in cast(Level, level).steps():
+                if self.skips:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = attention(block(x, c))
+            if depth < len(self.levels) - 1:
+                x = up(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return cast(Tensor, self.out(F.silu(self.norm(x))))

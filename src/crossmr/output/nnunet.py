@@ -1,0 +1,144 @@
+"""A completed cohort as an nnU-Net dataset: each case has all channels, acquired or synthetic.
+
+DATASET/
+├── imagesTr/CASE_0000.nii.gz   a file per channel, in the order of dataset.json; imagesTs for cases without labels
+├── labelsTr/CASE.nii.gz        segmentations of cases that have one
+├── dataset.json                channels and labels, as nnU-Net 2 reads them
+└── crossmr.json                which channels of which case are synthetic
+"""
+
+import gzip
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossmr.completion.layout import records_of
+from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies, in_usual_order
+from crossmr.data.volume import describe_grid, on_grid, read_labels, read_volume, same_grid, write_volume
+from crossmr.errors import CrossmrError, OutputError, StudyError
+from crossmr.files import read_json, write_atomically, write_json
+
+ENHANCING = {4: 3}
+"""BraTS' label of enhancing tumour until 2022 → since 2023; nnU-Net needs labels without gaps."""
+
+Channels = dict[str, tuple[Path, bool]]
+"""Modality → its file, and whether that is synthetic."""
+
+
+def export_nnunet(
+    cohort: Path,
+    completed: Path,
+    out: Path,
+    *,
+    modalities: Sequence[str] | None = None,
+    mapping: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write a dataset for nnU-Net 2; returns the record that crossmr.json holds.
+
+    Args:
+        cohort: the folder that was completed.
+        completed: what `complete` wrote.
+        out: the dataset's folder, such as nnUNet_raw/Dataset501_Completed; new or empty.
+        modalities: the channels, in order; by default all that any case has.
+        mapping: see `find_studies`.
+
+    Raises:
+        OutputError: OUT is not empty, or cannot be written. NamingError: no study. StudyError: no case is complete.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; name another folder.")
+    if out.exists() and any(out.iterdir()):
+        raise OutputError(f"{out} is not empty; name another folder.")
+    cases, left_out = _find_cases(cohort, completed, mapping)
+    chosen = list(modalities or in_usual_order({m for channels, _ in cases.values() for m in channels}))
+    synthetic: dict[str, list[str]] = {}
+    values: set[int] = set()
+    for case, (channels, label) in cases.items():
+        if lacking := [m for m in chosen if m not in channels]:
+            left_out[case] = f"it lacks {', '.join(lacking)}; complete it first, or choose --modalities"
+            continue
+        try:
+            values |= _write_case(out, case, [channels[m][0] for m in chosen], label)
+        except CrossmrError as error:
+            left_out[case] = str(error)
+            continue
+        synthetic[case] = [m for m in chosen if channels[m][1]]
+    if not synthetic:
+        raise StudyError(f"No case of {cohort} has all of {', '.join(chosen)}: {next(iter(left_out.values()), 'none')}")
+    write_json(
+        out / "dataset.json",
+        {
+            "channel_names": {str(n): DISPLAY_NAMES.get(m, m) for n, m in enumerate(chosen)},
+            "labels": {"background": 0, **{f"label {v}": v for v in range(1, max(values, default=0) + 1)}},
+            "numTraining": sum(cases[case][1] is not None for case in synthetic),
+            "file_ending": ".nii.gz",
+        },
+    )
+    record = {"channels": chosen, "synthetic": synthetic, "left_out": left_out}
+    write_json(out / "crossmr.json", record)
+    return record
+
+
+def _find_cases(
+    cohort: Path, completed: Path, mapping: Mapping[str, str] | None
+) -> tuple[dict[str, tuple[Channels, Path | None]], dict[str, str]]:
+    """Case → its channels and its segmentation, if any; and case → why it is left out."""
+    cases: dict[str, tuple[Channels, Path | None]] = {}
+    left_out: dict[str, str] = {}
+    for files in find_studies(cohort, mapping):
+        try:
+            cases[files.case] = _channels(files, records_of(completed)), files.label()
+        except CrossmrError as error:
+            left_out[files.case] = str(error)
+    return cases, left_out
+
+
+def _channels(files: StudyFiles, records: Path) -> Channels:
+    """The channels of a case: acquired, and where it lacks one, synthetic."""
+    channels = {modality: (path, False) for modality, path in files.images().items()}
+    folder = records / files.case
+    if (path := folder / "manifest.json").exists():
+        manifest = read_json(path, OutputError)
+        if "synthetic" not in manifest:
+            raise OutputError(f"{path} is not crossmr's. Name the folder that 'crossmr complete' wrote.")
+        for modality, record in manifest["synthetic"].items():
+            channels.setdefault(modality, (folder / record["file"], True))
+    return channels
+
+
+def _write_case(out: Path, case: str, paths: Sequence[Path], label: Path | None) -> set[int]:
+    """Write a case's channels and labels, all or none; returns the values of its labels."""
+    split = "Ts" if label is None else "Tr"
+    targets = [out / f"images{split}" / f"{case}_{number:04d}.nii.gz" for number in range(len(paths))]
+    values: set[int] = set()
+    reference, *others = (read_volume(path) for path in paths)
+    for other in others:
+        if not same_grid(other, reference):
+            raise StudyError(
+                f"{case}: {other.name} is {describe_grid(other)}, but {reference.name} is {describe_grid(reference)}, "
+                "or they lie elsewhere. Register and resample them to one grid first."
+            )
+    try:
+        if label is not None:
+            segmentation = read_labels(label, reference)
+            for old, new in ENHANCING.items():
+                segmentation = np.where(segmentation == old, np.uint8(new), segmentation)
+            values = {int(value) for value in np.unique(segmentation)}
+            targets.append(out / "labelsTr" / f"{case}.nii.gz")
+            write_volume(on_grid(segmentation, reference, description="labels", dtype=np.uint8), targets[-1])
+        for path, target in zip(paths, targets, strict=False):
+            if path.name.endswith(".gz"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            else:
+                write_atomically(target, gzip.compress(path.read_bytes(), 6, mtime=0))
+    except BaseException as error:
+        for target in targets:
+            target.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{out} could not be written: {error.strerror or error}.") from error
+        raise
+    return values

@@ -1,0 +1,252 @@
+"""One page that shows what was done: report.html, which needs no network, no server and no other file.
+
+It is made from what `complete` and `evaluate` wrote, so it can be made again at any time, and be deleted.
+"""
+
+import base64
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from crossmr.completion.layout import records_of
+from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
+from crossmr.data.naming import DISPLAY_NAMES, in_usual_order
+from crossmr.errors import OutputError
+from crossmr.evaluation.evaluate import Evaluation, Picture
+from crossmr.evaluation.measures import Score
+from crossmr.evaluation.predictors import AGAINST
+from crossmr.evaluation.statistics import CalibrationSummary, Summary
+from crossmr.evaluation.tables import BASELINE, COLUMNS, HEADINGS, read_scores
+from crossmr.files import read_json, write_atomically
+from crossmr.picture import BRIGHTEST, COLOURS, WHITE
+
+NAME = "report.html"
+MOST_PICTURES = 200
+"""Pictures of a page at most; its tables hold all cases."""
+
+
+class Point(NamedTuple):
+    """A point of a plot, and what it stands for."""
+
+    x: float
+    y: float
+    label: str
+
+
+Series = Mapping[str, Sequence[Point]]
+"""Name → its points."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Points in a square of 100 by 100, y upwards, and what stands along its axes."""
+
+    title: str
+    x: str
+    y: str
+    series: Series
+    """Within the square."""
+    ticks: Sequence[tuple[float, str]]
+    """Of both axes, which share one scale: the diagonal is where the two are equal."""
+    joined: bool
+    """Whether a line runs through the points of a series."""
+
+
+@dataclass(frozen=True)
+class TargetTable:
+    """Every predictor of one target from one set of sources."""
+
+    target: str
+    sources: str
+    cases: int
+    rows: Mapping[str, Mapping[str, Summary]]
+    """Predictor → region → its metrics."""
+
+
+@dataclass(frozen=True)
+class SubsetTable:
+    """Mean PSNR over the brain, in dB, by sources and target."""
+
+    targets: Sequence[str]
+    sources: Sequence[str]
+    others: Sequence[str]
+    """The predictors beside the model's own."""
+    means: Mapping[tuple[str, str, str], float | None]
+    """By sources, target and predictor."""
+
+
+def report_completion(out: Path) -> Path:
+    """Write report.html of a completed cohort: its cases, their pictures, and where all of it comes from.
+
+    It lies in OUT, or among the records of another profile.
+
+    Raises:
+        OutputError: OUT holds no completed cohort, or cannot be written.
+    """
+    out = records_of(out)
+    cohort = read_json(out / "manifest.json", OutputError)
+    if not cohort.get("finished"):
+        raise OutputError(f"{out} holds no completed cohort. Run crossmr complete again.")
+    names = {*cohort["completed"], *cohort["skipped"], *cohort["complete"], *cohort["not_filled"]}
+    cases = [read_json(out / case / "manifest.json", OutputError) for case in sorted(names)]
+    synthesised = {modality for case in cases for modality in case["synthetic"]}
+    body = {
+        "title": "Completed studies",
+        "counts": {
+            "completed": sum(bool(case["synthetic"]) for case in cases),
+            "already complete": sum(not case["synthetic"] and not case["not_filled"] for case in cases),
+            "with gaps left": sum(bool(case["not_filled"]) for case in cases),
+            "failed": len(cohort["failed"]),
+        },
+        "warnings": [DISCLAIMER, *([ENHANCEMENT] if "t1c" in synthesised else [])],
+        "cases": cases,
+        "cohort": cohort,
+        "picture": _reader(out, (case.get("picture", {}).get("file") for case in cases)),
+    }
+    return _write(out, "completion.html.j2", body)
+
+
+def report_evaluation(out: Path) -> Path:
+    """Write OUT/report.html of an evaluation: plots of all cases, tables and pictures.
+
+    Raises:
+        OutputError: OUT holds no evaluation, or cannot be written.
+    """
+    result = cast(Evaluation, read_json(out / "metrics.json", OutputError))
+    if not result.get("finished"):
+        raise OutputError(f"{out} holds no finished evaluation. Run crossmr evaluate again.")
+    by_case: dict[str, list[Picture]] = {}
+    for picture in result["pictures"]:
+        by_case.setdefault(picture["case"], []).append(picture)
+    others = [BASELINE, *([result["against"]["predictor"]] if result["against"] else [])]
+    scores = read_scores(out / "metrics.csv")
+    body = {
+        "title": "Evaluation",
+        "counts": {
+            "cases": len(result["cases"]),
+            "failed": len(result["failed"]),
+            "trained on": len(result["trained_on"]),
+        },
+        "warnings": [DISCLAIMER],
+        "result": result,
+        "tables": _target_tables(result["summary"]),
+        "subsets": _subset_table(result["summary"], result["own"], others),
+        "plots": [
+            *(plot for other in others for plot in _scatter(scores, result["own"], other)),
+            *_calibration(result["calibration"]),
+        ],
+        "headings": [(region, HEADINGS[metric], metric, digits) for region, metric, digits in COLUMNS],
+        "by_case": by_case,
+        "picture": _reader(out, (picture["file"] for picture in result["pictures"])),
+    }
+    return _write(out, "evaluation.html.j2", body)
+
+
+def _write(out: Path, template: str, body: Mapping[str, Any]) -> Path:
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters["display_name"] = _display_name
+    pages.filters["display_names"] = lambda sources: " + ".join(_display_name(m) for m in sources.split("+"))
+    page = pages.get_template(template).render(
+        **body,
+        version=version("crossmr"),
+        most_pictures=MOST_PICTURES,
+        white=WHITE,
+        brightest=BRIGHTEST,
+        colours=", ".join(f"rgb{colour}" for colour in COLOURS),
+    )
+    write_atomically(out / NAME, page.encode(errors="replace"))
+    return out / NAME
+
+
+def _display_name(modality: str) -> str:
+    return DISPLAY_NAMES.get(modality, modality)
+
+
+def _reader(out: Path, files: Iterable[str | None]) -> Callable[[str], str | None]:
+    """From a picture's name to its data URL, for as many as a page has; None for the rest, and for what is gone."""
+    shown = [file for file in dict.fromkeys(files) if file and (out / file).is_file()][:MOST_PICTURES]
+
+    def read(file: str) -> str | None:
+        if file not in shown:
+            return None
+        return "data:image/webp;base64," + base64.b64encode((out / file).read_bytes()).decode()
+
+    return read
+
+
+def _target_tables(summary: Sequence[Summary]) -> list[TargetTable]:
+    tables = []
+    for target, sources in dict.fromkeys((entry["target"], entry["sources"]) for entry in summary):
+        entries = [entry for entry in summary if (entry["target"], entry["sources"]) == (target, sources)]
+        rows: dict[str, dict[str, Summary]] = {}
+        for entry in entries:
+            rows.setdefault(entry["predictor"], {})[entry["region"]] = entry
+        tables.append(TargetTable(target, sources, max(entry["cases"] for entry in entries), rows))
+    return tables
+
+
+def _subset_table(summary: Sequence[Summary], own: str, others: Sequence[str]) -> SubsetTable | None:
+    """The model's own and the other predictors from every subset of sources; None where there is one set alone."""
+    brain = [entry for entry in summary if entry["region"] == "brain" and entry["predictor"] in (own, *others)]
+    sources = list(dict.fromkeys(entry["sources"] for entry in brain))
+    if len(sources) < 2:
+        return None
+    means = {(e["sources"], e["target"], e["predictor"]): e["psnr"]["mean"] for e in brain}
+    targets = in_usual_order({entry["target"] for entry in brain})
+    return SubsetTable(targets, sorted(sources, key=lambda name: name.count("+")), others, means)
+
+
+def _scatter(scores: Sequence[Score], own: str, other: str) -> list[Plot]:
+    """Every case's PSNR over the brain against another predictor's, a plot a target."""
+    psnr = {(s.target, s.sources, s.case, s.predictor): s.psnr for s in scores if s.region == "brain"}
+    plots = []
+    for target in in_usual_order({target for target, *_ in psnr}):
+        series: dict[str, list[Point]] = {}
+        for goal, sources, case, predictor in psnr:
+            point = Point(psnr.get((goal, sources, case, other), math.nan), psnr[goal, sources, case, predictor], case)
+            if goal == target and predictor == own and math.isfinite(point.x) and math.isfinite(point.y):
+                series.setdefault(sources, []).append(point)
+        if series:
+            x = f"PSNR of {'the ' * (other == BASELINE)}{other.removeprefix(AGAINST)}, dB"
+            plots.append(_plot(f"{_display_name(target)}: each case", x, "PSNR of the model, dB", series))
+    return plots
+
+
+def _calibration(curve: Sequence[CalibrationSummary]) -> list[Plot]:
+    """The standard deviation of each decile of the voxels, against their error."""
+    series: dict[str, list[Point]] = {}
+    for entry in curve:
+        point = Point(entry["std"], entry["error"], f"decile {entry['decile']}")
+        series.setdefault(_display_name(entry["target"]), []).append(point)
+    if not series:
+        return []
+    x, y = "standard deviation", "root mean square of the error"
+    return [_plot("Calibration of the standard deviation", x, y, series, origin=True)]
+
+
+def _plot(title: str, x: str, y: str, series: Series, *, origin: bool = False) -> Plot:
+    """Scale the points of all series into the square; with `origin` both axes begin at 0, and the points are joined."""
+    values = [value for points in series.values() for point in points for value in (point.x, point.y)]
+    low, high = 0.0 if origin else min(values), max(values)
+    margin = 0.05 * (high - low) or 1.0
+    low, high = (low if origin else low - margin), high + margin
+    step = next((s * 10.0**e for e in range(-6, 6) for s in (1, 2, 5) if (high - low) / (s * 10.0**e) <= 6), high - low)
+    first = -int(-low // step)
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / (high - low), 2)
+
+    placed = {name: [Point(place(p.x), place(p.y), p.label) for p in points] for name, points in series.items()}
+    ticks = [(place(n * step), f"{n * step:g}") for n in range(first, first + 8) if n * step <= high]
+    return Plot(title, x, y, placed, ticks, origin)

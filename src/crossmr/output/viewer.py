@@ -1,0 +1,118 @@
+"""A page to view a completed study: one HTML file with NiiVue and all volumes, without network or server."""
+
+import base64
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from crossmr.completion.layout import records_of
+from crossmr.completion.study import DISCLAIMER, ENHANCEMENT, FORMAT
+from crossmr.data.naming import DISPLAY_NAMES, find_studies
+from crossmr.data.study import Study, load_study
+from crossmr.data.volume import Volume, compact, on_grid, read_volume
+from crossmr.errors import CrossmrError, OutputError
+from crossmr.files import read_json, write_atomically
+from crossmr.picture import BRIGHTEST, WHITE, Array, Kind
+
+PAGES = Path(__file__).parent / "pages"
+
+
+def view_case(
+    out: Path, case: str | None = None, *, scans: Path | None = None, mapping: Mapping[str, str] | None = None
+) -> tuple[Path, list[str]]:
+    """Write OUT/view/CASE.html; returns its path, and notes for the user.
+
+    It shows the acquired volumes, and the synthetic ones with their standard deviations, on the model's [0, 1] scale.
+
+    Args:
+        out: what `complete` wrote.
+        case: one of its cases; by default the first that was completed.
+        scans: folder of the acquired scans, if they have been moved, or if it also holds the scans that were
+            synthesised: these are then shown as the truth.
+        mapping: see `find_studies`.
+
+    Raises:
+        OutputError: OUT holds no such case, or nothing can be written.
+        NamingError, StudyError, VolumeError: of `scans`.
+    """
+    out = records_of(out)
+    case, manifest = _choose(out, case)
+    study, notes = _acquired(out / case, manifest, scans, mapping)
+    volumes = [*([] if study is None else _study_entries(study, manifest)), *_synthetic_entries(out / case, manifest)]
+    if not volumes:
+        raise OutputError(f"{case} of {out} has nothing to show: nothing was synthesised, and its scans are gone.")
+    pages = Environment(loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    page = pages.get_template("view.html.j2").render(
+        case=case,
+        volumes=volumes,
+        warnings=[DISCLAIMER, *([ENHANCEMENT] if "t1c" in manifest["synthetic"] else [])],
+        niivue=(PAGES / "niivue.umd.js").read_text().replace("</script", "<\\/script"),
+        licence=(PAGES / "niivue.LICENSE").read_text(),
+        white=WHITE,
+        brightest=BRIGHTEST,
+        version=version("crossmr"),
+    )
+    target = out / "view" / f"{case}.html"
+    write_atomically(target, page.encode(errors="replace"))
+    return target, notes
+
+
+def _choose(out: Path, case: str | None) -> tuple[str, dict[str, Any]]:
+    """A case, by default the first with a synthetic volume, and its manifest."""
+    manifests = {path.parent.name: path for path in sorted(out.glob("*/manifest.json"))}
+    records = ((name, read_json(path, OutputError)) for name, path in manifests.items())
+    case = case or next((name for name, record in records if record.get("synthetic")), None)
+    if case not in manifests:
+        listed = ", ".join([*manifests][:8]) + (", …" if len(manifests) > 8 else "")
+        raise OutputError(f"{out} holds no completed case{f' {case!r}' if case else ''}; it has {listed or 'none'}.")
+    manifest = read_json(manifests[case], OutputError)
+    if manifest.get("format") != FORMAT:
+        raise OutputError(f"{manifests[case]} is not crossmr's. Name a folder that 'crossmr complete' wrote.")
+    return case, manifest
+
+
+def _acquired(
+    folder: Path, manifest: Mapping[str, Any], scans: Path | None, mapping: Mapping[str, str] | None
+) -> tuple[Study | None, list[str]]:
+    """The scans that a case was completed from; None, and a note, if they cannot be read any more."""
+    case = manifest["case"]
+    if scans is not None:
+        studies = {files.case: files for files in find_studies(scans, mapping)}
+        if case not in studies:
+            raise OutputError(f"{scans} holds no study {case}; it has {', '.join([*studies][:8])}.")
+        return load_study(studies[case]), []
+    try:
+        files = {modality: folder / path for modality, path in manifest["paths"].items()}
+        return load_study(files, case, register=manifest.get("settings", {}).get("register", "never")), []
+    except (CrossmrError, KeyError) as error:
+        return None, [f"the acquired scans are not shown ({error}); name their folder with --scans"]
+
+
+def _study_entries(study: Study, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The volumes of a study: the truth where the modality was synthesised, else acquired."""
+    return [
+        _entry(m, "truth" if m in manifest["synthetic"] else "acquired", study.normalised(m), study.reference)
+        for m in study.volumes
+    ]
+
+
+def _synthetic_entries(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The synthetic volumes of a case, each followed by its standard deviation, where there is one."""
+    entries = []
+    for modality, record in manifest["synthetic"].items():
+        names: dict[Kind, str | None] = {"synthetic": record["file"], "standard deviation": record["std"]}
+        for kind, name in names.items():
+            if name is not None:
+                volume = read_volume(folder / name)
+                entries.append(_entry(modality, kind, volume.data, volume))
+    return entries
+
+
+def _entry(modality: str, kind: Kind, data: Array, grid: Volume) -> dict[str, str]:
+    """A volume as the page holds it."""
+    content = compact(on_grid(data, grid, description=modality))
+    name = f"{DISPLAY_NAMES.get(modality, modality)} {kind}"
+    return {"modality": modality, "kind": kind, "name": name, "data": base64.b64encode(content).decode()}

@@ -1,0 +1,162 @@
+"""The model registry: models shipped with the package, and models imported from a file.
+
+An exported model is a zip of its folder. Nothing is downloaded: models come as files, which also pass a firewall.
+"""
+
+import io
+import lzma
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from crossmr.errors import ModelError, OutputError
+from crossmr.files import write_atomically
+from crossmr.networks.model import CrossConditionedModel, load_model
+
+SHIPPED = Path(__file__).parent / "weights"
+DEFAULT = "default"
+"""Name of the model that is used where none is named."""
+LARGEST = 2**31
+"""Bytes that an imported model may have."""
+_FILE = re.compile(r"config\.json|[a-z0-9_-]+\.safetensors")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A model that has a name."""
+
+    name: str
+    folder: Path
+    shipped: bool
+
+
+def models_folder() -> Path:
+    """The folder of imported models: $CROSSMR_HOME/models, by default ~/.crossmr/models."""
+    return Path(os.environ.get("CROSSMR_HOME") or os.path.expanduser("~/.crossmr")) / "models"
+
+
+def known_models() -> dict[str, RegisteredModel]:
+    """Name → model, the shipped ones first."""
+    models: dict[str, RegisteredModel] = {}
+    for root, shipped in ((SHIPPED, True), (models_folder(), False)):
+        for folder in sorted(root.iterdir()) if root.is_dir() else ():
+            if (folder / "config.json").exists():
+                models.setdefault(folder.name, RegisteredModel(folder.name, folder, shipped))
+    return models
+
+
+def find_model(model: Path | str | None = None) -> Path:
+    """The folder of a model: of a registered name, the folder itself, or by default the default model's.
+
+    Raises:
+        ModelError: there is neither a model of this name nor such a folder.
+    """
+    known = known_models()
+    if model is None:
+        if DEFAULT not in known:
+            raise ModelError("This crossmr has no default model. Name one with --model, or train one.")
+        return known[DEFAULT].folder
+    if str(model) in known and not os.path.exists(Path(model) / "config.json"):
+        return known[str(model)].folder
+    if not os.path.exists(model) and _NAME.fullmatch(str(model)):
+        raise ModelError(
+            f"'{model}' is neither a folder nor the name of a model; the models are: {', '.join(known) or 'none'}."
+        )
+    return Path(model)
+
+
+def import_model(source: Path, name: str | None = None) -> RegisteredModel:
+    """Check an exported model, or a model's folder, and register it under a name, by default the file's.
+
+    Raises:
+        ModelError: it is no model, is damaged, or contains other files than a model's.
+        OutputError: the name is taken, or nothing can be written.
+    """
+    name = name or source.name.removesuffix(".zip")
+    if not _NAME.fullmatch(name):
+        raise ModelError(
+            f"'{name}' is no name for a model; wanted letters, digits, '.', '_' and '-'; choose with --name."
+        )
+    if name in known_models():
+        raise OutputError(f"There is a model '{name}' already; choose another with --name.")
+    try:
+        models_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=models_folder(), prefix=".import-") as temporary:
+            folder = Path(temporary) / name
+            folder.mkdir()
+            for file, content in _contents(source).items():
+                (folder / file).write_bytes(content)
+            try:
+                load_model(folder)
+            except ModelError as error:
+                raise ModelError(f"{source}: {str(error).replace(f'{folder}{os.sep}', '')}") from error
+            os.replace(folder, models_folder() / name)
+    except OSError as error:
+        raise OutputError(
+            f"{models_folder()} could not be written: {error.strerror or error}. Check free space and permissions."
+        ) from error
+    return RegisteredModel(name, models_folder() / name, False)
+
+
+def export_model(model: Path | str, target: Path) -> CrossConditionedModel:
+    """Check a model and write it to one zip file.
+
+    Raises:
+        ModelError: there is no such model, or it is damaged. OutputError: the file exists or cannot be written.
+    """
+    if target.exists():
+        raise OutputError(f"{target} exists; name another file.")
+    folder = find_model(model)
+    loaded = load_model(folder)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for file, content in sorted(_contents(folder).items()):
+            archive.writestr(zipfile.ZipInfo(file), content)  # no dates: the same model, the same bytes
+    write_atomically(target, buffer.getvalue())
+    return loaded
+
+
+def remove_model(name: str) -> None:
+    """Delete an imported model.
+
+    Raises:
+        ModelError: there is none of this name, or it is shipped with the package. OutputError: it cannot be deleted.
+    """
+    known = known_models()
+    model = known.get(name)
+    if model is None or model.shipped:
+        imported = ", ".join(name for name, one in known.items() if not one.shipped) or "none"
+        shipped = " but shipped with crossmr" if model else ""
+        raise ModelError(f"'{name}' is no imported model{shipped}; these are: {imported}.")
+    try:
+        if model.folder.is_symlink():
+            model.folder.unlink()
+        else:
+            shutil.rmtree(model.folder)
+    except OSError as error:
+        raise OutputError(f"{model.folder} could not be removed: {error.strerror or error}.") from error
+
+
+def _contents(source: Path) -> dict[str, bytes]:
+    """File name → content of a model's folder or zip; a zip with any other name is refused before it is unpacked."""
+    try:
+        if source.is_dir():
+            return {path.name: path.read_bytes() for path in source.iterdir() if _FILE.fullmatch(path.name)}
+        with zipfile.ZipFile(source) as archive:
+            entries = archive.infolist()
+            if foreign := [entry.filename for entry in entries if not _FILE.fullmatch(entry.filename)]:
+                raise ModelError(f"{source} holds {foreign[0]!r}, which is no file of a model. Do not use it.")
+            if len({entry.filename for entry in entries}) < len(entries):
+                raise ModelError(f"{source} holds a file twice. Do not use it.")
+            if sum(entry.file_size for entry in entries) > LARGEST:
+                raise ModelError(f"{source} would unpack to more than {LARGEST >> 30} GiB. Do not use it.")
+            return {entry.filename: archive.read(entry) for entry in entries}
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{source} cannot be read as an exported model: {reason}. Copy it again.") from error

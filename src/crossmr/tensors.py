@@ -1,0 +1,60 @@
+"""Volumes and slices as the networks read them: cropped, padded, stacked; and seeded random generators."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from crossmr.files import digest
+
+FOREGROUND_FRACTION = 0.1
+"""Training skips slices with less foreground than this fraction of the volume's slice with the most."""
+
+
+def foreground_slices(foreground_voxels: Sequence[int]) -> list[int]:
+    """Axial slices with enough foreground to learn from: at least `FOREGROUND_FRACTION` of the largest count."""
+    smallest = max(1, FOREGROUND_FRACTION * max(foreground_voxels, default=0))
+    return [z for z, voxels in enumerate(foreground_voxels) if voxels >= smallest]
+
+
+def crop_or_pad(image: Tensor, size: Sequence[int], offset: Sequence[float]) -> Tensor:
+    """Crop or zero-pad the last axes of `image` to `size`; `offset` in [0, 1) places a crop, 0.5 central."""
+    for axis, (length, position) in enumerate(zip(size, offset, strict=True), start=image.ndim - len(size)):
+        excess = image.shape[axis] - length
+        if excess > 0:
+            image = image.narrow(axis, min(int(position * (excess + 1)), excess), length)
+        elif excess < 0:
+            before = (1 - excess) // 2  # where the central crop begins, so that it undoes the padding
+            padded = image.new_zeros([length if k == axis else side for k, side in enumerate(image.shape)])
+            padded.narrow(axis, before, image.shape[axis]).copy_(image)
+            image = padded
+    return image
+
+
+def pad_to_multiple(image: Tensor, dims: int, divisor: int) -> Tensor:
+    """Zero-pad the last `dims` axes on both sides to multiples of `divisor`; a central `crop_or_pad` undoes it."""
+    size = [-(-side // divisor) * divisor for side in image.shape[-dims:]]
+    return crop_or_pad(image, size, [0.5] * dims)
+
+
+def to_model_input(volume: Tensor, slices: Sequence[int], dims: int, divisor: int, context: int = 1) -> Tensor:
+    """Volumes (M, Z, Y, X) as the networks read them, padded to multiples of `divisor`.
+
+    In 2D a batch of N axial slices, each with its neighbours, (N, M·context, Y, X); in 3D the volumes, (1, M, Z, Y, X).
+    """
+    if dims == 3:
+        return pad_to_multiple(volume[None], dims, divisor)
+    planes = torch.tensor([neighbours(z, context, volume.shape[1]) for z in slices])
+    images = volume[:, planes].transpose(0, 1).flatten(1, 2)  # (N, M·context, Y, X)
+    return pad_to_multiple(images, dims, divisor)
+
+
+def neighbours(z: int, context: int, slices: int) -> list[int]:
+    """The indices of `context` adjacent slices around z; beyond a volume's end its last slice is repeated."""
+    return [min(max(z + step, 0), slices - 1) for step in range(-(context // 2), context // 2 + 1)]
+
+
+def seeded(*key: object) -> torch.Generator:
+    """A CPU generator seeded by a hash of `key`; crossmr draws every random number from such a generator."""
+    number = int(digest("/".join(map(str, key)))[:15], 16)
+    return torch.Generator().manual_seed(number)

@@ -1,0 +1,196 @@
+"""Batches of a prepared dataset: memory-mapped, and every batch a pure function of seed and step.
+
+Because step N always gives the same batch, training resumes in the middle of an epoch with nothing to
+restore, and worker processes cannot change the result.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from crossmr.data.dataset import Case
+from crossmr.errors import SetError
+from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded
+from crossmr.training.augmentation import Augmentation, AugmentationConfig
+
+Raw = TypeVar("Raw", covariant=True)
+
+MAPPED_AT_ONCE = 128
+"""Cases whose images stay mapped: each is an open file, of which a process may have 256 (macOS) to 1024."""
+
+
+class StepDataset(Dataset[Raw], ABC, Generic[Raw]):
+    """Batches by step: `data[step]`, for any step from 0 on, on the CPU."""
+
+    @property
+    @abstractmethod
+    def steps_per_epoch(self) -> int:
+        """Batches that use every item once."""
+
+    @abstractmethod
+    def __getitem__(self, step: int) -> Raw:
+        """The batch of one step."""
+
+
+class ImageBatch(NamedTuple):
+    """Images as they are read, before anything is masked or hidden; float32 unless said."""
+
+    images: Tensor
+    """(B, M, *S) in [0, 1], M the modalities of the data; a modality that a patient lacks is zero."""
+    present: Tensor
+    """(B, M), 0 where the patient lacks the modality, or it was not acquired here: slices beyond its field of view
+    are black throughout."""
+    case: Tensor
+    """int64 (B,), the index of each sample's case in the data."""
+    neighbours: Tensor
+    """(B, M·C, *S), of each modality the C slices whose middle one `images` holds, as a source: augmented, if asked."""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What a batch of images holds, and how it is drawn."""
+
+    size: Sequence[int]
+    """Sides of the crops: (Y, X) of slices, or (Z, Y, X)."""
+    batch_size: int
+    """Samples of a batch."""
+    seed: int
+    """Of the order, the crops, the flips and the augmentation."""
+    flip: bool = True
+    """Mirror samples left to right at random."""
+    context: int = 1
+    """Neighbouring axial slices of each sample, itself included."""
+    augmentation: AugmentationConfig | None = None
+    """What changes the neighbours; None for nothing."""
+    augmented: int | None = None
+    """How many of the first modalities are changed; None for all."""
+
+
+class Batches(StepDataset[ImageBatch]):
+    """Random crops: `batches[step]` is drawn from the seed and the step alone.
+
+    Each epoch is a fresh permutation of all slices (2D) or cases (3D); crops, left–right flips and the augmentation of
+    the first `augmented` modalities are random.
+    """
+
+    def __init__(self, cases: Sequence[Case], modalities: Sequence[str], settings: BatchSettings):
+        self.cases, self.modalities, self.context = tuple(cases), tuple(modalities), settings.context
+        self.size, self.batch_size = tuple(settings.size), settings.batch_size
+        self.seed, self.flip, augmentation = settings.seed, settings.flip, settings.augmentation
+        self.augmented = len(self.modalities) if settings.augmented is None else settings.augmented
+        self.augment = None
+        if augmentation is not None and augmentation.probability > 0:
+            self.augment = Augmentation(augmentation, len(self.size))
+        self.items = [(i, -1) for i, _ in enumerate(self.cases)]
+        if len(self.size) == 2:
+            self.items = [(i, z) for i, case in enumerate(cases) for z in foreground_slices(case.foreground_voxels)]
+        if not self.items:
+            raise SetError(
+                f"No study of the set can serve this training, which needs {', '.join(self.modalities)}. "
+                "Prepare more patients, or choose other --sources and --targets."
+            )
+        self._mapped: dict[int, npt.NDArray[np.float16]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the mapped images, which another process maps again."""
+        return {**self.__dict__, "_mapped": {}}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that see every item once."""
+        return -(-len(self.items) // self.batch_size)
+
+    def __getitem__(self, step: int) -> ImageBatch:
+        """The batch of one step."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        orders = {epoch: self._order(epoch) for epoch in {p // len(self.items) for p in positions}}
+        chosen = [self.items[int(orders[p // len(self.items)][p % len(self.items)])] for p in positions]
+        generator = seeded("batch", self.seed, step)
+        batch = self._batch([self._sample(item, generator) for item in chosen], chosen)
+        if self.augment is None:
+            return batch
+        sources = batch.neighbours.reshape(len(chosen), len(self.modalities), -1, *self.size).clone()
+        for sample in sources:
+            for channel in range(self.augmented):
+                sample[channel] = self.augment(sample[channel], generator)
+        return batch._replace(neighbours=sources.flatten(1, 2))
+
+    def fixed(self, count: int) -> ImageBatch:
+        """Up to `count` items spread evenly, cropped in the middle, never flipped: for validation."""
+        picked = np.linspace(0, len(self.items) - 1, min(count, len(self.items))).round().astype(int)
+        chosen = [self.items[int(i)] for i in picked]
+        middle = [0.5] * len(self.size)
+        return self._batch([crop_or_pad(self.read(*item), self.size, middle) for item in chosen], chosen)
+
+    def read(self, index: int, z: int) -> Tensor:
+        """One slice (M[, context], Y, X), or, z being -1, a volume (M, Z, Y, X); float32 in [0, 1], 0 where missing."""
+        case = self.cases[index]
+        if index not in self._mapped:
+            if len(self._mapped) >= MAPPED_AT_ONCE:
+                del self._mapped[next(iter(self._mapped))]
+            self._mapped[index] = case.images()
+        mapped = self._mapped[index]
+        if z < 0 or self.context > 1:
+            chosen = slice(None) if z < 0 else neighbours(z, self.context, len(mapped))
+            stored = mapped[chosen].transpose(1, 0, 2, 3)
+        else:
+            stored = mapped[z]
+        image = torch.zeros(len(self.modalities), *stored.shape[1:])
+        for channel, modality in enumerate(self.modalities):
+            if modality in case.modalities:
+                image[channel] = torch.from_numpy(stored[case.modalities.index(modality)].astype(np.float32))
+        return image
+
+    def _batch(self, samples: Sequence[Tensor], chosen: Sequence[tuple[int, int]]) -> ImageBatch:
+        whole = torch.stack(list(samples))  # (B, M[, C], *S)
+        images = whole if self.context == 1 else whole[:, :, self.context // 2]
+        surrounding = whole if self.context == 1 else whole.flatten(1, 2)
+        return ImageBatch(images, present_in(images), torch.tensor([i for i, _ in chosen]), surrounding)
+
+    def _sample(self, item: tuple[int, int], generator: torch.Generator) -> Tensor:
+        image = self.read(*item)
+        *offset, coin = torch.rand(len(self.size) + 1, generator=generator).tolist()
+        image = crop_or_pad(image, self.size, offset)
+        return image.flip(-1) if self.flip and coin < 0.5 else image
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.items), generator=seeded("epoch", self.seed, epoch))
+
+
+def present_in(images: Tensor) -> Tensor:
+    """Which images of (B, M, *S) are not black throughout, (B, M) of zeros and ones."""
+    return (images.flatten(2).amax(-1) > 0).float()
+
+
+class VectorBatch(NamedTuple):
+    """Pooled features as the masked autoencoder gives them."""
+
+    pooled: Tensor
+    """(B, M, D), of the modalities that it represents."""
+    present: Tensor
+    """(B, M), 0 where the patient lacks the modality, or it was not acquired in this slice."""
+
+
+class Vectors(StepDataset[VectorBatch]):
+    """Batches of vectors held in memory, drawn from the seed and the step alone."""
+
+    def __init__(self, vectors: VectorBatch, batch_size: int, seed: int):
+        self.vectors, self.batch_size, self.seed = vectors, batch_size, seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that see, on average, every vector once."""
+        return -(-len(self.vectors.pooled) // self.batch_size)
+
+    def __getitem__(self, step: int) -> VectorBatch:
+        """The batch of one step."""
+        generator = seeded("vectors", self.seed, step)
+        chosen = torch.randint(len(self.vectors.pooled), (self.batch_size,), generator=generator)
+        return VectorBatch(self.vectors.pooled[chosen], self.vectors.present[chosen])

@@ -1,0 +1,319 @@
+"""The one training loop: a stage's batches, gradients, steps, average, checkpoints and log.
+
+Batches, masks, steps of diffusion and noise are drawn from the seed and the step's number alone, so there is no random
+state to keep: weights, their average, the optimiser and the step are the whole state. On a processor a training that
+was stopped, even killed, therefore ends with the very weights of one that never was; on a GPU, whose sums depend on the
+order in which its threads finish, with weights that differ by rounding.
+"""
+
+import copy
+import itertools
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from crossmr.checkpoint import load_checkpoint, save_checkpoint
+from crossmr.data.prepare import default_workers
+from crossmr.device import autocast, out_of_memory
+from crossmr.display import Task
+from crossmr.errors import Interrupted, ModelError
+from crossmr.files import append_line, write_atomically
+from crossmr.tensors import seeded
+from crossmr.training.memory import available_memory, explain, micro_batches, step_memory
+from crossmr.training.plan import VALIDATIONS, Budget, Clock, Plan, write_plan
+from crossmr.training.recipes import TrainConfig
+from crossmr.training.shared import Compute, cut
+from crossmr.training.stages import Stage
+
+SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("CROSSMR_SECONDS_BETWEEN_CHECKPOINTS", 60))
+VALIDATION_FRACTION = 0.1
+"""Of a stage's time at most, where a budget decides the steps; the last step is validated if there is any time left."""
+LOGGED = 200
+"""Lines that a stage writes into the log."""
+DECAY = 0.9
+"""Power of the learning rate's polynomial decay [C]."""
+
+
+def gradients(stage: Stage[Any, Any], network: nn.Module, batch: Any, parts: int, compute: Compute) -> Tensor:
+    """The gradients of a drawn batch's mean error, and that mean; the batch goes through in so many parts.
+
+    Sums over the parts are divided by the count of the whole batch, so that the parts do not change the gradients.
+    """
+    network.zero_grad(set_to_none=True)
+    total, count = torch.zeros((), device=compute.device), torch.zeros((), device=compute.device)
+    sizes = [len(part) for part in torch.arange(len(batch[0])).tensor_split(parts)]
+    for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+        with autocast(compute.device, compute.dtype):
+            error, number = stage.loss(network, compute.place(cut(batch, slice(end - size, end))))
+        error.backward()  # type: ignore[no-untyped-call]
+        total, count = total + error.detach(), count + number
+    count = count.clamp(min=1)
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= count
+    return total / count
+
+
+class Trainer:
+    """Trains one stage's network in a run's folder, from its newest checkpoint on."""
+
+    def __init__(self, folder: Path, stage: Stage[Any, Any], config: TrainConfig, compute: Compute, budget: Budget):
+        self.folder, self.stage, self.config, self.compute, self.budget = folder, stage, config, compute, budget
+        self.checkpoints, self.log = folder / "stages" / stage.name, folder / "metrics.jsonl"
+        self.network = stage.network.requires_grad_(False)
+        self.learning = stage.learning
+        for parameter in self.learning:
+            parameter.requires_grad_(True)
+        self.averaged = copy.deepcopy(self.network).requires_grad_(False)
+        self.optimiser = torch.optim.Adam(self.learning, config.learning_rate, weight_decay=config.weight_decay)
+        self.done, self.micro_batches = 0, 0
+        self.recent: list[Tensor] = []
+        """(loss, norm of the gradient) of each step since the last line in the log."""
+        self.measured: tuple[int, dict[str, float]] = (0, {})
+        """The last validation: after how many steps, and what it measured."""
+        self.validation_seconds = 0.0
+        self._restore()
+        if not self.micro_batches:
+            self.micro_batches = self._parts()
+
+    def train(self, plan: Plan) -> nn.Module:
+        """Train to the plan's last step and return the averaged network.
+
+        Raises:
+            Interrupted: on Ctrl-C or SIGTERM, after the step in progress and a checkpoint.
+            ModelError: the loss is not finite any more, or not even one sample fits into memory.
+        """
+        _truncate_log(self.log, self.stage.name, self.done)
+        clock = Clock(self.done, self.budget)
+        saved = self.logged = time.monotonic()
+        display = self.compute.display
+        with _stop_requests() as stopping, display.task(self.stage.name, plan.total, self.done) as task:
+            for raw in self._batches(plan):
+                rate = self._step(raw, plan)
+                plan = self._corrected(plan, clock)
+                last = self.done == plan.total
+                task.total = plan.total
+                self._write_log(plan, rate, task, clock)
+                if last or stopping.is_set() or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                    self._save(plan)
+                    saved = time.monotonic()
+                if last:
+                    break
+                if stopping.is_set():
+                    steps = f"step {self.done} of {plan.total}" if plan.total else f"step {self.done}"
+                    raise Interrupted(f"Stopped at {steps} of {self.stage.name}; the same command goes on from there.")
+        return self.averaged
+
+    def _batches(self, plan: Plan) -> Iterator[Any]:
+        """The batches from the first step that is not done."""
+        if plan.total is not None and self.done >= plan.total:
+            return iter(())
+        gpu = self.compute.device.type == "cuda"
+        readers = min(self.stage.readers, default_workers()) if gpu else 0
+        steps: Any = itertools.count(self.done)
+        return iter(DataLoader(self.stage.data, None, sampler=steps, num_workers=readers, pin_memory=gpu))
+
+    def _step(self, raw: Any, plan: Plan) -> float:
+        """One step of gradient descent; returns its learning rate."""
+        batch = self._draw(raw)
+        rate: float = self.config.learning_rate * (1 - plan.progress(self.done)) ** DECAY
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        loss = self._backward(batch)
+        norm = nn.utils.clip_grad_norm_(self.learning, self.config.gradient_clip)
+        self.optimiser.step()
+        _average(self.averaged, self.network, min(self.config.ema_decay, (1 + self.done) / (10 + self.done)))
+        self.recent.append(torch.stack([loss, norm]))
+        self.done += 1
+        return rate
+
+    def _draw(self, raw: Any) -> Any:
+        """The batch of this step, everything random drawn."""
+        return self.stage.batch(raw, seeded(self.stage.name, self.compute.seed, self.done))
+
+    def _backward(self, batch: Any) -> Tensor:
+        """`gradients`, in as many parts as memory wants; where it runs out, in twice as many from there on."""
+        name, size = self.stage.name, len(batch[0])
+        self.network.train()
+        while True:
+            try:
+                return gradients(self.stage, self.network, batch, self.micro_batches, self.compute)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if self.micro_batches >= size:
+                    raise ModelError(
+                        f"{name}: out of memory with one sample at a time. Lower --set crop or the network's size."
+                    ) from error
+            self.micro_batches = min(2 * self.micro_batches, size)
+            self.compute.display.say(f"{name}: out of memory; batches go through in {self.micro_batches} parts now")
+
+    def _parts(self) -> int:
+        """In how many parts a batch has to go through, by an estimate of the memory that it takes.
+
+        Other devices than the processor say when their memory runs out, and `_backward` then cuts the batch.
+        """
+        if self.compute.device.type != "cpu":
+            return 1
+        batch = self._draw(self.stage.data[self.done])
+        name, size = self.stage.name, len(batch[0])
+        sample = self.compute.place(cut(batch, slice(0, 1)))
+        memory = step_memory(self.network, self.stage.loss, sample, self.compute.dtype)
+        available = available_memory()
+        parts = micro_batches(name, size, memory, available)
+        self.compute.display.say(explain(name, size, memory, available, parts))
+        return parts
+
+    def _corrected(self, plan: Plan, clock: Clock) -> Plan:
+        """The plan, made anew from the measured pace where that is due."""
+        if plan.until is None or not clock.due(plan, self.done):
+            return plan
+        _synchronise(self.compute.device)
+        until, pace = plan.until, clock.pace(self.done)
+        left = until - self.budget.spent()
+        if plan.total is None and left <= 0:
+            plan = replace(plan, validations=0)
+        elif plan.total is None:
+            self._validate(clock)  # to see how long it takes
+            left = until - self.budget.spent()
+            most = VALIDATION_FRACTION * left / max(1e-9, self.validation_seconds)
+            plan = replace(plan, validations=max(1, min(VALIDATIONS, int(most))))
+        coming = math.ceil(plan.validations * (1 - plan.progress(self.done))) + self.stage.later_validations
+        total = self.done + max(0, int((left - coming * self.validation_seconds) / pace))
+        plan = replace(plan, segments=(*plan.segments, (self.done, total)))
+        write_plan(self.folder, self.stage.name, plan)
+        return plan
+
+    def _validate(self, clock: Clock) -> dict[str, float]:
+        """What the stage measures of the averaged network; once per step."""
+        if self.measured[0] != self.done:
+            _synchronise(self.compute.device)
+            begin = time.monotonic()
+            picture = self.folder / "pictures" / f"{self.stage.name}-{self.done:06d}.png"
+            self.measured = self.done, self.stage.validate(self.averaged, picture)
+            self.validation_seconds = time.monotonic() - begin
+            clock.pause(self.validation_seconds)
+        return self.measured[1]
+
+    def _write_log(self, plan: Plan, rate: float, task: Task, clock: Clock) -> None:
+        """Count the step on the display, and write a line into the log where one is due."""
+        record: dict[str, Any] = {}
+        if plan.due(self.done, LOGGED):
+            loss, steps = self._finite_loss(), len(self.recent)
+            pace = steps / max(1e-9, time.monotonic() - self.logged)
+            record = {"loss": loss, "learning_rate": rate, "steps_per_second": pace}
+            self.recent = []
+        if self.measured[0] == self.done or (plan.total is not None and plan.due(self.done, plan.validations)):
+            record |= self._validate(clock)
+        if record:
+            append_line(self.log, json.dumps({"stage": self.stage.name, "step": self.done, **record}))
+            self.logged = time.monotonic()
+        task.advance(" ".join(f"{k} {v:.4g}" for k, v in record.items() if k == "loss" or k.startswith("val_")))
+
+    def _finite_loss(self) -> float:
+        """The mean loss since the last line in the log.
+
+        Raises:
+            ModelError: it, or the norm of a gradient, is not finite.
+        """
+        values = torch.stack(self.recent)  # (steps, 2)
+        if not bool(values.isfinite().all()):
+            name = self.stage.name
+            raise ModelError(
+                f"{name}: the loss or its gradient is not finite any more at step {self.done}; what was saved before "
+                "that is kept. Start in another folder with "
+                f"--set {name}_train.learning_rate={self.config.learning_rate / 4:g}"
+            )
+        return float(values[:, 0].mean())
+
+    def _save(self, plan: Plan) -> None:
+        """Write a checkpoint, unless the loss is not finite any more."""
+        if self.recent:
+            self._finite_loss()
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.averaged.state_dict().items()}
+        for index, slots in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{slot}": value for slot, value in slots.items()}
+        data = {"finished": self.done == plan.total, "micro_batches": self.micro_batches, "spent": self.budget.spent()}
+        save_checkpoint(self.checkpoints, self.done, tensors, data)
+
+    def _restore(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        checkpoint = load_checkpoint(self.checkpoints, self.compute.display.say)
+        if checkpoint is None:
+            return
+        tensors, data = checkpoint
+        self.network.load_state_dict(part_of(tensors, "network."))
+        self.averaged.load_state_dict(part_of(tensors, "ema."))
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in part_of(tensors, "optimiser.").items():
+            index, slot = key.split(".")
+            slots.setdefault(int(index), {})[slot] = value
+        self.optimiser.load_state_dict({"state": slots, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        self.done, self.micro_batches = int(data["step"]), int(data["micro_batches"])
+        self.budget.before = max(self.budget.before, float(data["spent"]))
+
+
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with this, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait for a GPU, so that a clock says how long it took."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, network: nn.Module, decay: float) -> None:
+    """Move the averaged weights towards the network's by 1 - decay."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
+
+
+def _truncate_log(log: Path, stage: str, done: int) -> None:
+    """Drop what a killed run wrote after the checkpoint from which it resumes."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["stage"] != stage or record["step"] <= done:
+            kept.append(line + "\n")
+    write_atomically(log, "".join(kept).encode())
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that a step is never cut in two; a second Ctrl-C is not held back."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def request(number: int, frame: Any) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,328 @@
+"""The stages of the Cross-conditioned Diffusion Model, trained one after the other.
+
+RUN/
+├── run.json       what is trained on what, and the budget; the same command continues it, another is refused
+├── plan.json      steps of each stage, as they were planned and corrected
+├── stages/STAGE/  the two newest checkpoints
+├── metrics.jsonl  losses and validation
+├── pictures/      source, prediction, truth and error on validation patients
+└── model/         the result; see networks/model.py
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossmr.baselines import fit_baselines, linear_weights
+from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
+from crossmr.config import to_dict
+from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.naming import in_usual_order
+from crossmr.device import choose_device, choose_precision, set_numerics
+from crossmr.display import SILENT, Display
+from crossmr.errors import ConfigError
+from crossmr.files import locked, read_json, write_json
+from crossmr.networks.c_unet import LinearRegression
+from crossmr.networks.model import CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model
+from crossmr.registry import find_model
+from crossmr.training.calibration import calibration
+from crossmr.training.loop import Trainer, part_of
+from crossmr.training.plan import Budget, Plan, read_plan, write_plan
+from crossmr.training.recipes import STANDARD, Recipe, recipe_of
+from crossmr.training.shared import Compute, Training
+from crossmr.training.stages import STAGES
+
+PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What is trained, for how long, and where."""
+
+    recipe: Recipe | None = None
+    """Networks and optimisation; None for STANDARD, or that of the initial model."""
+    sources: tuple[str, ...] | None = None
+    """Modalities to read; None for the published T1 and T2, as far as the set has them. A recipe of any subset reads
+    and synthesises sources and targets alike; None for all that the set has."""
+    targets: tuple[str, ...] | None = None
+    """Modalities to synthesise; None for the published T1ce and FLAIR."""
+    stages: tuple[str, ...] | None = None
+    """Train these alone; the stages before them must be finished."""
+    steps: int | None = None
+    """Steps of every stage, instead of the recipe's epochs."""
+    minutes: float | None = None
+    """Wall time of the whole run, over all of its calls, instead of the recipe's epochs."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
+    precision: str = "auto"
+    """'auto', 'bfloat16' or 'float32'."""
+    seed: int = 0
+    """Of weights, batches, masks and noise."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.minutes is not None:
+            raise ConfigError("Give --steps or --minutes, not both.")
+        too_short = self.minutes is not None and not 0 < self.minutes < math.inf  # NaN fails too
+        if too_short or (self.steps is not None and self.steps < 1):
+            raise ConfigError("--steps and --minutes are positive.")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"--seed is {self.seed}; wanted a whole number of at most 64 bits.")
+
+
+def train(
+    prepared: Path | str,
+    run: Path | str,
+    settings: TrainingSettings | None = None,
+    *,
+    initial_model: CrossConditionedModel | Path | str | None = None,
+    display: Display = SILENT,
+) -> Path:
+    """Train the stages one after another on a prepared set, or go on where an earlier call stopped.
+
+    Args:
+        prepared: the set's folder, as `prepare` wrote it.
+        run: where the run lives; its 'model' folder is the result.
+        settings: what is trained, for how long, and where.
+        initial_model: a trained model, loaded, as folder or by name, from whose weights every network starts.
+            Modalities and networks are then its own; a model of any subset goes on with those of its modalities that
+            the set has.
+        display: where progress goes.
+
+    Returns:
+        The model's folder; it holds a model once every stage is finished.
+
+    Raises:
+        SetError, ConfigError, ModelError, OutputError: with one line that says what to do.
+        Interrupted: on Ctrl-C, after a checkpoint.
+    """
+    budget, settings, folder = Budget(), settings or TrainingSettings(), Path(run)
+    with locked(folder):
+        dataset = PreparedDataset(prepared)
+        initial = load_model(find_model(initial_model)) if isinstance(initial_model, (str, Path)) else initial_model
+        training = _training(folder, dataset, settings, initial, display, budget)
+        chosen = _chosen_stages(training.config, settings)
+        identity = _identity(training, dataset, initial)
+        steps, budget.minutes = _check_identity(folder, identity, settings)  # all else makes sense: a run keeps it
+        model = _first_model(training, initial)
+        if _train_stages(training, model, chosen, steps):
+            if model.uncertainty is not None:
+                display.say("calibration of the uncertainty on validation patients")
+                model.calibration = calibration(training, model, None if initial is None else initial.calibration)
+            save_model(folder / "model", model, _record(training, initial))
+    return folder / "model"
+
+
+def _training(
+    folder: Path,
+    dataset: PreparedDataset,
+    settings: TrainingSettings,
+    initial: CrossConditionedModel | None,
+    display: Display,
+    budget: Budget,
+) -> Training:
+    """What is trained on what, and where; refuses what makes no sense."""
+    recipe = settings.recipe or (STANDARD if initial is None else recipe_of(initial))
+    config = recipe.model_config(*_modalities(dataset, recipe, settings, initial))
+    if initial is not None:
+        _check_initial(initial, config)
+    device = choose_device(settings.device)
+    dtype = choose_precision(settings.precision, device)
+    set_numerics(device, dtype)
+    compute = Compute(device, dtype, settings.seed, display)
+    return Training(folder, recipe, config, dataset.split("train"), dataset.split("val"), compute, budget)
+
+
+def _modalities(
+    dataset: PreparedDataset, recipe: Recipe, settings: TrainingSettings, initial: CrossConditionedModel | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Sources and targets: those asked for, else the initial model's, else as published, or all for any subset."""
+    known = list(dataset.manifest["fingerprint"]["modalities"])
+    sources, targets = settings.sources, settings.targets
+    if initial is not None:
+        sources, targets = sources or initial.config.sources, targets or initial.config.targets
+    if recipe.any_subset:
+        present = {m for case in dataset.split("train") for m in case.modalities}
+        sources = targets = tuple(in_usual_order({*(sources or ()), *(targets or ())} or present))
+    else:
+        sources = tuple(sources or [m for m in PUBLISHED_SOURCES if m in known and m not in (targets or ())])
+        targets = tuple(targets or [m for m in PUBLISHED_TARGETS if m in known and m not in sources])
+        if both := set(sources) & set(targets):
+            raise ConfigError(f"{min(both)} is both source and target; for any subset of modalities use recipe 'any'.")
+    for modality in () if initial is not None and recipe.any_subset else (*sources, *targets):
+        if modality not in known:
+            raise ConfigError(f"No study of {dataset.folder} has {modality}; it has {', '.join(known)}.")
+    return sources, targets
+
+
+def _check_initial(initial: CrossConditionedModel, config: ModelConfig) -> None:
+    """Refuse to start a network from another's weights."""
+    own, other = to_dict(initial.config), to_dict(config)
+    for key in own:
+        if own[key] != other[key]:
+            raise ConfigError(
+                f"The initial model has another {key} ({_short(own[key])}; wanted {_short(other[key])}). "
+                "Leave --recipe, --sources and --targets away, and --set to how it is trained."
+            )
+
+
+def _short(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _chosen_stages(config: ModelConfig, settings: TrainingSettings) -> tuple[str, ...]:
+    """The stages that this call trains, in their order."""
+    asked = settings.stages or config.stages
+    if unknown := set(asked) - set(config.stages):
+        raise ConfigError(f"'{min(unknown)}' is no stage of this training; it has {', '.join(config.stages)}.")
+    return tuple(stage for stage in config.stages if stage in asked)
+
+
+def _identity(training: Training, dataset: PreparedDataset, initial: CrossConditionedModel | None) -> dict[str, Any]:
+    """What makes a run this one."""
+    compute = training.compute
+    identity = {
+        "recipe": to_dict(training.recipe),
+        "sources": list(training.config.sources),
+        "targets": list(training.config.targets),
+        "seed": compute.seed,
+        "set": dataset.fingerprint,
+        "precision": str(compute.dtype).removeprefix("torch."),
+        "device": compute.device.type,
+        "patients": {name: _pseudonyms(getattr(training, name), initial, name) for name in ("train", "val")},
+    }
+    return identity if initial is None else {**identity, "initial_model": initial.record["sha256"]}
+
+
+def _pseudonyms(cases: Sequence[Case], initial: CrossConditionedModel | None, split: str) -> list[str]:
+    """Of the patients whom the model will have seen, those of the initial model included."""
+    earlier = [] if initial is None else initial.record["training"].get("patients", {}).get(split, [])
+    return sorted({*earlier, *(pseudonym(case.patient) for case in cases)})
+
+
+def _check_identity(
+    folder: Path, identity: Mapping[str, Any], settings: TrainingSettings
+) -> tuple[int | None, float | None]:
+    """Make the folder this run's, or see that it already is; returns its steps and minutes."""
+    path, budget = folder / "run.json", {"steps": settings.steps, "minutes": settings.minutes}
+    if not path.exists():
+        versions = {name: version(name) for name in ("crossmr", "torch", "monai")}
+        write_json(path, {**identity, "budget": budget, "versions": versions})
+        return settings.steps, settings.minutes
+    earlier = read_json(path)
+    for key, value in {"initial_model": None, **identity}.items():
+        if earlier.get(key) != value:
+            raise ConfigError(f"{folder} holds a run with another {key}; name another folder, or repeat its settings.")
+    planned: dict[str, Any] = earlier["budget"]
+    if any(budget.values()) and budget != planned:
+        raise ConfigError(
+            f"{folder} is planned for {_words(planned)}, not {_words(budget)}. Give neither --steps nor --minutes to "
+            "go on with its own plan, or name another folder."
+        )
+    return planned["steps"], planned["minutes"]
+
+
+def _words(budget: Mapping[str, Any]) -> str:
+    """A budget as it is given on the command line."""
+    return next((f"--{name} {value:g}" for name, value in budget.items() if value), "its recipe's epochs")
+
+
+def _baselines(training: Training) -> dict[str, Tensor]:
+    """The baselines, fitted once per run."""
+    place = training.folder / "stages" / "baselines"
+    if not (place / "baselines.json").exists():
+        training.compute.display.say(f"baselines: reading {len(training.train)} training studies")
+        fitted = fit_baselines([_reader(case) for case in training.train], training.config.modalities)
+        save_bundle(place, {"baselines": fitted}, {}, "baselines")
+    return load_bundle(place, "baselines")[0]["baselines"]
+
+
+def _reader(case: Case) -> Callable[[], dict[str, Any]]:
+    return lambda: {modality: case.volume(modality) for modality in case.modalities}
+
+
+def _first_model(training: Training, initial: CrossConditionedModel | None) -> CrossConditionedModel:
+    """The networks before their training: with first weights of their own, or the initial model's."""
+    model = CrossConditionedModel(training.config, seed=training.compute.seed)
+    model.baselines = _baselines(training)
+    if initial is not None:
+        for name, network in model.networks().items():
+            network.load_state_dict(initial.networks()[name].state_dict())
+    elif model.synthesis.regression is not None:
+        _fit_regression(training.config, model.synthesis.regression, model.baselines)
+    if training.config.spatial_dims == 2:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(training.compute.device)
+
+
+def _fit_regression(config: ModelConfig, regression: LinearRegression, baselines: Mapping[str, Tensor]) -> None:
+    """Give a C-UNet the linear regression to start from, for each subset of sources that may be available."""
+    count = len(config.sources)
+    every = tuple(range(count))
+    for pattern in range(len(regression.weights)):
+        available = [s for s in every if pattern >> s & 1] if regression.any_subset else every
+        for index, target in enumerate(config.targets):
+            number = config.modalities.index(target)
+            if available and number not in available:
+                weights = torch.from_numpy(linear_weights(baselines, available, number))
+                regression.weights[pattern, [*available, count], index] = weights.to(regression.weights)
+
+
+def _load_finished(training: Training, model: CrossConditionedModel, stage: str) -> bool:
+    """Load a stage's averaged weights if it was trained to its end."""
+    checkpoint = load_checkpoint(training.folder / "stages" / stage, training.compute.display.say)
+    if checkpoint is None or not checkpoint[1]["finished"]:
+        return False
+    tensors, data = checkpoint
+    model.network_of(stage).load_state_dict(part_of(tensors, "ema."))
+    training.budget.before = max(training.budget.before, float(data["spent"]))
+    return True
+
+
+def _train_stages(training: Training, model: CrossConditionedModel, chosen: Sequence[str], steps: int | None) -> bool:
+    """Train the chosen stages that are not finished, in their order; returns whether all stages are finished."""
+    order, say = training.config.stages, training.compute.display.say
+    for stage in order:
+        if _load_finished(training, model, stage):
+            say(f"{stage}: finished before")
+        elif stage in chosen:
+            _train_stage(training, model, stage, steps)
+        elif later := [name for name in chosen if order.index(name) > order.index(stage)]:
+            raise ConfigError(f"Stage '{stage}' comes before '{later[0]}' and is not finished; train it first.")
+        else:
+            say(f"{stage}: not trained yet, so there is no model yet")
+            return False
+    return True
+
+
+def _train_stage(training: Training, model: CrossConditionedModel, name: str, steps: int | None) -> None:
+    """Train one stage, as its plan says, or a new one."""
+    folder, budget, config = training.folder, training.budget, training.recipe.train_config(name)
+    stage = STAGES[name](training, model.eval())
+    trainer = Trainer(folder, stage, config, training.compute, budget)
+    plan = read_plan(folder, name)
+    if plan is None and budget.minutes is not None:
+        later = training.config.stages[training.config.stages.index(name) :]
+        fraction = config.fraction / sum(training.recipe.train_config(stage).fraction for stage in later)
+        plan = Plan(until=budget.until(fraction))
+    elif plan is None:
+        plan = Plan(segments=((0, steps or max(1, round(config.epochs * stage.data.steps_per_epoch))),))
+        write_plan(folder, name, plan)
+    averaged = trainer.train(plan)
+    stage.network.load_state_dict(averaged.state_dict())
+    stage.network.requires_grad_(False)
+
+
+def _record(training: Training, initial: CrossConditionedModel | None) -> dict[str, Any]:
+    """What a model keeps of its training."""
+    folder = training.folder
+    seen = {"studies": len(training.train), "without_skull": sum(case.masked_background for case in training.train)}
+    if initial is not None:
+        earlier = initial.record["training"].get("seen", {})
+        seen = {key: count + earlier.get(key, 0) for key, count in seen.items()}
+    return {**read_json(folder / "run.json"), "plan": read_json(folder / "plan.json"), "seen": seen}

@@ -1,0 +1,91 @@
+"""What all stages of one training share: the studies, the recipe, the device, and how batches are cut and placed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from crossmr.data.dataset import Case
+from crossmr.device import in_batches
+from crossmr.display import Display
+from crossmr.networks.model import ModelConfig
+from crossmr.training.batches import Batches, BatchSettings
+from crossmr.training.plan import Budget
+from crossmr.training.recipes import Recipe
+
+Result = TypeVar("Result")
+Drawn = TypeVar("Drawn", bound=tuple[Any, ...])
+
+CHUNK = 16
+"""Slices through a network at once, where no gradient is needed."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a training is computed, by which seed, and who hears of it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    display: Display
+
+    def place(self, batch: Drawn) -> Drawn:
+        """The batch on the device, its 2D images channels last."""
+        parts = []
+        for tensor in batch:
+            if tensor is not None:
+                tensor = tensor.to(self.device, non_blocking=True)
+                if tensor.ndim == 4:
+                    tensor = tensor.contiguous(memory_format=torch.channels_last)
+            parts.append(tensor)
+        return type(batch)(*parts)
+
+
+def cut(batch: Drawn, some: slice) -> Drawn:
+    """Some samples of a batch, a NamedTuple of tensors (B, ...) or None."""
+    parts: list[Any] = [None if tensor is None else tensor[some] for tensor in batch]
+    return type(batch)(*parts)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every stage of one training shares."""
+
+    folder: Path
+    """The run's."""
+    recipe: Recipe
+    config: ModelConfig
+    train: tuple[Case, ...]
+    val: tuple[Case, ...]
+    compute: Compute
+    budget: Budget
+
+    def batches(self, stage: str, cases: Sequence[Case], modalities: Sequence[str], *, masked: bool = False) -> Batches:
+        """The batches of a stage; images that are to be masked have no neighbours and are not augmented."""
+        settings = BatchSettings(
+            size=self.recipe.crop,
+            batch_size=self.recipe.train_config(stage).batch_size,
+            seed=self.compute.seed,
+            flip=self.recipe.flip,
+            context=1 if masked else self.recipe.context_slices,
+            augmentation=None if masked else self.recipe.augmentation,
+            augmented=len(self.config.sources),
+        )
+        return Batches(cases, modalities, settings)
+
+    def usable(self, cases: Sequence[Case]) -> list[Case]:
+        """Cases that have all sources and any of the targets, or, for any subset, any two modalities."""
+        if self.config.any_subset:
+            return [case for case in cases if len(set(self.config.sources) & set(case.modalities)) > 1]
+        return [
+            case
+            for case in cases
+            if set(self.config.sources) <= set(case.modalities) and set(self.config.targets) & set(case.modalities)
+        ]
+
+
+def in_chunks(function: Callable[[slice], Result], count: int, chunk: int = CHUNK) -> list[Result]:
+    """What `function` makes of so many samples, `chunk` at once, or fewer where memory runs out."""
+    return [result for _, result, _ in in_batches(function, count, chunk)]

@@ -1,0 +1,428 @@
+"""The stages of a training: what each learns from, what it draws at random, its loss, and how it is validated.
+
+A stage's `batch` draws everything random for the whole batch, on the CPU; its `loss` is deterministic and returns a sum
+and a count, so that a batch may go through the network in parts (loop.py).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from crossmr import metrics
+from crossmr.checkpoint import load_bundle, save_bundle
+from crossmr.data.dataset import Case
+from crossmr.device import autocast
+from crossmr.display import Display
+from crossmr.errors import ModelError
+from crossmr.networks.c_unet import CUNet, synthesis_error
+from crossmr.networks.distribution import DistributionNetwork
+from crossmr.networks.masked_autoencoder import MaskedAutoencoder, masked_squared_error, random_mask
+from crossmr.networks.model import CrossConditionedModel, ModelConfig, log_variance, variance_error
+from crossmr.picture import save_picture
+from crossmr.tensors import foreground_slices, seeded
+from crossmr.training.batches import ImageBatch, StepDataset, VectorBatch, Vectors
+from crossmr.training.representations import draw_representations, pooled_features
+from crossmr.training.shared import CHUNK, Compute, Drawn, Training, cut, in_chunks
+
+Raw = TypeVar("Raw")
+
+VALIDATION_SLICES = 48
+VALIDATION_VECTORS = 256
+REPRESENT_FRACTION = 0.1
+"""Of what is left of a budget, at most, for representing the studies from which the MDN learns."""
+PATTERNS = 4
+"""Random subsets of each validation slice on which a model of any subset is calibrated."""
+COLLAPSED = 0.05
+"""Standard deviation over samples, features being z-scored, below which representations tell samples hardly apart."""
+READERS = 4
+"""Processes that read batches for a GPU."""
+
+
+class Stage(ABC, Generic[Raw, Drawn]):
+    """One network's training."""
+
+    name: ClassVar[str]
+    readers: ClassVar[int] = READERS
+    """Processes that read its batches, where a GPU would otherwise wait for them."""
+    later_validations: int = 0
+    """What comes after the stage's last step, in units of one validation's time."""
+
+    def __init__(self, network: nn.Module, data: StepDataset[Raw]):
+        self.network, self.data = network, data
+
+    @property
+    def learning(self) -> Sequence[nn.Parameter]:
+        """The parameters that learn."""
+        return list(self.network.parameters())
+
+    @abstractmethod
+    def batch(self, raw: Raw, generator: torch.Generator) -> Drawn:
+        """A batch of tensors (B, ...) on the CPU, for which everything random has been drawn."""
+
+    @abstractmethod
+    def loss(self, network: nn.Module, batch: Drawn) -> tuple[Tensor, Tensor]:
+        """The sum of the errors of a batch, or of a part of it, on the network's device, and how many there are."""
+
+    @abstractmethod
+    def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
+        """What is measured on validation patients, where there are any; a picture of them goes to this path."""
+
+
+@torch.no_grad()
+def mean_loss(
+    stage: Stage[Any, Drawn], network: nn.Module, batch: Drawn | None, compute: Compute, chunk: int = CHUNK
+) -> dict[str, float]:
+    """The stage's loss on a fixed batch, if there is one."""
+    if batch is None:
+        return {}
+    network.eval()
+    with autocast(compute.device, compute.dtype):
+        parts = in_chunks(lambda some: stage.loss(network, compute.place(cut(batch, some))), len(batch[0]), chunk)
+    total, count = (torch.stack(values).sum() for values in zip(*parts, strict=True))
+    return {"val_loss": float(total / count.clamp(min=1))}
+
+
+class MaskedBatch(NamedTuple):
+    """What the masked autoencoder learns from."""
+
+    images: Tensor
+    """(B, M, *S)."""
+    mask: Tensor
+    """(B, 1, *S), 1 where hidden."""
+    present: Tensor
+    """(B, M)."""
+
+
+class RepresentationStage(Stage[ImageBatch, MaskedBatch]):
+    """MRM, over the represented modalities; a patient who lacks some of them brings no loss for these."""
+
+    name = "representation"
+
+    def __init__(self, training: Training, model: CrossConditionedModel):
+        self.compute, self.config = training.compute, training.config.representation
+        train, val = (
+            [case for case in cases if set(training.config.represented) & set(case.modalities)]
+            for cases in (training.train, training.val)
+        )
+        data = training.batches(self.name, train, training.config.represented, masked=True)
+        super().__init__(model.network_of(self.name), data)
+        self.fixed = None
+        if val:
+            fixed = training.batches(self.name, val, training.config.represented, masked=True).fixed(VALIDATION_SLICES)
+            self.fixed = self.batch(fixed, seeded("validate", self.compute.seed))
+
+    def batch(self, raw: ImageBatch, generator: torch.Generator) -> MaskedBatch:
+        """Draw the patches that are hidden, the same in all modalities of a sample."""
+        shape = (len(raw.images), *raw.images.shape[2:])
+        mask = random_mask(shape, self.config.patch_size, self.config.mask_ratio, generator)
+        return MaskedBatch(raw.images, mask, raw.present)
+
+    def loss(self, network: nn.Module, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """L_MRM."""
+        prediction = cast(MaskedAutoencoder, network)(batch.images * (1 - batch.mask)).float()
+        return masked_squared_error(prediction, batch.images, batch.mask, batch.present)
+
+    def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
+        """L_MRM on validation patients."""
+        return mean_loss(self, network, self.fixed, self.compute)
+
+
+class DiffusionBatch(NamedTuple):
+    """What the MDN learns from."""
+
+    y_0: Tensor
+    """(B, T·D), representations of true targets; zero where there is none."""
+    target_features: Tensor
+    """(B, T·D), 1 for the features of a target."""
+    t: Tensor
+    """int64 (B,), steps of diffusion."""
+    noise: Tensor
+    """(B, T·D)."""
+    condition: Tensor | None
+    """(B, C), what is given of the sources."""
+    keep: Tensor | None
+    """(B, 1), 0 where the condition is withheld."""
+
+
+class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
+    """MDN, over the representations of every slice with enough head (2D), or of every volume (3D)."""
+
+    name = "distribution"
+    readers = 0
+
+    def __init__(self, training: Training, model: CrossConditionedModel):
+        self.compute, self.model, self.config = training.compute, model, training.config
+        known = self._vectors(training)
+        vectors = known["train"]
+        batch_size = training.recipe.train_config(self.name).batch_size
+        super().__init__(model.network_of(self.name), Vectors(vectors, batch_size, self.compute.seed))
+        y_0 = model.y_0(*(part[:, self._targets] for part in vectors))
+        features = model.target_features(vectors.present[:, self._targets])
+        cast(DistributionNetwork, self.network).standardise(y_0, features)
+        _warn_if_collapsed(self.compute.display, y_0, features)
+        self.fixed = self.batch(known["val"], seeded("validate", self.compute.seed)) if "val" in known else None
+
+    @property
+    def _sources(self) -> list[int]:
+        return [self.config.represented.index(m) for m in self.config.sources] if self._conditional else []
+
+    @property
+    def _targets(self) -> list[int]:
+        return [self.config.represented.index(m) for m in self.config.targets]
+
+    @property
+    def _conditional(self) -> bool:
+        return self.config.distribution.conditional
+
+    def _usable(self, cases: Sequence[Case]) -> list[Case]:
+        """Cases that have any target, and, where the MDN is given the sources, what it is given."""
+        some = [case for case in cases if set(self.config.targets) & set(case.modalities)]
+        if self.config.any_subset:
+            return [case for case in some if len(set(self.config.sources) & set(case.modalities)) > 1]
+        return [case for case in some if not self._conditional or set(self.config.sources) <= set(case.modalities)]
+
+    def _vectors(self, training: Training) -> dict[str, VectorBatch]:
+        """The pooled features of training patients' slices, and of some of the validation patients'; kept in the run.
+
+        Where a budget is too short for all of them, they are of the first studies in a random order.
+        """
+        place = training.folder / "stages" / "vectors"
+        if not (place / "vectors.json").exists():
+            train, val = self._usable(training.train), self._usable(training.val)
+            if not train:
+                raise ModelError(
+                    f"No training patient has what the MDN learns from, {', '.join(self.config.modalities)}."
+                )
+            order = torch.randperm(len(train), generator=seeded("represent", self.compute.seed)).tolist()
+            slices = sum(len(foreground_slices(case.foreground_voxels)) for case in val)
+            parts = {"train": self._represent(training, [train[i] for i in order])}
+            if val:
+                parts["val"] = self._represent(training, val, every=-(-slices // VALIDATION_VECTORS))
+            save_bundle(place, {name: part._asdict() for name, part in parts.items()}, {}, "vectors")
+        return {name: VectorBatch(**tensors) for name, tensors in load_bundle(place, "vectors")[0].items()}
+
+    def _represent(self, training: Training, cases: Sequence[Case], every: int = 1) -> VectorBatch:
+        until = training.budget.until(REPRESENT_FRACTION)
+        parts = pooled_features(training, self.model, cases, self.config.represented, until=until, every=every)
+        return VectorBatch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def batch(self, raw: VectorBatch, generator: torch.Generator) -> DiffusionBatch:
+        """Draw, for any subset, what is available; then steps of diffusion, noise, and whose condition is kept."""
+        target_mask = raw.present[:, self._targets]
+        available = raw.present[:, self._sources]
+        if self.config.any_subset:
+            available = random_subsets(target_mask, generator)
+            target_mask = target_mask - available
+        y_0 = self.model.y_0(raw.pooled[:, self._targets], target_mask)
+        t = torch.randint(self.config.distribution.schedule.steps, (len(y_0),), generator=generator)
+        noise = torch.randn(y_0.shape, generator=generator)
+        condition = keep = None
+        if self._conditional:
+            condition = self.model.condition(raw.pooled[:, self._sources], available)
+            dropout = self.config.distribution.condition_dropout
+            keep = (torch.rand(len(y_0), 1, generator=generator) >= dropout).float()
+        return DiffusionBatch(y_0, self.model.target_features(target_mask), t, noise, condition, keep)
+
+    def loss(self, network: nn.Module, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
+        """‖y_0 − ŷ_0(y_t, t)‖²."""
+        return cast(DistributionNetwork, network).squared_error(*batch)
+
+    def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
+        """The same on validation patients."""
+        return mean_loss(self, network, self.fixed, self.compute, VALIDATION_VECTORS)
+
+
+class SynthesisBatch(NamedTuple):
+    """What the C-UNet and the network of the error learn from."""
+
+    neighbours: Tensor
+    """(B, S·C, *S), of each source the slices around the synthetic one."""
+    available: Tensor
+    """(B, S), 1 for a source that is to be read."""
+    truth: Tensor
+    """(B, T, *S), all targets."""
+    target_mask: Tensor
+    """(B, T), 1 for a target that is to be synthesised and that the patient has."""
+    y_0: Tensor | None
+    """(B, T·D), a representation that was drawn for the patient."""
+
+
+class ImageStage(Stage[ImageBatch, SynthesisBatch]):
+    """What the stages have in common that go from the sources to the targets."""
+
+    def __init__(self, training: Training, model: CrossConditionedModel):
+        self.training, self.compute, self.config, self.model = training, training.compute, training.config, model
+        cases = training.usable(training.train)
+        super().__init__(model.network_of(self.name), training.batches(self.name, cases, self.config.modalities))
+        self.drawn = self._representations(cases)
+        self.fixed: SynthesisBatch | None = None
+        if val := training.usable(training.val):
+            fixed = training.batches(self.name, val, self.config.modalities).fixed(VALIDATION_SLICES)
+            self.fixed = view(self.config, fixed, self._representations(val), seeded("validate", self.compute.seed))
+
+    def _representations(self, cases: Sequence[Case]) -> Tensor | None:
+        """(cases, K, T·D), drawn for each of them; None where nothing is."""
+        return None
+
+    def batch(self, raw: ImageBatch, generator: torch.Generator) -> SynthesisBatch:
+        """Draw, for any subset, what is available, and which of a patient's representations guides."""
+        return view(self.config, raw, self.drawn, generator)
+
+
+class SynthesisStage(ImageStage):
+    """C-UNet: unguided, or, with guidance 'joint', guided by samples of the MDN, drawn once per patient."""
+
+    name = "synthesis"
+
+    def _representations(self, cases: Sequence[Case]) -> Tensor | None:
+        return draw_representations(self.training, self.model, cases) if self.config.guidance == "joint" else None
+
+    def guide(self, batch: SynthesisBatch) -> Tensor | None:
+        """What the C-UNet is guided by, (B, T·D)."""
+        return batch.y_0
+
+    def predict(self, network: nn.Module, batch: SynthesisBatch) -> Tensor:
+        """The synthesis (B, T, *S)."""
+        inputs = self.model.inputs(batch.neighbours, batch.available)
+        return cast(CUNet, network)(inputs, self.guide(batch)).float()  # type: ignore[no-any-return]
+
+    def loss(self, network: nn.Module, batch: SynthesisBatch) -> tuple[Tensor, Tensor]:
+        """L_Syn."""
+        absolute = self.config.synthesis.loss == "absolute"
+        return synthesis_error(self.predict(network, batch), batch.truth, batch.target_mask, absolute=absolute)
+
+    @torch.no_grad()
+    def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
+        """PSNR in dB and SSIM of each target, over whole crops."""
+        if (fixed := self.fixed) is None:
+            return {}
+        network.eval()
+        with autocast(self.compute.device, self.compute.dtype):
+            chunks = in_chunks(
+                lambda some: self.predict(network, self.compute.place(cut(fixed, some))).cpu(), len(fixed.truth)
+            )
+        prediction, scores = torch.cat(chunks).clamp(0, 1), {}
+        for index, target in enumerate(self.config.targets):
+            chosen = fixed.target_mask[:, index] > 0
+            if chosen.any():
+                pair = prediction[chosen, index], fixed.truth[chosen, index]
+                scores[f"val_psnr_{target}"] = float(metrics.psnr(*pair, 1.0).mean())
+                scores[f"val_ssim_{target}"] = float(metrics.ssim(*pair, 1.0).mean())
+        _draw(picture, self.config, fixed, prediction)
+        return scores
+
+
+class GuidanceStage(SynthesisStage):
+    """The C-UNet's condition layers alone, on the true y_0 of what is to be synthesised."""
+
+    name = "guidance"
+
+    @property
+    def learning(self) -> Sequence[nn.Parameter]:
+        """The condition layers."""
+        return cast(CUNet, self.network).condition_layers()
+
+    @torch.no_grad()
+    def guide(self, batch: SynthesisBatch) -> Tensor:
+        """The representation of the true targets; zero where there is none."""
+        return self.model.y_0(self.model.pooled(batch.truth), batch.target_mask)
+
+
+class UncertaintyStage(ImageStage):
+    """The variance of the finished C-UNet's error, unguided, by the Gaussian likelihood of that error."""
+
+    name = "uncertainty"
+
+    def __init__(self, training: Training, model: CrossConditionedModel):
+        super().__init__(training, model)
+        self.later_validations = patterns(self.config)  # the calibration
+
+    def loss(self, network: nn.Module, batch: SynthesisBatch) -> tuple[Tensor, Tensor]:
+        """The Gaussian likelihood, log σ² + error²/σ²."""
+        inputs = self.model.inputs(batch.neighbours, batch.available)
+        with torch.no_grad():
+            unguided = self.model.unguided(inputs)
+        return variance_error(log_variance(network, inputs, unguided), unguided, batch.truth, batch.target_mask)
+
+    def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
+        """The same on validation patients."""
+        return mean_loss(self, network, self.fixed, self.compute)
+
+
+STAGES: dict[str, Callable[[Training, CrossConditionedModel], Stage[Any, Any]]] = {
+    "representation": RepresentationStage,
+    "distribution": DistributionStage,
+    "synthesis": SynthesisStage,
+    "guidance": GuidanceStage,
+    "uncertainty": UncertaintyStage,
+}
+
+
+def view(config: ModelConfig, raw: ImageBatch, drawn: Tensor | None, generator: torch.Generator) -> SynthesisBatch:
+    """A batch of `config.modalities` as sources and targets; for any subset a random part of each sample is hidden."""
+    count = len(config.sources)
+    available, truth, target_mask = raw.present[:, :count], raw.images[:, count:], raw.present[:, count:]
+    if config.any_subset:
+        available, truth = random_subsets(raw.present, generator), raw.images
+        target_mask = raw.present - available
+    y_0 = None
+    if drawn is not None:
+        y_0 = drawn[raw.case, torch.randint(drawn.shape[1], (len(raw.case),), generator=generator)]
+    neighbours = raw.neighbours[:, : count * config.context_slices]
+    return SynthesisBatch(neighbours, available, truth, target_mask, y_0)
+
+
+def random_subsets(present: Tensor, generator: torch.Generator) -> Tensor:
+    """For each row of present (B, M) one of the non-empty proper subsets of its ones, all equally likely.
+
+    A row of less than two ones stays as it is.
+    """
+    chosen = torch.zeros_like(present)
+    for row, is_there in zip(chosen, present > 0, strict=True):
+        own = is_there.nonzero().flatten()
+        last = 2 ** len(own) - 1
+        code = int(torch.randint(1, last, (1,), generator=generator)) if len(own) > 1 else last
+        row[own] = torch.tensor([float(code >> bit & 1) for bit in range(len(own))])
+    return chosen
+
+
+def _warn_if_collapsed(display: Display, y_0: Tensor, features: Tensor) -> None:
+    """Say so where representations (N, T·D) hardly differ between samples, where `features` (N, T·D) has them."""
+    count = features.sum(0)
+    mean = (features * y_0).sum(0) / count.clamp(min=1)
+    stds = ((features * (y_0 - mean) ** 2).sum(0) / (count - 1).clamp(min=1)).sqrt()[count > 1]
+    if len(stds) and (std := float(stds.mean())) < COLLAPSED:
+        display.say(
+            f"Warning: representations hardly differ between samples (standard deviation {std:.3f}, wanted .2 or so), "
+            "so guidance by them will change little. Train 'representation' longer or by another seed."
+        )
+
+
+def _draw(path: Path, config: ModelConfig, batch: SynthesisBatch, prediction: Tensor) -> None:
+    """Source, prediction, truth and error of four validation slices; what is no target is black."""
+    rows, context = [], config.context_slices
+    for index in sorted({round(i * (len(prediction) - 1) / 3) for i in range(4)}):
+
+        def plane(images: Tensor, channel: int, index: int = index) -> Any:
+            image = images[index, channel]
+            return (image if image.ndim == 2 else image[len(image) // 2]).numpy()
+
+        row = [
+            (name, float(batch.available[index, i]) * plane(batch.neighbours, i * context + context // 2))
+            for i, name in enumerate(config.sources)
+        ]
+        for i, name in enumerate(config.targets):
+            weight = float(batch.target_mask[index, i])
+            synthetic, true = weight * plane(prediction, i), weight * plane(batch.truth, i)
+            row += [(f"{name} synthetic", synthetic), (f"{name} truth", true), ("|error|", abs(synthetic - true))]
+        rows.append(row)
+    save_picture(path, rows)
+
+
+def patterns(config: ModelConfig) -> int:
+    """How many availabilities of each validation slice the calibration sees."""
+    return PATTERNS if config.any_subset else 1

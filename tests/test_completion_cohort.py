@@ -1,0 +1,375 @@
+"""Cohorts: one bad patient stops nobody, nothing is half-written, what is finished is kept, no order matters."""
+
+import errno
+import json
+import re
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import image, make_head, sha256, tree, voxels, write_images
+
+from crossmr import files
+from crossmr.completion import cohort as cohorts
+from crossmr.completion.cohort import CohortSettings, CohortSummary, complete_cohort
+from crossmr.completion.layout import Layout
+from crossmr.completion.study import DISCLAIMER, ENHANCEMENT, complete
+from crossmr.data.naming import StudyFiles
+from crossmr.data.study import load_study
+from crossmr.display import Display
+from crossmr.errors import NamingError, OutputError, StudyError
+from crossmr.networks.inference import Settings
+from crossmr.networks.model import load_model
+
+SHAPE = (26, 28, 22)
+SETTINGS = Settings(ddim_steps=3, device="cpu", precision="float32")
+AGAIN = CohortSettings(overwrite=True)
+
+
+class Listener(Display):
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_one_bad_patient_is_reported_and_the_others_finish(completed):
+    out, summary = completed
+    assert summary.completed == {"Ann": ["t1c", "t2f"], "Bob": ["t2f"]}
+    assert set(summary.not_filled) == {"Cem"}
+    assert set(summary.not_filled["Cem"]) == {"t1c", "t2w", "t2f"}
+    assert set(summary.failed) == {"Dan"}
+    assert re.search("Dan.*t2w is 24×28×22.*t1n is 26×28×22", summary.failed["Dan"])
+    assert summary.skipped == []
+    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    volumes = {"Ann/Ann-t1c_synthetic.nii.gz", "Ann/Ann-t2f_synthetic.nii.gz", "Bob/Bob-t2f_synthetic.nii.gz"}
+    manifests = {"manifest.json", *(f"{case}/manifest.json" for case in ("Ann", "Bob", "Cem", "Eve"))}
+    assert written == volumes | manifests | {"pictures/Ann.webp", "pictures/Bob.webp"}
+    picture = json.loads((out / "Ann" / "manifest.json").read_text())["picture"]
+    assert picture["file"] == "pictures/Ann.webp"
+    assert [(panel["modality"], panel["kind"]) for panel in picture["panels"]] == [
+        *((m, "acquired") for m in ("t1n", "t2w")),
+        *((m, "synthetic") for m in ("t1c", "t2f")),
+    ]
+
+
+def test_what_is_returned_is_what_the_manifest_says(completed, small, model, tmp_path):
+    listed = {"format": "crossmr-completion", "finished": True, "profile": "labelled"}
+    out, summary = completed
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert isinstance(summary, CohortSummary)
+    assert summary.complete == ["Eve"]
+    assert manifest == {**listed, **asdict(summary), "settings": manifest["settings"]}
+    assert manifest["settings"] == json.loads((out / "Ann" / "manifest.json").read_text())["settings"]
+    nib.save(image(make_head("t2f", shape=SHAPE), description="SYNTHETIC"), small / "Ann" / "Ann-t2f.nii.gz")
+    for _ in range(2):  # first completed, then skipped
+        summary = complete_cohort(small, tmp_path / "out", model, SETTINGS)
+        assert summary.notes == {"Ann": ["t2f is itself synthetic, so it was not used as an input."]}
+        manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+        assert manifest == {**listed, **asdict(summary), "settings": manifest["settings"]}
+    assert (summary.completed, summary.skipped) == ({}, ["Ann"])
+
+
+def test_manifest_tells_everything(cohort, completed, model_folder):
+    out, _ = completed
+    manifest = json.loads((out / "Ann" / "manifest.json").read_text())
+    paths = {m: cohort / "Ann" / f"Ann-{m}.nii.gz" for m in ("t1n", "t2w")}
+    assert manifest["case"] == "Ann"
+    assert manifest["inputs"] == {m: {"file": path.name, "sha256": sha256(path)} for m, path in paths.items()}
+    assert manifest["acquired"] == ["t1n", "t2w"]
+    assert set(manifest["synthetic"]) == {"t1c", "t2f"}
+    for modality, entry in manifest["synthetic"].items():
+        assert (out / "Ann" / entry["file"]).exists()
+        assert set(entry) == {"file", "std", "from", "warnings"}
+        assert entry["std"] is None
+        assert entry["from"] == ["t1n", "t2w"]
+        assert DISCLAIMER in entry["warnings"]
+        assert (ENHANCEMENT in entry["warnings"]) == (modality == "t1c")
+    study = load_study(paths)
+    for modality in paths:
+        low, high = (manifest["normalisation"][modality][key] for key in ("low", "high"))
+        assert (low, high) == (study.normalisation[modality].low, study.normalisation[modality].high)
+    assert manifest["settings"] == {
+        "model_sha256": sha256_of_model(model_folder),
+        "sources": ["t1n", "t2w"],
+        "targets": ["t1c", "t2f"],
+        "guidance": "sample",
+        "ddim_steps": 3,
+        "samples": 1,
+        "reference": None,
+        "seed": 0,
+        "register": "never",
+        "device": "cpu",
+        "precision": "float32",
+    }
+    assert set(manifest["versions"]) == {"crossmr", "torch", "monai", "nibabel"}
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert manifest["intensity"]["range"] == [0, 1]
+    assert manifest["seconds"] >= 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", manifest["created"])
+
+
+def sha256_of_model(folder):
+    """The hash that config.json carries of itself."""
+    return json.loads((folder / "config.json").read_text())["sha256"]
+
+
+def test_an_unsaved_model_claims_no_hash(model_folder, cohort):
+    unsaved = load_model(model_folder)
+    unsaved.record = {}
+    assert complete(cohort / "Ann", unsaved, SETTINGS).manifest["settings"]["model_sha256"] is None
+
+
+def test_finished_cases_are_skipped_and_overwrite_redoes_them(model, small, tmp_path):
+    out = tmp_path / "out"
+    complete_cohort(small, out, model, SETTINGS)
+    before = {path: path.stat().st_mtime_ns for path in (out / "Ann").iterdir()}
+    assert len(before) == 3
+    listener = Listener()
+    again = complete_cohort(small, out, model, SETTINGS, display=listener)
+    assert again.skipped == ["Ann"]
+    assert again.completed == {}
+    assert {path: path.stat().st_mtime_ns for path in (out / "Ann").iterdir()} == before
+    assert not any("other settings" in line for line in listener.said)
+    first = {path: path.read_bytes() for path in before if path.suffix == ".gz"}
+    redone = complete_cohort(small, out, model, SETTINGS, AGAIN)
+    assert redone.completed == {"Ann": ["t1c", "t2f"]}
+    assert redone.skipped == []
+    assert all(path.stat().st_mtime_ns > before[path] for path in before)
+    assert {path: path.read_bytes() for path in first} == first
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"guidance": "unconditional"}, {"targets": ("t1c",)}, {"ddim_steps": 4}]
+)
+def test_other_settings_are_noticed_and_said(model, small, tmp_path, change):
+    complete_cohort(small, tmp_path / "out", model, SETTINGS)
+    before = tree(tmp_path / "out" / "Ann")
+    listener = Listener()
+    result = complete_cohort(small, tmp_path / "out", model, replace(SETTINGS, **change), display=listener)
+    assert result.skipped == ["Ann"]
+    assert [line for line in listener.said if "Ann: finished before with other settings" in line]
+    assert tree(tmp_path / "out" / "Ann") == before
+
+
+def test_overwriting_leaves_nothing_that_the_new_manifest_does_not_name(model, small, tmp_path):
+    out = tmp_path / "out"
+    complete_cohort(small, out, model, SETTINGS)
+    complete_cohort(small, out, model, replace(SETTINGS, targets=("t1c",)), AGAIN)
+    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t1c_synthetic.nii.gz", "manifest.json"}
+    # a scan that has been acquired in the meantime closes its gap
+    nib.save(image(make_head("t1c", shape=SHAPE)), small / "Ann" / "Ann-t1c.nii.gz")
+    complete_cohort(small, out, model, SETTINGS, AGAIN)
+    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t2f_synthetic.nii.gz", "manifest.json"}
+
+
+@pytest.mark.parametrize("failing", ["second volume", "manifest"])
+@pytest.mark.parametrize("again", [False, True], ids=["first-time", "overwriting"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OutputError("disk full")])
+def test_a_write_that_fails_leaves_no_volume_without_manifest(
+    model, small, tmp_path, monkeypatch, failing, again, error
+):
+    out = tmp_path / "out"
+    if again:
+        complete_cohort(small, out, model, SETTINGS)
+    break_writing(monkeypatch, failing, error)
+    result = complete_cohort(small, out, model, SETTINGS, CohortSettings(overwrite=again))
+    assert set(result.failed) == {"Ann"}
+    assert re.search("could not be written: No space left|disk full", result.failed["Ann"])
+    assert result.completed == {}
+    assert list((out / "Ann").iterdir()) == []
+    monkeypatch.undo()
+    assert complete_cohort(small, out, model, SETTINGS).completed == {"Ann": ["t1c", "t2f"]}
+
+
+@pytest.mark.parametrize("failing", ["second volume", "manifest"])
+def test_ctrl_c_stops_the_cohort_and_leaves_no_volume_without_manifest(model, small, tmp_path, monkeypatch, failing):
+    break_writing(monkeypatch, failing, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        complete_cohort(small, tmp_path / "out", model, SETTINGS)
+    assert list((tmp_path / "out" / "Ann").iterdir()) == []
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["finished"] is False
+
+
+def break_writing(monkeypatch, failing, error):
+    write_volume, write_json = cohorts.write_volume, cohorts.write_json
+
+    def volume(made, path):
+        if failing == "second volume" and "t2f" in path.name:
+            raise error
+        write_volume(made, path)
+
+    def manifest(path, data):
+        if failing == "manifest" and path.parent.name == "Ann":
+            raise error
+        write_json(path, data)
+
+    monkeypatch.setattr(cohorts, "write_volume", volume)
+    monkeypatch.setattr(cohorts, "write_json", manifest)
+
+
+def test_completing_in_place_adds_to_the_cohort_and_can_be_repeated(model, cohort, tmp_path):
+    place = tmp_path / "cohort"
+    shutil.copytree(cohort, place)
+    shutil.rmtree(place / "Dan")
+    acquired = tree(place)
+    first = complete_cohort(place, place, model, SETTINGS)
+    assert first.completed == {"Ann": ["t1c", "t2f"], "Bob": ["t2f"]}
+    assert first.failed == {}
+    after = tree(place)
+    assert acquired.items() < after.items()  # every acquired file is as it was
+    second = complete_cohort(place, place, model, SETTINGS)
+    assert second.failed == {}
+    assert sorted(second.skipped) == ["Ann", "Bob", "Cem", "Eve"]
+    redone = complete_cohort(place, place, model, SETTINGS, AGAIN)
+    assert redone.failed == {}
+    assert redone.completed == first.completed
+    manifest = json.loads((place / "Ann" / "manifest.json").read_text())
+    assert manifest["acquired"] == ["t1n", "t2w"]
+    assert set(manifest["inputs"]) == {"t1n", "t2w"}
+    assert manifest["notes"] == []  # what was synthesised is known by its name
+    assert {k: v for k, v in tree(place).items() if not k.endswith("manifest.json")} == {
+        k: v for k, v in after.items() if not k.endswith("manifest.json")
+    }
+
+
+def test_an_acquired_scan_is_never_replaced(model, cohort, tmp_path):
+    """A mapping that leaves t1c out makes it a gap, but not a file to write over."""
+    shutil.copytree(cohort / "Bob", tmp_path / "Bob")
+    shutil.copy(tmp_path / "Bob" / "Bob-t1c.nii.gz", tmp_path / "Bob" / "Bob-t1c_synthetic.nii.gz")
+    before = tree(tmp_path)
+    mapping = {"t1n": "*-t1n.nii.gz", "t2w": "*-t2w.nii.gz"}
+    result = complete_cohort(tmp_path, tmp_path, model, SETTINGS, CohortSettings(mapping))
+    assert "Bob-t1c_synthetic.nii.gz is an acquired scan and is not replaced" in result.failed["Bob"]
+    assert {k: v for k, v in tree(tmp_path).items() if k != "manifest.json"} == before
+
+
+def test_a_damaged_manifest_is_reported_and_overwritten_on_request(model, small, tmp_path):
+    out = tmp_path / "out"
+    complete_cohort(small, out, model, SETTINGS)
+    (out / "Ann" / "manifest.json").write_text("{")
+    assert "is damaged" in complete_cohort(small, out, model, SETTINGS).failed["Ann"]
+    redone = complete_cohort(small, out, model, SETTINGS, AGAIN)
+    assert redone.completed == {"Ann": ["t1c", "t2f"]}
+
+
+def test_an_out_that_cannot_be_written_is_an_output_error(model, small, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(OutputError, match="could not be written"):
+            complete_cohort(small, out, model, SETTINGS)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        complete_cohort(small, tmp_path / "out", model, SETTINGS)
+
+
+def test_mapping_and_model_folder_are_passed_on(model_folder, tmp_path):
+    folder = tmp_path / "cohort" / "P"
+    folder.mkdir(parents=True)
+    for modality, name in {"t1n": "MPRAGE", "t2w": "TSE"}.items():
+        nib.save(image(make_head(modality, shape=SHAPE)), folder / f"P_{name}.nii.gz")
+    options = CohortSettings({"t1n": "*_MPRAGE*", "t2w": "*_TSE*"})
+    result = complete_cohort(tmp_path / "cohort", tmp_path / "out", Path(model_folder), SETTINGS, options)
+    assert result.completed == {"P": ["t1c", "t2f"]}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NamingError, match=r"no \.nii"):
+        complete_cohort(tmp_path / "empty", tmp_path / "new", model_folder, SETTINGS)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_finished_case_whose_inputs_changed_is_kept_and_said(model, small, tmp_path, capsys):
+    complete_cohort(small, tmp_path / "out", model, SETTINGS)
+    (changed,) = small.rglob("Ann-t1n.nii.gz")
+    image = nib.load(changed)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * 2, image.affine, image.header), changed)
+    again = complete_cohort(small, tmp_path / "out", model, SETTINGS, display=Display())
+    assert again.skipped == ["Ann"]
+    assert "Ann: finished before with other input files, and kept; --overwrite" in capsys.readouterr().out
+
+
+def test_somebody_else_s_manifest_is_never_replaced(model, small, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"mine": true}')
+    with pytest.raises(OutputError, match="not of a completed cohort, so it is not replaced; name another folder"):
+        complete_cohort(small, tmp_path, model, SETTINGS)
+    assert (tmp_path / "manifest.json").read_text() == '{"mine": true}'
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "manifest.json"}
+
+
+def test_a_study_that_lacks_nothing_is_listed_as_complete(model, small, tmp_path):
+    filled = complete_cohort(small, tmp_path / "out", model, SETTINGS).completed["Ann"]
+    folder = next(small.rglob("Ann-t1n.nii.gz")).parent
+    for modality in {"t1n", "t1c", "t2w", "t2f"} - {p.name.split("-")[-1][:3] for p in folder.glob("*.nii.gz")}:
+        shutil.copy(folder / "Ann-t1n.nii.gz", folder / f"Ann-{modality}.nii.gz")
+    again = complete_cohort(small, tmp_path / "out", model, SETTINGS, AGAIN)
+    assert filled
+    assert again.complete == ["Ann"]
+    assert again.completed == {}
+    assert not list((tmp_path / "out" / "Ann").glob("*.nii.gz"))
+
+
+def test_a_case_is_the_same_in_any_order_and_any_cohort(model, cohort, completed, monkeypatch, tmp_path):
+    out, _ = completed
+    found = cohorts.find_studies(cohort)
+    monkeypatch.setattr(cohorts, "find_studies", lambda *_: found[::-1])
+    complete_cohort(cohort, tmp_path / "reversed", model, SETTINGS)
+    monkeypatch.undo()
+    write_images(tmp_path / "other", "Aaa", ("t1n", "t2w"), seed=9)
+    shutil.copytree(cohort / "Bob", tmp_path / "other" / "Bob")
+    complete_cohort(tmp_path / "other", tmp_path / "elsewhere", model, SETTINGS)
+    torch.manual_seed(12345)
+    np.random.default_rng()
+    alone = complete(cohort / "Bob", model, SETTINGS)
+    expected = voxels(out / "Bob" / "Bob-t2f_synthetic.nii.gz")
+    for place in ("reversed", "elsewhere"):
+        np.testing.assert_array_equal(voxels(tmp_path / place / "Bob" / "Bob-t2f_synthetic.nii.gz"), expected)
+    np.testing.assert_array_equal(np.asarray(alone.images["t2f"].dataobj), expected)
+    # the order changes no byte of any other volume either
+    volumes = [path.relative_to(out) for path in out.rglob("*.nii.gz")]
+    assert len(volumes) == 3
+    for path in volumes:
+        assert (tmp_path / "reversed" / path).read_bytes() == (out / path).read_bytes()
+
+
+def test_one_study_is_read_ahead_and_no_more(monkeypatch, tmp_path):
+    loading, studies = [], [StudyFiles(str(k), str(k), {}, (), ()) for k in range(4)]
+
+    def load(files, *, register):
+        assert register == "always"
+        loading.append(files.case)
+        if files.case == "2":
+            raise StudyError("the third")
+        return files.case
+
+    monkeypatch.setattr(cohorts, "load_study", load)
+    settings = replace(SETTINGS, register="always")
+    run = SimpleNamespace(layout=Layout(tmp_path), options=CohortSettings(), settings=settings)
+    for number, (found, study) in enumerate(cohorts._read_ahead(studies, run)):
+        assert found is studies[number]
+        if number == 2:
+            with pytest.raises(StudyError, match="the third"):
+                study.result()
+        else:
+            assert study.result() == str(number)
+        assert len(loading) <= number + 2
+    assert loading == ["0", "1", "2", "3"]
+
+
+def test_finished_studies_are_not_read(monkeypatch, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "manifest.json").write_text("{}")
+    monkeypatch.setattr(cohorts, "load_study", lambda files, **_: files.case)
+    studies = [StudyFiles(case, case, {}, (), ()) for case in "01"]
+    for options, read in ((CohortSettings(), [None, "1"]), (AGAIN, ["0", "1"])):
+        run = SimpleNamespace(layout=Layout(tmp_path), options=options, settings=SETTINGS)
+        assert [study.result() for _, study in cohorts._read_ahead(studies, run)] == read

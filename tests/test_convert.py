@@ -1,0 +1,287 @@
+"""DICOM in: every habit gives the same voxels in the same place; what is no scan of ours is left out and named."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("pydicom", reason="pip install crossmr[dicom]")
+pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
+
+import dicoms
+import pydicom
+from dicoms import OBLIQUE, SAGITTAL, head, write
+
+from crossmr.cli import app
+from crossmr.data.naming import find_studies
+from crossmr.data.volume import read_volume, same_grid
+from crossmr.dicom.convert import convert
+from crossmr.dicom.series import holds_dicom
+from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
+
+
+def truth(modality, affine=OBLIQUE):
+    return read_volume(nib.Nifti1Image(head(modality).astype(np.float32), affine))
+
+
+@pytest.mark.parametrize("habit", dicoms.HABITS)
+@pytest.mark.parametrize("affine", [OBLIQUE, SAGITTAL], ids=["oblique", "sagittal"])
+def test_every_habit_gives_the_same_volumes(habit, affine, tmp_path):
+    needed = dicoms.DCMTK.get(dicoms.HABITS[habit].syntax)
+    if needed and shutil.which(needed[0]) is None:
+        pytest.skip(f"{needed[0]} of dcmtk is not on this machine")
+    write(tmp_path / "in", habit=habit, affine=affine)
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    assert not scans.refused
+    assert not scans.left_out
+    (study,) = find_studies(tmp_path / "out")
+    assert list(study.images()) == ["t1n", "t1c", "t2w", "t2f"]
+    for modality, path in study.images().items():
+        volume = read_volume(path)
+        wanted = truth(modality, affine)
+        assert same_grid(volume, wanted)
+        np.testing.assert_array_equal(volume.data, wanted.data)
+
+
+def test_a_mixed_export_is_sorted(tmp_path):
+    folder = tmp_path / "in"
+    write(folder, ("t1n", "t2f"))
+    write(folder / "another patient", ("t2w",), patient="MRN-1")
+    three = np.ones((32, 32, 3), int)
+    dicoms.write_series(folder, three, OBLIQUE, number=1, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    dicoms.write_series(folder, three, OBLIQUE, number=9, habit=dicoms.Habit(name="few{0}"))
+    diffusion = {"ScanningSequence": "EP", "SequenceVariant": "SK", "RepetitionTime": 6000, "EchoTime": 90}
+    dicoms.write_series(folder / "dwi", head(), OBLIQUE, "dwi", number=8, **diffusion)
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (folder / "read me.txt").write_text("no image")
+    (folder / "broken.dcm").write_bytes(bytes(128) + b"DICM" + b"\x08\x00")
+    shutil.copy(next((folder / "2").iterdir()), folder / "the same image again.dcm")
+    scans = {s.case: s for s in convert(folder, tmp_path / "out")}
+    assert len(scans) == 2
+    other, one = sorted(scans.values(), key=lambda s: len(s.series))
+    assert list(other.series) == ["t2w"]
+    assert list(one.series) == ["t1n", "t2f"]
+    assert one.left_out == {
+        "series 1": "a localiser",
+        "series 9": "3 slices only",
+        "series 8": "echo-planar: diffusion, perfusion or function",
+    }
+
+
+def test_names_are_left_out_unless_kept(tmp_path):
+    write(tmp_path / "in", ("t1n", "t2f"), description="Doe private")
+    convert(tmp_path / "in", tmp_path / "out")
+    everything = b"".join(p.name.encode() + p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
+    for secret in (b"Doe", b"MRN", b"0042", b"20240131", b"19700101", b"Roe", b"A123", b"2.25."):
+        assert secret not in everything
+    (kept,) = convert(tmp_path / "in", tmp_path / "kept", keep_names=True)
+    assert kept.case == "sub-MRN0042_ses-20240131"
+    assert "Doe private" in (tmp_path / "kept" / kept.case / "series.json").read_text()
+
+
+def test_visits_of_one_patient_share_the_subject(tmp_path):
+    write(tmp_path / "in" / "a", ("t1n",), date="20230101")
+    write(tmp_path / "in" / "b", ("t1n",), date="20240101")
+    first, second = (scans.case for scans in convert(tmp_path / "in", tmp_path / "out"))
+    assert first != second
+    assert first.split("_")[0] == second.split("_")[0]
+    assert len({study.patient for study in find_studies(tmp_path / "out")}) == 1
+
+
+def test_the_finer_the_original_and_the_later_series_is_taken(tmp_path):
+    coarse = OBLIQUE @ np.diag([1, 1, 1.5, 1])
+    dicoms.write_series(tmp_path / "1", head(), coarse, number=1)
+    dicoms.write_series(tmp_path / "2", head(), OBLIQUE, number=2)
+    dicoms.write_series(tmp_path / "3", head(), OBLIQUE, number=3, ContrastBolusAgent="NONE")
+    dicoms.write_series(tmp_path / "4", head(), OBLIQUE, number=4, ImageType=["DERIVED", "SECONDARY", "MPR"])
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert scans.series["t1n"].number == 3
+    assert scans.left_out == {
+        "series 1": "another t1n, coarser than series 3",
+        "series 2": "another t1n, earlier than series 3",
+        "series 4": "another t1n, derived, unlike series 3",
+    }
+    assert "no tag says which" in scans.notes[0]
+
+
+def test_map_names_series_by_their_descriptions(tmp_path):
+    for number, description in enumerate(("mine a", "mine b", "no"), 1):
+        dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, "?", number=number, description=description)
+    (scans,) = convert(tmp_path, tmp_path / "out", mapping={"T1CE": "*a", "swi": "* b"})
+    assert {m: s.number for m, s in scans.series.items()} == {"t1c": 1, "swi": 2}
+    assert "tell its contrast" in scans.left_out["series 3"]
+
+
+def test_map_leaves_the_rest_to_recognition_and_what_was_taken_before_goes(tmp_path):
+    write(tmp_path / "in", ("t1n", "t2f"))
+    dicoms.write_series(tmp_path / "in" / "9", head(), OBLIQUE, number=9, description="late")
+    (before,) = convert(tmp_path / "in", tmp_path / "out")
+    assert set(before.series) == {"t1n", "t2f"}
+    (scans,) = convert(tmp_path / "in", tmp_path / "out", mapping={"t1c": "late"})
+    assert {m: s.number for m, s in scans.series.items()}["t1c"] == 9
+    assert set(scans.series) == {"t1n", "t1c", "t2f"}
+    convert(tmp_path / "in", tmp_path / "out", mapping={"swi": "*"})
+    assert [p.name for p in (tmp_path / "out").rglob("*.nii.gz")] == [f"{scans.case}-swi.nii.gz"]
+
+
+def test_of_two_t1_without_a_word_of_the_agent_the_earlier_is_the_plain_one(tmp_path):
+    for number, hour in ((1, "101500"), (2, "103000")):
+        dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, number=number, AcquisitionTime=hour)
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert scans.series["t1n"].number == 1
+    assert scans.left_out == {"series 2": "another t1n, later than series 1"}
+    assert "no tag says which" in scans.notes[0]
+
+
+def test_thin_slices_are_finer_than_thick_ones_of_small_pixels(tmp_path):
+    fine = np.diag([1.0, 1, 1, 1])
+    dicoms.write_series(tmp_path / "1", head(), fine @ np.diag([0.4, 0.4, 5, 1]), number=1)
+    dicoms.write_series(tmp_path / "2", head(), fine, number=2)
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert scans.series["t1n"].number == 2
+
+
+def test_missing_slices_are_named(tmp_path):
+    write(tmp_path / "in", ("t1n", "t2f"))
+    (tmp_path / "in" / "3" / "IM3009.dcm").unlink()
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    assert list(scans.series) == ["t1n"]
+    assert "14.00 mm between the 9th and the next of 23: some are missing" in scans.left_out["series 3"]
+
+
+def test_two_echoes_are_two_contrasts(tmp_path):
+    for echo, time in ((1, 15), (2, 95)):
+        tags = dicoms.TIMING["t2w"] | {"EchoTime": time, "EchoNumbers": echo}
+        habit = dicoms.Habit(name=f"e{echo}-{{0}}")
+        for path in dicoms.write_series(tmp_path, head(), OBLIQUE, "t2w", habit=habit, **tags):
+            image = pydicom.dcmread(path)
+            image.SOPInstanceUID = dicoms.uid(image.SOPInstanceUID, echo)
+            image.save_as(path)
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert list(scans.series) == ["t2w", "pdw"]
+
+
+def test_damaged_pixels_refuse_the_study_and_leave_nothing(tmp_path):
+    paths = dicoms.write_series(tmp_path / "in", head(), OBLIQUE, habit="JPEG-LS")
+    write(tmp_path / "in" / "good", ("t2f",), patient="MRN-1")
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-300])
+    bad, good = sorted(convert(tmp_path / "in", tmp_path / "out"), key=lambda scans: not scans.refused)
+    assert "series 1" in bad.refused
+    assert not good.refused
+    assert [study.case for study in find_studies(tmp_path / "out")] == [good.case]
+
+
+def test_done_once_and_again_when_the_series_change(tmp_path):
+    write(tmp_path / "in", ("t1n",))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    path = tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz"
+    first, before = path.read_bytes(), path.stat().st_mtime_ns
+    convert(tmp_path / "in", tmp_path / "out")
+    assert path.stat().st_mtime_ns == before
+    dicoms.write_series(tmp_path / "in" / "new", head("t2f"), OBLIQUE, "t2f", number=7)
+    convert(tmp_path / "in", tmp_path / "out")
+    assert path.stat().st_mtime_ns != before
+    assert path.read_bytes() == first
+
+
+def test_bad_folders(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    assert not holds_dicom(tmp_path)
+    with pytest.raises(NamingError, match="no MR image"):
+        convert(tmp_path, tmp_path / "out")
+    with pytest.raises(NamingError, match="is a file"):
+        convert(tmp_path / "a.txt", tmp_path / "out")
+    write(tmp_path / "in", ("t1n",))
+    assert holds_dicom(tmp_path / "in")
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out" / scans.case / "series.json").write_text('{"format": "other"}')
+    with pytest.raises(OutputError, match="not crossmr's"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_the_verb_says_what_it_took_and_other_verbs_name_it(tmp_path):
+    write(tmp_path / "in", ("t1n", "t2f"))
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "in"), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0
+    assert "series 2 is t1n (SE, TR 550 ms, TE 12 ms; no contrast agent named)" in result.output
+    refused = CliRunner().invoke(app, ["prepare", str(tmp_path / "in"), "-o", str(tmp_path / "set")])
+    assert isinstance(refused.exception, CrossmrError)
+    assert "crossmr convert" in str(refused.exception)
+
+
+def test_what_is_written_here_is_what_dcm2niix_reads(tmp_path):
+    """The maker of these tests' series is itself checked: by the reader that everybody uses."""
+    import dcm2niix
+
+    write(tmp_path / "in", ("t1n",))
+    subprocess.run(
+        [dcm2niix.bin, "-x", "i", "-f", "v", "-o", tmp_path, tmp_path / "in"], check=True, capture_output=True
+    )
+    volume = read_volume(tmp_path / "v.nii")
+    assert same_grid(volume, truth("t1n"))
+    assert json.loads((tmp_path / "v.json").read_text())["EchoTime"] == 0.012
+
+
+def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "in", ("t1n",))
+    monkeypatch.setitem(sys.modules, "dcm2niix", None)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"pip install 'crossmr\[dicom\]'"):
+        convert(tmp_path / "in", tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ConfigError, match=r"pip install 'crossmr\[dicom\]'"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_the_converter_is_found_without_importing_its_package(tmp_path, monkeypatch):
+    """Releases of dcm2niix without the program in them fetch it from the network when they are imported."""
+    bare = tmp_path / "dcm2niix"
+    bare.mkdir()
+    (bare / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.delitem(sys.modules, "dcm2niix", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    write(tmp_path / "in", ("t1n",))
+    with pytest.raises(ConfigError, match=r"pip install 'crossmr\[dicom\]'"):
+        convert(tmp_path / "in", tmp_path / "out")
+    for place in (bare, tmp_path / "nowhere"):
+        place.mkdir(exist_ok=True)
+        program = place / "dcm2niix"
+        program.write_text(f"#!{sys.executable}\nprint('Error: asked {place.name}')")
+        program.chmod(0o755)
+        (scans,) = convert(tmp_path / "in", tmp_path / "out")
+        assert f"Error: asked {place.name}" in scans.refused
+        program.unlink()
+
+
+def test_broken_elements_are_as_good_as_missing(tmp_path):
+    for path in dicoms.write_series(tmp_path / "in", head(), OBLIQUE, "t2f", description="flair"):
+        content = path.read_bytes()
+        for value, broken in ((b"9000", b"9e0."), (b"2500", b"2..0")):  # repetition and inversion time
+            content = content.replace(value, broken, 1)
+        path.write_bytes(content)
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    assert scans.series["t2f"].why == "its description"
+
+
+def test_patients_without_uids_are_not_mixed(tmp_path):
+    for patient in ("a", "b"):
+        for path in dicoms.write_series(tmp_path / "in" / patient, head(), OBLIQUE, "t1n", patient=patient):
+            image = pydicom.dcmread(path)
+            del image.StudyInstanceUID, image.PatientID
+            image.save_as(path)
+    assert len(convert(tmp_path / "in", tmp_path / "out")) == 2
+
+
+def test_the_output_may_lie_within_the_input(tmp_path):
+    write(tmp_path, ("t1n", "t2f"))
+    first = convert(tmp_path, tmp_path / "out")
+    assert holds_dicom(tmp_path, exclude=tmp_path / "out")
+    assert not holds_dicom(tmp_path)
+    assert [s.case for s in convert(tmp_path, tmp_path / "out")] == [s.case for s in first]

@@ -1,0 +1,312 @@
+"""One patient's study: refused in one line, or on one grid with a head mask and intensities in [0, 1]."""
+
+import gzip
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import SHAPE, ellipsoid, image, make_head, write_study
+from nibabel.orientations import inv_ornt_aff
+from scipy import ndimage
+
+from crossmr.data.naming import find_studies
+from crossmr.data.study import Study, load_study
+from crossmr.errors import CrossmrError, NamingError, StudyError, VolumeError
+
+SCANS = Path(__file__).parents[2] / "shared" / "data"
+HEAD = ellipsoid().T
+AFFINE = np.diag([6.0, 6.0, 7.0, 1.0])
+ROTATED = [
+    np.stack([axes, signs], axis=1)
+    for axes in itertools.permutations(range(3))
+    for signs in itertools.product((-1, 1), repeat=3)
+]
+
+
+def load(**volumes: np.ndarray) -> Study:
+    """A study of arrays (X, Y, Z)."""
+    return load_study({modality: image(data) for modality, data in volumes.items()}, "P1")
+
+
+def from_folder(folder: Path) -> Study:
+    (files,) = find_studies(folder)
+    return load_study(files)
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Dice."""
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def test_a_folder_becomes_a_study(tmp_path):
+    write_study(tmp_path, "BraTS-GLI-00007-001", lesion=True)
+    study = from_folder(tmp_path)
+    assert (study.case, study.patient) == ("BraTS-GLI-00007-001", "BraTS-GLI-00007")
+    assert list(study.volumes) == list(study.normalisation) == ["t1n", "t1c", "t2f"]
+    assert study.reference is study.volumes["t1n"]
+    assert study.reference.spacing_mm == (7, 6, 6)
+    for modality, volume in study.volumes.items():
+        np.testing.assert_array_equal(volume.data, make_head(modality).T)
+    assert study.labels is not None
+    assert study.labels.dtype == np.uint8
+    assert np.argwhere(study.labels == 3).min(0).tolist() == [10, 14, 12]
+    assert (study.labels > 0).sum() == 4 * 4 * 3
+    assert study.notes == ()
+
+
+def test_a_folder_without_a_segmentation_has_no_labels(tmp_path):
+    assert from_folder(write_study(tmp_path, "P1")).labels is None
+
+
+def test_images_come_in_any_order_and_the_first_modality_is_the_reference():
+    study = load(t2f=make_head("t2f"), swi=make_head("t2w"), t1n=make_head("t1n"))
+    assert list(study.volumes) == ["t1n", "t2f", "swi"]
+    assert study.reference is study.volumes["t1n"]
+    assert (study.case, study.patient) == ("P1", "P1")
+
+
+def test_allow_limits_what_is_read(tmp_path):
+    write_study(tmp_path, "P1", ("t1n", "t2f"))
+    (tmp_path / "P1" / "P1-t1c.nii.gz").write_bytes(b"not read")
+    (files,) = find_studies(tmp_path)
+    assert list(load_study(files, allow=("t2f", "t1n", "t2w")).volumes) == ["t1n", "t2f"]
+    with pytest.raises(StudyError, match="no acquired volume"):
+        load_study(files, allow=("t2w",))
+
+
+def test_grids_that_differ_by_rounding_are_one_grid():
+    nudged = AFFINE.copy()
+    nudged[:3, 3] += 5e-4
+    study = load_study({"t1n": image(make_head()), "t2f": image(make_head("t2f"), nudged)})
+    assert list(study.volumes) == ["t1n", "t2f"]
+
+
+# ------------------------------------------------------------------------------------------ orientation
+
+
+@pytest.mark.parametrize("oblique", [False, True], ids=["straight", "oblique"])
+def test_storage_order_does_not_matter(oblique):
+    affine = AFFINE.copy()
+    if oblique:
+        angle = np.deg2rad(17)
+        turn = np.eye(4)
+        turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        affine = turn @ affine
+    heads = {m: make_head(m) for m in ("t1n", "t2f")}
+    wanted = load_study({m: image(data, affine) for m, data in heads.items()})
+    for first, second in zip(ROTATED, ROTATED[17:] + ROTATED[:17], strict=True):  # another storage for each
+        stored = {
+            modality: image(
+                nib.orientations.apply_orientation(data, orientation),
+                affine @ inv_ornt_aff(orientation, SHAPE),
+            )
+            for (modality, data), orientation in zip(heads.items(), (first, second), strict=True)
+        }
+        study = load_study(stored)
+        np.testing.assert_array_equal(study.mask, wanted.mask)
+        for modality in heads:
+            np.testing.assert_array_equal(study.normalised(modality), wanted.normalised(modality))
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+def with_value(value: float) -> np.ndarray:
+    data = make_head("t2f")
+    data[3, 4, 5] = value
+    return data
+
+
+def speck() -> np.ndarray:
+    data = np.zeros(SHAPE, np.float32)
+    data[12:15, 12:15, 12:15] = np.random.default_rng(0).uniform(50, 100, (3, 3, 3))
+    return data
+
+
+TWO_VOLUMES = np.stack([make_head("t2f")] * 2, axis=-1)
+DISPLACED = AFFINE + np.array([[0, 0, 0, 0], [0, 0, 0, 2.5], [0, 0, 0, 0], [0, 0, 0, 0]])
+REFUSED: dict[str, tuple[Any, type[CrossmrError], list[str]]] = {
+    "nan": (with_value(np.nan), StudyError, ["1 voxels", "NaN", "Repair"]),
+    "infinite": (with_value(-np.inf), StudyError, ["1 voxels", "infinite", "Repair"]),
+    "all zero": (np.zeros(SHAPE, np.float32), StudyError, ["all zero", "Export it again, or remove"]),
+    "constant": (np.full(SHAPE, 7, np.float32), StudyError, ["constant at 7", "Export it again, or remove"]),
+    "cropped": (
+        make_head("t2f")[:, 1:],
+        StudyError,
+        ["28×31×24 at 6×6×7 mm", "t1n is 28×32×24 at 6×6×7 mm", "Register and resample"],
+    ),
+    "spacing": (
+        image(make_head("t2f"), np.diag([6, 6, 3.5, 1])),
+        StudyError,
+        ["28×32×24 at 6×6×3.5 mm", "t1n is 28×32×24 at 6×6×7 mm", "Register and resample"],
+    ),
+    "displaced": (
+        image(make_head("t2f"), DISPLACED),
+        StudyError,
+        ["placed elsewhere", "2.5 mm", "Register and resample"],
+    ),
+    "4D": (TWO_VOLUMES, VolumeError, ["28×32×24×2", "2 volumes, wanted one", "Split it"]),
+}
+
+
+def refusal(kind: type[CrossmrError], act: Callable[[], Any], *wanted: str) -> str:
+    """The one line with which `act` is refused, which holds everything that is wanted."""
+    with pytest.raises(kind) as caught:
+        act()
+    message = str(caught.value)
+    assert type(caught.value) is kind
+    assert "\n" not in message
+    for text in wanted:
+        assert text in message
+    return message
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    bad, kind, wanted = REFUSED[name]
+    volumes = {"t1n": image(make_head()), "t2f": image(bad) if isinstance(bad, np.ndarray) else bad}
+    message = refusal(kind, lambda: load_study(volumes, "P1"), "t2f", *wanted)
+    assert message.startswith("P1: t2f")
+
+
+@pytest.mark.parametrize("shape", [(7, 7, 24), (1, 6, 40), (4, 4, 4)])
+def test_too_small_is_refused(shape):
+    data = np.random.default_rng(0).random(shape).astype(np.float32)
+    size = "×".join(map(str, shape))
+    message = refusal(StudyError, lambda: load(t1n=data), f"t1n is {size}", "too small", "Export")
+    assert message.startswith("P1: ")
+
+
+def test_few_slices_are_not_too_small():
+    data = make_head(shape=(28, 32, 5))
+    assert overlap(load(t1n=data).mask, ellipsoid(data.shape).T) > 0.9
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_no_head_is_refused(inverted):
+    data = 100 - speck() if inverted else speck()
+    wanted = "no head was found", "voxels above the background", "t1n, t2f", "Look at the volumes"
+    assert refusal(StudyError, lambda: load(t1n=data, t2f=data), *wanted).startswith("P1: ")
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = write_study(tmp_path, "P1") / "P1-t1c.nii.gz"
+    path.write_bytes(path.read_bytes()[:-3000])
+    refusal(VolumeError, lambda: from_folder(tmp_path), "P1: P1-t1c.nii.gz", "truncated", "Copy the file again")
+
+
+def test_an_unpacked_file_that_is_too_short_is_refused(tmp_path):
+    path = write_study(tmp_path, "P1") / "P1-t1c.nii.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-100]))
+    refusal(VolumeError, lambda: from_folder(tmp_path), "P1: P1-t1c.nii.gz", "truncated", "Copy the file again")
+
+
+def test_a_text_file_is_refused(tmp_path):
+    path = write_study(tmp_path, "P1") / "P1-t1c.nii.gz"
+    path.write_text("<html>404 Not Found</html>" * 40)
+    refusal(VolumeError, lambda: from_folder(tmp_path), "P1: P1-t1c.nii.gz", "not a NIfTI file", "Convert")
+
+
+def test_two_files_of_one_modality_are_refused(tmp_path):
+    path = write_study(tmp_path, "P1") / "P1-t1n.nii.gz"
+    (tmp_path / "P1" / "P1-t1w.nii.gz").write_bytes(path.read_bytes())
+    refusal(
+        *(NamingError, lambda: from_folder(tmp_path)),
+        *("P1: 2 files claim to be t1n", "P1-t1n.nii.gz", "P1-t1w.nii.gz", "Keep one"),
+    )
+
+
+def test_a_label_on_another_grid_is_refused(tmp_path):
+    """In a folder whose files do not name the patient, so that the message has to."""
+    (tmp_path / "patient12").mkdir()
+    nib.save(image(make_head()), tmp_path / "patient12" / "t1.nii.gz")
+    nib.save(image(np.ones((28, 32, 23), np.uint8)), tmp_path / "patient12" / "seg.nii.gz")
+    message = refusal(
+        *(VolumeError, lambda: from_folder(tmp_path)),
+        *("seg.nii.gz: is 28×32×23", "28×32×24 at 6×6×7 mm", "Resample the segmentation"),
+    )
+    assert message.startswith("patient12: ")
+
+
+def test_a_probability_map_is_no_label(tmp_path):
+    write_study(tmp_path, "P1", replace={"seg": np.full(SHAPE, 0.3, np.float32)})
+    refusal(VolumeError, lambda: from_folder(tmp_path), "P1: P1-seg.nii.gz", "no segmentation", "Threshold")
+
+
+# -------------------------------------------------------------------------------------------- synthetic
+
+
+def synthetic(modality: str) -> nib.Nifti1Image:
+    return image(make_head(modality), description=f"SYNTHETIC {modality} by crossmr 0.1.0 from t1n+t2f")
+
+
+def test_a_synthetic_volume_counts_as_missing():
+    study = load_study({"t1n": image(make_head()), "t1c": synthetic("t1c")})
+    assert list(study.volumes) == ["t1n"]
+    assert list(study.normalisation) == ["t1n"]
+    assert study.notes == ("t1c is itself synthetic, so it was not used as an input.",)
+
+
+def test_a_synthetic_volume_is_not_even_checked():
+    shifted = image(make_head("t1c")[1:], description="SYNTHETIC")
+    assert list(load_study({"t1n": image(make_head()), "t1c": shifted}).volumes) == ["t1n"]
+
+
+def test_other_descriptions_are_no_mark():
+    study = load_study({"t1n": image(make_head(), description="not SYNTHETIC")})
+    assert (list(study.volumes), study.notes) == (["t1n"], ())
+
+
+def test_a_study_of_synthetic_volumes_only_is_refused():
+    volumes = {m: synthetic(m) for m in ("t1n", "t1c")}
+    message = refusal(StudyError, lambda: load_study(volumes, "P1"), "no acquired volume", "T1, T1ce, T2, FLAIR")
+    assert message.startswith("P1: ")
+
+
+# ------------------------------------------------------------------------------------------- real scans
+
+
+def real(name: str) -> Path:
+    if not (SCANS / name).is_dir():
+        pytest.skip(f"needs the real scan {name} in {SCANS}")
+    return SCANS / name
+
+
+@pytest.mark.parametrize(
+    ("name", "modalities", "shape"),
+    [
+        ("brats/BraTS-GLI-00000-000", ("t1n", "t2f"), (155, 240, 240)),
+        ("openms/patient07", ("t1c", "t2w"), (182, 218, 182)),
+    ],
+)
+def test_real_stripped_brains(name, modalities, shape):
+    (files,) = find_studies(real(name))
+    assert list(files.images()) == ["t1n", "t1c", "t2w", "t2f"]
+    study = load_study(files, allow=modalities)
+    assert study.mask.shape == shape
+    assert study.masked_background
+    assert 0.1 < study.mask.mean() < 0.25
+    assert ndimage.label(study.mask)[1] == 1
+    assert study.labels is not None
+    assert study.mask[study.labels > 0].mean() > 0.99
+    for modality in modalities:
+        normalised = study.normalised(modality)
+        assert 0 == normalised.min() < normalised.max() <= 1
+        assert np.median(normalised[study.mask]) == pytest.approx(0.25, abs=1e-5)
+        assert (normalised[~study.mask] == 0).all()
+
+
+def test_a_real_head_with_its_skull():
+    study = from_folder(real("lgg/TCGA-CS-4942"))
+    assert list(study.volumes) == ["t1n", "t1c", "t2f"]
+    assert not study.masked_background
+    assert 0.3 < study.mask.mean() < 0.5
+    for modality in study.volumes:
+        assert np.median(study.normalised(modality)[~study.mask]) < 0.01

@@ -1,0 +1,473 @@
+"""Evaluation as a whole: every file agrees, a second model stands beside the first, and what fails is listed."""
+
+import csv
+import json
+import math
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import image, make_head, save_untrained, write_study
+from PIL import Image
+
+from crossmr.baselines import BASELINES, fit_baselines
+from crossmr.data.naming import find_studies
+from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
+from crossmr.evaluation import predictors as module
+from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
+from crossmr.evaluation.measures import METRICS, measure
+from crossmr.evaluation.predictors import find_predictors, predict
+from crossmr.evaluation.subjects import subject_of_files
+from crossmr.evaluation.tables import read_scores, tables, uncertainty_table
+from crossmr.networks.inference import Settings, Synthesis
+from crossmr.networks.model import load_model, pseudonym
+from crossmr.picture import GAP, PANEL
+
+INFERENCE = Settings(ddim_steps=3, precision="float32")
+SETTINGS = EvaluationSettings(inference=INFERENCE)
+SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
+ALL = (*SOURCES, *TARGETS)
+CASES = ("A1", "B2", "C3", "D4", "E5", "F6")
+WITH_LESION = ("A1", "B2", "C3")
+OWN, GUIDED, AGAINST = "unguided", "guided: sample", "against: other"
+PREDICTORS = (OWN, GUIDED, AGAINST, *BASELINES)
+
+
+def settings(**changes):
+    return EvaluationSettings(**{"inference": INFERENCE, **changes})
+
+
+def subjects(folder):
+    """Every study of a folder as the evaluation reads it."""
+    return {files.case: subject_of_files(files) for files in find_studies(folder)}
+
+
+def indexed(scores):
+    return {(s.case, s.target, s.predictor, s.region): s for s in scores}
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def entry(summary, target, predictor, region):
+    (chosen,) = [e for e in summary if (e["target"], e["predictor"], e["region"]) == (target, predictor, region)]
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Six patients; three have a lesion outlined."""
+    folder = tmp_path_factory.mktemp("cohort")
+    for seed, case in enumerate(CASES):
+        write_study(folder, case, ALL, seed=seed, lesion=case in WITH_LESION)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory):
+    """Baselines fitted on two other patients."""
+    folder = tmp_path_factory.mktemp("others")
+    for seed in (20, 21):
+        write_study(folder, f"T{seed}", ALL, seed=seed)
+    return fit_baselines([lambda s=s: s.volumes for s in subjects(folder).values()], ALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, baselines):
+    """The model measured, which gives standard deviations."""
+    training = {"patients": {"train": [pseudonym("A1"), pseudonym("Z9")], "val": [pseudonym("B2")]}}
+    place = tmp_path_factory.mktemp("main") / "model"
+    return save_untrained(place, guidance="last", uncertainty=True, baselines=baselines, training=training)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A second model, always guided, trained on other patients."""
+    training = {"recipe": "paper", "patients": {"train": [pseudonym("C3"), pseudonym("D4")], "val": []}}
+    return save_untrained(
+        tmp_path_factory.mktemp("runs") / "other" / "model", guidance="joint", seed=1, training=training
+    )
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    model = load_model(folder)
+    model.calibration = {"variance": torch.tensor([[4.0, 0.01], [1.0, 0.0]])}
+    return model
+
+
+@pytest.fixture(scope="module")
+def evaluated(cohort, model, other, tmp_path_factory):
+    """The cohort, measured once: the folder, what was returned and the scores."""
+    out = tmp_path_factory.mktemp("evaluated")
+    body = evaluate(model, cohort, out, settings(guidances=("sample",), against=other))
+    return out, body, read_scores(out / "metrics.csv")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A plain U-Net: one predictor to measure."""
+    return load_model(save_untrained(tmp_path_factory.mktemp("bare"), guidance="none"))
+
+
+# Every file
+
+
+def test_a_row_for_every_case_target_predictor_and_region(evaluated):
+    _, body, scores = evaluated
+    expected = {
+        (case, target, predictor, region)
+        for case in CASES
+        for target in TARGETS
+        for predictor in PREDICTORS
+        for region in ("volume", "brain", "slices", *(["tumour"] if case in WITH_LESION else []))
+    }
+    assert len(scores) == len(expected)
+    assert set(indexed(scores)) == expected
+    for score in scores:
+        assert score.sources == "t1n+t2w"
+        assert score.protocol == ("slice" if score.region == "slices" else "volume")
+        assert all(math.isfinite(getattr(score, metric)) for metric in METRICS)
+    assert body["cases"] == sorted(CASES)
+    assert body["own"] == OWN
+    assert body["failed"] == {}
+    assert tuple(dict.fromkeys(e["predictor"] for e in body["summary"])) == PREDICTORS
+
+
+def test_the_scores_are_of_each_case_s_own_predictions(evaluated, cohort, model, other):
+    _, _, scores = evaluated
+    by_key = indexed(scores)
+    predictors = find_predictors(model, INFERENCE, ("sample",), other)
+    for case in ("A1", "E5"):
+        subject = subjects(cohort)[case]
+        again = measure(subject, SOURCES, predict(subject, SOURCES, predictors).images)
+        assert {score.predictor for score in again} == set(PREDICTORS)
+        for score in again:
+            written = by_key[case, score.target, score.predictor, score.region]
+            for metric in METRICS:
+                assert getattr(written, metric) == pytest.approx(getattr(score, metric), rel=1e-4)
+
+
+def test_the_summary_is_over_the_scores(evaluated):
+    _, body, scores = evaluated
+    assert {(e["target"], e["predictor"], e["region"]) for e in body["summary"]} == {
+        (target, predictor, region)
+        for target in TARGETS
+        for predictor in PREDICTORS
+        for region in ("volume", "brain", "tumour", "slices")
+    }
+    for e in body["summary"]:
+        assert e["cases"] == (3 if e["region"] == "tumour" else 6)
+        chosen = [s for s in scores if (s.target, s.predictor, s.region) == (e["target"], e["predictor"], e["region"])]
+        for metric in METRICS:
+            values = [getattr(s, metric) for s in chosen]
+            assert e[metric]["mean"] == pytest.approx(np.mean(values))
+            assert min(values) <= e[metric]["low"] <= e[metric]["mean"] <= e[metric]["high"] <= max(values)
+            assert ("p_against_first" in e[metric]) == (e["predictor"] != OWN)
+            assert 0 < e[metric].get("p_against_first", 1) <= 1
+    assert entry(body["summary"], "t2f", "zeros", "brain")["mae"]["p_against_first"] == pytest.approx(2 / 2**6)
+
+
+def test_json_is_strict_and_holds_what_was_returned(evaluated, model):
+    out, body, _ = evaluated
+
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    assert json.loads((out / "metrics.json").read_text(), parse_constant=refuse) == body
+    assert body["finished"] is True
+    assert body["model_sha256"] == model.record["sha256"]
+    wanted = {"seed": 0, "ddim_steps": 3, "samples": 0, "device": "cpu", "precision": "float32"}
+    assert body["settings"] == wanted
+    assert "slice" in body["protocol"]
+    assert set(body["versions"]) == {"crossmr", "torch"}
+
+
+def test_cases_trained_on_are_named(evaluated):
+    _, body, _ = evaluated
+    assert body["trained_on"] == ["A1"]  # B2 was watched, not trained on
+
+
+def test_the_second_model_is_named_by_hash_and_training(evaluated, other, bare, cohort, tmp_path):
+    _, body, _ = evaluated
+    assert body["against"] == {
+        "predictor": AGAINST,
+        "guidance": "sample",
+        "sha256": load_model(other).record["sha256"],
+        "training": {"recipe": "paper"},  # not its patients
+        "trained_on": ["C3", "D4"],
+    }
+    shutil.copytree(cohort / "A1", tmp_path / "cohort" / "A1")
+    assert evaluate(bare, tmp_path / "cohort", tmp_path / "out", SETTINGS)["against"] is None
+
+
+def test_the_second_model_beside_itself_differs_nowhere(bare, cohort, tmp_path):
+    again = save_untrained(tmp_path / "again", guidance="none")
+    body = evaluate(bare, cohort / "A1", tmp_path / "out", settings(against=again))
+    assert {e["predictor"] for e in body["summary"]} == {"unguided", "against: again"}
+    for target in TARGETS:
+        own, second = (entry(body["summary"], target, name, "brain") for name in ("unguided", "against: again"))
+        for metric in METRICS:
+            assert second[metric].pop("p_against_first") == 1
+            assert second[metric] == own[metric]
+
+
+def test_pictures_are_written_of_every_case_and_target(evaluated, cohort, model, other):
+    out, body, _ = evaluated
+    files = [f"{case}-{target}.webp" for case in CASES for target in TARGETS]
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == files
+    assert [picture["file"] for picture in body["pictures"]] == [f"pictures/{name}" for name in files]
+    picture = body["pictures"][0]
+    assert (picture["case"], picture["sources"], picture["target"]) == ("A1", list(SOURCES), "t1c")
+    assert [(panel["modality"], panel["kind"]) for panel in picture["panels"]] == [
+        *(("t1n", "acquired"), ("t2w", "acquired"), ("t1c", "synthetic"), ("t1c", "other model")),
+        *(("t1c", "truth"), ("t1c", "error"), ("t1c", "standard deviation")),
+    ]
+    with Image.open(out / picture["file"]) as opened:
+        assert opened.width == 7 * (PANEL + GAP) - GAP
+        pixels = np.asarray(opened.convert("RGB")).astype(float)
+    panels = [pixels[:, n * (PANEL + GAP) :][:, :PANEL] for n in range(7)]
+    assert all(panel.std() > 10 for panel in panels[:5])
+    for grey, colours in zip(panels[:2], panels[5:], strict=True):
+        assert np.ptp(grey, axis=2).max() < 8 < np.ptp(colours, axis=2).max()
+    subject = subjects(cohort)["A1"]
+    images = predict(subject, SOURCES, find_predictors(model, INFERENCE, (), other)).images
+    means = [images[OWN]["t1c"].mean(), images[AGAINST]["t1c"].mean(), subject.volumes["t1c"].mean()]
+    assert np.argsort([panel.mean() for panel in panels[2:5]]).tolist() == np.argsort(means).tolist()
+
+
+def test_a_perfect_predictor_is_perfect_and_beats_the_baselines(cohort, folder, tmp_path, monkeypatch):
+    truths = {case: subject.volumes for case, subject in subjects(cohort).items()}
+
+    def oracle(model, head, case, settings):
+        return Synthesis(
+            settings.targets, torch.from_numpy(np.stack([truths[case][t] for t in settings.targets])), None
+        )
+
+    monkeypatch.setattr(module, "synthesise", oracle)
+    summary = evaluate(folder, cohort, tmp_path, SETTINGS)["summary"]
+    scores = indexed(read_scores(tmp_path / "metrics.csv"))
+    for case in CASES:
+        for region in ("volume", "brain", "slices"):
+            score = scores[case, "t1c", OWN, region]
+            assert (score.mae, score.nmse, score.psnr) == (0, 0, math.inf)
+            assert score.ssim == pytest.approx(1, abs=1e-5)
+    for target in TARGETS:
+        best = entry(summary, target, OWN, "brain")
+        assert best["psnr"]["mean"] is None  # infinite, which JSON cannot say
+        for predictor in BASELINES:
+            baseline = entry(summary, target, predictor, "brain")
+            assert best["mae"]["mean"] < baseline["mae"]["low"]
+            assert best["ssim"]["mean"] > baseline["ssim"]["high"]
+            assert baseline["ssim"]["p_against_first"] == pytest.approx(2 / 2**6)  # the least that six pairs can give
+    assert [table.row_count for table in tables(summary)] == [4, 4]
+
+
+# Uncertainty
+
+
+def test_standard_deviations_are_compared_with_the_errors_of_the_model_s_own_image(evaluated, cohort, model):
+    out, body, _ = evaluated
+    rows = {(r["case"], r["target"], r["uncertainty"]): r for r in rows_of(out / "uncertainty.csv")}
+    assert len(rows) == len(CASES) * len(TARGETS) * 2
+    subject = subjects(cohort)["A1"]
+    predictions = predict(subject, SOURCES, find_predictors(model, INFERENCE))
+    for target in TARGETS:
+        error = np.abs(predictions.images[OWN][target] - subject.volumes[target])[subject.head]
+        std = predictions.stds[target][subject.head]
+        row = rows["A1", target, "std"]
+        assert float(row["error"]) == pytest.approx(error.mean(), rel=1e-4)
+        assert float(row["coverage_95"]) == pytest.approx((error <= 1.96 * std).mean(), abs=1e-4)
+        certain = error[np.argsort(std, kind="stable")][: round(0.9 * len(error))]
+        assert float(row["error_most_certain_90"]) == pytest.approx(certain.mean(), rel=1e-2)
+    assert len(body["uncertainty"]) == 4
+    for e in body["uncertainty"]:
+        assert e["cases"] == len(CASES)
+        assert (e["coverage_95"] is None) == (e["uncertainty"] == "predicted intensity") == ("p_against_std" in e)
+    assert uncertainty_table(body["uncertainty"]).row_count == 4
+
+
+def test_the_calibration_curve_of_each_case_and_of_all(evaluated, cohort, model):
+    out, body, _ = evaluated
+    rows = rows_of(out / "calibration.csv")
+    assert len(rows) == len(CASES) * len(TARGETS) * 10
+    subject = subjects(cohort)["A1"]
+    predictions = predict(subject, SOURCES, find_predictors(model, INFERENCE))
+    own = [r for r in rows if (r["case"], r["target"]) == ("A1", "t1c")]
+    error = predictions.images[OWN]["t1c"] - subject.volumes["t1c"]
+    for column, volume in (("std", predictions.stds["t1c"]), ("error", error)):
+        mean_square = np.mean([float(row[column]) ** 2 for row in own])
+        assert mean_square == pytest.approx((volume[subject.head].astype(float) ** 2).mean(), rel=1e-3)
+    assert [e["decile"] for e in body["calibration"]] == [*range(1, 11)] * 2
+    for e in body["calibration"]:
+        chosen = [r for r in rows if (r["target"], int(r["decile"])) == (e["target"], e["decile"])]
+        assert e["error"] == pytest.approx(np.sqrt(np.mean([float(row["error"]) ** 2 for row in chosen])))
+
+
+def test_without_standard_deviations_no_uncertainty_is_measured(bare, cohort, other, tmp_path):
+    body = evaluate(bare, cohort / "A1", tmp_path, settings(against=other))
+    assert (body["uncertainty"], body["calibration"]) == ([], [])
+    assert not (tmp_path / "uncertainty.csv").exists()
+    assert not (tmp_path / "calibration.csv").exists()
+
+
+def test_the_spread_of_samples_is_an_uncertainty_too(other, cohort, tmp_path):
+    inference = Settings(samples=2, ddim_steps=2, precision="float32")
+    body = evaluate(other, cohort / "A1", tmp_path, EvaluationSettings(inference=inference))
+    assert body["own"] == GUIDED
+    assert body["settings"]["samples"] == 2
+    assert {e["uncertainty"] for e in body["uncertainty"]} == {"std", "predicted intensity"}
+
+
+# Datasets, cohorts and failures
+
+
+def test_a_split_is_measured_alone(bare, cohort, tmp_path):
+    manifest = prepare(cohort, tmp_path / "set", PrepareSettings(split=Split(0.67, 0.0, 0.33, seed=0)))
+    for split in ("test", "train"):
+        body = evaluate(bare, tmp_path / "set", tmp_path / split, settings(split=split))
+        assert body["cases"] == manifest["split"][split]
+        assert 0 < len(body["cases"]) < len(CASES)
+    with pytest.raises(StudyError, match="the split 'val' is empty"):
+        evaluate(bare, tmp_path / "set", tmp_path / "by val", settings(split="val"))
+    with pytest.raises(ConfigError, match="'tset'"):
+        evaluate(bare, tmp_path / "set", tmp_path / "by typo", settings(split="tset"))
+
+
+def test_failing_cases_are_listed_and_the_others_go_on(bare, cohort, tmp_path):
+    mixed = tmp_path / "cohort"
+    for case in ("B2", "D4"):
+        shutil.copytree(cohort / case, mixed / case)
+    write_study(mixed, "A sourceless", ("t1n", "t2f"))
+    write_study(mixed, "C broken", ALL)
+    nib.save(image(make_head("t2w", shape=(26, 32, 24))), mixed / "C broken" / "C broken-t2w.nii.gz")
+    write_study(mixed, "E targetless", SOURCES)
+    body = evaluate(bare, mixed, tmp_path / "out", SETTINGS)
+    assert body["cases"] == ["B2", "D4"]
+    assert set(body["failed"]) == {"A sourceless", "C broken", "E targetless"}
+    assert "it lacks t2w" in body["failed"]["A sourceless"]
+    assert "t2w is 26×32×24" in body["failed"]["C broken"]
+    assert "it has none of t1c, t2f" in body["failed"]["E targetless"]
+    for case in body["failed"]:
+        shutil.rmtree(mixed / case)
+    assert evaluate(bare, mixed, tmp_path / "alone", SETTINGS)["summary"] == body["summary"]
+
+
+def test_what_nobody_foresaw_is_listed_too_and_leaves_no_half_study(bare, cohort, tmp_path, monkeypatch):
+    def fail(model, head, case, settings):
+        if case == "B2":
+            raise TypeError("surprise")
+        return Synthesis(settings.targets, torch.rand(2, *head.volumes["t1n"].shape), None)
+
+    monkeypatch.setattr(module, "synthesise", fail)
+    body = evaluate(bare, cohort, tmp_path, SETTINGS)
+    assert body["failed"] == {"B2": "B2: TypeError: surprise"}
+    assert "B2" not in body["cases"]
+    assert {score.case for score in read_scores(tmp_path / "metrics.csv")} == set(CASES) - {"B2"}
+
+
+def test_nothing_measurable_is_an_error_and_no_finished_result(bare, tmp_path):
+    write_study(tmp_path / "cohort", "P", SOURCES)
+    with pytest.raises(StudyError, match=r"No study of .*cohort could be measured: P: .*none of t1c, t2f"):
+        evaluate(bare, tmp_path / "cohort", tmp_path / "out", SETTINGS)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"finished": False}
+    assert not (tmp_path / "out" / "metrics.csv").exists()
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(bare, cohort, tmp_path):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    with pytest.raises(NamingError, match=r"no \.nii"):
+        evaluate(bare, tmp_path / "empty", out, SETTINGS)
+    with pytest.raises(ModelError, match="is no model"):
+        evaluate(tmp_path / "empty", cohort, out, SETTINGS)
+    with pytest.raises(ModelError, match="is no model"):
+        evaluate(bare, cohort, out, settings(against=tmp_path / "empty"))
+    with pytest.raises(ConfigError, match="without guidance"):
+        evaluate(bare, cohort, out, settings(guidances=("sample",)))
+    with pytest.raises(ConfigError, match="any subset"):
+        evaluate(bare, cohort, out, settings(every_subset=True))
+    narrow = save_untrained(tmp_path / "narrow", guidance="none", targets=("t1c",))
+    with pytest.raises(ConfigError, match=r"--against .*narrow makes t1c from t1n, t2w, but the model makes t1c, t2f"):
+        evaluate(bare, cohort, out, settings(against=narrow))
+    assert not out.exists()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="could not be written"):
+        evaluate(bare, cohort, tmp_path / "file", SETTINGS)
+
+
+def test_settings_that_mean_nothing_are_refused():
+    for wrong in ({"guidances": ("reference",)}, {"inference": Settings(guidance="reference", reference="study")}):
+        with pytest.raises(ConfigError, match="knows no reference; measure sample, unconditional or none"):
+            EvaluationSettings(**wrong)
+    with pytest.raises(ConfigError, match="every target"):
+        EvaluationSettings(inference=Settings(targets=("t1c",)))
+
+
+def test_names_and_a_mapping_are_enough(folder, tmp_path):
+    (tmp_path / "cohort").mkdir()
+    for modality, name in {"t1n": "MPRAGE", "t2w": "TSE", "t2f": "TIRM"}.items():
+        nib.save(image(make_head(modality)), tmp_path / "cohort" / f"P_{name}.nii.gz")
+    mapping = {"t1n": "*_MPRAGE*", "t2w": "*_TSE*", "t2f": "*_TIRM*"}
+    inference = Settings(guidance="sample", ddim_steps=3, precision="float32", device="cpu")
+    chosen = EvaluationSettings(guidances=("none", "sample"), inference=inference, mapping=mapping)
+    body = evaluate(str(folder), str(tmp_path / "cohort"), str(tmp_path / "out"), chosen)
+    assert body["cases"] == ["P"]
+    assert body["own"] == GUIDED
+    assert list(dict.fromkeys(e["predictor"] for e in body["summary"])) == [GUIDED, OWN, *BASELINES]
+    places = {(e["target"], e["region"]) for e in body["summary"]}  # no lesion is outlined, and there is no T1ce
+    assert places == {("t2f", "volume"), ("t2f", "brain"), ("t2f", "slices")}
+
+
+def test_a_3d_model_is_measured_too(tmp_path):
+    write_study(tmp_path / "cohort", "P", ALL)
+    folder = save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 16, 16), guidance="none")
+    body = evaluate(folder, tmp_path / "cohort", tmp_path / "out", SETTINGS)
+    assert entry(body["summary"], "t2f", OWN, "brain")["cases"] == 1
+
+
+# Any subset
+
+
+@pytest.fixture(scope="module")
+def any_model(tmp_path_factory, baselines):
+    folder = tmp_path_factory.mktemp("any")
+    changes = {"sources": ALL, "targets": ALL, "guidance": "last", "uncertainty": True}
+    return load_model(save_untrained(folder, baselines=baselines, **changes))
+
+
+def test_a_model_of_any_subset_is_measured_on_what_is_hidden(any_model, tmp_path):
+    studies = {"P": ("t1n", "t2w", "t1c"), "Q": ("t1n", "t2f")}
+    for seed, (case, acquired) in enumerate(studies.items()):
+        write_study(tmp_path / "cohort", case, acquired, seed=seed)
+    second = save_untrained(tmp_path / "second", sources=ALL, targets=ALL, guidance="none", seed=4)
+    body = evaluate(any_model, tmp_path / "cohort", tmp_path / "out", settings(every_subset=True, against=second))
+    scores = read_scores(tmp_path / "out" / "metrics.csv")
+    for case, acquired in studies.items():
+        tasks = {(s.sources, s.target) for s in scores if s.case == case}
+        assert len({sources for sources, _ in tasks}) == 2 ** len(acquired) - 2
+        assert tasks == {(sources, t) for sources, _ in tasks for t in acquired if t not in sources.split("+")}
+    subject = subjects(tmp_path / "cohort")["P"]
+    images = predict(subject, ("t2w",), find_predictors(any_model, INFERENCE, (), second)).images
+    assert list(images) == [OWN, "against: second", *BASELINES]
+    for score in measure(subject, ("t2w",), images):
+        key = ("P", "t2w", score.target, score.predictor, score.region)
+        (written,) = [s for s in scores if (s.case, s.sources, s.target, s.predictor, s.region) == key]
+        assert written.mae == pytest.approx(score.mae, rel=1e-4)
+    assert [table.row_count for table in tables(body["summary"])] == [7] * 4
+    assert uncertainty_table(body["uncertainty"]).row_count == 8
+    pictures = {(picture["case"], picture["target"]): set(picture["sources"]) for picture in body["pictures"]}
+    assert len(pictures) == len(body["pictures"])  # of each target one, from all other modalities
+    assert pictures == {(case, m): {*acquired} - {m} for case, acquired in studies.items() for m in acquired}
+
+
+def test_all_but_one_modality_are_given_unless_every_subset_is_asked_for(any_model, tmp_path):
+    write_study(tmp_path / "cohort", "P", ALL)
+    body = evaluate(any_model, tmp_path / "cohort", tmp_path / "out", SETTINGS)
+    tasks = {(e["sources"], e["target"]) for e in body["summary"]}
+    assert tasks == {("+".join(m for m in ALL if m != target), target) for target in ALL}

@@ -1,0 +1,193 @@
+"""Layouts: BraSyn's flat folder holds its files alone, and a BIDS derivative passes the official validator."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import image, make_head, save_untrained, write_study
+
+from crossmr.completion.cohort import CohortSettings, complete_cohort
+from crossmr.completion.layout import Layout, bids_entities, records_of
+from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
+from crossmr.data.naming import find_studies
+from crossmr.errors import ConfigError
+from crossmr.networks.inference import Settings
+from crossmr.networks.model import load_model
+from crossmr.output.nnunet import export_nnunet
+from crossmr.output.report import report_completion
+from crossmr.output.viewer import view_case
+
+SETTINGS = Settings(precision="float32")
+BIDS, CHALLENGE = (CohortSettings(profile=profile) for profile in ("bids", "challenge"))
+MODALITIES = ("t1n", "t1c", "t2w", "t2f")
+VALIDATOR = Path(sys.executable).with_name("bids-validator-deno")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    both = {"sources": MODALITIES, "targets": MODALITIES}
+    return load_model(save_untrained(tmp_path_factory.mktemp("model"), guidance="last", uncertainty=True, **both))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A BIDS dataset: two sessions, one of them enhanced, a sidecar for one file only, and somebody's derivatives."""
+    root = tmp_path_factory.mktemp("bids") / "raw"
+    about = {"Name": "test", "BIDSVersion": "1.10.0", "DatasetType": "raw"}
+    for path, text in (("dataset_description.json", json.dumps(about)), ("README", "A test.\n" * 20)):
+        root.mkdir(exist_ok=True)
+        (root / path).write_text(text)
+    for name, modality in (
+        ("sub-01/ses-a/anat/sub-01_ses-a_T1w", "t1n"),
+        ("sub-01/ses-a/anat/sub-01_ses-a_ce-gadolinium_T1w", "t1c"),
+        ("sub-01/ses-b/anat/sub-01_ses-b_T2w", "t2w"),
+        ("sub-02/anat/sub-02_FLAIR", "t2f"),
+        ("sub-02/anat/sub-02_T1w", "t1n"),
+        ("derivatives/other/sub-02/anat/sub-02_desc-preproc_T1w", "t1n"),
+    ):
+        path = root / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = image(make_head(modality))
+        made.header.set_xyzt_units("mm", "sec")
+        nib.save(made, path)
+    (root / "sub-02/anat/sub-02_T1w.json").write_text('{"MagneticFieldStrength": 3}')
+    (root / "derivatives/other/dataset_description.json").write_text(json.dumps({**about, "DatasetType": "derivative"}))
+    return root
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def validate(folder):
+    """What the official validator says: errors and warnings."""
+    if not VALIDATOR.exists():
+        pytest.skip("bids-validator-deno is not installed")
+    ran = subprocess.run([VALIDATOR, "--json", folder], capture_output=True, text=True, timeout=120)
+    issues = json.loads(ran.stdout)["issues"]["issues"]
+    return {
+        severity: {issue["code"]: issue.get("location") for issue in issues if issue["severity"] == severity}
+        for severity in ("error", "warning")
+    }
+
+
+def test_a_bids_dataset_becomes_a_valid_derivative(dataset, model, tmp_path):
+    assert validate(dataset)["error"] == {}  # the validator works
+    out = tmp_path / "derivative"
+    result = complete_cohort(dataset, out, model, SETTINGS, BIDS)
+    assert result.failed == {}
+    assert result.completed == {
+        "sub-01_ses-a": ["t2w", "t2f"],
+        "sub-01_ses-b": ["t1n", "t1c", "t2f"],
+        "sub-02": ["t1c", "t2w"],
+    }
+    said = validate(out)
+    assert said["error"] == {}, said
+    report_completion(out)
+    view_case(out, "sub-02")
+    assert validate(out) == said  # the records are not in its way
+    enhanced = out / "sub-01/ses-b/anat/sub-01_ses-b_ce-gadolinium_desc-synthetic_T1w.nii.gz"
+    sidecar = json.loads(enhanced.with_name(enhanced.name.replace(".nii.gz", ".json")).read_text())
+    assert sidecar["Sources"] == ["bids:raw:sub-01/ses-b/anat/sub-01_ses-b_T2w.nii.gz"]
+    assert DISCLAIMER in sidecar["Description"]
+    assert ENHANCEMENT in sidecar["Description"]
+    assert sidecar["SkullStripped"] is False
+    std = out / "sub-02/anat/sub-02_desc-syntheticstd_T2w.json"
+    assert "the error of sub-02_desc-synthetic_T2w.nii.gz, on its scale" in json.loads(std.read_text())["Description"]
+    assert std.with_suffix(".nii.gz").exists()
+    about = json.loads((out / "dataset_description.json").read_text())
+    assert about["DatasetType"] == "derivative"
+    assert (out / about["DatasetLinks"]["raw"]).resolve() == dataset.resolve()
+    assert nib.load(enhanced).header["descrip"].item().startswith(b"SYNTHETIC")
+    assert (out / "crossmr" / "report.html").exists()
+    assert (out / "crossmr" / "view" / "sub-02.html").exists()
+    # what was synthesised is no input of the next run, even where both lie in one tree
+    shutil.copytree(dataset, tmp_path / "both")
+    shutil.copytree(out, tmp_path / "both", dirs_exist_ok=True)
+    assert find_studies(tmp_path / "both")[-1].images().keys() == {"t1n", "t2f"}
+
+
+def test_any_name_becomes_a_bids_name(model, tmp_path):
+    assert bids_entities("BraTS-GLI-00000-000") == ("sub-BraTSGLI00000000",)
+    assert bids_entities("sub-01_ses-b") == ("sub-01", "ses-b")
+    (tmp_path / "A-1").mkdir()
+    nib.save(image(make_head("t1n")), tmp_path / "A-1" / "A-1-t1n.nii.gz")
+    complete_cohort(tmp_path / "A-1", tmp_path / "out", model, SETTINGS, BIDS)
+    assert validate(tmp_path / "out")["error"] == {}
+
+
+def test_brasyn_s_folder_holds_its_files_and_nothing_else(model, tmp_path):
+    shape = (240, 240, 155)
+    head = np.zeros(shape, np.float32)
+    head[90:150, 90:150, 60:68] = make_head("t2w", air=False, shape=(60, 60, 8)) + 1
+    (tmp_path / "in" / "BraTS-GLI-1").mkdir(parents=True)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    for modality in ("t1n", "t2f", "t2w"):
+        nib.save(nib.Nifti1Image(head, affine), tmp_path / "in" / "BraTS-GLI-1" / f"BraTS-GLI-1-{modality}.nii.gz")
+    (tmp_path / "in" / "small").mkdir()
+    nib.save(image(make_head("t1n")), tmp_path / "in" / "small" / "small-t1n.nii.gz")
+    out = tmp_path / "out"
+    result = complete_cohort(tmp_path / "in", out, model, SETTINGS, CHALLENGE)
+    assert result.completed == {"BraTS-GLI-1": ["t1c"]}
+    assert "small: is 28×32×24 at 6×6×7 mm, but BraSyn's are 240×240×155" in result.failed["small"]
+    report_completion(out)
+    assert files(out) == {"BraTS-GLI-1-t1c.nii.gz"}
+    made = nib.load(out / "BraTS-GLI-1-t1c.nii.gz")
+    assert made.shape == shape
+    np.testing.assert_array_equal(made.affine, affine)
+    records = tmp_path / "out_records"
+    assert records_of(out) == records
+    assert files(records) == {
+        *("manifest.json", "report.html", "BraTS-GLI-1/manifest.json", "pictures/BraTS-GLI-1.webp")
+    }
+    manifest = json.loads((records / "BraTS-GLI-1" / "manifest.json").read_text())["synthetic"]["t1c"]
+    assert (records / "BraTS-GLI-1" / manifest["file"]).resolve() == out / "BraTS-GLI-1-t1c.nii.gz"
+    assert manifest["std"] is None
+    again = complete_cohort(tmp_path / "in", out, model, SETTINGS, CHALLENGE)
+    assert again.skipped == ["BraTS-GLI-1"]
+
+
+def test_a_profile_that_is_none_is_refused(model, tmp_path):
+    with pytest.raises(ConfigError, match="--profile is 'flat'; wanted one of labelled, challenge, bids"):
+        Layout(tmp_path, "flat")
+
+
+@pytest.mark.parametrize(
+    ("folder", "names", "case"),
+    [
+        ("UPENN-GBM-00001_11", {"t1n": "T1", "t1c": "T1GD", "t2f": "FLAIR"}, "UPENN-GBM-00001_11"),
+        (".", {"t1n": "T1", "t1c": "T1GD", "t2f": "FLAIR"}, "UPENN-GBM-00001_11"),
+        ("BraTS20_Training_001", {"t1n": "t1", "t1c": "t1ce", "t2f": "flair"}, "BraTS20_Training_001"),
+    ],
+)
+def test_other_layouts_from_end_to_end(model, tmp_path, folder, names, case):
+    """Named as UPenn-GBM or the older BraTS name them: completed, looked at, and exported to nnU-Net."""
+    (tmp_path / "in" / folder).mkdir(parents=True)
+    for modality, name in names.items():
+        nib.save(image(make_head(modality)), tmp_path / "in" / folder / f"{case}_{name}.nii.gz")
+    result = complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
+    assert result.completed == {case: ["t2w"]}
+    assert (tmp_path / "out" / case / f"{case}-t2w_synthetic.nii.gz").exists()
+    assert case in report_completion(tmp_path / "out").read_text()
+    assert view_case(tmp_path / "out")[1] == []
+    record = export_nnunet(tmp_path / "in", tmp_path / "out", tmp_path / "Dataset001")
+    assert record["synthetic"] == {case: ["t2w"]}
+
+
+def test_cases_of_one_name_in_bids_are_refused_not_replaced(tmp_path, model):
+    for case in ("P1_11", "P11_1", "P2"):
+        write_study(tmp_path / "cohort", case, ("t1n", "t2w"))
+    result = complete_cohort(tmp_path / "cohort", tmp_path / "out", model, SETTINGS, BIDS)
+    assert list(result.completed) == ["P2"]
+    assert result.failed == {
+        "P11_1": "P11_1: BIDS has one name for it and P1_11, sub-P111. Rename them, or use --profile labelled.",
+        "P1_11": "P1_11: BIDS has one name for it and P11_1, sub-P111. Rename them, or use --profile labelled.",
+    }
+    assert not (tmp_path / "out" / "sub-P111").exists()
+    labelled = complete_cohort(tmp_path / "cohort", tmp_path / "labelled", model, SETTINGS)
+    assert sorted(labelled.completed) == ["P11_1", "P1_11", "P2"]

@@ -1,0 +1,199 @@
+"""The model registry: models are listed, found by name, imported and exported whole, anything else refused."""
+
+import json
+import sys
+import zipfile
+
+import pytest
+from conftest import save_untrained, write_study
+
+from crossmr import registry
+from crossmr.cli import main
+from crossmr.completion.study import complete
+from crossmr.errors import ModelError, OutputError
+from crossmr.files import digest
+from crossmr.networks.inference import Settings
+from crossmr.networks.model import load_model
+
+
+@pytest.fixture(autouse=True)
+def models_in_tmp(tmp_path, monkeypatch):
+    monkeypatch.setenv("CROSSMR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(registry, "SHIPPED", tmp_path / "shipped")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_untrained(tmp_path_factory.mktemp("model"))
+
+
+def crossmr(monkeypatch, *said):
+    monkeypatch.setattr(sys, "argv", ["crossmr", *map(str, said)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code or 0
+
+
+def test_exported_and_imported_is_the_same_model(folder, tmp_path):
+    registry.export_model(folder, tmp_path / "mine.zip")
+    known = registry.import_model(tmp_path / "mine.zip")
+    assert (known.name, known.shipped) == ("mine", False)
+    for path in folder.iterdir():
+        assert (known.folder / path.name).read_bytes() == path.read_bytes()
+    assert registry.find_model("mine") == known.folder
+    registry.export_model("mine", tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "mine.zip").read_bytes()
+    assert registry.import_model(folder, "other").folder.name == "other"
+    assert list(registry.known_models()) == ["mine", "other"]
+    registry.remove_model("mine")
+    assert list(registry.known_models()) == ["other"]
+
+
+def test_a_name_that_is_taken_is_not_replaced(folder, tmp_path):
+    registry.import_model(folder, "mine")
+    before = (registry.models_folder() / "mine" / "config.json").stat().st_mtime_ns
+    with pytest.raises(OutputError, match="a model 'mine' already"):
+        registry.import_model(folder, "mine")
+    assert (registry.models_folder() / "mine" / "config.json").stat().st_mtime_ns == before
+    (tmp_path / "there.zip").write_bytes(b"mine")
+    with pytest.raises(OutputError, match="exists"):
+        registry.export_model(folder, tmp_path / "there.zip")
+    assert (tmp_path / "there.zip").read_bytes() == b"mine"
+
+
+def packed(folder, path, changes):
+    """The model as a zip, with entries changed, added, or, None, left out."""
+    entries = {one.name: one.read_bytes() for one in folder.iterdir()} | changes
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            if content is not None:
+                archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"../evil.safetensors": b"x"}, "is no file of a model"),
+        ({"/tmp/evil.safetensors": b"x"}, "is no file of a model"),
+        ({"sub/config.json": b"{}"}, "is no file of a model"),
+        ({"run.sh": b"x"}, "is no file of a model"),
+        ({"synthesis.safetensors": b"damaged"}, "does not match its SHA-256"),
+        ({"synthesis.safetensors": None}, "cannot be read"),
+        ({"config.json": None}, "no model"),
+        ({"config.json": b"{}"}, "does not match its own SHA-256"),
+    ],
+)
+def test_what_is_no_whole_model_is_refused_and_nothing_is_left(folder, tmp_path, changes, match):
+    with pytest.raises(ModelError, match=match):
+        registry.import_model(packed(folder, tmp_path / "bad.zip", changes))
+    assert registry.known_models() == {}
+    assert list(registry.models_folder().iterdir()) == []
+    assert not (tmp_path / "evil.safetensors").exists()
+
+
+def test_what_unpacks_to_too_much_or_is_no_zip_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "LARGEST", 100)
+    with pytest.raises(ModelError, match="would unpack to more than"):
+        registry.import_model(packed(folder, tmp_path / "large.zip", {}))
+    (tmp_path / "text.zip").write_text("no zip")
+    for wrong in ("text.zip", "missing.zip"):
+        with pytest.raises(ModelError, match="cannot be read as an exported model"):
+            registry.import_model(tmp_path / wrong)
+    for name in ("../up", "", ".hidden", "a b"):
+        with pytest.raises((ModelError, OutputError)):
+            registry.import_model(folder, name or "/")
+
+
+def test_the_default_is_used_where_none_is_named(folder, tmp_path):
+    write_study(tmp_path, "Ann", ["t1n", "t2w"])
+    with pytest.raises(ModelError, match="no default model"):
+        complete(tmp_path / "Ann")
+    registry.import_model(folder, "default")
+    completed = complete(tmp_path / "Ann", settings=Settings(precision="float32"))
+    assert list(completed.images) == ["t1c", "t2f"]
+    assert completed.manifest["settings"]["model_sha256"] == load_model(folder).record["sha256"]
+    with pytest.raises(
+        ModelError, match="'defautl' is neither a folder nor the name of a model; the models are: default"
+    ):
+        complete(tmp_path / "Ann", "defautl")
+
+
+def test_shipped_models_come_first_and_are_not_removed(folder, tmp_path):
+    save_untrained(tmp_path / "shipped" / "default", seed=1)
+    known = registry.known_models()["default"]
+    assert known.shipped
+    assert registry.find_model() == tmp_path / "shipped" / "default"
+    with pytest.raises(ModelError, match="shipped"):
+        registry.remove_model("default")
+    with pytest.raises(ModelError, match="no imported model"):
+        registry.remove_model("other")
+
+
+def test_the_command_line_lists_verifies_imports_exports_and_removes(folder, tmp_path, monkeypatch, capsys):
+    assert crossmr(monkeypatch, "models") == 0
+    assert "no registered models" in capsys.readouterr().out
+    assert crossmr(monkeypatch, "models", "export", folder, tmp_path / "mine.zip") == 0
+    assert crossmr(monkeypatch, "models", "import", tmp_path / "mine.zip") == 0
+    assert crossmr(monkeypatch, "models", "import", tmp_path / "mine.zip", "--name", "second") == 0
+    capsys.readouterr()
+    assert crossmr(monkeypatch, "models") == 0
+    listed = capsys.readouterr().out
+    assert "mine: t1n, t2w → t1c, t2f; imported" in listed
+    assert load_model(folder).record["sha256"][:12] in listed
+    assert crossmr(monkeypatch, "models", "verify") == 0
+    assert capsys.readouterr().out.count("whole") == 2
+    weights = registry.models_folder() / "second" / "synthesis.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert crossmr(monkeypatch, "models", "verify") == 1
+    assert "second refused" in capsys.readouterr().err
+    assert crossmr(monkeypatch, "models", "verify", "mine") == 0
+    assert crossmr(monkeypatch, "models", "remove", "second") == 0
+    assert crossmr(monkeypatch, "models", "import", tmp_path / "mine.zip") == 1
+    assert "There is a model 'mine' already" in capsys.readouterr().err
+
+
+def test_a_model_that_is_named_is_not_hidden_by_a_folder_of_that_name(folder, tmp_path, monkeypatch, capsys):
+    registry.import_model(folder, "mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert registry.find_model("mine") == registry.models_folder() / "mine"
+    (registry.models_folder() / "bad").mkdir()
+    (registry.models_folder() / "bad" / "config.json").write_text('{"config": []}')
+    assert crossmr(monkeypatch, "models") == 0
+    listed = capsys.readouterr().out
+    assert "bad: damaged" in listed
+    assert "mine: t1n" in listed
+    (registry.models_folder() / "linked").symlink_to(folder)
+    registry.remove_model("linked")
+    assert (folder / "config.json").exists()
+    registry.export_model("mine", tmp_path / "out.zip")
+    with pytest.raises(ModelError, match=r"crossmr models import"):
+        load_model(tmp_path / "out.zip")
+
+
+def test_a_damaged_deflated_zip_and_an_impossible_network_are_refused(folder, tmp_path):
+    path = tmp_path / "deflated.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for one in folder.iterdir():
+            archive.writestr(one.name, one.read_bytes())
+    content = bytearray(path.read_bytes())
+    content[200:400] = bytes(200)
+    path.write_bytes(content)
+    with pytest.raises(ModelError):
+        registry.import_model(path)
+    data = json.loads((folder / "config.json").read_text())
+    data.pop("sha256")
+    data["config"]["synthesis"]["channels"] = 10**9
+    body = {**data, "sha256": digest(data)}
+    with pytest.raises(ModelError, match=r"huge\.zip: .*config\.json"):
+        registry.import_model(packed(folder, tmp_path / "huge.zip", {"config.json": json.dumps(body).encode()}))
+    assert list(registry.models_folder().iterdir()) == []
+
+
+def test_imported_models_are_in_the_home_folder_unless_said_otherwise(tmp_path, monkeypatch):
+    assert registry.models_folder() == tmp_path / "home" / "models"
+    monkeypatch.delenv("CROSSMR_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "user"))
+    assert registry.models_folder() == tmp_path / "user" / ".crossmr" / "models"

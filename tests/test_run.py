@@ -1,0 +1,539 @@
+"""A whole training: every stage, its record, and runs that were stopped, repeated, or asked for something else."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import write_study
+
+from crossmr.baselines import predict_baselines
+from crossmr.config import with_settings
+from crossmr.data.dataset import PreparedDataset
+from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.display import SILENT, Display
+from crossmr.errors import ConfigError, ModelError, SetError
+from crossmr.networks.inference import HeadVolumes, Settings, synthesise
+from crossmr.networks.model import load_model, pseudonym
+from crossmr.networks.unet import Encoder
+from crossmr.training import calibration, loop, memory, run, stages
+from crossmr.training.memory import StepMemory
+from crossmr.training.plan import Budget
+from crossmr.training.recipes import TINY, Recipe, TrainConfig
+from crossmr.training.run import TrainingSettings
+
+SETTINGS = {
+    "crop": "16,16",
+    "samples": "2",
+    "representation.channels": "4",
+    "representation.multipliers": "1,2",
+    "distribution.width": "16",
+    "distribution.blocks": "1",
+    "synthesis.channels": "4",
+    "synthesis.multipliers": "1,2",
+    **{f"{name}_train.batch_size": "4" for name in ("representation", "synthesis", "guidance", "uncertainty")},
+    "distribution_train.batch_size": "16",
+}
+SMALL = with_settings(TINY, SETTINGS)
+JOINT = with_settings(SMALL, {"guidance": "joint", "uncertainty": "false", "distribution.conditional": "false"})
+ANY_SMALL = replace(SMALL, any_subset=True, context_slices=3)
+SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
+MODALITIES = ("t1n", "t1c", "t2w", "t2f")
+STAGES = ("representation", "distribution", "synthesis", "guidance", "uncertainty")
+STEPS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Few slices to validate on, and no time for estimates of memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (stages, calibration):
+            patch.setattr(module, "VALIDATION_SLICES", 6)
+        patch.setattr(loop, "step_memory", lambda *_: StepMemory(per_sample=1, fixed=0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """Seven patients, one of whom lacks FLAIR and one T2."""
+    folder = tmp_path_factory.mktemp("training")
+    lacking = {0: ("t1n", "t1c", "t2w"), 1: ("t1n", "t1c", "t2f")}
+    for number in range(7):
+        write_study(folder / "cohort", f"P-0000{number}-000", lacking.get(number, MODALITIES), seed=number, air=False)
+    prepare(folder / "cohort", folder / "set", PrepareSettings(split=Split(0.6, 0.2, 0.2, seed=34)))
+    split = {name: [case.name for case in PreparedDataset(folder / "set").split(name)] for name in ("train", "val")}
+    assert {"P-00000-000", "P-00001-000"} <= {*split["train"]}
+    assert split["val"]
+    return folder / "set"
+
+
+def train(prepared: Path, folder: Path, recipe: Recipe | None = SMALL, *, display=SILENT, initial=None, **settings):
+    """Train with fewer words; sources and targets as published unless the recipe or the initial model says."""
+    if recipe is not None and not recipe.any_subset and initial is None:
+        settings = {"sources": SOURCES, "targets": TARGETS} | settings
+    return run.train(
+        prepared, folder, TrainingSettings(recipe=recipe, **settings), initial_model=initial, display=display
+    )
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in sorted(model.glob("*.safetensors")):
+        for key, value in safetensors.torch.load_file(path).items():
+            tensors[f"{path.stem}.{key}"] = value
+    return tensors
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    train(prepared, folder, steps=STEPS, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def any_run(prepared, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("any") / "run"
+    train(prepared, folder, ANY_SMALL, steps=STEPS, seed=5)
+    return folder
+
+
+# What comes out
+
+
+def test_one_command_trains_every_stage(trained):
+    model = load_model(trained / "model")
+    assert (model.config.sources, model.config.targets, model.config.stages) == (SOURCES, TARGETS, STAGES)
+    assert set(model.networks()) == {"representation", "distribution", "synthesis", "uncertainty"}
+    assert model.calibration["variance"].shape == (2, 2)
+    assert set(model.baselines) == {"mean_image", "present", "gram"}
+    assert list(dict.fromkeys(line["stage"] for line in records(trained))) == list(STAGES)
+    assert len(list((trained / "pictures").glob("synthesis-*.png"))) == STEPS
+    last = [line for line in records(trained) if line["stage"] == "synthesis"][-1]
+    assert last["step"] == STEPS
+    assert {"val_psnr_t1c", "val_ssim_t2f", "loss", "learning_rate", "steps_per_second"} <= last.keys()
+
+
+def test_the_record_says_what_was_trained_on_whom(prepared, trained):
+    record = load_model(trained / "model").record["training"]
+    assert record["plan"]["synthesis"]["segments"] == [[0, STEPS]]
+    assert record["budget"] == {"steps": STEPS, "minutes": None}
+    assert record["seed"] == 5
+    opened = PreparedDataset(prepared)
+    for split in ("train", "val"):
+        assert record["patients"][split] == sorted({pseudonym(case.patient) for case in opened.split(split)})
+    assert record["seen"]["studies"] == len(opened.split("train"))
+    assert record["set"] == opened.fingerprint
+
+
+def test_losses_fall(prepared, tmp_path):
+    fit = TrainConfig(batch_size=8, learning_rate=3e-3, ema_decay=0.9)
+    trains = {f"{stage}_train": fit for stage in STAGES} | {"distribution_train": replace(fit, batch_size=256)}
+    trains["guidance_train"] = replace(fit, learning_rate=3e-2)
+    recipe = replace(SMALL, **trains, synthesis=replace(SMALL.synthesis, residual=False))  # the regression is its goal
+    train(prepared, tmp_path, recipe, steps=24, seed=1)
+    for stage in STAGES:
+        losses = [line["loss"] for line in records(tmp_path) if line["stage"] == stage]
+        # a standardised vector starts at a loss of 1, and the condition layers where the C-UNet has arrived
+        fall = 0.99 if stage in ("distribution", "guidance") else 0.9
+        first, last = (sum(part) for part in (losses[:8], losses[-8:]))
+        assert last < (first - 0.4 if stage == "uncertainty" else fall * first), stage  # a log likelihood has no zero
+
+
+def test_guidance_last_leaves_the_unguided_pass_as_it_is_bit_for_bit(trained):
+    model = load_model(trained / "model")
+    newest = max((trained / "stages" / "synthesis").glob("*.safetensors"))
+    finished = safetensors.torch.load_file(newest)
+    state = model.synthesis.state_dict()
+    moved = {name for name, value in state.items() if not torch.equal(value, finished[f"ema.{name}"])}
+    learning = {name for name in state if "condition" in name.split(".")}
+    assert moved
+    assert moved <= learning
+    inputs = torch.rand(2, 2, 16, 16)
+    before = model.synthesis(inputs)
+    assert (model.synthesis(inputs, torch.randn(2, 16)) - before).abs().max() > 0
+    model.synthesis.load_state_dict({name: finished[f"ema.{name}"] for name in state})
+    assert torch.equal(model.synthesis(inputs), before)
+
+
+@pytest.mark.parametrize("conditional", [False, True], ids=["unconditional", "conditional"])
+def test_joint_trains_on_samples_of_the_mdn(prepared, tmp_path, conditional):
+    recipe = with_settings(JOINT, {"distribution.conditional": str(conditional).lower()})
+    model = load_model(train(prepared, tmp_path, recipe, steps=2))
+    assert model.config.default_guidance == ("sample" if conditional else "unconditional")
+    assert set(model.networks()) == {"representation", "distribution", "synthesis"}
+    assert [*json.loads((tmp_path / "plan.json").read_text())] == ["representation", "distribution", "synthesis"]
+
+
+@pytest.mark.parametrize("uncertainty", [False, True])
+def test_without_guidance_there_is_neither_mrm_nor_mdn(prepared, tmp_path, uncertainty):
+    recipe = replace(SMALL, guidance="none", uncertainty=uncertainty)
+    model = load_model(train(prepared, tmp_path, recipe, steps=2))
+    assert set(model.networks()) == {"synthesis"} | ({"uncertainty"} if uncertainty else set())
+    assert set(model.calibration) == ({"variance"} if uncertainty else set())
+
+
+def test_three_dimensions(prepared, tmp_path):
+    recipe = with_settings(
+        SMALL,
+        {"spatial_dims": "3", "crop": "8,8,8", "representation.patch_size": "4", "representation.multipliers": "1,1,2"},
+    )
+    model = load_model(train(prepared, tmp_path, recipe, steps=2, precision="float32"))
+    assert model.config.spatial_dims == 3
+    assert model.synthesis.encoder.stem.weight.ndim == 5
+
+
+@pytest.mark.parametrize("any_subset", [False, True])
+def test_a_c_unet_starts_from_the_linear_regression_of_what_is_available(prepared, tmp_path, any_subset):
+    recipe = replace(ANY_SMALL if any_subset else SMALL, guidance="none", uncertainty=False)
+    recipe = replace(recipe, synthesis_train=TrainConfig(learning_rate=1e-12, batch_size=4))
+    model = load_model(train(prepared, tmp_path, recipe, steps=1))
+    case = next(case for case in PreparedDataset(prepared).split("train") if len(case.modalities) == 4)
+    sources = {m: case.volume(m) for m in SOURCES}
+    head = HeadVolumes(sources, case.foreground_voxels)
+    result = synthesise(model, head, case.name, Settings(precision="float32", targets=TARGETS))
+    want = predict_baselines(model.baselines, model.config.modalities, sources, TARGETS)["linear regression"]
+    slices = np.array(case.foreground_voxels) > 0
+    for image, volume in zip(result.images.numpy(), want, strict=True):
+        np.testing.assert_allclose(image[slices], volume[slices], atol=1e-4)
+
+
+# Any subset
+
+
+def test_one_model_of_any_subset_learns_from_patients_who_lack_something(any_run):
+    model = load_model(any_run / "model")
+    assert model.config.sources == model.config.targets == MODALITIES
+    assert model.config.inputs == 4 * 3 + 4
+    assert model.calibration["variance"].shape == (4, 2)
+    assert list(dict.fromkeys(line["stage"] for line in records(any_run))) == list(STAGES)
+    present = {tuple(row) for row in model.baselines["present"].tolist()}
+    assert (1, 1, 1, 1) in present
+    assert len(present) > 1
+
+
+def test_any_subset_of_the_modalities_named(prepared, tmp_path):
+    train(prepared, tmp_path, ANY_SMALL, targets=("t2f", "t1n"), steps=1, stages=("representation",))
+    assert json.loads((tmp_path / "run.json").read_text())["sources"] == ["t1n", "t2f"]
+
+
+def test_a_task_of_one_contrast_to_itself_is_no_any_subset(prepared, tmp_path):
+    with pytest.raises(ConfigError, match="t1n is both source and target"):
+        train(prepared, tmp_path, sources=("t1n", "t2w"), targets=("t1n", "t2f"), steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+# Repeating and going on
+
+
+def test_same_seed_same_weights_other_seed_others(prepared, trained, tmp_path):
+    assert same(trained / "model", train(prepared, tmp_path / "a", steps=STEPS, seed=5))
+    assert not same(trained / "model", train(prepared, tmp_path / "b", steps=STEPS, seed=6))
+
+
+@pytest.mark.parametrize("form", ["last", "any"])
+def test_stages_one_by_one_equal_one_command(prepared, trained, any_run, tmp_path, form):
+    recipe, whole = {"last": (SMALL, trained), "any": (ANY_SMALL, any_run)}[form]
+    for stage in STAGES:
+        model = train(prepared, tmp_path, recipe, stages=(stage,), steps=STEPS, seed=5)
+    assert same(whole / "model", model)
+
+
+def test_a_stage_needs_those_before_it(prepared, tmp_path):
+    with pytest.raises(ConfigError, match="'representation' comes before 'synthesis' and is not finished"):
+        train(prepared, tmp_path, stages=("synthesis",), steps=2)
+
+
+SCRIPT = """
+import json, sys
+from crossmr.config import with_settings
+from crossmr.errors import Interrupted
+from crossmr.training import calibration, loop, stages
+from crossmr.training.memory import StepMemory
+from crossmr.training.recipes import TINY
+from crossmr.training.run import TrainingSettings, train
+calibration.VALIDATION_SLICES = stages.VALIDATION_SLICES = 4
+loop.step_memory = lambda *_: StepMemory(1, 0)
+prepared, folder, steps, changes = sys.argv[1:]
+recipe = with_settings(TINY, json.loads(changes))
+settings = TrainingSettings(recipe, ("t1n", "t2w"), ("t1c", "t2f"), steps=int(steps), seed=5)
+try:
+    train(prepared, folder, settings)
+except Interrupted as error:
+    sys.exit(str(error))
+"""
+LONG = 10
+
+
+def command(prepared: Path, folder: Path) -> list[str]:
+    return [sys.executable, "-c", SCRIPT, str(prepared), str(folder), str(LONG), json.dumps(SETTINGS)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, tmp_path_factory) -> Path:
+    """The same run in a process that nobody stops."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    subprocess.run(command(prepared, folder), check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "stops"),
+    [(signal.SIGKILL, (5, LONG * 2 + 5)), (signal.SIGINT, (LONG * 3 + 3,))],
+    ids=["kill", "interrupt"],
+)
+def test_stopped_runs_end_with_the_weights_of_an_uninterrupted_one(prepared, uninterrupted, tmp_path, kind, stops):
+    folder, interruptions = tmp_path / "stopped", 0
+    environment = {**os.environ, "CROSSMR_SECONDS_BETWEEN_CHECKPOINTS": "0.1"}
+    log = folder / "metrics.jsonl"
+    for lines in stops:  # in the first stage, in the C-UNet, or in its guidance
+        process = subprocess.Popen(
+            command(prepared, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        )
+        while process.poll() is None and (not log.exists() or log.read_text().count("\n") < lines):
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(kind)
+            interruptions += 1
+        _, errors = process.communicate(timeout=120)
+        if kind == signal.SIGINT and process.returncode != 0:
+            assert b"the same command goes on from there" in errors
+    assert interruptions == len(stops)
+    subprocess.run(command(prepared, folder), check=True, capture_output=True, env=environment)
+    assert same(uninterrupted / "model", folder / "model")
+    steps = [(line["stage"], line["step"]) for line in records(folder)]
+    assert len(steps) == len(set(steps)) == LONG * len(STAGES)
+
+
+def test_a_damaged_newest_checkpoint_falls_back(prepared, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    train(prepared, tmp_path, steps=STEPS, seed=5)
+    newest = max((tmp_path / "stages" / "guidance").glob("*.safetensors"))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    model = train(prepared, tmp_path, steps=STEPS, seed=5, display=Display())
+    assert "Going on from the checkpoint before it" in capsys.readouterr().out
+    assert same(trained / "model", model)
+
+
+def test_a_run_is_never_continued_with_other_settings(prepared, trained):
+    with pytest.raises(ConfigError, match="holds a run with another seed"):
+        train(prepared, trained, steps=STEPS, seed=7)
+    with pytest.raises(ConfigError, match="holds a run with another recipe"):
+        train(prepared, trained, TINY, steps=STEPS, seed=5)
+
+
+# Fault 15: first weights
+
+
+def test_fault_15_first_weights_follow_from_seed_and_name_alone(prepared, tmp_path):
+    def first(recipe: Recipe, seed: int = 0):
+        settings = TrainingSettings(recipe, SOURCES, TARGETS, seed=seed)
+        training = run._training(tmp_path, PreparedDataset(prepared), settings, None, SILENT, Budget())
+        torch.manual_seed(3)  # nobody else's random numbers matter, nor are touched
+        state = torch.get_rng_state()
+        networks = run._first_model(training, None).networks()
+        assert torch.equal(torch.get_rng_state(), state)
+        return {name: network.state_dict() for name, network in networks.items()}
+
+    def equal(a, b) -> bool:
+        return all(torch.equal(a[key], b[key]) for key in a)
+
+    one = first(SMALL)
+    wider = first(with_settings(SMALL, {"distribution.blocks": "3"}))
+    alone = first(replace(SMALL, uncertainty=False))
+    for name in ("representation", "synthesis", "uncertainty"):
+        assert equal(one[name], wider[name])
+    assert all(equal(alone[name], one[name]) for name in alone)
+    other = first(SMALL, seed=1)
+    assert not any(equal(one[name], other[name]) for name in one)
+
+
+# Fault 17: --steps and --minutes on a run that has a plan
+
+
+def test_fault_17_another_budget_is_refused_and_no_budget_goes_on(prepared, trained, tmp_path):
+    with pytest.raises(ConfigError, match=r"is planned for --steps 3, not --steps 500\. Give neither"):
+        train(prepared, trained, steps=500, seed=5)
+    with pytest.raises(ConfigError, match="is planned for --steps 3, not --minutes 2"):
+        train(prepared, trained, minutes=2, seed=5)
+    before = weights(trained / "model")
+    train(prepared, trained, steps=STEPS, seed=5)
+    train(prepared, trained, seed=5)
+    assert all(torch.equal(before[key], value) for key, value in weights(trained / "model").items())
+    train(prepared, tmp_path, steps=2, stages=("representation",))
+    train(prepared, tmp_path)  # goes on with two steps, not with epochs
+    assert json.loads((tmp_path / "plan.json").read_text())["uncertainty"]["segments"] == [[0, 2]]
+
+
+def test_fault_17_a_run_of_epochs_takes_no_steps_afterwards(prepared, tmp_path):
+    recipe = replace(SMALL, representation_train=replace(SMALL.representation_train, epochs=0.01))
+    train(prepared, tmp_path, recipe, stages=("representation",))
+    with pytest.raises(ConfigError, match="is planned for its recipe's epochs, not --steps 5"):
+        train(prepared, tmp_path, recipe, steps=5)
+
+
+# Fault 18: divergence
+
+
+def test_fault_18_a_diverged_training_gives_advice_that_is_accepted(prepared, tmp_path):
+    fit = TrainConfig(batch_size=4, learning_rate=1e18, gradient_clip=1e18)
+    with pytest.raises(ModelError, match="Start in another folder with --set representation_train") as error:
+        train(prepared, tmp_path / "a", replace(SMALL, representation_train=fit), steps=30)
+    (setting, value) = re.search(r"--set (\S+)=(\S+)$", str(error.value)).groups()
+    recipe = with_settings(replace(SMALL, representation_train=fit), {setting: value})
+    assert recipe.representation_train.learning_rate == 1e18 / 4
+    recipe = with_settings(recipe, {setting: "1e-3"})
+    train(prepared, tmp_path / "b", recipe, steps=1, stages=("representation",))
+
+
+# Fault 23: --minutes
+
+
+def test_fault_23_minutes_are_wall_time_over_all_calls(prepared, tmp_path):
+    begin = time.monotonic()
+    train(prepared, tmp_path, minutes=0.1, stages=("representation",))
+    first = time.monotonic() - begin
+    assert first < 4
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["representation"]["until"] == pytest.approx(1.2, abs=0.6)  # its fraction of what reading leaves
+    model = load_model(train(prepared, tmp_path))
+    assert time.monotonic() - begin == pytest.approx(6, rel=0.5)  # other programs may take their share
+    plan = model.record["training"]["plan"]
+    assert set(plan) == set(STAGES)
+    assert [plan[stage]["until"] for stage in STAGES] == sorted(plan[stage]["until"] for stage in STAGES)
+    assert model.record["training"]["budget"] == {"steps": None, "minutes": 0.1}
+
+
+def test_fault_23_with_next_to_no_time_every_stage_has_a_step(prepared, tmp_path):
+    plan = load_model(train(prepared, tmp_path, minutes=1e-6)).record["training"]["plan"]
+    assert {stage: plan[stage]["segments"][-1][1] for stage in STAGES} == dict.fromkeys(STAGES, 1)
+
+
+# Refusals
+
+
+def test_refusals(prepared, tmp_path):
+    with pytest.raises(ConfigError, match="has pdw; it has"):
+        train(prepared, tmp_path, targets=("pdw",))
+    with pytest.raises(ConfigError, match="--steps or --minutes"):
+        TrainingSettings(steps=1, minutes=1)
+    for wrong in ({"steps": 0}, {"minutes": 0.0}, {"minutes": float("nan")}, {"minutes": float("inf")}):
+        with pytest.raises(ConfigError, match="--steps and --minutes are positive"):
+            TrainingSettings(**wrong)
+    with pytest.raises(ConfigError, match="64 bits"):
+        TrainingSettings(seed=2**64)
+    with pytest.raises(ConfigError, match="is no stage"):
+        train(prepared, tmp_path, stages=("discriminator",), steps=1)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SetError, match="is no prepared"):
+        train(tmp_path, tmp_path / "run")
+
+
+# Going on from a trained model
+
+
+def frozen(recipe: Recipe) -> Recipe:
+    """The recipe with learning rates too small to change a weight."""
+    return with_settings(recipe, {f"{name}_train.learning_rate": "1e-12" for name in STAGES})
+
+
+def test_a_training_starts_from_the_weights_of_a_model(prepared, trained, tmp_path):
+    other = train(prepared, tmp_path / "a", frozen(SMALL), initial=trained / "model", steps=1, seed=8)
+    before, after = weights(trained / "model"), weights(other)
+    own = {"baselines.mean_image", "calibration.variance", "distribution.centre", "distribution.scale"}
+    assert before.keys() == after.keys()
+    for key in before.keys() - own:
+        assert torch.allclose(before[key].float(), after[key].float(), atol=1e-6), key
+    model = load_model(other)
+    assert model.record["training"]["initial_model"] == load_model(trained / "model").record["sha256"]
+    assert model.config == load_model(trained / "model").config
+
+
+def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run, tmp_path):
+    for number in range(2):
+        write_study(tmp_path / "cohort", f"Q-0000{number}-000", ("t1n", "t1c", "t2f"), seed=9 + number, air=False)
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1.0, 0.0, 0.0)))
+    model = load_model(train(tmp_path / "set", tmp_path / "run", None, initial=any_run / "model", steps=2))
+    earlier = load_model(any_run / "model")
+    assert model.config == earlier.config
+    seen, before = (one.record["training"]["patients"]["train"] for one in (model, earlier))
+    own = {pseudonym(case.patient) for case in PreparedDataset(tmp_path / "set").split("train")}
+    assert set(before) - own
+    assert set(seen) == own | set(before)
+    assert torch.equal(model.calibration["variance"], earlier.calibration["variance"])  # nobody here to calibrate on
+    assert model.record["training"]["seen"]["studies"] == earlier.record["training"]["seen"]["studies"] + 2
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run" / "model").values())
+
+
+def test_a_training_starts_from_no_other_network(prepared, trained, tmp_path):
+    with pytest.raises(ConfigError, match="has another synthesis"):
+        train(prepared, tmp_path, with_settings(SMALL, {"synthesis.channels": "8"}), initial=trained / "model")
+    with pytest.raises(ConfigError, match="has another sources"):
+        train(prepared, tmp_path, sources=("t1n", "t2f"), targets=("t1c",), initial=trained / "model")
+    with pytest.raises(ModelError, match="neither a folder nor"):
+        train(prepared, tmp_path, initial="nowhere")
+    train(prepared, tmp_path / "run", initial=trained / "model", steps=1, stages=("representation",))
+    with pytest.raises(ConfigError, match="another initial_model"):
+        train(prepared, tmp_path / "run", steps=1)
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("recipe", "most"), [(JOINT, 3), (ANY_SMALL, 4)], ids=["joint", "any"])
+def test_where_memory_runs_out_steps_validation_and_calibration_all_go_on(
+    prepared, tmp_path, monkeypatch, capsys, recipe, most
+):
+    """The MRM sees each of two, or four, modalities of a sample by itself."""
+    forward, sizes = Encoder.forward, set()
+
+    def small(self, x, *rest):
+        if len(x) > most:
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)")
+        sizes.add(len(x))
+        return forward(self, x, *rest)
+
+    monkeypatch.setattr(Encoder, "forward", small)
+    train(prepared, tmp_path / "run", recipe, steps=2, seed=5, display=Display())
+    load_model(tmp_path / "run" / "model")
+    assert 1 < max(sizes) <= most
+    assert "out of memory; batches go through in" in capsys.readouterr().out
+    measured = [value for line in records(tmp_path / "run") for key, value in line.items() if key.startswith("val_")]
+    assert len(measured) > 5
+    assert np.isfinite(measured).all()
+
+
+@pytest.mark.parametrize("recipe", [SMALL, JOINT, ANY_SMALL], ids=["last", "joint", "any"])
+def test_the_memory_of_every_stage_is_estimated(prepared, tmp_path, monkeypatch, capsys, recipe):
+    estimates = []
+
+    def spy(*arguments):
+        estimates.append(memory.step_memory(*arguments))
+        return estimates[-1]
+
+    monkeypatch.setattr(loop, "step_memory", spy)
+    train(prepared, tmp_path / "run", recipe, steps=1, display=Display())
+    said = re.findall(r"^(\w+): a batch of \d+ needs about", capsys.readouterr().out, re.MULTILINE)
+    assert said == list(load_model(tmp_path / "run" / "model").config.stages)
+    assert len(estimates) == len(said)
+    assert all(estimate.per_sample > 100 for estimate in estimates)

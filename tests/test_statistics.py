@@ -1,0 +1,126 @@
+"""Means, intervals and paired tests of scores: over the right cases, in the right pairs."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import wilcoxon
+
+from crossmr.evaluation.measures import INTENSITY, METRICS, STD, CalibrationPoint, Score, UncertaintyScore
+from crossmr.evaluation.statistics import summarise, summarise_calibration, summarise_uncertainty
+
+CASES = [f"P{k}" for k in range(10)]
+
+
+def score(case, predictor, region="brain", **metrics):
+    values = {**dict.fromkeys(METRICS, 0.5), **metrics}
+    return Score(case, "t1n", "t2f", predictor, "volume", region, **values)
+
+
+def uncertainty(case, name, **measures):
+    values = dict.fromkeys(("correlation", "error", "error_most_certain_90", "ause", "coverage_95"), 0.5)
+    return UncertaintyScore(case, "t1n", "t2f", name, **{**values, **measures})
+
+
+@pytest.fixture
+def paired():
+    """Scores of two predictors by case, whose order over the cases differs: each wrong pairing has another p-value."""
+    rng = np.random.default_rng(7)
+    own = rng.normal(0, 1, len(CASES))
+    other = own + rng.normal(0.3, 0.3, len(CASES))
+    p = wilcoxon(other - own).pvalue
+    wrong = [(np.sort(other), np.sort(own)), *((other, o) for o in (np.sort(own), own[::-1], np.roll(own, 1)))]
+    assert all(abs(wilcoxon(a - b).pvalue - p) > 1e-3 for a, b in wrong)
+    return dict(zip(CASES, own.tolist(), strict=True)), dict(zip(CASES, other.tolist(), strict=True)), p
+
+
+def test_the_paired_test_pairs_each_case_with_itself(paired):
+    own, other, p = paired
+    rows = [score(case, "own", mae=own[case]) for case in CASES]
+    rows += [score(case, "other", mae=other[case]) for case in (*CASES[5:], *CASES[:5])]  # in whatever order
+    first, second = summarise(rows)
+    assert "p_against_first" not in first["mae"]
+    assert second["mae"]["p_against_first"] == pytest.approx(p)
+    assert second["ssim"]["p_against_first"] == 1
+
+
+def test_the_paired_test_takes_the_cases_that_both_have(paired):
+    own, other, p = paired
+    rows = [score(case, "own", mae=value) for case, value in own.items()]
+    rows += [score("alone", "other", mae=100.0), *(score(case, "other", mae=other[case]) for case in CASES)]
+    rows += [score("alone", "third", mae=1.0)]
+    _, second, third = summarise(rows)
+    assert second["cases"] == 11
+    assert second["mae"]["p_against_first"] == pytest.approx(p)
+    assert third["mae"]["p_against_first"] is None
+
+
+@pytest.mark.parametrize("field", ["region", "target", "sources", "protocol"])
+def test_what_is_compared_is_of_one_region_target_and_source(paired, field):
+    own, other, p = paired
+    rows = [score(case, name, mae=of[case]) for name, of in (("own", own), ("other", other)) for case in CASES]
+    there = {"own": {case: 2 * value for case, value in other.items()}, "other": own}
+    rows += [replace(row, mae=there[row.predictor][row.case], **{field: "another"}) for row in rows]
+    p_values = {
+        (entry[field] == "another", entry["predictor"]): entry["mae"].get("p_against_first")
+        for entry in summarise(rows)
+    }
+    differences = [own[case] - 2 * other[case] for case in CASES]
+    assert len(p_values) == 4
+    assert p_values[False, "other"] == pytest.approx(p)
+    assert p_values[True, "other"] == pytest.approx(wilcoxon(differences).pvalue)
+    assert 0.1 < p_values[True, "other"] < 1
+
+
+def test_means_and_intervals_are_of_the_cases(paired):
+    own, other, _ = paired
+    rows = [score(case, name, psnr=of[case]) for case in CASES for name, of in (("own", own), ("other", other))]
+    for entry, values in zip(summarise(rows), (own, other), strict=True):
+        estimate = entry["psnr"]
+        assert entry["cases"] == len(CASES)
+        assert estimate["mean"] == pytest.approx(np.mean([*values.values()]))
+        half = 1.96 * np.std([*values.values()]) / np.sqrt(len(CASES))
+        assert estimate["low"] == pytest.approx(estimate["mean"] - half, abs=0.3 * half)
+        assert estimate["high"] == pytest.approx(estimate["mean"] + half, abs=0.3 * half)
+
+
+def test_scores_that_do_not_exist_are_null_and_left_out_of_the_mean():
+    rows = [score("A", "own", psnr=math.inf, nmse=math.nan, mae=math.nan), score("B", "own", nmse=math.nan, mae=0.25)]
+    (summary,) = summarise(rows)
+    assert summary["psnr"] == {"mean": None, "low": 0.5, "high": None}
+    assert summary["nmse"] == {"mean": None, "low": None, "high": None}
+    assert summary["mae"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    json.dumps(summary, allow_nan=False)
+
+
+def test_uncertainty_is_the_mean_over_cases_and_its_test_pairs_each_case_with_itself(paired):
+    stds, intensities, p = paired
+    rows = [uncertainty(case, STD, ause=stds[case], coverage_95=k / 10) for k, case in enumerate(CASES)]
+    rows += [uncertainty(case, INTENSITY, ause=intensities[case], correlation=math.nan) for case in reversed(CASES)]
+    of_std, of_intensity = summarise_uncertainty(rows)
+    assert of_std["cases"] == of_intensity["cases"] == len(CASES)
+    assert of_std["ause"] == pytest.approx(np.mean([*stds.values()]))
+    assert of_intensity["ause"] == pytest.approx(np.mean([*intensities.values()]))
+    assert of_std["coverage_95"] == pytest.approx(0.45)
+    assert of_intensity["coverage_95"] is None  # it is no standard deviation
+    assert of_intensity["correlation"] is None
+    assert "p_against_std" not in of_std
+    assert of_intensity["p_against_std"] == pytest.approx(p)
+
+
+def test_calibration_is_the_root_mean_square_of_each_decile():
+    points = [
+        CalibrationPoint(case, sources, target, decile, decile * factor, 2 * decile * factor)
+        for case, factor in (("A", 0.1), ("B", 0.7))
+        for sources in ("t1n", "t1n+t2w")
+        for target in ("t1c", "t2f")
+        for decile in range(1, 11)
+    ]
+    summary = summarise_calibration(points)
+    assert [(e["target"], e["decile"]) for e in summary] == [(t, d) for t in ("t1c", "t2f") for d in range(1, 11)]
+    for entry in summary:
+        assert entry["std"] == pytest.approx(0.5 * entry["decile"])  # sqrt((.01 + .49) / 2)
+        assert entry["error"] == pytest.approx(entry["decile"])
+    assert summarise_calibration([]) == []

@@ -1,0 +1,147 @@
+"""The numbers as people read them: on the terminal, and in CSV."""
+
+import csv
+import math
+import os
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from crossmr.errors import OutputError
+from crossmr.evaluation.measures import INTENSITY, METRICS, STD, CalibrationPoint, Score, UncertaintyScore
+from crossmr.evaluation.statistics import summarise, summarise_uncertainty
+from crossmr.evaluation.tables import read_scores, tables, uncertainty_table, write_csv
+
+
+def score(case="A", predictor="own", region="brain", sources="t1n", target="t2f", **metrics):
+    return Score(case, sources, target, predictor, "volume", region, **{**dict.fromkeys(METRICS, 0.5), **metrics})
+
+
+def text_of(*shown):
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    with console.file:
+        for table in shown:
+            console.print(table)
+    return console.export_text()
+
+
+# CSV
+
+
+def test_the_columns_are_the_fields_and_the_values_come_back(tmp_path):
+    rows = [
+        score("caf\udce9, left", "against: [a]", psnr=math.inf, nmse=math.nan, mae=0.1 + 0.2),
+        score("B", "linear regression", "slices"),
+    ]
+    write_csv(tmp_path / "metrics.csv", rows)
+    text = (tmp_path / "metrics.csv").read_bytes().decode(errors="surrogatepass")
+    assert text.splitlines()[0] == "case,sources,target,predictor,protocol,region,psnr,ssim,mae,nmse,haarpsi"
+    first, second = csv.DictReader(text.splitlines())
+    assert (first["case"], first["psnr"], first["nmse"], second["region"]) == (
+        "caf\udce9, left",
+        "inf",
+        "nan",
+        "slices",
+    )
+    read, other = read_scores(tmp_path / "metrics.csv")
+    assert replace(read, case="", nmse=0) == replace(rows[0], case="", nmse=0)
+    assert math.isnan(read.nmse)
+    assert other == rows[1]
+
+
+def test_the_other_files_have_their_columns(tmp_path):
+    write_csv(tmp_path / "a.csv", [UncertaintyScore("A", "t1n", "t2f", STD, 0.1, 0.2, 0.3, 0.4, 0.5)])
+    write_csv(tmp_path / "b.csv", [CalibrationPoint("A", "t1n", "t2f", 1, 0.1, 0.2)])
+    heading = "case,sources,target,uncertainty,correlation,error,error_most_certain_90,ause,coverage_95"
+    assert (tmp_path / "a.csv").read_text() == f"{heading}\nA,t1n,t2f,std,0.1,0.2,0.3,0.4,0.5\n"
+    assert (tmp_path / "b.csv").read_text() == "case,sources,target,decile,std,error\nA,t1n,t2f,1,0.1,0.2\n"
+
+
+@pytest.mark.parametrize("text", [None, "case,psnr\nA,1\n", "a,b,c,d,e,f,g,h,i,j,k\n1,2,3,4,5,6,7,8,9,10,eleven\n"])
+def test_a_damaged_file_is_one_line(tmp_path, text):
+    if text is not None:
+        (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(OutputError, match=r"metrics\.csv is missing or damaged"):
+        read_scores(tmp_path / "metrics.csv")
+
+
+# Tables
+
+
+def test_a_target_has_a_row_for_each_predictor():
+    rows = [
+        score(case, predictor, region, target=target, psnr=20 + n + k / 10)
+        for n, predictor in enumerate(("own", "guided: sample", "against: [/plain]", "zeros"))
+        for k, case in enumerate("ABC")
+        for region in ("brain", "slices")
+        for target in ("t1c", "t2f")
+    ]
+    shown = tables(summarise(rows))
+    assert [table.row_count for table in shown] == [4, 4]
+    text = text_of(*shown)
+    for words in (
+        "t1c from t1n: mean and 95 % interval over 3 cases",
+        "t2f from t1n",
+        "own",
+        "guided: sample",
+        "zeros",
+    ):
+        assert words in text
+    assert "against: [/plain]" in text  # a name is no markup
+    cells = {column.header: list(column.cells) for column in shown[0].columns}
+    assert [cell.splitlines()[0] for cell in cells["PSNR\nbrain"]] == ["20.10", "21.10", "22.10", "23.10"]
+    assert cells["PSNR\nbrain"][0] == "20.10\n20.00–20.20"
+    assert cells["PSNR\ntumour"] == ["–"] * 4
+    plain = {column.header: list(column.cells) for column in tables(summarise(rows), intervals=False)[0].columns}
+    assert plain["PSNR\nbrain"] == ["20.10", "21.10", "22.10", "23.10"]
+
+
+def test_a_table_shows_zero_as_zero_and_what_is_unknown_as_a_dash():
+    rows = [score("A", ssim=0.0, haarpsi=math.nan, psnr=math.inf), score("B", ssim=0.0, haarpsi=math.nan)]
+    (table,) = tables(summarise(rows))
+    cells = {column.header: next(iter(column.cells)) for column in table.columns}
+    assert cells["SSIM\nbrain"] == "0.000\n0.000–0.000"
+    assert cells["HaarPSI\nbrain"] == cells["PSNR\nbrain"] == cells["SSIM\ntumour"] == "–"
+
+
+def test_of_one_case_there_is_no_interval():
+    (table,) = tables(summarise([score(psnr=20.0)]))
+    assert "mean over 1 cases" in text_of(table)
+    assert next(iter(table.columns[1].cells)) == "20.00"
+
+
+def test_every_subset_has_two_tables_for_each_predictor_but_the_baselines():
+    psnr = {"own": 20.0, "against: plain": 21.0, "linear regression": 19.0, "zeros": 5.0}
+    subsets = (("t1n", "t2f"), ("t1n", "t1c"), ("t1n+t1c", "t2f"))
+    rows = [
+        score("A", predictor, sources=sources, target=target, psnr=value + len(sources))
+        for sources, target in subsets
+        for predictor, value in psnr.items()
+    ]
+    shown = tables(summarise(rows))
+    assert [table.title for table in shown] == [
+        f"{metric} over the brain, {predictor} (linear regression)"
+        for predictor in ("own", "against: plain")
+        for metric in ("PSNR", "SSIM")
+    ]
+    assert [table.row_count for table in shown] == [2] * 4
+    own, second = ({c.header: list(c.cells) for c in shown[n].columns} for n in (0, 2))
+    assert (own["from"], own["cases"]) == (["t1n", "t1n+t1c"], ["1", "1"])
+    assert own["t1c"] == ["23.00 (22.00)", ""]
+    assert own["t2f"] == ["23.00 (22.00)", "27.00 (26.00)"]
+    assert second["t2f"] == ["24.00 (22.00)", "28.00 (26.00)"]
+
+
+def test_uncertainty_is_one_table():
+    rows = [
+        UncertaintyScore("A", sources, "t2f", name, 0.1, error, error / 2, ause, 0.9)
+        for sources, error in (("t1n", 0.02), ("t1n+t2w", 0.04))
+        for name, ause in ((STD, 0.2), (INTENSITY, 0.4))
+    ]
+    table = uncertainty_table(summarise_uncertainty(rows))
+    assert [column.header for column in table.columns][:2] == ["target", "uncertainty"]
+    assert [list(column.cells) for column in table.columns] == [
+        *(["t2f", "t2f"], ["std", "predicted intensity"]),
+        *(["0.0300", "0.0300"], ["0.0150", "0.0150"], ["0.20", "0.40"], ["0.90", "–"]),
+    ]

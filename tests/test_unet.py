@@ -1,0 +1,214 @@
+"""The U-Net skeleton: shapes, the identity at the start, and what reaches what."""
+
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from crossmr.networks.unet import Decoder, Encoder, Form, ResidualBlock, SelfAttention, group_norm, zero_init
+
+FORM = Form(2, 4, (1, 2, 3), 1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def awake(module):
+    """Give every parameter a value, those that start at zero too."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return module
+
+
+def conditioned(module, dim=5):
+    """Give every residual block a condition layer."""
+    for block in module.modules():
+        if isinstance(block, ResidualBlock):
+            block.add_condition(dim)
+    return module
+
+
+def conditioned_block(dims=2, inputs=4, outputs=4):
+    return conditioned(ResidualBlock(dims, inputs, outputs))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7, 8, 12, 16, 48, 96, 100, 192, 1024])
+def test_group_norm_has_few_groups_of_four_channels_or_more(channels):
+    norm = group_norm(channels)
+    assert channels % norm.num_groups == 0
+    assert norm.num_groups <= 32
+    assert norm.num_groups == 1 or channels // norm.num_groups >= 4
+    assert norm.weight.shape == (channels,)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (8, 2), (96, 24), (192, 32)])
+def test_group_norm_has_as_many_groups_as_that_allows(channels, groups):
+    assert group_norm(channels).num_groups == groups
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 4), (4, 8)])
+def test_a_residual_branch_starts_as_the_identity(dims, inputs, outputs):
+    block = conditioned_block(dims, inputs, outputs)
+    x, c = torch.randn(2, inputs, *[6] * dims), torch.randn(2, 5)
+    assert torch.equal(block(x, c), block.shortcut(x))
+    assert torch.equal(block(x, c), x) == (inputs == outputs)
+    assert not torch.allclose(awake(block)(x, c), block.shortcut(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_block_adds_a_linear_layer_of_silu_of_the_condition_after_its_first_convolution(dims):
+    block, convolve = awake(conditioned_block(dims, 8, 4)), {2: F.conv2d, 3: F.conv3d}[dims]
+    x, c = torch.randn(3, 8, *[5] * dims), torch.randn(3, 5)
+    weights = block.state_dict()
+
+    def silu(values):
+        return values * torch.sigmoid(values)
+
+    def norm(values, number, groups):
+        return F.group_norm(values, groups, weights[f"norm_{number}.weight"], weights[f"norm_{number}.bias"])
+
+    added = silu(c) @ weights["condition.weight"].T + weights["condition.bias"]
+    h = convolve(silu(norm(x, 1, 2)), weights["conv_1.weight"], weights["conv_1.bias"], padding=1)
+    h = h + added[(...,) + (None,) * dims]
+    h = convolve(silu(norm(h, 2, 1)), weights["conv_2.weight"], weights["conv_2.bias"], padding=1)
+    want = convolve(x, weights["shortcut.weight"], weights["shortcut.bias"]) + h
+    torch.testing.assert_close(block(x, c), want, atol=1e-5, rtol=1e-5)
+    without_silu = c @ weights["condition.weight"].T + weights["condition.bias"]
+    assert (added - without_silu).abs().amax(1).min() > 0.1
+
+
+def test_a_block_is_diffusers_residual_block():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs, on import
+        from diffusers.models.resnet import ResnetBlock2D
+    block = awake(conditioned_block(2, 8, 16))
+    theirs = ResnetBlock2D(
+        in_channels=8, out_channels=16, temb_channels=5, groups=2, groups_out=4, eps=1e-5, dropout=0.0
+    )
+    names = {"condition": "time_emb_proj", "shortcut": "conv_shortcut"}
+    names |= {"norm_1": "norm1", "norm_2": "norm2", "conv_1": "conv1", "conv_2": "conv2"}
+    theirs.load_state_dict({f"{names[n.split('.')[0]]}.{n.split('.')[1]}": w for n, w in block.state_dict().items()})
+    x, c = torch.randn(3, 8, 6, 7), torch.randn(3, 5)
+    torch.testing.assert_close(block(x, c), theirs(x, c), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_starts_as_the_identity_and_then_sees_everywhere():
+    attention = SelfAttention(2, 8)
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(attention(x), x)
+    awake(attention)
+    changed = x.clone()
+    changed[0, 0, 0, 0] += 5
+    difference = (attention(changed) - attention(x)).abs().amax(1)
+    assert difference[0, 3, 3] > 1e-4
+    assert difference[1].max() == 0
+
+
+@pytest.mark.parametrize("channels", [4, 32, 64, 80, 100, 112, 192])
+def test_attention_takes_any_number_of_channels(channels):
+    attention = awake(SelfAttention(2, channels))
+    assert channels % attention.heads == 0
+    assert attention(torch.randn(1, channels, 3, 2)).shape == (1, channels, 3, 2)
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(16, 1), (64, 2), (192, 6)])
+def test_attention_heads_hold_32_channels_where_they_can(channels, heads):
+    assert SelfAttention(2, channels).heads == heads
+
+
+def test_the_condition_moves_each_sample_by_its_own():
+    block = awake(conditioned_block())
+    x, c = torch.randn(1, 4, 6, 6).expand(2, -1, -1, -1), torch.randn(2, 5)
+    both = block(x, c)
+    assert not torch.allclose(both[0], both[1], atol=1e-3)
+    torch.testing.assert_close(both[1:], block(x[1:], c[1:]))
+    assert not torch.allclose(both, block(x, None), atol=1e-3)
+
+
+def test_a_block_without_a_condition_is_one_whose_layer_is_zero():
+    block = awake(conditioned_block())
+    x, c = torch.randn(2, 4, 6, 6), torch.randn(2, 5)
+    plain = block(x, None)
+    zero_init(block.condition)
+    assert torch.equal(block(x, c), plain)
+    block.condition = None
+    assert torch.equal(block(x, c), plain)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (12, 20), (4, 36), (4, 8, 12)])
+def test_any_multiple_of_the_stride_fits(size, blocks, skips):
+    form = Form(len(size), 4, (1, 2, 3), blocks)
+    encoder, decoder = conditioned(Encoder(form, 3)), conditioned(Decoder(form, 2, skips=skips))
+    features, passed = encoder(torch.randn(2, 3, *size), torch.randn(2, 5))
+    assert features.shape == (2, 12, *[side // 4 for side in size])
+    assert passed[0].shape == (2, 4, *size)
+    given = len(passed)
+    assert decoder(features, passed, torch.randn(2, 5)).shape == (2, 2, *size)
+    assert len(passed) == given  # the caller's list is not eaten
+
+
+def test_a_single_level_is_a_network_too():
+    form = Form(2, 4, (1,), 1)
+    features, skips = Encoder(form, 1)(torch.randn(1, 1, 5, 7))
+    assert features.shape == (1, 4, 5, 7)
+    assert Decoder(form, 1)(features, skips).shape == (1, 1, 5, 7)
+
+
+def test_attention_is_at_the_deepest_level_and_in_the_middle_alone():
+    encoder, decoder = Encoder(FORM, 1), Decoder(FORM, 1)
+    of_level = [[isinstance(a, SelfAttention) for a in level.attentions] for level in encoder.levels]
+    assert of_level == [[False], [False], [True]]
+    assert [[isinstance(a, SelfAttention) for a in level.attentions] for level in decoder.levels] == [
+        [True, True],
+        [False, False],
+        [False, False],
+    ]
+    assert isinstance(encoder.middle_attention, SelfAttention)
+
+
+def test_a_condition_changes_every_output():
+    encoder, decoder = awake(conditioned(Encoder(FORM, 1))), awake(conditioned(Decoder(FORM, 1)))
+    x, c = torch.randn(1, 1, 8, 8), torch.randn(2, 5)
+    deep = [encoder(x, row[None]) for row in c]
+    assert not torch.allclose(deep[0][0], deep[1][0], atol=1e-3)
+    images = [decoder(*deep[0], row[None]) for row in c]
+    assert not torch.allclose(images[0], images[1], atol=1e-3)
+
+
+def test_without_a_condition_nothing_is_conditioned():
+    encoder, decoder = Encoder(FORM, 1), Decoder(FORM, 1)
+    assert not [n for net in (encoder, decoder) for n, _ in net.named_parameters() if "condition" in n]
+    awake(encoder)
+    x = torch.randn(1, 1, 8, 8)
+    assert torch.equal(encoder(x, None)[0], encoder(x, torch.randn(1, 5))[0])
+
+
+def test_only_a_decoder_with_skips_sees_past_the_bottleneck():
+    encoder = awake(Encoder(FORM, 1))
+    features, skips = encoder(torch.randn(1, 1, 8, 8))
+    _, others = encoder(torch.randn(1, 1, 8, 8))
+    free, u_net = awake(Decoder(FORM, 1, skips=False)), awake(Decoder(FORM, 1))
+    assert torch.equal(free(features, skips), free(features, others))
+    assert torch.equal(free(features, skips), free(features, []))
+    assert not torch.allclose(u_net(features, skips), u_net(features, others), atol=1e-3)
+    assert not torch.allclose(free(features, skips), free(2 * features, skips), atol=1e-3)
+
+
+def test_every_skip_is_used_and_every_parameter_learns():
+    encoder, decoder = awake(conditioned(Encoder(FORM, 1))), awake(conditioned(Decoder(FORM, 1)))
+    c = torch.randn(2, 5)
+    features, skips = encoder(torch.randn(2, 1, 8, 8), c)
+    for skip in skips:
+        skip.retain_grad()
+    decoder(features, skips, c).square().mean().backward()
+    assert all(skip.grad.abs().max() > 0 for skip in skips)
+    for name, parameter in (*encoder.named_parameters(), *decoder.named_parameters()):
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name

@@ -1,0 +1,280 @@
+"""DICOM out: a derived series that validators, archives and converters take, in the place of the scan it continues."""
+
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import save_untrained
+from scipy.ndimage import affine_transform
+from scipy.spatial.transform import Rotation
+from typer.testing import CliRunner
+
+pytest.importorskip("pydicom", reason="pip install crossmr[dicom]")
+pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
+
+import dcm2niix
+import dicoms
+import pydicom
+from dicoms import OBLIQUE, SAGITTAL, head, write
+
+from crossmr.cli import app
+from crossmr.completion.cohort import CohortSettings, complete_cohort
+from crossmr.completion.study import complete
+from crossmr.data.volume import read_volume, same_grid
+from crossmr.dicom.convert import convert
+from crossmr.dicom.series import find_series
+from crossmr.dicom.write import STEPS, DerivedSeries, write_derived
+from crossmr.errors import OutputError, VolumeError
+from crossmr.files import read_json
+from crossmr.networks.inference import Settings
+from crossmr.output.viewer import view_case
+
+CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+BRATS = Path(__file__).parents[2] / "shared" / "data" / "brats" / "BraTS-GLI-00000-000"
+
+
+def derived(scans, **changes):
+    """A series of FLAIR that was synthesised from all that was converted."""
+    fields = {"modality": "t2f", "description": "Synthetic.", "settings": "", "created": CREATED}
+    return DerivedSeries(like=scans.series["t1n"], sources=scans.series, **fields | changes)
+
+
+def derive(tmp_path, *, habit="plain", affine=OBLIQUE, settings="seed 0", **others):
+    """A series, what it was converted to, and a derived series of random voxels on its grid."""
+    dicoms.write_series(tmp_path / "in", head(), affine, habit=habit, **others)
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    grid = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz")
+    array = np.random.default_rng(0).random(grid.data.shape, dtype=np.float32)
+    folder = write_derived(tmp_path / "series", array, grid, derived(scans, settings=settings))
+    return array, grid, [pydicom.dcmread(path) for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize("affine", [OBLIQUE, SAGITTAL], ids=["oblique", "sagittal"])
+@pytest.mark.parametrize("habit", ["plain", "implicit, no suffix, shuffled", "enhanced"])
+def test_it_lies_where_the_scan_lies(habit, affine, tmp_path):
+    array, grid, images = derive(tmp_path, habit=habit, affine=affine)
+    assert len(images) == array.shape[0] if affine is OBLIQUE else True
+    subprocess.run(
+        [dcm2niix.bin, "-x", "i", "-z", "n", "-f", "v", "-o", tmp_path, tmp_path / "series"],
+        check=True,
+        capture_output=True,
+    )
+    back = read_volume(tmp_path / "v.nii")
+    assert same_grid(back, grid)
+    np.testing.assert_allclose(back.data / STEPS, array, atol=0.5 / STEPS + 1e-7)
+    scan = pydicom.dcmread(next((tmp_path / "in").iterdir()))
+    if habit != "enhanced":
+        assert np.allclose(scan.ImageOrientationPatient, images[0].ImageOrientationPatient, atol=1e-5)
+        first = [
+            sorted(list(i.ImagePositionPatient) for i in map(pydicom.dcmread, (tmp_path / n).iterdir()))
+            for n in ("in", "series")
+        ]
+        np.testing.assert_allclose(*first, atol=1e-4)
+    for keyword in ("PatientID", "PatientName", "StudyInstanceUID", "FrameOfReferenceUID", "AccessionNumber"):
+        assert images[0][keyword].value == scan[keyword].value
+    assert images[0].SeriesInstanceUID != scan.SeriesInstanceUID
+
+
+@pytest.mark.parametrize("habit", ["plain", "enhanced", "thickness and numbers missing"])
+def test_validators_accept_it(habit, tmp_path):
+    for judge in ("dciodvfy", "dcmftest"):
+        if shutil.which(judge) is None:
+            pytest.skip(f"{judge} (Debian's dicom3tools, dcmtk) is not on this machine")
+    derive(tmp_path, habit=habit)
+    for path in sorted((tmp_path / "series").iterdir())[::6]:
+        for options in ([], ["-new"]):
+            result = subprocess.run(["dciodvfy", *options, path], capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            assert "Error" not in result.stdout + result.stderr
+            warnings = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("Warning")]
+            assert all("DICOMDIR" in line and "missing" in habit for line in warnings), warnings
+        assert subprocess.run(["dcmftest", path], capture_output=True, text=True).stdout.startswith("yes")
+
+
+def test_nobody_can_take_it_for_a_scan(tmp_path):
+    _, _, images = derive(tmp_path)
+    for image in images:
+        assert image.SeriesDescription == "SYNTHETIC FLAIR (crossmr)"
+        assert list(image.ImageType) == ["DERIVED", "SECONDARY", "OTHER"]
+        assert image.DerivationDescription == "Synthetic."
+        assert image.ContributingEquipmentSequence[0].Manufacturer == "crossmr"
+        assert image.ScanningSequence == "RM"
+    assert {(image.WindowCenter, image.WindowWidth) for image in images} == {(STEPS / 2, STEPS)}
+    assert {image.SeriesInstanceUID for image in images} == {images[0].SeriesInstanceUID}
+    assert len({image.SOPInstanceUID for image in images}) == len(images)
+    (series,) = find_series(tmp_path / "series")
+    assert (series.modality, series.why) == (None, "itself synthetic")
+
+
+def test_each_slice_names_the_image_it_was_made_of(tmp_path):
+    _, _, images = derive(tmp_path)
+    scans = {s.SOPInstanceUID: s for s in (pydicom.dcmread(p) for p in (tmp_path / "in").iterdir())}
+    for image in images:
+        (source,) = image.SourceImageSequence
+        assert np.allclose(
+            scans[source.ReferencedSOPInstanceUID].ImagePositionPatient, image.ImagePositionPatient, atol=1e-3
+        )
+
+
+def test_removed_uids_are_made_up(tmp_path):
+    habit = dicoms.Habit(missing=("StudyInstanceUID", "FrameOfReferenceUID", "PatientID", "StudyDate"))
+    _, _, images = derive(tmp_path, habit=habit)
+    for keyword in ("StudyInstanceUID", "FrameOfReferenceUID"):
+        assert len({image[keyword].value for image in images}) == 1
+        assert images[0][keyword].value.startswith("2.25.")
+
+
+def test_the_same_synthesis_has_the_same_uids(tmp_path):
+    *_, one = derive(tmp_path / "a")
+    *_, same = derive(tmp_path / "b")
+    *_, other = derive(tmp_path / "c", settings="seed 1")
+    assert [i.SOPInstanceUID for i in one] == [i.SOPInstanceUID for i in same]
+    assert not {i.SOPInstanceUID for i in one} & {i.SOPInstanceUID for i in other}
+
+
+def test_foreign_letters_in_a_name_survive(tmp_path):
+    for path in dicoms.write_series(tmp_path / "in", head(), OBLIQUE):
+        image = pydicom.dcmread(path)
+        image.SpecificCharacterSet, image.PatientName = "ISO_IR 192", "Müller^Zoë"
+        image.save_as(path)
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    grid = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz")
+    series = derived(scans)
+    folder = write_derived(tmp_path / "series", grid.data * 0, grid, series)
+    assert pydicom.dcmread(folder / "0001.dcm").PatientName == "Müller^Zoë"
+    (tmp_path / "blocked").write_text("a file")
+    with pytest.raises(OutputError, match="could not be written"):
+        write_derived(tmp_path / "blocked" / "s", grid.data, grid, series)
+    for path in (tmp_path / "in").iterdir():
+        path.unlink()
+    with pytest.raises(VolumeError, match="series 1: its DICOM tags can no longer be read"):
+        write_derived(tmp_path / "series", grid.data, grid, series)
+    assert len(list(folder.iterdir())) == grid.data.shape[0]
+
+
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory):
+    """A study of DICOM and the same of NIfTI, completed."""
+    pytest.importorskip("SimpleITK", reason="pip install crossmr[dicom]")
+    folder = tmp_path_factory.mktemp("dicom")
+    model = save_untrained(folder / "model", seed=3)
+    write(folder / "in" / "one", ("t1n", "t2w"))
+    write(folder / "in" / "other", ("t1c",), patient="MRN-1")
+    result = complete_cohort(folder / "in", folder / "out", model, Settings(samples=2, guidance="unconditional"))
+    return folder, model, result
+
+
+def test_a_folder_of_dicom_is_completed_as_its_nifti_is(completed):
+    folder, model, result = completed
+    ((case, targets),) = result.completed.items()
+    assert targets == ["t1c", "t2f"]
+    ((_, reasons),) = result.not_filled.items()
+    assert reasons["t2f"] == "the model needs t1n, t2w, and t1n, t2w is missing"
+    manifest = read_json(folder / "out" / case / "manifest.json")
+    assert manifest["series"]["taken"]["t1n"]["series"] == 2
+    images = {m: nib.Nifti1Image(head(m).astype(np.float32), OBLIQUE) for m in ("t1n", "t2w")}
+    direct = complete(images, model, Settings(samples=2, guidance="unconditional"), case=case)
+    for modality in targets:
+        entry = manifest["synthetic"][modality]
+        ours = read_volume(folder / "out" / case / entry["file"])
+        theirs = read_volume(direct.images[modality])
+        assert same_grid(ours, theirs)
+        np.testing.assert_allclose(ours.data, theirs.data, atol=1e-4)
+        derived = [pydicom.dcmread(p) for p in sorted((folder / "out" / case / entry["dicom"]).iterdir())]
+        assert "MRN-0042" in {image.PatientID for image in derived}
+        assert ("contrast enhancement" in derived[0].DerivationDescription.lower()) == (modality == "t1c")
+        assert (folder / "out" / case / f"{case}-{modality}_syntheticstd_dicom" / "0001.dcm").exists()
+
+
+def test_again_it_is_skipped_and_overwritten_it_is_whole(completed):
+    folder, model, result = completed
+    settings = Settings(samples=2, guidance="unconditional")
+    again = complete_cohort(folder / "in", folder / "out", model, settings)
+    assert set(again.skipped) == {*result.completed, *result.not_filled}
+    (case,) = result.completed
+    one = Settings(samples=1, guidance="unconditional", targets=("t2f",))
+    complete_cohort(folder / "in", folder / "out", model, one, CohortSettings(overwrite=True))
+    left = sorted(path.name for path in (folder / "out" / case).iterdir())
+    assert left == sorted([f"{case}-t2f_synthetic.nii.gz", f"{case}-t2f_synthetic_dicom", "manifest.json"])
+
+
+def test_report_and_view_know_the_scans(completed):
+    folder, model, _ = completed
+    arguments = ["complete", folder / "in", "-o", folder / "cli", "--model", model, "--guidance", "unconditional"]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    report = (folder / "cli" / "report.html").read_text()
+    assert "series 2: SE, TR 550 ms, TE 12 ms" in report
+    assert "MRN" not in report
+    result = CliRunner().invoke(app, ["view", str(folder / "cli"), "--no-open"])
+    assert result.exit_code == 0, result.output
+    assert "not shown" not in result.output
+
+
+def test_one_study_is_completed_in_memory(completed):
+    folder, model, _ = completed
+    completed_study = complete(folder / "in" / "one", model, Settings(guidance="unconditional"))
+    assert list(completed_study.images) == ["t1c", "t2f"]
+
+
+@pytest.mark.skipif(not BRATS.is_dir(), reason=f"needs the real scans in {BRATS}")
+def test_real_scans_take_the_same_way(tmp_path):
+    pytest.importorskip("SimpleITK", reason="pip install crossmr[dicom]")
+    habits = {"t1n": "implicit, no suffix, shuffled", "t1c": "JPEG-LS", "t2f": "enhanced"}
+    scans = {m: BRATS / f"{BRATS.name}-{m}.nii.gz" for m in habits}
+    for number, (modality, path) in enumerate(scans.items(), 1):
+        scan = nib.load(path)
+        dicoms.write_series(
+            tmp_path / "in" / modality,
+            np.asarray(scan.dataobj),
+            scan.affine,
+            modality,
+            number=number,
+            habit=habits[modality],
+        )
+    result = complete_cohort(tmp_path / "in", tmp_path / "out")
+    ((case, targets),) = result.completed.items()
+    assert targets == ["t2w"]
+    ours = read_volume(tmp_path / "out" / case / f"{case}-t2w_synthetic.nii.gz")
+    theirs = read_volume(complete(scans).images["t2w"])
+    assert same_grid(ours, theirs)
+    np.testing.assert_allclose(ours.data, theirs.data, atol=1e-4)
+    series = tmp_path / "out" / case / f"{case}-t2w_synthetic_dicom"
+    subprocess.run([dcm2niix.bin, "-x", "i", "-f", "v", "-o", tmp_path, series], check=True, capture_output=True)
+    back = read_volume(tmp_path / "v.nii")
+    assert same_grid(back, theirs)
+    np.testing.assert_allclose(back.data / STEPS, theirs.data, atol=1e-4)
+
+
+def test_series_on_other_grids_are_registered(tmp_path):
+    """As a scanner leaves them: slices in another direction, thicker, and the head moved in between."""
+    pytest.importorskip("SimpleITK", reason="pip install crossmr[dicom]")
+    if not BRATS.is_dir():
+        pytest.skip(f"needs the real scans in {BRATS}")
+    scan = nib.load(BRATS / f"{BRATS.name}-t1n.nii.gz")
+    dicoms.write_series(
+        tmp_path / "in" / "1", np.asarray(scan.dataobj)[:, :, ::2], scan.affine @ np.diag([1, 1, 2, 1]), number=1
+    )
+    other = nib.load(BRATS / f"{BRATS.name}-t2f.nii.gz")
+    turned = np.eye(4)
+    turned[:3, :3] = Rotation.from_euler("xyz", [6, -4, 5], degrees=True).as_matrix()
+    turned[:3, 3] = [4, -9, 12]
+    # sagittal slices of 2 mm, in a frame that the patient moved in: world → world by `turned`
+    sagittal = np.array([[0, 0, 2.0, -200], [1.5, 0, 0, 20], [0, 1.5, 0, -20], [0, 0, 0, 1]])
+    shape = (150, 130, 100)
+    to_voxel = np.linalg.inv(other.affine) @ turned @ sagittal
+    moved = affine_transform(np.asarray(other.dataobj, float), to_voxel, output_shape=shape, order=1)
+    dicoms.write_series(tmp_path / "in" / "2", np.rint(moved).clip(0), sagittal, "t2f", number=2)
+    result = complete_cohort(tmp_path / "in", tmp_path / "out")
+    ((case, targets),) = result.completed.items()
+    assert targets == ["t1c", "t2w"]
+    _, notes = view_case(tmp_path / "out")
+    assert notes == []  # the scans are shown, registered as they were
+    note = next(note for note in result.notes[case] if "t2f was registered to t1n" in note)
+    degrees = [float(number) for number in note.split("and (")[1].split(")")[0].split(",")]
+    wanted = Rotation.from_matrix(turned[:3, :3]).as_rotvec(degrees=True)
+    np.testing.assert_allclose(np.abs(degrees), np.abs(wanted), atol=1.0)
