@@ -31,7 +31,7 @@ def a_tenth_off(training: Training, model: CrossConditionedModel, monkeypatch, o
     reader = training.batches("synthesis", training.val, training.config.modalities)
     truths = reader.fixed(stages.VALIDATION_SLICES).images[:, 2:]
     given = iter(truths.split(4))
-    monkeypatch.setattr("crossmr.training.calibration.in_chunks", lambda f, n: in_chunks(f, n, 4))
+    monkeypatch.setattr("crossmr.training.calibration.in_chunks", lambda f, n, _: in_chunks(f, n, 4))
 
     def unguided(inputs: Tensor) -> Tensor:
         truth = next(given)

@@ -19,7 +19,7 @@ from crossmr.errors import ModelError
 from crossmr.networks.unet import Decoder, Encoder, Form
 from crossmr.phantom import write_cohort
 from crossmr.training import memory
-from crossmr.training.memory import StepMemory, available_memory, explain, micro_batches, step_memory
+from crossmr.training.memory import StepMemory, available_memory, explain, micro_batches, samples_at_once, step_memory
 
 GIB = 2**30
 GROUPS = Path("/sys/fs/cgroup")
@@ -120,6 +120,14 @@ def test_real_networks_and_every_kind_of_batch_count_alike_and_nothing_is_touche
 def test_bfloat16_takes_less():
     full, half = (step_memory(network_on_meta(), loss, pairs(2, 32, 32), p) for p in (torch.float32, torch.bfloat16))
     assert 0.5 * full.per_sample < half.per_sample < 0.65 * full.per_sample
+
+
+def test_what_passes_without_gradients_takes_half_of_the_memory(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * GIB)
+    assert samples_at_once(4, (16, 16), 1, 16) == 16
+    assert samples_at_once(96, (240, 240), 1, 16) == 8  # of 253 MiB each
+    assert samples_at_once(96, (240, 240), 3, 16) == 2
+    assert samples_at_once(96, (155, 240, 240), 4, 16) == 1
 
 
 # A step, for real, in a process of its own
@@ -330,7 +338,7 @@ def test_a_part_takes_a_fraction_of_what_is_there_but_one_sample_may_take_all():
 
 def test_the_line_says_what_how_much_and_how():
     step = StepMemory(7 * 10**8, 5 * 10**8)
-    want = "synthesis: a batch of 8 needs about 17.3 GB, 6.1 GB are available: in 4 parts of 6"
+    want = "synthesis: a batch of 24 needs about 17.3 GB, 6.1 GB are available: in 4 parts of 6"
     assert explain("synthesis", 24, step, 61 * 10**8, 4) == want
     assert explain("synthesis", 24, step, 61 * 10**8, 5).endswith("in 5 parts of up to 5")
     assert explain("synthesis", 24, step, 61 * 10**9, 1).endswith("in one part")

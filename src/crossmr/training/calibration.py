@@ -10,7 +10,7 @@ from torch import Tensor
 from crossmr.device import autocast
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.tensors import seeded
-from crossmr.training.shared import Compute, Training, cut, in_chunks
+from crossmr.training.shared import Training, cut, in_chunks
 from crossmr.training.stages import VALIDATION_SLICES, SynthesisBatch, patterns, view
 
 
@@ -34,7 +34,7 @@ def calibration(
     pairs: list[list[Tensor]] = [[] for _ in config.targets]
     for number in range(patterns(config)):
         batch = view(config, raw, None, seeded("calibrate", compute.seed, number))
-        for chunk in _squared_errors(compute, model, batch, head):
+        for chunk in _squared_errors(training, model, batch, head):
             for parts, part in zip(pairs, chunk, strict=True):
                 parts.append(part)
     fitted = []
@@ -46,7 +46,7 @@ def calibration(
 
 
 def _squared_errors(
-    compute: Compute, model: CrossConditionedModel, batch: SynthesisBatch, head: Tensor
+    training: Training, model: CrossConditionedModel, batch: SynthesisBatch, head: Tensor
 ) -> list[list[Tensor]]:
     """Chunk by chunk, of each target, variances and squared errors (2, N) within heads (B, *S), float64 on the CPU."""
 
@@ -59,8 +59,9 @@ def _squared_errors(
         wanted = (batch.target_mask[some] > 0).unbind(1)
         return [both[:, chosen, index][:, head[some][chosen]] for index, chosen in enumerate(wanted)]
 
+    compute = training.compute
     with autocast(compute.device, compute.dtype):
-        return in_chunks(measure, len(head))
+        return in_chunks(measure, len(head), training.at_once(training.config.synthesis.channels, head.shape[1:]))
 
 
 def _likeliest(variance: Tensor, squared: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ COPIES = 5
 """Of each weight that is learnt: itself, its gradient, Adam's two moments (Kingma & Ba 2015), its average."""
 
 
+FEATURES_ALIVE = 12
+"""Feature maps of the finest level, in float32, that one sample keeps at most in a forward pass without gradients:
+skips, the block in progress, and what is concatenated."""
+
+
 class StepMemory(NamedTuple):
     """The bytes that one step of training takes."""
 
@@ -77,6 +82,15 @@ def micro_batches(stage: str, batch_size: int, memory: StepMemory, available: in
         )
     samples = int((fraction * available - memory.fixed) // memory.per_sample)
     return math.ceil(batch_size / max(1, min(samples, batch_size)))
+
+
+def samples_at_once(channels: int, sides: Sequence[int], images: int, most: int) -> int:
+    """How many samples may pass through a U-Net without gradients, in half of the available main memory.
+
+    `channels` are its features of the finest level, `sides` the image's, `images` those of a sample that it sees.
+    """
+    per_sample = 4 * FEATURES_ALIVE * channels * images * math.prod(sides)
+    return max(1, min(most, available_memory() // 2 // per_sample))
 
 
 def explain(stage: str, batch_size: int, memory: StepMemory, available: int, parts: int) -> str:

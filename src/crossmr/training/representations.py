@@ -39,7 +39,8 @@ def pooled_features(
             def pool(some: slice, images: Tensor = images) -> Tensor:
                 return model.pooled(images[some].to(compute.device)).float().cpu()
 
-            features.append(VectorBatch(torch.cat(in_chunks(pool, len(images))), present_in(images)))
+            at_once = training.at_once(config.representation.channels, images.shape[2:], len(modalities))
+            features.append(VectorBatch(torch.cat(in_chunks(pool, len(images), at_once)), present_in(images)))
             task.advance()
             if until is not None and training.budget.spent() > until and index + 1 < len(cases):
                 compute.display.say(f"represent: no time for more than {index + 1} of {len(cases)} studies")

@@ -12,6 +12,7 @@ from crossmr.device import in_batches
 from crossmr.display import Display
 from crossmr.networks.model import ModelConfig
 from crossmr.training.batches import Batches, BatchSettings
+from crossmr.training.memory import samples_at_once
 from crossmr.training.plan import Budget
 from crossmr.training.recipes import Recipe
 
@@ -19,7 +20,7 @@ Result = TypeVar("Result")
 Drawn = TypeVar("Drawn", bound=tuple[Any, ...])
 
 CHUNK = 16
-"""Slices through a network at once, where no gradient is needed."""
+"""Slices through a network at once, where no gradient is needed, and memory allows."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ class Training:
             augmented=len(self.config.sources),
         )
         return Batches(cases, modalities, settings)
+
+    def at_once(self, channels: int, sides: Sequence[int], images: int = 1) -> int:
+        """Samples that pass through a network without gradients; see `samples_at_once`."""
+        if self.compute.device.type != "cpu":
+            return CHUNK
+        return samples_at_once(channels, sides, images, CHUNK)
 
     def usable(self, cases: Sequence[Case]) -> list[Case]:
         """Cases that have all sources and any of the targets, or, for any subset, any two modalities."""

@@ -48,6 +48,8 @@ class Stage(ABC, Generic[Raw, Drawn]):
     name: ClassVar[str]
     readers: ClassVar[int] = READERS
     """Processes that read its batches, where a GPU would otherwise wait for them."""
+    chunk: int = CHUNK
+    """Samples that are validated at once."""
     later_validations: int = 0
     """What comes after the stage's last step, in units of one validation's time."""
 
@@ -73,15 +75,13 @@ class Stage(ABC, Generic[Raw, Drawn]):
 
 
 @torch.no_grad()
-def mean_loss(
-    stage: Stage[Any, Drawn], network: nn.Module, batch: Drawn | None, compute: Compute, chunk: int = CHUNK
-) -> dict[str, float]:
+def mean_loss(stage: Stage[Any, Drawn], network: nn.Module, batch: Drawn | None, compute: Compute) -> dict[str, float]:
     """The stage's loss on a fixed batch, if there is one."""
     if batch is None:
         return {}
     network.eval()
     with autocast(compute.device, compute.dtype):
-        parts = in_chunks(lambda some: stage.loss(network, compute.place(cut(batch, some))), len(batch[0]), chunk)
+        parts = in_chunks(lambda some: stage.loss(network, compute.place(cut(batch, some))), len(batch[0]), stage.chunk)
     total, count = (torch.stack(values).sum() for values in zip(*parts, strict=True))
     return {"val_loss": float(total / count.clamp(min=1))}
 
@@ -110,6 +110,7 @@ class RepresentationStage(Stage[ImageBatch, MaskedBatch]):
         )
         data = training.batches(self.name, train, training.config.represented, masked=True)
         super().__init__(model.network_of(self.name), data)
+        self.chunk = training.at_once(self.config.channels, training.recipe.crop, len(training.config.represented))
         self.fixed = None
         if val:
             fixed = training.batches(self.name, val, training.config.represented, masked=True).fixed(VALIDATION_SLICES)
@@ -153,6 +154,7 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
 
     name = "distribution"
     readers = 0
+    chunk = VALIDATION_VECTORS
 
     def __init__(self, training: Training, model: CrossConditionedModel):
         self.compute, self.model, self.config = training.compute, model, training.config
@@ -233,7 +235,7 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
 
     def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
         """The same on validation patients."""
-        return mean_loss(self, network, self.fixed, self.compute, VALIDATION_VECTORS)
+        return mean_loss(self, network, self.fixed, self.compute)
 
 
 class SynthesisBatch(NamedTuple):
@@ -258,6 +260,9 @@ class ImageStage(Stage[ImageBatch, SynthesisBatch]):
         self.training, self.compute, self.config, self.model = training, training.compute, training.config, model
         cases = training.usable(training.train)
         super().__init__(model.network_of(self.name), training.batches(self.name, cases, self.config.modalities))
+        guiding = len(self.config.targets) * self.config.representation.channels
+        channels = max(self.config.synthesis.channels, 0 if self.config.guidance == "none" else guiding)
+        self.chunk = training.at_once(channels, training.recipe.crop)
         self.drawn = self._representations(cases)
         self.fixed: SynthesisBatch | None = None
         if val := training.usable(training.val):
@@ -303,7 +308,9 @@ class SynthesisStage(ImageStage):
         network.eval()
         with autocast(self.compute.device, self.compute.dtype):
             chunks = in_chunks(
-                lambda some: self.predict(network, self.compute.place(cut(fixed, some))).cpu(), len(fixed.truth)
+                lambda some: self.predict(network, self.compute.place(cut(fixed, some))).cpu(),
+                len(fixed.truth),
+                self.chunk,
             )
         prediction, scores = torch.cat(chunks).clamp(0, 1), {}
         for index, target in enumerate(self.config.targets):
