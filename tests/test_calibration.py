@@ -48,7 +48,7 @@ def test_standard_deviations_are_calibrated_within_heads(start, monkeypatch):
     torch.testing.assert_close(0.04 * a + b, torch.tensor([0.01, 0.01]), rtol=0.02, atol=0)
 
 
-def test_fault_20_nothing_is_float64_on_the_device(start, monkeypatch):
+def test_nothing_is_float64_on_the_device(start, monkeypatch):
     """Apple's GPUs have no float64: only what `.cpu()` returned may become one."""
     training, model = start(LAST)
     fetched, cpu, double = set(), Tensor.cpu, Tensor.double

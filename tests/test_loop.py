@@ -157,7 +157,7 @@ def test_validation_sees_the_averaged_weights(tmp_path):
     assert abs(averages[-1] - weights[-1]) > 1e-3
 
 
-# Fault 14: a batch in parts is the whole batch
+# A batch in parts is the whole batch
 
 
 class Masked(NamedTuple):
@@ -187,7 +187,7 @@ class Convolution(Stage[Masked, Masked]):
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4, 8])
-def test_fault_14_gradients_in_parts_are_those_of_the_whole_batch(parts):
+def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
     stage = Convolution()
     generator = torch.Generator().manual_seed(1)
     images, truth = (torch.rand(8, 2, side, side, generator=generator) for side in (12, 8))
@@ -205,14 +205,14 @@ def test_fault_14_gradients_in_parts_are_those_of_the_whole_batch(parts):
     torch.testing.assert_close(want, torch.cat([gradient.flatten() for gradient in plain]))
 
 
-def test_fault_14_a_batch_without_any_target_changes_nothing():
+def test_a_batch_without_any_target_changes_nothing():
     stage = Convolution()
     batch = Masked(torch.rand(2, 2, 12, 12), torch.rand(2, 2, 8, 8), torch.zeros(2, 2))
     assert float(gradients(stage, stage.network, batch, 2, COMPUTE)) == 0
     assert not any(p.grad.any() for p in stage.network.parameters())
 
 
-def test_fault_14_what_is_random_is_drawn_for_the_whole_batch(tmp_path):
+def test_what_is_random_is_drawn_for_the_whole_batch(tmp_path):
     """Parts see the noise that the whole batch would."""
     whole, cut = Line(), Line()
     train(tmp_path / "whole", whole, 6)
@@ -299,7 +299,7 @@ def test_a_finished_stage_does_nothing_more(tmp_path):
     assert torch.equal(done.weight, same.weight)
 
 
-# Fault 18: a run that diverges keeps its last finite checkpoint
+# A run that diverges keeps its last finite checkpoint
 
 
 class Diverging(Line):
@@ -310,7 +310,7 @@ class Diverging(Line):
         return error * (math.inf if len(self.sizes) > 150 else 1.0), count
 
 
-def test_fault_18_a_diverged_run_keeps_its_last_finite_checkpoint(tmp_path, monkeypatch):
+def test_a_diverged_run_keeps_its_last_finite_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     with pytest.raises(ModelError, match="not finite any more"):
         train(tmp_path, Diverging(), 2000)  # the log is written every tenth step, checkpoints at every one
@@ -320,12 +320,12 @@ def test_fault_18_a_diverged_run_keeps_its_last_finite_checkpoint(tmp_path, monk
     assert all(math.isfinite(line["loss"]) for line in records(tmp_path))
 
 
-def test_fault_18_the_advice_is_one_that_is_accepted(tmp_path):
+def test_the_advice_is_one_that_is_accepted(tmp_path):
     with pytest.raises(ModelError, match=r"another folder with --set line_train\.learning_rate=0\.0125$"):
         train(tmp_path, Diverging(), 400)
 
 
-def test_fault_18_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is(tmp_path):
+def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is(tmp_path):
     class Steep(Line):
         def loss(self, network: Any, batch: Pairs) -> tuple[Tensor, Tensor]:
             return (network.weight - network.weight).abs().sqrt().sum(), torch.ones(())  # its slope at 0 is no number
@@ -335,10 +335,10 @@ def test_fault_18_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is(tmp
     assert load_checkpoint(tmp_path / "stages" / "line") is None
 
 
-# Fault 19: numerics
+# Numerics
 
 
-def test_fault_19_the_precision_is_set_on_purpose_before_a_step(tmp_path, monkeypatch):
+def test_the_precision_is_set_on_purpose_before_a_step(tmp_path, monkeypatch):
     from crossmr import device
 
     calls = []
@@ -347,7 +347,7 @@ def test_fault_19_the_precision_is_set_on_purpose_before_a_step(tmp_path, monkey
     assert calls[0] == (torch.device("cpu"), torch.float32)
 
 
-# Fault 23: time, on a clock that is set by hand
+# Time, on a clock that is set by hand
 
 
 class Time:
@@ -402,7 +402,7 @@ PACES = {
 
 @pytest.mark.parametrize("pace", PACES)
 @pytest.mark.parametrize("seconds", [150.0, 600.0, 1800.0])
-def test_fault_23_a_stage_ends_when_its_time_is_up(tmp_path, clock, pace, seconds):
+def test_a_stage_ends_when_its_time_is_up(tmp_path, clock, pace, seconds):
     stage = Slow(clock, PACES[pace])
     trainer(tmp_path, stage, budget=Budget(minutes=60)).train(Plan(until=seconds))
     later = stage.later_validations * stage.validation  # left for what comes after the stage
@@ -418,7 +418,7 @@ def test_fault_23_a_stage_ends_when_its_time_is_up(tmp_path, clock, pace, second
     assert stage.validation * len(stage.validated) <= max(2 * stage.validation, 0.15 * seconds)
 
 
-def test_fault_23_the_learning_rate_is_that_of_the_recorded_plan(tmp_path, clock):
+def test_the_learning_rate_is_that_of_the_recorded_plan(tmp_path, clock):
     trainer(tmp_path, Slow(clock, PACES["slower"]), budget=Budget(minutes=60)).train(Plan(until=500.0))
     plan = read_plan(tmp_path, "line")
     rates = [(line["step"], line["learning_rate"]) for line in records(tmp_path) if "learning_rate" in line]
@@ -428,7 +428,7 @@ def test_fault_23_the_learning_rate_is_that_of_the_recorded_plan(tmp_path, clock
     assert [rate for _, rate in rates] == sorted((rate for _, rate in rates), reverse=True)
 
 
-def test_fault_23_with_next_to_no_time_there_is_one_step(tmp_path, clock):
+def test_with_next_to_no_time_there_is_one_step(tmp_path, clock):
     trainer(tmp_path, Slow(clock), budget=Budget(minutes=1e-6)).train(Plan(until=0.0))
     assert [line["step"] for line in records(tmp_path)] == [1]
     assert "val_weight" not in records(tmp_path)[0]  # nor is there time to validate
@@ -436,7 +436,7 @@ def test_fault_23_with_next_to_no_time_there_is_one_step(tmp_path, clock):
 
 
 @pytest.mark.parametrize("stop", [4, 60, 110])
-def test_fault_23_a_resumed_run_follows_the_recorded_plan_and_spends_what_is_left(tmp_path, clock, stop):
+def test_a_resumed_run_follows_the_recorded_plan_and_spends_what_is_left(tmp_path, clock, stop):
     class Interrupted_(Slow):
         def batch(self, raw: Pairs, generator: torch.Generator) -> Pairs:
             if len(self.data.asked) == stop + 1:

@@ -23,7 +23,7 @@ def start(cases, tmp_path):
     return lambda recipe, compute=COMPUTE, **changes: start_training(tmp_path, {**cases, **changes}, recipe, compute)
 
 
-def test_fault_12_vectors_are_drawn_as_completion_draws_them(start, monkeypatch):
+def test_vectors_are_drawn_as_completion_draws_them(start, monkeypatch):
     """The same condition, of the same slices."""
     recipe = replace(JOINT, distribution=replace(JOINT.distribution, conditional=True))
     training, model = start(recipe)

@@ -342,10 +342,10 @@ def test_a_run_is_never_continued_with_other_settings(prepared, trained):
         train(prepared, trained, TINY, steps=STEPS, seed=5)
 
 
-# Fault 15: first weights
+# First weights
 
 
-def test_fault_15_first_weights_follow_from_seed_and_name_alone(prepared, tmp_path):
+def test_first_weights_follow_from_seed_and_name_alone(prepared, tmp_path):
     def first(recipe: Recipe, seed: int = 0):
         settings = TrainingSettings(recipe, SOURCES, TARGETS, seed=seed)
         training = run._training(tmp_path, PreparedDataset(prepared), settings, None, SILENT, Budget())
@@ -368,10 +368,10 @@ def test_fault_15_first_weights_follow_from_seed_and_name_alone(prepared, tmp_pa
     assert not any(equal(one[name], other[name]) for name in one)
 
 
-# Fault 17: --steps and --minutes on a run that has a plan
+# --steps and --minutes on a run that has a plan
 
 
-def test_fault_17_another_budget_is_refused_and_no_budget_goes_on(prepared, trained, tmp_path):
+def test_another_budget_is_refused_and_no_budget_goes_on(prepared, trained, tmp_path):
     with pytest.raises(ConfigError, match=r"is planned for --steps 3, not --steps 500\. Give neither"):
         train(prepared, trained, steps=500, seed=5)
     with pytest.raises(ConfigError, match="is planned for --steps 3, not --minutes 2"):
@@ -385,17 +385,17 @@ def test_fault_17_another_budget_is_refused_and_no_budget_goes_on(prepared, trai
     assert json.loads((tmp_path / "plan.json").read_text())["uncertainty"]["segments"] == [[0, 2]]
 
 
-def test_fault_17_a_run_of_epochs_takes_no_steps_afterwards(prepared, tmp_path):
+def test_a_run_of_epochs_takes_no_steps_afterwards(prepared, tmp_path):
     recipe = replace(SMALL, representation_train=replace(SMALL.representation_train, epochs=0.01))
     train(prepared, tmp_path, recipe, stages=("representation",))
     with pytest.raises(ConfigError, match="is planned for its recipe's epochs, not --steps 5"):
         train(prepared, tmp_path, recipe, steps=5)
 
 
-# Fault 18: divergence
+# Divergence
 
 
-def test_fault_18_a_diverged_training_gives_advice_that_is_accepted(prepared, tmp_path):
+def test_a_diverged_training_gives_advice_that_is_accepted(prepared, tmp_path):
     fit = TrainConfig(batch_size=4, learning_rate=1e18, gradient_clip=1e18)
     with pytest.raises(ModelError, match="Start in another folder with --set representation_train") as error:
         train(prepared, tmp_path / "a", replace(SMALL, representation_train=fit), steps=30)
@@ -406,10 +406,10 @@ def test_fault_18_a_diverged_training_gives_advice_that_is_accepted(prepared, tm
     train(prepared, tmp_path / "b", recipe, steps=1, stages=("representation",))
 
 
-# Fault 23: --minutes
+# --minutes
 
 
-def test_fault_23_minutes_are_wall_time_over_all_calls(prepared, tmp_path):
+def test_minutes_are_wall_time_over_all_calls(prepared, tmp_path):
     begin = time.monotonic()
     train(prepared, tmp_path, minutes=0.1, stages=("representation",))
     first = time.monotonic() - begin
@@ -424,7 +424,7 @@ def test_fault_23_minutes_are_wall_time_over_all_calls(prepared, tmp_path):
     assert model.record["training"]["budget"] == {"steps": None, "minutes": 0.1}
 
 
-def test_fault_23_with_next_to_no_time_every_stage_has_a_step(prepared, tmp_path):
+def test_with_next_to_no_time_every_stage_has_a_step(prepared, tmp_path):
     plan = load_model(train(prepared, tmp_path, minutes=1e-6)).record["training"]["plan"]
     assert {stage: plan[stage]["segments"][-1][1] for stage in STAGES} == dict.fromkeys(STAGES, 1)
 

@@ -75,7 +75,7 @@ def test_everything_random_is_drawn_in_the_batch_and_by_its_generator_alone(star
 
 
 @pytest.mark.parametrize("recipe", [LAST, JOINT, ANY], ids=["last", "joint", "any"])
-def test_fault_14_of_every_stage_the_parts_add_up(start, recipe):
+def test_of_every_stage_the_parts_add_up(start, recipe):
     for stage in every_stage(start, recipe):
         batch = some(stage)
         stage.network.requires_grad_(True)
@@ -204,7 +204,7 @@ def test_vectors_are_made_once_per_run(start, monkeypatch):
     assert equal(first.fixed, again.fixed)
 
 
-def test_fault_23_too_short_a_budget_represents_fewer_patients(start, capsys):
+def test_too_short_a_budget_represents_fewer_patients(start, capsys):
     training, model = start(LAST, replace(COMPUTE, display=Display()))
     stage = DistributionStage(replace(training, budget=Budget(minutes=1e-9)), model)
     assert len(stage.data.vectors.pooled) == 4
@@ -229,11 +229,11 @@ def test_collapsed_representations_are_named(start, monkeypatch, capsys):
     assert "hardly differ between samples (standard deviation 0.000" in " ".join(capsys.readouterr().out.split())
 
 
-# Fault 12: the guidance is used
+# The guidance is used
 
 
 @pytest.mark.parametrize("conditional", [False, True], ids=["unconditional", "conditional"])
-def test_fault_12_joint_every_patient_has_vectors_of_his_own(start, conditional):
+def test_joint_every_patient_has_vectors_of_his_own(start, conditional):
     training, model = start(replace(JOINT, distribution=replace(JOINT.distribution, conditional=conditional)))
     stage = SynthesisStage(training, model)
     assert stage.drawn.shape == (len(stage.data.cases), 3, 16)
@@ -248,7 +248,7 @@ def test_fault_12_joint_every_patient_has_vectors_of_his_own(start, conditional)
     assert len(used) == 3 * len(stage.data.cases)
 
 
-def test_fault_12_joint_the_loss_changes_with_y_0_and_condition_layers_learn(start):
+def test_joint_the_loss_changes_with_y_0_and_condition_layers_learn(start):
     stage = SynthesisStage(*start(JOINT))
     batch = some(stage)
     assert mean(stage, batch) != pytest.approx(mean(stage, batch._replace(y_0=batch.y_0 + 1)), rel=1e-4)
@@ -257,7 +257,7 @@ def test_fault_12_joint_the_loss_changes_with_y_0_and_condition_layers_learn(sta
     assert all(parameter.grad.abs().max() > 0 for parameter in stage.network.condition_layers())
 
 
-def test_fault_12_joint_validation_is_guided_by_each_patient_s_own_vector(start, tmp_path):
+def test_joint_validation_is_guided_by_each_patient_s_own_vector(start, tmp_path):
     stage = SynthesisStage(*start(JOINT))
     first = stage.validate(stage.network, tmp_path / "x.png")
     assert len({tuple(row) for row in stage.fixed.y_0.tolist()}) > 1
@@ -265,7 +265,7 @@ def test_fault_12_joint_validation_is_guided_by_each_patient_s_own_vector(start,
     assert stage.validate(stage.network, tmp_path / "x.png") != first
 
 
-def test_fault_12_last_the_condition_layers_learn_from_the_true_representation_and_nothing_else_does(start, tmp_path):
+def test_last_the_condition_layers_learn_from_the_true_representation_and_nothing_else_does(start, tmp_path):
     training, model = start(LAST)
     stage = GuidanceStage(training, model)
     batch = some(stage)
@@ -283,7 +283,7 @@ def test_fault_12_last_the_condition_layers_learn_from_the_true_representation_a
     assert all(parameter.grad is None for parameter in model.representation.parameters())
 
 
-def test_fault_12_last_the_loss_changes_with_the_guidance(start, monkeypatch):
+def test_last_the_loss_changes_with_the_guidance(start, monkeypatch):
     stage = GuidanceStage(*start(LAST))
     batch = some(stage)
     before = mean(stage, batch)
