@@ -226,19 +226,10 @@ def test_a_step_of_the_largest_recipe_fits_into_4_gib(group, tmp_path):
     """Crops of 224², 96 channels; with three times the batch the whole took 24 GB, and the process with it."""
     write_cohort(tmp_path / "cohort", 2, shape=(32, 36, 32), spacing_mm=(6.0, 6.2, 5.6))
     prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1, 0, 0)))
-    command = [sys.executable, "-c", "from crossmr.cli import main; main()", "train", str(tmp_path / "set")]
-    command += [
-        "-o",
-        str(tmp_path / "run"),
-        "--recipe",
-        "any",
-        "--set",
-        "guidance=none",
-        "--set",
-        "uncertainty=false",
-        "--steps",
-        "1",
-    ]
+    arguments = ["train", tmp_path / "set", "-o", tmp_path / "run", "--recipe", "any", "--steps", "1"]
+    for setting in ("guidance=none", "uncertainty=false", "synthesis_train.batch_size=8"):
+        arguments += ["--set", setting]
+    command = [sys.executable, "-c", "from crossmr.cli import main; main()", *map(str, arguments)]
     enter = partial((group / "cgroup.procs").write_text, "0")
     done = subprocess.run(command, preexec_fn=enter, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
