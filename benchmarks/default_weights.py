@@ -14,7 +14,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from scans import COHORTS, cohort_of, lgg, unpacked
+from scans import COHORTS, SMALL, cohort_of, lgg, unpacked
 
 from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
@@ -42,17 +42,7 @@ VALIDATION = (
     *("TCGA-DU-8167", "TCGA-HT-8107"),
 )
 PHANTOMS, SHAPE, SPACING_MM = 20, (104, 124, 44), (1.875, 1.875, 4.0)
-SETTINGS = {
-    "crop": "128,128",
-    "augmentation.probability": "0.15",
-    "representation.channels": "12",
-    "representation.multipliers": "1,2,3,4",
-    "representation.patch_size": "8",
-    "distribution.width": "256",
-    "distribution.blocks": "4",
-    "synthesis.channels": "16",
-    "synthesis.multipliers": "1,2,3,4",
-}
+SETTINGS = SMALL | {"augmentation.probability": "0.15"}
 TRAINING = {
     "representation": {"batch_size": "8", "learning_rate": "1e-3", "ema_decay": "0.99"},
     "distribution": {"batch_size": "64", "learning_rate": "1e-3", "ema_decay": "0.99"},

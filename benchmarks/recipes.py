@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scans import lgg, unpacked
+from scans import SMALL, lgg, unpacked
 
 from crossmr.completion.cohort import complete_cohort
 from crossmr.config import with_settings
@@ -42,16 +42,6 @@ WHOLE = (
     *("BraTS-SSA-00010-000", "BraTS-SSA-00037-000", "BraTS-SSA-00096-000"),
 )
 SOURCES, TARGETS = ("t1n",), ("t1c", "t2f")
-SETTINGS = {
-    "crop": "128,128",
-    "representation.channels": "12",
-    "representation.multipliers": "1,2,3,4",
-    "representation.patch_size": "8",
-    "distribution.width": "256",
-    "distribution.blocks": "4",
-    "synthesis.channels": "16",
-    "synthesis.multipliers": "1,2,3,4",
-}
 TRAINING = {
     "representation": {"batch_size": "8", "learning_rate": "1e-3", "ema_decay": "0.99"},
     "distribution": {"batch_size": "64", "learning_rate": "1e-3", "ema_decay": "0.99"},
@@ -59,7 +49,7 @@ TRAINING = {
     "guidance": {"batch_size": "8", "ema_decay": "0.99"},
     "uncertainty": {"batch_size": "8", "ema_decay": "0.99"},
 }
-SETTINGS |= {f"{stage}_train.{key}": value for stage, how in TRAINING.items() for key, value in how.items()}
+SETTINGS = SMALL | {f"{stage}_train.{key}": value for stage, how in TRAINING.items() for key, value in how.items()}
 
 
 def prepare_scans(data: Path, out: Path, patients: int, whole: list[str], display: Display) -> None:

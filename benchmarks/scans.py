@@ -1,4 +1,4 @@
-"""The development scans: whole studies unpacked, and which cohort a case is of. Shared by other scripts here."""
+"""The development scans: whole studies unpacked, which cohort a case is of, and small networks to train on them."""
 
 import importlib.util
 from pathlib import Path
@@ -24,6 +24,19 @@ IN_WHOLE = {
 """LGG patients who are among the whole studies too, under which name. All but the last found by affine registration of
 the BraTS 2013, 2021, 2023 and low-grade studies to every LGG patient: these correlate by .70 to .91 within the brain,
 the next best pairs by .50 at most."""
+
+
+SMALL = {
+    "crop": "128,128",
+    "representation.channels": "12",
+    "representation.multipliers": "1,2,3,4",
+    "representation.patch_size": "8",
+    "distribution.width": "256",
+    "distribution.blocks": "4",
+    "synthesis.channels": "16",
+    "synthesis.multipliers": "1,2,3,4",
+}
+"""Settings of networks that two processor cores can train."""
 
 
 def cohort_of(case: str) -> str:

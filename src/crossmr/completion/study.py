@@ -134,8 +134,7 @@ def complete_study(
     stds: dict[str, Any] = {}
     head, synthesis = None, None
     if requested:
-        box = study.box()
-        head = HeadVolumes({m: study.normalised(m, box) for m in sources}, study.mask[box].sum((1, 2)).tolist())
+        head = _head_volumes(study, sources)
         wish = replace(settings, targets=tuple(requested))
         synthesis = synthesise(model, head, study.case, wish, reference and reference.head)
         images, stds = _as_images(study, synthesis, sources)
@@ -160,6 +159,12 @@ def complete_study(
         "versions": {name: version(name) for name in ("crossmr", "torch", "monai", "nibabel")},
     }
     return Completed(images, stds, manifest, head, synthesis)
+
+
+def _head_volumes(study: Study, modalities: Sequence[str]) -> HeadVolumes:
+    """Some of a study's volumes as the networks read them."""
+    box = study.box()
+    return HeadVolumes({m: study.normalised(m, box) for m in modalities}, study.mask[box].sum((1, 2)).tolist())
 
 
 def _as_images(study: Study, synthesis: Synthesis, sources: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -221,9 +226,8 @@ def read_reference(
             f"--reference {settings.reference} has none of {', '.join(model.config.targets)}, which guide this model. "
             "Name a study that has one."
         )
-    box = study.box()
-    head = HeadVolumes({m: study.normalised(m, box) for m in targets}, study.mask[box].sum((1, 2)).tolist())
-    return Reference(head, {m: entry for m, entry in hashes(studies[0].images()).items() if m in targets})
+    files = {m: entry for m, entry in hashes(studies[0].images()).items() if m in targets}
+    return Reference(_head_volumes(study, targets), files)
 
 
 def what_to_fill(

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from crossmr.data.registration import RegistrationMode
 from crossmr.device import autocast, choose_precision, in_batches
 from crossmr.errors import ConfigError
 from crossmr.networks.diffusion import ddim_timesteps
@@ -17,7 +18,6 @@ from crossmr.networks.model import GUIDANCES, CrossConditionedModel, Guidance
 from crossmr.tensors import crop_or_pad, foreground_slices, seeded, to_model_input
 
 Array = npt.NDArray[np.float32]
-Register = Literal["never", "if needed", "always"]
 
 BATCH = 16
 """Slices that pass through the networks at once."""
@@ -44,7 +44,7 @@ class Settings:
     """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'; a model that was already loaded stays where it is."""
     precision: str = "auto"
     """'auto', 'bfloat16' or 'float32'."""
-    register: Register = "never"
+    register: RegistrationMode = "never"
     """Whether a study's volumes are moved rigidly onto the first one's grid: 'if needed', those on another grid."""
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ def synthesise(
     sources = model.config.sources
     available = torch.tensor([[float(m in head.volumes) for m in sources]], device=model.device)  # (1, S)
     with autocast(model.device, choose_precision(settings.precision, model.device)):
-        vectors = _guidance_vectors(model, head, case, settings, reference)
+        vectors = _guidance_vectors(model, head, available, case, settings, reference)
         predictor = _Predictor(model, available, vectors, [model.config.targets.index(target) for target in targets])
         channels, batch = (_by_windows if model.config.spatial_dims == 3 else _by_slices)(model, head, predictor)
     channels[:, [z for z, voxels in enumerate(head.foreground_voxels) if not voxels]] = 0
@@ -146,7 +146,12 @@ def synthesise(
 
 
 def _guidance_vectors(
-    model: CrossConditionedModel, head: HeadVolumes, case: str, settings: Settings, reference: HeadVolumes | None
+    model: CrossConditionedModel,
+    head: HeadVolumes,
+    available: Tensor,
+    case: str,
+    settings: Settings,
+    reference: HeadVolumes | None,
 ) -> Tensor | None:
     """What guides each synthesis of a volume, (K, T·D), or None."""
     config, guidance = model.config, chosen_guidance(model, settings)
@@ -160,7 +165,6 @@ def _guidance_vectors(
         return model.y_0(_pooled(model, reference, config.targets), real.to(model.device))
     condition = None
     if guidance == "sample":
-        available = torch.tensor([[float(m in head.volumes) for m in config.sources]], device=model.device)
         condition = model.condition(_pooled(model, head, config.sources), available)
     keys = [("case", settings.seed, case, *([k] if k else ())) for k in range(samples_drawn(model, settings))]
     return model.draw([seeded(*key) for key in keys], condition, missing, steps=settings.ddim_steps)
