@@ -3,7 +3,8 @@
 Trained on whole skull-stripped studies (BraTS, BraTS-Africa, openms), LGG (with skull, no T2) and phantoms. The split
 is fixed below, by patient: who is named in neither list is trained on, and so are all studies of a patient with more.
 
-python benchmarks/default_weights.py ../shared/data -o runs/default --minutes 240
+python benchmarks/default_weights.py ../shared/data -o runs/default --minutes 240    # resumes where it was stopped
+python benchmarks/default_weights.py ../shared/data -o runs/second --minutes 240 --start runs/default/run/model
 python benchmarks/default_weights.py -o runs/default --measure    # every subset of the held-out patients, in Markdown
 python benchmarks/default_weights.py -o runs/default --ship       # into src/crossmr/weights
 """
@@ -14,9 +15,8 @@ import shutil
 import statistics
 from pathlib import Path
 
-from scans import COHORTS, SMALL, cohort_of, lgg, unpacked
+from scans import COHORTS, cohort_of, lgg, unpacked
 
-from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.prepare import PrepareSettings, default_workers, prepare
@@ -31,26 +31,17 @@ from crossmr.training.recipes import RECIPES
 from crossmr.training.run import TrainingSettings, train
 
 TEST = (
-    *("Brats18_2013_23_1", "Brats18_CBICA_AME_1", "Brats18_TCIA01_378_1", "Brats18_TCIA02_135_1"),
-    *("BraTS2021_00002", "BraTS2021_00006", "BraTS2021_01476", "BraTS-GLI-00000-000", "BraTS-GLI-00028-000"),
-    *("BraTS-SSA-00014-000", "BraTS-SSA-00050-000", "BraTS-SSA-00110-000", "BraTS-SSA-00117-000", "patient19"),
+    *("Brats18_2013_23_1", "Brats18_CBICA_AME_1", "Brats18_TCIA02_135_1", "Brats18_TCIA03_265_1", "BraTS2021_00002"),
+    *("BraTS2021_01476", "BraTS-GLI-00000-000", "TCGA-DU-7294", "BraTS-SSA-00007-000", "BraTS-SSA-00026-000"),
+    *("BraTS-SSA-00050-000", "BraTS-SSA-00110-000", "BraTS-SSA-00116-000", "patient19"),
     *("TCGA-DU-5849", "TCGA-DU-5872", "TCGA-DU-8163", "TCGA-HT-7608", "TCGA-HT-7680", "TCGA-HT-7686", "TCGA-HT-7693"),
     *("TCGA-HT-7694", "TCGA-HT-7860", "TCGA-HT-8018", "TCGA-HT-8106", "PHANTOM-00018-000", "PHANTOM-00019-000"),
 )
 VALIDATION = (
-    *("Brats18_2013_2_1", "Brats18_TCIA01_499_1", "BraTS2021_01485", "BraTS-SSA-00112-000"),
-    *("TCGA-DU-8167", "TCGA-HT-8107"),
+    *("Brats18_2013_2_1", "Brats18_TCIA01_378_1", "BraTS2021_00006", "BraTS2021_01485", "BraTS-SSA-00014-000"),
+    *("BraTS-SSA-00117-000", "TCGA-DU-8167", "TCGA-HT-8107"),
 )
 PHANTOMS, SHAPE, SPACING_MM = 20, (104, 124, 44), (1.875, 1.875, 4.0)
-SETTINGS = SMALL | {"augmentation.probability": "0.15"}
-TRAINING = {
-    "representation": {"batch_size": "8", "learning_rate": "1e-3", "ema_decay": "0.99"},
-    "distribution": {"batch_size": "64", "learning_rate": "1e-3", "ema_decay": "0.99"},
-    "synthesis": {"batch_size": "4", "learning_rate": "1e-3", "ema_decay": "0.998"},
-    "guidance": {"batch_size": "4", "fraction": "0.1"},
-    "uncertainty": {"batch_size": "4", "fraction": "0.1"},
-}
-SETTINGS |= {f"{stage}_train.{key}": value for stage, how in TRAINING.items() for key, value in how.items()}
 WEIGHTS = Path(__file__).parents[1] / "src" / "crossmr" / "weights" / "default"
 LARGEST_MIB = 16.0
 
@@ -118,6 +109,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data"))
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/default"))
     parser.add_argument("--minutes", type=float, default=240.0)
+    parser.add_argument("--start", help="a model, folder or name, whose weights this training starts from")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true")
@@ -126,9 +118,9 @@ def main() -> None:
     out, display, model = options.out, Display(), options.out / "run" / "model"
     if not (options.measure or options.ship):
         prepare_all(options.data, out, display)
-        recipe = with_settings(RECIPES["any"], SETTINGS)
+        recipe = None if options.start else RECIPES["any"]
         wish = TrainingSettings(recipe=recipe, minutes=options.minutes, device=options.device, seed=options.seed)
-        train(out / "set", out / "run", wish, display=display)
+        train(out / "set", out / "run", wish, initial_model=options.start, display=display)
     if options.measure:
         evaluate(model, out / "set", out / "evaluation", EvaluationSettings(every_subset=True), display=display)
         card(out / "evaluation")

@@ -1,5 +1,6 @@
 """Volumes and slices as the networks read them: cropped, padded, stacked; and seeded random generators."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from crossmr.files import digest
 
+NEIGHBOURS_MM = 1.0
+"""Distance of the neighbouring slices that a network is given."""
 FOREGROUND_FRACTION = 0.1
 """Training skips slices with less foreground than this fraction of the volume's slice with the most."""
 
@@ -37,21 +40,29 @@ def pad_to_multiple(image: Tensor, dims: int, divisor: int) -> Tensor:
     return crop_or_pad(image, size, [0.5] * dims)
 
 
-def to_model_input(volume: Tensor, slices: Sequence[int], dims: int, divisor: int, context: int = 1) -> Tensor:
+def to_model_input(volume: Tensor, slices: Sequence[Sequence[int]], dims: int, divisor: int) -> Tensor:
     """Volumes (M, Z, Y, X) as the networks read them, padded to multiples of `divisor`.
 
-    In 2D a batch of N axial slices, each with its neighbours, (N, M·context, Y, X); in 3D the volumes, (1, M, Z, Y, X).
+    In 2D a batch of N axial slices, each with its C `neighbours`, (N, M·C, Y, X); in 3D the volumes, (1, M, Z, Y, X).
     """
     if dims == 3:
         return pad_to_multiple(volume[None], dims, divisor)
-    planes = torch.tensor([neighbours(z, context, volume.shape[1]) for z in slices])
+    planes = torch.tensor(slices)
     images = volume[:, planes].transpose(0, 1).flatten(1, 2)  # (N, M·context, Y, X)
     return pad_to_multiple(images, dims, divisor)
 
 
-def neighbours(z: int, context: int, slices: int) -> list[int]:
-    """The indices of `context` adjacent slices around z; beyond a volume's end its last slice is repeated."""
-    return [min(max(z + step, 0), slices - 1) for step in range(-(context // 2), context // 2 + 1)]
+def neighbours(z: int, context: int, slices: int, spacing_mm: float) -> list[int]:
+    """The indices of `context` slices around z, a millimetre apart as nearly as slices of this spacing can be.
+
+    Those of slices thicker than 2 mm are z itself; beyond a volume's end its last slice is repeated.
+    """
+    steps = [math.floor(abs(k) * NEIGHBOURS_MM / spacing_mm + 0.5) * (1 if k > 0 else -1) for k in _around(context)]
+    return [min(max(z + step, 0), slices - 1) for step in steps]
+
+
+def _around(context: int) -> range:
+    return range(-(context // 2), context // 2 + 1)
 
 
 def seeded(*key: object) -> torch.Generator:

@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,8 +39,8 @@ EXPECTED = ("t1n", "t1c", "t2w", "t2f")
 FORMAT = "crossmr-completion"
 INTENSITY = {
     "range": [0, 1],
-    "meaning": "the model's normalised scale: 0 is air, 1 four times the median within the head of a real scan; "
-    "no MR unit",
+    "meaning": "1/3 is the median within the head, 1/15 one robust standard deviation (quartile range / 1.349); "
+    "exactly 0 is masked; no MR unit",
 }
 ENHANCEMENT = (
     "Contrast enhancement cannot in general be inferred from unenhanced images: "
@@ -148,7 +148,7 @@ def complete_study(
         "not_filled": not_filled,
         "acquired": list(study.volumes),
         "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},
-        "normalisation": {m: {"low": n.low, "high": n.high} for m, n in study.normalisation.items()},
+        "normalisation": {m: asdict(n) for m, n in study.normalisation.items()},
         "intensity": INTENSITY,
         "std": _std_record(model) if stds else None,
         "skull_stripped": study.masked_background,
@@ -164,7 +164,8 @@ def complete_study(
 def _head_volumes(study: Study, modalities: Sequence[str]) -> HeadVolumes:
     """Some of a study's volumes as the networks read them."""
     box = study.box()
-    return HeadVolumes({m: study.normalised(m, box) for m in modalities}, study.mask[box].sum((1, 2)).tolist())
+    volumes = {m: study.normalised(m, box) for m in modalities}
+    return HeadVolumes(volumes, study.mask[box].sum((1, 2)).tolist(), study.reference.spacing_mm[0])
 
 
 def _as_images(study: Study, synthesis: Synthesis, sources: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -195,7 +196,7 @@ def _trained_on(model: CrossConditionedModel) -> Mapping[str, int]:
 
 def _std_record(model: CrossConditionedModel) -> dict[str, Any]:
     """What the manifest says of the standard deviations."""
-    if model.uncertainty is None:
+    if not model.config.uncertainty:
         return {"of": "guided syntheses, uncalibrated: several times too small", "calibration": None}
     variance = model.calibration.get("variance")
     factors = None if variance is None else dict(zip(model.config.targets, variance.tolist(), strict=True))

@@ -6,16 +6,15 @@ with the rest, as published, or last: the rest is trained without guidance and t
 pass stays what a network without guidance gives.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from crossmr.errors import ConfigError
-from crossmr.networks.unet import Decoder, Encoder, Form, ResidualBlock, zero_init
+from crossmr.networks.unet import Decoder, Encoder, Form, LightDecoder, LightEncoder, ResidualBlock, zero_init
 
 
 @dataclass(frozen=True)
@@ -27,23 +26,31 @@ class SynthesisConfig:
     multipliers: tuple[int, ...] = (1, 1, 2, 2)
     """Features of each level, as multiples of `channels`; each level halves the resolution."""
     blocks: int = 1
-    """Residual blocks per level of the encoder (the decoder has one more)."""
+    """Residual blocks per level of the encoder."""
+    patch: int = 1
+    """Side of the patches of pixels that the first layer gathers: 1, as published, or an even number."""
+    form: Literal["published", "light"] = "published"
+    """Of the U-Net: the published one, or one with a skip per level and without attention, at half its cost."""
     condition_width: int | None = None
     """Features of the condition c; None for as many as the representation has."""
-    residual: bool = False
-    """Whether the network learns what is to be added to the linear regression of the sources."""
     loss: Literal["squared", "absolute"] = "squared"
     """Of the error; 'squared' is published [C]."""
+    lesion_weight: float = 0.0
+    """What the error of a lesion's voxels counts in addition to that of others, where studies have labels."""
 
     def __post_init__(self) -> None:
         width = 1 if self.condition_width is None else self.condition_width
         if not self.multipliers or min(self.channels, self.blocks, width, *self.multipliers) < 1:
             raise ConfigError("channels, multipliers, blocks and condition_width are counts of at least 1.")
+        if self.patch != 1 and (self.patch < 1 or self.patch % 2):
+            raise ConfigError(f"patch is {self.patch}; wanted 1 or an even number, such as 2.")
+        if not 0 <= self.lesion_weight < math.inf:
+            raise ConfigError(f"lesion_weight is {self.lesion_weight}; wanted 0 or more.")
 
     @property
     def stride(self) -> int:
         """Pixels from one of the deepest features to the next."""
-        return int(2 ** (len(self.multipliers) - 1))
+        return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
 
 class ConditionEmbedding(nn.Module):
@@ -58,74 +65,27 @@ class ConditionEmbedding(nn.Module):
         return cast(Tensor, self.embed(y_0))
 
 
-def availability(inputs: Tensor, sources: int) -> Tensor:
-    """Which sources the maps at the end of these inputs say are available, (B, S) of zeros and ones."""
-    return (inputs[:, -sources:].flatten(2).amax(-1) > 0).to(inputs)
-
-
-class LinearRegression(nn.Module):
-    """The least-squares regression of the targets on the sources and a constant; for any subset, on the available ones.
-
-    It reads what the C-UNet reads: S·context channels, then, for any subset, S maps. Its weights are fitted, not
-    learnt: (patterns, S + 1, T), a pattern being the sum of 2^s over the sources s that are available.
-    """
-
-    weights: Tensor
-
-    def __init__(self, sources: int, targets: int, context: int = 1, *, any_subset: bool = False):
-        super().__init__()
-        self.sources, self.context, self.any_subset = sources, context, any_subset
-        self.register_buffer("weights", torch.zeros(2**sources if any_subset else 1, sources + 1, targets))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Predict (B, T, context, *S), float32, from inputs (B, inputs, *S): each slice of context by itself."""
-        neighbours = self._neighbours(inputs).float()
-        pattern = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
-        if self.any_subset:
-            available = availability(inputs, self.sources) > 0
-            pattern = (available * 2 ** torch.arange(self.sources, device=inputs.device)).sum(1)
-        weights = self.weights[pattern]  # (B, S + 1, T)
-        with torch.autocast(inputs.device.type, enabled=False):  # half a promille of the intensity range would show
-            predicted = torch.einsum("bsc...,bst->btc...", neighbours, weights[:, :-1])
-        return predicted + weights[:, -1][(...,) + (None,) * (predicted.ndim - 2)]
-
-    def fill(self, inputs: Tensor, predicted: Tensor) -> Tensor:
-        """The inputs (B, inputs, *S) of any subset, with the prediction (B, S, context, *S) for what is missing."""
-        neighbours, maps = self._neighbours(inputs), inputs[:, -self.sources :]
-        whole = torch.where(maps[:, :, None] > 0, neighbours, predicted.to(neighbours.dtype))
-        filled = torch.cat([whole.flatten(1, 2), maps], 1)
-        return filled.contiguous(memory_format=torch.channels_last) if filled.ndim == 4 else filled
-
-    def _neighbours(self, inputs: Tensor) -> Tensor:
-        """The images of the inputs, (B, S, context, *S)."""
-        return rearrange(inputs[:, : self.sources * self.context], "b (s c) ... -> b s c ...", c=self.context)
-
-
 class CUNet(nn.Module):
-    """U-Net from input channels to T target channels; without `representation_dim`, one that nothing guides.
+    """U-Net from input channels to output channels; without `representation_dim`, one that nothing guides.
 
-    `regression` is what it starts from: its output is added to that, and what is missing of any subset is filled with
-    the regression's prediction. The condition layers are made last, so that the rest starts as a network that nothing
-    guides does; they start at zero where they are trained last (`zero_condition`).
+    The condition layers are made last, so that the rest starts as a network that nothing guides does; they start at
+    zero where they are trained last (`zero_condition`).
     """
 
     def __init__(
         self,
         config: SynthesisConfig,
         inputs: int,
-        targets: int,
+        outputs: int,
         spatial_dims: int = 2,
         *,
         representation_dim: int | None = None,
-        regression: LinearRegression | None = None,
     ):
         super().__init__()
-        form = Form(spatial_dims, config.channels, config.multipliers, config.blocks)
-        self.regression = regression
-        self.encoder = Encoder(form, inputs)
-        self.decoder = Decoder(form, targets)
-        if regression is not None:
-            zero_init(self.decoder.out)
+        form = Form(spatial_dims, config.channels, config.multipliers, config.blocks, config.patch)
+        light = config.form == "light"
+        self.encoder = LightEncoder(form, inputs) if light else Encoder(form, inputs)
+        self.decoder = LightDecoder(form, inputs, outputs) if light else Decoder(form, inputs, outputs)
         self.condition: ConditionEmbedding | None = None
         if representation_dim is not None:
             width = config.condition_width or representation_dim
@@ -134,17 +94,13 @@ class CUNet(nn.Module):
                 block.add_condition(width)
 
     def forward(self, inputs: Tensor, y_0: Tensor | None = None) -> Tensor:
-        """Synthesise targets (B, T, *S), on the [0, 1] scale but not clipped, from inputs (B, inputs, *S).
+        """Map inputs (B, inputs, *S) to (B, outputs, *S), both in robust standard deviations about the head's median.
 
         y_0 (B, D) is the guidance; without, the condition layers add nothing.
         """
         c = None if self.condition is None or y_0 is None else self.condition(y_0)
-        if self.regression is None:
-            return cast(Tensor, self.decoder(*self.encoder(inputs, c), c))
-        predicted = cast(Tensor, self.regression(inputs))
-        if self.regression.any_subset:
-            inputs = self.regression.fill(inputs, predicted)
-        return cast(Tensor, self.decoder(*self.encoder(inputs, c), c)) + predicted[:, :, predicted.shape[2] // 2]
+        features, skips = self.encoder(inputs, c)
+        return cast(Tensor, self.decoder(features, skips, inputs, c))
 
     def zero_condition(self) -> None:
         """Zero what lets the condition into the blocks, so that guidance starts by changing nothing."""
@@ -160,12 +116,16 @@ class CUNet(nn.Module):
         return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
 
-def synthesis_error(prediction: Tensor, truth: Tensor, target_mask: Tensor, *, absolute: bool) -> tuple[Tensor, Tensor]:
-    """L_Syn as sum and count: the mean squared or absolute error of each image (B, T, *S), over target_mask (B, T)."""
+def synthesis_error(prediction: Tensor, truth: Tensor, weight: Tensor, *, absolute: bool) -> tuple[Tensor, Tensor]:
+    """L_Syn of images (B, T, *S) as sum and count: the squared or absolute error of each voxel times its weight."""
     error = prediction.float() - truth
-    return masked_sum(error.abs() if absolute else error**2, target_mask)
+    return ((error.abs() if absolute else error**2) * weight).sum(), weight.sum()
 
 
-def masked_sum(values: Tensor, target_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the means of the images (B, T, *S) that target_mask (B, T) has, and their count."""
-    return (values.flatten(2).mean(-1) * target_mask).sum(), target_mask.sum()
+def deviation_error(log_scale: Tensor, prediction: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
+    """The sum of the Laplace likelihood log b + |error| / b of images (B, T, *S); the prediction does not learn by it.
+
+    log_scale holds log b, b being the mean absolute error that the network expects of a voxel.
+    """
+    error = (prediction.detach().float() - truth).abs()
+    return ((log_scale + error * (-log_scale).exp()) * weight).sum()

@@ -15,7 +15,7 @@ from crossmr.device import autocast, choose_precision, in_batches
 from crossmr.errors import ConfigError
 from crossmr.networks.diffusion import ddim_timesteps
 from crossmr.networks.model import GUIDANCES, CrossConditionedModel, Guidance
-from crossmr.tensors import crop_or_pad, foreground_slices, seeded, to_model_input
+from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded, to_model_input
 
 Array = npt.NDArray[np.float32]
 
@@ -64,6 +64,8 @@ class HeadVolumes:
     """Modality → (Z, Y, X) in [0, 1], cropped to the head."""
     foreground_voxels: Sequence[int]
     """Voxels of head in each axial slice."""
+    spacing_mm: float
+    """Distance of the axial slices."""
 
 
 class Synthesis(NamedTuple):
@@ -174,7 +176,8 @@ def _pooled(model: CrossConditionedModel, head: HeadVolumes, modalities: Sequenc
     """The mean of the pooled features over a volume's slices with enough head, (1, M, D)."""
     config = model.config
     slices = foreground_slices(head.foreground_voxels)
-    images = _inputs(_volumes(head.volumes, modalities), slices, config.spatial_dims, config.divisor)
+    volumes = _volumes(head.volumes, modalities)
+    images = _inputs(volumes, [[z] for z in slices], config.spatial_dims, config.divisor)
 
     def pool(some: slice) -> Tensor:
         return model.pooled(images[some].to(model.device))
@@ -198,16 +201,16 @@ class _Predictor:
         """Map sources (N, S·C, *S) to images and, where there are any, standard deviations, as channels (N, W, *S)."""
         model = self.model
         inputs = model.inputs(neighbours, self.available.expand(len(neighbours), -1))
-        unguided = model.unguided(inputs) if self.vectors is None or model.uncertainty is not None else None
-        if self.vectors is None:
-            images = cast(Tensor, unguided)[None]
-        else:
-            guided = [model.synthesis(inputs, y_0.expand(len(inputs), -1)) for y_0 in self.vectors]
-            images = torch.stack(guided).float().clamp(0, 1)  # (K, N, T, *S)
-        image = images.mean(0)[:, self.chosen]
-        if model.uncertainty is not None:
-            return torch.cat([image, model.std(inputs, cast(Tensor, unguided))[:, self.chosen]], 1)
-        return image if len(images) < 2 else torch.cat([image, images.std(0)[:, self.chosen]], 1)
+        standardised, log_scale = torch.zeros(0), None
+        if self.vectors is None or model.config.uncertainty:
+            standardised, log_scale = model.predict(inputs)
+        images = standardised[None]
+        if self.vectors is not None:
+            images = torch.stack([model.predict(inputs, y_0.expand(len(inputs), -1))[0] for y_0 in self.vectors])
+        images = torch.stack([model.image(one, inputs) for one in images])[:, :, self.chosen]  # (K, N, W, *S)
+        if log_scale is not None:
+            return torch.cat([images.mean(0), model.std(log_scale)[:, self.chosen]], 1)
+        return images[0] if len(images) < 2 else torch.cat([images.mean(0), images.std(0)], 1)
 
 
 def _by_slices(
@@ -217,10 +220,11 @@ def _by_slices(
     config = model.config
     volumes = _volumes(head.volumes, config.sources)
     slices = [z for z, voxels in enumerate(head.foreground_voxels) if voxels]
+    around = [neighbours(z, config.context_slices, len(volumes[0][0]), head.spacing_mm) for z in slices]
 
     def predict_some(some: slice) -> Tensor:
-        neighbours = _inputs(volumes, slices[some], 2, config.divisor, config.context_slices).to(model.device)
-        return predict(neighbours.contiguous(memory_format=torch.channels_last)).cpu()
+        inputs = _inputs(volumes, around[some], 2, config.divisor).to(model.device)
+        return predict(inputs.contiguous(memory_format=torch.channels_last)).cpu()
 
     shape, batch, result = volumes[0].shape[1:], BATCH, torch.zeros(0)
     for some, predicted, at_once in in_batches(predict_some, len(slices), BATCH):
@@ -250,6 +254,6 @@ def _volumes(given: Mapping[str, Array], modalities: Sequence[str]) -> list[Tens
     return [(torch.from_numpy(given[m]) if m in given else nothing)[None] for m in modalities]
 
 
-def _inputs(volumes: Sequence[Tensor], slices: Sequence[int], dims: int, divisor: int, context: int = 1) -> Tensor:
+def _inputs(volumes: Sequence[Tensor], slices: Sequence[Sequence[int]], dims: int, divisor: int) -> Tensor:
     """What `to_model_input` makes of each of these volumes, as channels."""
-    return torch.cat([to_model_input(volume, slices, dims, divisor, context) for volume in volumes], 1)
+    return torch.cat([to_model_input(volume, slices, dims, divisor) for volume in volumes], 1)

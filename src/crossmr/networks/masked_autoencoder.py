@@ -90,15 +90,15 @@ class MaskedAutoencoder(nn.Module):
         self.config, self.dim = config, config.dim
         form = Form(spatial_dims, config.channels, config.multipliers, config.blocks)
         self.encoder = Encoder(form, 1)
-        self.decoder = Decoder(form, 1, skips=config.decoder == "u-net")
+        self.decoder = Decoder(form, 1, 1, skips=config.decoder == "u-net")
 
     def forward(self, masked: Tensor) -> Tensor:
-        """Reconstruct images (B, M, *S) whose hidden patches are zero."""
+        """Reconstruct images (B, M, *S) whose hidden patches are zero; both standardised (scale.py)."""
         single = rearrange(masked, "b m ... -> (b m) 1 ...")
-        return cast(Tensor, self.decoder(*self.encoder(single))).reshape(masked.shape)
+        return cast(Tensor, self.decoder(*self.encoder(single), single)).reshape(masked.shape)
 
     def pooled(self, images: Tensor) -> Tensor:
-        """The spatial means (B, M, D) of the deepest features of images (B, M, *S): y_0 before its z-score."""
+        """Means (B, M, D) over space of the deepest features of standardised images (B, M, *S), not yet z-scored."""
         features, _ = self.encoder(rearrange(images, "b m ... -> (b m) 1 ..."))  # (B·M, D, *S/stride)
         means = reduce(features.float().flatten(2), "n d s -> n d", "mean")
         return cast(Tensor, means.reshape(*images.shape[:2], self.dim))

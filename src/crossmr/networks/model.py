@@ -5,8 +5,7 @@ MODEL/
 ├── representation.safetensors  MRM, where the C-UNet can be guided
 ├── distribution.safetensors    MDN, where the C-UNet can be guided
 ├── synthesis.safetensors       C-UNet
-├── uncertainty.safetensors     the network of the error, where there is one
-├── calibration.safetensors     what makes its standard deviations true on validation patients
+├── calibration.safetensors     what makes its standard deviations true on validation patients, where it gives any
 └── baselines.safetensors       the baselines that every evaluation prints beside the model
 """
 
@@ -14,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,17 +25,18 @@ from crossmr.checkpoint import load_bundle, save_bundle
 from crossmr.config import from_dict, to_dict
 from crossmr.errors import ConfigError, CrossmrError, ModelError
 from crossmr.files import digest
-from crossmr.networks.c_unet import CUNet, LinearRegression, SynthesisConfig, availability, masked_sum
+from crossmr.networks.c_unet import CUNet, SynthesisConfig
 from crossmr.networks.distribution import DistributionConfig, DistributionNetwork
 from crossmr.networks.masked_autoencoder import MaskedAutoencoder, RepresentationConfig, z_score
+from crossmr.networks.scale import RANGE, on_unit_scale, standardise
 from crossmr.tensors import seeded
 
 FORMAT = "crossmr-model"
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 EXTRAS = ("baselines", "calibration")
 """Files beside the networks'."""
-AVAILABLE = 0.1
-"""Value of the map of an available source: ones would drown the images in the first group normalisations."""
+SMALLEST, LARGEST = -5.0, 3.0
+"""Range of log b, b being the error that the C-UNet expects, in robust standard deviations."""
 PADDING = 16
 """Sides of completed images are padded to multiples of this at least, so that heads of similar size share one shape."""
 Guidance = Literal["sample", "unconditional", "reference", "none"]
@@ -61,7 +61,7 @@ class ModelConfig:
     """How the C-UNet learns to use y_0. 'joint': its condition layers learn with the rest, on samples of the MDN, as
     published. 'last': they learn alone, after the rest, on the true y_0. 'none': no MRM and no MDN, a plain U-Net."""
     uncertainty: bool = False
-    """Whether a network of half the C-UNet's width learns the variance of the unguided image's error."""
+    """Whether the C-UNet learns, beside the image, how large the error of each voxel of its unguided image is."""
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
     """Stage 1."""
     distribution: DistributionConfig = field(default_factory=DistributionConfig)
@@ -113,14 +113,14 @@ class ModelConfig:
     @property
     def inputs(self) -> int:
         """Channels that the C-UNet reads."""
-        return len(self.sources) * (self.context_slices + self.any_subset)
+        return len(self.sources) * (self.context_slices + self.any_subset) + 1
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages in the order of their training."""
         guided = ("representation", "distribution") if self.guidance != "none" else ()
         last = ("guidance",) if self.guidance == "last" else ()
-        return (*guided, "synthesis", *last, *(("uncertainty",) if self.uncertainty else ()))
+        return (*guided, "synthesis", *last)
 
     @property
     def default_guidance(self) -> Guidance:
@@ -141,24 +141,23 @@ class ModelConfig:
 
 
 class CrossConditionedModel(nn.Module):
-    """MRM, MDN, C-UNet and network of the error of one configuration, as far as it has them.
+    """MRM, MDN and C-UNet of one configuration, as far as it has them.
 
     `seed` and a network's name decide its first weights, so that no network changes another's. `baselines` holds the
-    fitted baselines; `calibration` 'variance' (T, 2): the squared error of a target is a·variance + b. `record`, once
-    loaded, is its SHA-256 and how it was trained.
+    fitted baselines; `calibration` 'variance' (T, 2): the squared error of a target, in robust standard deviations, is
+    a·variance + b. `record`, once loaded, is its SHA-256 and how it was trained.
     """
 
     representation: MaskedAutoencoder | None
     distribution: DistributionNetwork | None
     synthesis: CUNet
-    uncertainty: CUNet | None
 
     def __init__(self, config: ModelConfig, *, seed: int = 0):
         super().__init__()
         dims, guided = config.spatial_dims, config.guidance != "none"
         sources, targets, dim = len(config.sources), len(config.targets), config.representation.dim
         self.config = config
-        self.representation = self.distribution = self.uncertainty = None
+        self.representation = self.distribution = None
         if guided:
             with first_weights(seed, "representation"):
                 self.representation = MaskedAutoencoder(config.representation, dims)
@@ -168,19 +167,12 @@ class CrossConditionedModel(nn.Module):
             self.synthesis = CUNet(
                 config.synthesis,
                 config.inputs,
-                targets,
+                targets * (1 + config.uncertainty),
                 dims,
                 representation_dim=targets * dim if guided else None,
-                regression=LinearRegression(sources, targets, config.context_slices, any_subset=config.any_subset)
-                if config.synthesis.residual
-                else None,
             )
         if config.guidance == "last":
             self.synthesis.zero_condition()
-        if config.uncertainty:
-            half = replace(config.synthesis, channels=max(1, config.synthesis.channels // 2))
-            with first_weights(seed, "uncertainty"):
-                self.uncertainty = CUNet(half, config.inputs + targets, targets, dims)
         self.baselines: dict[str, Tensor] = {}
         self.calibration: dict[str, Tensor] = {}
         self.record: dict[str, Any] = {}
@@ -199,45 +191,66 @@ class CrossConditionedModel(nn.Module):
         return self.networks()["synthesis" if stage == "guidance" else stage]
 
     def inputs(self, neighbours: Tensor, available: Tensor) -> Tensor:
-        """What C-UNet and network of the error read of the sources.
+        """What the C-UNet reads of the sources.
 
         Args:
             neighbours: (N, S·C, *S) in [0, 1], of each source C = context_slices slices around the synthetic one.
             available: (N, S), 0 where a source is missing or to be hidden, where any subset may be; else ignored.
 
         Returns:
-            (N, inputs, *S): what is not available is zero; then, where any subset may be missing, a map for each
-            source, of AVAILABLE if it is available and not black throughout this slice, or else of zeros.
+            (N, inputs, *S): the standardised images, 0 where nothing is available; then, where any subset may be
+            missing, for each source a map of ones, within the head, if it is available and not black throughout this
+            slice, or else of zeros; then a map of the head: where any available source is more than 0.
         """
-        if not self.config.any_subset:
-            return neighbours
-        slices = rearrange(neighbours, "n (s c) ... -> n s c ...", c=self.config.context_slices)
-        acquired = slices[:, :, slices.shape[2] // 2].flatten(2).amax(-1) > 0
-        maps = (available.to(neighbours) * acquired)[(...,) + (None,) * (neighbours.ndim - 2)]  # (N, S, 1, ...)
+        config, count = self.config, neighbours.shape[1]
+        slices = rearrange(neighbours, "n (s c) ... -> n s c ...", c=config.context_slices)
+        middle = slices[:, :, config.context_slices // 2] > 0  # (N, S, *S)
+        if config.any_subset:
+            middle = middle & (available > 0)[(...,) + (None,) * (middle.ndim - 2)]
+        head = middle.any(1, keepdim=True)
         layout = torch.channels_last if neighbours.ndim == 4 else torch.contiguous_format
-        shape = len(neighbours), self.config.inputs, *neighbours.shape[2:]
+        shape = len(neighbours), config.inputs, *neighbours.shape[2:]
         whole = torch.empty(shape, dtype=neighbours.dtype, device=neighbours.device, memory_format=layout)
-        whole[:, : neighbours.shape[1]] = neighbours * maps.repeat_interleave(slices.shape[2], 1)
-        whole[:, neighbours.shape[1] :] = AVAILABLE * maps
+        whole[:, :count] = standardise(neighbours)
+        if config.any_subset:
+            there = middle.flatten(2).any(-1)[(...,) + (None,) * (middle.ndim - 2)]  # (N, S, 1, ...)
+            whole[:, :count] *= there.repeat_interleave(config.context_slices, 1)
+            whole[:, count:-1] = there & head
+        whole[:, -1:] = head
         return whole
 
-    def availability(self, inputs: Tensor) -> Tensor:
-        """Which sources (N, S) a model of any subset is given by these inputs."""
-        return availability(inputs, len(self.config.sources))
+    def predict(self, inputs: Tensor, y_0: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the C-UNet makes of inputs (N, inputs, *S), guided by y_0 (N, T·D) or by nothing; float32.
+
+        Returns standardised images (N, T, *S) and, where it learns them, the logarithms (N, T, *S) of the absolute
+        errors that are to be expected of them.
+        """
+        return self.split(self.synthesis(inputs, y_0))
+
+    def split(self, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The C-UNet's outputs (N, O, *S) as images and logarithms of expected errors; see `predict`."""
+        targets, outputs = len(self.config.targets), outputs.float()
+        if not self.config.uncertainty:
+            return outputs, None
+        return outputs[:, :targets], outputs[:, targets:].clamp(SMALLEST, LARGEST)
+
+    def image(self, standardised: Tensor, inputs: Tensor) -> Tensor:
+        """Standardised images (N, T, *S) in [0, 1], exactly 0 outside the head of the inputs (N, inputs, *S)."""
+        return on_unit_scale(standardised) * (inputs[:, -1:] > 0)
 
     def unguided(self, inputs: Tensor) -> Tensor:
         """The synthesis (N, T, *S) from inputs (N, inputs, *S), guided by nothing, in [0, 1]."""
-        return cast(Tensor, self.synthesis(inputs)).float().clamp(0, 1)
+        return self.image(self.predict(inputs)[0], inputs)
 
     def pooled(self, images: Tensor) -> Tensor:
-        """The pooled features (N, M, D) of images (N, M, *S), from which `y_0` and `condition` are made.
+        """The pooled features (N, M, D) of images (N, M, *S) in [0, 1], from which `y_0` and `condition` are made.
 
         Raises:
             ConfigError: the model has no MRM.
         """
         if self.representation is None:
             raise ConfigError("This model was trained without guidance; use guidance 'none'.")
-        return self.representation.pooled(images)
+        return self.representation.pooled(standardise(images))
 
     def y_0(self, pooled: Tensor, mask: Tensor) -> Tensor:
         """The representation (N, M·D) of pooled features (N, M, D): z-scored per modality, 0 where mask (N, M) is 0."""
@@ -276,18 +289,19 @@ class CrossConditionedModel(nn.Module):
         mask = None if target_mask is None else self.target_features(target_mask.to(self.device)).expand(count, -1)
         return self.distribution.sample(generators, given, mask, steps=steps)
 
-    def log_variance(self, inputs: Tensor, unguided: Tensor) -> Tensor:
-        """Of the error of an unguided synthesis (N, T, *S) in [0, 1] from inputs (N, inputs, *S), uncalibrated."""
-        return log_variance(cast(CUNet, self.uncertainty), inputs, unguided)
-
-    def std(self, inputs: Tensor, unguided: Tensor) -> Tensor:
-        """The standard deviation (N, T, *S) of that error, calibrated where the model is."""
-        variance = self.log_variance(inputs, unguided).exp()
+    def std(self, log_scale: Tensor) -> Tensor:
+        """Standard deviations (N, T, *S) on the [0, 1] scale, from the logarithms of `predict`; calibrated if known."""
+        variance = laplace_variance(log_scale)
         if self.calibration:
             a, b = self.calibration["variance"].to(variance).unbind(1)
             whole = (...,) + (None,) * (variance.ndim - 2)
             variance = a[whole] * variance + b[whole]
-        return variance.sqrt()
+        return variance.sqrt() / RANGE
+
+
+def laplace_variance(log_scale: Tensor) -> Tensor:
+    """The variance 2·b² of a Laplace distribution of scale b, from log b."""
+    return 2 * (2 * log_scale).exp()
 
 
 @contextmanager
@@ -296,19 +310,6 @@ def first_weights(seed: int, name: str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(seeded("weights", seed, name).get_state())
         yield
-
-
-def log_variance(network: nn.Module, inputs: Tensor, unguided: Tensor) -> Tensor:
-    """The logarithm of the error's variance (N, T, *S), which starts near that of a tenth of the intensity range."""
-    output = cast(Tensor, network(torch.cat([inputs, unguided], 1))).float() - 4
-    return output.clamp(-12, 2)
-
-
-def variance_error(
-    log_variance: Tensor, prediction: Tensor, truth: Tensor, target_mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gaussian likelihood as sum and count: log σ² + error²/σ² of images (B, T, *S), over target_mask (B, T)."""
-    return masked_sum(log_variance + (prediction - truth) ** 2 / log_variance.exp(), target_mask)
 
 
 def pseudonym(patient: str) -> str:

@@ -1,5 +1,11 @@
-"""The U-Net skeleton that the masked autoencoder and the C-UNet share, in two dimensions or three."""
+"""The U-Nets of the masked autoencoder and the C-UNet, in two dimensions or three.
 
+`Encoder` and `Decoder` are the published form: every block of the encoder hands a skip to the decoder, which has one
+block more per level. `LightEncoder` and `LightDecoder` hand on one skip per level; per pixel they cost half as much at
+the same number of parameters. Both may gather patches of pixels in their first layer, and spread them in their last.
+"""
+
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -86,6 +92,12 @@ class Level(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(dims, n, outputs) for n in inputs)
         self.attentions = nn.ModuleList(SelfAttention(dims, outputs) if attention else nn.Identity() for _ in inputs)
 
+    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
+        """Map features (B, inputs, *S) to (B, outputs, *S)."""
+        for block, attention in self.steps():
+            x = attention(block(x, c))
+        return x
+
     def steps(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Each block and the attention after it."""
         return zip(self.blocks, self.attentions, strict=True)
@@ -102,12 +114,67 @@ class Form:
     multipliers: Sequence[int]
     """Features of each level, as multiples of `channels`; each level halves the resolution."""
     blocks: int
-    """Residual blocks per level of the encoder; the decoder has one more."""
+    """Residual blocks per level of the encoder; the published decoder has one more."""
+    patch: int = 1
+    """Side of the patches of pixels that the first layer gathers and the last one spreads: 1, or an even number."""
 
     @property
     def widths(self) -> list[int]:
         """Features of each level, finest first."""
         return [self.channels * m for m in self.multipliers]
+
+
+class Gather(nn.Module):
+    """The first layer: images (B, inputs, *S) to features (B, width, *S/patch), overlapping where patch > 1."""
+
+    def __init__(self, form: Form, inputs: int):
+        super().__init__()
+        patch, width = form.patch, form.widths[0]
+        self.conv = (
+            convolution(form.dims, inputs, width)
+            if patch == 1
+            else CONVOLUTION[form.dims](inputs, width, 2 * patch, stride=patch, padding=patch // 2)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Gather."""
+        return cast(Tensor, self.conv(images))
+
+
+class Spread(nn.Module):
+    """The last layer: features (B, width, *S/patch) to images (B, outputs, *S).
+
+    Where patch > 1, features of every pixel of a patch come from one convolution; two more, at full resolution, join
+    them with the images that the U-Net read, so that patches leave no pattern and the sources' detail is not lost.
+    """
+
+    FEATURES, HIDDEN = 8, 16
+
+    def __init__(self, form: Form, inputs: int, outputs: int):
+        super().__init__()
+        dims, self.patch, width = form.dims, form.patch, form.widths[0]
+        self.norm = group_norm(width)
+        spread = self.FEATURES * self.patch**dims
+        self.out = convolution(dims, width, outputs if self.patch == 1 else spread)
+        self.join: nn.Module = nn.Identity()
+        if self.patch > 1:
+            self.join = nn.Sequential(
+                convolution(dims, self.FEATURES + inputs, self.HIDDEN),
+                nn.SiLU(),
+                convolution(dims, self.HIDDEN, outputs),
+            )
+
+    def forward(self, x: Tensor, images: Tensor) -> Tensor:
+        """Spread features x, beside the images (B, inputs, *S) of full resolution."""
+        x = self.out(F.silu(self.norm(x)))
+        if self.patch == 1:
+            return x
+        if x.ndim == 4:
+            spread = F.pixel_shuffle(x, self.patch)
+        else:
+            parts = {"p": self.patch, "q": self.patch, "r": self.patch}
+            spread = rearrange(x, "b (c p q r) z y x -> b c (z p) (y q) (x r)", **parts)
+        return cast(Tensor, self.join(torch.cat([spread, images.to(spread.dtype)], 1)))
 
 
 class Encoder(nn.Module):
@@ -116,7 +183,7 @@ class Encoder(nn.Module):
     def __init__(self, form: Form, inputs: int):
         super().__init__()
         dims, widths = form.dims, form.widths
-        self.stem = convolution(dims, inputs, widths[0])
+        self.stem = Gather(form, inputs)
         self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
         width = widths[0]
         for depth, outputs in enumerate(widths):
@@ -129,7 +196,7 @@ class Encoder(nn.Module):
         self.middle_2 = ResidualBlock(dims, width, width)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Map images (B, inputs, *S) to features (B, width, *S/2^(levels-1)) and the skips, finest first."""
+        """Map images (B, inputs, *S) to features (B, width, *S/stride) and the skips, finest first."""
         x = self.stem(x)
         skips = [x]
         for depth, (level, down) in enumerate(zip(self.levels, self.downs, strict=True)):
@@ -146,7 +213,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The upward half of a U-Net, with or without the skips from its encoder."""
 
-    def __init__(self, form: Form, outputs: int, *, skips: bool = True):
+    def __init__(self, form: Form, inputs: int, outputs: int, *, skips: bool = True):
         super().__init__()
         dims, widths, blocks = form.dims, form.widths, form.blocks
         from_below = [widths[0]]
@@ -156,17 +223,16 @@ class Decoder(nn.Module):
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
         width = widths[-1]
         for depth in reversed(range(len(widths))):
-            inputs = []
+            joined = []
             for _ in range(blocks + 1):
-                inputs.append(width + (from_below.pop() if skips else 0))
+                joined.append(width + (from_below.pop() if skips else 0))
                 width = widths[depth]
-            self.levels.append(Level(dims, inputs, width, depth == len(widths) - 1))
+            self.levels.append(Level(dims, joined, width, depth == len(widths) - 1))
             self.ups.append(convolution(dims, width, width) if depth else nn.Identity())
-        self.norm = group_norm(width)
-        self.out = convolution(dims, width, outputs)
+        self.out = Spread(form, inputs, outputs)
 
-    def forward(self, x: Tensor, skips: list[Tensor], c: Tensor | None = None) -> Tensor:
-        """Map deep features and skips to images (B, outputs, *S)."""
+    def forward(self, x: Tensor, skips: list[Tensor], images: Tensor, c: Tensor | None = None) -> Tensor:
+        """Map deep features, skips and the encoder's images (B, inputs, *S) to images (B, outputs, *S)."""
         skips = list(skips)
         for depth, (level, up) in enumerate(zip(self.levels, self.ups, strict=True)):
             for block, attention in cast(Level, level).steps():
@@ -175,4 +241,48 @@ class Decoder(nn.Module):
                 x = attention(block(x, c))
             if depth < len(self.levels) - 1:
                 x = up(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return cast(Tensor, self.out(F.silu(self.norm(x))))
+        return cast(Tensor, self.out(x, images))
+
+
+class LightEncoder(nn.Module):
+    """The downward half of a U-Net that hands on one skip per level, and its middle blocks."""
+
+    def __init__(self, form: Form, inputs: int):
+        super().__init__()
+        dims, widths = form.dims, form.widths
+        self.stem = Gather(form, inputs)
+        self.levels = nn.ModuleList(Level(dims, [width] * form.blocks, width, False) for width in widths)
+        self.downs = nn.ModuleList(
+            CONVOLUTION[dims](fine, coarse, 2, stride=2) for fine, coarse in itertools.pairwise(widths)
+        )
+        self.middle = Level(dims, [widths[-1]] * 2, widths[-1], False)
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Map images (B, inputs, *S) to features (B, width, *S/stride) and the skips, finest first."""
+        x, skips = self.stem(x), []
+        for depth, level in enumerate(self.levels):
+            x = level(x, c)
+            if depth < len(self.downs):
+                skips.append(x)
+                x = self.downs[depth](x)
+        return self.middle(x, c), skips
+
+
+class LightDecoder(nn.Module):
+    """The upward half: per level, features are narrowed, doubled in size, and joined with the skip."""
+
+    def __init__(self, form: Form, inputs: int, outputs: int):
+        super().__init__()
+        dims, widths = form.dims, form.widths
+        pairs = list(itertools.pairwise(widths))[::-1]
+        self.ups = nn.ModuleList(convolution(dims, coarse, fine, size=1) for fine, coarse in pairs)
+        self.levels = nn.ModuleList(
+            Level(dims, [2 * fine] + [fine] * (form.blocks - 1), fine, False) for fine, _ in pairs
+        )
+        self.out = Spread(form, inputs, outputs)
+
+    def forward(self, x: Tensor, skips: list[Tensor], images: Tensor, c: Tensor | None = None) -> Tensor:
+        """Map deep features, skips and the encoder's images (B, inputs, *S) to images (B, outputs, *S)."""
+        for up, level, skip in zip(self.ups, self.levels, reversed(skips), strict=True):
+            x = level(torch.cat([F.interpolate(up(x), scale_factor=2.0, mode="nearest"), skip], 1), c)
+        return cast(Tensor, self.out(x, images))

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossmr.data.head import DARKEST
 from crossmr.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """How much each source may change, each change by itself with the same probability."""
+    """How much each source may change; of those that change, each of the changes below comes to one in two."""
 
     probability: float = 0.0
-    """Of each change of each source of each sample; 0: none."""
+    """Of a source of a sample to be changed at all; 0: none."""
     gamma: float = 1.6
     """Largest exponent of the intensities, and the reciprocal of the smallest."""
-    scale: float = 0.15
-    """Largest fraction by which all intensities grow or shrink."""
+    scale: float = 0.05
+    """Largest fraction by which all intensities grow or shrink when all else is done."""
     bias_field: float = 0.3
     """Largest coefficient of the cubic polynomial whose exponential multiplies the image."""
     noise: float = 0.05
@@ -46,7 +47,7 @@ class Augmentation:
     def __init__(self, config: AugmentationConfig, dims: int):
         from monai import transforms as monai
 
-        p, low = config.probability, 1 / config.gamma
+        p, low, self.probability = 0.5, 1 / config.gamma, config.probability
         # each transform is imported and built for this number of axes: MONAI's defaults are for volumes
         self.move: Any = monai.RandAffine(
             p,
@@ -65,24 +66,32 @@ class Augmentation:
                 ),
                 monai.RandBiasField(coeff_range=(-config.bias_field, config.bias_field), prob=p),
                 monai.RandAdjustContrast(p, gamma=(low, config.gamma)),
-                monai.RandScaleIntensity(config.scale, p),
                 monai.RandRicianNoise(p, std=config.noise, sample_std=True),
             ]
         )
+        self.jitter: Any = monai.RandScaleIntensity(config.scale, p)
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """The image as another scanner might have given it, in [0, 1]; what is exactly 0 stays 0, but for its edge."""
-        seed = int(torch.randint(2**31, (1,), generator=generator))
-        if not image.any():
+        """The image as another scanner might have given it, in [0, 1]; what is exactly 0 stays 0, but for its edge.
+
+        Its mean and standard deviation within the head come back before the jitter: volumes are standardised.
+        """
+        seed, coin = int(torch.randint(2**31, (1,), generator=generator)), float(torch.rand(1, generator=generator))
+        if coin >= self.probability or not image.any():
             return image
         self.move.set_random_state(seed=seed)
         self.transform.set_random_state(seed=seed)
+        self.jitter.set_random_state(seed=seed)
         with torch.autocast(image.device.type, enabled=False):  # MONAI's affines know no bfloat16
             moved = _plain(self.move(image))
             changed = _plain(self.transform(moved))
-        pool = torch.nn.functional.max_pool2d if image.ndim == 3 else torch.nn.functional.max_pool3d
-        head = pool((moved > 0).float(), 3, stride=1, padding=1) > 0  # outside there is no noise
-        return changed.clamp(0, 1) * head
+            head = moved > 0  # outside there is no noise
+            if head.any():
+                before, after = moved[head], changed[head]
+                gain = before.std(correction=0) / after.std(correction=0).clamp(min=1e-6)
+                changed = (changed - after.mean()) * gain + before.mean()
+            changed = _plain(self.jitter(changed))
+        return changed.clamp(DARKEST, 1) * head
 
 
 def _plain(image: Any) -> Tensor:

@@ -22,8 +22,8 @@ from crossmr.training.augmentation import Augmentation, AugmentationConfig
 
 Raw = TypeVar("Raw", covariant=True)
 
-MAPPED_AT_ONCE = 128
-"""Cases whose images stay mapped: each is an open file, of which a process may have 256 (macOS) to 1024."""
+MAPPED_AT_ONCE = 64
+"""Cases whose arrays stay mapped: each is two open files, of which a process may have 256 (macOS) to 1024."""
 
 
 class StepDataset(Dataset[Raw], ABC, Generic[Raw]):
@@ -51,6 +51,8 @@ class ImageBatch(NamedTuple):
     """int64 (B,), the index of each sample's case in the data."""
     neighbours: Tensor
     """(B, M·C, *S), of each modality the C slices whose middle one `images` holds, as a source: augmented, if asked."""
+    lesion: Tensor
+    """(B, 1, *S), 1 in voxels that the study's labels count to a lesion; 0 without labels."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class BatchSettings:
     """Of the order, the crops, the flips and the augmentation."""
     flip: bool = True
     """Mirror samples left to right at random."""
+    lesion_draws: int = 1
+    """How often a slice that has a lesion is drawn per epoch; every other is drawn once."""
     context: int = 1
     """Neighbouring axial slices of each sample, itself included."""
     augmentation: AugmentationConfig | None = None
@@ -76,8 +80,8 @@ class BatchSettings:
 class Batches(StepDataset[ImageBatch]):
     """Random crops: `batches[step]` is drawn from the seed and the step alone.
 
-    Each epoch is a fresh permutation of all slices (2D) or cases (3D); crops, left–right flips and the augmentation of
-    the first `augmented` modalities are random.
+    Each epoch is a fresh permutation of all slices (2D; those with a lesion several times) or cases (3D); crops,
+    left–right flips and the augmentation of the first `augmented` modalities are random.
     """
 
     def __init__(self, cases: Sequence[Case], modalities: Sequence[str], settings: BatchSettings):
@@ -91,12 +95,13 @@ class Batches(StepDataset[ImageBatch]):
         self.items = [(i, -1) for i, _ in enumerate(self.cases)]
         if len(self.size) == 2:
             self.items = [(i, z) for i, case in enumerate(cases) for z in foreground_slices(case.foreground_voxels)]
+        self.drawn = [item for item in self.items for _ in range(self._draws(*item, settings.lesion_draws))]
         if not self.items:
             raise SetError(
                 f"No study of the set can serve this training, which needs {', '.join(self.modalities)}. "
                 "Prepare more patients, or choose other --sources and --targets."
             )
-        self._mapped: dict[int, npt.NDArray[np.float16]] = {}
+        self._mapped: dict[int, tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the mapped images, which another process maps again."""
@@ -105,13 +110,14 @@ class Batches(StepDataset[ImageBatch]):
     @property
     def steps_per_epoch(self) -> int:
         """Batches that see every item once."""
-        return -(-len(self.items) // self.batch_size)
+        return -(-len(self.drawn) // self.batch_size)
 
     def __getitem__(self, step: int) -> ImageBatch:
         """The batch of one step."""
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        orders = {epoch: self._order(epoch) for epoch in {p // len(self.items) for p in positions}}
-        chosen = [self.items[int(orders[p // len(self.items)][p % len(self.items)])] for p in positions]
+        count = len(self.drawn)
+        orders = {epoch: self._order(epoch) for epoch in {p // count for p in positions}}
+        chosen = [self.drawn[int(orders[p // count][p % count])] for p in positions]
         generator = seeded("batch", self.seed, step)
         batch = self._batch([self._sample(item, generator) for item in chosen], chosen)
         if self.augment is None:
@@ -127,41 +133,59 @@ class Batches(StepDataset[ImageBatch]):
         picked = np.linspace(0, len(self.items) - 1, min(count, len(self.items))).round().astype(int)
         chosen = [self.items[int(i)] for i in picked]
         middle = [0.5] * len(self.size)
-        return self._batch([crop_or_pad(self.read(*item), self.size, middle) for item in chosen], chosen)
+        return self._batch([crop_or_pad(self._read_all(*item), self.size, middle) for item in chosen], chosen)
 
     def read(self, index: int, z: int) -> Tensor:
         """One slice (M[, context], Y, X), or, z being -1, a volume (M, Z, Y, X); float32 in [0, 1], 0 where missing."""
         case = self.cases[index]
-        if index not in self._mapped:
-            if len(self._mapped) >= MAPPED_AT_ONCE:
-                del self._mapped[next(iter(self._mapped))]
-            self._mapped[index] = case.images()
-        mapped = self._mapped[index]
-        if z < 0 or self.context > 1:
-            chosen = slice(None) if z < 0 else neighbours(z, self.context, len(mapped))
-            stored = mapped[chosen].transpose(1, 0, 2, 3)
-        else:
-            stored = mapped[z]
+        stored = self._stored(index, z, 0)
         image = torch.zeros(len(self.modalities), *stored.shape[1:])
         for channel, modality in enumerate(self.modalities):
             if modality in case.modalities:
                 image[channel] = torch.from_numpy(stored[case.modalities.index(modality)].astype(np.float32))
         return image
 
+    def _read_all(self, index: int, z: int) -> Tensor:
+        """What `read` reads, and behind it, as one modality more, 1 where there is lesion."""
+        image = self.read(index, z)
+        lesion = torch.zeros(1, *image.shape[1:])
+        if self.cases[index].has_labels:
+            lesion[0] = torch.from_numpy((self._stored(index, z, 1)[1] > 0).astype(np.float32))
+        return torch.cat([image, lesion])
+
+    def _stored(self, index: int, z: int, array: int) -> npt.NDArray[Any]:
+        """One slice (M[, context], Y, X) of a case's images (array 0) or masks (1), or a volume (M, Z, Y, X)."""
+        if index not in self._mapped:
+            if len(self._mapped) >= MAPPED_AT_ONCE:
+                del self._mapped[next(iter(self._mapped))]
+            self._mapped[index] = self.cases[index].images(), self.cases[index].masks()
+        mapped: npt.NDArray[Any] = self._mapped[index][array]
+        if z >= 0 and self.context == 1:
+            one: npt.NDArray[Any] = mapped[z]
+            return one
+        chosen = slice(None) if z < 0 else neighbours(z, self.context, len(mapped), self.cases[index].spacing_mm[0])
+        return mapped[chosen].transpose(1, 0, 2, 3)
+
+    def _draws(self, index: int, z: int, lesion_draws: int) -> int:
+        """How often an item is drawn per epoch."""
+        voxels = self.cases[index].lesion_voxels
+        return lesion_draws if z >= 0 and voxels and voxels[z] > 0 else 1
+
     def _batch(self, samples: Sequence[Tensor], chosen: Sequence[tuple[int, int]]) -> ImageBatch:
-        whole = torch.stack(list(samples))  # (B, M[, C], *S)
-        images = whole if self.context == 1 else whole[:, :, self.context // 2]
-        surrounding = whole if self.context == 1 else whole.flatten(1, 2)
-        return ImageBatch(images, present_in(images), torch.tensor([i for i, _ in chosen]), surrounding)
+        whole = torch.stack(list(samples))  # (B, M + 1[, C], *S)
+        middle = whole if self.context == 1 else whole[:, :, self.context // 2]
+        images, lesion = middle[:, :-1], middle[:, -1:]
+        surrounding = images if self.context == 1 else whole[:, :-1].flatten(1, 2)
+        return ImageBatch(images, present_in(images), torch.tensor([i for i, _ in chosen]), surrounding, lesion)
 
     def _sample(self, item: tuple[int, int], generator: torch.Generator) -> Tensor:
-        image = self.read(*item)
+        image = self._read_all(*item)
         *offset, coin = torch.rand(len(self.size) + 1, generator=generator).tolist()
         image = crop_or_pad(image, self.size, offset)
         return image.flip(-1) if self.flip and coin < 0.5 else image
 
     def _order(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self.items), generator=seeded("epoch", self.seed, epoch))
+        return torch.randperm(len(self.drawn), generator=seeded("epoch", self.seed, epoch))
 
 
 def present_in(images: Tensor) -> Tensor:

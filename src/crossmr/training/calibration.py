@@ -1,14 +1,15 @@
-"""What makes the network of the error true: its variances held against the errors on validation patients."""
+"""What makes the standard deviations true: the variances that the C-UNet expects, held against validation patients."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
 from crossmr.device import autocast
-from crossmr.networks.model import CrossConditionedModel
+from crossmr.networks.model import CrossConditionedModel, laplace_variance
+from crossmr.networks.scale import standardise
 from crossmr.tensors import seeded
 from crossmr.training.shared import Training, cut, in_chunks
 from crossmr.training.stages import VALIDATION_SLICES, SynthesisBatch, patterns, view
@@ -20,8 +21,8 @@ def calibration(
 ) -> dict[str, Tensor]:
     """'variance' (T, 2), squared error = a·variance + b of each target, a, b >= 0, within validation patients' heads.
 
-    By the Gaussian likelihood, for which a few large errors do not outweigh the rest. Where no validation patient has
-    what it takes, it is that of `before`.
+    Both are in squared robust standard deviations. By the Gaussian likelihood, for which a few large errors do not
+    outweigh the rest. Where no validation patient has what it takes, it is that of `before`.
     """
     compute, config = training.compute, training.config
     known = before.get("variance") if before else None
@@ -53,11 +54,13 @@ def _squared_errors(
     def measure(some: slice) -> list[Tensor]:
         part = compute.place(cut(batch, some))
         inputs = model.inputs(part.neighbours, part.available)
-        unguided = model.unguided(inputs)
-        variance = model.log_variance(inputs, unguided).exp()
-        both = torch.stack([variance, (unguided - part.truth) ** 2]).cpu().double()  # Apple's GPUs have no float64
+        prediction, log_scale = model.predict(inputs)
+        variance = laplace_variance(cast(Tensor, log_scale))
+        squared = (prediction - standardise(part.truth)) ** 2
+        both = torch.stack([variance, squared]).cpu().double()  # Apple's GPUs have no float64
         wanted = (batch.target_mask[some] > 0).unbind(1)
-        return [both[:, chosen, index][:, head[some][chosen]] for index, chosen in enumerate(wanted)]
+        there = (head[some][:, None] & (batch.truth[some] > 0)).unbind(1)
+        return [both[:, chosen, index][:, there[index][chosen]] for index, chosen in enumerate(wanted)]
 
     compute = training.compute
     with autocast(compute.device, compute.dtype):

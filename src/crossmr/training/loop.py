@@ -42,8 +42,6 @@ VALIDATION_FRACTION = 0.1
 """Of a stage's time at most, where a budget decides the steps; the last step is validated if there is any time left."""
 LOGGED = 200
 """Lines that a stage writes into the log."""
-DECAY = 0.9
-"""Power of the learning rate's polynomial decay [C]."""
 
 
 def gradients(stage: Stage[Any, Any], network: nn.Module, batch: Any, parts: int, compute: Compute) -> Tensor:
@@ -77,7 +75,10 @@ class Trainer:
         for parameter in self.learning:
             parameter.requires_grad_(True)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
-        self.optimiser = torch.optim.Adam(self.learning, config.learning_rate, weight_decay=config.weight_decay)
+        optimiser = torch.optim.AdamW if config.optimiser == "adamw" else torch.optim.Adam
+        self.optimiser: torch.optim.Optimizer = optimiser(
+            self.learning, config.learning_rate, betas=(0.9, config.beta_2), weight_decay=config.weight_decay
+        )
         self.done, self.micro_batches = 0, 0
         self.recent: list[Tensor] = []
         """(loss, norm of the gradient) of each step since the last line in the log."""
@@ -128,7 +129,7 @@ class Trainer:
     def _step(self, raw: Any, plan: Plan) -> float:
         """One step of gradient descent; returns its learning rate."""
         batch = self._draw(raw)
-        rate: float = self.config.learning_rate * (1 - plan.progress(self.done)) ** DECAY
+        rate = self.config.rate(self.done, plan.progress(self.done))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         loss = self._backward(batch)

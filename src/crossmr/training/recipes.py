@@ -4,6 +4,7 @@ PAPER is the published form, STANDARD what docs/evidence.md found best, ANY the 
 TINY a small STANDARD for a demo.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -15,19 +16,30 @@ from crossmr.networks.masked_autoencoder import RepresentationConfig
 from crossmr.networks.model import CrossConditionedModel, ModelConfig
 from crossmr.training.augmentation import AugmentationConfig
 
+DECAY = 0.9
+"""Power of the learning rate's polynomial decay [C]."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How one stage is trained. The optimiser is Adam with a polynomial decay of power 0.9 [C]."""
+    """How one stage is trained; the defaults are published [C]."""
 
     epochs: float = 20.0
     """Passes over the training data, unless --steps or --minutes say otherwise."""
     batch_size: int = 24
     """Samples per step: slices, 3D crops, or representations."""
     learning_rate: float = 1e-4
-    """At the first step."""
+    """The largest."""
+    schedule: Literal["polynomial", "cosine"] = "polynomial"
+    """How the rate falls to 0: by a polynomial of power 0.9, or along half a cosine."""
+    warm_up: int = 0
+    """Steps in which the rate first grows from 0."""
+    optimiser: Literal["adam", "adamw"] = "adam"
+    """Adam (Kingma & Ba 2015), or with decoupled weight decay (Loshchilov & Hutter 2019)."""
+    beta_2: float = 0.999
+    """Decay of the squared gradient's average."""
     weight_decay: float = 3e-5
-    """L2 penalty, as Adam applies it."""
+    """L2 penalty, as the optimiser applies it."""
     gradient_clip: float = 12.0
     """Largest norm of the gradient."""
     ema_decay: float = 0.999
@@ -38,8 +50,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size, self.learning_rate, self.gradient_clip, self.fraction) <= 0:
             raise ConfigError("epochs, batch_size, learning_rate, gradient_clip and fraction are positive.")
-        if not 0 <= self.ema_decay < 1 or self.weight_decay < 0:
-            raise ConfigError("ema_decay lies in [0, 1), weight_decay is not negative.")
+        if not 0 <= self.ema_decay < 1 or not 0 < self.beta_2 < 1 or min(self.weight_decay, self.warm_up) < 0:
+            raise ConfigError("ema_decay and beta_2 lie in [0, 1), weight_decay and warm_up are not negative.")
+
+    def rate(self, step: int, progress: float) -> float:
+        """The learning rate of a step, `progress` being what is done before it, from 0 to 1."""
+        fall = (1 - progress) ** DECAY if self.schedule == "polynomial" else (1 + math.cos(math.pi * progress)) / 2
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warm_up)) * fall
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,8 @@ class Recipe:
     """Size of the training crops, in voxels."""
     flip: bool = True
     """Mirror samples left to right at random."""
+    lesion_draws: int = 1
+    """How often a slice that has a lesion is drawn per epoch; every other is drawn once."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     """What other scanners might do to the sources."""
     guidance: Literal["joint", "last", "none"] = "joint"
@@ -63,7 +82,7 @@ class Recipe:
     samples: int = 8
     """Representations drawn per training case, of which the C-UNet sees one at a time, with guidance 'joint'."""
     uncertainty: bool = False
-    """Whether a network learns the variance of the unguided image's error; not with guidance 'joint'."""
+    """Whether the C-UNet learns how large its unguided image's error is; not with guidance 'joint'."""
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
     """MRM."""
     distribution: DistributionConfig = field(default_factory=DistributionConfig)
@@ -82,14 +101,10 @@ class Recipe:
         default_factory=lambda: TrainConfig(epochs=4, learning_rate=1e-3, fraction=0.15)
     )
     """With guidance 'last': training of the C-UNet's condition layers, when the rest is finished."""
-    uncertainty_train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=4, learning_rate=1e-3, fraction=0.1)
-    )
-    """Training of the network that learns the error's variance, where there is one."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ConfigError(f"samples is {self.samples}; wanted at least 1.")
+        if min(self.samples, self.lesion_draws) < 1:
+            raise ConfigError("samples and lesion_draws are counts of at least 1.")
 
     def model_config(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> ModelConfig:
         """The configuration of the model that this recipe trains."""
@@ -120,34 +135,56 @@ standardised; the weights kept are an exponential average; heads are cropped, an
 each training case has eight drawn samples; patch size and mask ratio of the MRM are not published.
 """
 
-STANDARD = replace(
-    PAPER,
-    guidance="last",
-    uncertainty=True,
-    representation=RepresentationConfig(decoder="skip-free"),
-    distribution=DistributionConfig(width=512, blocks=6, conditional=True),
-    synthesis=SynthesisConfig(condition_width=128, residual=True, loss="absolute"),
+_TRAIN = TrainConfig(
+    epochs=40,
+    batch_size=8,
+    learning_rate=1e-3,
+    schedule="cosine",
+    warm_up=200,
+    optimiser="adamw",
+    beta_2=0.99,
+    weight_decay=0.01,
+    gradient_clip=1.0,
+    ema_decay=0.998,
 )
-"""The design that docs/evidence.md found best: a C-UNet that starts from the linear regression of the sources and
-learns by its absolute error, condition layers trained last on true representations, and a network for the error."""
+STANDARD = Recipe(
+    context_slices=3,
+    crop=(192, 160),
+    augmentation=AugmentationConfig(probability=0.15),
+    lesion_draws=2,
+    guidance="none",
+    uncertainty=True,
+    representation=RepresentationConfig(channels=48, multipliers=(1, 2, 3, 4), decoder="skip-free"),
+    distribution=DistributionConfig(width=512, blocks=6, conditional=True),
+    synthesis=SynthesisConfig(
+        channels=48,
+        multipliers=(1, 2, 4, 6),
+        patch=2,
+        form="light",
+        condition_width=128,
+        loss="absolute",
+        lesion_weight=2.0,
+    ),
+    synthesis_train=_TRAIN,
+)
+"""The design that docs/evidence.md found best: a wide C-UNet on patches of 2 x 2 pixels and three neighbouring slices,
+which learns by its absolute error, lesions weighted, and learns how large that error is; nothing guides it."""
 
-_FAST = TrainConfig(epochs=20, batch_size=8, learning_rate=1e-3, ema_decay=0.99)
 TINY = replace(
     STANDARD,
     crop=(96, 96),
     representation=RepresentationConfig(channels=16, multipliers=(1, 2, 3, 4), patch_size=8, decoder="skip-free"),
     distribution=DistributionConfig(width=128, blocks=3, conditional=True),
-    synthesis=replace(STANDARD.synthesis, channels=16, multipliers=(1, 2, 3, 4)),
-    representation_train=replace(_FAST, fraction=0.15),
-    distribution_train=replace(_FAST, epochs=100, batch_size=64, fraction=0.1),
-    synthesis_train=_FAST,
-    guidance_train=replace(_FAST, epochs=5, fraction=0.1),
-    uncertainty_train=replace(_FAST, epochs=5, learning_rate=3e-3, fraction=0.2),
+    synthesis=replace(STANDARD.synthesis, channels=24, multipliers=(1, 2, 4)),
+    representation_train=TrainConfig(batch_size=8, learning_rate=1e-3, ema_decay=0.99, fraction=0.15),
+    distribution_train=TrainConfig(epochs=100, batch_size=64, learning_rate=1e-3, ema_decay=0.99, fraction=0.1),
+    synthesis_train=replace(_TRAIN, epochs=20, warm_up=20, ema_decay=0.99),
+    guidance_train=TrainConfig(epochs=5, batch_size=8, learning_rate=1e-3, ema_decay=0.99, fraction=0.1),
 )
 """Minutes on a laptop's processor: to see that everything works, not to get good images."""
 
-ANY = replace(STANDARD, any_subset=True, context_slices=3)
-"""STANDARD for any subset of the set's modalities, from three neighbouring slices."""
+ANY = replace(STANDARD, any_subset=True)
+"""STANDARD for any subset of the set's modalities."""
 
 RECIPES = {"standard": STANDARD, "any": ANY, "paper": PAPER, "tiny": TINY}
 

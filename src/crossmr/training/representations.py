@@ -34,7 +34,8 @@ def pooled_features(
     with compute.display.task("represent", len(cases)) as task, autocast(compute.device, compute.dtype):
         for index, case in enumerate(cases):
             slices = foreground_slices(case.foreground_voxels)[::every]
-            images = to_model_input(reader.read(index, -1), slices, config.spatial_dims, config.divisor)
+            each = [[z] for z in slices]
+            images = to_model_input(reader.read(index, -1), each, config.spatial_dims, config.divisor)
 
             def pool(some: slice, images: Tensor = images) -> Tensor:
                 return model.pooled(images[some].to(compute.device)).float().cpu()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossmr.baselines import fit_baselines, linear_weights
+from crossmr.baselines import fit_baselines
 from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
 from crossmr.config import to_dict
 from crossmr.data.dataset import Case, PreparedDataset
@@ -28,7 +28,6 @@ from crossmr.device import choose_device, choose_precision, set_numerics
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError
 from crossmr.files import locked, read_json, write_json
-from crossmr.networks.c_unet import LinearRegression
 from crossmr.networks.model import CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model
 from crossmr.registry import find_model
 from crossmr.training.calibration import calibration
@@ -111,7 +110,7 @@ def train(
         steps, budget.minutes = _check_identity(folder, identity, settings)  # all else makes sense: a run keeps it
         model = _first_model(training, initial)
         if _train_stages(training, model, chosen, steps):
-            if model.uncertainty is not None:
+            if model.config.uncertainty:
                 display.say("calibration of the uncertainty on validation patients")
                 model.calibration = calibration(training, model, None if initial is None else initial.calibration)
             save_model(folder / "model", model, _record(training, initial))
@@ -253,24 +252,9 @@ def _first_model(training: Training, initial: CrossConditionedModel | None) -> C
     if initial is not None:
         for name, network in model.networks().items():
             network.load_state_dict(initial.networks()[name].state_dict())
-    elif model.synthesis.regression is not None:
-        _fit_regression(training.config, model.synthesis.regression, model.baselines)
     if training.config.spatial_dims == 2:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(training.compute.device)
-
-
-def _fit_regression(config: ModelConfig, regression: LinearRegression, baselines: Mapping[str, Tensor]) -> None:
-    """Give a C-UNet the linear regression to start from, for each subset of sources that may be available."""
-    count = len(config.sources)
-    every = tuple(range(count))
-    for pattern in range(len(regression.weights)):
-        available = [s for s in every if pattern >> s & 1] if regression.any_subset else every
-        for index, target in enumerate(config.targets):
-            number = config.modalities.index(target)
-            if available and number not in available:
-                weights = torch.from_numpy(linear_weights(baselines, available, number))
-                regression.weights[pattern, [*available, count], index] = weights.to(regression.weights)
 
 
 def _load_finished(training: Training, model: CrossConditionedModel, stage: str) -> bool:

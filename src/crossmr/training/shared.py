@@ -70,6 +70,7 @@ class Training:
             batch_size=self.recipe.train_config(stage).batch_size,
             seed=self.compute.seed,
             flip=self.recipe.flip,
+            lesion_draws=1 if masked else self.recipe.lesion_draws,
             context=1 if masked else self.recipe.context_slices,
             augmentation=None if masked else self.recipe.augmentation,
             augmented=len(self.config.sources),

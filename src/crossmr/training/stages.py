@@ -12,16 +12,16 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from crossmr import metrics
 from crossmr.checkpoint import load_bundle, save_bundle
 from crossmr.data.dataset import Case
 from crossmr.device import autocast
 from crossmr.display import Display
 from crossmr.errors import ModelError
-from crossmr.networks.c_unet import CUNet, synthesis_error
+from crossmr.networks.c_unet import CUNet, deviation_error, synthesis_error
 from crossmr.networks.distribution import DistributionNetwork
 from crossmr.networks.masked_autoencoder import MaskedAutoencoder, masked_squared_error, random_mask
-from crossmr.networks.model import CrossConditionedModel, ModelConfig, log_variance, variance_error
+from crossmr.networks.model import CrossConditionedModel, ModelConfig
+from crossmr.networks.scale import on_unit_scale, standardise
 from crossmr.picture import save_picture
 from crossmr.tensors import foreground_slices, seeded
 from crossmr.training.batches import ImageBatch, StepDataset, VectorBatch, Vectors
@@ -32,6 +32,8 @@ Raw = TypeVar("Raw")
 
 VALIDATION_SLICES = 48
 VALIDATION_VECTORS = 256
+DEVIATION_WEIGHT = 0.2
+"""Of the likelihood of the error, beside the error itself."""
 REPRESENT_FRACTION = 0.1
 """Of what is left of a budget, at most, for representing the studies from which the MDN learns."""
 PATTERNS = 4
@@ -124,8 +126,9 @@ class RepresentationStage(Stage[ImageBatch, MaskedBatch]):
 
     def loss(self, network: nn.Module, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """L_MRM."""
-        prediction = cast(MaskedAutoencoder, network)(batch.images * (1 - batch.mask)).float()
-        return masked_squared_error(prediction, batch.images, batch.mask, batch.present)
+        images = standardise(batch.images)
+        prediction = cast(MaskedAutoencoder, network)(images * (1 - batch.mask)).float()
+        return masked_squared_error(prediction, images, batch.mask, batch.present)
 
     def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
         """L_MRM on validation patients."""
@@ -239,7 +242,7 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
 
 
 class SynthesisBatch(NamedTuple):
-    """What the C-UNet and the network of the error learn from."""
+    """What the C-UNet learns from."""
 
     neighbours: Tensor
     """(B, S·C, *S), of each source the slices around the synthetic one."""
@@ -249,6 +252,8 @@ class SynthesisBatch(NamedTuple):
     """(B, T, *S), all targets."""
     target_mask: Tensor
     """(B, T), 1 for a target that is to be synthesised and that the patient has."""
+    lesion: Tensor
+    """(B, 1, *S), 1 in voxels of a lesion."""
     y_0: Tensor | None
     """(B, T·D), a representation that was drawn for the patient."""
 
@@ -282,6 +287,11 @@ class SynthesisStage(ImageStage):
     """C-UNet: unguided, or, with guidance 'joint', guided by samples of the MDN, drawn once per patient."""
 
     name = "synthesis"
+    deviation_weight: ClassVar[float] = DEVIATION_WEIGHT
+
+    def __init__(self, training: Training, model: CrossConditionedModel):
+        super().__init__(training, model)
+        self.later_validations = patterns(self.config) if self.config.uncertainty else 0  # the calibration
 
     def _representations(self, cases: Sequence[Case]) -> Tensor | None:
         return draw_representations(self.training, self.model, cases) if self.config.guidance == "joint" else None
@@ -290,36 +300,43 @@ class SynthesisStage(ImageStage):
         """What the C-UNet is guided by, (B, T·D)."""
         return batch.y_0
 
-    def predict(self, network: nn.Module, batch: SynthesisBatch) -> Tensor:
-        """The synthesis (B, T, *S)."""
+    def predict(self, network: nn.Module, batch: SynthesisBatch) -> tuple[Tensor, Tensor | None]:
+        """The synthesis (B, T, *S), standardised, and, where it is learnt, the logarithm of its expected error."""
         inputs = self.model.inputs(batch.neighbours, batch.available)
-        return cast(CUNet, network)(inputs, self.guide(batch)).float()  # type: ignore[no-any-return]
+        return self.model.split(cast(CUNet, network)(inputs, self.guide(batch)))
 
     def loss(self, network: nn.Module, batch: SynthesisBatch) -> tuple[Tensor, Tensor]:
-        """L_Syn."""
-        absolute = self.config.synthesis.loss == "absolute"
-        return synthesis_error(self.predict(network, batch), batch.truth, batch.target_mask, absolute=absolute)
+        """L_Syn of the standardised images, lesions weighted; and, with its weight, the likelihood of the error."""
+        prediction, log_scale = self.predict(network, batch)
+        truth, form = standardise(batch.truth), self.config.synthesis
+        wanted = (batch.truth > 0) * batch.target_mask[(...,) + (None,) * (truth.ndim - 2)]  # (B, T, *S)
+        weight = wanted * (1 + form.lesion_weight * batch.lesion)
+        error, count = synthesis_error(prediction, truth, weight, absolute=form.loss == "absolute")
+        if log_scale is not None and self.deviation_weight:
+            error = error + self.deviation_weight * deviation_error(log_scale, prediction, truth, weight)
+        return error, count
 
     @torch.no_grad()
     def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
-        """PSNR in dB and SSIM of each target, over whole crops."""
+        """Of each target within the head: correlation, and mean absolute error in robust standard deviations."""
         if (fixed := self.fixed) is None:
             return {}
         network.eval()
+
+        def images(some: slice) -> Tensor:
+            return self.predict(network, self.compute.place(cut(fixed, some)))[0].cpu()
+
         with autocast(self.compute.device, self.compute.dtype):
-            chunks = in_chunks(
-                lambda some: self.predict(network, self.compute.place(cut(fixed, some))).cpu(),
-                len(fixed.truth),
-                self.chunk,
-            )
-        prediction, scores = torch.cat(chunks).clamp(0, 1), {}
+            prediction = torch.cat(in_chunks(images, len(fixed.truth), self.chunk))
+        truth, scores = standardise(fixed.truth), {}
         for index, target in enumerate(self.config.targets):
             chosen = fixed.target_mask[:, index] > 0
-            if chosen.any():
-                pair = prediction[chosen, index], fixed.truth[chosen, index]
-                scores[f"val_psnr_{target}"] = float(metrics.psnr(*pair, 1.0).mean())
-                scores[f"val_ssim_{target}"] = float(metrics.ssim(*pair, 1.0).mean())
-        _draw(picture, self.config, fixed, prediction)
+            inside = (fixed.truth[:, index] > 0) & chosen[(...,) + (None,) * (truth.ndim - 2)]
+            if inside.any():
+                pair = prediction[:, index][inside], truth[:, index][inside]
+                scores[f"val_correlation_{target}"] = float(torch.corrcoef(torch.stack(pair))[0, 1])
+                scores[f"val_error_{target}"] = float((pair[0] - pair[1]).abs().mean())
+        _draw(picture, self.config, fixed, on_unit_scale(prediction) * (fixed.truth > 0))
         return scores
 
 
@@ -327,6 +344,7 @@ class GuidanceStage(SynthesisStage):
     """The C-UNet's condition layers alone, on the true y_0 of what is to be synthesised."""
 
     name = "guidance"
+    deviation_weight = 0.0
 
     @property
     def learning(self) -> Sequence[nn.Parameter]:
@@ -339,33 +357,11 @@ class GuidanceStage(SynthesisStage):
         return self.model.y_0(self.model.pooled(batch.truth), batch.target_mask)
 
 
-class UncertaintyStage(ImageStage):
-    """The variance of the finished C-UNet's error, unguided, by the Gaussian likelihood of that error."""
-
-    name = "uncertainty"
-
-    def __init__(self, training: Training, model: CrossConditionedModel):
-        super().__init__(training, model)
-        self.later_validations = patterns(self.config)  # the calibration
-
-    def loss(self, network: nn.Module, batch: SynthesisBatch) -> tuple[Tensor, Tensor]:
-        """The Gaussian likelihood, log σ² + error²/σ²."""
-        inputs = self.model.inputs(batch.neighbours, batch.available)
-        with torch.no_grad():
-            unguided = self.model.unguided(inputs)
-        return variance_error(log_variance(network, inputs, unguided), unguided, batch.truth, batch.target_mask)
-
-    def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
-        """The same on validation patients."""
-        return mean_loss(self, network, self.fixed, self.compute)
-
-
 STAGES: dict[str, Callable[[Training, CrossConditionedModel], Stage[Any, Any]]] = {
     "representation": RepresentationStage,
     "distribution": DistributionStage,
     "synthesis": SynthesisStage,
     "guidance": GuidanceStage,
-    "uncertainty": UncertaintyStage,
 }
 
 
@@ -380,20 +376,22 @@ def view(config: ModelConfig, raw: ImageBatch, drawn: Tensor | None, generator: 
     if drawn is not None:
         y_0 = drawn[raw.case, torch.randint(drawn.shape[1], (len(raw.case),), generator=generator)]
     neighbours = raw.neighbours[:, : count * config.context_slices]
-    return SynthesisBatch(neighbours, available, truth, target_mask, y_0)
+    return SynthesisBatch(neighbours, available, truth, target_mask, raw.lesion, y_0)
 
 
 def random_subsets(present: Tensor, generator: torch.Generator) -> Tensor:
-    """For each row of present (B, M) one of the non-empty proper subsets of its ones, all equally likely.
+    """For each row of present (B, M) one of the non-empty proper subsets of its ones.
 
-    A row of less than two ones stays as it is.
+    Each further missing one is half as likely, and subsets of one size are equally likely. A row of less than two ones
+    stays as it is.
     """
-    chosen = torch.zeros_like(present)
+    chosen = present.clone()
     for row, is_there in zip(chosen, present > 0, strict=True):
         own = is_there.nonzero().flatten()
-        last = 2 ** len(own) - 1
-        code = int(torch.randint(1, last, (1,), generator=generator)) if len(own) > 1 else last
-        row[own] = torch.tensor([float(code >> bit & 1) for bit in range(len(own))])
+        if len(own) > 1:
+            likely = 0.5 ** torch.arange(1.0, len(own))
+            hidden = 1 + int(torch.multinomial(likely, 1, generator=generator))
+            row[own[torch.randperm(len(own), generator=generator)[:hidden]]] = 0
     return chosen
 
 

@@ -1,0 +1,23 @@
+"""The two scales of an image: [0, 1], on which it is kept and shown, and the standardised one, which networks read.
+
+Standardised intensities are robust standard deviations about the median within the head (data/head.py). There, what was
+not acquired, or was masked, is 0; on the scale of [0, 1] nothing else is.
+"""
+
+import torch
+from torch import Tensor
+
+from crossmr.data.head import DARKEST, HIGHEST, LOWEST
+
+RANGE = HIGHEST - LOWEST
+"""Robust standard deviations from 0 to 1."""
+
+
+def standardise(images: Tensor) -> Tensor:
+    """Images in [0, 1] in robust standard deviations about the head's median, 0 where they are exactly 0."""
+    return torch.where(images > 0, images * RANGE + LOWEST, 0)
+
+
+def on_unit_scale(images: Tensor) -> Tensor:
+    """Images in robust standard deviations about the head's median in [DARKEST, 1], saturating."""
+    return ((images - LOWEST) / RANGE).clamp(DARKEST, 1)
