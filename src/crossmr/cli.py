@@ -139,6 +139,8 @@ def train(
 
     display = Display()
     display.say(f"training on {prepared} in {out}")  # PyTorch takes seconds to load
+    from dataclasses import replace
+
     from crossmr.config import with_settings
     from crossmr.networks.model import load_model
     from crossmr.registry import find_model
@@ -150,8 +152,10 @@ def train(
         raise ConfigError(f"--recipe is '{recipe}'; wanted one of {', '.join(RECIPES)}.")
     initial_model = None if start is None else load_model(find_model(start))
     chosen = RECIPES[recipe or "standard"] if recipe is not None or initial_model is None else recipe_of(initial_model)
+    changes = _pairs(settings, "--set", "synthesis.channels=32")
+    open_settings = tuple(name for name in chosen.by_set if name not in changes)
     training = TrainingSettings(
-        recipe=with_settings(chosen, _pairs(settings, "--set", "synthesis.channels=32")),
+        recipe=with_settings(replace(chosen, by_set=open_settings), changes),
         sources=_modalities(sources),
         targets=_modalities(targets),
         stages=None if stage is None else tuple(stage),

@@ -33,6 +33,8 @@ class Case:
     has_labels: bool
     """Whether there is a lesion segmentation; without one the labels are all 0."""
     folder: Path
+    shape: tuple[int, int, int]
+    """Voxels of its arrays, (Z, Y, X)."""
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Of (Z, Y, X)."""
     air: Mapping[str, float] = field(default_factory=dict)
@@ -111,6 +113,7 @@ def _case(folder: Path, name: str, record: Mapping[str, Any]) -> Case:
         split=record["part"],
         modalities=tuple(record["modalities"]),
         foreground_voxels=tuple(record["head_voxels"]),
+        shape=tuple(stop - start for start, stop in record["box"]),
         spacing_mm=tuple(record["spacing_mm"]),
         air={m: Normalisation(**fitted).air_level for m, fitted in record["normalisation"].items()},
         lesion_voxels=tuple(record["lesion_voxels"]),

@@ -144,37 +144,34 @@ class Gather(nn.Module):
 class Spread(nn.Module):
     """The last layer: features (B, width, *S/patch) to images (B, outputs, *S).
 
-    Where patch > 1, features of every pixel of a patch come from one convolution; two more, at full resolution, join
-    them with the images that the U-Net read, so that patches leave no pattern and the sources' detail is not lost.
+    Where patch > 1, one convolution makes all pixels of a patch; two more, at full resolution, then correct them beside
+    the images that the U-Net read, so that patches leave no pattern and the sources' detail is not lost. The correction
+    starts at zero.
     """
 
-    FEATURES, HIDDEN = 8, 16
+    HIDDEN = 16
 
     def __init__(self, form: Form, inputs: int, outputs: int):
         super().__init__()
         dims, self.patch, width = form.dims, form.patch, form.widths[0]
         self.norm = group_norm(width)
-        spread = self.FEATURES * self.patch**dims
-        self.out = convolution(dims, width, outputs if self.patch == 1 else spread)
-        self.join: nn.Module = nn.Identity()
+        self.out = convolution(dims, width, outputs * self.patch**dims)
+        self.correct: nn.Module | None = None
         if self.patch > 1:
-            self.join = nn.Sequential(
-                convolution(dims, self.FEATURES + inputs, self.HIDDEN),
-                nn.SiLU(),
-                convolution(dims, self.HIDDEN, outputs),
-            )
+            last = zero_init(convolution(dims, self.HIDDEN, outputs))
+            self.correct = nn.Sequential(convolution(dims, outputs + inputs, self.HIDDEN), nn.SiLU(), last)
 
     def forward(self, x: Tensor, images: Tensor) -> Tensor:
         """Spread features x, beside the images (B, inputs, *S) of full resolution."""
         x = self.out(F.silu(self.norm(x)))
-        if self.patch == 1:
+        if self.correct is None:
             return x
         if x.ndim == 4:
-            spread = F.pixel_shuffle(x, self.patch)
+            x = F.pixel_shuffle(x, self.patch)
         else:
             parts = {"p": self.patch, "q": self.patch, "r": self.patch}
-            spread = rearrange(x, "b (c p q r) z y x -> b c (z p) (y q) (x r)", **parts)
-        return cast(Tensor, self.join(torch.cat([spread, images.to(spread.dtype)], 1)))
+            x = rearrange(x, "b (c p q r) z y x -> b c (z p) (y q) (x r)", **parts)
+        return cast(Tensor, x + self.correct(torch.cat([x, images.to(x.dtype)], 1)))
 
 
 class Encoder(nn.Module):

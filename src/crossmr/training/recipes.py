@@ -59,10 +59,16 @@ class TrainConfig:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warm_up)) * fall
 
 
+BY_SET = ("crop", "context_slices", "synthesis.channels", "synthesis_train.epochs")
+"""All that a recipe can leave to the set."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One training, from masked autoencoder to C-UNet."""
 
+    by_set: tuple[str, ...] = ()
+    """Settings that the set, the device and the time decide (choices.py); what is given here for them is a default."""
     spatial_dims: int = 2
     """2: axial slices, as published. 3: volumes."""
     any_subset: bool = False
@@ -105,6 +111,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if min(self.samples, self.lesion_draws) < 1:
             raise ConfigError("samples and lesion_draws are counts of at least 1.")
+        if unknown := set(self.by_set) - set(BY_SET):
+            raise ConfigError(f"by_set has '{min(unknown)}'; it may have {', '.join(BY_SET)}.")
 
     def model_config(self, sources: tuple[str, ...], targets: tuple[str, ...]) -> ModelConfig:
         """The configuration of the model that this recipe trains."""
@@ -148,6 +156,7 @@ _TRAIN = TrainConfig(
     ema_decay=0.998,
 )
 STANDARD = Recipe(
+    by_set=BY_SET,
     context_slices=3,
     crop=(192, 160),
     augmentation=AugmentationConfig(probability=0.15),
@@ -172,6 +181,7 @@ which learns by its absolute error, lesions weighted, and learns how large that 
 
 TINY = replace(
     STANDARD,
+    by_set=(),
     crop=(96, 96),
     representation=RepresentationConfig(channels=16, multipliers=(1, 2, 3, 4), patch_size=8, decoder="skip-free"),
     distribution=DistributionConfig(width=128, blocks=3, conditional=True),

@@ -31,6 +31,7 @@ from crossmr.files import locked, read_json, write_json
 from crossmr.networks.model import CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model
 from crossmr.registry import find_model
 from crossmr.training.calibration import calibration
+from crossmr.training.choices import choose
 from crossmr.training.loop import Trainer, part_of
 from crossmr.training.plan import Budget, Plan, read_plan, write_plan
 from crossmr.training.recipes import STANDARD, Recipe, recipe_of
@@ -127,14 +128,27 @@ def _training(
 ) -> Training:
     """What is trained on what, and where; refuses what makes no sense."""
     recipe = settings.recipe or (STANDARD if initial is None else recipe_of(initial))
+    device = choose_device(settings.device)
+    if recipe.by_set:
+        recipe, said = choose(recipe, dataset.split("train"), device.type, _minutes(folder, settings))
+        for line in said:
+            display.say(f"chosen by the set: {line}")
     config = recipe.model_config(*_modalities(dataset, recipe, settings, initial))
     if initial is not None:
         _check_initial(initial, config)
-    device = choose_device(settings.device)
     dtype = choose_precision(settings.precision, device)
     set_numerics(device, dtype)
     compute = Compute(device, dtype, settings.seed, display)
     return Training(folder, recipe, config, dataset.split("train"), dataset.split("val"), compute, budget)
+
+
+def _minutes(folder: Path, settings: TrainingSettings) -> float | None:
+    """The minutes that the run has: those that are given, or, where it goes on, those it was given first."""
+    path = folder / "run.json"
+    if settings.minutes is not None or settings.steps is not None or not path.exists():
+        return settings.minutes
+    minutes: float | None = read_json(path).get("budget", {}).get("minutes")
+    return minutes
 
 
 def _modalities(

@@ -1,0 +1,72 @@
+"""What a recipe leaves to the set, the device and the time: crop, neighbouring slices, width and epochs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from crossmr.data.dataset import Case
+from crossmr.tensors import NEIGHBOURS_MM, foreground_slices, neighbours
+from crossmr.training.recipes import Recipe
+
+LARGEST_CROP = {2: 256, 3: 128}
+"""Voxels of a side, by the number of axes."""
+LARGE_ENOUGH = 95
+"""Percentile of the heads, per axis, that a crop holds whole."""
+WIDTHS = ((10.0, 24), (60.0, 32), (math.inf, 48))
+"""On a processor: minutes of training, and the features of the finest level for which they are enough."""
+GPU_WIDTH = 64
+STEPS = 4_000, 60_000
+"""Fewest and most, where neither --steps nor --minutes are given."""
+
+
+def choose(recipe: Recipe, cases: Sequence[Case], device: str, minutes: float | None) -> tuple[Recipe, list[str]]:
+    """Settle what `recipe.by_set` names, for these training cases and a device of this type.
+
+    Returns the recipe, which leaves nothing open any more, and a line for each choice.
+    """
+    said = []
+    if "context_slices" in recipe.by_set:
+        spacings = [case.spacing_mm[0] for case in cases]
+        close = [spacing for spacing in spacings if len({*neighbours(1, 3, 3, spacing)}) == 3]
+        recipe = replace(recipe, context_slices=3 if close and recipe.spatial_dims == 2 else 1)
+        said.append(
+            f"{recipe.context_slices} neighbouring slices, because {len(close)} of {len(cases)} studies have slices "
+            f"within {2 * NEIGHBOURS_MM:g} mm of each other"
+        )
+    if "synthesis.channels" in recipe.by_set:
+        width = GPU_WIDTH if device != "cpu" else next(width for most, width in WIDTHS if (minutes or math.inf) <= most)
+        recipe = replace(recipe, synthesis=replace(recipe.synthesis, channels=width))
+        time = "no limit of time" if minutes is None else f"{minutes:g} minutes"
+        said.append(f"{width} features at the finest level, for {time} on {device}")
+    if "crop" in recipe.by_set:
+        crop = _crop(recipe, cases)
+        recipe = replace(recipe, crop=crop)
+        said.append(f"crops of {' x '.join(map(str, crop))} voxels, which hold {LARGE_ENOUGH} % of the heads whole")
+    if "synthesis_train.epochs" in recipe.by_set:
+        recipe = replace(recipe, synthesis_train=replace(recipe.synthesis_train, epochs=_epochs(recipe, cases)))
+        said.append(f"{recipe.synthesis_train.epochs:g} epochs of the C-UNet, if no time and no steps are given")
+    return replace(recipe, by_set=()), said
+
+
+def _crop(recipe: Recipe, cases: Sequence[Case]) -> tuple[int, ...]:
+    """The sides of the heads, up to a multiple of the network's stride."""
+    dims, stride = recipe.spatial_dims, recipe.synthesis.stride
+    if recipe.guidance != "none":
+        stride = math.lcm(stride, recipe.representation.stride)
+    sides = np.percentile([case.shape[-dims:] for case in cases], LARGE_ENOUGH, axis=0) if cases else [stride] * dims
+    most = LARGEST_CROP[dims] // stride * stride
+    return tuple(min(most, math.ceil(side / stride) * stride) for side in sides)
+
+
+def _epochs(recipe: Recipe, cases: Sequence[Case]) -> float:
+    """The recipe's epochs, or those that make the fewest or the most steps."""
+    if recipe.spatial_dims == 3:
+        items = len(cases)
+    else:
+        slices = [(case.lesion_voxels, z) for case in cases for z in foreground_slices(case.foreground_voxels)]
+        items = sum(recipe.lesion_draws if lesion and lesion[z] else 1 for lesion, z in slices)
+    per_epoch = max(1, -(-items // recipe.synthesis_train.batch_size))
+    steps = min(max(recipe.synthesis_train.epochs * per_epoch, STEPS[0]), STEPS[1])
+    return float(round(steps / per_epoch, 2))
