@@ -13,6 +13,7 @@ import argparse
 import csv
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 from scans import COHORTS, cohort_of, lgg, unpacked
@@ -118,7 +119,7 @@ def main() -> None:
     out, display, model = options.out, Display(), options.out / "run" / "model"
     if not (options.measure or options.ship):
         prepare_all(options.data, out, display)
-        recipe = None if options.start else RECIPES["any"]
+        recipe = None if options.start else replace(RECIPES["any"], by_set=())
         wish = TrainingSettings(recipe=recipe, minutes=options.minutes, device=options.device, seed=options.seed)
         train(out / "set", out / "run", wish, initial_model=options.start, display=display)
     if options.measure:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from crossmr.completion.cohort import CohortSettings, complete_cohort
-from crossmr.data.naming import find_studies
+from crossmr.data.naming import DISPLAY_NAMES, find_studies
 from crossmr.data.prepare import PrepareSettings, Split, default_workers, prepare
 from crossmr.data.study import load_study
 from crossmr.data.volume import read_volume
@@ -19,23 +19,28 @@ from crossmr.evaluation.tables import tables, uncertainty_table
 from crossmr.networks.inference import Settings
 from crossmr.output.report import report_completion, report_evaluation
 from crossmr.phantom import write_cohort
-from crossmr.picture import save_picture
+from crossmr.picture import BRIGHTEST, save_picture, window, windowed
 from crossmr.training.recipes import TINY
 from crossmr.training.run import TrainingSettings, train
 
-PATIENTS = 12
+PATIENTS = 16
 SHAPE, SPACING_MM = (72, 84, 56), (2.6, 2.6, 3.2)
-TARGETS = ("t1c", "t2f")
+SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 RECIPE = replace(TINY, crop=(88, 72))
 """The phantom's slices, no wider than they are."""
 MINUTES = 2.0
-"""Of training, for all stages together."""
+"""Of training."""
+LOOK = "the lesion should be bright in FLAIR, and the ventricles dark; what enhances in T1ce cannot be known"
+    "the lesion should be bright in FLAIR, and the fluid of the ventricles dark; what enhances in T1ce cannot be known"
+)
+"""What to see in the pictures."""
 
 
 def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: Display = SILENT) -> Evaluation:
-    """Make a phantom cohort, prepare it, train small, complete a study with two missing contrasts, and measure it.
+    """Complete a phantom that lacks two contrasts, with the shipped weights; then train own ones, complete, measure.
 
-    OUT gets cohort/, incomplete/, set/, run/, completed/, evaluation/ and picture.png. Returns the evaluation.
+    OUT gets cohort/, incomplete/, truth/, completed/ and shipped.png from the shipped weights, then set/, run/,
+    trained/, evaluation/ and trained.png. Returns the evaluation.
 
     Raises:
         OutputError: OUT holds something else, or cannot be written.
@@ -43,28 +48,31 @@ def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: D
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "cohort").exists():
         raise OutputError(f"{out} exists and is no earlier demo; name another folder.")
-    start, settings = time.monotonic(), Settings(seed=seed)
-    display.say(f"1/5 phantom: {PATIENTS} heads with lesions, made in code")
+    start, settings, again = time.monotonic(), Settings(seed=seed), CohortSettings(overwrite=True)
+    display.say(f"1/6 phantom: {PATIENTS + 1} heads with lesions, made in code")
     case = _write_phantoms(out, seed)
-    display.say("2/5 prepare")
-    prepared = PrepareSettings(split=Split.parse("70/10/20", seed), workers=default_workers())
+    missing = " and ".join(DISPLAY_NAMES[target] for target in TARGETS)
+    display.say(f"2/6 complete {case}, which lacks {missing}, with the shipped weights")
+    complete_cohort(out / "incomplete", out / "completed", None, settings, again, display=display)
+    _picture(out, case, "completed", "shipped")
+    display.say(f"look at {out / 'shipped.png'}, acquired, synthetic and true: {LOOK}")
+    display.say("3/6 prepare a cohort to train on")
+    prepared = PrepareSettings(split=Split.parse("80/10/10", seed), workers=default_workers())
     prepare(out / "cohort", out / "set", prepared, display=display)
-    display.say(f"3/5 train for about {minutes:g} minutes: far too short for good images, long enough to see it work")
-    training = TrainingSettings(recipe=RECIPE, sources=("t1n", "t2w"), targets=TARGETS, minutes=minutes, seed=seed)
+    display.say(f"4/6 train a small network for {minutes:g} minutes")
+    training = TrainingSettings(recipe=RECIPE, sources=SOURCES, targets=TARGETS, minutes=minutes, seed=seed)
     model = train(out / "set", out / "run", training, display=display)
-    display.say(f"4/5 complete {case}, which lacks {' and '.join(TARGETS)}")
-    again = CohortSettings(overwrite=True)
-    complete_cohort(out / "incomplete", out / "completed", model, settings, again, display=display)
-    display.say("5/5 evaluate on phantoms that training never saw")
-    evaluation = EvaluationSettings(inference=settings)
-    result = evaluate(model, out / "set", out / "evaluation", evaluation, display=display)
+    display.say(f"5/6 complete {case} with it")
+    complete_cohort(out / "incomplete", out / "trained", model, settings, again, display=display)
+    _picture(out, case, "trained", "trained")
+    display.say("6/6 evaluate on phantoms that training never saw")
+    result = evaluate(model, out / "set", out / "evaluation", EvaluationSettings(inference=settings), display=display)
     display.print_tables(tables(result["summary"], intervals=display.wide))
     display.print_tables([uncertainty_table(result["uncertainty"])])
-    _picture(out, case)
-    pages = " and ".join(
-        str(page) for page in (report_completion(out / "completed"), report_evaluation(out / "evaluation"))
+    pages = report_completion(out / "completed"), report_evaluation(out / "evaluation")
+    display.say(
+        f"done in {time.monotonic() - start:.0f} s: look at {out / 'trained.png'}, {' and '.join(map(str, pages))}"
     )
-    display.say(f"done in {time.monotonic() - start:.0f} s: look at {out / 'picture.png'}, {pages}")
     return result
 
 
@@ -77,25 +85,27 @@ def _write_phantoms(out: Path, seed: int) -> str:
     return case
 
 
-def _picture(out: Path, case: str) -> None:
+def _picture(out: Path, case: str, completed: str, name: str) -> None:
     """What was there, what was synthesised, and what it should have been, on the slice with most lesion."""
     (files,) = find_studies(out / "truth")
     study = load_study(files)
     lesion = study.labels if study.labels is not None else np.zeros_like(study.mask, np.uint8)
     z = int(lesion.astype(bool).sum((1, 2)).argmax())
+    volumes = {m: study.normalised(m) for m in (*SOURCES, *TARGETS)}
+    shown = {m: window(volume) for m, volume in volumes.items()}
+    acquired = [(f"{DISPLAY_NAMES[m]} acquired", windowed(volumes[m][z], shown[m])) for m in SOURCES]
     rows = []
     for target in TARGETS:
-        paths = [out / "completed" / case / f"{case}-{target}_{kind}.nii.gz" for kind in ("synthetic", "std")]
+        paths = [out / completed / case / f"{case}-{target}_{kind}.nii.gz" for kind in ("synthetic", "std")]
         synthetic, std = (read_volume(path).data[z] for path in paths)
-        real = study.normalised(target)[z]
-        row = [(f"{m} acquired", study.normalised(m)[z]) for m in ("t1n", "t2w")]
+        error = np.abs(synthetic - volumes[target][z]) / BRIGHTEST
         rows.append(
             [
-                *row,
-                (f"{target} synthetic", synthetic),
-                (f"{target} truth", real),
-                ("|error|", np.abs(synthetic - real)),
-                ("standard deviation x4", np.clip(4 * std, 0, 1)),
+                *acquired,
+                (f"{DISPLAY_NAMES[target]} synthetic", windowed(synthetic, shown[target])),
+                (f"{DISPLAY_NAMES[target]} truth", windowed(volumes[target][z], shown[target])),
+                ("absolute error", error),
+                ("standard deviation", std / BRIGHTEST),
             ]
         )
-    save_picture(out / "picture.png", rows)
+    save_picture(out / f"{name}.png", rows)

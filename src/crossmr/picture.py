@@ -17,8 +17,8 @@ Kind = Literal["acquired", "synthetic", "other model", "truth", "error", "standa
 """What a panel shows; 'other model' is the synthesis of a model that is compared with."""
 TILE = 192
 """Pixels of a tile's longer side."""
-WHITE = 0.6
-"""Intensity that is shown white; half of a head lies below .25."""
+DARK, BRIGHT = 1.0, 99.5
+"""Percentiles of a volume, where it is not masked, that are shown black and white."""
 RESAMPLING = Image.Resampling.BILINEAR
 BAND = 16
 """Pixels of the band above a tile that holds its title."""
@@ -28,7 +28,7 @@ GAP = 4
 """Pixels between planes."""
 MAPS: tuple[Kind, ...] = ("error", "standard deviation")
 """Kinds that are shown in colours, not in greys."""
-BRIGHTEST = 0.3
+BRIGHTEST = 0.2
 """Value that is shown in the last of the colours."""
 COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 """From 0 to `BRIGHTEST`: of increasing lightness, and distinct to the colour-blind."""
@@ -42,12 +42,33 @@ class Panel:
     kind: Kind
     planes: tuple[Array, Array, Array]
     """Axial (Y, X), coronal (Z, X) and sagittal (Z, Y), in [0, 1]."""
+    window: tuple[float, float]
+    """What is shown black and white."""
 
     @classmethod
-    def of(cls, modality: str, kind: Kind, volume: Array, at: Sequence[int]) -> "Panel":
-        """Cut a volume (Z, Y, X) at the voxel `at`."""
+    def of(
+        cls, modality: str, kind: Kind, volume: Array, at: Sequence[int], like: tuple[float, float] | None = None
+    ) -> "Panel":
+        """Cut a volume (Z, Y, X) at the voxel `at`; it is shown in the window `like`, or else in its own."""
         z, y, x = at
-        return cls(modality, kind, (volume[z].copy(), volume[:, y].copy(), volume[:, :, x].copy()))
+        shown = (0.0, BRIGHTEST) if kind in MAPS else like or window(volume)
+        return cls(modality, kind, (volume[z].copy(), volume[:, y].copy(), volume[:, :, x].copy()), shown)
+
+
+def window(volume: Array) -> tuple[float, float]:
+    """What of a volume (Z, Y, X) is shown black and white; (0, 1) if all of it is 0."""
+    inside = volume[volume != 0]
+    if not inside.size:
+        return 0.0, 1.0
+    black, white = (float(p) for p in np.percentile(inside, (DARK, BRIGHT)))
+    return black, white if white > black else black + 1
+
+
+def windowed(image: Array, shown: tuple[float, float]) -> Array:
+    """An image in this window: 0 is black, 1 white; what is exactly 0, because it is masked, is black."""
+    black, white = shown
+    scaled: Array = np.clip((image - np.float32(black)) / np.float32(white - black), 0, 1) * (image != 0)
+    return scaled
 
 
 def where_most(region: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
@@ -64,7 +85,7 @@ def middle(region: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
 
 
 def save_panels(path: Path, panels: Sequence[Panel], spacing_mm: Sequence[float]) -> list[Mapping[str, str]]:
-    """Write panels side by side as one WebP, all on one scale; returns modality and kind of each.
+    """Write panels side by side as one WebP; returns modality and kind of each.
 
     `spacing_mm` is of (Z, Y, X). Axial planes are oriented as by `save_picture`; coronal and sagittal planes have the
     top of the head up, the sagittal one with the face to the left. Errors and standard deviations are in colours.
@@ -80,7 +101,7 @@ def save_panels(path: Path, panels: Sequence[Panel], spacing_mm: Sequence[float]
     for number, panel in enumerate(panels):
         top = 0
         for plane, (across, up) in zip(panel.planes, sizes, strict=True):
-            tile = _pixels(plane, BRIGHTEST if panel.kind in MAPS else WHITE).resize((across, up), RESAMPLING)
+            tile = _pixels(windowed(plane, panel.window)).resize((across, up), RESAMPLING)
             if panel.kind in MAPS:
                 tile.putpalette(_PALETTE)
             canvas.paste(tile.convert("RGB"), (number * (PANEL + GAP) + (PANEL - across) // 2, top))
@@ -95,7 +116,7 @@ def save_picture(path: Path, rows: Sequence[Sequence[tuple[str, Array]]]) -> Non
     """Write rows of (title, slice) as one PNG.
 
     A slice is (Y, X) in [0, 1], in memory from posterior to anterior and from left to right. It is shown in the
-    radiological convention: anterior up, the patient's left on the right. `WHITE` and more is white.
+    radiological convention: anterior up, the patient's left on the right. 0 is black, 1 white.
     """
     tiles = [[_tile(title, image) for title, image in row] for row in rows]
     width = max(sum(tile.width for tile in row) for row in tiles)
@@ -113,7 +134,7 @@ def save_picture(path: Path, rows: Sequence[Sequence[tuple[str, Array]]]) -> Non
 
 
 def _tile(title: str, image: Array) -> Image.Image:
-    pixels = _pixels(image, WHITE)
+    pixels = _pixels(image)
     factor = TILE / max(pixels.size)
     size = (max(1, round(pixels.width * factor)), max(1, round(pixels.height * factor)))
     tile = Image.new("L", (size[0] + 2, size[1] + BAND))
@@ -122,9 +143,9 @@ def _tile(title: str, image: Array) -> Image.Image:
     return tile
 
 
-def _pixels(image: Array, white: float) -> Image.Image:
-    """A plane in the radiological convention, 0 to `white` as 0 to 255."""
-    return Image.fromarray((np.clip(image[::-1, ::-1] / white, 0, 1) * 255).astype(np.uint8))
+def _pixels(image: Array) -> Image.Image:
+    """A plane in the radiological convention, 0 to 1 as 0 to 255."""
+    return Image.fromarray((np.clip(image[::-1, ::-1], 0, 1) * 255).astype(np.uint8))
 
 
 _ANCHORS = np.linspace(0, 255, len(COLOURS))

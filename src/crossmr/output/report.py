@@ -23,7 +23,7 @@ from crossmr.evaluation.predictors import AGAINST
 from crossmr.evaluation.statistics import CalibrationSummary, Summary
 from crossmr.evaluation.tables import BASELINE, COLUMNS, HEADINGS, read_scores
 from crossmr.files import read_json, write_atomically
-from crossmr.picture import BRIGHTEST, COLOURS, WHITE
+from crossmr.picture import BRIGHT, BRIGHTEST, COLOURS, DARK
 
 NAME = "report.html"
 MOST_PICTURES = 200
@@ -161,7 +161,7 @@ def _write(out: Path, template: str, body: Mapping[str, Any]) -> Path:
         **body,
         version=version("crossmr"),
         most_pictures=MOST_PICTURES,
-        white=WHITE,
+        window=f"{DARK:g} % to {BRIGHT:g} %",
         brightest=BRIGHTEST,
         colours=", ".join(f"rgb{colour}" for colour in COLOURS),
     )

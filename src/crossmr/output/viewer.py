@@ -15,7 +15,7 @@ from crossmr.data.study import Study, load_study
 from crossmr.data.volume import Volume, compact, on_grid, read_volume
 from crossmr.errors import CrossmrError, OutputError
 from crossmr.files import read_json, write_atomically
-from crossmr.picture import BRIGHTEST, WHITE, Array, Kind
+from crossmr.picture import BRIGHTEST, MAPS, Array, Kind, window
 
 PAGES = Path(__file__).parent / "pages"
 
@@ -51,8 +51,6 @@ def view_case(
         warnings=[DISCLAIMER, *([ENHANCEMENT] if "t1c" in manifest["synthetic"] else [])],
         niivue=(PAGES / "niivue.umd.js").read_text().replace("</script", "<\\/script"),
         licence=(PAGES / "niivue.LICENSE").read_text(),
-        white=WHITE,
-        brightest=BRIGHTEST,
         version=version("crossmr"),
     )
     target = out / "view" / f"{case}.html"
@@ -91,7 +89,7 @@ def _acquired(
         return None, [f"the acquired scans are not shown ({error}); name their folder with --scans"]
 
 
-def _study_entries(study: Study, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+def _study_entries(study: Study, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The volumes of a study: the truth where the modality was synthesised, else acquired."""
     return [
         _entry(m, "truth" if m in manifest["synthetic"] else "acquired", study.normalised(m), study.reference)
@@ -99,7 +97,7 @@ def _study_entries(study: Study, manifest: Mapping[str, Any]) -> list[dict[str, 
     ]
 
 
-def _synthetic_entries(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+def _synthetic_entries(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The synthetic volumes of a case, each followed by its standard deviation, where there is one."""
     entries = []
     for modality, record in manifest["synthetic"].items():
@@ -111,8 +109,15 @@ def _synthetic_entries(folder: Path, manifest: Mapping[str, Any]) -> list[dict[s
     return entries
 
 
-def _entry(modality: str, kind: Kind, data: Array, grid: Volume) -> dict[str, str]:
+def _entry(modality: str, kind: Kind, data: Array, grid: Volume) -> dict[str, Any]:
     """A volume as the page holds it."""
     content = compact(on_grid(data, grid, description=modality))
-    name = f"{DISPLAY_NAMES.get(modality, modality)} {kind}"
-    return {"modality": modality, "kind": kind, "name": name, "data": base64.b64encode(content).decode()}
+    black, white = (0.0, BRIGHTEST) if kind in MAPS else window(data)
+    return {
+        "modality": modality,
+        "kind": kind,
+        "name": f"{DISPLAY_NAMES.get(modality, modality)} {kind}",
+        "black": round(black, 4),
+        "white": round(white, 4),
+        "data": base64.b64encode(content).decode(),
+    }

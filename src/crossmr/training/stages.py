@@ -22,7 +22,7 @@ from crossmr.networks.distribution import DistributionNetwork
 from crossmr.networks.masked_autoencoder import MaskedAutoencoder, masked_squared_error, random_mask
 from crossmr.networks.model import CrossConditionedModel, ModelConfig
 from crossmr.networks.scale import on_unit_scale, standardise
-from crossmr.picture import save_picture
+from crossmr.picture import BRIGHTEST, save_picture, window, windowed
 from crossmr.tensors import foreground_slices, seeded
 from crossmr.training.batches import ImageBatch, StepDataset, VectorBatch, Vectors
 from crossmr.training.representations import draw_representations, pooled_features
@@ -412,18 +412,21 @@ def _draw(path: Path, config: ModelConfig, batch: SynthesisBatch, prediction: Te
     rows, context = [], config.context_slices
     for index in sorted({round(i * (len(prediction) - 1) / 3) for i in range(4)}):
 
-        def plane(images: Tensor, channel: int, index: int = index) -> Any:
-            image = images[index, channel]
+        def plane(images: Tensor, channel: int, given: Tensor, index: int = index) -> Any:
+            image = float(given[index]) * images[index, channel]
             return (image if image.ndim == 2 else image[len(image) // 2]).numpy()
 
-        row = [
-            (name, float(batch.available[index, i]) * plane(batch.neighbours, i * context + context // 2))
-            for i, name in enumerate(config.sources)
-        ]
+        row = []
+        for i, name in enumerate(config.sources):
+            image = plane(batch.neighbours, i * context + context // 2, batch.available[:, i])
+            row.append((name, windowed(image, window(image))))
         for i, name in enumerate(config.targets):
-            weight = float(batch.target_mask[index, i])
-            synthetic, true = weight * plane(prediction, i), weight * plane(batch.truth, i)
-            row += [(f"{name} synthetic", synthetic), (f"{name} truth", true), ("|error|", abs(synthetic - true))]
+            synthetic, true = (plane(images, i, batch.target_mask[:, i]) for images in (prediction, batch.truth))
+            row += [
+                (f"{name} synthetic", windowed(synthetic, window(true))),
+                (f"{name} truth", windowed(true, window(true))),
+                ("|error|", abs(synthetic - true) / BRIGHTEST),
+            ]
         rows.append(row)
     save_picture(path, rows)
 
