@@ -18,6 +18,8 @@ from crossmr.picture import (
     save_panels,
     save_picture,
     where_most,
+    window,
+    windowed,
 )
 
 
@@ -42,7 +44,7 @@ def test_rows_and_columns_of_tiles(tmp_path):
 def test_anterior_is_up_and_the_patients_left_on_the_viewers_right(tmp_path):
     image = np.zeros((4, 4), np.float32)  # rows posterior → anterior, columns left → right
     image[3, 0] = 1.0  # anterior, left
-    image[0, 3] = 0.3  # posterior, right
+    image[0, 3] = 0.5  # posterior, right
     save_picture(tmp_path / "a.png", [[("", image)]])
     shown = body(read(tmp_path / "a.png"))
     assert (shown[0, -1], shown[-1, 0]) == (255, 127)  # up on the viewer's right, down on their left
@@ -50,7 +52,7 @@ def test_anterior_is_up_and_the_patients_left_on_the_viewers_right(tmp_path):
 
 
 def test_intensities_are_shown_from_black_to_white_and_clipped(tmp_path):
-    image = np.repeat(np.array([[-3.0] * 4 + [0.3] * 4 + [9.0] * 4], np.float32), 12, axis=0)
+    image = np.repeat(np.array([[-3.0] * 4 + [0.5] * 4 + [9.0] * 4], np.float32), 12, axis=0)
     save_picture(tmp_path / "a.png", [[("", image)]])
     shown = body(read(tmp_path / "a.png"))[TILE // 2]
     assert (shown[-TILE // 6], shown[TILE // 2], shown[TILE // 6]) == (0, 127, 255)
@@ -73,8 +75,9 @@ def test_any_shape_is_a_tile(tmp_path, shape):
 
 def test_volumes_are_cut_in_three_side_by_side_in_the_radiological_convention(tmp_path):
     head = np.zeros((10, 40, 20), np.float32)  # Z, Y, X of 4, 1 and 1 mm
+    head[:] = 0.1
     head[8:, 30:, :5] = 0.6  # superior, anterior, left
-    at = where_most(head > 0)
+    at = where_most(head > 0.5)
     assert (at[0] in (8, 9), at[1] >= 30, at[2] < 5) == (True, True, True)
     error = np.full_like(head, BRIGHTEST)
     panels = [Panel.of("t1n", "acquired", head, at), Panel.of("t1n", "error", error, at)]
@@ -95,6 +98,28 @@ def test_volumes_are_cut_in_three_side_by_side_in_the_radiological_convention(tm
     assert (sagittal[5, 5] > 240).all()  # the face looks left
     assert (sagittal[5, -5] < 15).all()
     np.testing.assert_allclose(second[100, 100], COLOURS[-1], atol=12)
+
+
+def test_a_volume_is_shown_in_its_own_window_or_another_s():
+    volume = np.linspace(0.2, 0.8, 1001, dtype=np.float32).reshape(7, 11, 13)
+    volume[0] = 0  # masked
+    black, white = window(volume)
+    rest = volume[1:]
+    assert (black, white) == pytest.approx((np.percentile(rest, 1), np.percentile(rest, 99.5)))
+    shown = windowed(volume, (black, white))
+    assert shown[0].max() == 0
+    assert (shown.min(), shown.max()) == (0, 1)
+    assert shown[volume > white].min() == 1
+    assert windowed(np.full((1, 1), (black + white) / 2, np.float32), (black, white)).item() == pytest.approx(0.5)
+    assert Panel.of("t2f", "synthetic", volume, (3, 4, 5)).window == (black, white)
+    assert Panel.of("t2f", "synthetic", volume, (3, 4, 5), like=(0.1, 0.4)).window == (0.1, 0.4)
+    assert Panel.of("t2f", "error", volume, (3, 4, 5), like=(0.1, 0.4)).window == (0, BRIGHTEST)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_a_volume_of_one_value_has_a_window(value):
+    black, white = window(np.full((4, 4, 4), value, np.float32))
+    assert white > black
 
 
 def test_the_middle_of_a_head():

@@ -31,8 +31,6 @@ RECIPE = replace(TINY, crop=(88, 72))
 MINUTES = 2.0
 """Of training."""
 LOOK = "the lesion should be bright in FLAIR, and the ventricles dark; what enhances in T1ce cannot be known"
-    "the lesion should be bright in FLAIR, and the fluid of the ventricles dark; what enhances in T1ce cannot be known"
-)
 """What to see in the pictures."""
 
 

@@ -33,14 +33,14 @@ class Case:
     has_labels: bool
     """Whether there is a lesion segmentation; without one the labels are all 0."""
     folder: Path
-    shape: tuple[int, int, int]
-    """Voxels of its arrays, (Z, Y, X)."""
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Of (Z, Y, X)."""
     air: Mapping[str, float] = field(default_factory=dict)
     """Modality → where air lies on the [0, 1] scale; below 0 where it is darker than the scale's end."""
     lesion_voxels: tuple[int, ...] = ()
     """Voxels that the labels count to a lesion, per axial slice; empty without labels."""
+    shape: tuple[int, int, int] = (1, 1, 1)
+    """Voxels of its arrays, (Z, Y, X)."""
     files: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each array file, checked when it is first opened in a process."""
 
