@@ -42,6 +42,7 @@ TINY = RECIPES["tiny"]
 _TRAIN = replace(TINY.synthesis_train, batch_size=2)
 RECIPE = replace(
     TINY,
+    guidance="last",
     crop=(32, 32),
     representation=replace(TINY.representation, channels=4, multipliers=(1, 2)),
     distribution=replace(TINY.distribution, width=16, blocks=1),
@@ -50,7 +51,6 @@ RECIPE = replace(
     distribution_train=_TRAIN,
     synthesis_train=_TRAIN,
     guidance_train=_TRAIN,
-    uncertainty_train=_TRAIN,
 )
 """Seconds, most of them for reading and writing."""
 BETWEEN = 5

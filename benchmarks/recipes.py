@@ -16,6 +16,7 @@ import multiprocessing
 import resource
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ TRAINING = {
     "distribution": {"batch_size": "64", "learning_rate": "1e-3", "ema_decay": "0.99"},
     "synthesis": {"batch_size": "8", "learning_rate": "1e-3", "ema_decay": "0.99"},
     "guidance": {"batch_size": "8", "ema_decay": "0.99"},
-    "uncertainty": {"batch_size": "8", "ema_decay": "0.99"},
 }
 SETTINGS = SMALL | {f"{stage}_train.{key}": value for stage, how in TRAINING.items() for key, value in how.items()}
 
@@ -76,7 +76,9 @@ def with_hidden_targets(data: Path, out: Path) -> Path:
 def measure(name: str, hidden: Path, out: Path, options: argparse.Namespace, answer: Any) -> None:
     """Train, complete and evaluate one recipe in this process, and answer with its row."""
     display, folder, device = Display(), out / name, choose_device(options.device)
-    recipe = with_settings(RECIPES[name], SETTINGS | dict(pair.split("=", 1) for pair in options.set))
+    recipe = with_settings(
+        replace(RECIPES[name], by_set=()), SETTINGS | dict(pair.split("=", 1) for pair in options.set)
+    )
     task = {} if recipe.any_subset else {"sources": SOURCES, "targets": TARGETS}
     settings = Settings(device=options.device)
     shutil.rmtree(folder, ignore_errors=True)

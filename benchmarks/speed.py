@@ -48,7 +48,7 @@ from crossmr.networks.model import CrossConditionedModel, load_model
 from crossmr.phantom import write_cohort
 from crossmr.picture import Panel, middle, save_panels
 from crossmr.registry import find_model
-from crossmr.tensors import seeded, to_model_input
+from crossmr.tensors import neighbours, seeded, to_model_input
 from crossmr.training.recipes import RECIPES, recipe_of
 from crossmr.training.run import TrainingSettings, train
 
@@ -128,8 +128,9 @@ def batches_of(study: Study, target: str, model: CrossConditionedModel) -> tuple
     batches = []
     for start in range(0, len(slices), BATCH):
         chosen = slices[start : start + BATCH]
-        neighbours = to_model_input(stacked, chosen, 2, config.divisor, config.context_slices)
-        batches.append(model.inputs(neighbours, available.expand(len(chosen), -1)))
+        around = [neighbours(z, config.context_slices, stacked.shape[1], head.spacing_mm) for z in chosen]
+        images = to_model_input(stacked, around, 2, config.divisor).contiguous(memory_format=torch.channels_last)
+        batches.append(model.inputs(images, available.expand(len(chosen), -1)))
     return head, batches
 
 
@@ -141,13 +142,9 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
     dtype = choose_precision("auto", CPU)
     product, copied = peak(dtype), bandwidth()
     head, batches = batches_of(study, target, model)
-    unguided = inferring(lambda: [model.unguided(inputs) for inputs in batches], dtype)()
-    pairs = list(zip(batches, unguided, strict=True))  # type: ignore[call-overload]
     networks: dict[str, tuple[nn.Module | None, Callable[[], object]]] = {
-        "C-UNet": (model.synthesis, lambda: [model.unguided(inputs) for inputs in batches])
+        "C-UNet": (model.synthesis, lambda: [model.predict(inputs) for inputs in batches])
     }
-    if model.uncertainty is not None:
-        networks["network of the error"] = (model.uncertainty, lambda: [model.std(*pair) for pair in pairs])
     if model.distribution is not None:
         y_0 = model.draw([seeded("speed")])
         networks["MDN, 50 steps, one sample"] = (None, lambda: model.draw([seeded("speed")]))
@@ -279,7 +276,8 @@ def engines(folder: Path, target: str, model: CrossConditionedModel, rounds: int
     middle = len(batches) // 2
     images, chosen = batches[middle].contiguous(), slices[middle * BATCH : (middle + 1) * BATCH]
     whole = torch.from_numpy(study.normalised(target, study.box()))[None]
-    truth, index = to_model_input(whole, chosen, 2, model.config.divisor), model.config.targets.index(target)
+    truth = to_model_input(whole, [[z] for z in chosen], 2, model.config.divisor)
+    index = model.config.targets.index(target)
     channels_last = images.contiguous(memory_format=torch.channels_last)
     as_completed = "eager bfloat16, channels last"
     calls: dict[str, Callable[[], object]] = {
@@ -318,7 +316,8 @@ def engines(folder: Path, target: str, model: CrossConditionedModel, rounds: int
     for name, call in calls.items():
         image = call().float()  # type: ignore[attr-defined]
         difference = float((image - reference).abs().max())
-        quality = float(psnr(image[:, index : index + 1].clamp(0, 1), truth, 1.0).mean())
+        synthetic = model.image(image[:, index : index + 1], images)
+        quality = float(psnr(synthetic, truth, 1.0).mean())
         gain = seconds[as_completed] / seconds[name]
         print(f"| {name} | {seconds[name]:.3f} | {gain:.2f} | {difference:.1e} | {quality:.3f} |")
 
@@ -361,8 +360,9 @@ def gpu(folder: Path, target: str, device: torch.device, rounds: int, batch: int
     a = torch.rand(side, side, device=device, dtype=torch.bfloat16)
     product = 2 * side**3 / interleaved({"product": lambda: [a @ a, wait()]}, 9)["product"]
     model = CrossConditionedModel(recipe.model_config(*PUBLISHED)).to(device)
-    images = torch.rand(batch, 2, *recipe.crop, device=device).contiguous(memory_format=torch.channels_last)
-    truth, target_mask = torch.rand_like(images), torch.ones(batch, 2, device=device)
+    shape = batch, model.config.inputs, *recipe.crop
+    images = torch.rand(shape, device=device).contiguous(memory_format=torch.channels_last)
+    truth = torch.rand(batch, 2, *recipe.crop, device=device)
     y_0 = torch.rand(batch, 2 * model.config.representation.dim, device=device)
     network = model.synthesis.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.Adam(network.parameters(), 1e-4)
@@ -371,7 +371,7 @@ def gpu(folder: Path, target: str, device: torch.device, rounds: int, batch: int
         def run() -> None:
             optimiser.zero_grad(set_to_none=True)
             with autocast(device, torch.bfloat16):
-                total, count = synthesis_error(forward(images, y_0), truth, target_mask, absolute=False)
+                total, count = synthesis_error(forward(images, y_0), truth, torch.ones_like(truth), absolute=False)
             (total / count).backward()
             optimiser.step()
             wait()
