@@ -310,14 +310,7 @@ def _panels(study: Study, head: HeadVolumes, synthesis: Synthesis) -> list[Panel
         volumes.append((modality, "synthetic", synthesis.images[index].numpy()))
         if synthesis.stds is not None:
             volumes.append((modality, "standard deviation", synthesis.stds[index].numpy()))
-    panels = [Panel.of(modality, kind, volume, at) for modality, kind, volume in volumes]
-    if not study.masked_background:
-        return panels
-    axial, coronal, sagittal = Panel.of("", "acquired", mask.astype(np.float32), at).planes
-    return [
-        replace(panel, planes=(panel.planes[0] * axial, panel.planes[1] * coronal, panel.planes[2] * sagittal))
-        for panel in panels
-    ]
+    return [Panel.of(modality, kind, np.where(mask, volume, np.float32(0)), at) for modality, kind, volume in volumes]
 
 
 def _earlier(run: _Run, case: str, result: Completed) -> list[Path]:

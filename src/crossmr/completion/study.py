@@ -183,8 +183,7 @@ def _on_grid(study: Study, cropped: Tensor, description: str, brightest: float) 
     """A head-cropped volume (Z, Y, X) on the study's reference grid, 0 outside."""
     full = np.zeros(study.mask.shape, np.float32)
     full[study.box()] = cropped.numpy()
-    if study.masked_background:
-        full[~study.mask] = 0
+    full[~study.mask] = 0
     return on_grid(full, study.reference, description=description, display_range=(0.0, brightest))
 
 

@@ -53,9 +53,13 @@ class Study:
         return next(iter(self.volumes.values()))
 
     def normalised(self, modality: str, within: Box = EVERYTHING) -> Array:
-        """One volume in [0, 1], float32 (Z, Y, X), with 0 outside the mask where the background is masked."""
-        image = self.normalisation[modality].apply(self.volumes[modality].data[within])
-        return np.where(self.mask[within], image, np.float32(0)) if self.masked_background else image
+        """One volume in [0, 1], float32 (Z, Y, X), 0 outside the head and in axial slices that hold but one value.
+
+        The latter were not acquired: they lie beyond the field of view.
+        """
+        data = self.volumes[modality].data[within]
+        acquired = (data != data[:, :1, :1]).any((1, 2))[:, None, None]
+        return np.where(self.mask[within] & acquired, self.normalisation[modality].apply(data), np.float32(0))
 
     def box(self, margin: int = 4) -> Box:
         """The head's bounding box, `margin` voxels wider where the volume allows."""

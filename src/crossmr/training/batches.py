@@ -22,6 +22,9 @@ from crossmr.training.augmentation import Augmentation, AugmentationConfig
 
 Raw = TypeVar("Raw", covariant=True)
 
+ENHANCING = 3
+"""Smallest label of enhancing tumour: 4 in BraTS until 2021, 3 from 2023 on."""
+
 MAPPED_AT_ONCE = 64
 """Cases whose arrays stay mapped: each is two open files, of which a process may have 256 (macOS) to 1024."""
 
@@ -52,7 +55,7 @@ class ImageBatch(NamedTuple):
     neighbours: Tensor
     """(B, M·C, *S), of each modality the C slices whose middle one `images` holds, as a source: augmented, if asked."""
     lesion: Tensor
-    """(B, 1, *S), 1 in voxels that the study's labels count to a lesion; 0 without labels."""
+    """(B, 1, *S), 1 in voxels of a lesion by the study's labels, 2 in what enhances of it; 0 without labels."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +149,12 @@ class Batches(StepDataset[ImageBatch]):
         return image
 
     def _read_all(self, index: int, z: int) -> Tensor:
-        """What `read` reads, and behind it, as one modality more, 1 where there is lesion."""
+        """What `read` reads, and behind it, as one modality more, 1 in a lesion and 2 in what enhances of it."""
         image = self.read(index, z)
         lesion = torch.zeros(1, *image.shape[1:])
         if self.cases[index].has_labels:
-            lesion[0] = torch.from_numpy((self._stored(index, z, 1)[1] > 0).astype(np.float32))
+            labels = self._stored(index, z, 1)[1]
+            lesion[0] = torch.from_numpy((labels > 0) + (labels >= ENHANCING).astype(np.float32))
         return torch.cat([image, lesion])
 
     def _stored(self, index: int, z: int, array: int) -> npt.NDArray[Any]:

@@ -253,7 +253,7 @@ class SynthesisBatch(NamedTuple):
     target_mask: Tensor
     """(B, T), 1 for a target that is to be synthesised and that the patient has."""
     lesion: Tensor
-    """(B, 1, *S), 1 in voxels of a lesion."""
+    """(B, 1, *S), 1 in voxels of a lesion, 2 in what enhances of it."""
     y_0: Tensor | None
     """(B, T·D), a representation that was drawn for the patient."""
 
