@@ -13,11 +13,14 @@ import argparse
 import csv
 import shutil
 import statistics
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from scans import COHORTS, cohort_of, lgg, unpacked
 
+from crossmr.completion.study import complete
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.prepare import PrepareSettings, default_workers, prepare
@@ -26,7 +29,7 @@ from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.measures import INTENSITY, STD
 from crossmr.evaluation.tables import BASELINE
 from crossmr.files import digest, write_json
-from crossmr.networks.model import load_model
+from crossmr.networks.model import load_model, save_model
 from crossmr.phantom import write_cohort
 from crossmr.training.recipes import RECIPES
 from crossmr.training.run import TrainingSettings, train
@@ -93,15 +96,27 @@ def card(evaluation: Path) -> None:
             print("|", " | ".join([*cells, mean("coverage_95", 2, uncertainty=STD)]), "|")
 
 
-def ship(model: Path, display: Display) -> None:
-    """Put a finished model into the package, if it is small enough."""
-    size = sum(path.stat().st_size for path in model.iterdir()) / 2**20
-    if size > LARGEST_MIB:
-        raise SystemExit(f"{model} has {size:.1f} MiB; wanted at most {LARGEST_MIB:g}.")
-    digest_of = load_model(model).record["sha256"]
-    shutil.rmtree(WEIGHTS, ignore_errors=True)
-    shutil.copytree(model, WEIGHTS)
-    display.say(f"{WEIGHTS}: {digest_of[:12]}, {size:.1f} MiB")
+def ship(folder: Path, study: Path, display: Display) -> None:
+    """Put a finished model into the package in half precision, if it is small enough, and say what that changes."""
+    model = load_model(folder)
+    whole = complete(study, model)
+    for network in model.networks().values():
+        network.half()
+    with tempfile.TemporaryDirectory() as temporary:
+        half = Path(temporary) / "default"
+        save_model(half, model, model.record["training"])
+        size = sum(path.stat().st_size for path in half.iterdir()) / 2**20
+        if size > LARGEST_MIB:
+            raise SystemExit(f"{folder} has {size:.1f} MiB; wanted at most {LARGEST_MIB:g}.")
+        shipped = complete(study, half)
+        shutil.rmtree(WEIGHTS, ignore_errors=True)
+        shutil.copytree(half, WEIGHTS)
+    for target, image in whole.images.items():
+        change = np.abs(np.asanyarray(shipped.images[target].dataobj) - np.asanyarray(image.dataobj))
+        display.say(
+            f"{target} of {study.name} in half precision: changed by {change.mean():.1e}, at most {change.max():.1e}"
+        )
+    display.say(f"{WEIGHTS}: {load_model(WEIGHTS).record['sha256'][:12]}, {size:.1f} MiB")
 
 
 def main() -> None:
@@ -126,7 +141,8 @@ def main() -> None:
         evaluate(model, out / "set", out / "evaluation", EvaluationSettings(every_subset=True), display=display)
         card(out / "evaluation")
     if options.ship:
-        ship(model, display)
+        write_cohort(out / "one", 1, seed=99, shape=SHAPE, spacing_mm=SPACING_MM, missing={0: ("t1c", "t2f")})
+        ship(model, next((out / "one").iterdir()), display)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class SynthesisConfig:
     loss: Literal["squared", "absolute"] = "squared"
     """Of the error; 'squared' is published [C]."""
     lesion_weight: float = 0.0
-    """What the error counts in a lesion in addition to 1, where studies have labels; twice as much where it enhances."""
+    """What the error counts in a lesion in addition to 1, by a study's labels; twice as much where it enhances."""
 
     def __post_init__(self) -> None:
         width = 1 if self.condition_width is None else self.condition_width
