@@ -1,8 +1,8 @@
 """Every stage on a real GPU: trained in bfloat16 for a few steps, completed, evaluated, and compared with the CPU.
 
-Recipe 'standard' with guidance learnt last, small, on phantoms. The study that is completed on the GPU is completed on the CPU in float32 too,
-unguided and guided by a sample; no voxel may differ by more than 1e-2. Ends with exit code 1 where one does, or where
-the whole takes more than three minutes on a GPU.
+Recipe 'standard' with guidance learnt last, small, on phantoms. The study that is completed on the GPU is completed on
+the CPU in float32 too, unguided and guided by a sample; no voxel may differ by more than 1e-2. Ends with exit code 1
+where one does, or where the whole takes more than three minutes on a GPU.
 
 python benchmarks/gpu_smoke.py -o runs/gpu-smoke
 python benchmarks/gpu_smoke.py -o runs/gpu-smoke --device cpu --tiny     # a rehearsal without a GPU
