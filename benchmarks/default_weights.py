@@ -5,6 +5,7 @@ is fixed below, by patient: who is named in neither list is trained on, and so a
 
 python benchmarks/default_weights.py ../shared/data -o runs/default --minutes 240    # resumes where it was stopped
 python benchmarks/default_weights.py ../shared/data -o runs/second --minutes 240 --start runs/default/run/model
+python benchmarks/default_weights.py ../shared/data -o runs/gpu --minutes 9 --device cuda --set synthesis_train.batch_size=32
 python benchmarks/default_weights.py -o runs/default --measure    # every subset of the held-out patients, in Markdown
 python benchmarks/default_weights.py -o runs/default --ship       # into src/crossmr/weights
 """
@@ -21,6 +22,7 @@ import numpy as np
 from scans import COHORTS, cohort_of, lgg, unpacked
 
 from crossmr.completion.study import complete
+from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.prepare import PrepareSettings, default_workers, prepare
@@ -31,7 +33,8 @@ from crossmr.evaluation.tables import BASELINE
 from crossmr.files import digest, write_json
 from crossmr.networks.model import load_model, save_model
 from crossmr.phantom import write_cohort
-from crossmr.training.recipes import RECIPES
+from crossmr.registry import find_model
+from crossmr.training.recipes import RECIPES, recipe_of
 from crossmr.training.run import TrainingSettings, train
 
 TEST = (
@@ -125,8 +128,11 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data"))
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/default"))
     parser.add_argument("--minutes", type=float, default=240.0)
-    parser.add_argument("--start", help="a model, folder or name, whose weights this training starts from")
+    parser.add_argument(
+        "--start", type=find_model, help="a model, folder or name, whose weights this training starts from"
+    )
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--ship", action="store_true")
@@ -134,7 +140,8 @@ def main() -> None:
     out, display, model = options.out, Display(), options.out / "run" / "model"
     if not (options.measure or options.ship):
         prepare_all(options.data, out, display)
-        recipe = None if options.start else replace(RECIPES["any"], by_set=())
+        recipe = replace(RECIPES["any"], by_set=()) if options.start is None else recipe_of(load_model(options.start))
+        recipe = with_settings(recipe, dict(pair.split("=", 1) for pair in options.set))
         wish = TrainingSettings(recipe=recipe, minutes=options.minutes, device=options.device, seed=options.seed)
         train(out / "set", out / "run", wish, initial_model=options.start, display=display)
     if options.measure:
