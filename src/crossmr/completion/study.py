@@ -148,7 +148,7 @@ def complete_study(
         "not_filled": not_filled,
         "acquired": list(study.volumes),
         "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},
-        "normalisation": {m: {"low": n.low, "high": n.high} for m, n in study.normalisation.items()},
+        "normalisation": {m: asdict(n) for m, n in study.normalisation.items()},
         "intensity": INTENSITY,
         "std": _std_record(model) if stds else None,
         "skull_stripped": study.masked_background,

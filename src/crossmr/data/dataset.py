@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from crossmr.data.head import Normalisation
 from crossmr.data.prepare import FORMAT, FORMAT_VERSION, SPLITS
 from crossmr.data.volume import content_sha256
 from crossmr.errors import ConfigError, SetError
@@ -34,6 +35,8 @@ class Case:
     folder: Path
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Of (Z, Y, X)."""
+    air: Mapping[str, float] = field(default_factory=dict)
+    """Modality → where air lies on the [0, 1] scale; below 0 where it is darker than the scale's end."""
     files: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each array file, checked when it is first opened in a process."""
 
@@ -107,6 +110,7 @@ def _case(folder: Path, name: str, record: Mapping[str, Any]) -> Case:
         modalities=tuple(record["modalities"]),
         foreground_voxels=tuple(record["head_voxels"]),
         spacing_mm=tuple(record["spacing_mm"]),
+        air={m: Normalisation(**fitted).air_level for m, fitted in record["normalisation"].items()},
         masked_background=record["masked_background"],
         has_labels=record["labelled"],
         folder=folder / "cases" / name,

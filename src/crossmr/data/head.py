@@ -18,30 +18,41 @@ Box = tuple[slice, slice, slice]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MEDIANS = 4.0
-"""Width of the intensity scale: the head's median lies at a quarter of it. The median hardly depends on what is
-brightest (scalp where there is a skull, vessels where there is none), as percentiles do: scaled by the 99.9th, the
-brain's T1 lay at .30 in one cohort, at .71 in another."""
+BELOW, ABOVE = 5.0, 10.0
+"""The intensity scale reaches from so many robust standard deviations below the head's median to so many above it."""
+DARKEST = 2.0**-10
+"""What the darkest voxels of the head saturate to: exactly 0 is where nothing was acquired, or was masked."""
 SMALLEST_SIDE = 8
 """Voxels; a volume with a shorter side than this in two directions is no scan of a head."""
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """The linear map of one volume's intensities to [0, 1]: `low` → 0, `high` → 1."""
+    """The linear map of one volume's intensities to [0, 1]: `low` → 0, `high` → 1.
+
+    Within the head 1/3 is the median, and 1/15 one robust standard deviation, the range of the quartiles / 1.349 (Huber
+    1981): neither depends on the lesion, on fat or on air in the sinuses, as mean, deviation and high percentiles do.
+    """
 
     low: float
-    """Intensity of air (the median outside the head), or lower where the head itself is darker (z-scores)."""
+    """BELOW robust standard deviations below the median."""
     high: float
-    """Four times (`MEDIANS`) as far above `low` as the median within the head."""
+    """ABOVE robust standard deviations above the median."""
+    air: float
+    """Intensity of air: the median outside the head, or the head's darkest where that is darker."""
 
     def apply(self, intensities: Array) -> Array:
-        """Map intensities to [0, 1]; values outside `low`..`high` saturate."""
-        return np.clip(self.scale(intensities), 0, 1)
+        """Map intensities to [DARKEST, 1]; values outside `low`..`high` saturate."""
+        return np.clip(self.scale(intensities), np.float32(DARKEST), np.float32(1))
 
     def scale(self, intensities: Array) -> Array:
         """Map intensities without saturating."""
         return (intensities - np.float32(self.low)) / np.float32(self.high - self.low)
+
+    @property
+    def air_level(self) -> float:
+        """Where air lies on the scale; below 0 where it is darker than `low`."""
+        return (self.air - self.low) / (self.high - self.low)
 
 
 def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool]:
@@ -130,12 +141,11 @@ def otsu_threshold(data: Array) -> float:
 def fit_normalisation(data: Array, mask: Mask) -> Normalisation:
     """Choose the intensities that become 0 and 1, from the voxels inside and outside the head."""
     inside, outside = data[mask], data[~mask]
-    floor, middle = (float(p) for p in np.percentile(inside, (0.5, 50)))
-    low = min(floor, float(np.median(outside)) if outside.size else 0.0)
-    high = low + MEDIANS * (middle - low)
-    if high <= low:
-        high = float(inside.max())
-    return Normalisation(low=low, high=high if high > low else low + 1.0)
+    floor, q5, q25, median, q75, q95 = (float(p) for p in np.percentile(inside, (0.5, 5, 25, 50, 75, 95)))
+    spreads = (q75 - q25) / 1.349, (q95 - q5) / 3.29, float(inside.std())  # of a normal distribution, all the same
+    spread = next((value for value in spreads if value > 0), 1.0)  # few grey levels may have no quartile range
+    air = min(floor, float(np.median(outside)) if outside.size else floor)
+    return Normalisation(low=median - BELOW * spread, high=median + ABOVE * spread, air=air)
 
 
 def in_threads(function: Callable[[str, Item], Result], items: Mapping[str, Item]) -> dict[str, Result]:

@@ -3,7 +3,7 @@
 SET/
 ├── manifest.json          summary, split, every case, every refused study
 └── cases/CASE/
-    ├── images.npy         float16 (Z, M, Y, X) in [0, 1], M the case's modalities in the order of case.json
+    ├── images.npy         float16 (Z, M, Y, X) in [0, 1], 0 where masked, M the case's modalities in the order of case.json
     ├── masks.npy          uint8 (Z, 2, Y, X): head mask, lesion labels
     └── case.json          written last: a case without it does not exist
 """
@@ -16,14 +16,14 @@ import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crossmr.data.head import MEDIANS
+from crossmr.data.head import ABOVE, BELOW
 from crossmr.data.naming import StudyFiles, find_studies
 from crossmr.data.registration import RegistrationMode
 from crossmr.data.study import Study, load_study
@@ -33,10 +33,13 @@ from crossmr.errors import ConfigError, CrossmrError, OutputError, SetError, Vol
 from crossmr.files import digest, locked, read_json, write_atomically, write_json
 
 FORMAT = "crossmr-set"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SPLITS = ("train", "val", "test")
 ARRAYS = ("images.npy", "masks.npy")
-NORMALISATION = f"0 = air, 1 = {MEDIANS:g} times the median within the head above air, per volume, saturating"
+NORMALISATION = (
+    f"0 to 1 from {BELOW:g} robust standard deviations (quartile range / 1.349) below each volume's median within the "
+    f"head to {ABOVE:g} above it, saturating; exactly 0 is masked"
+)
 MARGIN = 4
 """Voxels of background kept around the head's bounding box."""
 
@@ -281,7 +284,7 @@ def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -
         "masked_background": study.masked_background,
         "labelled": study.labels is not None,
         "notes": list(study.notes),
-        "normalisation": {m: {"low": n.low, "high": n.high} for m, n in study.normalisation.items()},
+        "normalisation": {m: asdict(n) for m, n in study.normalisation.items()},
         "statistics": {m: _statistics(images[:, i], masks[:, 0] > 0) for i, m in enumerate(modalities)},
         "head_voxels": [int(n) for n in (masks[:, 0] > 0).sum((1, 2))],
         "inputs": {path.name: content_sha256(path) for path in files.images().values()},

@@ -27,6 +27,8 @@ class Subject:
     name: str
     patient: str
     volumes: Mapping[str, Array]
+    air: Mapping[str, float]
+    """Modality → where air lies on the [0, 1] scale; below 0 where it is darker than the scale's end."""
     head: Mask
     tumour: Mask
     masked_background: bool
@@ -51,7 +53,7 @@ def subject_of_case(case: Case) -> Subject:
     """Read a study of a prepared dataset."""
     head, tumour = np.moveaxis(np.asarray(case.masks()), 1, 0) > 0
     volumes = {modality: case.volume(modality) for modality in case.modalities}
-    return Subject(case.name, case.patient, volumes, head, tumour, case.masked_background, case.spacing_mm)
+    return Subject(case.name, case.patient, volumes, case.air, head, tumour, case.masked_background, case.spacing_mm)
 
 
 def subject_of_files(files: StudyFiles, register: RegistrationMode = "never") -> Subject:
@@ -61,8 +63,9 @@ def subject_of_files(files: StudyFiles, register: RegistrationMode = "never") ->
     volumes = {m: np.ascontiguousarray(study.normalised(m, box)) for m in study.volumes}
     head = study.mask[box]
     tumour = np.zeros_like(head) if study.labels is None else study.labels[box] > 0
+    air = {m: normalisation.air_level for m, normalisation in study.normalisation.items()}
     spacing = study.reference.spacing_mm
-    return Subject(study.case, study.patient, volumes, head, tumour, study.masked_background, spacing)
+    return Subject(study.case, study.patient, volumes, air, head, tumour, study.masked_background, spacing)
 
 
 def patterns(config: ModelConfig, subject: Subject, *, every_subset: bool = False) -> list[tuple[str, ...]]:
