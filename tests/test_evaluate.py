@@ -170,7 +170,7 @@ def test_the_summary_is_over_the_scores(evaluated):
             assert min(values) <= e[metric]["low"] <= e[metric]["mean"] <= e[metric]["high"] <= max(values)
             assert ("p_against_first" in e[metric]) == (e["predictor"] != OWN)
             assert 0 < e[metric].get("p_against_first", 1) <= 1
-    assert entry(body["summary"], "t2f", "zeros", "brain")["mae"]["p_against_first"] == pytest.approx(2 / 2**6)
+    assert entry(body["summary"], "t2f", "constant", "brain")["mae"]["p_against_first"] == pytest.approx(2 / 2**6)
 
 
 def test_json_is_strict_and_holds_what_was_returned(evaluated, model):
