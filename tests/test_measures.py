@@ -321,6 +321,17 @@ def test_fluid_needs_t2_and_flair_or_t1(brain):
         assert ((target, "it", "fluid") in contrasts(some, images)) is is_there
 
 
+def test_fluid_is_not_looked_for_where_flair_was_not_acquired(brain):
+    subject, fluid = brain
+    cut = subject.volumes["t2f"].copy()
+    cut[9:] = 0
+    erased = subject.volumes["t2w"].copy()
+    erased[9:][fluid[9:]] = 1 / 3
+    subject = replace(subject, volumes={**subject.volumes, "t2f": cut})
+    score = contrasts(subject, {"it": {"t2w": erased}})["t2w", "it", "fluid"]
+    assert score.kept == pytest.approx(1, abs=0.1)
+
+
 def test_slices_that_a_target_does_not_reach_have_no_contrast(brain):
     subject, _ = brain
     cut = subject.volumes["t2f"].copy()

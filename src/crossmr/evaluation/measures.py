@@ -337,14 +337,15 @@ def _volume_quality(regions: Mapping[str, Mask], predicted: Array, truth: Array)
     for region, chosen in regions.items():
         mask = torch.from_numpy(chosen)[None]
         perceptual = metrics.haarpsi(scaled[0, slices], reference[0, slices], 1.0, mask[0, slices])
+        x, y = (image[mask].reshape(1, 1, -1) for image in (scaled, reference))  # faster than masks
         quality[region] = Quality(
-            psnr=float(metrics.psnr(scaled, reference, 1.0, mask)),
+            psnr=float(metrics.psnr(x, y, 1.0)),
             ssim=float(similarity[mask].mean()),
-            mae=float(metrics.mae(scaled, reference, mask)),
-            nmse=float(metrics.nmse(scaled, reference, mask)),
+            mae=float(metrics.mae(x, y)),
+            nmse=float(metrics.nmse(x, y)),
             haarpsi=float(perceptual.nanmean()),
-            correlation=float(metrics.correlation(scaled, reference, mask)),
-            psnr_affine=float(metrics.psnr_affine(scaled, reference, 1.0, mask)),
+            correlation=float(metrics.correlation(x, y)),
+            psnr_affine=float(metrics.psnr_affine(x, y, 1.0)),
         )
     return quality
 
