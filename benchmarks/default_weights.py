@@ -5,7 +5,7 @@ is fixed below, by patient: who is named in neither list is trained on, and so a
 
 python benchmarks/default_weights.py ../shared/data -o runs/default --minutes 240    # resumes where it was stopped
 python benchmarks/default_weights.py ../shared/data -o runs/second --minutes 240 --start runs/default/run/model
-python benchmarks/default_weights.py ../shared/data -o runs/gpu --minutes 9 --device cuda --set synthesis_train.batch_size=32
+python benchmarks/default_weights.py ../shared/data -o runs/gpu --minutes 9 --set synthesis_train.batch_size=32
 python benchmarks/default_weights.py -o runs/default --measure    # every subset of the held-out patients, in Markdown
 python benchmarks/default_weights.py -o runs/default --ship       # into src/crossmr/weights
 """

@@ -105,11 +105,11 @@ def measure(name: str, hidden: Path, out: Path, options: argparse.Namespace, ans
 
 
 def psnr(result: dict[str, Any], target: str, predictor: str) -> str:
-    """Mean PSNR over the brain of a target, from whichever sources, weighted by their cases."""
+    """Mean PSNR over the brain of a target, from whichever sources, weighted by their patients."""
     own = [e for e in result["summary"] if (e["target"], e["predictor"], e["region"]) == (target, predictor, "brain")]
-    pairs = [(entry["psnr"]["mean"], entry["cases"]) for entry in own if entry["psnr"]["mean"] is not None]
-    count = sum(cases for _, cases in pairs)
-    return f"{sum(mean * cases for mean, cases in pairs) / count if count else math.nan:.2f}"
+    pairs = [(entry["psnr"]["mean"], entry["patients"]) for entry in own if entry["psnr"]["mean"] is not None]
+    count = sum(patients for _, patients in pairs)
+    return f"{sum(mean * patients for mean, patients in pairs) / count if count else math.nan:.2f}"
 
 
 def main() -> None:

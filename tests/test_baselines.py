@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from crossmr.baselines import BASELINES, GRID, fit_baselines, linear_weights, predict_baselines
+from crossmr.baselines import BASELINES, DARKEST, GRID, MEDIAN, fit_baselines, linear_weights, predict_baselines
+from crossmr.data import head
 
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 MODALITIES = (*SOURCES, *TARGETS)
@@ -20,7 +21,7 @@ def weights(fitted, targets=(2, 3)):
 
 def volumes(seed, shape=(6, 7, 8), without=()):
     """Random sources and targets that are linear in them."""
-    t1n, t2w = np.random.default_rng(seed).random((2, *shape)).astype(np.float32)
+    t1n, t2w = np.random.default_rng(seed).uniform(0.01, 1, (2, *shape)).astype(np.float32)
     case = {"t1n": t1n, "t2w": t2w, "t1c": 0.5 * t1n - 0.25 * t2w + 0.3, "t2f": 0.1 * t1n + 0.6 * t2w + 0.05}
     return {name: image for name, image in case.items() if name not in without}
 
@@ -54,9 +55,54 @@ def test_the_mean_image_of_constant_heads_is_their_mean():
     fitted = fit_baselines(cases(*made), MODALITIES)
     assert fitted["mean_image"].shape == (4, *GRID)
     torch.testing.assert_close(fitted["mean_image"], torch.full((4, *GRID), 0.4).half())
-    given = dict.fromkeys(SOURCES, np.zeros((11, 13, 5), np.float32))
+    given = dict.fromkeys(SOURCES, np.ones((11, 13, 5), np.float32))
     for image in predict_baselines(fitted, MODALITIES, given, TARGETS)["mean image"]:
         np.testing.assert_allclose(image, np.full((11, 13, 5), 0.4), atol=2e-4)
+
+
+def test_the_mean_image_is_over_the_patients_who_have_an_intensity_there():
+    """Heads of .2 and .6; the second's upper half is masked, and nobody has any in the last eighth."""
+    first, second = (np.full((48, 8, 8), value, np.float32) for value in (0.2, 0.6))
+    first[:, :, 7:] = second[:, :, 7:] = second[24:] = 0
+    fitted = fit_baselines(cases({"t1n": first, "t1c": first}, {"t1n": second, "t1c": second}), ("t1n", "t1c"))
+    given = {"t1n": np.ones((48, 8, 8), np.float32)}
+    (image,) = predict_baselines(fitted, ("t1n", "t1c"), given, ("t1c",))["mean image"]
+    np.testing.assert_allclose(image[:23, :, :6], 0.4, atol=1e-3)
+    np.testing.assert_allclose(image[25:, :, :6], 0.2, atol=1e-3)
+    np.testing.assert_allclose(image[:, :, 7].mean(), MEDIAN, atol=0.05)
+
+
+def test_the_constant_is_the_median_within_the_head_of_every_training_patient():
+    intensities = np.random.default_rng(0).gamma(4, 100, (12, 12, 12)).astype(np.float32)
+    mask = np.zeros(intensities.shape, bool)
+    mask[2:10, 2:10, 2:10] = True
+    normalised = head.fit_normalisation(intensities, mask).apply(intensities)
+    assert np.median(normalised[mask]) == pytest.approx(MEDIAN, abs=1e-6)
+    assert head.DARKEST == DARKEST
+    fitted = fit_baselines(cases(volumes(0)), MODALITIES)
+    for image in predict_baselines(fitted, MODALITIES, of(volumes(1)), TARGETS)["constant"]:
+        np.testing.assert_array_equal(image, np.float32(MEDIAN))
+
+
+def test_masked_voxels_are_not_fitted_to():
+    """Whatever is masked in a source or in the target, the line through the rest is the same."""
+    whole, masked = volumes(0), volumes(0)
+    for modality, chosen in {"t1n": np.s_[:2], "t1c": np.s_[:, 5:], "t2f": np.s_[:, :, :1]}.items():
+        masked[modality] = masked[modality].copy()
+        masked[modality][chosen] = 0
+    fitted = fit_baselines(cases(masked), MODALITIES)
+    np.testing.assert_allclose(weights(fitted), weights(fit_baselines(cases(whole), MODALITIES)), atol=1e-5)
+    assert fitted["gram"][0, -1, -1] == 4 * 5 * 7  # voxels in which all four have an intensity
+
+
+def test_where_all_sources_are_masked_nothing_is_predicted():
+    given = of(volumes(1))
+    given["t1n"][:3] = 0
+    given["t2w"][:2] = 0
+    for images in predict_baselines(fit_baselines(cases(volumes(0)), MODALITIES), MODALITIES, given, TARGETS).values():
+        for image in images:
+            assert not image[:2].any()
+            assert image[2:].min() >= DARKEST
 
 
 def test_the_mean_image_keeps_its_orientation():
@@ -76,19 +122,18 @@ def test_every_baseline_fits_every_head(shape):
         assert len(images) == len(TARGETS)
         for image in images:
             assert (image.shape, image.dtype) == (shape, np.float32)
-            assert image.min() >= 0
+            assert image.min() >= DARKEST
             assert image.max() <= 1
-    assert not np.any(predicted["zeros"])
 
 
 def test_predictions_are_clipped():
-    ramp = np.array([[[0.0, 0.3, 1.0]]], np.float32)
+    ramp = np.array([[[0.1, 0.3, 1.0]]], np.float32)
     fitted = {
-        **fit_baselines(cases({"t1n": ramp, "t1c": 2 - 5 * ramp}), ("t1n", "t1c")),
+        **fit_baselines(cases({"t1n": ramp[..., :2], "t1c": 2 - 5 * ramp[..., :2]}), ("t1n", "t1c")),
         "mean_image": torch.full((2, *GRID), 7.0),
     }
     predicted = predict_baselines(fitted, ("t1n", "t1c"), {"t1n": ramp}, ("t1c",))
-    np.testing.assert_allclose(predicted["linear regression"][0].ravel(), [1.0, 0.5, 0.0], atol=1e-6)
+    np.testing.assert_allclose(predicted["linear regression"][0].ravel(), [1.0, 0.5, DARKEST], atol=1e-6)
     assert predicted["mean image"][0].max() == 1
 
 
@@ -108,17 +153,18 @@ def test_cases_that_lack_a_modality_are_left_out_only_where_it_matters():
 
 
 @pytest.mark.parametrize("made", [[], [volumes(0, without=("t1c",))]])
-def test_a_target_that_nobody_has_is_predicted_as_zero(made):
+def test_of_a_target_that_nobody_has_nothing_is_known(made):
     fitted = fit_baselines(cases(*made), MODALITIES)
     assert all(tensor.isfinite().all() for tensor in fitted.values())
     predicted = predict_baselines(fitted, MODALITIES, of(volumes(1)), TARGETS)
-    assert all(not np.any(images[0]) for images in predicted.values())
+    for name, value in zip(BASELINES, (MEDIAN, MEDIAN, DARKEST), strict=True):
+        np.testing.assert_allclose(predicted[name][0], value, atol=1e-4)
 
 
 def test_constant_sources_do_not_break_the_fit():
-    black = {name: np.zeros((3, 3, 3), np.float32) for name in SOURCES}
-    fitted = fit_baselines(cases({**black, "t1c": np.full((3, 3, 3), 0.5, np.float32)}), (*SOURCES, "t1c"))
-    image = predict_baselines(fitted, (*SOURCES, "t1c"), black, ("t1c",))["linear regression"][0]
+    grey = {name: np.full((3, 3, 3), 0.2, np.float32) for name in SOURCES}
+    fitted = fit_baselines(cases({**grey, "t1c": np.full((3, 3, 3), 0.5, np.float32)}), (*SOURCES, "t1c"))
+    image = predict_baselines(fitted, (*SOURCES, "t1c"), grey, ("t1c",))["linear regression"][0]
     np.testing.assert_allclose(image, 0.5, atol=1e-6)
 
 

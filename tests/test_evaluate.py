@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import image, make_head, save_untrained, write_study
+from conftest import SHAPE, image, make_head, save_untrained, write_study
 from PIL import Image
 
 from crossmr.baselines import BASELINES, fit_baselines
@@ -18,7 +18,7 @@ from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
 from crossmr.evaluation import predictors as module
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
-from crossmr.evaluation.measures import METRICS, measure
+from crossmr.evaluation.measures import METRICS, measure, measure_contrasts
 from crossmr.evaluation.predictors import find_predictors, predict
 from crossmr.evaluation.subjects import subject_of_files
 from crossmr.evaluation.tables import read_scores, tables, uncertainty_table
@@ -45,6 +45,15 @@ def subjects(folder):
     return {files.case: subject_of_files(files) for files in find_studies(folder)}
 
 
+def within(subject, target):
+    """The head without those of its slices in which the target is wholly as dark as the scale goes: its poles."""
+    slices = [
+        bool(inside.any() and np.ptp(plane[inside]))
+        for plane, inside in zip(subject.volumes[target], subject.head, strict=True)
+    ]
+    return subject.head & np.array(slices)[:, None, None]
+
+
 def indexed(scores):
     return {(s.case, s.target, s.predictor, s.region): s for s in scores}
 
@@ -59,12 +68,23 @@ def entry(summary, target, predictor, region):
     return chosen
 
 
+def write_lesion(folder, case, seed=0):
+    """A study with a bright lesion of 96 voxels, outlined as enhancing."""
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[12:16, 14:18, 9:15] = 3
+    volumes = {m: make_head(m, seed=seed) + np.float32(60) * (labels > 0) for m in ALL}
+    return write_study(folder, case, replace={**volumes, "seg": labels})
+
+
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     """Six patients; three have a lesion outlined."""
     folder = tmp_path_factory.mktemp("cohort")
     for seed, case in enumerate(CASES):
-        write_study(folder, case, ALL, seed=seed, lesion=case in WITH_LESION)
+        if case in WITH_LESION:
+            write_lesion(folder, case, seed)
+        else:
+            write_study(folder, case, ALL, seed=seed)
     return folder
 
 
@@ -125,14 +145,17 @@ def test_a_row_for_every_case_target_predictor_and_region(evaluated):
         for case in CASES
         for target in TARGETS
         for predictor in PREDICTORS
-        for region in ("volume", "brain", "slices", *(["tumour"] if case in WITH_LESION else []))
+        for region in ("volume", "brain", "deep", "slices", *(["tumour"] if case in WITH_LESION else []))
     }
     assert len(scores) == len(expected)
     assert set(indexed(scores)) == expected
     for score in scores:
         assert score.sources == "t1n+t2w"
         assert score.protocol == ("slice" if score.region == "slices" else "volume")
-        assert all(math.isfinite(getattr(score, metric)) for metric in METRICS)
+        assert score.patient == score.case
+        assert all(math.isfinite(getattr(score, metric)) for metric in METRICS if metric != "correlation")
+        if score.predictor in BASELINES and score.region != "tumour":  # what is untrained may be constant
+            assert math.isnan(score.correlation) == (score.predictor == "constant")
     assert body["cases"] == sorted(CASES)
     assert body["own"] == OWN
     assert body["failed"] == {}
@@ -150,7 +173,7 @@ def test_the_scores_are_of_each_case_s_own_predictions(evaluated, cohort, model,
         for score in again:
             written = by_key[case, score.target, score.predictor, score.region]
             for metric in METRICS:
-                assert getattr(written, metric) == pytest.approx(getattr(score, metric), rel=1e-4)
+                assert getattr(written, metric) == pytest.approx(getattr(score, metric), rel=1e-4, nan_ok=True)
 
 
 def test_the_summary_is_over_the_scores(evaluated):
@@ -159,18 +182,23 @@ def test_the_summary_is_over_the_scores(evaluated):
         (target, predictor, region)
         for target in TARGETS
         for predictor in PREDICTORS
-        for region in ("volume", "brain", "tumour", "slices")
+        for region in ("volume", "brain", "deep", "tumour", "slices")
     }
     for e in body["summary"]:
-        assert e["cases"] == (3 if e["region"] == "tumour" else 6)
+        assert e["patients"] == (3 if e["region"] == "tumour" else 6)
         chosen = [s for s in scores if (s.target, s.predictor, s.region) == (e["target"], e["predictor"], e["region"])]
         for metric in METRICS:
-            values = [getattr(s, metric) for s in chosen]
-            assert e[metric]["mean"] == pytest.approx(np.mean(values))
-            assert min(values) <= e[metric]["low"] <= e[metric]["mean"] <= e[metric]["high"] <= max(values)
+            values = [value for s in chosen if not math.isnan(value := getattr(s, metric))]
             assert ("p_against_first" in e[metric]) == (e["predictor"] != OWN)
+            if not values:
+                assert metric == "correlation"
+                assert set(e[metric].values()) == {None}
+                continue
+            assert e[metric]["mean"] == pytest.approx(np.mean(values))
+            bounds = (min(values) - 1e-9, e[metric]["low"], e[metric]["mean"], e[metric]["high"], max(values) + 1e-9)
+            assert list(bounds) == sorted(bounds)
             assert 0 < e[metric].get("p_against_first", 1) <= 1
-    assert entry(body["summary"], "t2f", "zeros", "brain")["mae"]["p_against_first"] == pytest.approx(2 / 2**6)
+    assert entry(body["summary"], "t2f", "constant", "brain")["mae"]["p_against_first"] == pytest.approx(2 / 2**6)
 
 
 def test_json_is_strict_and_holds_what_was_returned(evaluated, model):
@@ -268,6 +296,63 @@ def test_a_perfect_predictor_is_perfect_and_beats_the_baselines(cohort, folder, 
     assert [table.row_count for table in tables(summary)] == [4, 4]
 
 
+# Contrasts and patients
+
+
+def test_contrasts_are_of_every_study_with_a_lesion_and_their_summary_is_over_them(evaluated, cohort, model):
+    out, body, _ = evaluated
+    rows = {
+        (r["case"], r["target"], r["predictor"]): r
+        for r in rows_of(out / "contrasts.csv")
+        if r["structure"] == "lesion"
+    }
+    assert set(rows) == {(c, t, p) for c in WITH_LESION for t in TARGETS for p in PREDICTORS}
+    subject = subjects(cohort)["A1"]
+    images = predict(subject, SOURCES, find_predictors(model, INFERENCE)).images
+    for score in measure_contrasts(subject, SOURCES, images):
+        if score.structure == "lesion":
+            assert float(rows["A1", score.target, score.predictor]["kept"]) == pytest.approx(score.kept, rel=1e-3)
+            assert score.truth > 0.5
+    summary = [e for e in body["contrasts"] if e["structure"] == "lesion"]
+    assert {(e["target"], e["predictor"]) for e in summary} == {(t, p) for t in TARGETS for p in PREDICTORS}
+    for e in summary:
+        shares = [float(rows[case, e["target"], e["predictor"]]["kept"]) for case in WITH_LESION]
+        assert (e["patients"], e["median"]) == (3, pytest.approx(np.median(shares)))
+        assert e["kept"] == pytest.approx(np.mean([0.7 <= share <= 1.4 for share in shares]))
+    kept = {(e["predictor"], e["target"]): e["kept"] for e in summary}
+    assert kept["constant", "t2f"] == kept["constant", "t1c"] == 0
+    uncertain = [e for e in body["uncertainty"] if e["uncertainty"] == "std"]
+    written = [r for r in rows_of(out / "uncertainty.csv") if r["uncertainty"] == "std"]
+    for e in uncertain:
+        chosen = [r for r in written if r["target"] == e["target"] and r["case"] in WITH_LESION]
+        assert e["std_ratio"] == pytest.approx(np.mean([float(r["std_ratio"]) for r in chosen]))
+        assert e["error_ratio"] == pytest.approx(np.mean([float(r["error_ratio"]) for r in chosen]))
+        assert [float(r["lesion_kept"]) for r in chosen] == pytest.approx(
+            [float(rows[r["case"], e["target"], OWN]["kept"]) for r in chosen]
+        )
+    assert all(r["std_ratio"] == "nan" for r in written if r["case"] not in WITH_LESION)
+
+
+def test_two_visits_of_a_patient_are_one_patient(bare, tmp_path):
+    for seed, case in enumerate(("BraTS-GLI-00001-000", "BraTS-GLI-00001-001", "BraTS-GLI-00002-000")):
+        write_lesion(tmp_path / "cohort", case, seed)
+    body = evaluate(bare, tmp_path / "cohort", tmp_path / "out", SETTINGS)
+    assert len(body["cases"]) == 3
+    for name in ("metrics.csv", "contrasts.csv"):
+        patients = {row["case"]: row["patient"] for row in rows_of(tmp_path / "out" / name)}
+        assert len(patients) == 3
+        assert len(set(patients.values())) == 2
+    for e in (*body["summary"], *body["contrasts"]):
+        assert e["patients"] == 2
+    first, again, other = (
+        score.mae
+        for score in read_scores(tmp_path / "out" / "metrics.csv")
+        if (score.target, score.region) == ("t2f", "brain")
+    )
+    mean = entry(body["summary"], "t2f", OWN, "brain")["mae"]["mean"]
+    assert mean == pytest.approx(((first + again) / 2 + other) / 2)
+
+
 # Uncertainty
 
 
@@ -278,8 +363,9 @@ def test_standard_deviations_are_compared_with_the_errors_of_the_model_s_own_ima
     subject = subjects(cohort)["A1"]
     predictions = predict(subject, SOURCES, find_predictors(model, INFERENCE))
     for target in TARGETS:
-        error = np.abs(predictions.images[OWN][target] - subject.volumes[target])[subject.head]
-        std = predictions.stds[target][subject.head]
+        inside = within(subject, target)
+        error = np.abs(predictions.images[OWN][target] - subject.volumes[target])[inside]
+        std = predictions.stds[target][inside]
         row = rows["A1", target, "std"]
         assert float(row["error"]) == pytest.approx(error.mean(), rel=1e-4)
         assert float(row["coverage_95"]) == pytest.approx((error <= 1.96 * std).mean(), abs=1e-4)
@@ -287,7 +373,7 @@ def test_standard_deviations_are_compared_with_the_errors_of_the_model_s_own_ima
         assert float(row["error_most_certain_90"]) == pytest.approx(certain.mean(), rel=1e-2)
     assert len(body["uncertainty"]) == 4
     for e in body["uncertainty"]:
-        assert e["cases"] == len(CASES)
+        assert e["patients"] == len(CASES)
         assert (e["coverage_95"] is None) == (e["uncertainty"] == "predicted intensity") == ("p_against_std" in e)
     assert uncertainty_table(body["uncertainty"]).row_count == 4
 
@@ -302,7 +388,8 @@ def test_the_calibration_curve_of_each_case_and_of_all(evaluated, cohort, model)
     error = predictions.images[OWN]["t1c"] - subject.volumes["t1c"]
     for column, volume in (("std", predictions.stds["t1c"]), ("error", error)):
         mean_square = np.mean([float(row[column]) ** 2 for row in own])
-        assert mean_square == pytest.approx((volume[subject.head].astype(float) ** 2).mean(), rel=1e-3)
+        inside = volume[within(subject, "t1c")]
+        assert mean_square == pytest.approx((inside.astype(float) ** 2).mean(), rel=1e-3)
     assert [e["decile"] for e in body["calibration"]] == [*range(1, 11)] * 2
     for e in body["calibration"]:
         chosen = [r for r in rows if (r["target"], int(r["decile"])) == (e["target"], e["decile"])]
@@ -421,14 +508,16 @@ def test_names_and_a_mapping_are_enough(folder, tmp_path):
     assert body["own"] == GUIDED
     assert list(dict.fromkeys(e["predictor"] for e in body["summary"])) == [GUIDED, OWN, *BASELINES]
     places = {(e["target"], e["region"]) for e in body["summary"]}  # no lesion is outlined, and there is no T1ce
-    assert places == {("t2f", "volume"), ("t2f", "brain"), ("t2f", "slices")}
+    assert places == {("t2f", region) for region in ("volume", "brain", "deep", "slices")}
+    assert body["contrasts"] == []
+    assert not (tmp_path / "out" / "contrasts.csv").exists()
 
 
 def test_a_3d_model_is_measured_too(tmp_path):
     write_study(tmp_path / "cohort", "P", ALL)
     folder = save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 16, 16), guidance="none")
     body = evaluate(folder, tmp_path / "cohort", tmp_path / "out", SETTINGS)
-    assert entry(body["summary"], "t2f", OWN, "brain")["cases"] == 1
+    assert entry(body["summary"], "t2f", OWN, "brain")["patients"] == 1
 
 
 # Any subset

@@ -55,6 +55,46 @@ def test_errors_are_numpys_with_and_without_a_mask(shape):
                 assert scores[name][item].item() == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_correlation_and_the_best_affine_map_are_numpys_with_and_without_a_mask(shape):
+    prediction, truth = pair(shape)
+    for region in (None, random_mask(shape)):
+        correlation = metrics.correlation(prediction, truth, region)
+        psnr = metrics.psnr_affine(prediction, truth, 2.0, region)
+        assert correlation.shape == psnr.shape == (shape[0],)
+        for item in range(shape[0]):
+            inside = slice(None) if region is None else region[item].numpy()
+            p, t = (image[item].double().numpy()[inside].ravel() for image in (prediction, truth))
+            assert correlation[item].item() == pytest.approx(np.corrcoef(p, t)[0, 1], rel=1e-6)
+            mapped = np.polyval(np.polyfit(p, t, 1), p)
+            assert psnr[item].item() == pytest.approx(10 * math.log10(4 / ((mapped - t) ** 2).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("slope", [0.3, -2.0])
+def test_an_affine_map_of_the_truth_costs_nothing(shape, slope):
+    _, truth = pair(shape)
+    mask = random_mask(shape)
+    mapped = torch.where(mask, slope * truth + 5, 1e3)  # what lies outside does not count
+    assert (metrics.psnr(mapped, truth, 1.0, mask) < 0).all()
+    assert (metrics.psnr_affine(mapped, truth, 1.0, mask) > 110).all()
+    expected = torch.full((shape[0],), math.copysign(1, slope), dtype=torch.float64)
+    torch.testing.assert_close(metrics.correlation(mapped, truth, mask), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
+def test_a_constant_correlates_with_nothing_and_is_mapped_to_the_mean(value):
+    _, truth = pair(SHAPES[0])
+    constant = torch.full_like(truth, value)
+    assert metrics.correlation(constant, truth).isnan().all()
+    assert metrics.correlation(truth, constant).isnan().all()
+    variance = truth.double().flatten(1).var(1, correction=0)
+    torch.testing.assert_close(metrics.psnr_affine(constant, truth, 1.0), -10 * variance.log10())
+    empty = torch.zeros(truth.shape, dtype=torch.bool)
+    assert metrics.correlation(truth, truth, empty).isnan().all()
+    assert metrics.psnr_affine(truth, truth, 1.0, empty).isnan().all()
+
+
 def test_psnr_of_known_values():
     truth = torch.zeros(2, 4, 4)
     prediction = torch.stack([torch.full((4, 4), 0.1), torch.full((4, 4), 10.0)])

@@ -89,7 +89,7 @@ def test_each_predictor_s_images_are_its_own(model, subject, folders, baselines)
         assert list(images[name]) == list(TARGETS)
         for target in TARGETS:
             np.testing.assert_array_equal(images[name][target], volumes[target], err_msg=f"{name} {target}")
-    different = [images[name][target] for name in images for target in TARGETS if name != "zeros"]
+    different = [images[name][target] for name in images for target in TARGETS if name != "constant"]
     for k, volume in enumerate(different):
         assert all(np.abs(volume - other).max() > 1e-3 for other in different[k + 1 :])
 

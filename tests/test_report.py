@@ -7,8 +7,9 @@ import shutil
 from html.parser import HTMLParser
 
 import nibabel as nib
+import numpy as np
 import pytest
-from conftest import image, make_head, save_untrained, write_study
+from conftest import SHAPE, image, make_head, save_untrained, write_study
 
 from crossmr.baselines import fit_baselines
 from crossmr.completion.cohort import complete_cohort
@@ -48,10 +49,14 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    """Complete patients; the name of one would be markup."""
+    """Complete patients; the name of one would be markup, another has a bright lesion."""
     folder = tmp_path_factory.mktemp("cohort")
     for seed, case in enumerate(("Ann", "B<i>ob", "Cem")):
-        write_study(folder, case, ALL, seed=seed, lesion=case == "Ann")
+        write_study(folder, case, ALL, seed=seed)
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[12:16, 14:18, 9:15] = 3
+    bright = {m: make_head(m) + np.float32(60) * (labels > 0) for m in ALL}
+    write_study(folder, "Ann", replace={**bright, "seg": labels})
     return folder
 
 
@@ -162,6 +167,29 @@ def test_an_evaluation_is_one_page(evaluated):
     assert "The model was trained on" not in page.text
     for entry in body["uncertainty"]:
         assert f"{entry['ause']:.2f}" in page.text
+
+
+def test_the_page_of_an_evaluation_says_what_lesions_come_to(evaluated):
+    """How many keep their contrast, by the table's order of targets and predictors, and the ratios of deviation."""
+    page = Page(report.report_evaluation(evaluated))
+    body = json.loads((evaluated / "metrics.json").read_text())
+    kept = {
+        (e["target"], e["sources"], e["predictor"]): f"{e['kept'] * e['patients']:.0f} of {e['patients']}"
+        for e in body["contrasts"]
+        if e["structure"] == "lesion" and e["patients"]
+    }
+    assert set(kept.values()) == {"0 of 1", "1 of 1"}
+    tasks = dict.fromkeys((e["target"], e["sources"]) for e in body["summary"])
+    predictors = list(dict.fromkeys(e["predictor"] for e in body["summary"]))
+    tables = page.source.split("<summary>")[1 : len(tasks) + 1]
+    for task, table in zip(tasks, tables, strict=True):
+        assert "3 patients" in table
+        rows = table.split("<tr")[2:]
+        cells = [row.split("<td>")[-2].removesuffix("</td>") for row in rows]
+        assert cells == [kept.get((*task, predictor), "–") for predictor in predictors]
+    (lost, *_) = (e for e in body["uncertainty"] if e["patients_lost"])
+    for ratio in ("error_ratio", "std_ratio"):
+        assert f"<td>{lost[ratio]:.2f}<small>({lost[f'{ratio}_lost']:.2f} of 1 lost)</small></td>" in page.source
 
 
 @pytest.mark.parametrize(

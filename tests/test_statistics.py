@@ -1,4 +1,4 @@
-"""Means, intervals and paired tests of scores: over the right cases, in the right pairs."""
+"""Means, intervals and paired tests of scores: over the right patients, in the right pairs."""
 
 import json
 import math
@@ -8,20 +8,40 @@ import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
-from crossmr.evaluation.measures import INTENSITY, METRICS, STD, CalibrationPoint, Score, UncertaintyScore
-from crossmr.evaluation.statistics import summarise, summarise_calibration, summarise_uncertainty
+from crossmr.evaluation.measures import (
+    INTENSITY,
+    METRICS,
+    STD,
+    CalibrationPoint,
+    ContrastScore,
+    Score,
+    UncertaintyScore,
+)
+from crossmr.evaluation.statistics import (
+    summarise,
+    summarise_calibration,
+    summarise_contrasts,
+    summarise_uncertainty,
+)
 
 CASES = [f"P{k}" for k in range(10)]
 
 
-def score(case, predictor, region="brain", **metrics):
+MEASURES = [*UncertaintyScore.__dataclass_fields__][5:]
+
+
+def score(case, predictor, region="brain", patient=None, **metrics):
     values = {**dict.fromkeys(METRICS, 0.5), **metrics}
-    return Score(case, "t1n", "t2f", predictor, "volume", region, **values)
+    return Score(case, patient or case, "t1n", "t2f", predictor, "volume", region, **values)
 
 
-def uncertainty(case, name, **measures):
-    values = dict.fromkeys(("correlation", "error", "error_most_certain_90", "ause", "coverage_95"), 0.5)
-    return UncertaintyScore(case, "t1n", "t2f", name, **{**values, **measures})
+def contrast(case, kept, patient=None, **names):
+    names = {"target": "t2f", "predictor": "own", "structure": "lesion"} | names
+    return ContrastScore(case, patient or case, "t1n", truth=2.0, predicted=2 * kept, kept=kept, **names)
+
+
+def uncertainty(case, name, patient=None, **measures):
+    return UncertaintyScore(case, patient or case, "t1n", "t2f", name, **{**dict.fromkeys(MEASURES, 0.5), **measures})
 
 
 @pytest.fixture
@@ -52,7 +72,7 @@ def test_the_paired_test_takes_the_cases_that_both_have(paired):
     rows += [score("alone", "other", mae=100.0), *(score(case, "other", mae=other[case]) for case in CASES)]
     rows += [score("alone", "third", mae=1.0)]
     _, second, third = summarise(rows)
-    assert second["cases"] == 11
+    assert second["patients"] == 11
     assert second["mae"]["p_against_first"] == pytest.approx(p)
     assert third["mae"]["p_against_first"] is None
 
@@ -79,7 +99,7 @@ def test_means_and_intervals_are_of_the_cases(paired):
     rows = [score(case, name, psnr=of[case]) for case in CASES for name, of in (("own", own), ("other", other))]
     for entry, values in zip(summarise(rows), (own, other), strict=True):
         estimate = entry["psnr"]
-        assert entry["cases"] == len(CASES)
+        assert entry["patients"] == len(CASES)
         assert estimate["mean"] == pytest.approx(np.mean([*values.values()]))
         half = 1.96 * np.std([*values.values()]) / np.sqrt(len(CASES))
         assert estimate["low"] == pytest.approx(estimate["mean"] - half, abs=0.3 * half)
@@ -95,12 +115,82 @@ def test_scores_that_do_not_exist_are_null_and_left_out_of_the_mean():
     json.dumps(summary, allow_nan=False)
 
 
+def test_two_visits_of_a_patient_count_once(paired):
+    """Means, intervals and p-values are those of one case a patient that lies between the two visits."""
+    own, other, p = paired
+    offsets = (0.4, -0.4)
+    visits, once = [], []
+    for name, values in (("own", own), ("other", other)):
+        for case, value in values.items():
+            once.append(score(case, name, mae=value))
+            visits += [score(f"{case}-{k}", name, patient=case, mae=value + by) for k, by in enumerate(offsets)]
+    visits += [score("P0-9", "other", patient="P0", mae=math.nan)]  # has no score: leaves the patient's mean as it is
+    for one, two in zip(summarise(once), summarise(visits), strict=True):
+        assert two["patients"] == one["patients"] == len(CASES)
+        assert two["mae"] == pytest.approx(one["mae"])
+    assert summarise(visits)[1]["mae"]["p_against_first"] == pytest.approx(p)
+
+
+def test_patients_with_many_visits_do_not_outweigh_the_others():
+    often = [*(("A", value) for value in (1.0, 1.0, 1.0)), ("B", 0.0)]
+    rows = [score(f"{patient}{k}", "own", patient=patient, ssim=value) for k, (patient, value) in enumerate(often)]
+    assert summarise(rows)[0]["ssim"]["mean"] == 0.5
+    rows = [uncertainty(f"{who}{k}", STD, patient=who, ause=value) for k, (who, value) in enumerate(often)]
+    (summary,) = summarise_uncertainty(rows)
+    assert (summary["patients"], summary["ause"]) == (2, 0.5)
+    points = [
+        CalibrationPoint(f"{who}{k}", who, "t1n", "t2f", 1, 5 * value, 7 * value)
+        for k, (who, value) in enumerate(often)
+    ]
+    (curve,) = summarise_calibration(points)
+    assert (curve["std"], curve["error"]) == (pytest.approx(5 / math.sqrt(2)), pytest.approx(7 / math.sqrt(2)))
+    rows = [contrast(f"{who}{k}", value, patient=who) for k, (who, value) in enumerate(often)]
+    (summary,) = summarise_contrasts(rows)
+    assert (summary["patients"], summary["kept"], summary["median"]) == (2, 0.5, 0.5)
+
+
+def test_contrasts_are_kept_between_seven_and_fourteen_tenths():
+    shares = {"A": 0.69, "B": 0.7, "C": 1.4, "D": 1.41, "E": -1.0, "F": math.nan, "G": 1.0}
+    (summary,) = summarise_contrasts([contrast(case, share) for case, share in shares.items()])
+    assert summary == {
+        **{"sources": "t1n", "target": "t2f", "predictor": "own", "structure": "lesion"},
+        **{"patients": 6, "kept": 0.5, "median": pytest.approx(0.85)},
+    }
+
+
+def test_contrasts_are_of_one_target_predictor_and_structure():
+    places = [(t, p, s) for t in ("t1c", "t2f") for p in ("own", "other") for s in ("lesion", "fluid")]
+    rows = [
+        contrast("A", n / 10, target=target, predictor=predictor, structure=structure)
+        for n, (target, predictor, structure) in enumerate(places)
+    ]
+    summary = {(e["target"], e["predictor"], e["structure"]): e["median"] for e in summarise_contrasts(rows)}
+    assert summary == {place: n / 10 for n, place in enumerate(places)}
+    (nothing,) = summarise_contrasts([contrast("A", math.nan)])
+    assert (nothing["patients"], nothing["kept"], nothing["median"]) == (0, None, None)
+    assert summarise_contrasts([]) == []
+
+
+def test_lost_lesions_are_summarised_by_themselves():
+    lesions = {"A": (0.2, 3.0, 1.2), "B": (0.49, 5.0, 1.4), "C": (0.5, 1.0, 2.0), "D": (math.nan, math.nan, math.nan)}
+    (summary,) = summarise_uncertainty(
+        [uncertainty(c, STD, lesion_kept=k, error_ratio=e, std_ratio=s) for c, (k, e, s) in lesions.items()]
+    )
+    assert summary["error_ratio"] == pytest.approx(3)
+    assert summary["std_ratio"] == pytest.approx(4.6 / 3)
+    assert (summary["patients"], summary["patients_lost"]) == (4, 2)
+    assert summary["error_ratio_lost"] == pytest.approx(4)
+    assert summary["std_ratio_lost"] == pytest.approx(1.3)
+    (none,) = summarise_uncertainty([uncertainty("C", STD, lesion_kept=1.0)])
+    assert (none["patients_lost"], none["error_ratio_lost"], none["std_ratio_lost"]) == (0, None, None)
+
+
 def test_uncertainty_is_the_mean_over_cases_and_its_test_pairs_each_case_with_itself(paired):
     stds, intensities, p = paired
     rows = [uncertainty(case, STD, ause=stds[case], coverage_95=k / 10) for k, case in enumerate(CASES)]
     rows += [uncertainty(case, INTENSITY, ause=intensities[case], correlation=math.nan) for case in reversed(CASES)]
     of_std, of_intensity = summarise_uncertainty(rows)
-    assert of_std["cases"] == of_intensity["cases"] == len(CASES)
+    assert of_std["patients"] == of_intensity["patients"] == len(CASES)
     assert of_std["ause"] == pytest.approx(np.mean([*stds.values()]))
     assert of_intensity["ause"] == pytest.approx(np.mean([*intensities.values()]))
     assert of_std["coverage_95"] == pytest.approx(0.45)
@@ -112,7 +202,7 @@ def test_uncertainty_is_the_mean_over_cases_and_its_test_pairs_each_case_with_it
 
 def test_calibration_is_the_root_mean_square_of_each_decile():
     points = [
-        CalibrationPoint(case, sources, target, decile, decile * factor, 2 * decile * factor)
+        CalibrationPoint(case, case, sources, target, decile, decile * factor, 2 * decile * factor)
         for case, factor in (("A", 0.1), ("B", 0.7))
         for sources in ("t1n", "t1n+t2w")
         for target in ("t1c", "t2f")

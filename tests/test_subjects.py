@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import image, make_head, write_study
+from conftest import SHAPE, image, make_head, write_study
 
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import PrepareSettings, Split, prepare
@@ -18,7 +18,7 @@ ANY = SimpleNamespace(sources=ALL, targets=ALL, modalities=ALL, any_subset=True)
 
 
 def subject_with(*modalities):
-    return Subject("P", "P", dict.fromkeys(modalities), None, None, False)
+    return Subject("P", "P", dict.fromkeys(modalities), {}, None, None, None, False)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_a_study_is_cropped_to_its_head_and_normalised(cohort):
     ann = subjects["Ann"]
     assert (ann.name, ann.patient, ann.spacing_mm, ann.masked_background) == ("Ann", "Ann", (7.0, 6.0, 6.0), False)
     assert set(ann.volumes) == set(ALL)
-    for volume in (*ann.volumes.values(), ann.head, ann.tumour):
+    for volume in (*ann.volumes.values(), ann.head, ann.tumour, ann.enhancing):
         assert volume.shape == ann.head.shape
     for volume in ann.volumes.values():
         assert volume.dtype == np.float32
@@ -44,6 +44,24 @@ def test_a_study_is_cropped_to_its_head_and_normalised(cohort):
     assert ann.tumour.sum() == 4 * 4 * 3
     assert ann.head[ann.tumour].all()
     assert not subjects["Dan"].tumour.any()
+    assert set(ann.air) == set(ALL)
+    for modality, volume in ann.volumes.items():
+        assert np.median(volume[ann.head]) == pytest.approx(1 / 3, abs=0.02)
+        assert np.median(volume[~ann.head]) == pytest.approx(max(ann.air[modality], 2**-10), abs=0.05)
+
+
+def test_the_enhancing_part_has_the_last_labels(tmp_path):
+    """1 necrosis, 2 oedema, 3 enhancing (4 before 2023)."""
+    labels = np.zeros(SHAPE, np.uint8)
+    for label, x in ((1, 10), (2, 12), (3, 14), (4, 16)):
+        labels[x : x + 2, 14:18, 10:13] = label
+    write_study(tmp_path / "cohort", "P", ALL, replace={"seg": labels})
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1.0, 0.0, 0.0)))
+    for folder in ("cohort", "set"):
+        ((_, read),) = find_subjects(tmp_path / folder, "train")
+        subject = read()
+        assert (subject.tumour.sum(), subject.enhancing.sum()) == (4 * 24, 2 * 24)
+        assert subject.enhancing[..., np.flatnonzero(subject.tumour.any((0, 1)))[-4:]].sum() == 2 * 24
 
 
 def test_a_prepared_dataset_and_its_cohort_give_the_same_subjects(cohort, tmp_path):
@@ -58,6 +76,7 @@ def test_a_prepared_dataset_and_its_cohort_give_the_same_subjects(cohort, tmp_pa
             assert (subject.patient, subject.spacing_mm) == (other.patient, other.spacing_mm)
             np.testing.assert_array_equal(subject.head, other.head)
             np.testing.assert_array_equal(subject.tumour, other.tumour)
+            assert subject.air == other.air
             for modality in ALL:
                 np.testing.assert_allclose(subject.volumes[modality], other.volumes[modality], atol=5e-4)  # float16
     assert find_subjects(tmp_path / "set", "val") == []

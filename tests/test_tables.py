@@ -9,17 +9,26 @@ import pytest
 from rich.console import Console
 
 from crossmr.errors import OutputError
-from crossmr.evaluation.measures import INTENSITY, METRICS, STD, CalibrationPoint, Score, UncertaintyScore
-from crossmr.evaluation.statistics import summarise, summarise_uncertainty
+from crossmr.evaluation.measures import (
+    INTENSITY,
+    METRICS,
+    STD,
+    CalibrationPoint,
+    ContrastScore,
+    Score,
+    UncertaintyScore,
+)
+from crossmr.evaluation.statistics import summarise, summarise_contrasts, summarise_uncertainty
 from crossmr.evaluation.tables import read_scores, tables, uncertainty_table, write_csv
 
 
 def score(case="A", predictor="own", region="brain", sources="t1n", target="t2f", **metrics):
-    return Score(case, sources, target, predictor, "volume", region, **{**dict.fromkeys(METRICS, 0.5), **metrics})
+    values = {**dict.fromkeys(METRICS, 0.5), **metrics}
+    return Score(case, f"patient of {case}", sources, target, predictor, "volume", region, **values)
 
 
-def text_of(*shown):
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+def text_of(*shown, width=200):
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     with console.file:
         for table in shown:
             console.print(table)
@@ -36,7 +45,9 @@ def test_the_columns_are_the_fields_and_the_values_come_back(tmp_path):
     ]
     write_csv(tmp_path / "metrics.csv", rows)
     text = (tmp_path / "metrics.csv").read_bytes().decode(errors="surrogatepass")
-    assert text.splitlines()[0] == "case,sources,target,predictor,protocol,region,psnr,ssim,mae,nmse,haarpsi"
+    assert text.splitlines()[0] == (
+        "case,patient,sources,target,predictor,protocol,region,psnr,ssim,mae,nmse,haarpsi,correlation,psnr_affine"
+    )
     first, second = csv.DictReader(text.splitlines())
     assert (first["case"], first["psnr"], first["nmse"], second["region"]) == (
         "caf\udce9, left",
@@ -45,20 +56,30 @@ def test_the_columns_are_the_fields_and_the_values_come_back(tmp_path):
         "slices",
     )
     read, other = read_scores(tmp_path / "metrics.csv")
-    assert replace(read, case="", nmse=0) == replace(rows[0], case="", nmse=0)
+    assert replace(read, case="", patient="", nmse=0) == replace(rows[0], case="", patient="", nmse=0)
     assert math.isnan(read.nmse)
     assert other == rows[1]
 
 
 def test_the_other_files_have_their_columns(tmp_path):
-    write_csv(tmp_path / "a.csv", [UncertaintyScore("A", "t1n", "t2f", STD, 0.1, 0.2, 0.3, 0.4, 0.5)])
-    write_csv(tmp_path / "b.csv", [CalibrationPoint("A", "t1n", "t2f", 1, 0.1, 0.2)])
-    heading = "case,sources,target,uncertainty,correlation,error,error_most_certain_90,ause,coverage_95"
-    assert (tmp_path / "a.csv").read_text() == f"{heading}\nA,t1n,t2f,std,0.1,0.2,0.3,0.4,0.5\n"
-    assert (tmp_path / "b.csv").read_text() == "case,sources,target,decile,std,error\nA,t1n,t2f,1,0.1,0.2\n"
+    rows = {
+        "a": UncertaintyScore("A", "P", "t1n", "t2f", STD, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, math.nan),
+        "b": CalibrationPoint("A", "P", "t1n", "t2f", 1, 0.1, 0.2),
+        "c": ContrastScore("A", "P", "t1n", "t2f", "own", "lesion", 2.0, 0.5, 0.25),
+    }
+    columns = {
+        "a": "uncertainty,correlation,error,error_most_certain_90,ause,coverage_95,std_ratio,error_ratio,lesion_kept",
+        "b": "decile,std,error",
+        "c": "predictor,structure,truth,predicted,kept",
+    }
+    values = {"a": "std,0.1,0.2,0.3,0.4,0.5,0.6,0.7,nan", "b": "1,0.1,0.2", "c": "own,lesion,2.0,0.5,0.25"}
+    for name, row in rows.items():
+        write_csv(tmp_path / name, [row])
+        wanted = f"case,patient,sources,target,{columns[name]}\nA,P,t1n,t2f,{values[name]}\n"
+        assert (tmp_path / name).read_text() == wanted
 
 
-@pytest.mark.parametrize("text", [None, "case,psnr\nA,1\n", "a,b,c,d,e,f,g,h,i,j,k\n1,2,3,4,5,6,7,8,9,10,eleven\n"])
+@pytest.mark.parametrize("text", [None, "case,psnr\nA,1\n", "a,b\n1,2,3,4,5,6,7,8,9,10,11,12,13,fourteen\n"])
 def test_a_damaged_file_is_one_line(tmp_path, text):
     if text is not None:
         (tmp_path / "metrics.csv").write_text(text)
@@ -72,7 +93,7 @@ def test_a_damaged_file_is_one_line(tmp_path, text):
 def test_a_target_has_a_row_for_each_predictor():
     rows = [
         score(case, predictor, region, target=target, psnr=20 + n + k / 10)
-        for n, predictor in enumerate(("own", "guided: sample", "against: [/plain]", "zeros"))
+        for n, predictor in enumerate(("own", "guided: sample", "against: [/plain]", "constant"))
         for k, case in enumerate("ABC")
         for region in ("brain", "slices")
         for target in ("t1c", "t2f")
@@ -81,11 +102,11 @@ def test_a_target_has_a_row_for_each_predictor():
     assert [table.row_count for table in shown] == [4, 4]
     text = text_of(*shown)
     for words in (
-        "t1c from t1n: mean and 95 % interval over 3 cases",
+        "t1c from t1n: mean and 95 % interval over 3 patients",
         "t2f from t1n",
         "own",
         "guided: sample",
-        "zeros",
+        "constant",
     ):
         assert words in text
     assert "against: [/plain]" in text  # a name is no markup
@@ -98,21 +119,61 @@ def test_a_target_has_a_row_for_each_predictor():
 
 
 def test_a_table_shows_zero_as_zero_and_what_is_unknown_as_a_dash():
-    rows = [score("A", ssim=0.0, haarpsi=math.nan, psnr=math.inf), score("B", ssim=0.0, haarpsi=math.nan)]
+    rows = [score("A", ssim=0.0, psnr=math.inf), score("B", ssim=0.0)]
+    rows += [score(case, region="deep", correlation=math.nan) for case in "AB"]
     (table,) = tables(summarise(rows))
     cells = {column.header: next(iter(column.cells)) for column in table.columns}
     assert cells["SSIM\nbrain"] == "0.000\n0.000–0.000"
-    assert cells["HaarPSI\nbrain"] == cells["PSNR\nbrain"] == cells["SSIM\ntumour"] == "–"
+    assert cells["corr.\ndeep"] == cells["PSNR\nbrain"] == cells["PSNR\ntumour"] == cells["fluid\nkept"] == "–"
 
 
-def test_of_one_case_there_is_no_interval():
+def test_a_table_says_how_many_patients_keep_a_contrast():
+    rows = [
+        score(case, predictor, target=target)
+        for case in "AB"
+        for predictor in ("own", "other")
+        for target in ("t1c", "t2f")
+    ]
+    shares = {
+        ("t2f", "own", "lesion"): (0.9, 0.1),
+        ("t2f", "own", "fluid"): (0.9, 1.1),
+        ("t2f", "other", "lesion"): (math.nan, 0.1),
+        ("t1c", "other", "fluid"): (math.nan, math.nan),
+    }
+    contrasts = [
+        ContrastScore(case, case, "t1n", target, predictor, structure, 2.0, 2 * share, share)
+        for (target, predictor, structure), both in shares.items()
+        for case, share in zip("AB", both, strict=True)
+    ]
+    t1c, t2f = tables(summarise(rows), summarise_contrasts(contrasts))
+    for table, lesions, fluid in ((t1c, ["–", "–"], ["–", "–"]), (t2f, ["1 of 2", "0 of 1"], ["2 of 2", "–"])):
+        cells = {column.header: list(column.cells) for column in table.columns}
+        assert (cells["lesions\nkept"], cells["fluid\nkept"]) == (lesions, fluid)
+
+
+def test_a_narrow_terminal_shows_whole_numbers():
+    places = (("deep", "correlation"), ("brain", "psnr"), ("brain", "ssim"), ("tumour", "psnr"))
+    rows = [
+        score("A", "guided: unconditional", region, psnr=12.34, ssim=0.567, correlation=0.891) for region, _ in places
+    ]
+    contrasts = [
+        ContrastScore(str(n), str(n), "t1n", "t2f", "guided: unconditional", structure, 2.0, 2.0, 1.0)
+        for n in range(99)
+        for structure in ("lesion", "fluid")
+    ]
+    text = text_of(*tables(summarise(rows), summarise_contrasts(contrasts), intervals=False), width=80)
+    last = next(line for line in text.splitlines() if "guided: unconditional" in line)
+    assert last.split() == ["guided:", "unconditional", "0.891", "12.34", "0.567", "12.34", *["99", "of", "99"] * 2]
+
+
+def test_of_one_patient_there_is_no_interval():
     (table,) = tables(summarise([score(psnr=20.0)]))
-    assert "mean over 1 cases" in text_of(table)
-    assert next(iter(table.columns[1].cells)) == "20.00"
+    assert "mean over 1 patients" in text_of(table)
+    assert next(iter(table.columns[2].cells)) == "20.00"
 
 
 def test_every_subset_has_two_tables_for_each_predictor_but_the_baselines():
-    psnr = {"own": 20.0, "against: plain": 21.0, "linear regression": 19.0, "zeros": 5.0}
+    psnr = {"own": 20.0, "against: plain": 21.0, "linear regression": 19.0, "constant": 5.0}
     subsets = (("t1n", "t2f"), ("t1n", "t1c"), ("t1n+t1c", "t2f"))
     rows = [
         score("A", predictor, sources=sources, target=target, psnr=value + len(sources))
@@ -127,7 +188,7 @@ def test_every_subset_has_two_tables_for_each_predictor_but_the_baselines():
     ]
     assert [table.row_count for table in shown] == [2] * 4
     own, second = ({c.header: list(c.cells) for c in shown[n].columns} for n in (0, 2))
-    assert (own["from"], own["cases"]) == (["t1n", "t1n+t1c"], ["1", "1"])
+    assert (own["from"], own["patients"]) == (["t1n", "t1n+t1c"], ["1", "1"])
     assert own["t1c"] == ["23.00 (22.00)", ""]
     assert own["t2f"] == ["23.00 (22.00)", "27.00 (26.00)"]
     assert second["t2f"] == ["24.00 (22.00)", "28.00 (26.00)"]
@@ -135,7 +196,7 @@ def test_every_subset_has_two_tables_for_each_predictor_but_the_baselines():
 
 def test_uncertainty_is_one_table():
     rows = [
-        UncertaintyScore("A", sources, "t2f", name, 0.1, error, error / 2, ause, 0.9)
+        UncertaintyScore("A", "P", sources, "t2f", name, 0.1, error, error / 2, ause, 0.9, 100 * error, 2.0, 1.0)
         for sources, error in (("t1n", 0.02), ("t1n+t2w", 0.04))
         for name, ause in ((STD, 0.2), (INTENSITY, 0.4))
     ]
@@ -144,4 +205,7 @@ def test_uncertainty_is_one_table():
     assert [list(column.cells) for column in table.columns] == [
         *(["t2f", "t2f"], ["std", "predicted intensity"]),
         *(["0.0300", "0.0300"], ["0.0150", "0.0150"], ["0.20", "0.40"], ["0.90", "–"]),
+        ["2.00 / 3.00", "2.00 / 3.00"],
     ]
+    rows = [replace(row, std_ratio=math.nan, error_ratio=math.nan) for row in rows]
+    assert list(uncertainty_table(summarise_uncertainty(rows)).columns[-1].cells) == ["– / –", "– / –"]

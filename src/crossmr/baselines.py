@@ -1,6 +1,7 @@
-"""Baselines for every result: zeros, the mean image, and the linear regression of a target on the sources.
+"""Baselines for every result: a constant, the mean image, and the linear regression of a target on the sources.
 
-They are fitted to the training patients and stored with the model as `baselines.safetensors`.
+They are fitted to the training patients and stored with the model as `baselines.safetensors`. Exactly 0, where nothing
+was acquired or the background was masked, is no intensity: it is not fitted to, and predicted where all sources are 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,33 +12,39 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from crossmr.data.head import DARKEST, HIGHEST, LOWEST
+
 Array = npt.NDArray[np.float32]
 GRID = (48, 64, 64)
 """Voxels (Z, Y, X) of the grid on which heads are averaged, each stretched to fill it."""
-BASELINES = ("zeros", "mean image", "linear regression")
+BASELINES = ("constant", "mean image", "linear regression")
+MEDIAN = -LOWEST / (HIGHEST - LOWEST)
+"""The median within the head, of every patient by the intensity scale."""
 
 
 def fit_baselines(cases: Sequence[Callable[[], Mapping[str, Array]]], modalities: Sequence[str]) -> dict[str, Tensor]:
     """Fit all baselines to training cases: functions that read head-cropped volumes (Z, Y, X) in [0, 1].
 
-    Returns 'mean_image' (M, *GRID), float16, and, for each of the P combinations of modalities that cases have,
-    'present' (P, M), uint8, and 'gram' (P, M + 1, M + 1), float64: sums over all voxels of the products of modalities
-    and a constant. From these follows the least-squares regression of any target on any sources.
+    Returns 'mean_image' (M, *GRID), float16, over the patients who have an intensity there (MEDIAN where none has),
+    and, for each of the P combinations of modalities that cases have, 'present' (P, M), uint8, and 'gram'
+    (P, M + 1, M + 1), float64: sums of the products of modalities and a constant, over the voxels in which all of the
+    combination are above 0. From these follows the least-squares regression of any target on any sources.
     """
-    mean, counts = np.zeros((len(modalities), *GRID)), np.zeros(len(modalities))
+    sums, counts = np.zeros((2, len(modalities), *GRID))
     grams: dict[tuple[bool, ...], npt.NDArray[np.float64]] = {}
     for read in cases:
         volumes = {m: volume for m, volume in read().items() if m in modalities}
         for index, modality in enumerate(modalities):
             if modality in volumes:
-                mean[index] += resize(volumes[modality], GRID)
-                counts[index] += 1
+                sums[index] += resize(volumes[modality], GRID)
+                counts[index] += resize((volumes[modality] > 0).astype(np.float32), GRID)
         if volumes:
-            shape = next(iter(volumes.values())).shape
-            columns = _columns([volumes.get(m, np.zeros(shape, np.float32)) for m in modalities])
+            inside = np.logical_and.reduce([volume > 0 for volume in volumes.values()])
+            missing = np.zeros(inside.sum(), np.float32)
+            columns = _columns([volumes[m][inside] if m in volumes else missing for m in modalities])
             present = tuple(m in volumes for m in modalities)
             grams[present] = grams.get(present, 0) + columns @ columns.T
-    mean /= np.maximum(counts, 1)[:, None, None, None]
+    mean = np.divide(sums, counts, out=np.full_like(sums, MEDIAN), where=counts > 1e-3)
     size = len(modalities) + 1
     return {
         "mean_image": torch.from_numpy(mean).half(),
@@ -58,16 +65,19 @@ def linear_weights(fitted: Mapping[str, Tensor], sources: Sequence[int], target:
 def predict_baselines(
     fitted: Mapping[str, Tensor], modalities: Sequence[str], sources: Mapping[str, Array], targets: Sequence[str]
 ) -> dict[str, list[Array]]:
-    """Predict every target from head-cropped sources (Z, Y, X): baseline → one volume in [0, 1] per target."""
-    shape = next(iter(sources.values())).shape
+    """Predict every target from head-cropped sources (Z, Y, X): baseline → one volume per target, in [DARKEST, 1].
+
+    It is 0 where all sources are.
+    """
+    given = np.logical_or.reduce([volume > 0 for volume in sources.values()])
     columns, chosen = _columns(list(sources.values())), [modalities.index(m) for m in sources]
     indices = [modalities.index(target) for target in targets]
-    linear = [np.clip(linear_weights(fitted, chosen, t) @ columns, 0, 1).reshape(shape) for t in indices]
-    images = [np.clip(resize(fitted["mean_image"][t].float().numpy(), shape), 0, 1) for t in indices]
+    linear = [(linear_weights(fitted, chosen, t) @ columns).reshape(given.shape) for t in indices]
+    images = [resize(fitted["mean_image"][t].float().numpy(), given.shape) for t in indices]
+    predicted = ([np.full(given.shape, MEDIAN) for _ in indices], images, linear)
     return {
-        "zeros": [np.zeros(shape, np.float32) for _ in indices],
-        "mean image": [image.astype(np.float32) for image in images],
-        "linear regression": [image.astype(np.float32) for image in linear],
+        name: [np.where(given, np.clip(image, DARKEST, 1), 0).astype(np.float32) for image in some]
+        for name, some in zip(BASELINES, predicted, strict=True)
     }
 
 

@@ -291,7 +291,7 @@ def evaluate(
         mapping=_mapping(mapping),
     )
     result = run(model, data, out, settings, display=display)
-    display.print_tables(tables(result["summary"], intervals=display.wide))
+    display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
     if result["uncertainty"]:
         display.print_tables([uncertainty_table(result["uncertainty"])])
     if result["trained_on"]:

@@ -65,7 +65,7 @@ def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: D
     _picture(out, case, "trained", "trained")
     display.say("6/6 evaluate on phantoms that training never saw")
     result = evaluate(model, out / "set", out / "evaluation", EvaluationSettings(inference=settings), display=display)
-    display.print_tables(tables(result["summary"], intervals=display.wide))
+    display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
     display.print_tables([uncertainty_table(result["uncertainty"])])
     pages = report_completion(out / "completed"), report_evaluation(out / "evaluation")
     display.say(

@@ -39,6 +39,25 @@ def psnr(prediction: Tensor, truth: Tensor, data_range: float | Tensor, mask: Te
     return 10 * torch.log10(span.square() / mse(prediction, truth, mask))
 
 
+def psnr_affine(prediction: Tensor, truth: Tensor, data_range: float | Tensor, mask: Tensor | None = None) -> Tensor:
+    """PSNR, (B,), in dB, after the affine map of the prediction that fits the truth best (least squares).
+
+    What a wrong scale or offset costs is the difference to `psnr`.
+    """
+    _check(prediction, truth, mask)
+    x, y = _centred(prediction, mask), _centred(truth, mask)
+    slope = (_mean(x * y, mask) / _mean(x.square(), mask)).nan_to_num()  # 0 of a constant prediction
+    error = _mean((y - slope.reshape(-1, *[1] * (y.ndim - 1)) * x).square(), mask)
+    return 10 * torch.log10(torch.as_tensor(data_range).to(y).square() / error)
+
+
+def correlation(prediction: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Pearson's correlation, (B,), in [-1, 1]; nan where either is constant."""
+    _check(prediction, truth, mask)
+    x, y = _centred(prediction, mask), _centred(truth, mask)
+    return _mean(x * y, mask) / (_mean(x.square(), mask) * _mean(y.square(), mask)).sqrt()
+
+
 def ssim(prediction: Tensor, truth: Tensor, data_range: float | Tensor, mask: Tensor | None = None) -> Tensor:
     """Structural similarity, (B,), at most 1: the mean of the full-size `ssim_map`, within the mask if any.
 
@@ -205,6 +224,17 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.flatten(1).mean(1)
     return torch.where(mask.bool(), values, 0).flatten(1).sum(1) / mask.bool().flatten(1).sum(1)
+
+
+def _centred(image: Tensor, mask: Tensor | None) -> Tensor:
+    """The deviations (B, *spatial), float64, from each item's mean, or from that of its masked part.
+
+    They are exactly 0 where that is constant.
+    """
+    values = image.double()
+    inside = values if mask is None else torch.where(mask.bool(), values, -torch.inf)
+    shifted = values - inside.flatten(1).amax(1).reshape(-1, *[1] * (image.ndim - 1))
+    return shifted - _mean(shifted, mask).reshape(-1, *[1] * (image.ndim - 1))
 
 
 def _gaussian(image: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest, read_json
 
 Array = npt.NDArray[np.float32]
+ENHANCING = 3
+"""Smallest label of enhancing tumour: 4 in BraTS until 2021, 3 from 2023 on."""
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,24 @@ from crossmr.errors import ConfigError, CrossmrError, StudyError
 from crossmr.evaluation.measures import (
     PROTOCOL,
     CalibrationPoint,
+    ContrastScore,
+    Row,
     Score,
     UncertaintyScore,
     measure,
     measure_calibration,
+    measure_contrasts,
     measure_uncertainty,
 )
 from crossmr.evaluation.predictors import AGAINST, Predictions, Predictor, find_predictors, predict
 from crossmr.evaluation.statistics import (
     CalibrationSummary,
+    ContrastSummary,
     Summary,
     UncertaintySummary,
     summarise,
     summarise_calibration,
+    summarise_contrasts,
     summarise_uncertainty,
 )
 from crossmr.evaluation.subjects import Array, Subject, find_subjects, patterns
@@ -92,6 +97,7 @@ class Evaluation(TypedDict):
     finished: bool
     protocol: str
     summary: list[Summary]
+    contrasts: list[ContrastSummary]
     uncertainty: list[UncertaintySummary]
     calibration: list[CalibrationSummary]
     own: str
@@ -112,6 +118,7 @@ class Measurements:
     """All that was measured."""
 
     scores: list[Score] = field(default_factory=list)
+    contrasts: list[ContrastScore] = field(default_factory=list)
     uncertainty: list[UncertaintyScore] = field(default_factory=list)
     calibration: list[CalibrationPoint] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
@@ -120,9 +127,20 @@ class Measurements:
     failed: dict[str, str] = field(default_factory=dict)
     """Case → reason."""
 
+    def rows(self) -> dict[str, Sequence[Row]]:
+        """File → its rows, of those files that have any."""
+        files: dict[str, Sequence[Row]] = {
+            "metrics": self.scores,
+            "contrasts": self.contrasts,
+            "uncertainty": self.uncertainty,
+            "calibration": self.calibration,
+        }
+        return {name: rows for name, rows in files.items() if rows}
+
     def add(self, other: "Measurements") -> None:
         """Append what was measured of another study."""
         self.scores.extend(other.scores)
+        self.contrasts.extend(other.contrasts)
         self.uncertainty.extend(other.uncertainty)
         self.calibration.extend(other.calibration)
         self.pictures.extend(other.pictures)
@@ -140,7 +158,8 @@ def evaluate(
     """Hide, synthesise and measure every target of every study, and return what OUT/metrics.json holds.
 
     `model` is a model, the folder of one or a registered name; `data` a prepared dataset or a folder of studies. OUT
-    gets metrics.csv, metrics.json, pictures, and with standard deviations uncertainty.csv and calibration.csv.
+    gets metrics.csv, metrics.json, pictures, contrasts.csv where a study has a lesion or fluid, and with standard
+    deviations uncertainty.csv and calibration.csv.
 
     Raises:
         CrossmrError: nothing could be measured. A study that fails is listed under 'failed'.
@@ -163,10 +182,8 @@ def evaluate(
             reason = next(iter(measured.failed.values()), f"the split '{settings.split}' is empty")
             raise StudyError(f"No study of {data} could be measured: {reason}")
         evaluation = summarise_all(measured, predictors)
-        write_csv(out / "metrics.csv", measured.scores)
-        if measured.uncertainty:
-            write_csv(out / "uncertainty.csv", measured.uncertainty)
-            write_csv(out / "calibration.csv", measured.calibration)
+        for name, rows in measured.rows().items():
+            write_csv(out / f"{name}.csv", rows)
         write_json(out / "metrics.json", evaluation)
     return evaluation
 
@@ -191,6 +208,7 @@ def measure_subject(
         predictions = predict(subject, sources, predictors)
         own = predictions.images[predictors[0].name]
         measured.scores.extend(measure(subject, sources, predictions.images))
+        measured.contrasts.extend(measure_contrasts(subject, sources, predictions.images))
         measured.uncertainty.extend(measure_uncertainty(subject, sources, own, predictions.stds))
         measured.calibration.extend(measure_calibration(subject, sources, own, predictions.stds))
         pictured = {key: panels for key, panels in pictured.items() if len(key) == len(sources)}
@@ -234,6 +252,7 @@ def summarise_all(measured: Measurements, predictors: Sequence[Predictor]) -> Ev
         finished=True,
         protocol=PROTOCOL,
         summary=summarise(measured.scores),
+        contrasts=summarise_contrasts(measured.contrasts),
         uncertainty=summarise_uncertainty(measured.uncertainty),
         calibration=summarise_calibration(measured.calibration),
         own=own.name,

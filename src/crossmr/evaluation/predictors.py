@@ -118,8 +118,7 @@ def predict(subject: Subject, sources: Sequence[str], predictors: Sequence[Predi
 
     def by_target(volumes: Sequence[Array] | Tensor) -> dict[str, Array]:
         pairs = zip(targets, map(np.asarray, volumes), strict=True)
-        # where the background of all scans is 0, so is that of what was synthesised
-        return {t: np.where(subject.head, v, np.float32(0)) if subject.masked_background else v for t, v in pairs}
+        return {t: np.where(subject.head, volume, np.float32(0)) for t, volume in pairs}
 
     results = [
         synthesise(each.model, head, subject.name, replace(each.settings, targets=tuple(targets)))

@@ -1,61 +1,100 @@
-"""What the scores of all cases come to: means, intervals and paired tests, as metrics.json holds them."""
+"""What the scores of all cases come to: means, intervals and paired tests over patients, as metrics.json holds them.
+
+The mean over a patient's cases comes first, so that a patient scanned twice counts once.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
-import numpy as np
-
 from crossmr import metrics
-from crossmr.evaluation.measures import INTENSITY, STD, CalibrationPoint, Metric, Score, UncertaintyScore
+from crossmr.evaluation.measures import (
+    INTENSITY,
+    KEPT,
+    LOST,
+    STD,
+    CalibrationPoint,
+    ContrastScore,
+    Metric,
+    Row,
+    Score,
+    Structure,
+    UncertaintyScore,
+)
 
 
 class Estimate(TypedDict):
-    """One metric over the cases; None is what does not exist, or is infinite."""
+    """One metric over the patients; None is what does not exist, or is infinite."""
 
     mean: float | None
     low: float | None
     """Of the 95 % bootstrap interval of the mean."""
     high: float | None
     p_against_first: NotRequired[float | None]
-    """Of the paired Wilcoxon test over cases against the first predictor, the model's own; which has none."""
+    """Of the paired Wilcoxon test over patients against the first predictor, the model's own; which has none."""
 
 
 class Summary(TypedDict):
-    """One predictor over the cases, in one region of one target from one set of sources."""
+    """One predictor over the patients, in one region of one target from one set of sources."""
 
     sources: str
     target: str
     predictor: str
     protocol: str
     region: str
-    cases: int
+    patients: int
     psnr: Estimate
     ssim: Estimate
     mae: Estimate
     nmse: Estimate
     haarpsi: Estimate
+    correlation: Estimate
+    psnr_affine: Estimate
+
+
+class ContrastSummary(TypedDict):
+    """How often one predictor keeps the contrast of lesion or fluid in one target from one set of sources."""
+
+    sources: str
+    target: str
+    predictor: str
+    structure: Structure
+    patients: int
+    """Those in whom the true contrast stands out."""
+    kept: float | None
+    """The share of them whose share of the true contrast lies within KEPT."""
+    median: float | None
+    """Of their shares of the true contrast."""
 
 
 class UncertaintySummary(TypedDict):
-    """Means over the cases of how well an uncertainty tells where the errors are."""
+    """Means over the patients of how well an uncertainty tells where the errors are."""
 
     sources: str
     target: str
     uncertainty: str
-    cases: int
+    patients: int
     correlation: float | None
     error: float | None
     error_most_certain_90: float | None
     ause: float | None
     coverage_95: float | None
     """None of the predicted intensity, which is no standard deviation."""
+    std_ratio: float | None
+    """Within the lesion over the rest of the brain."""
+    error_ratio: float | None
+    patients_lost: int
+    """Those with a lesion that is lost: less than LOST of its contrast is kept."""
+    std_ratio_lost: float | None
+    """The same of lost lesions alone."""
+    error_ratio_lost: float | None
     p_against_std: NotRequired[float | None]
     """Of the paired Wilcoxon test of AUSE against the standard deviation's, for the predicted intensity."""
 
 
 class CalibrationSummary(TypedDict):
-    """Root mean squares over cases and subsets of sources of one decile of a target's voxels."""
+    """Root mean squares over patients and subsets of sources of one decile of a target's voxels."""
 
     target: str
     decile: int
@@ -76,28 +115,30 @@ class _Key(NamedTuple):
 def summarise(scores: Sequence[Score]) -> list[Summary]:
     """Summarise each predictor by sources, target, protocol and region; the first score's predictor is the model's own.
 
-    Paired tests take the cases that both predictors have.
+    Paired tests take the patients that both predictors have.
     """
     first = scores[0].predictor
-    by_case: dict[_Key, dict[str, Score]] = {}
+    groups: dict[_Key, list[Score]] = {}
     for s in scores:
-        by_case.setdefault(_Key(s.sources, s.target, s.predictor, s.protocol, s.region), {})[s.case] = s
+        groups.setdefault(_Key(s.sources, s.target, s.predictor, s.protocol, s.region), []).append(s)
     return [
-        _summary(key, cases, None if key.predictor == first else by_case.get(key._replace(predictor=first), {}))
-        for key, cases in by_case.items()
+        _summary(key, rows, None if key.predictor == first else groups.get(key._replace(predictor=first), []))
+        for key, rows in groups.items()
     ]
 
 
-def _summary(key: _Key, cases: Mapping[str, Score], own: Mapping[str, Score] | None) -> Summary:
-    """Case → score of one predictor, beside those of the model's own if that is another."""
+def _summary(key: _Key, rows: Sequence[Score], own: Sequence[Score] | None) -> Summary:
+    """One predictor's scores, beside those of the model's own if that is another."""
 
     def estimate(metric: Metric) -> Estimate:
-        values = {case: float(getattr(score, metric)) for case, score in cases.items()}
+        values = _by_patient(rows, metric)
         low, high = metrics.bootstrap_interval(list(values.values()))
-        estimated = Estimate(mean=_mean(list(values.values())), low=_finite(low), high=_finite(high))
+        estimated = Estimate(mean=_mean(values.values()), low=_finite(low), high=_finite(high))
         if own is not None:
-            pairs = [(value, getattr(own[case], metric)) for case, value in values.items() if case in own]
-            estimated["p_against_first"] = _p_value(pairs)
+            theirs = _by_patient(own, metric)
+            estimated["p_against_first"] = _p_value(
+                [(v, theirs[patient]) for patient, v in values.items() if patient in theirs]
+            )
         return estimated
 
     return Summary(
@@ -106,67 +147,116 @@ def _summary(key: _Key, cases: Mapping[str, Score], own: Mapping[str, Score] | N
         predictor=key.predictor,
         protocol=key.protocol,
         region=key.region,
-        cases=len(cases),
+        patients=len({row.patient for row in rows}),
         psnr=estimate("psnr"),
         ssim=estimate("ssim"),
         mae=estimate("mae"),
         nmse=estimate("nmse"),
         haarpsi=estimate("haarpsi"),
+        correlation=estimate("correlation"),
+        psnr_affine=estimate("psnr_affine"),
     )
 
 
-def summarise_uncertainty(scores: Sequence[UncertaintyScore]) -> list[UncertaintySummary]:
-    """Means over the cases by sources, target and uncertainty."""
-    by_case: dict[tuple[str, str, str], dict[str, UncertaintyScore]] = {}
+def summarise_contrasts(scores: Sequence[ContrastScore]) -> list[ContrastSummary]:
+    """How often the contrast is kept, by sources, target, predictor and structure."""
+    groups: dict[tuple[str, str, str, Structure], list[ContrastScore]] = {}
     for score in scores:
-        by_case.setdefault((score.sources, score.target, score.uncertainty), {})[score.case] = score
+        groups.setdefault((score.sources, score.target, score.predictor, score.structure), []).append(score)
     summaries = []
-    for (sources, target, uncertainty), cases in by_case.items():
+    for (sources, target, predictor, structure), rows in groups.items():
+        shares = [share for share in _by_patient(rows, "kept").values() if not math.isnan(share)]
+        summaries.append(
+            ContrastSummary(
+                sources=sources,
+                target=target,
+                predictor=predictor,
+                structure=structure,
+                patients=len(shares),
+                kept=_mean(float(KEPT[0] <= share <= KEPT[1]) for share in shares),
+                median=statistics.median(shares) if shares else None,
+            )
+        )
+    return summaries
+
+
+def summarise_uncertainty(scores: Sequence[UncertaintyScore]) -> list[UncertaintySummary]:
+    """Means over the patients by sources, target and uncertainty."""
+    groups: dict[tuple[str, str, str], list[UncertaintyScore]] = {}
+    for score in scores:
+        groups.setdefault((score.sources, score.target, score.uncertainty), []).append(score)
+    summaries = []
+    for (sources, target, uncertainty), rows in groups.items():
+        lost = [row for row in rows if row.lesion_kept < LOST]
         summary = UncertaintySummary(
             sources=sources,
             target=target,
             uncertainty=uncertainty,
-            cases=len(cases),
-            correlation=_mean([s.correlation for s in cases.values()]),
-            error=_mean([s.error for s in cases.values()]),
-            error_most_certain_90=_mean([s.error_most_certain_90 for s in cases.values()]),
-            ause=_mean([s.ause for s in cases.values()]),
-            coverage_95=_mean([s.coverage_95 for s in cases.values()]) if uncertainty == STD else None,
+            patients=len({row.patient for row in rows}),
+            correlation=_mean_over_patients(rows, "correlation"),
+            error=_mean_over_patients(rows, "error"),
+            error_most_certain_90=_mean_over_patients(rows, "error_most_certain_90"),
+            ause=_mean_over_patients(rows, "ause"),
+            coverage_95=_mean_over_patients(rows, "coverage_95") if uncertainty == STD else None,
+            std_ratio=_mean_over_patients(rows, "std_ratio"),
+            error_ratio=_mean_over_patients(rows, "error_ratio"),
+            patients_lost=len({row.patient for row in lost}),
+            std_ratio_lost=_mean_over_patients(lost, "std_ratio"),
+            error_ratio_lost=_mean_over_patients(lost, "error_ratio"),
         )
         if uncertainty == INTENSITY:
-            stds = by_case[sources, target, STD]
-            summary["p_against_std"] = _p_value([(s.ause, stds[case].ause) for case, s in cases.items()])
+            stds = _by_patient(groups[sources, target, STD], "ause")
+            pairs = [(ause, stds[patient]) for patient, ause in _by_patient(rows, "ause").items()]
+            summary["p_against_std"] = _p_value(pairs)
         summaries.append(summary)
     return summaries
 
 
 def summarise_calibration(points: Sequence[CalibrationPoint]) -> list[CalibrationSummary]:
     """One calibration curve a target."""
-    by_decile: dict[tuple[str, int], list[CalibrationPoint]] = {}
+    by_decile: dict[tuple[str, int], dict[str, list[CalibrationPoint]]] = {}
     for point in points:
-        by_decile.setdefault((point.target, point.decile), []).append(point)
+        by_decile.setdefault((point.target, point.decile), {}).setdefault(point.patient, []).append(point)
     return [
         CalibrationSummary(
             target=target,
             decile=decile,
-            std=_root_mean_square([point.std for point in some]),
-            error=_root_mean_square([point.error for point in some]),
+            std=_root_mean_square([[point.std for point in some] for some in by_patient.values()]),
+            error=_root_mean_square([[point.error for point in some] for some in by_patient.values()]),
         )
-        for (target, decile), some in by_decile.items()
+        for (target, decile), by_patient in by_decile.items()
     ]
+
+
+def _by_patient(rows: Iterable[Row], field: str) -> dict[str, float]:
+    """Patient → mean of a field over the patient's rows in which it exists; nan where it does in none."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row.patient, []).append(getattr(row, field))
+    return {patient: _nanmean(some) for patient, some in values.items()}
+
+
+def _mean_over_patients(rows: Iterable[Row], field: str) -> float | None:
+    return _mean(_by_patient(rows, field).values())
 
 
 def _p_value(pairs: Sequence[tuple[float, float]]) -> float | None:
     return _finite(metrics.paired_wilcoxon(*zip(*pairs, strict=True))) if pairs else None
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _nanmean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def _mean(values: Iterable[float]) -> float | None:
     """Over the values that exist, or None."""
-    return _finite(float(np.nanmean(values))) if np.isfinite(values).any() else None
+    return _finite(_nanmean(values))
 
 
-def _root_mean_square(values: Sequence[float]) -> float:
-    return math.sqrt(sum(value**2 for value in values) / len(values))
+def _root_mean_square(values: Sequence[Sequence[float]]) -> float:
+    """Of each patient's values, then over the patients."""
+    return math.sqrt(statistics.fmean(statistics.fmean(value**2 for value in some) for some in values))
 
 
 def _finite(value: float) -> float | None:

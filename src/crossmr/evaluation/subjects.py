@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.dataset import ENHANCING, Case, PreparedDataset
 from crossmr.data.naming import StudyFiles, find_studies
 from crossmr.data.registration import RegistrationMode
 from crossmr.data.study import load_study
@@ -31,6 +31,9 @@ class Subject:
     """Modality → where air lies on the [0, 1] scale; below 0 where it is darker than the scale's end."""
     head: Mask
     tumour: Mask
+    """The lesion, every label of it."""
+    enhancing: Mask
+    """Its enhancing part: labels from ENHANCING on."""
     masked_background: bool
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Of (Z, Y, X)."""
@@ -51,21 +54,37 @@ def find_subjects(
 
 def subject_of_case(case: Case) -> Subject:
     """Read a study of a prepared dataset."""
-    head, tumour = np.moveaxis(np.asarray(case.masks()), 1, 0) > 0
-    volumes = {modality: case.volume(modality) for modality in case.modalities}
-    return Subject(case.name, case.patient, volumes, case.air, head, tumour, case.masked_background, case.spacing_mm)
+    head, labels = np.moveaxis(np.asarray(case.masks()), 1, 0)
+    return Subject(
+        name=case.name,
+        patient=case.patient,
+        volumes={modality: case.volume(modality) for modality in case.modalities},
+        air=case.air,
+        head=head > 0,
+        tumour=labels > 0,
+        enhancing=labels >= ENHANCING,
+        masked_background=case.masked_background,
+        spacing_mm=case.spacing_mm,
+    )
 
 
 def subject_of_files(files: StudyFiles, register: RegistrationMode = "never") -> Subject:
     """Read a study of NIfTI files, and crop it to the head."""
     study = load_study(files, register=register)
     box = study.box()
-    volumes = {m: np.ascontiguousarray(study.normalised(m, box)) for m in study.volumes}
     head = study.mask[box]
-    tumour = np.zeros_like(head) if study.labels is None else study.labels[box] > 0
-    air = {m: normalisation.air_level for m, normalisation in study.normalisation.items()}
-    spacing = study.reference.spacing_mm
-    return Subject(study.case, study.patient, volumes, air, head, tumour, study.masked_background, spacing)
+    labels = np.zeros_like(head, np.uint8) if study.labels is None else study.labels[box]
+    return Subject(
+        name=study.case,
+        patient=study.patient,
+        volumes={m: np.ascontiguousarray(study.normalised(m, box)) for m in study.volumes},
+        air={m: normalisation.air_level for m, normalisation in study.normalisation.items()},
+        head=head,
+        tumour=labels > 0,
+        enhancing=labels >= ENHANCING,
+        masked_background=study.masked_background,
+        spacing_mm=study.reference.spacing_mm,
+    )
 
 
 def patterns(config: ModelConfig, subject: Subject, *, every_subset: bool = False) -> list[tuple[str, ...]]:

@@ -14,23 +14,21 @@ from rich.table import Table
 from crossmr.baselines import BASELINES
 from crossmr.data.naming import in_usual_order
 from crossmr.errors import OutputError
-from crossmr.evaluation.measures import METRICS, CalibrationPoint, Metric, Score, UncertaintyScore
-from crossmr.evaluation.statistics import Summary, UncertaintySummary
+from crossmr.evaluation.measures import METRICS, STRUCTURES, Metric, Row, Score, Structure
+from crossmr.evaluation.statistics import ContrastSummary, Summary, UncertaintySummary
 from crossmr.files import write_atomically
 
 BASELINE = "linear regression"
 """The predictor that a model's own is held against."""
-HEADINGS: dict[Metric, str] = {"psnr": "PSNR", "ssim": "SSIM", "haarpsi": "HaarPSI"}
+HEADINGS: dict[Metric, str] = {"psnr": "PSNR", "ssim": "SSIM", "correlation": "corr."}
 COLUMNS: tuple[tuple[str, Metric, int], ...] = (
+    ("deep", "correlation", 3),
     ("brain", "psnr", 2),
     ("brain", "ssim", 3),
-    ("brain", "haarpsi", 3),
     ("tumour", "psnr", 2),
-    ("tumour", "ssim", 3),
-    ("slices", "psnr", 2),
-    ("slices", "ssim", 3),
 )
-"""What the tables show: region, metric, digits."""
+"""What the tables show: region, metric, digits; then the patients whose lesion, and whose fluid, is kept."""
+KEPT_HEADINGS: dict[Structure, str] = {"lesion": "lesions", "fluid": "fluid"}
 UNCERTAINTY_COLUMNS: tuple[tuple[str, Literal["error", "error_most_certain_90", "ause", "coverage_95"], int], ...] = (
     ("mean error", "error", 4),
     ("error, most certain 90 %", "error_most_certain_90", 4),
@@ -40,14 +38,17 @@ UNCERTAINTY_COLUMNS: tuple[tuple[str, Literal["error", "error_most_certain_90", 
 """What the table of uncertainty shows: heading, measure, digits."""
 
 
-def tables(summary: Sequence[Summary], *, intervals: bool = True) -> list[Table]:
-    """A table for each target: brain and tumour by the protocol 'volume', and the protocol 'slice'.
+def tables(
+    summary: Sequence[Summary], contrasts: Sequence[ContrastSummary] = (), *, intervals: bool = True
+) -> list[Table]:
+    """A table for each target: brain and tumour by the protocol 'volume', and how often lesion and fluid are kept.
 
     Where a target was synthesised from several subsets of sources: two tables for each predictor instead.
     """
     tasks = dict.fromkeys((entry["target"], entry["sources"]) for entry in summary)
     if len(tasks) == len({target for target, _ in tasks}):
-        return [_target_table([e for e in summary if e["target"] == target], intervals) for target, _ in tasks]
+        by_target = {target: [e for e in summary if e["target"] == target] for target, _ in tasks}
+        return [_target_table(entries, contrasts, intervals) for entries in by_target.values()]
     predictors = [name for name in dict.fromkeys(entry["predictor"] for entry in summary) if name not in BASELINES]
     shown: tuple[tuple[Metric, int], ...] = (("psnr", 2), ("ssim", 3))
     return [_subsets_table(summary, predictor, *column) for predictor in predictors for column in shown]
@@ -61,19 +62,24 @@ def uncertainty_table(summary: Sequence[UncertaintySummary]) -> Table:
     table = _table("uncertainty: errors within the head")
     table.add_column("target")
     table.add_column("uncertainty")
-    for heading, _, _ in UNCERTAINTY_COLUMNS:
+    for heading in (*(heading for heading, _, _ in UNCERTAINTY_COLUMNS), "error / std, lesion over rest"):
         table.add_column(heading, justify="right")
     for target, name in dict.fromkeys((entry["target"], entry["uncertainty"]) for entry in summary):
         entries = [entry for entry in summary if (entry["target"], entry["uncertainty"]) == (target, name)]
-        cells = []
-        for _, measure, digits in UNCERTAINTY_COLUMNS:
-            values = [value for entry in entries if (value := entry[measure]) is not None]
-            cells.append(f"{sum(values) / len(values):.{digits}f}" if values else "–")
-        table.add_row(target, name, *cells)
+        cells = [_mean([entry[measure] for entry in entries], digits) for _, measure, digits in UNCERTAINTY_COLUMNS]
+        ratios = ([entry["error_ratio"] for entry in entries], [entry["std_ratio"] for entry in entries])
+        table.add_row(target, name, *cells, " / ".join(_mean(values, 2) for values in ratios))
     return table
 
 
-def write_csv(path: Path, rows: Sequence[Score] | Sequence[UncertaintyScore] | Sequence[CalibrationPoint]) -> None:
+def kept_cell(entry: ContrastSummary | None) -> str:
+    """In how many patients a contrast is kept, of how many; a dash where it stands out in none."""
+    if entry is None or entry["kept"] is None:
+        return "–"
+    return f"{round(entry['kept'] * entry['patients'])} of {entry['patients']}"
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write one or more rows of one kind; the columns are their fields.
 
     Raises:
@@ -96,24 +102,28 @@ def read_scores(path: Path) -> list[Score]:
         with path.open(newline="", errors="replace") as file:
             rows = [(row[: -len(METRICS)], map(float, row[-len(METRICS) :])) for row in list(csv.reader(file))[1:]]
         return [
-            Score(case, sources, target, predictor, protocol, region, *metrics)
-            for (case, sources, target, predictor, protocol, region), metrics in rows
+            Score(case, patient, sources, target, predictor, protocol, region, *metrics)
+            for (case, patient, sources, target, predictor, protocol, region), metrics in rows
         ]
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{path} is missing or damaged ({error}). Run crossmr evaluate again.") from error
 
 
-def _target_table(entries: Sequence[Summary], intervals: bool) -> Table:
-    """Predictor × region and metric, of one target."""
-    cases, (target, sources) = max(e["cases"] for e in entries), (entries[0]["target"], entries[0]["sources"])
-    intervals = intervals and cases > 1
-    table = _table(f"{target} from {sources}: mean{' and 95 % interval' * intervals} over {cases} cases")
+def _target_table(entries: Sequence[Summary], contrasts: Sequence[ContrastSummary], intervals: bool) -> Table:
+    """Predictor × region and metric, then structure, of one target."""
+    patients, (target, sources) = max(e["patients"] for e in entries), (entries[0]["target"], entries[0]["sources"])
+    intervals = intervals and patients > 1
+    table = _table(f"{target} from {sources}: mean{' and 95 % interval' * intervals} over {patients} patients")
     table.add_column("predictor", no_wrap=True)
     for region, metric, _ in COLUMNS:
         table.add_column(f"{HEADINGS[metric]}\n{region}", justify="right", no_wrap=True)
+    for heading in KEPT_HEADINGS.values():
+        table.add_column(f"{heading}\nkept", justify="right", no_wrap=True)
+    kept = {(e["predictor"], e["structure"]): e for e in contrasts if (e["target"], e["sources"]) == (target, sources)}
     by_place = {(entry["predictor"], entry["region"]): entry for entry in entries}
     for predictor in dict.fromkeys(entry["predictor"] for entry in entries):
-        cells = (_cell(by_place.get((predictor, r)), metric, digits, intervals) for r, metric, digits in COLUMNS)
+        cells = [_cell(by_place.get((predictor, r)), metric, digits, intervals) for r, metric, digits in COLUMNS]
+        cells += [kept_cell(kept.get((predictor, structure))) for structure in STRUCTURES]
         table.add_row(escape(predictor), *cells)
     return table
 
@@ -124,7 +134,7 @@ def _subsets_table(summary: Sequence[Summary], predictor: str, metric: Metric, d
     targets = in_usual_order({entry["target"] for entry in summary})
     table = _table(f"{HEADINGS[metric]} over the brain, {predictor} ({BASELINE})")
     table.add_column("from", no_wrap=True)
-    table.add_column("cases", justify="right")
+    table.add_column("patients", justify="right")
     for target in targets:
         table.add_column(target, justify="right", no_wrap=True)
     for sources in dict.fromkeys(entry["sources"] for entry in summary):
@@ -133,13 +143,18 @@ def _subsets_table(summary: Sequence[Summary], predictor: str, metric: Metric, d
             pair = (brain.get((sources, target, name)) for name in (predictor, BASELINE))
             own, baseline = (_cell(entry, metric, digits, False) for entry in pair)
             cells.append("" if own == "–" else f"{own} ({baseline})")
-        cases = max(entry["cases"] for entry in summary if entry["sources"] == sources)
-        table.add_row(sources, str(cases), *cells)
+        patients = max(entry["patients"] for entry in summary if entry["sources"] == sources)
+        table.add_row(sources, str(patients), *cells)
     return table
 
 
 def _table(title: str) -> Table:
     return Table(title=escape(title), title_justify="left", box=SIMPLE, padding=(0, 1))
+
+
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.{digits}f}" if known else "–"
 
 
 def _cell(entry: Summary | None, metric: Metric, digits: int, interval: bool) -> str:

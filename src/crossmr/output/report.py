@@ -18,10 +18,10 @@ from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.data.naming import DISPLAY_NAMES, in_usual_order
 from crossmr.errors import OutputError
 from crossmr.evaluation.evaluate import Evaluation, Picture
-from crossmr.evaluation.measures import Score
+from crossmr.evaluation.measures import KEPT, STRUCTURES, Score
 from crossmr.evaluation.predictors import AGAINST
-from crossmr.evaluation.statistics import CalibrationSummary, Summary
-from crossmr.evaluation.tables import BASELINE, COLUMNS, HEADINGS, read_scores
+from crossmr.evaluation.statistics import CalibrationSummary, ContrastSummary, Summary
+from crossmr.evaluation.tables import BASELINE, COLUMNS, HEADINGS, KEPT_HEADINGS, kept_cell, read_scores
 from crossmr.files import read_json, write_atomically
 from crossmr.picture import BRIGHT, BRIGHTEST, COLOURS, DARK
 
@@ -63,9 +63,11 @@ class TargetTable:
 
     target: str
     sources: str
-    cases: int
+    patients: int
     rows: Mapping[str, Mapping[str, Summary]]
     """Predictor → region → its metrics."""
+    kept: Mapping[str, Sequence[str]]
+    """Predictor → how often it keeps the contrast of each structure, as text."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,15 @@ def report_evaluation(out: Path) -> Path:
         },
         "warnings": [DISCLAIMER],
         "result": result,
-        "tables": _target_tables(result["summary"]),
+        "tables": _target_tables(result["summary"], result["contrasts"]),
         "subsets": _subset_table(result["summary"], result["own"], others),
         "plots": [
             *(plot for other in others for plot in _scatter(scores, result["own"], other)),
             *_calibration(result["calibration"]),
         ],
         "headings": [(region, HEADINGS[metric], metric, digits) for region, metric, digits in COLUMNS],
+        "structures": list(KEPT_HEADINGS.values()),
+        "kept_between": KEPT,
         "by_case": by_case,
         "picture": _reader(out, (picture["file"] for picture in result["pictures"])),
     }
@@ -185,14 +189,19 @@ def _reader(out: Path, files: Iterable[str | None]) -> Callable[[str], str | Non
     return read
 
 
-def _target_tables(summary: Sequence[Summary]) -> list[TargetTable]:
+def _target_tables(summary: Sequence[Summary], contrasts: Sequence[ContrastSummary]) -> list[TargetTable]:
     tables = []
+    by_structure = {(e["target"], e["sources"], e["predictor"], e["structure"]): e for e in contrasts}
     for target, sources in dict.fromkeys((entry["target"], entry["sources"]) for entry in summary):
         entries = [entry for entry in summary if (entry["target"], entry["sources"]) == (target, sources)]
         rows: dict[str, dict[str, Summary]] = {}
         for entry in entries:
             rows.setdefault(entry["predictor"], {})[entry["region"]] = entry
-        tables.append(TargetTable(target, sources, max(entry["cases"] for entry in entries), rows))
+        kept = {
+            predictor: [kept_cell(by_structure.get((target, sources, predictor, each))) for each in STRUCTURES]
+            for predictor in rows
+        }
+        tables.append(TargetTable(target, sources, max(entry["patients"] for entry in entries), rows, kept))
     return tables
 
 

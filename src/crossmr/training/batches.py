@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crossmr.data.dataset import Case
+from crossmr.data.dataset import ENHANCING, Case
 from crossmr.errors import SetError
 from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded
 from crossmr.training.augmentation import Augmentation, AugmentationConfig
 
 Raw = TypeVar("Raw", covariant=True)
-
-ENHANCING = 3
-"""Smallest label of enhancing tumour: 4 in BraTS until 2021, 3 from 2023 on."""
 
 MAPPED_AT_ONCE = 64
 """Cases whose arrays stay mapped: each is two open files, of which a process may have 256 (macOS) to 1024."""
