@@ -28,7 +28,7 @@ from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.prepare import PrepareSettings, default_workers, prepare
 from crossmr.display import Display
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
-from crossmr.evaluation.measures import INTENSITY, STD
+from crossmr.evaluation.measures import STD
 from crossmr.evaluation.tables import BASELINE
 from crossmr.files import digest, write_json
 from crossmr.networks.model import load_model, save_model
@@ -49,6 +49,7 @@ VALIDATION = (
     *("BraTS-SSA-00117-000", "TCGA-DU-8167", "TCGA-HT-8107"),
 )
 PHANTOMS, SHAPE, SPACING_MM = 20, (104, 124, 44), (1.875, 1.875, 4.0)
+WHOLE = ("BraTS", "BraTS-Africa")
 WEIGHTS = Path(__file__).parents[1] / "src" / "crossmr" / "weights" / "default"
 LARGEST_MIB = 16.0
 
@@ -72,31 +73,74 @@ def prepare_all(data: Path, out: Path, display: Display) -> None:
 
 
 def card(evaluation: Path) -> None:
-    """Markdown tables of every cohort and subset: ours, then the linear regression of the same sources."""
-    rows = [row for name in ("metrics", "uncertainty") for row in csv.DictReader((evaluation / f"{name}.csv").open())]
+    """Markdown tables: of every cohort each contrast from all others, and of the whole studies every subset.
+
+    Means over patients of the model, then of the linear regression of the same sources.
+    """
+    rows = [
+        row
+        for name in ("metrics", "contrasts", "uncertainty")
+        for row in csv.DictReader((evaluation / f"{name}.csv").open())
+    ]
+    for row in rows:
+        row["cohort"] = cohort_of(row["case"])
+    whole = [row for row in rows if row["cohort"] in WHOLE]
+    most = {
+        case: max(row["sources"].count("+") for row in rows if row["case"] == case)
+        for case in {r["case"] for r in rows}
+    }
+    for cohort in COHORTS:
+        own = [row for row in rows if row["cohort"] == cohort and row["sources"].count("+") == most[row["case"]]]
+        if own:
+            print_table(f"{cohort}, each contrast from all others", own, by_sources=False)
+    if whole:
+        print_table(f"{' and '.join(WHOLE)}, every subset", whole, by_sources=True)
+
+
+def print_table(title: str, rows: list[dict[str, str]], *, by_sources: bool) -> None:
+    """One table of the rows of some cases."""
 
     def mean(metric: str, digits: int, **properties: str) -> str:
         chosen = [row for row in own if all(row.get(key) == value for key, value in properties.items())]
-        values = [float(row[metric]) for row in chosen if row[metric] not in ("", "nan")]
-        return f"{statistics.mean(values):.{digits}f}" if values else "–"
+        patients: dict[str, list[float]] = {}
+        for row in chosen:
+            if row.get(metric) not in ("", "nan", None):
+                patients.setdefault(row["patient"], []).append(float(row[metric]))
+        return f"{statistics.mean(map(statistics.mean, patients.values())):.{digits}f}" if patients else "–"
 
-    by_cohort = {cohort: [row for row in rows if cohort_of(row["case"]) == cohort] for cohort in COHORTS}
-    for cohort, theirs in by_cohort.items():
-        if not theirs:
-            continue
-        print(f"\n### {cohort}: {len({row['case'] for row in theirs})} studies\n")
-        print("| sources | target | PSNR, brain | SSIM, brain | PSNR, tumour | SSIM, tumour | AUSE | within 95 % |")
-        print("|---|---|---|---|---|---|---|---|")
-        tasks = {(row["sources"], row["target"]) for row in theirs}
-        for sources, target in sorted(tasks, key=lambda task: (task[1], task[0].count("+"), task[0])):
-            own = [row for row in theirs if (row["sources"], row["target"]) == (sources, target)]
-            cells = [" + ".join(DISPLAY_NAMES[source] for source in sources.split("+")), DISPLAY_NAMES[target]]
-            for region in ("brain", "tumour"):
-                for metric, digits in (("psnr", 2), ("ssim", 3)):
-                    pair = (mean(metric, digits, region=region, predictor=p) for p in ("unguided", BASELINE))
-                    cells.append(" / ".join(pair))
-            cells.append(" / ".join(mean("ause", 2, uncertainty=name) for name in (STD, INTENSITY)))
-            print("|", " | ".join([*cells, mean("coverage_95", 2, uncertainty=STD)]), "|")
+    def kept(predictor: str) -> str:
+        shares = [
+            float(row["kept"]) for row in own if row.get("structure") == "lesion" and row["predictor"] == predictor
+        ]
+        known = [share for share in shares if share == share]
+        return f"{sum(0.7 <= share <= 1.4 for share in known)} of {len(known)}" if known else "–"
+
+    heads = [
+        "correlation, deep",
+        "PSNR, brain",
+        "SSIM, brain",
+        "PSNR, tumour",
+        "lesions kept",
+        "std : error, lesion over rest",
+    ]
+    print(f"\n### {title}: {len({row['patient'] for row in rows})} patients\n")
+    print("|", " | ".join(["sources"] * by_sources + ["target", *heads]), "|")
+    print("|---" * (by_sources + 1 + len(heads)) + "|")
+    tasks = {(row["sources"] if by_sources else "", row["target"]) for row in rows}
+    for sources, target in sorted(tasks, key=lambda task: (task[1], task[0].count("+"), task[0])):
+        own = [row for row in rows if row["target"] == target and (not by_sources or row["sources"] == sources)]
+        cells = [" + ".join(DISPLAY_NAMES[source] for source in sources.split("+"))] * by_sources
+        cells.append(DISPLAY_NAMES[target])
+        for metric, region, digits in (
+            ("correlation", "deep", 3),
+            ("psnr", "brain", 2),
+            ("ssim", "brain", 3),
+            ("psnr", "tumour", 2),
+        ):
+            cells.append(" / ".join(mean(metric, digits, region=region, predictor=p) for p in ("unguided", BASELINE)))
+        cells.append(" / ".join(kept(predictor) for predictor in ("unguided", BASELINE)))
+        cells.append(" : ".join(mean(metric, 2, uncertainty=STD) for metric in ("std_ratio", "error_ratio")))
+        print("|", " | ".join(cells), "|")
 
 
 def ship(folder: Path, study: Path, display: Display) -> None:
