@@ -431,7 +431,7 @@ def remove(name: Annotated[str, typer.Argument(help="An imported model.")]) -> N
 
 @app.command()
 def demo(out: Out, seed: Seed = 0) -> None:
-    """The whole of it in minutes: make phantom heads, prepare, train small, complete a study with a hole, measure."""
+    """A phantom completed with the shipped weights; then a small training, completion and evaluation, in minutes."""
     from crossmr.demo import demo as run
     from crossmr.display import Display
 

@@ -185,7 +185,7 @@ TINY = replace(
     crop=(96, 96),
     representation=RepresentationConfig(channels=16, multipliers=(1, 2, 3, 4), patch_size=8, decoder="skip-free"),
     distribution=DistributionConfig(width=128, blocks=3, conditional=True),
-    synthesis=replace(STANDARD.synthesis, channels=24, multipliers=(1, 2, 4)),
+    synthesis=replace(STANDARD.synthesis, channels=24, multipliers=(1, 2, 4), lesion_weight=4.0),
     representation_train=TrainConfig(batch_size=8, learning_rate=1e-3, ema_decay=0.99, fraction=0.15),
     distribution_train=TrainConfig(epochs=100, batch_size=64, learning_rate=1e-3, ema_decay=0.99, fraction=0.1),
     synthesis_train=replace(_TRAIN, epochs=20, warm_up=20, ema_decay=0.99),
