@@ -60,16 +60,21 @@ def prepare_all(data: Path, out: Path, display: Display) -> None:
     write_cohort(out / "phantoms", PHANTOMS, seed=7, shape=SHAPE, spacing_mm=SPACING_MM)
     folders = [whole, data / "brats", data / "openms", *lgg(data), out / "phantoms"]
     prepare(folders, out / "set", PrepareSettings(workers=default_workers()), display=display)
-    manifest = PreparedDataset(out / "set").manifest
-    parts = {case: "test" if case in TEST else "val" if case in VALIDATION else "train" for case in manifest["cases"]}
-    if absent := {*TEST, *VALIDATION} - parts.keys():
+    if absent := {*TEST, *VALIDATION} - PreparedDataset(out / "set").manifest["cases"].keys():
         raise SystemExit(f"{', '.join(sorted(absent))} could not be prepared.")
+    split_as_listed(out / "set")
+
+
+def split_as_listed(prepared: Path) -> None:
+    """Give a set the split of TEST and VALIDATION, as far as it has these studies."""
+    manifest = PreparedDataset(prepared).manifest
+    parts = {case: "test" if case in TEST else "val" if case in VALIDATION else "train" for case in manifest["cases"]}
     patients = {entry["patient"]: parts[case] for case, entry in manifest["cases"].items()}
     for case, entry in manifest["cases"].items():
         entry["part"] = parts[case]
     by_part = {part: sorted(p for p, own in patients.items() if own == part) for part in ("train", "val", "test")}
     manifest["split"] = {"sha256": digest(patients), **by_part}
-    write_json(out / "set" / "manifest.json", {**manifest, "sha256": digest(manifest)})
+    write_json(prepared / "manifest.json", {**manifest, "sha256": digest(manifest)})
 
 
 def card(evaluation: Path) -> None:

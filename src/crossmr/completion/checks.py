@@ -53,7 +53,8 @@ def check(
     for modality, volume in study.volumes.items():
         found += grey_values(modality, volume.data[study.mask])
         found += missing_slices(modality, volumes[modality], head)
-    found += shifts(volumes, study.reference.spacing_mm)
+    unmasked = {m: study.normalisation[m].apply(volume.data[box]) for m, volume in study.volumes.items()}
+    found += shifts(unmasked, study.reference.spacing_mm)  # the mask's edge is the same in all
     found += same_images(volumes, head)
     found += swaps(volumes, head, baselines, modalities)
     if study.masked_background and {"t1n", "t1c"} <= volumes.keys():
