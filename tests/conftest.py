@@ -68,7 +68,7 @@ def write_study(
 def save_untrained(
     folder: Path, *, seed: int = 0, guidance: str = "joint", baselines=None, training=None, **changes
 ) -> Path:
-    """A model folder whose every layer is random, so that guidance matters, with outputs around 0.5.
+    """A model folder whose every layer is random, so that guidance matters, with outputs about the head's median.
 
     By default its C-UNet is guided by samples of an MDN that is given the sources.
     """
@@ -93,8 +93,6 @@ def save_untrained(
         torch.manual_seed(seed)
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
-        model.synthesis.decoder.out.weight.mul_(0.2)
-        model.synthesis.decoder.out.bias.fill_(0.5)
     model.baselines = baselines or {}
     save_model(folder, model, training or {})
     return folder

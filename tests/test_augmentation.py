@@ -1,4 +1,4 @@
-"""Augmentation: drawn from a generator alone, alike in all channels, within [0, 1]."""
+"""Augmentation: drawn from a generator alone, alike in all channels, standardised within the head."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ import torch
 from conftest import write_study
 
 from crossmr.data.dataset import PreparedDataset
+from crossmr.data.head import DARKEST
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.errors import ConfigError
 from crossmr.training.augmentation import Augmentation, AugmentationConfig
@@ -60,19 +61,94 @@ def test_nothing_changes_nothing(dims):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_each_change_does_something_to_all_channels_alike(name, dims):
     augment, image = Augmentation(replace(NOTHING, **{name: CHANGES[name]}), dims), head(dims)
-    changes = [(augment(image, generator(seed)) - image).abs().max() for seed in range(4)]
-    assert max(changes) > 0.02
-    made = augment(image, generator())
+    made = [augment(image, generator(seed)) for seed in range(16)]
+    assert max((one - image).abs().max() for one in made) > 0.02
     if name != "noise":
-        torch.testing.assert_close(made[0], made[2], atol=1e-5, rtol=0)
+        for one in made:
+            torch.testing.assert_close(one[0], one[2], atol=1e-5, rtol=0)
 
 
-def test_gamma_brightens_as_well_as_it_darkens():
-    augment, image = Augmentation(replace(NOTHING, gamma=2.0), 2), head(2)
-    inside = image > 0.01
-    means = torch.tensor([float(augment(image, generator(seed))[inside].mean()) for seed in range(30)])
-    assert means.max() > image[inside].mean() + 0.05
-    assert means.min() < image[inside].mean() - 0.05
+def unmoved(dims, **changes):
+    """An augmentation that does not resample: moved by next to nothing, a head has a margin of next to nothing."""
+    augment = Augmentation(replace(NOTHING, **changes), dims)
+    augment.move.prob = 0.0
+    return augment
+
+
+def within(image, changed):
+    """Values of an image, and of what it was changed to, within both heads."""
+    both = (image > 0) & (changed > 0)
+    return image[both], changed[both]
+
+
+@pytest.mark.parametrize("name", ["gamma", "bias_field", "noise", "zoom"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_mean_and_deviation_within_the_head_come_back(name, dims):
+    augment, image = unmoved(dims, **{name: CHANGES[name]}), head(dims)
+    changes = []
+    for seed in range(8):
+        before, after = within(image, augment(image, generator(seed)))
+        assert len(after) == (image > 0).sum()
+        assert float(after.mean()) == pytest.approx(float(before.mean()), abs=0.01)
+        assert float(after.std()) == pytest.approx(float(before.std()), rel=0.06)  # where noise saturates, it is less
+        changes.append(float((after - before).abs().max()))
+    assert max(changes) > 0.02
+
+
+def test_the_jitter_is_all_that_moves_the_mean():
+    augment, image = unmoved(2, scale=0.3), head(2)
+    ratios = []
+    for seed in range(40):
+        before, after = within(image, augment(image, generator(seed)))
+        ratios.append(float(after.mean() / before.mean()))
+        if after.max() < 1:
+            torch.testing.assert_close(after, before * ratios[-1], atol=1e-4, rtol=0)
+    assert 0.7 <= min(ratios) < 0.8
+    assert max(ratios) > 1.1
+    assert 10 <= sum(abs(ratio - 1) < 1e-5 for ratio in ratios) <= 30  # one in two
+
+
+def test_gamma_bends_both_ways():
+    augment, image = unmoved(2, gamma=2.0), head(2)
+    pairs = [within(image, augment(image, generator(seed))) for seed in range(30)]
+    skews = torch.tensor([float((after.mean() - after.median()) / after.std()) for _, after in pairs])
+    before = pairs[0][0]
+    plain = float((before.mean() - before.median()) / before.std())
+    assert skews.max() > plain + 0.05
+    assert skews.min() < plain - 0.05
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_is_0_stays_0_and_the_head_stays_above_it(dims):
+    image = head(dims)
+    still = unmoved(dims, **CHANGES | {"noise": 0.2})
+    for seed in range(8):
+        changed = still(image, generator(seed))
+        assert torch.equal(changed > 0, image > 0)
+        assert changed[image > 0].min() >= DARKEST
+        assert changed.max() <= 1
+    moved = Augmentation(ALWAYS, dims)(image, generator())
+    assert ((moved == 0) | (moved >= DARKEST)).all()
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_the_probability_is_of_a_source_to_be_changed_at_all(probability):
+    augment, image = Augmentation(AugmentationConfig(probability=probability), 2), head(2)
+    draw = generator()
+    changed = [bool((augment(image, draw) - image).abs().max() > 1e-5) for _ in range(200)]
+    if probability == 0:
+        assert not any(changed)
+    assert sum(changed) / 200 == pytest.approx(probability, abs=0.08)  # of the changes none may come, too
+
+
+def test_a_flat_image_stays_finite():
+    flat = 0.5 * (head(2) > 0)
+    for seed in range(10):
+        changed = Augmentation(ALWAYS, 2)(flat, generator(seed))
+        assert changed.isfinite().all()
+        assert changed.max() <= 1
+    black = torch.zeros(1, 8, 8)
+    assert torch.equal(Augmentation(ALWAYS, 2)(black, generator()), black)
 
 
 def test_nobody_else_s_random_numbers_are_touched():

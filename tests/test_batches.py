@@ -3,6 +3,7 @@
 import pickle
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,25 @@ def prepared(tmp_path_factory) -> Path:
     return folder / "set"
 
 
-def case_of(folder: Path, name: str, images: np.ndarray, modalities: Sequence[str] = MODALITIES) -> Case:
-    """A case of images (Z, M, Y, X), all of it head."""
+def case_of(
+    folder: Path,
+    name: str,
+    images: np.ndarray,
+    modalities: Sequence[str] = MODALITIES,
+    labels: np.ndarray | None = None,
+    spacing_mm: float = 1.0,
+) -> Case:
+    """A case of images (Z, M, Y, X), all of it head; with labels (Z, Y, X), where there are any."""
     (folder / name).mkdir(parents=True)
     np.save(folder / name / "images.npy", images.astype(np.float16))
-    head = (images.shape[2] * images.shape[3],) * images.shape[0]
-    return Case(name, name, "train", tuple(modalities), head, False, False, folder / name)
+    slices, _, *plane = images.shape
+    masks = np.ones((slices, 2, *plane), np.uint8)
+    masks[:, 1] = 0 if labels is None else labels
+    np.save(folder / name / "masks.npy", masks)
+    lesion = () if labels is None else tuple((labels > 0).sum((1, 2)).tolist())
+    of_labels = {"has_labels": labels is not None, "lesion_voxels": lesion, "spacing_mm": (spacing_mm, 1.0, 1.0)}
+    head = (plane[0] * plane[1],) * slices
+    return Case(name, name, "train", tuple(modalities), head, False, folder=folder / name, **of_labels)
 
 
 def numbered(folder: Path, slices: Sequence[int] = (5, 3, 6)) -> list[Case]:
@@ -50,7 +64,7 @@ def numbered(folder: Path, slices: Sequence[int] = (5, 3, 6)) -> list[Case]:
 
 
 def equal(a: ImageBatch, b: ImageBatch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "present", "case"))
+    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
 
 
 def test_a_slice_is_read_without_the_volume(tmp_path):
@@ -127,6 +141,7 @@ def test_the_shapes_of_a_batch(prepared, size):
     assert batch.images.shape == (4, 3, *size)
     assert batch.present.shape == (4, 3)
     assert batch.case.shape == (4,)
+    assert batch.lesion.shape == (4, 1, *size)
     assert (batch.images.dtype, batch.present.dtype, batch.case.dtype) == (torch.float32, torch.float32, torch.int64)
     assert 0 <= batch.images.min() < batch.images.max() <= 1
 
@@ -251,7 +266,7 @@ def test_a_black_slice_is_one_that_was_not_acquired(tmp_path):
 
 
 def test_batches_with_context_have_the_same_slices_in_their_middle(prepared):
-    cases = PreparedDataset(prepared).split("train")
+    cases = [replace(case, spacing_mm=(1.2, 6.0, 6.0)) for case in PreparedDataset(prepared).split("train")]
     form = {"size": (16, 12), "batch_size": 5, "seed": 1}
     plain, wide = (
         Batches(cases, MODALITIES, BatchSettings(**form)),
@@ -268,4 +283,60 @@ def test_batches_with_context_have_the_same_slices_in_their_middle(prepared):
     index, z = wide.items[0]
     whole = wide.read(index, -1)
     padded = crop_or_pad(whole, (16, 12), [0.5, 0.5])
-    assert torch.equal(fixed.neighbours[0], padded[:, neighbours(z, 3, whole.shape[1])].flatten(0, 1))
+    assert torch.equal(fixed.neighbours[0], padded[:, neighbours(z, 3, whole.shape[1], cases[index].spacing_mm[0])].flatten(0, 1))
+
+
+# Neighbours and lesions
+
+
+@pytest.mark.parametrize(("spacing_mm", "step"), [(0.5, 2), (1.0, 1), (2.0, 1), (3.0, 0), (7.0, 0)])
+def test_neighbours_are_a_millimetre_apart_and_thick_slices_repeat_themselves(tmp_path, spacing_mm, step):
+    numbers = np.broadcast_to(np.arange(1, 10)[:, None, None, None], (9, 3, 4, 4))
+    case = case_of(tmp_path, "P", numbers, spacing_mm=spacing_mm)
+    batches = Batches([case], MODALITIES, BatchSettings(size=(4, 4), batch_size=9, seed=0, context=3))
+    for number, around in zip(batches[0].images[:, 0, 0, 0], batches[0].neighbours[:, :3, 0, 0], strict=True):
+        want = [max(number - step, 1), number, min(number + step, 9)]
+        assert around.tolist() == [float(value) for value in want]
+
+
+def lesion_case(folder: Path) -> tuple[Case, np.ndarray]:
+    """Six slices, of which two have a lesion, marked by what the images hold: 2 where there is lesion, else 1."""
+    labels = np.zeros((6, 4, 6), np.uint8)
+    labels[1, 1, 2], labels[4, 2:, 3:] = 1, 3
+    images = np.where(labels > 0, 2, 1)[:, None] + np.zeros((6, 3, 4, 6))
+    return case_of(folder, "L", images, labels=labels), labels
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3])
+def test_slices_with_a_lesion_are_drawn_so_often_per_epoch(tmp_path, draws):
+    case, _ = lesion_case(tmp_path)
+    cases = [case, replace(case, has_labels=False, lesion_voxels=())]
+    settings = BatchSettings(size=(4, 6), batch_size=5, seed=0, lesion_draws=draws)
+    batches = Batches(cases, MODALITIES, settings)
+    assert len(batches.items) == 12
+    epoch = 10 + 2 * draws
+    assert batches.steps_per_epoch == -(-epoch // 5)
+    steps = [batches[step] for step in range(epoch)]  # five epochs
+    has_lesion = torch.cat([batch.lesion.flatten(1).any(1) for batch in steps]).reshape(5, epoch)
+    assert has_lesion.sum(1).tolist() == [2 * draws] * 5
+    owners = torch.cat([batch.case for batch in steps]).reshape(5, epoch)
+    assert owners.sum(1).tolist() == [6] * 5
+    assert len(batches.fixed(99).images) == 12  # validation sees each once
+    volumes = Batches(cases, MODALITIES, replace(settings, size=(6, 4, 6)))
+    assert volumes.drawn == volumes.items == [(0, -1), (1, -1)]
+
+
+@pytest.mark.parametrize("context", [1, 3])
+@pytest.mark.parametrize("size", [(3, 5), (4, 8), (5, 3, 4)], ids=["crop", "pad", "3D"])
+def test_the_lesion_is_cropped_and_flipped_with_its_image(tmp_path, size, context):
+    if len(size) == 3 and context > 1:
+        return
+    case, _ = lesion_case(tmp_path)
+    batches = Batches([case], MODALITIES, BatchSettings(size=size, batch_size=8, seed=0, context=context))
+    for batch in (*(batches[step] for step in range(4)), batches.fixed(6)):
+        assert batch.lesion.shape == (len(batch.images), 1, *size)
+        assert torch.equal(batch.lesion[:, 0], (batch.images[:, 0] == 2).float())
+        assert batch.lesion.any()
+        assert batch.neighbours.shape[1] == 3 * context
+    unlabelled = replace(case, has_labels=False)
+    assert not Batches([unlabelled], MODALITIES, BatchSettings(size=size, batch_size=8, seed=0))[0].lesion.any()

@@ -1,4 +1,6 @@
-"""Stage 3: the C-UNet, its guidance, and the linear regression that it may start from."""
+"""Stage 3: the C-UNet, its forms, its guidance and its losses."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,25 +10,25 @@ from crossmr.errors import ConfigError
 from crossmr.networks.c_unet import (
     ConditionEmbedding,
     CUNet,
-    LinearRegression,
     SynthesisConfig,
-    availability,
-    masked_sum,
+    deviation_error,
     synthesis_error,
 )
 from crossmr.networks.unet import ResidualBlock
 
 SMALL = SynthesisConfig(channels=4, multipliers=(1, 2, 2))
+LIGHT = SynthesisConfig(channels=4, multipliers=(1, 2, 2), form="light", patch=2)
+FORMS = pytest.mark.parametrize("config", [SMALL, LIGHT], ids=["published", "light"])
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def a_network(representation_dim=6, dims=2, config=SMALL, **settings):
+def a_network(representation_dim=6, dims=2, config=SMALL):
     """A network as it starts."""
     torch.manual_seed(0)
-    return CUNet(config, 2, 3, dims, representation_dim=representation_dim, **settings)
+    return CUNet(config, 2, 3, dims, representation_dim=representation_dim)
 
 
 def randomised(network, only=lambda name: True):
@@ -38,8 +40,13 @@ def randomised(network, only=lambda name: True):
     return network
 
 
-def random_network(representation_dim=6, dims=2, **settings):
-    return randomised(a_network(representation_dim, dims, **settings))
+def random_network(representation_dim=6, dims=2, config=SMALL):
+    return randomised(a_network(representation_dim, dims, config))
+
+
+def ones(mask, images):
+    """The weight (B, T, *S) of images of which a mask (B, T) says which count."""
+    return mask[..., None, None].expand_as(images)
 
 
 def batch(count=3, side=8):
@@ -70,15 +77,33 @@ def test_the_published_form_has_ten_point_four_million_parameters():
     assert parameters(plain) == parameters(guided) - sum(p.numel() for p in guided.condition_layers())
 
 
-@pytest.mark.parametrize("size", [(8, 12), (4, 8, 12)])
-def test_shapes(size):
-    network = random_network(dims=len(size))
+@pytest.mark.parametrize("size", [(16, 32), (16, 16, 32)])
+@pytest.mark.parametrize("patch", [1, 2, 4])
+@pytest.mark.parametrize("form", ["published", "light"])
+def test_shapes_and_stride(size, patch, form):
+    config = SynthesisConfig(channels=4, multipliers=(1, 2, 2), patch=patch, form=form)
+    assert config.stride == 4 * patch
+    network = random_network(dims=len(size), config=config)
     assert network(torch.rand(2, 2, *size), torch.randn(2, 6)).shape == (2, 3, *size)
-    assert SMALL.stride == 4
+    features, _ = network.encoder(torch.rand(1, 2, *size))
+    assert features.shape[2:] == tuple(side // config.stride for side in size)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"channels": 0}, {"blocks": 0}, {"multipliers": ()}, {"multipliers": (1, 0)}, {"condition_width": 0}]
+    "wrong",
+    [
+        {"channels": 0},
+        {"blocks": 0},
+        {"multipliers": ()},
+        {"multipliers": (1, 0)},
+        {"condition_width": 0},
+        {"patch": 0},
+        {"patch": 3},
+        {"patch": -2},
+        {"lesion_weight": -0.1},
+        {"lesion_weight": float("inf")},
+        {"lesion_weight": float("nan")},
+    ],
 )
 def test_senseless_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -115,17 +140,19 @@ def test_every_residual_block_adds_a_linear_layer_of_silu_of_the_condition():
     assert len(read) == 3 + 2 + 6  # encoder, middle, decoder
 
 
-def test_the_condition_reaches_every_residual_block_and_learns():
-    network, (sources, targets, y_0) = random_network(), batch()
-    synthesis_error(network(sources, y_0), targets, torch.ones(3, 3), absolute=False)[0].backward()
+@FORMS
+def test_the_condition_reaches_every_residual_block_and_learns(config):
+    network, (sources, targets, y_0) = random_network(config=config), batch()
+    synthesis_error(network(sources, y_0), targets, torch.ones_like(targets), absolute=False)[0].backward()
     for block in blocks(network):
         assert block.condition.in_features == 6
         assert block.condition.weight.grad.abs().max() > 0
     assert all(parameter.grad.abs().max() > 0 for parameter in network.condition.parameters())
 
 
-def test_guidance_changes_the_image_of_its_own_sample_alone():
-    network, (sources, _, y_0) = random_network(), batch()
+@FORMS
+def test_guidance_changes_the_image_of_its_own_sample_alone(config):
+    network, (sources, _, y_0) = random_network(config=config), batch()
     guided, other, none = network(sources, y_0), network(sources, -y_0), network(sources)
     assert (guided - other).abs().amax((1, 2, 3)).min() > 1e-3
     assert (guided - none).abs().amax((1, 2, 3)).min() > 1e-3
@@ -152,10 +179,9 @@ def test_the_condition_layers_are_all_that_guidance_adds():
     }
 
 
-@pytest.mark.parametrize("residual", [True, False])
-def test_a_guided_network_starts_as_one_that_nothing_guides(residual):
-    regression = LinearRegression(2, 3) if residual else None
-    guided, plain = (a_network(dim, regression=regression) for dim in (6, None))
+@FORMS
+def test_a_guided_network_starts_as_one_that_nothing_guides(config):
+    guided, plain = (a_network(dim, config=config) for dim in (6, None))
     for name, parameter in plain.named_parameters():
         assert torch.equal(guided.get_parameter(name), parameter), name
     first, *others = [block.condition.weight for block in blocks(guided)]
@@ -163,8 +189,9 @@ def test_a_guided_network_starts_as_one_that_nothing_guides(residual):
 
 
 @pytest.mark.parametrize("width", [None, 10])
-def test_condition_layers_that_are_trained_last_leave_the_unguided_pass_to_the_bit(width):
-    config = SynthesisConfig(channels=4, multipliers=(1, 2), condition_width=width)
+@FORMS
+def test_condition_layers_that_are_trained_last_leave_the_unguided_pass_to_the_bit(config, width):
+    config = replace(config, multipliers=(1, 2), condition_width=width)
     network, plain = a_network(config=config), a_network(None, config=config)
     network.zero_condition()
     sources, targets, y_0 = batch()
@@ -177,7 +204,7 @@ def test_condition_layers_that_are_trained_last_leave_the_unguided_pass_to_the_b
     assert torch.equal(network(sources, y_0), want)
     optimiser, losses = torch.optim.Adam(network.condition_layers(), 0.1), []
     for _ in range(12):
-        loss, count = synthesis_error(network(sources, y_0), targets, torch.ones(3, 3), absolute=False)
+        loss, count = synthesis_error(network(sources, y_0), targets, torch.ones_like(targets), absolute=False)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -196,42 +223,46 @@ def test_guidance_tells_two_contrasts_apart():
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
     for _ in range(45):
         optimiser.zero_grad()
-        total, count = synthesis_error(network(source, y_0), targets, torch.ones(2, 1), absolute=False)
+        total, count = synthesis_error(network(source, y_0), targets, torch.ones_like(targets), absolute=False)
         (total / count).backward()
         optimiser.step()
     blind = float(((targets - targets.mean(0)) ** 2).mean())  # the least error without guidance
     assert float(total.detach() / count) < 0.5 * blind
 
 
-# The loss
+# The losses
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_the_loss_is_the_mean_error_of_each_image_that_is_a_target(absolute):
+def test_the_loss_is_the_error_of_each_voxel_times_its_weight(absolute):
     prediction, truth = torch.rand(3, 3, 4, 8, generator=seeded()), batch()[1][:, :, :4]
     target_mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    weight = ones(target_mask, truth) * (1 + 2 * (torch.rand(3, 1, 4, 8, generator=seeded(3)) < 0.2))
     error = prediction - truth
-    errors = (error.abs() if absolute else error.square()).mean((2, 3))
-    total, count = synthesis_error(prediction, truth, target_mask, absolute=absolute)
-    torch.testing.assert_close(total, errors[target_mask > 0].sum())
-    assert count == 6
-    absent = (1 - target_mask)[..., None, None]
-    assert synthesis_error(prediction, truth + 9 * absent, target_mask, absolute=absolute) == (total, count)
-    assert synthesis_error(prediction, truth, torch.zeros(3, 3), absolute=absolute) == (0, 0)
+    errors = error.abs() if absolute else error.square()
+    total, count = synthesis_error(prediction, truth, weight, absolute=absolute)
+    torch.testing.assert_close(total, (errors * weight)[target_mask > 0].sum())
+    torch.testing.assert_close(count, weight.sum())
+    assert count > 6 * 32
+    absent = ones(1 - target_mask, truth)
+    assert synthesis_error(prediction, truth + 9 * absent, weight, absolute=absolute) == (total, count)
+    assert synthesis_error(prediction, truth, 0 * weight, absolute=absolute) == (0, 0)
 
 
 def test_the_loss_of_half_precision_is_taken_in_full():
     prediction, truth = torch.full((1, 1, 8, 8), 0.5, dtype=torch.bfloat16), torch.full((1, 1, 8, 8), 0.501)
-    total, _ = synthesis_error(prediction, truth, torch.ones(1, 1), absolute=True)
-    assert total.dtype == torch.float32
-    assert float(total) == pytest.approx(1e-3, rel=1e-3)
+    total, count = synthesis_error(prediction, truth, torch.ones(1, 1, 8, 8), absolute=True)
+    deviation = deviation_error(torch.zeros(1, 1, 8, 8), prediction, truth, torch.ones(1, 1, 8, 8))
+    assert total.dtype == deviation.dtype == torch.float32
+    assert float(total / count) == pytest.approx(1e-3, rel=1e-3)
+    assert float(deviation / count) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_an_absent_target_teaches_its_channel_nothing():
     network, (sources, targets, y_0) = random_network(), batch()
-    mask = torch.tensor([[1.0, 0.0, 1.0]] * 3)
-    synthesis_error(network(sources, y_0), targets, mask, absolute=False)[0].backward()
-    weight, bias = network.decoder.out.weight.grad, network.decoder.out.bias.grad
+    weight = ones(torch.tensor([[1.0, 0.0, 1.0]] * 3), targets)
+    synthesis_error(network(sources, y_0), targets, weight, absolute=False)[0].backward()
+    weight, bias = network.decoder.out.out.weight.grad, network.decoder.out.out.bias.grad
     assert weight[1].abs().max() == 0
     assert bias[1] == 0
     assert weight[[0, 2]].abs().amax((1, 2, 3)).min() > 0
@@ -240,85 +271,44 @@ def test_an_absent_target_teaches_its_channel_nothing():
 @pytest.mark.parametrize("parts", [(1, 2), (1, 1, 1), (3, 0)])
 def test_a_batchs_loss_is_the_sum_of_its_parts(parts):
     network, (sources, targets, y_0) = random_network(), batch()
-    target_mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    weight = ones(torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]), targets)
     with torch.no_grad():
         prediction = network(sources, y_0)
-    for measure, values in (
-        (lambda p, t, m: synthesis_error(p, t, m, absolute=False), (prediction, targets)),
-        (lambda p, t, m: synthesis_error(p, t, m, absolute=True), (prediction, targets)),
-        (masked_sum, (prediction,)),
+    for measure in (
+        lambda p, t, w: torch.stack(synthesis_error(p, t, w, absolute=False)),
+        lambda p, t, w: torch.stack(synthesis_error(p, t, w, absolute=True)),
+        lambda p, t, w: deviation_error(0.1 * p, p, t, w),
     ):
-        whole = torch.stack(measure(*values, target_mask))
-        each = [
-            torch.stack(measure(*part))
-            for part in zip(*(value.split(parts) for value in (*values, target_mask)), strict=True)
-        ]
-        torch.testing.assert_close(sum(each), whole, atol=1e-6, rtol=1e-6)
+        whole = measure(prediction, targets, weight)
+        pieces = zip(*(value.split(parts) for value in (prediction, targets, weight)), strict=True)
+        torch.testing.assert_close(sum(measure(*piece) for piece in pieces), whole, atol=1e-5, rtol=1e-5)
 
 
-# What it starts from
+def test_the_likelihood_of_the_error_is_laplaces():
+    prediction, truth = torch.randn(3, 2, 4, 4, generator=seeded()), torch.randn(3, 2, 4, 4, generator=seeded(1))
+    log_scale, weight = torch.randn(3, 2, 4, 4, generator=seeded(2)), ones(torch.eye(3)[:, :2], truth)
+    laplace = torch.distributions.Laplace(prediction, log_scale.exp())
+    want = -laplace.log_prob(truth) - torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(deviation_error(log_scale, prediction, truth, weight), (want * weight).sum())
 
 
-@pytest.mark.parametrize("dims", [2, 3])
-def test_a_residual_network_starts_as_the_least_squares_regression(dims):
-    regression = LinearRegression(2, 3)
-    regression.weights.copy_(torch.randn(1, 3, 3))
-    network = a_network(dims=dims, regression=regression)
-    sources = torch.rand(2, 2, *[8] * dims)
-    want = torch.einsum("bs...,st->bt...", sources, regression.weights[0, :2])
-    want = want + regression.weights[0, 2].reshape(-1, *[1] * dims)
-    torch.testing.assert_close(network(sources, torch.randn(2, 6)), want)
-    assert "regression.weights" in network.state_dict()
-    assert not any(name.startswith("regression") for name, _ in network.named_parameters())
-    with torch.autocast("cpu", torch.bfloat16):  # half a promille of the intensity range would show
-        torch.testing.assert_close(network(sources), want, atol=1e-6, rtol=1e-6)
+def test_the_likeliest_scale_is_the_mean_absolute_error():
+    prediction, truth = torch.zeros(1, 1, 40, 40), torch.randn(1, 1, 40, 40, generator=seeded())
+    weight = (torch.rand(1, 1, 40, 40, generator=seeded(1)) < 0.5).float()
+    wanted = float((truth.abs() * weight).sum() / weight.sum())
+
+    def slope(scale):
+        log_scale = torch.tensor(scale).log().requires_grad_()
+        deviation_error(log_scale.expand_as(truth), prediction, truth, weight).backward()
+        return float(log_scale.grad / weight.sum())
+
+    assert slope(wanted) == pytest.approx(0, abs=1e-5)
+    assert slope(1.1 * wanted) > 0.05
+    assert slope(0.9 * wanted) < -0.05
 
 
-def test_availability_is_read_off_the_maps_at_the_end_of_the_inputs():
-    inputs = torch.rand(2, 6 + 3, 4, 4)
-    inputs[:, 6:] = 0.1 * torch.tensor([[1.0, 0, 1], [0, 1, 0]])[..., None, None]
-    assert availability(inputs, 3).tolist() == [[1, 0, 1], [0, 1, 0]]
-
-
-def test_each_subset_of_the_sources_has_a_regression_of_its_own():
-    regression = LinearRegression(3, 2, 3, any_subset=True)
-    assert regression.weights.shape == (8, 4, 2)
-    regression.weights.copy_(torch.randn(8, 4, 2))
-    neighbours, available = torch.rand(2, 9, 4, 4), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
-    maps = available[:, :, None, None].expand(-1, -1, 4, 4)
-    inputs = torch.cat([neighbours * maps.repeat_interleave(3, 1), maps], 1)
-    predicted = regression(inputs)[:, :, 1]
-    for row, (pattern, channels) in enumerate(((5, (0, 2)), (2, (1,)))):
-        weights = regression.weights[pattern, :, 0]
-        want = sum(neighbours[row, 3 * s + 1] * weights[s] for s in channels) + weights[3]
-        torch.testing.assert_close(predicted[row, 0], want)
-
-
-def test_what_is_missing_is_filled_with_the_regression_slice_by_slice():
-    regression = LinearRegression(3, 3, 3, any_subset=True)
-    regression.weights.copy_(torch.randn(8, 4, 3))
-    neighbours, available = torch.rand(2, 3, 3, 4, 4), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
-    maps = 0.1 * available[:, :, None, None].expand(-1, -1, 4, 4)
-    inputs = torch.cat([(neighbours * available[:, :, None, None, None]).flatten(1, 2), maps], 1)
-    filled = regression.fill(inputs, regression(inputs))
-    assert torch.equal(filled[:, 9:], maps)
-    images = filled[:, :9].unflatten(1, (3, 3))
-    for row, (pattern, channels) in enumerate(((5, (0, 2)), (2, (1,)))):
-        for number in range(3):
-            weights = regression.weights[pattern, :, number]
-            want = sum(neighbours[row, s] * weights[s] for s in channels) + weights[3]
-            torch.testing.assert_close(images[row, number], neighbours[row, number] if number in channels else want)
-
-
-def test_a_network_of_any_subset_reads_the_regression_of_neighbouring_slices_too():
-    regression = LinearRegression(2, 2, 3, any_subset=True)
-    regression.weights.copy_(torch.randn(4, 3, 2))
-    network = CUNet(SMALL, 8, 2, regression=regression)
-    read = []
-    network.encoder.register_forward_pre_hook(lambda _, given: read.append(given[0]))
-    neighbours = torch.rand(1, 6, 8, 8)
-    neighbours[:, 3:] = 0
-    maps = torch.tensor([0.1, 0.0])[None, :, None, None].expand(-1, -1, 8, 8)
-    network(torch.cat([neighbours, maps], 1))
-    want = neighbours[:, :3] * regression.weights[1, 0, 1] + regression.weights[1, 2, 1]
-    torch.testing.assert_close(read[0][:, 3:6], want)
+def test_the_prediction_does_not_learn_by_the_likelihood_of_its_error():
+    prediction, log_scale = (torch.randn(2, 1, 4, 4, generator=seeded(k)).requires_grad_() for k in (0, 1))
+    deviation_error(log_scale, prediction, torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)).backward()
+    assert prediction.grad is None
+    assert log_scale.grad.abs().min() > 0

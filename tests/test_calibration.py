@@ -1,4 +1,4 @@
-"""The variances that the network of the error gives are calibrated where they matter, on any device."""
+"""The variances that the C-UNet expects are calibrated where they matter, on any device."""
 
 from dataclasses import replace
 
@@ -9,10 +9,11 @@ from torch import Tensor
 from trainings import ANY, COMPUTE, LAST, start_training, write_cases
 
 from crossmr.networks.model import CrossConditionedModel
+from crossmr.networks.scale import standardise
 from crossmr.training import stages
 from crossmr.training.calibration import _likeliest, calibration
 from crossmr.training.shared import Training, in_chunks
-from crossmr.training.stages import UncertaintyStage
+from crossmr.training.stages import SynthesisStage
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +27,34 @@ def start(cases, tmp_path):
     return lambda recipe, compute=COMPUTE, **changes: start_training(tmp_path, {**cases, **changes}, recipe, compute)
 
 
-def a_tenth_off(training: Training, model: CrossConditionedModel, monkeypatch, outside: float = 0.9) -> None:
-    """Let every synthesis be .1 off within heads, and far off outside; the variance says .04 everywhere."""
+def half_off(training: Training, model: CrossConditionedModel, monkeypatch, outside: float = 9.0) -> None:
+    """Let every synthesis be half a robust deviation off within heads, and far off outside; b is 2 everywhere."""
     reader = training.batches("synthesis", training.val, training.config.modalities)
     truths = reader.fixed(stages.VALIDATION_SLICES).images[:, 2:]
     given = iter(truths.split(4))
     monkeypatch.setattr("crossmr.training.calibration.in_chunks", lambda f, n, _: in_chunks(f, n, 4))
 
-    def unguided(inputs: Tensor) -> Tensor:
+    def predict(inputs: Tensor) -> tuple[Tensor, Tensor]:
         truth = next(given)
-        return torch.where(truth > 0, truth + 0.1, outside)
+        prediction = torch.where(truth > 0, standardise(truth) + 0.5, outside)
+        return prediction, torch.full_like(prediction, 2.0).log()
 
-    monkeypatch.setattr(model, "unguided", unguided)
-    monkeypatch.setattr(model, "log_variance", lambda inputs, image: torch.full_like(image, 0.04).log())
+    monkeypatch.setattr(model, "predict", predict)
 
 
-def test_standard_deviations_are_calibrated_within_heads(start, monkeypatch):
+def test_variances_are_calibrated_within_heads_in_squared_robust_deviations(start, monkeypatch):
     training, model = start(LAST)
-    a_tenth_off(training, model, monkeypatch)
+    half_off(training, model, monkeypatch)
     a, b = calibration(training, model)["variance"].unbind(1)
-    torch.testing.assert_close(0.04 * a + b, torch.tensor([0.01, 0.01]), rtol=0.02, atol=0)
+    torch.testing.assert_close(2 * 2.0**2 * a + b, torch.tensor([0.25, 0.25]), rtol=0.02, atol=0)
+
+
+def test_a_calibrated_model_gives_the_error_that_it_makes(start, monkeypatch):
+    training, model = start(LAST)
+    half_off(training, model, monkeypatch)
+    model.calibration = calibration(training, model)
+    std = model.std(torch.full((1, 2, 4, 4), 2.0).log())
+    torch.testing.assert_close(std, torch.full_like(std, 0.5 / 15), rtol=0.02, atol=0)
 
 
 def test_nothing_is_float64_on_the_device(start, monkeypatch):
@@ -86,7 +95,9 @@ def test_a_target_that_no_validation_patient_has_keeps_its_calibration(start, ca
 
 def test_any_subset_is_calibrated_on_several_patterns(start):
     training, model = start(ANY)
-    assert UncertaintyStage(training, model).later_validations == stages.PATTERNS
+    assert SynthesisStage(training, model).later_validations == stages.PATTERNS
+    assert SynthesisStage(*start(LAST)).later_validations == 1
+    assert SynthesisStage(*start(replace(LAST, uncertainty=False))).later_validations == 0
     variance = calibration(training, model)["variance"]
     assert variance.shape == (4, 2)
     assert (variance >= 0).all()

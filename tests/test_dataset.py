@@ -44,12 +44,17 @@ def test_a_dataset_is_what_was_prepared(prepared):
         assert case.modalities == tuple(record["modalities"])
         assert case.has_labels == (case.name == "P-00001-000")
         assert not case.masked_background
+        voxels = (case.masks()[:, 1] > 0).sum((1, 2)).tolist() if case.has_labels else []
+        assert case.lesion_voxels == tuple(voxels)
+        assert list(case.air) == list(case.modalities)
+        for modality, fitted in record["normalisation"].items():
+            assert case.air[modality] == (fitted["air"] - fitted["low"]) / (fitted["high"] - fitted["low"]) < 0
         assert case.foreground_voxels == tuple(case.masks()[:, 0].sum((1, 2)).tolist())
         assert case.images().shape == (len(case.foreground_voxels), len(case.modalities), *case.masks().shape[2:])
         volume = case.volume("t2f")
         assert volume.dtype == np.float32
         np.testing.assert_array_equal(volume, case.images()[:, case.modalities.index("t2f")])
-    assert (opened.cases[1].masks()[:, 1] == 3).sum() == 4 * 4 * 3
+    assert (opened.cases[1].masks()[:, 1] == 3).sum() == sum(opened.cases[1].lesion_voxels) == 4 * 4 * 3
 
 
 def test_every_case_is_in_one_split(prepared):
@@ -112,13 +117,13 @@ def test_a_manifest_that_is_no_json(copy, content):
         PreparedDataset(copy)
 
 
-@pytest.mark.parametrize(("key", "value"), [("format_version", 1), ("format", "nnunet"), ("format", None)])
+@pytest.mark.parametrize(("key", "value"), [("format_version", 2), ("format", "nnunet"), ("format", None)])
 def test_another_version(copy, key, value):
     body: dict[str, Any] = json.loads((copy / "manifest.json").read_text())
     del body["sha256"]
     body[key] = value
     (copy / "manifest.json").write_text(json.dumps({**body, "sha256": digest(body)}))
-    with pytest.raises(SetError, match=r"another format or version than crossmr-set 2\. Run prepare again"):
+    with pytest.raises(SetError, match=r"another format or version than crossmr-set 3\. Run prepare again"):
         PreparedDataset(copy)
 
 

@@ -1,4 +1,4 @@
-"""The head is found with a skull or without, and intensities lie in [0, 1] whatever their unit."""
+"""The head is found with a skull or without, and intensities are standardised within it whatever their unit."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ from conftest import ellipsoid, image, make_head
 from scipy import ndimage
 
 from crossmr.data.head import (
+    DARKEST,
     bounding_box,
     fill_slices,
     fit_normalisation,
@@ -37,24 +38,67 @@ def z_scored(data: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- normalisation
 
 
-def test_normalised_magnitude_images_are_in_0_to_1_with_air_at_0():
+def robust_std(values: np.ndarray) -> float:
+    """The range of the quartiles / 1.349."""
+    q25, q75 = np.percentile(values, (25, 75))
+    return float(q75 - q25) / 1.349
+
+
+def test_the_head_of_magnitude_images_has_median_1_3_and_robust_deviation_1_15():
     study = load(t1n=make_head(), t2f=make_head("t2f"))
     assert not study.masked_background
     for modality in study.volumes:
         normalised = study.normalised(modality)
         assert normalised.dtype == np.float32
-        assert 0 == normalised.min() < normalised.max() <= 1
-        assert np.median(normalised[study.mask]) == pytest.approx(0.25, abs=1e-6)
-        assert np.median(normalised[~HEAD]) < 1e-3
-        assert np.quantile(normalised[~HEAD], 0.99) < 0.06  # noise of 2 in a range of some 130
+        assert DARKEST == normalised.min() < normalised.max() <= 1
+        assert np.median(normalised[study.mask]) == pytest.approx(1 / 3, abs=1e-6)
+        assert robust_std(normalised[study.mask]) == pytest.approx(1 / 15, abs=1e-6)
+        assert np.quantile(normalised[~HEAD], 0.9) < np.quantile(normalised[HEAD], 0.01)
 
 
-def test_a_bright_scalp_does_not_move_the_brain():
-    head = make_head()
-    bright = np.where(HEAD.T & ~ndimage.binary_erosion(HEAD.T), 5 * head, head)
-    a, b = (fit_normalisation(data.T, HEAD) for data in (head, bright))
-    assert b.high - b.low < 1.3 * (a.high - a.low)
-    assert np.percentile(bright.T[HEAD], 99.9) > 3 * np.percentile(head.T[HEAD], 99.9)
+@pytest.mark.parametrize("air", [True, False])
+def test_a_normalisation_is_invertible_and_knows_air(air):
+    data = make_head(air=air).T
+    fitted = fit_normalisation(data, HEAD)
+    back = fitted.scale(data) * np.float32(fitted.high - fitted.low) + np.float32(fitted.low)
+    np.testing.assert_allclose(back, data, atol=1e-3)
+    median, spread = float(np.median(data[HEAD])), robust_std(data[HEAD])
+    assert (fitted.low, fitted.high) == pytest.approx((median - 5 * spread, median + 10 * spread), rel=1e-5)
+    assert fitted.air == pytest.approx(np.median(data[~HEAD]), abs=1e-6)
+    assert fitted.air_level == pytest.approx(float(fitted.scale(np.float32(fitted.air))), abs=1e-6)
+    assert fitted.air_level < 0  # darker than the scale's end, five deviations below tissue
+
+
+def test_air_is_not_brighter_than_the_head_and_a_head_without_air_has_its_darkest():
+    data = make_head().T
+    bright = np.where(HEAD, data, np.float32(1000))
+    floor = np.percentile(data[HEAD], 0.5)
+    assert fit_normalisation(bright, HEAD).air == pytest.approx(floor)
+    everywhere = np.ones_like(HEAD)
+    assert fit_normalisation(data, everywhere).air == pytest.approx(np.percentile(data, 0.5))
+
+
+def change(data: np.ndarray, where: np.ndarray, value: float) -> np.ndarray:
+    """A volume (Z, Y, X) with another intensity somewhere."""
+    return np.where(where, np.float32(value), data)
+
+
+@pytest.mark.parametrize("what", ["lesion", "fat", "sinuses", "hot voxel"])
+def test_what_is_bright_or_dark_hardly_moves_the_scale(what):
+    data = make_head().T
+    z, y, x = (a - (n - 1) / 2 for a, n in zip(np.ogrid[:24, :32, :28], HEAD.shape, strict=True))
+    changed = {
+        "lesion": change(data, z**2 + y**2 + (x - 3) ** 2 < 16, 400),
+        "fat": change(data, HEAD & ~ndimage.binary_erosion(HEAD) & (z > 4), 800),
+        "sinuses": change(data, z**2 + (y - 7) ** 2 + x**2 < 12, 2),
+        "hot voxel": change(data, z**2 + y**2 + x**2 < 1, 1e5),
+    }[what]
+    share = (changed != data).sum() / HEAD.sum()
+    assert 0 < share < 0.12
+    plain, other = fit_normalisation(data, HEAD), fit_normalisation(changed, HEAD)
+    assert (other.high - other.low) / (plain.high - plain.low) == pytest.approx(1, abs=0.25)
+    same = HEAD & (changed == data)
+    assert np.abs(other.scale(data[same]) - plain.scale(data[same])).mean() < 0.25 / 15  # of a robust deviation
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e5])
@@ -82,42 +126,62 @@ def test_a_masked_background_that_is_not_0_becomes_0():
 
 
 def test_z_scores_have_a_background_of_0():
-    study = load(t1n=z_scored(make_head(air=False)), t2f=z_scored(make_head("t2f", air=False)))
+    magnitudes = {"t1n": make_head(air=False), "t2f": make_head("t2f", air=False)}
+    study, plain = load(**{m: z_scored(data) for m, data in magnitudes.items()}), load(**magnitudes)
     assert study.masked_background
     np.testing.assert_array_equal(study.mask, HEAD)
     for modality in study.volumes:
-        normalised, low = study.normalised(modality), study.normalisation[modality].low
-        assert low < -1
+        normalised, fitted = study.normalised(modality), study.normalisation[modality]
+        assert fitted.low < fitted.air < -1  # the head's darkest is darker than the background, 0
+        assert 0 < fitted.air_level < 1 / 3
         assert (normalised[~HEAD] == 0).all()
-        assert 0 == normalised.min() < normalised.max() <= 1
-        assert (normalised[HEAD] == 0).mean() < 0.01  # the dark half of the brain is not cut off
-        assert np.median(normalised[HEAD]) == pytest.approx(0.25, abs=1e-6)
+        assert DARKEST <= normalised[HEAD].min() < normalised.max() <= 1
+        np.testing.assert_allclose(normalised, plain.normalised(modality), atol=1e-4)
 
 
-def test_few_voxels_saturate():
+def test_negative_and_8_bit_intensities_are_standardised_alike():
+    plain = load(t1n=make_head(air=False)).normalised("t1n")
+    inverted = load(t1n=np.where(HEAD.T, -make_head(air=False), np.float32(-1000)))
+    np.testing.assert_array_equal(inverted.mask, HEAD)
+    np.testing.assert_allclose(inverted.normalised("t1n")[HEAD], 2 / 3 - plain[HEAD], atol=0.01)
+    eight_bits = load(t1n=np.round(make_head(air=False)).astype(np.uint8)).normalised("t1n")
+    assert np.abs(eight_bits - plain)[HEAD].mean() < 0.25 / 15
+    np.testing.assert_array_equal(eight_bits > 0, HEAD)
+
+
+def test_few_voxels_saturate_and_none_of_them_at_0():
     study = load(t1n=make_head(), t2f=make_head("t2f"))
     for modality, volume in study.volumes.items():
         normalisation = study.normalisation[modality]
         scaled = normalisation.scale(volume.data)
         within = (volume.data > normalisation.low) & (volume.data < normalisation.high)
         np.testing.assert_array_equal(within, (scaled > 0) & (scaled < 1))
-        assert within[study.mask].mean() > 0.99
-        np.testing.assert_array_equal(np.clip(scaled, 0, 1), study.normalised(modality))
+        assert within[study.mask & HEAD].mean() > 0.98
+        np.testing.assert_array_equal(np.clip(scaled, np.float32(DARKEST), 1), study.normalised(modality))
+        assert normalisation.apply(np.float32([-1e9, 1e9])).tolist() == [DARKEST, 1]
 
 
-def test_a_single_hot_voxel_does_not_set_the_scale():
-    plain, hot = make_head(), make_head()
-    hot[14, 16, 12] = 1e5
-    a, b = (fit_normalisation(data.T, HEAD) for data in (plain, hot))
-    assert b.high - b.low < 1.1 * (a.high - a.low)
+def test_the_darkest_voxel_of_the_head_is_kept_above_0():
+    data = make_head(air=False)
+    data[14, 16, 12] = -500
+    study = load(t1n=data)
+    stored = study.normalised("t1n").astype(np.float16)
+    assert float(stored[12, 16, 14]) == DARKEST == float(np.float16(DARKEST))
+    np.testing.assert_array_equal(stored > 0, HEAD)
 
 
-def test_a_normalisation_of_two_values_is_finite():
+@pytest.mark.parametrize("rare", [0.0, 0.2, 0.001])
+def test_few_grey_levels_have_a_finite_scale(rare):
+    """A segmentation, say: all of one level, a fifth of another, or a thousandth."""
+    rng = np.random.default_rng(0)
     data = np.where(HEAD, np.float32(7), np.float32(2))
-    normalisation = fit_normalisation(data, HEAD)
-    np.testing.assert_allclose(normalisation.apply(data), 0.25 * HEAD, atol=1e-6)
-    flat = fit_normalisation(np.full_like(data, 7), HEAD)
-    assert flat.high > flat.low
+    data[HEAD] += 3 * (rng.random(HEAD.sum()) < rare)
+    fitted = fit_normalisation(data, HEAD)
+    spread = {0.0: 1.0, 0.2: 3 / 3.29, 0.001: float(data[HEAD].std())}[rare]
+    assert (fitted.low, fitted.high, fitted.air) == pytest.approx((7 - 5 * spread, 7 + 10 * spread, 2), rel=1e-5)
+    normalised = fitted.apply(data)
+    np.testing.assert_allclose(normalised[data == 7], 1 / 3, atol=1e-6)
+    assert DARKEST <= normalised.min() < normalised.max() <= 1
 
 
 # ------------------------------------------------------------------------------------------------- mask
@@ -163,7 +227,8 @@ def test_noisy_air_within_exactly_zero_corners_is_no_head():
     assert not study.masked_background
     assert overlap(study.mask, ellipsoid(data.shape).T) > 0.95
     assert study.mask[air.T].mean() < 0.03
-    assert np.quantile(study.normalised("t1n")[air.T], 0.99) < 0.06
+    normalised = study.normalised("t1n")
+    assert np.quantile(normalised[air.T], 0.99) < np.quantile(normalised[study.mask], 0.05)
 
 
 @pytest.mark.parametrize("air", [True, False])

@@ -1,5 +1,6 @@
 """From arrays to arrays: what guides a head's synthesis, and that neither batch nor order changes it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from fake_cuda import fake_cuda
 
+from crossmr.data.head import DARKEST
 from crossmr.errors import ConfigError
 from crossmr.networks import inference
 from crossmr.networks.c_unet import SynthesisConfig
@@ -45,8 +47,6 @@ def random_model(*, conditional=True, seed=0, **changes):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
-        model.synthesis.decoder.out.weight.mul_(0.2)
-        model.synthesis.decoder.out.bias.fill_(0.5)
     return model.eval().requires_grad_(False)
 
 
@@ -59,9 +59,12 @@ def volume_model(**changes):
     return random_model(**{"spatial_dims": 3, "window": (16, 16, 16)} | changes)
 
 
-def a_head(modalities=("t1n", "t2w"), seed=0, shape=SHAPE, voxels=VOXELS):
+def a_head(modalities=("t1n", "t2w"), seed=0, shape=SHAPE, voxels=VOXELS, spacing_mm=1.0):
+    """Volumes of noise, black within a margin of one voxel."""
     volumes = {m: np.random.default_rng([seed, *m.encode()]).random(shape, np.float32) for m in modalities}
-    return HeadVolumes(volumes, voxels)
+    for volume in volumes.values():
+        volume[:, [0, -1]], volume[:, :, [0, -1]] = 0, 0
+    return HeadVolumes(volumes, voxels, spacing_mm)
 
 
 def settings(**changes):
@@ -77,6 +80,17 @@ def as_tensor(head, modalities):
 def padded_slices(head, modalities, slices):
     """What the networks read of these slices, (N, M, 16, 16)."""
     return pad_to_multiple(as_tensor(head, modalities)[:, slices].transpose(0, 1), 2, 16)
+
+
+def whole_inputs(model, head, slices=(1, 2, 3, 4)):
+    """What the C-UNet reads of these slices where t1n and t2w are all it needs."""
+    sources = padded_slices(head, ("t1n", "t2w"), list(slices))
+    return model.inputs(sources, torch.ones(len(sources), 2))
+
+
+def as_volume(channels):
+    """Padded slices (N, W, 16, 16) as the volumes (W, N, Y, X) that a synthesis holds."""
+    return crop_or_pad(channels, SHAPE[1:], [0.5] * 2).transpose(0, 1)
 
 
 def guided_by(model, head, case="A", reference=None, **changes):
@@ -117,8 +131,7 @@ def test_every_model_synthesises_by_every_guidance(make, acquired, guidance):
 
 def test_a_slice_is_what_the_network_makes_of_it():
     model, head = random_model(), a_head()
-    made = model.unguided(padded_slices(head, ("t1n", "t2w"), [1, 2, 3, 4]))  # (4, 2, 16, 16)
-    want = crop_or_pad(made, SHAPE[1:], [0.5] * 2).transpose(0, 1)
+    want = as_volume(model.unguided(whole_inputs(model, head)))
     result = synthesise(model, head, "A", settings(guidance="none"))
     torch.testing.assert_close(result.images[:, 1:5], want, atol=1e-5, rtol=1e-5)
 
@@ -126,7 +139,7 @@ def test_a_slice_is_what_the_network_makes_of_it():
 def test_a_volume_is_what_the_network_makes_of_it():
     model, head = volume_model(), a_head()
     whole = pad_to_multiple(as_tensor(head, ("t1n", "t2w"))[None], 3, 16)
-    want = crop_or_pad(model.unguided(whole)[0], SHAPE, [0.5] * 3)
+    want = crop_or_pad(model.unguided(model.inputs(whole, torch.ones(1, 2)))[0], SHAPE, [0.5] * 3)
     result = synthesise(model, head, "A", settings(guidance="none"))
     torch.testing.assert_close(result.images[:, 1:5], want[:, 1:5], atol=1e-5, rtol=1e-5)
     assert result.batch == 1
@@ -138,7 +151,7 @@ def test_a_volume_larger_than_the_window_is_completed_window_by_window():
     hook = model.synthesis.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape)))
     result = synthesise(model, head, "A", settings(guidance="unconditional"))
     hook.remove()
-    assert set(seen) == {(1, 2, 8, 8, 8)}
+    assert set(seen) == {(1, 2 + 1, 8, 8, 8)}
     assert len(seen) > 8  # they overlap
     assert result.images[:, 1:5].flatten(1).std(1).min() > 1e-3
 
@@ -146,12 +159,11 @@ def test_a_volume_larger_than_the_window_is_completed_window_by_window():
 def test_a_guided_image_is_the_mean_over_the_samples():
     model, head = random_model(), a_head()
     vectors = guided_by(model, head, guidance="sample", samples=3)
-    sources = padded_slices(head, ("t1n", "t2w"), [1, 2, 3, 4])
-    each = torch.stack([model.synthesis(sources, y_0.expand(4, -1)).clamp(0, 1) for y_0 in vectors])
+    inputs = whole_inputs(model, head)
+    each = torch.stack([model.image(model.predict(inputs, y_0.expand(4, -1))[0], inputs) for y_0 in vectors])
     result = synthesise(model, head, "A", settings(guidance="sample", samples=3))
     for made, want in ((result.images, each.mean(0)), (result.stds, each.std(0))):
-        want = crop_or_pad(want, SHAPE[1:], [0.5] * 2).transpose(0, 1)
-        torch.testing.assert_close(made[:, 1:5], want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(made[:, 1:5], as_volume(want), atol=1e-5, rtol=1e-4)
     assert not result.stds[:, [0, 5]].any()
 
 
@@ -170,7 +182,7 @@ def test_targets_come_in_the_order_requested():
 def test_what_is_missing_of_any_subset_is_not_read_and_what_is_no_source_neither():
     model, one = any_model(), random_model()
     head = a_head(("t1n", "t2f"))
-    with_zeros = HeadVolumes(dict(head.volumes) | {"pd": np.ones(SHAPE, np.float32)}, head.foreground_voxels)
+    with_zeros = replace(head, volumes=dict(head.volumes) | {"pd": np.ones(SHAPE, np.float32)})
     assert torch.equal(
         synthesise(model, head, "A", settings()).images, synthesise(model, with_zeros, "A", settings()).images
     )
@@ -181,12 +193,33 @@ def test_what_is_missing_of_any_subset_is_not_read_and_what_is_no_source_neither
     )
 
 
-def test_a_slice_is_made_from_its_neighbours():
-    model, head = any_model(), a_head(("t1n", "t2f"))
+@pytest.mark.parametrize(
+    ("spacing_mm", "reached"),
+    [(0.5, [2]), (1.0, [3, 4]), (1.5, [3, 4]), (2.5, [4]), (7.0, [4])],
+)
+def test_a_slice_is_made_from_its_neighbours_a_millimetre_away(spacing_mm, reached):
+    """Slices 2 to 4 and, half a millimetre apart, every other one; of thick slices none but itself."""
+    model, head = any_model(), a_head(("t1n", "t2f"), spacing_mm=spacing_mm)
     before = synthesise(model, head, "A", settings()).images
-    head.volumes["t1n"][4] = 0.3
+    head.volumes["t1n"][4] *= 0.3
     moved = (synthesise(model, head, "A", settings()).images - before).abs().amax((0, 2, 3)) > 1e-5
-    assert moved.tolist() == [False, False, False, True, True, False]
+    assert [z for z in range(6) if moved[z]] == sorted({*reached, 4})
+
+
+@pytest.mark.parametrize("guidance", ["none", "sample"])
+@pytest.mark.parametrize("make", [random_model, any_model, volume_model])
+def test_nothing_outside_the_head_is_synthetic_and_everything_within_is(make, guidance):
+    model, head = make(), a_head(("t1n", "t2w"))
+    head.volumes["t1n"][2, 4:6, 4:8] = 1 / 3  # the median, which standardised is 0, as black is
+    head.volumes["t2w"][2, 4:6, 4:8] = 1 / 3
+    inside = np.logical_or(head.volumes["t1n"] > 0, head.volumes["t2w"] > 0)
+    images = synthesise(model, head, "A", settings(guidance=guidance)).images.numpy()
+    for z in range(6):
+        if not VOXELS[z]:
+            assert not images[:, z].any()
+        else:
+            assert (images[:, z][:, ~inside[z]] == 0).all()
+            assert (images[:, z][:, inside[z]] >= DARKEST * 0.999).all()
 
 
 # What guides
@@ -300,8 +333,7 @@ def test_a_learnt_standard_deviation_is_that_of_the_unguided_image(make, guidanc
     reference = a_head(("t1c", "t2f"), seed=5)
     result = synthesise(model, head, "A", settings(guidance=guidance), reference)
     if make is random_model:
-        sources = padded_slices(head, ("t1n", "t2w"), [1, 2, 3, 4])
-        want = crop_or_pad(model.std(sources, model.unguided(sources)), SHAPE[1:], [0.5] * 2).transpose(0, 1)
+        want = as_volume(model.std(model.predict(whole_inputs(model, head))[1]))
         torch.testing.assert_close(result.stds[:, 1:5], want, atol=1e-5, rtol=1e-4)
     assert result.stds.shape == result.images.shape
     assert result.stds[:, 1:5].min() > 0
@@ -315,7 +347,7 @@ def test_a_learnt_standard_deviation_goes_before_that_of_samples():
     torch.testing.assert_close(one, many)
     model.calibration = {"variance": torch.tensor([[0.0, 0.04], [0.0, 0.25]])}
     stds = synthesise(model, head, "A", settings(guidance="sample")).stds[:, 1:5]
-    torch.testing.assert_close(stds, torch.tensor([0.2, 0.5])[:, None, None, None].expand_as(stds))
+    torch.testing.assert_close(stds, torch.tensor([0.2, 0.5])[:, None, None, None].expand_as(stds) / 15)
 
 
 # The same whatever the batch, the memory, the machine
@@ -347,13 +379,11 @@ def test_where_memory_runs_out_fewer_slices_go_at_once_and_nothing_changes():
         if sizes[-1] > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    for network in (model.synthesis, model.uncertainty):
-        network.register_forward_pre_hook(short_of_memory)
+    model.synthesis.register_forward_pre_hook(short_of_memory)
     model.representation.encoder.register_forward_pre_hook(short_of_memory)
     result = synthesise(model, head, "A", settings(guidance="sample", samples=2))
     assert (want.batch, result.batch) == (16, 4)
     assert tried[model.synthesis] == [16, 8, *[4] * 15]  # unguided and two samples of five batches
-    assert tried[model.uncertainty] == [4] * 5
     assert tried[model.representation.encoder] == [32, 16, 8, *[4] * 10]  # images of two modalities
     torch.testing.assert_close(result.images, want.images, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(result.stds, want.stds, atol=1e-5, rtol=1e-4)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import signal
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -95,7 +96,9 @@ def by_hand(steps: int, config: TrainConfig) -> tuple[list[float], list[float]]:
     """The loop in its plainest form: weights after each step, and their averages."""
     stage, weights, averages, average = Line(), [], [], 0.0
     network = stage.network
-    optimiser = torch.optim.Adam(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    form = {"weight_decay": config.weight_decay, "betas": (0.9, config.beta_2)}
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimiser]
+    optimiser = kind(network.parameters(), config.learning_rate, **form)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = config.learning_rate * (1 - step / steps) ** 0.9
         batch = stage.batch(stage.data[step], loop.seeded("line", 0, step))
@@ -125,9 +128,25 @@ def test_the_learning_rate_decays_as_a_polynomial_of_power_09(tmp_path):
     assert rates == pytest.approx([0.05 * (1 - step / 10) ** 0.9 for step in range(10)])
 
 
+def test_the_rate_warms_up_and_falls_along_a_cosine(tmp_path):
+    train(tmp_path, Line(), 10, config=replace(CONFIG, schedule="cosine", warm_up=4))
+    rates = [line["learning_rate"] for line in records(tmp_path)]
+    cosine = [0.025 * (1 + math.cos(math.pi * step / 10)) for step in range(10)]
+    assert rates == pytest.approx([rate * min(1, (step + 1) / 4) for step, rate in enumerate(cosine)])
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "adamw"])
+@pytest.mark.parametrize("beta_2", [0.999, 0.5])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_steps_are_adam_s_with_weight_decay_and_the_average_follows(tmp_path, weight_decay):
-    config = TrainConfig(batch_size=5, learning_rate=0.05, weight_decay=weight_decay, ema_decay=0.5)
+def test_steps_are_the_optimiser_s_with_weight_decay_and_the_average_follows(tmp_path, weight_decay, beta_2, optimiser):
+    config = TrainConfig(
+        batch_size=5,
+        learning_rate=0.05,
+        weight_decay=weight_decay,
+        ema_decay=0.5,
+        optimiser=optimiser,
+        beta_2=beta_2,
+    )
     stage = Line()
     averaged = train(tmp_path, stage, 4, config=config)
     weights, averages = by_hand(4, config)
@@ -135,8 +154,10 @@ def test_steps_are_adam_s_with_weight_decay_and_the_average_follows(tmp_path, we
     assert float(averaged.weight) == pytest.approx(averages[-1], rel=1e-5)
 
 
-def test_weight_decay_changes_the_weights():
-    assert by_hand(4, CONFIG)[0] != by_hand(4, TrainConfig(learning_rate=0.05, weight_decay=0.5, ema_decay=0.5))[0]
+def test_each_of_these_changes_the_weights():
+    decayed = replace(CONFIG, weight_decay=0.5)
+    configs = [CONFIG, decayed, replace(decayed, optimiser="adamw"), replace(CONFIG, beta_2=0.5)]
+    assert len({by_hand(4, config)[0][-1] for config in configs}) == len(configs)
 
 
 def test_gradients_are_clipped_before_the_step(tmp_path):

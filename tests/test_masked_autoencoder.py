@@ -151,9 +151,9 @@ def test_the_published_size_represents_in_192_numbers():
     assert config.decoder == "u-net"
     with torch.device("meta"):
         network = MaskedAutoencoder(config)
-    assert network.encoder.stem.weight.shape == (96, 1, 3, 3)
+    assert network.encoder.stem.conv.weight.shape == (96, 1, 3, 3)
     assert network.encoder.middle_2.conv_2.weight.shape == (192, 192, 3, 3)
-    assert network.decoder.out.weight.shape == (1, 96, 3, 3)
+    assert network.decoder.out.out.weight.shape == (1, 96, 3, 3)
 
 
 @pytest.mark.parametrize("size", [(8, 16), (4, 8, 8)])
@@ -203,7 +203,7 @@ def test_only_the_published_decoder_sees_past_the_bottleneck():
         network = random_network(decoder=decoder)
         single = images.flatten(0, 1)[:, None]
         deep, skips = network.encoder(single)
-        made = network.decoder(deep, [torch.zeros_like(skip) for skip in skips])
+        made = network.decoder(deep, [torch.zeros_like(skip) for skip in skips], single)
         assert torch.allclose(made.reshape(images.shape), network(images), atol=1e-5) != sees
 
 

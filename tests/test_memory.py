@@ -31,10 +31,10 @@ class UNet(nn.Module):
     def __init__(self, channels: int = 8, dims: int = 2):
         super().__init__()
         form = Form(dims, channels, (1, 2, 2), 1)
-        self.encoder, self.decoder = Encoder(form, 3), Decoder(form, 1)
+        self.encoder, self.decoder = Encoder(form, 3), Decoder(form, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(*self.encoder(x))
+        return self.decoder(*self.encoder(x), x)
 
 
 class Pairs(NamedTuple):
@@ -226,8 +226,8 @@ def test_a_step_of_the_largest_recipe_fits_into_4_gib(group, tmp_path):
     """Crops of 224², 96 channels; with three times the batch the whole took 24 GB, and the process with it."""
     write_cohort(tmp_path / "cohort", 2, shape=(32, 36, 32), spacing_mm=(6.0, 6.2, 5.6))
     prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1, 0, 0)))
-    arguments = ["train", tmp_path / "set", "-o", tmp_path / "run", "--recipe", "any", "--steps", "1"]
-    for setting in ("guidance=none", "uncertainty=false", "synthesis_train.batch_size=8"):
+    arguments = ["train", tmp_path / "set", "-o", tmp_path / "run", "--recipe", "paper", "--steps", "1"]
+    for setting in ("guidance=none", "synthesis_train.batch_size=8"):
         arguments += ["--set", setting]
     command = [sys.executable, "-c", "from crossmr.cli import main; main()", *map(str, arguments)]
     enter = partial((group / "cgroup.procs").write_text, "0")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import crossmr.data.prepare as module
 from crossmr.data.dataset import PreparedDataset
+from crossmr.data.head import DARKEST
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import (
     SPLITS,
@@ -75,8 +77,10 @@ def test_the_manifest_is_complete(cohort, tmp_path):
     manifest = read_json(tmp_path / "set" / "manifest.json")
     assert manifest.pop("sha256") == digest(manifest)
     assert manifest == body
-    assert (manifest["format"], manifest["format_version"]) == ("crossmr-set", 2)
-    assert "4 times the median" in manifest["normalisation"]
+    assert (manifest["format"], manifest["format_version"]) == ("crossmr-set", 3)
+    assert (
+        "5 robust standard deviations (quartile range / 1.349) below each volume's median" in manifest["normalisation"]
+    )
     assert manifest["refused"] == []
     assert list(manifest["cases"]) == CASES
     fingerprint = manifest["fingerprint"]
@@ -100,6 +104,7 @@ def test_the_manifest_is_complete(cohort, tmp_path):
         }
         images, masks = arrays(tmp_path / "set", name)
         assert case["head_voxels"] == masks[:, 0].sum((1, 2)).tolist()
+        assert case["lesion_voxels"] == ((masks[:, 1] > 0).sum((1, 2)).tolist() if case["labelled"] else [])
         inside = images[:, 0][masks[:, 0] > 0].astype(np.float64)
         assert case["statistics"]["t1n"]["mean"] == pytest.approx(inside.mean(), abs=1e-4)
         assert case["statistics"]["t1n"]["std"] == pytest.approx(inside.std(), abs=1e-4)
@@ -117,9 +122,12 @@ def test_the_arrays_are_the_normalised_crop(cohort, tmp_path):
         for channel, modality in enumerate(case["modalities"]):
             error = images[:, channel].astype(np.float64) - study.normalised(modality)[box]
             assert np.abs(error).max() <= 2**-12  # half a step of float16 below 1
+            there = study.mask[box] if study.masked_background else np.ones_like(study.mask[box])
+            np.testing.assert_array_equal(images[:, channel] > 0, there)  # float16 keeps the darkest voxels above 0
+            assert images[:, channel][there].min() >= DARKEST
         np.testing.assert_array_equal(masks[:, 0], study.mask[box])
         assert masks[:, 0].sum() == study.mask.sum()  # nothing of the head is cropped away
-        assert case["normalisation"] == {m: {"low": n.low, "high": n.high} for m, n in study.normalisation.items()}
+        assert case["normalisation"] == {m: asdict(n) for m, n in study.normalisation.items()}
         if study.labels is None:
             assert not masks[:, 1].any()
         else:

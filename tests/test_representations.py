@@ -37,7 +37,7 @@ def test_vectors_are_drawn_as_completion_draws_them(start, monkeypatch):
     monkeypatch.setattr(CrossConditionedModel, "draw", spy)
     case = training.train[0]
     draw_representations(training, model, [case])
-    head = HeadVolumes({m: case.volume(m) for m in SOURCES}, case.foreground_voxels)
+    head = HeadVolumes({m: case.volume(m) for m in SOURCES}, case.foreground_voxels, case.spacing_mm[0])
     synthesise(model, head, case.name, Settings(precision="float32"))
     torch.testing.assert_close(conditions[0], conditions[1])
 
@@ -53,7 +53,7 @@ def test_features_are_of_every_slice_with_enough_head_or_of_some(start):
     case = training.train[0]
     volumes = torch.stack([torch.from_numpy(case.volume(m)) for m in training.config.represented])
     with torch.no_grad():
-        want = model.pooled(to_model_input(volumes, range(4), 2, training.config.divisor))
+        want = model.pooled(to_model_input(volumes, [[z] for z in range(4)], 2, training.config.divisor))
     torch.testing.assert_close(every[0].pooled, want)
 
 

@@ -1,5 +1,6 @@
 """Batches are cut and placed whole, and studies serve where they have what it takes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,19 @@ def cases(tmp_path):
 
 
 def test_a_batch_is_cut_part_by_part():
-    batch = SynthesisBatch(torch.rand(5, 2, 4, 4), torch.rand(5, 2), torch.rand(5, 1, 4, 4), torch.rand(5, 1), None)
+    batch = SynthesisBatch(torch.rand(5, 2, 4, 4), torch.rand(5, 2), torch.rand(5, 1, 4, 4), torch.rand(5, 1), torch.rand(5, 1, 4, 4), None)
     part = cut(batch, slice(1, 3))
     assert type(part) is SynthesisBatch
     assert torch.equal(part.neighbours, batch.neighbours[1:3])
     assert torch.equal(part.target_mask, batch.target_mask[1:3])
+    assert torch.equal(part.lesion, batch.lesion[1:3])
     assert part.y_0 is None
 
 
 def test_two_dimensional_images_are_placed_channels_last():
     images = torch.rand(2, 3, 8, 8)
-    batch = COMPUTE.place(ImageBatch(images, torch.rand(2, 3), torch.tensor([0, 1]), torch.rand(2, 3, 4, 8, 8)))
+    volumes, lesion = torch.rand(2, 3, 4, 8, 8), torch.rand(2, 1, 8, 8)
+    batch = COMPUTE.place(ImageBatch(images, torch.rand(2, 3), torch.tensor([0, 1]), volumes, lesion))
     assert torch.equal(batch.images, images)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.neighbours.is_contiguous()
@@ -55,4 +58,15 @@ def test_batches_of_a_stage_are_as_its_recipe_says(cases, tmp_path: Path):
     training, _ = start_training(tmp_path, cases, ANY)
     plain = training.batches("synthesis", cases["train"], training.config.modalities)
     assert (plain.size, plain.batch_size, plain.context, plain.augmented) == ((16, 16), 6, 3, 4)
-    assert training.batches("representation", cases["train"], ("t1n",), masked=True).context == 1
+    assert len(plain.drawn) == len(plain.items) == 16
+    masked = training.batches("representation", cases["train"], ("t1n",), masked=True)
+    assert (masked.context, masked.augment) == (1, None)
+
+
+def test_slices_of_lesions_are_drawn_as_often_as_the_recipe_says_but_not_to_be_masked(cases, tmp_path: Path):
+    training, _ = start_training(tmp_path, cases, replace(LAST, lesion_draws=3))
+    batches = training.batches("synthesis", cases["train"], training.config.modalities)
+    assert len(batches.items) == 16
+    assert len(batches.drawn) == 16 + 2 * 3  # slice 1 of A, B and C; D has no labels
+    masked = training.batches("representation", cases["train"], training.config.represented, masked=True)
+    assert masked.drawn == masked.items

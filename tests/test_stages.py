@@ -10,7 +10,9 @@ from trainings import ANY, COMPUTE, JOINT, LAST, SOURCES, TARGETS, TRAIN, start_
 
 from crossmr.display import Display
 from crossmr.errors import ModelError
+from crossmr.networks.c_unet import deviation_error
 from crossmr.networks.model import CrossConditionedModel
+from crossmr.networks.scale import standardise
 from crossmr.tensors import seeded
 from crossmr.training import stages
 from crossmr.training.augmentation import AugmentationConfig
@@ -23,7 +25,6 @@ from crossmr.training.stages import (
     GuidanceStage,
     RepresentationStage,
     SynthesisStage,
-    UncertaintyStage,
     random_subsets,
 )
 
@@ -123,7 +124,7 @@ def test_the_masked_autoencoder_never_sees_what_it_has_to_tell(start):
     stage.loss(spy, batch)
     hidden = batch.mask.expand_as(batch.images) > 0
     assert not seen[0][hidden].any()
-    assert torch.equal(seen[0][~hidden], batch.images[~hidden])
+    assert torch.equal(seen[0][~hidden], standardise(batch.images)[~hidden])
     assert batch.mask.mean() == 0.75
 
 
@@ -318,15 +319,80 @@ def test_for_any_subset_the_loss_is_over_what_is_hidden_and_reads_what_is_availa
     assert mean(stage, nothing_hidden) != before
 
 
+def weight_of(batch, lesion_weight: float = 0.0) -> Tensor:
+    """What the error of each voxel counts: within the heads of what is a target, lesions more."""
+    inside = (batch.truth > 0) & (batch.target_mask > 0)[..., None, None]
+    return inside * (1 + lesion_weight * batch.lesion)
+
+
+@pytest.mark.parametrize("lesion_weight", [0.0, 3.0])
 @pytest.mark.parametrize("loss", ["squared", "absolute"])
-def test_the_error_of_a_synthesis_is_the_recipe_s(start, loss):
-    training, model = start(replace(LAST, synthesis=replace(LAST.synthesis, loss=loss)))
+def test_the_error_of_a_synthesis_is_the_recipe_s_within_the_head_and_more_in_lesions(start, loss, lesion_weight):
+    synthesis = replace(LAST.synthesis, loss=loss, lesion_weight=lesion_weight)
+    training, model = start(replace(LAST, synthesis=synthesis, uncertainty=False))
+    stage = SynthesisStage(training, model)
+    batch = next(batch for step in range(9) if (batch := some(stage, step)).lesion.any())
+    with torch.no_grad():
+        prediction, log_scale = stage.predict(stage.network, batch)
+    assert log_scale is None
+    error = prediction - standardise(batch.truth)
+    error = error.abs() if loss == "absolute" else error**2
+    weight = weight_of(batch, lesion_weight)
+    assert weight.amax() == 1 + lesion_weight
+    assert mean(stage, batch) == pytest.approx(float((error * weight).sum() / weight.sum()), rel=1e-5)
+    unlabelled = mean(stage, batch._replace(lesion=torch.zeros_like(batch.lesion)))
+    assert (mean(stage, batch) == unlabelled) == (lesion_weight == 0)
+
+
+def test_nothing_outside_the_head_is_learnt(start):
+    stage = SynthesisStage(*start(LAST))
+    batch = some(stage)
+    assert (batch.truth == 0).any()
+    margin = (batch.neighbours == 0).all(1, keepdim=True)
+    assert margin.any()
+    prediction = torch.zeros(1)
+
+    def moved(network, part):
+        nonlocal prediction
+        prediction, log_scale = SynthesisStage.predict(stage, network, part)
+        return prediction + 7 * (part.truth == 0), log_scale - 3 * (part.truth == 0)
+
+    before = mean(stage, batch)
+    stage.predict = moved
+    assert mean(stage, batch) == before
+    assert prediction[batch.truth == 0].abs().max() > 0
+
+
+def test_the_error_is_learnt_beside_the_image_with_its_weight(start):
+    training, model = start(LAST)
     stage = SynthesisStage(training, model)
     batch = some(stage)
     with torch.no_grad():
-        error = stage.predict(stage.network, batch) - batch.truth
-    error = (error.abs() if loss == "absolute" else error**2).mean((2, 3))
-    assert mean(stage, batch) == pytest.approx(error[batch.target_mask > 0].mean().item(), rel=1e-5)
+        prediction, log_scale = stage.predict(stage.network, batch)
+    truth, weight = standardise(batch.truth), weight_of(batch)
+    squared = ((prediction - truth) ** 2 * weight).sum()
+    both = squared + stages.DEVIATION_WEIGHT * deviation_error(log_scale, prediction, truth, weight)
+    assert mean(stage, batch) == pytest.approx(float(both / weight.sum()), rel=1e-5)
+    guided = GuidanceStage(training, model)
+    with torch.no_grad():
+        prediction, _ = guided.predict(guided.network, batch)
+    squared = ((prediction - truth) ** 2 * weight).sum()
+    assert mean(guided, batch) == pytest.approx(float(squared / weight.sum()), rel=1e-5)
+
+
+def test_the_image_s_layer_learns_by_the_image_s_error_alone(start, monkeypatch):
+    stage = SynthesisStage(*start(LAST))
+    batch = some(stage)
+
+    def slopes(weight: float) -> Tensor:
+        monkeypatch.setattr(SynthesisStage, "deviation_weight", weight)
+        gradients(stage, stage.network, batch, 1, COMPUTE)
+        return stage.network.decoder.out.out.weight.grad.clone()
+
+    without, with_error = slopes(0.0), slopes(stages.DEVIATION_WEIGHT)
+    torch.testing.assert_close(with_error[:2], without[:2])
+    assert not without[2:].any()
+    assert with_error[2:].abs().amax((1, 2, 3)).min() > 0
 
 
 def test_sources_are_augmented_truths_are_not(start):
@@ -342,34 +408,48 @@ def test_validation_is_scored_where_there_is_a_target(start, tmp_path, cases):
     validation = (replace(cases["train"][1], split="val"),)  # lacks FLAIR
     stage = SynthesisStage(*start(LAST, val=validation))
     scores = stage.validate(stage.network, tmp_path / "x.png")
-    assert set(scores) == {"val_psnr_t1c", "val_ssim_t1c"}
+    assert set(scores) == {"val_correlation_t1c", "val_error_t1c"}
 
 
-# Uncertainty
+def test_validation_measures_correlation_and_error_within_heads(start, tmp_path, monkeypatch):
+    stage = SynthesisStage(*start(LAST))
+    monkeypatch.setattr(stage, "chunk", 3)
+    wanted = (stage.fixed.truth > 0) & (stage.fixed.target_mask > 0)[..., None, None]
+    given = iter((standardise(stage.fixed.truth) * torch.tensor([1.0, -1])[:, None, None] + 0.25).split(3))
+    monkeypatch.setattr(stage, "predict", lambda network, batch: (next(given), None))
+    scores = stage.validate(stage.network, tmp_path / "x.png")
+    assert scores["val_correlation_t1c"] == pytest.approx(1, abs=1e-5)
+    assert scores["val_correlation_t2f"] == pytest.approx(-1, abs=1e-5)
+    assert scores["val_error_t1c"] == pytest.approx(0.25, abs=1e-5)
+    truth = standardise(stage.fixed.truth)[:, 1][wanted[:, 1]]
+    assert scores["val_error_t2f"] == pytest.approx(float((0.25 - 2 * truth).abs().mean()), rel=1e-5)
 
 
-def test_the_uncertainty_is_of_the_unguided_image(start):
-    training, model = start(LAST)
-    stage = UncertaintyStage(training, model)
-    batch = some(stage)
-    with torch.no_grad():
-        unguided = model.synthesis(batch.neighbours).clamp(0, 1)
-        log_variance = model.log_variance(batch.neighbours, unguided)
-    likelihood = (log_variance + (unguided - batch.truth) ** 2 / log_variance.exp()).mean((2, 3))
-    assert mean(stage, batch) == pytest.approx(likelihood[batch.target_mask > 0].mean().item(), rel=1e-4)
-    gradients(stage, stage.network, batch, 1, COMPUTE)
-    assert all(parameter.grad is None for parameter in model.synthesis.parameters())
+# Subsets
 
 
-def test_subsets_are_proper_and_equally_likely():
+def test_subsets_are_proper_and_each_further_missing_one_is_half_as_likely():
     generator = torch.Generator().manual_seed(0)
     present = torch.tensor([[1.0, 1, 0, 1]]).expand(6000, -1)
     chosen = random_subsets(present, generator)
+    assert torch.equal(present, torch.tensor([[1.0, 1, 0, 1]]).expand(6000, -1))
     assert not chosen[:, 2].any()
     codes = (chosen * torch.tensor([1.0, 2, 0, 4])).sum(1).long()
     counts = codes.bincount(minlength=8)
     assert counts[0] == counts[7] == 0
-    assert (counts[1:7] - 1000).abs().max() < 150
-    assert random_subsets(torch.tensor([[0.0, 1], [0, 0]]), generator).tolist() == [[0, 1], [0, 0]]
-    whole = random_subsets(torch.ones(2000, 4), generator)
+    for hidden, share in ((1, 2 / 3), (2, 1 / 3)):  # of three, of which each is as likely as the other
+        some = [code for code in range(1, 7) if code.bit_count() == 3 - hidden]
+        assert (counts[some] - 6000 * share / 3).abs().max() < 150
+    whole = random_subsets(torch.ones(7000, 4), generator)
+    missing = (4 - whole.sum(1)).long().bincount(minlength=5)
+    assert missing[0] == missing[4] == 0
+    assert (missing[1:4] - torch.tensor([4000, 2000, 1000])).abs().max() < 200
     assert len({tuple(row) for row in whole.tolist()}) == 14
+
+
+def test_with_less_than_two_there_is_nothing_to_hide():
+    generator = torch.Generator().manual_seed(0)
+    assert random_subsets(torch.tensor([[0.0, 1], [0, 0]]), generator).tolist() == [[0, 1], [0, 0]]
+    pairs = random_subsets(torch.ones(400, 2), generator)
+    assert pairs.sum(1).tolist() == [1.0] * 400
+    assert 150 < pairs[:, 0].sum() < 250

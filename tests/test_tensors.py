@@ -1,5 +1,6 @@
 """Cropping and padding undo one another; slices come with their neighbours; seeds never change."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,7 +48,7 @@ def test_crop_or_pad_undoes_pad_to_multiple(sides, divisor):
 def test_inputs_of_the_networks_and_back():
     volume = torch.rand((3, 5, 7, 9), generator=seeded("test"))
     slices = [0, 2, 3]
-    planes = to_model_input(volume, slices, 2, 4)
+    planes = to_model_input(volume, [[z] for z in slices], 2, 4)
     assert planes.shape == (3, 3, 8, 12)
     assert torch.equal(crop_or_pad(planes, (7, 9), MIDDLE[:2]).transpose(0, 1), volume[:, slices])
     whole = to_model_input(volume, (), 3, 4)
@@ -74,12 +75,30 @@ def test_seeds_are_independent():
 
 
 def test_neighbouring_slices_come_along():
-    assert neighbours(0, 3, 5) == [0, 0, 1]
-    assert neighbours(4, 5, 5) == [2, 3, 4, 4, 4]
-    assert neighbours(2, 1, 5) == [2]
+    assert neighbours(0, 3, 5, 1.0) == [0, 0, 1]
+    assert neighbours(4, 5, 5, 1.0) == [2, 3, 4, 4, 4]
+    assert neighbours(2, 1, 5, 1.0) == [2]
     volume = torch.rand(2, 6, 8, 8)
-    planes = to_model_input(volume, [0, 3], 2, 4, 3)
+    planes = to_model_input(volume, [neighbours(z, 3, 6, 1.0) for z in (0, 3)], 2, 4)
     assert planes.shape == (2, 6, 8, 8)
     for row, chosen in enumerate(([0, 0, 1], [2, 3, 4])):
         for modality in (0, 1):
             assert torch.equal(planes[row, 3 * modality : 3 * modality + 3], volume[modality, chosen])
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "wanted"),
+    [
+        (0.4, [5, 7, 10, 13, 15]),
+        (0.5, [6, 8, 10, 12, 14]),
+        (1.0, [8, 9, 10, 11, 12]),
+        (1.5, [9, 9, 10, 11, 11]),
+        (2.0, [9, 9, 10, 11, 11]),
+        (2.5, [9, 10, 10, 10, 11]),
+        (5.0, [10] * 5),
+    ],
+)
+def test_neighbours_are_a_millimetre_apart_and_thick_slices_repeat_themselves(spacing_mm, wanted):
+    assert neighbours(10, 5, 21, spacing_mm) == wanted
+    assert neighbours(10, 3, 21, spacing_mm) == wanted[1:4]
+    assert [20 - z for z in reversed(wanted)] == wanted  # as far above as below

@@ -6,9 +6,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from crossmr.networks.unet import Decoder, Encoder, Form, ResidualBlock, SelfAttention, group_norm, zero_init
+from crossmr.networks.unet import (
+    Decoder,
+    Encoder,
+    Form,
+    Gather,
+    LightDecoder,
+    LightEncoder,
+    ResidualBlock,
+    SelfAttention,
+    Spread,
+    group_norm,
+    zero_init,
+)
 
 FORM = Form(2, 4, (1, 2, 3), 1)
+HALVES = {"published": (Encoder, Decoder), "light": (LightEncoder, LightDecoder)}
+both_forms = pytest.mark.parametrize("halves", HALVES.values(), ids=HALVES)
 
 
 @pytest.fixture(autouse=True)
@@ -140,29 +154,33 @@ def test_a_block_without_a_condition_is_one_whose_layer_is_zero():
     assert torch.equal(block(x, c), plain)
 
 
-@pytest.mark.parametrize("skips", [True, False])
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("size", [(8, 8), (12, 20), (4, 36), (4, 8, 12)])
-def test_any_multiple_of_the_stride_fits(size, blocks, skips):
-    form = Form(len(size), 4, (1, 2, 3), blocks)
-    encoder, decoder = conditioned(Encoder(form, 3)), conditioned(Decoder(form, 2, skips=skips))
-    features, passed = encoder(torch.randn(2, 3, *size), torch.randn(2, 5))
+@pytest.mark.parametrize("form", ["published", "skip-free", "light"])
+def test_any_multiple_of_the_stride_fits(size, blocks, form):
+    shared = Form(len(size), 4, (1, 2, 3), blocks)
+    skip = {"skips": False} if form == "skip-free" else {}
+    encode, decode = HALVES["light" if form == "light" else "published"]
+    encoder, decoder = conditioned(encode(shared, 3)), conditioned(decode(shared, 3, 2, **skip))
+    images, c = torch.randn(2, 3, *size), torch.randn(2, 5)
+    features, passed = encoder(images, c)
     assert features.shape == (2, 12, *[side // 4 for side in size])
     assert passed[0].shape == (2, 4, *size)
     given = len(passed)
-    assert decoder(features, passed, torch.randn(2, 5)).shape == (2, 2, *size)
+    assert decoder(features, passed, images, c).shape == (2, 2, *size)
     assert len(passed) == given  # the caller's list is not eaten
 
 
-def test_a_single_level_is_a_network_too():
-    form = Form(2, 4, (1,), 1)
-    features, skips = Encoder(form, 1)(torch.randn(1, 1, 5, 7))
+@both_forms
+def test_a_single_level_is_a_network_too(halves):
+    form, images = Form(2, 4, (1,), 1), torch.randn(1, 1, 5, 7)
+    features, skips = halves[0](form, 1)(images)
     assert features.shape == (1, 4, 5, 7)
-    assert Decoder(form, 1)(features, skips).shape == (1, 1, 5, 7)
+    assert halves[1](form, 1, 1)(features, skips, images).shape == (1, 1, 5, 7)
 
 
-def test_attention_is_at_the_deepest_level_and_in_the_middle_alone():
-    encoder, decoder = Encoder(FORM, 1), Decoder(FORM, 1)
+def test_attention_is_at_the_deepest_level_and_in_the_middle_of_the_published_form_alone():
+    encoder, decoder = Encoder(FORM, 1), Decoder(FORM, 1, 1)
     of_level = [[isinstance(a, SelfAttention) for a in level.attentions] for level in encoder.levels]
     assert of_level == [[False], [False], [True]]
     assert [[isinstance(a, SelfAttention) for a in level.attentions] for level in decoder.levels] == [
@@ -171,19 +189,23 @@ def test_attention_is_at_the_deepest_level_and_in_the_middle_alone():
         [False, False],
     ]
     assert isinstance(encoder.middle_attention, SelfAttention)
+    light = [*LightEncoder(FORM, 1).modules(), *LightDecoder(FORM, 1, 1).modules()]
+    assert not any(isinstance(module, SelfAttention) for module in light)
 
 
-def test_a_condition_changes_every_output():
-    encoder, decoder = awake(conditioned(Encoder(FORM, 1))), awake(conditioned(Decoder(FORM, 1)))
+@both_forms
+def test_a_condition_changes_every_output(halves):
+    encoder, decoder = awake(conditioned(halves[0](FORM, 1))), awake(conditioned(halves[1](FORM, 1, 1)))
     x, c = torch.randn(1, 1, 8, 8), torch.randn(2, 5)
     deep = [encoder(x, row[None]) for row in c]
     assert not torch.allclose(deep[0][0], deep[1][0], atol=1e-3)
-    images = [decoder(*deep[0], row[None]) for row in c]
+    images = [decoder(*deep[0], x, row[None]) for row in c]
     assert not torch.allclose(images[0], images[1], atol=1e-3)
 
 
-def test_without_a_condition_nothing_is_conditioned():
-    encoder, decoder = Encoder(FORM, 1), Decoder(FORM, 1)
+@both_forms
+def test_without_a_condition_nothing_is_conditioned(halves):
+    encoder, decoder = halves[0](FORM, 1), halves[1](FORM, 1, 1)
     assert not [n for net in (encoder, decoder) for n, _ in net.named_parameters() if "condition" in n]
     awake(encoder)
     x = torch.randn(1, 1, 8, 8)
@@ -192,23 +214,134 @@ def test_without_a_condition_nothing_is_conditioned():
 
 def test_only_a_decoder_with_skips_sees_past_the_bottleneck():
     encoder = awake(Encoder(FORM, 1))
-    features, skips = encoder(torch.randn(1, 1, 8, 8))
+    images = torch.randn(1, 1, 8, 8)
+    features, skips = encoder(images)
     _, others = encoder(torch.randn(1, 1, 8, 8))
-    free, u_net = awake(Decoder(FORM, 1, skips=False)), awake(Decoder(FORM, 1))
-    assert torch.equal(free(features, skips), free(features, others))
-    assert torch.equal(free(features, skips), free(features, []))
-    assert not torch.allclose(u_net(features, skips), u_net(features, others), atol=1e-3)
-    assert not torch.allclose(free(features, skips), free(2 * features, skips), atol=1e-3)
+    free, u_net = awake(Decoder(FORM, 1, 1, skips=False)), awake(Decoder(FORM, 1, 1))
+    assert torch.equal(free(features, skips, images), free(features, others, images))
+    assert torch.equal(free(features, skips, images), free(features, [], 0 * images))
+    assert not torch.allclose(u_net(features, skips, images), u_net(features, others, images), atol=1e-3)
+    assert not torch.allclose(free(features, skips, images), free(2 * features, skips, images), atol=1e-3)
 
 
-def test_every_skip_is_used_and_every_parameter_learns():
-    encoder, decoder = awake(conditioned(Encoder(FORM, 1))), awake(conditioned(Decoder(FORM, 1)))
-    c = torch.randn(2, 5)
-    features, skips = encoder(torch.randn(2, 1, 8, 8), c)
+@both_forms
+@pytest.mark.parametrize("patch", [1, 2])
+def test_every_skip_is_used_and_every_parameter_learns(halves, patch):
+    form = Form(2, 4, (1, 2, 3), 2, patch)
+    encoder, decoder = awake(conditioned(halves[0](form, 1))), awake(conditioned(halves[1](form, 1, 1)))
+    c, images = torch.randn(2, 5), torch.randn(2, 1, 8 * patch, 8 * patch)
+    features, skips = encoder(images, c)
     for skip in skips:
         skip.retain_grad()
-    decoder(features, skips, c).square().mean().backward()
+    decoder(features, skips, images, c).square().mean().backward()
     assert all(skip.grad.abs().max() > 0 for skip in skips)
     for name, parameter in (*encoder.named_parameters(), *decoder.named_parameters()):
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+# The light form
+
+
+def test_the_light_form_has_a_skip_per_level_but_the_deepest_at_its_resolution():
+    features, skips = LightEncoder(Form(2, 4, (1, 2, 3), 2), 1)(torch.randn(1, 1, 16, 8))
+    assert features.shape == (1, 12, 4, 2)
+    assert [tuple(skip.shape[1:]) for skip in skips] == [(4, 16, 8), (8, 8, 4)]
+
+
+def test_a_light_decoder_narrows_doubles_and_joins():
+    decoder, images = awake(LightDecoder(FORM, 1, 1)), torch.randn(1, 1, 8, 8)
+    features, skips = awake(LightEncoder(FORM, 1))(images)
+    x = features
+    for number, skip in enumerate(reversed(skips)):
+        narrow = F.conv2d(x, decoder.ups[number].weight, decoder.ups[number].bias)
+        doubled = narrow.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        x = decoder.levels[number](torch.cat([doubled, skip], 1), None)
+    torch.testing.assert_close(decoder(features, skips, images), decoder.out(x, images))
+
+
+def test_the_light_form_costs_less_than_the_published_one_per_pixel():
+    def multiplications(encode, decode):
+        total, images = [0], torch.randn(1, 3, 32, 32)
+
+        def count(layer, _, out):
+            total[0] += layer.weight[0].numel() * out.numel()
+
+        form = Form(2, 16, (1, 2, 4, 6), 1)
+        encoder, decoder = encode(form, 3), decode(form, 3, 1)
+        for layer in (*encoder.modules(), *decoder.modules()):
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_hook(count)
+        decoder(*encoder(images), images)
+        return total[0]
+
+    assert multiplications(*HALVES["light"]) < 0.6 * multiplications(*HALVES["published"])
+
+
+# Patches
+
+
+@both_forms
+@pytest.mark.parametrize("patch", [1, 2, 4])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_patch_divides_every_resolution_and_the_image_comes_back_whole(halves, patch, dims):
+    form, side = Form(dims, 4, (1, 2), 1, patch), 2 * patch
+    encoder, decoder = awake(halves[0](form, 3)), awake(halves[1](form, 3, 2))
+    images = torch.randn(2, 3, *[2 * side] * (dims - 1), side)
+    features, skips = encoder(images)
+    assert features.shape == (2, 8, *[2] * (dims - 1), 1)
+    assert skips[0].shape == (2, 4, *[4] * (dims - 1), 2)
+    assert decoder(features, skips, images).shape == (2, 2, *images.shape[2:])
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_gathered_patches_overlap_and_are_centred(patch, dims):
+    """One pixel reaches the patches within half a patch of it, and flipped images give flipped features."""
+    gather = Gather(Form(dims, 1, (1,), 1, patch), 1)
+    with torch.no_grad():
+        gather.conv.weight.fill_(1)
+        gather.conv.bias.zero_()
+    images = torch.randn(1, 1, *[6 * patch] * dims)
+    features = gather(images)
+    assert features.shape == (1, 1, *[6] * dims)
+    torch.testing.assert_close(gather(images.flip(-1)).flip(-1), features, atol=1e-5, rtol=1e-5)
+    reach = 3 if patch == 1 else 2 * patch
+    start = 2 * patch - (1 if patch == 1 else patch // 2)
+    window = images[(0, 0, *[slice(start, start + reach)] * dims)]
+    torch.testing.assert_close(features[(0, 0, *[2] * dims)], window.sum(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_spread_features_are_those_of_their_pixel(dims):
+    """With `join` the identity on its first feature, and features (8 of each of 2 x 2 pixels) known."""
+    patch, spread = 2, Spread(Form(dims, 4, (1,), 1, 2), 1, 8)
+    torch.nn.init.zeros_(spread.out.weight)
+    known = torch.arange(8.0 * patch**dims)
+    with torch.no_grad():
+        spread.out.bias.copy_(known)
+    spread.join = torch.nn.Identity()
+    images = torch.randn(1, 1, *[4] * dims)
+    made = spread(torch.randn(1, 4, *[2] * dims), images)
+    assert made.shape == (1, 8 + 1, *[4] * dims)
+    assert torch.equal(made[:, 8:], images)
+    for feature in (0, 5):
+        block = made[(0, feature, *[slice(2, 4)] * dims)]
+        assert torch.equal(block.flatten(), known[feature * patch**dims : (feature + 1) * patch**dims])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_patches_leave_the_sources_detail_within_reach(dims):
+    """The features being fixed, one pixel of the images moves its neighbours alone."""
+    form = Form(dims, 4, (1, 2), 1, 2)
+    encoder, decoder = awake(LightEncoder(form, 1)), awake(LightDecoder(form, 1, 1))
+    images = torch.randn(1, 1, *[8] * dims)
+    changed = images.clone()
+    changed[(0, 0, *[4] * dims)] += 3
+    features, skips = encoder(images)
+    moved = (decoder(features, skips, changed) - decoder(features, skips, images)).abs()[0, 0] > 1e-6
+    assert moved[(4,) * dims]
+    assert not moved[(0,) * dims]
+    assert moved.sum() <= 5**dims
+    plain = Decoder(Form(dims, 4, (1, 2), 1), 1, 1)
+    assert not [name for name, _ in plain.named_parameters() if "join" in name]

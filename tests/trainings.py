@@ -30,14 +30,14 @@ LAST = Recipe(
     representation=RepresentationConfig(channels=4, multipliers=(1, 2), patch_size=4),
     distribution=DistributionConfig(width=16, blocks=1, conditional=True),
     synthesis=SynthesisConfig(channels=4, multipliers=(1, 2)),
-    **{f"{name}_train": TRAIN for name in ("representation", "distribution", "synthesis", "guidance", "uncertainty")},
+    **{f"{name}_train": TRAIN for name in ("representation", "distribution", "synthesis", "guidance")},
 )
 JOINT = replace(LAST, guidance="joint", uncertainty=False, distribution=replace(LAST.distribution, conditional=False))
 ANY = replace(LAST, any_subset=True, context_slices=3)
 
 
-def write_case(folder: Path, name: str, modalities=MODALITIES, split="train", slices=4) -> Case:
-    """A head of 12 × 12 voxels in the middle of 16 × 16, each contrast another smooth pattern."""
+def write_case(folder: Path, name: str, modalities=MODALITIES, split="train", slices=4, labelled=True) -> Case:
+    """A head of 12 × 12 voxels in the middle of 16 × 16, each contrast another smooth pattern; a lesion in slice 1."""
     rng = np.random.default_rng([*name.encode()])
     images = np.zeros((slices, len(modalities), 16, 16))
     y, x = np.mgrid[0:12, 0:12] / 12
@@ -47,13 +47,19 @@ def write_case(folder: Path, name: str, modalities=MODALITIES, split="train", sl
             images[z, channel, 2:14, 2:14] = 0.5 + 0.3 * np.sin(4 * x + phase + z) * np.cos(3 * y * rng.random())
     (folder / name).mkdir(parents=True)
     np.save(folder / name / "images.npy", images.astype(np.float16))
-    return Case(name, name, split, tuple(modalities), (144,) * slices, False, False, folder / name)
+    masks = np.zeros((slices, 2, 16, 16), np.uint8)
+    masks[:, 0, 2:14, 2:14] = 1
+    masks[1, 1, 4:8, 5:10] = 2 if labelled else 0
+    np.save(folder / name / "masks.npy", masks)
+    lesion = tuple((masks[:, 1] > 0).sum((1, 2)).tolist()) if labelled else ()
+    where = {"folder": folder / name, "lesion_voxels": lesion}
+    return Case(name, name, split, tuple(modalities), (144,) * slices, True, labelled, **where)
 
 
 def write_cases(folder: Path) -> dict[str, tuple[Case, ...]]:
-    """Four patients to train on, of whom one lacks FLAIR and one T2, and two to validate on."""
+    """Four patients to train on, of whom one lacks FLAIR, one T2 and one labels, and two to validate on."""
     lacking = {"B": ("t1n", "t1c", "t2w"), "C": ("t1n", "t1c", "t2f")}
-    train = tuple(write_case(folder, name, lacking.get(name, MODALITIES)) for name in "ABCD")
+    train = tuple(write_case(folder, name, lacking.get(name, MODALITIES), labelled=name != "D") for name in "ABCD")
     return {"train": train, "val": tuple(write_case(folder, name, split="val") for name in "VW")}
 
 
