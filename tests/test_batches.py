@@ -283,7 +283,9 @@ def test_batches_with_context_have_the_same_slices_in_their_middle(prepared):
     index, z = wide.items[0]
     whole = wide.read(index, -1)
     padded = crop_or_pad(whole, (16, 12), [0.5, 0.5])
-    assert torch.equal(fixed.neighbours[0], padded[:, neighbours(z, 3, whole.shape[1], cases[index].spacing_mm[0])].flatten(0, 1))
+    assert torch.equal(
+        fixed.neighbours[0], padded[:, neighbours(z, 3, whole.shape[1], cases[index].spacing_mm[0])].flatten(0, 1)
+    )
 
 
 # Neighbours and lesions
@@ -300,10 +302,10 @@ def test_neighbours_are_a_millimetre_apart_and_thick_slices_repeat_themselves(tm
 
 
 def lesion_case(folder: Path) -> tuple[Case, np.ndarray]:
-    """Six slices, of which two have a lesion, marked by what the images hold: 2 where there is lesion, else 1."""
+    """Six slices, of which two have a lesion, by what the images hold: 2, 3 where it enhances, else 1."""
     labels = np.zeros((6, 4, 6), np.uint8)
     labels[1, 1, 2], labels[4, 2:, 3:] = 1, 3
-    images = np.where(labels > 0, 2, 1)[:, None] + np.zeros((6, 3, 4, 6))
+    images = (1 + (labels > 0) + (labels == 3))[:, None] + np.zeros((6, 3, 4, 6))
     return case_of(folder, "L", images, labels=labels), labels
 
 
@@ -335,7 +337,7 @@ def test_the_lesion_is_cropped_and_flipped_with_its_image(tmp_path, size, contex
     batches = Batches([case], MODALITIES, BatchSettings(size=size, batch_size=8, seed=0, context=context))
     for batch in (*(batches[step] for step in range(4)), batches.fixed(6)):
         assert batch.lesion.shape == (len(batch.images), 1, *size)
-        assert torch.equal(batch.lesion[:, 0], (batch.images[:, 0] == 2).float())
+        assert torch.equal(batch.lesion[:, 0], (batch.images[:, 0] - 1).clamp(min=0))
         assert batch.lesion.any()
         assert batch.neighbours.shape[1] == 3 * context
     unlabelled = replace(case, has_labels=False)

@@ -65,7 +65,7 @@ def model(folders):
 
 def expected(model, subject, sources, settings, targets=TARGETS):
     """What a model makes of these sources alone, target → volume."""
-    head = HeadVolumes({m: subject.volumes[m] for m in sources}, subject.head.sum((1, 2)).tolist())
+    head = HeadVolumes({m: subject.volumes[m] for m in sources}, subject.head.sum((1, 2)).tolist(), 1.0)
     synthesis = synthesise(model, head, subject.name, settings)
     return {target: synthesis.images[model.config.targets.index(target)].numpy() for target in targets}
 
@@ -97,7 +97,7 @@ def test_each_predictor_s_images_are_its_own(model, subject, folders, baselines)
 def test_the_standard_deviations_are_of_the_model_s_own(model, subject, folders):
     predictors = find_predictors(model, replace(SETTINGS, samples=2), ("sample",), folders["joint"])
     stds = predict(subject, SOURCES, predictors).stds
-    head = HeadVolumes({m: subject.volumes[m] for m in SOURCES}, subject.head.sum((1, 2)).tolist())
+    head = HeadVolumes({m: subject.volumes[m] for m in SOURCES}, subject.head.sum((1, 2)).tolist(), 1.0)
     wanted = synthesise(model, head, subject.name, SETTINGS).stds
     assert list(stds) == list(TARGETS)
     for target, std in zip(TARGETS, wanted.numpy(), strict=True):

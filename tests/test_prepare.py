@@ -122,7 +122,7 @@ def test_the_arrays_are_the_normalised_crop(cohort, tmp_path):
         for channel, modality in enumerate(case["modalities"]):
             error = images[:, channel].astype(np.float64) - study.normalised(modality)[box]
             assert np.abs(error).max() <= 2**-12  # half a step of float16 below 1
-            there = study.mask[box] if study.masked_background else np.ones_like(study.mask[box])
+            there = study.mask[box]
             np.testing.assert_array_equal(images[:, channel] > 0, there)  # float16 keeps the darkest voxels above 0
             assert images[:, channel][there].min() >= DARKEST
         np.testing.assert_array_equal(masks[:, 0], study.mask[box])

@@ -18,7 +18,9 @@ def cases(tmp_path):
 
 
 def test_a_batch_is_cut_part_by_part():
-    batch = SynthesisBatch(torch.rand(5, 2, 4, 4), torch.rand(5, 2), torch.rand(5, 1, 4, 4), torch.rand(5, 1), torch.rand(5, 1, 4, 4), None)
+    batch = SynthesisBatch(
+        torch.rand(5, 2, 4, 4), torch.rand(5, 2), torch.rand(5, 1, 4, 4), torch.rand(5, 1), torch.rand(5, 1, 4, 4), None
+    )
     part = cut(batch, slice(1, 3))
     assert type(part) is SynthesisBatch
     assert torch.equal(part.neighbours, batch.neighbours[1:3])

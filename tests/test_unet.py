@@ -313,19 +313,16 @@ def test_gathered_patches_overlap_and_are_centred(patch, dims):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_spread_features_are_those_of_their_pixel(dims):
-    """With `join` the identity on its first feature, and features (8 of each of 2 x 2 pixels) known."""
-    patch, spread = 2, Spread(Form(dims, 4, (1,), 1, 2), 1, 8)
+def test_pixels_of_a_patch_lie_where_they_belong(dims):
+    """The correction starts at zero, so what is known of each of 2 x 2 pixels comes out as it is."""
+    patch, spread = 2, Spread(Form(dims, 4, (1,), 1, 2), 1, 3)
     torch.nn.init.zeros_(spread.out.weight)
-    known = torch.arange(8.0 * patch**dims)
+    known = torch.arange(3.0 * patch**dims)
     with torch.no_grad():
         spread.out.bias.copy_(known)
-    spread.join = torch.nn.Identity()
-    images = torch.randn(1, 1, *[4] * dims)
-    made = spread(torch.randn(1, 4, *[2] * dims), images)
-    assert made.shape == (1, 8 + 1, *[4] * dims)
-    assert torch.equal(made[:, 8:], images)
-    for feature in (0, 5):
+    made = spread(torch.randn(1, 4, *[2] * dims), torch.randn(1, 1, *[4] * dims))
+    assert made.shape == (1, 3, *[4] * dims)
+    for feature in (0, 2):
         block = made[(0, feature, *[slice(2, 4)] * dims)]
         assert torch.equal(block.flatten(), known[feature * patch**dims : (feature + 1) * patch**dims])
 
@@ -344,4 +341,4 @@ def test_patches_leave_the_sources_detail_within_reach(dims):
     assert not moved[(0,) * dims]
     assert moved.sum() <= 5**dims
     plain = Decoder(Form(dims, 4, (1, 2), 1), 1, 1)
-    assert not [name for name, _ in plain.named_parameters() if "join" in name]
+    assert not [name for name, _ in plain.named_parameters() if "correct" in name]

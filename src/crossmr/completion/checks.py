@@ -22,7 +22,7 @@ SHIFT_MM, GAIN = 3.0, 1.05
 FARTHEST_MM = 25.0
 GRID_MM = 2.0
 """What volumes are thinned to before they are moved about."""
-SWAPPED = 0.8
+SWAPPED = 0.9
 """Of the error of the linear regressions, what is left of it when two contrasts exchange their names."""
 VOXELS = 40_000
 """Of the head, from which names are judged."""
@@ -158,6 +158,10 @@ def swaps(
     inside = np.flatnonzero(head)
     chosen = inside[:: max(1, len(inside) // VOXELS)]
     voxels = [volumes[m].ravel()[chosen] for m in known]
+    acquired = np.min(voxels, axis=0) > 0
+    voxels = [values[acquired] for values in voxels]
+    if not acquired.any():
+        return []
     given = [modalities.index(m) for m in known]
     before = _error_of_regressions(voxels, given, baselines)
     best, pair = before, None

@@ -209,7 +209,8 @@ class _Predictor:
             images = torch.stack([model.predict(inputs, y_0.expand(len(inputs), -1))[0] for y_0 in self.vectors])
         images = torch.stack([model.image(one, inputs) for one in images])[:, :, self.chosen]  # (K, N, W, *S)
         if log_scale is not None:
-            return torch.cat([images.mean(0), model.std(log_scale)[:, self.chosen]], 1)
+            std = model.std(log_scale)[:, self.chosen] * (inputs[:, -1:] > 0)
+            return torch.cat([images.mean(0), std], 1)
         return images[0] if len(images) < 2 else torch.cat([images.mean(0), images.std(0)], 1)
 
 
