@@ -387,7 +387,7 @@ def test_seed_and_case_name_decide_the_sample(last, cohort):
     assert np.array_equal(data(guidance="none", seed=1, case="another"), unguided)
     samples = [data(guidance=guidance) for guidance in ("sample", "unconditional")]
     for a, b in ((samples[0], unguided), (samples[1], unguided), (samples[0], samples[1])):
-        assert np.abs(a - b).max() > 1e-3
+        assert np.abs(a - b).max() > 1e-4
 
 
 @pytest.mark.parametrize("samples", [None, 3])
