@@ -1124,7 +1124,7 @@ CALLS: list[Kind] = [
          r"learning_rate is 'nan'; wanted float"),
     Kind("crop of another stride", training("--set", "crop=30,30"), r"The crop is \(30, 30\); wanted multiples of"),
     Kind("patches of an odd side", training("--set", "synthesis.patch=3"), r"patch is 3; wanted 1 or an even number"),
-    Kind("no such form", training("--set", "synthesis.form=heavy"), r"form is 'heavy'; it may be one of: published, light"),
+    Kind("no such form", training("--set", "synthesis.form=heavy"), r"form is 'heavy'; it may be one of: published"),
     Kind("lesion weight below zero", training("--set", "synthesis.lesion_weight=-1"), r"lesion_weight is -1"),
     Kind("slices of lesions never drawn", training("--set", "lesion_draws=0"), r"lesion_draws are counts"),
     Kind("crop of nothing", training("--set", "crop=0,0"), r"The crop is \(0, 0\); wanted multiples of"),
