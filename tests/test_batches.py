@@ -283,9 +283,8 @@ def test_batches_with_context_have_the_same_slices_in_their_middle(prepared):
     index, z = wide.items[0]
     whole = wide.read(index, -1)
     padded = crop_or_pad(whole, (16, 12), [0.5, 0.5])
-    assert torch.equal(
-        fixed.neighbours[0], padded[:, neighbours(z, 3, whole.shape[1], cases[index].spacing_mm[0])].flatten(0, 1)
-    )
+    around = neighbours(z, 3, whole.shape[1], cases[index].spacing_mm[0])
+    assert torch.equal(fixed.neighbours[0], padded[:, around].flatten(0, 1))
 
 
 # Neighbours and lesions

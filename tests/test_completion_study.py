@@ -274,7 +274,7 @@ def test_unmasked_input_is_filled_around_the_head_and_empty_slices_stay_zero(mod
 @pytest.mark.parametrize("shape", [(27, 31, 23), (26, 29, 22), (25, 28, 21)])
 @pytest.mark.parametrize("window", [None, (16, 16, 16), (40, 40, 40)], ids=["2D", "3D-smaller", "3D-larger"])
 def test_padding_and_windows_move_no_voxel(tmp_path, shape, window):
-    """With a network that copies its first source, the result is that source, normalised."""
+    """With a network that copies its first source, the result is that source, normalised, where there is head."""
     dims = {} if window is None else {"spatial_dims": 3, "window": window}
     model = load_model(save_untrained(tmp_path / "model", guidance="last", **dims))
     model.synthesis = Copy()
@@ -304,10 +304,10 @@ def test_3d_model_completes_volumes_larger_and_smaller_than_its_window(tmp_path,
 def test_a_volume_that_fits_the_3d_window_is_one_pass_of_the_network(tmp_path):
     model = load_model(save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 32, 32), guidance="none"))
     sources = torch.rand(2, 13, 17, 28, generator=torch.Generator().manual_seed(0))
-    result = synthesise(model, HeadVolumes(by_name(sources), [1] * 13), "P", SETTINGS).images
+    result = synthesise(model, HeadVolumes(by_name(sources), [1] * 13, 1.0), "P", SETTINGS).images
     padded = torch.zeros(1, 2, 16, 32, 32)
     padded[0, :, 2:15, 8:25, 2:30] = sources
-    expected = model.synthesis(padded)[0, :, 2:15, 8:25, 2:30].clamp(0, 1)
+    expected = model.unguided(model.inputs(padded, torch.ones(1, 2)))[0, :, 2:15, 8:25, 2:30]
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
@@ -341,14 +341,19 @@ def slices_with_head():
 
 def synthesised(model, case="Ann", scans=None, **changes):
     sources, foreground = volume()
-    return synthesise(model, HeadVolumes(by_name(sources), foreground), case, with_settings(**changes), scans)
+    return synthesise(model, HeadVolumes(by_name(sources), foreground, 1.0), case, with_settings(**changes), scans)
+
+
+def inputs_with_head(model):
+    """What the C-UNet reads of them."""
+    return model.inputs(slices_with_head(), torch.ones(4, 2))
 
 
 def guided_by_hand(model, y_0):
     """What a representation (1, T·D) makes of each slice, (T, 4, Y, X)."""
-    images = slices_with_head()
+    inputs = inputs_with_head(model)
     with torch.no_grad():
-        return model.synthesis(images, y_0.expand(len(images), -1)).clamp(0, 1).transpose(0, 1)
+        return model.image(model.predict(inputs, y_0.expand(len(inputs), -1))[0], inputs).transpose(0, 1)
 
 
 def close(a, b):
@@ -377,12 +382,12 @@ def test_seed_and_case_name_decide_the_sample(last, cohort):
         first = data(guidance=guidance)
         assert np.array_equal(data(guidance=guidance), first)
         for change in ({"seed": 1}, {"case": "another"}, {"samples": 2}):
-            assert np.abs(data(**{"guidance": guidance, **change}) - first).max() > 1e-3, change
+            assert np.abs(data(**{"guidance": guidance, **change}) - first).max() > 1e-4, change
     unguided = data(guidance="none")
     assert np.array_equal(data(guidance="none", seed=1, case="another"), unguided)
     samples = [data(guidance=guidance) for guidance in ("sample", "unconditional")]
     for a, b in ((samples[0], unguided), (samples[1], unguided), (samples[0], samples[1])):
-        assert np.abs(a - b).max() > 1e-3
+        assert np.abs(a - b).max() > 1e-4
 
 
 @pytest.mark.parametrize("samples", [None, 3])
@@ -415,15 +420,15 @@ def test_unguided_images_say_how_far_they_may_be_off(last_folder):
     model = load_model(last_folder)
     made = synthesised(model)
     with torch.no_grad():
-        want = model.synthesis(slices_with_head()).clamp(0, 1)
-        std = model.std(slices_with_head(), want)
+        want = model.unguided(inputs_with_head(model))
+        std = model.std(model.predict(inputs_with_head(model))[1])
     torch.testing.assert_close(made.images[:, 1:], want.transpose(0, 1))
     torch.testing.assert_close(made.stds[:, 1:], std.transpose(0, 1))
     model.calibration = {"variance": torch.tensor([[9.0, 0.0], [0.0, 0.04]])}
     scaled = synthesised(model).stds
     torch.testing.assert_close(scaled[0], 3 * made.stds[0])
     assert scaled[:, 0].abs().max() == 0  # no head, no doubt
-    torch.testing.assert_close(scaled[1, 1:], torch.full_like(scaled[1, 1:], 0.2))
+    torch.testing.assert_close(scaled[1, 1:], torch.full_like(scaled[1, 1:], 0.2 / 15))
 
 
 def test_targets_come_in_the_order_of_the_settings(last):
@@ -453,7 +458,7 @@ def test_the_std_lies_beside_the_image_of_a_model_with_uncertainty(last_folder, 
         assert std.shape == reference.shape
         assert np.array_equal(std.affine, reference.affine)
         assert std.header["descrip"].item().startswith(f"SYNTHETIC {modality} std by crossmr".encode())
-        assert std.get_fdata()[made.get_fdata() > 0].min() >= 0.0999
+        assert std.get_fdata()[made.get_fdata() > 0].min() >= 0.0999 / 15
         assert float(std.header["cal_max"]) == pytest.approx(std.get_fdata().max())
     kinds = [panel["kind"] for panel in manifest["picture"]["panels"]]
     assert kinds == ["acquired"] * 2 + ["synthetic", "standard deviation"] * 2
@@ -477,7 +482,7 @@ def test_the_std_lies_beside_the_image_of_a_model_with_uncertainty(last_folder, 
 def test_stds_of_volumes_come_window_by_window(tmp_path, uncertainty, changes):
     folder = save_untrained(tmp_path, guidance="last", uncertainty=uncertainty, spatial_dims=3, window=(8, 8, 8))
     sources = torch.rand(2, 9, 12, 10, generator=torch.Generator().manual_seed(3))
-    head = HeadVolumes(by_name(sources), [0] + [9] * 8)
+    head = HeadVolumes(by_name(sources), [0] + [9] * 8, 1.0)
     made = synthesise(load_model(folder), head, "Ann", with_settings(**changes))
     assert made.images.shape == (2, 9, 12, 10)
     if not uncertainty and not changes:
@@ -519,7 +524,7 @@ BY_REFERENCE = {"guidance": "reference", "reference": Path("elsewhere")}
 def real_scans(*modalities, shape=(4, 16, 16)):
     """Real scans of another study, of another size; its first slice has no head."""
     volumes = {m: np.random.default_rng([*m.encode()]).random(shape, np.float32) for m in modalities}
-    return HeadVolumes(volumes, [0, *[50] * (shape[0] - 1)])
+    return HeadVolumes(volumes, [0, *[50] * (shape[0] - 1)], 1.0)
 
 
 def represented(model, scans, modalities):
@@ -650,7 +655,7 @@ def test_a_slice_is_made_of_its_neighbours_and_of_what_is_available(any_model, g
     settings = with_settings(targets=("t1n", "t2w"), guidance=guidance)
 
     def made(**changed):
-        return synthesise(any_model, HeadVolumes({**volumes, **changed}, [9] * 6), "Ann", settings).images
+        return synthesise(any_model, HeadVolumes({**volumes, **changed}, [9] * 6, 1.0), "Ann", settings).images
 
     first = made()
     volume = torch.zeros(4, 6, 16, 24)
@@ -678,7 +683,7 @@ def test_no_vector_is_drawn_of_what_is_there(any_model, guidance):
     drawn, draw = [], any_model.draw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(any_model, "draw", lambda *a, **k: drawn.append((a, draw(*a, **k))) or drawn[-1][1])
-        synthesise(any_model, HeadVolumes(volumes, [9] * 6), "Ann", with_settings(guidance=guidance, samples=2))
+        synthesise(any_model, HeadVolumes(volumes, [9] * 6, 1.0), "Ann", with_settings(guidance=guidance, samples=2))
     (((_, condition, missing), vectors),) = drawn
     assert missing.tolist() == [[1, 0, 1, 0]]
     assert (vectors.unflatten(1, (4, -1)) != 0).any(2).tolist() == [[True, False, True, False]] * 2

@@ -249,7 +249,7 @@ def test_the_size_of_the_batch_changes_nothing(model, folder, grid, study, air, 
             made.append(arrays(complete(model, files, guidance=guidance, ddim_steps=2)))
     for other in made[1:]:
         for name, volume in made[0].items():
-            np.testing.assert_allclose(other[name], volume, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(other[name], volume, rtol=1e-4, atol=1e-5)
 
 
 @few

@@ -18,9 +18,8 @@ def cases(tmp_path):
 
 
 def test_a_batch_is_cut_part_by_part():
-    batch = SynthesisBatch(
-        torch.rand(5, 2, 4, 4), torch.rand(5, 2), torch.rand(5, 1, 4, 4), torch.rand(5, 1), torch.rand(5, 1, 4, 4), None
-    )
+    images, truth, lesion = (torch.rand(5, channels, 4, 4) for channels in (2, 1, 1))
+    batch = SynthesisBatch(images, torch.rand(5, 2), truth, torch.rand(5, 1), lesion, None)
     part = cut(batch, slice(1, 3))
     assert type(part) is SynthesisBatch
     assert torch.equal(part.neighbours, batch.neighbours[1:3])

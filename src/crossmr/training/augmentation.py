@@ -81,11 +81,11 @@ class Augmentation:
             return image
         self.move.set_random_state(seed=seed)
         self.transform.set_random_state(seed=seed)
-        self.jitter.set_random_state(seed=seed)
+        self.jitter.set_random_state(seed=seed + 1)  # its coin is another than the move's
         with torch.autocast(image.device.type, enabled=False):  # MONAI's affines know no bfloat16
             moved = _plain(self.move(image))
             changed = _plain(self.transform(moved))
-            head = moved > 0  # outside there is no noise
+            head = moved > DARKEST / 2  # not where the interpolation leaves next to nothing; outside there is no noise
             if head.any():
                 before, after = moved[head], changed[head]
                 gain = before.std(correction=0) / after.std(correction=0).clamp(min=1e-6)
