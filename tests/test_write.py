@@ -32,6 +32,7 @@ from crossmr.errors import OutputError, VolumeError
 from crossmr.files import read_json
 from crossmr.networks.inference import Settings
 from crossmr.output.viewer import view_case
+from crossmr.picture import window
 
 CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 BRATS = Path(__file__).parents[2] / "shared" / "data" / "brats" / "BraTS-GLI-00000-000"
@@ -103,7 +104,11 @@ def test_nobody_can_take_it_for_a_scan(tmp_path):
         assert image.DerivationDescription == "Synthetic."
         assert image.ContributingEquipmentSequence[0].Manufacturer == "crossmr"
         assert image.ScanningSequence == "RM"
-    assert {(image.WindowCenter, image.WindowWidth) for image in images} == {(STEPS / 2, STEPS)}
+    shown = {(float(image.WindowCenter), float(image.WindowWidth)) for image in images}
+    pixels = np.concatenate([image.pixel_array.ravel() for image in images]) / STEPS
+    black, white = window(pixels)
+    assert len(shown) == 1
+    assert shown.pop() == pytest.approx((STEPS * (black + white) / 2, STEPS * (white - black)), rel=1e-3)
     assert {image.SeriesInstanceUID for image in images} == {images[0].SeriesInstanceUID}
     assert len({image.SOPInstanceUID for image in images}) == len(images)
     (series,) = find_series(tmp_path / "series")

@@ -32,6 +32,7 @@ from crossmr.networks.inference import (
     synthesise,
 )
 from crossmr.networks.model import CrossConditionedModel, load_model
+from crossmr.picture import window
 from crossmr.registry import find_model
 
 EXPECTED = ("t1n", "t1c", "t2w", "t2f")
@@ -172,19 +173,19 @@ def _as_images(study: Study, synthesis: Synthesis, sources: Sequence[str]) -> tu
     """Synthetic volumes and their standard deviations as nibabel images on the study's grid."""
     images, stds = {}, {}
     for index, modality in enumerate(synthesis.targets):
-        images[modality] = _on_grid(study, synthesis.images[index], _description(modality, sources), 1.0)
+        images[modality] = _on_grid(study, synthesis.images[index], _description(modality, sources))
         if synthesis.stds is not None:
             std = synthesis.stds[index]
-            stds[modality] = _on_grid(study, std, _description(f"{modality} std", sources), max(float(std.max()), 1e-3))
+            stds[modality] = _on_grid(study, std, _description(f"{modality} std", sources))
     return images, stds
 
 
-def _on_grid(study: Study, cropped: Tensor, description: str, brightest: float) -> Any:
-    """A head-cropped volume (Z, Y, X) on the study's reference grid, 0 outside."""
+def _on_grid(study: Study, cropped: Tensor, description: str) -> Any:
+    """A head-cropped volume (Z, Y, X) on the study's reference grid, 0 outside, to be shown in its own window."""
     full = np.zeros(study.mask.shape, np.float32)
     full[study.box()] = cropped.numpy()
     full[~study.mask] = 0
-    return on_grid(full, study.reference, description=description, display_range=(0.0, brightest))
+    return on_grid(full, study.reference, description=description, display_range=window(full))
 
 
 def _trained_on(model: CrossConditionedModel) -> Mapping[str, int]:

@@ -28,6 +28,7 @@ from crossmr.data.volume import DicomSlices, Volume, as_dicom_slices
 from crossmr.dicom.series import DicomImage, Series
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import PARTIAL
+from crossmr.picture import window
 
 STEPS = 10000
 """Stored integer that stands for 1: most archives expect integers."""
@@ -197,10 +198,11 @@ def _add_pixels(common: Dataset, slices: DicomSlices, shape: Sequence[int]) -> N
     common.SamplesPerPixel, common.PhotometricInterpretation = 1, "MONOCHROME2"
     common.Rows, common.Columns = shape
     common.BitsAllocated, common.BitsStored, common.HighBit, common.PixelRepresentation = 16, 16, 15, 0
-    common.WindowCenter, common.WindowWidth = STEPS // 2, STEPS
+    black, white = window(slices.pixels)
+    common.WindowCenter, common.WindowWidth = _decimals([STEPS * (black + white) / 2, STEPS * (white - black)])
     common.WindowCenterWidthExplanation = "SYNTHETIC"
     scale = Dataset()
-    scale.LUTLabel, scale.LUTExplanation = "NORMALISED", "0 is air, 1 four times the median of the head"
+    scale.LUTLabel, scale.LUTExplanation = "NORMALISED", "1/3 is the head's median, 1/15 a robust standard deviation"
     scale.RealWorldValueFirstValueMapped, scale.RealWorldValueLastValueMapped = 0, STEPS
     scale.RealWorldValueIntercept, scale.RealWorldValueSlope = 0.0, 1 / STEPS
     scale.MeasurementUnitsCodeSequence = [_code("1", "UCUM", "no units")]
