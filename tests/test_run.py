@@ -154,7 +154,7 @@ def test_losses_fall(prepared, tmp_path):
     for stage in STAGES:
         losses = [line["loss"] for line in records(tmp_path) if line["stage"] == stage]
         # a standardised vector starts at a loss of 1, and the condition layers where the C-UNet has arrived
-        fall = 0.99 if stage in ("distribution", "guidance") else 0.9
+        fall = {"distribution": 0.99, "guidance": 0.998}.get(stage, 0.9)
         first, last = (sum(part) for part in (losses[:8], losses[-8:]))
         assert last < fall * first, stage
 
@@ -213,7 +213,7 @@ def test_recipes_keep_what_they_set_when_they_are_made_small(prepared, tmp_path,
     """Their form, loss, schedule and draws; 'standard' and 'any' guided last, as they may be."""
     small = {key: value for key, value in SETTINGS.items() if key != "guidance"}
     small |= {"representation.patch_size": "4"} | ({} if name == "paper" else {"guidance": "last"})
-    recipe = with_settings(RECIPES[name], small)
+    recipe = with_settings(replace(RECIPES[name], by_set=()), small)
     assert recipe.synthesis_train.schedule == RECIPES[name].synthesis_train.schedule
     model = load_model(train(prepared, tmp_path, recipe, steps=2, precision="float32"))
     assert model.config.stages == (STAGES[:3] if name == "paper" else STAGES)

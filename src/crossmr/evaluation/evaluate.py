@@ -42,7 +42,7 @@ from crossmr.evaluation.tables import write_csv
 from crossmr.files import locked, write_json
 from crossmr.networks.inference import Settings, chosen_guidance, samples_drawn
 from crossmr.networks.model import CrossConditionedModel, Guidance, load_model, pseudonym
-from crossmr.picture import Kind, Panel, middle, save_panels, where_most
+from crossmr.picture import Kind, Panel, middle, save_panels, where_most, window
 from crossmr.registry import find_model
 
 
@@ -240,7 +240,8 @@ def _panels(subject: Subject, sources: Sequence[str], predictions: Predictions) 
         if target in predictions.stds:
             volumes["standard deviation"] = predictions.stds[target]
         panels[target] = [Panel.of(m, "acquired", subject.volumes[m], at) for m in sources]
-        panels[target] += [Panel.of(target, kind, volume, at) for kind, volume in volumes.items()]
+        like = window(subject.volumes[target])
+        panels[target] += [Panel.of(target, kind, volume, at, like) for kind, volume in volumes.items()]
     return panels
 
 
