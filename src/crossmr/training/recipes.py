@@ -176,7 +176,7 @@ STANDARD = Recipe(
     ),
     synthesis_train=_TRAIN,
 )
-"""The design that docs/evidence.md found best: a wide C-UNet on patches of 2 x 2 pixels and three neighbouring slices,
+"""Our own design: a wide C-UNet on patches of 2 x 2 pixels and three neighbouring slices,
 which learns by its absolute error, lesions weighted, and learns how large that error is; nothing guides it."""
 
 TINY = replace(
