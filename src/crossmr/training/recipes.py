@@ -1,6 +1,6 @@
 """Recipes: everything that defines a training but its data.
 
-PAPER is the published form, STANDARD what docs/evidence.md found best, ANY the same for any subset of the modalities,
+PAPER is the published form, STANDARD our own, ANY the same for any subset of the modalities,
 TINY a small STANDARD for a demo.
 """
 
