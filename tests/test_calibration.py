@@ -13,7 +13,7 @@ from crossmr.networks.scale import standardise
 from crossmr.training import stages
 from crossmr.training.calibration import _likeliest, calibration
 from crossmr.training.shared import Training, in_chunks
-from crossmr.training.stages import SynthesisStage
+from crossmr.training.stages import GuidanceStage, SynthesisStage
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,9 @@ def test_a_target_that_no_validation_patient_has_keeps_its_calibration(start, ca
 
 def test_any_subset_is_calibrated_on_several_patterns(start):
     training, model = start(ANY)
-    assert SynthesisStage(training, model).later_validations == stages.PATTERNS
-    assert SynthesisStage(*start(LAST)).later_validations == 1
+    assert GuidanceStage(training, model).later_validations == stages.PATTERNS
+    assert SynthesisStage(training, model).later_validations == 0  # it comes after the last stage, once
+    assert SynthesisStage(*start(replace(LAST, guidance="none"))).later_validations == 1
     assert SynthesisStage(*start(replace(LAST, uncertainty=False))).later_validations == 0
     variance = calibration(training, model)["variance"]
     assert variance.shape == (4, 2)

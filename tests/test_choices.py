@@ -31,7 +31,7 @@ def test_crops_hold_nearly_all_heads_and_fit_the_network():
     recipe, said = choose(STANDARD, cases, "cpu", None)
     assert recipe.crop == (192, 144)  # multiples of 16
     assert recipe.crop[0] % recipe.synthesis.stride == 0
-    assert any("192 x 144" in line for line in said)
+    assert any("192 x 144 voxels, for heads of up to 180 x 140" in line for line in said)
     large, _ = choose(STANDARD, [case(shape=(155, 900, 900))], "cpu", None)
     assert large.crop == (256, 256)
     guided = replace(STANDARD, guidance="last", representation=replace(STANDARD.representation, multipliers=(1,) * 6))
@@ -45,7 +45,9 @@ def test_crops_hold_nearly_all_heads_and_fit_the_network():
 def test_neighbouring_slices_where_slices_are_thin(spacing, context):
     recipe, said = choose(STANDARD, [case(spacing=spacing)], "cpu", None)
     assert recipe.context_slices == context
-    assert f"{context} neighbouring slices" in said[0]
+    assert said[0].startswith("each slice with its two neighbours" if context == 3 else "each slice by itself")
+    mixed = [case(spacing=1.0)] * 2 + [case(spacing=5.0)] * 3
+    assert choose(STANDARD, mixed, "cpu", None)[0].context_slices == 1  # as most of them are
 
 
 @pytest.mark.parametrize(

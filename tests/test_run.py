@@ -237,7 +237,7 @@ def test_recipes_keep_what_they_set_when_they_are_made_small(prepared, tmp_path,
 def test_one_model_of_any_subset_learns_from_patients_who_lack_something(any_run):
     model = load_model(any_run / "model")
     assert model.config.sources == model.config.targets == MODALITIES
-    assert model.config.inputs == 4 * 3 + 4 + 1
+    assert model.config.inputs == 4 + 4 + 1
     assert model.calibration["variance"].shape == (4, 2)
     assert list(dict.fromkeys(line["stage"] for line in records(any_run))) == list(STAGES)
     present = {tuple(row) for row in model.baselines["present"].tolist()}

@@ -67,10 +67,11 @@ def predict_baselines(
 ) -> dict[str, list[Array]]:
     """Predict every target from head-cropped sources (Z, Y, X): baseline → one volume per target, in [DARKEST, 1].
 
-    It is 0 where all sources are.
+    It is 0 where all sources are; where some are, the median stands for them.
     """
     given = np.logical_or.reduce([volume > 0 for volume in sources.values()])
-    columns, chosen = _columns(list(sources.values())), [modalities.index(m) for m in sources]
+    columns = _columns([np.where(volume > 0, volume, MEDIAN) for volume in sources.values()])
+    chosen = [modalities.index(m) for m in sources]
     indices = [modalities.index(target) for target in targets]
     linear = [(linear_weights(fitted, chosen, t) @ columns).reshape(given.shape) for t in indices]
     images = [resize(fitted["mean_image"][t].float().numpy(), given.shape) for t in indices]

@@ -314,7 +314,7 @@ def view(
     mapping: Mapping = None,
     opened: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
 ) -> None:
-    """Look at a completed study: a page with everything in it, synthesis against truth, deviations over it."""
+    """Look at a completed study: a page with everything in it, synthesis against truth, standard deviations over it."""
     import webbrowser
 
     from crossmr.display import Display

@@ -27,7 +27,7 @@ PATIENTS = 16
 SHAPE, SPACING_MM = (72, 84, 56), (2.6, 2.6, 3.2)
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 RECIPE = replace(TINY, crop=(88, 72))
-"""The phantom's slices, no wider than they are."""
+"""The phantom's slices, up to a multiple of the network's stride."""
 MINUTES = 2.0
 """Of training."""
 LOOK = "the lesion should be bright in FLAIR, and the ventricles dark; what enhances in T1ce cannot be known"

@@ -29,7 +29,7 @@ def mse(prediction: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor
 
 
 def nmse(prediction: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error over the truth's energy, (B,): 0 perfect, 1 as bad as zeros; inf where the truth is 0."""
+    """Squared error over the truth's energy, (B,): 0 is perfect, 1 as bad as zeros; inf where the truth is 0."""
     return mse(prediction, truth, mask) / _mean(truth.square(), mask)
 
 

@@ -41,7 +41,7 @@ FORMAT = "crossmr-completion"
 INTENSITY = {
     "range": [0, 1],
     "meaning": "1/3 is the median within the head, 1/15 one robust standard deviation (quartile range / 1.349); "
-    "exactly 0 is masked; no MR unit",
+    "exactly 0 is outside the head; no MR unit",
 }
 ENHANCEMENT = (
     "Contrast enhancement cannot in general be inferred from unenhanced images: "
@@ -202,7 +202,7 @@ def _std_record(model: CrossConditionedModel) -> dict[str, Any]:
     factors = None if variance is None else dict(zip(model.config.targets, variance.tolist(), strict=True))
     return {
         "of": "the unguided synthesis's error, learnt, "
-        + ("scaled to what held-out patients show" if factors else "uncalibrated"),
+        + ("fitted to the errors on validation patients" if factors else "uncalibrated"),
         "calibration": factors and {target: {"a": a, "b": b} for target, (a, b) in factors.items()},
     }
 

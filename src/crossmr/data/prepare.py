@@ -3,7 +3,7 @@
 SET/
 ├── manifest.json          summary, split, every case, every refused study
 └── cases/CASE/
-    ├── images.npy         float16 (Z, M, Y, X) in [0, 1], 0 where masked, M as in case.json
+    ├── images.npy         float16 (Z, M, Y, X) in [0, 1], 0 outside the head, M as in case.json
     ├── masks.npy          uint8 (Z, 2, Y, X): head mask, lesion labels
     └── case.json          written last: a case without it does not exist
 """
@@ -38,7 +38,7 @@ SPLITS = ("train", "val", "test")
 ARRAYS = ("images.npy", "masks.npy")
 NORMALISATION = (
     f"0 to 1 from {-LOWEST:g} robust standard deviations (quartile range / 1.349) below each volume's median within "
-    f"the head to {HIGHEST:g} above it, saturating; exactly 0 is masked"
+    f"the head to {HIGHEST:g} above it, saturating; exactly 0 is outside the head, or not acquired"
 )
 MARGIN = 4
 """Voxels of background kept around the head's bounding box."""

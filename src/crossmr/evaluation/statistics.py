@@ -187,7 +187,8 @@ def summarise_uncertainty(scores: Sequence[UncertaintyScore]) -> list[Uncertaint
         groups.setdefault((score.sources, score.target, score.uncertainty), []).append(score)
     summaries = []
     for (sources, target, uncertainty), rows in groups.items():
-        lost = [row for row in rows if row.lesion_kept < LOST]
+        kept = _by_patient(rows, "lesion_kept")
+        lost = [row for row in rows if kept.get(row.patient, math.inf) < LOST]
         summary = UncertaintySummary(
             sources=sources,
             target=target,

@@ -123,9 +123,10 @@ def synthesis_error(prediction: Tensor, truth: Tensor, weight: Tensor, *, absolu
 
 
 def deviation_error(log_scale: Tensor, prediction: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
-    """The sum of the Laplace likelihood log b + |error| / b of images (B, T, *S); the prediction does not learn by it.
+    """The sum of the Laplace likelihood log b + |error| / b of images (B, T, *S), the error being taken as given.
 
-    log_scale holds log b, b being the mean absolute error that the network expects of a voxel.
+    log_scale holds log b, b being the mean absolute error that the network expects of a voxel. The network's features
+    learn by it, the prediction itself does not.
     """
     error = (prediction.detach().float() - truth).abs()
     return ((log_scale + error * (-log_scale).exp()) * weight).sum()

@@ -199,8 +199,8 @@ class CrossConditionedModel(nn.Module):
 
         Returns:
             (N, inputs, *S): the standardised images, 0 where nothing is available; then, where any subset may be
-            missing, for each source a map of ones, within the head, if it is available and not black throughout this
-            slice, or else of zeros; then a map of the head: where any available source is more than 0.
+            missing, for each source a map of where it is available and more than 0; then a map of the head, where any
+            available source is more than 0. Of fixed sources no map tells what one lacks alone from its median.
         """
         config, count = self.config, neighbours.shape[1]
         slices = rearrange(neighbours, "n (s c) ... -> n s c ...", c=config.context_slices)
@@ -215,7 +215,7 @@ class CrossConditionedModel(nn.Module):
         if config.any_subset:
             there = middle.flatten(2).any(-1)[(...,) + (None,) * (middle.ndim - 2)]  # (N, S, 1, ...)
             whole[:, :count] *= there.repeat_interleave(config.context_slices, 1)
-            whole[:, count:-1] = there & head
+            whole[:, count:-1] = middle
         whole[:, -1:] = head
         return whole
 

@@ -1,7 +1,7 @@
 """The two scales of an image: [0, 1], on which it is kept and shown, and the standardised one, which networks read.
 
-Standardised intensities are robust standard deviations about the median within the head (data/head.py). There, what was
-not acquired, or was masked, is 0; on the scale of [0, 1] nothing else is.
+Standardised intensities are robust standard deviations about the median within the head (data/head.py). On the
+standardised scale 0 is that median, and what is missing; on [0, 1] exactly 0 is what is missing, and nothing else.
 """
 
 import torch

@@ -15,7 +15,7 @@ from crossmr.errors import ConfigError
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """How much each source may change; of those that change, each of the changes below comes to one in two."""
+    """How much a source may change; to one that does, each change below is applied with probability 1/2."""
 
     probability: float = 0.0
     """Of a source of a sample to be changed at all; 0: none."""

@@ -10,6 +10,8 @@ from crossmr.data.dataset import Case
 from crossmr.tensors import NEIGHBOURS_MM, foreground_slices, neighbours
 from crossmr.training.recipes import Recipe
 
+CLOSE_MM = 2 * NEIGHBOURS_MM
+"""Slices that lie closer have neighbours of their own (`tensors.neighbours`)."""
 LARGEST_CROP = {2: 256, 3: 128}
 """Voxels of a side, by the number of axes."""
 LARGE_ENOUGH = 95
@@ -30,11 +32,10 @@ def choose(recipe: Recipe, cases: Sequence[Case], device: str, minutes: float | 
     if "context_slices" in recipe.by_set:
         spacings = [case.spacing_mm[0] for case in cases]
         close = [spacing for spacing in spacings if len({*neighbours(1, 3, 3, spacing)}) == 3]
-        recipe = replace(recipe, context_slices=3 if close and recipe.spatial_dims == 2 else 1)
-        said.append(
-            f"{recipe.context_slices} neighbouring slices, because {len(close)} of {len(cases)} studies have slices "
-            f"within {2 * NEIGHBOURS_MM:g} mm of each other"
-        )
+        recipe = replace(recipe, context_slices=3 if 2 * len(close) > len(cases) and recipe.spatial_dims == 2 else 1)
+        what = "each slice with its two neighbours" if recipe.context_slices == 3 else "each slice by itself"
+        if recipe.spatial_dims == 2:
+            said.append(f"{what}, because {len(close)} of {len(cases)} studies have slices of {CLOSE_MM:g} mm or less")
     if "synthesis.channels" in recipe.by_set:
         width = GPU_WIDTH if device != "cpu" else next(width for most, width in WIDTHS if (minutes or math.inf) <= most)
         recipe = replace(recipe, synthesis=replace(recipe.synthesis, channels=width))
@@ -43,7 +44,8 @@ def choose(recipe: Recipe, cases: Sequence[Case], device: str, minutes: float | 
     if "crop" in recipe.by_set:
         crop = _crop(recipe, cases)
         recipe = replace(recipe, crop=crop)
-        said.append(f"crops of {' x '.join(map(str, crop))} voxels, which hold {LARGE_ENOUGH} % of the heads whole")
+        heads, sides = (" x ".join(map(str, of)) for of in (_sides(recipe, cases), crop))
+        said.append(f"crops of {sides} voxels, for heads of up to {heads} ({LARGE_ENOUGH} % along each axis)")
     if "synthesis_train.epochs" in recipe.by_set:
         recipe = replace(recipe, synthesis_train=replace(recipe.synthesis_train, epochs=_epochs(recipe, cases)))
         said.append(f"{recipe.synthesis_train.epochs:g} epochs of the C-UNet, if no time and no steps are given")
@@ -55,9 +57,15 @@ def _crop(recipe: Recipe, cases: Sequence[Case]) -> tuple[int, ...]:
     dims, stride = recipe.spatial_dims, recipe.synthesis.stride
     if recipe.guidance != "none":
         stride = math.lcm(stride, recipe.representation.stride)
-    sides = np.percentile([case.shape[-dims:] for case in cases], LARGE_ENOUGH, axis=0) if cases else [stride] * dims
+    sides = _sides(recipe, cases)
     most = LARGEST_CROP[dims] // stride * stride
     return tuple(min(most, math.ceil(side / stride) * stride) for side in sides)
+
+
+def _sides(recipe: Recipe, cases: Sequence[Case]) -> list[int]:
+    """Voxels along each axis that this percentile of the heads does not exceed."""
+    heads = [case.shape[-recipe.spatial_dims :] for case in cases]
+    return [int(side) for side in np.percentile(heads, LARGE_ENOUGH, axis=0, method="higher")]
 
 
 def _epochs(recipe: Recipe, cases: Sequence[Case]) -> float:

@@ -51,7 +51,7 @@ class TrainConfig:
         if min(self.epochs, self.batch_size, self.learning_rate, self.gradient_clip, self.fraction) <= 0:
             raise ConfigError("epochs, batch_size, learning_rate, gradient_clip and fraction are positive.")
         if not 0 <= self.ema_decay < 1 or not 0 < self.beta_2 < 1 or min(self.weight_decay, self.warm_up) < 0:
-            raise ConfigError("ema_decay and beta_2 lie in [0, 1), weight_decay and warm_up are not negative.")
+            raise ConfigError("ema_decay lies in [0, 1), beta_2 in (0, 1); weight_decay and warm_up are not negative.")
 
     def rate(self, step: int, progress: float) -> float:
         """The learning rate of a step, `progress` being what is done before it, from 0 to 1."""
@@ -182,6 +182,7 @@ which learns by its absolute error, lesions weighted, and learns how large that 
 TINY = replace(
     STANDARD,
     by_set=(),
+    context_slices=1,
     crop=(96, 96),
     representation=RepresentationConfig(channels=16, multipliers=(1, 2, 3, 4), patch_size=8, decoder="skip-free"),
     distribution=DistributionConfig(width=128, blocks=3, conditional=True),

@@ -228,15 +228,15 @@ def _check_identity(
         write_json(path, {**identity, "budget": budget, "versions": versions})
         return settings.steps, settings.minutes
     earlier = read_json(path)
-    for key, value in {"initial_model": None, **identity}.items():
-        if earlier.get(key) != value:
-            raise ConfigError(f"{folder} holds a run with another {key}; name another folder, or repeat its settings.")
     planned: dict[str, Any] = earlier["budget"]
-    if any(budget.values()) and budget != planned:
+    if any(budget.values()) and budget != planned:  # before the recipe, which may follow from it
         raise ConfigError(
             f"{folder} is planned for {_words(planned)}, not {_words(budget)}. Give neither --steps nor --minutes to "
             "go on with its own plan, or name another folder."
         )
+    for key, value in {"initial_model": None, **identity}.items():
+        if earlier.get(key) != value:
+            raise ConfigError(f"{folder} holds a run with another {key}; name another folder, or repeat its settings.")
     return planned["steps"], planned["minutes"]
 
 

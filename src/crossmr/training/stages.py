@@ -291,7 +291,8 @@ class SynthesisStage(ImageStage):
 
     def __init__(self, training: Training, model: CrossConditionedModel):
         super().__init__(training, model)
-        self.later_validations = patterns(self.config) if self.config.uncertainty else 0  # the calibration
+        last = self.config.uncertainty and self.name == self.config.stages[-1]
+        self.later_validations = patterns(self.config) if last else 0  # the calibration
 
     def _representations(self, cases: Sequence[Case]) -> Tensor | None:
         return draw_representations(self.training, self.model, cases) if self.config.guidance == "joint" else None
