@@ -6,7 +6,7 @@ is fixed below, by patient: who is named in neither list is trained on, and so a
 python benchmarks/default_weights.py ../shared/data -o runs/default --minutes 240    # resumes where it was stopped
 python benchmarks/default_weights.py ../shared/data -o runs/second --minutes 240 --start runs/default/run/model
 python benchmarks/default_weights.py ../shared/data -o runs/gpu --minutes 9 --set synthesis_train.batch_size=32
-python benchmarks/default_weights.py -o runs/default --measure    # every subset of the held-out patients, in Markdown
+python benchmarks/default_weights.py -o runs/default --measure    # the held-out patients, in Markdown
 python benchmarks/default_weights.py -o runs/default --ship       # into src/crossmr/weights
 """
 
@@ -28,7 +28,7 @@ from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.prepare import PrepareSettings, default_workers, prepare
 from crossmr.display import Display
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
-from crossmr.evaluation.measures import STD
+from crossmr.evaluation.measures import KEPT, STD
 from crossmr.evaluation.tables import BASELINE
 from crossmr.files import digest, write_json
 from crossmr.networks.model import load_model, save_model
@@ -98,7 +98,7 @@ def card(evaluation: Path) -> None:
         own = [row for row in rows if row["cohort"] == cohort and row["sources"].count("+") == most[row["case"]]]
         if own:
             print_table(f"{cohort}, each contrast from all others", own, by_sources=False)
-    if whole:
+    if any(row["sources"].count("+") < most[row["case"]] for row in whole):
         print_table(f"{' and '.join(WHOLE)}, every subset", whole, by_sources=True)
 
 
@@ -114,11 +114,13 @@ def print_table(title: str, rows: list[dict[str, str]], *, by_sources: bool) -> 
         return f"{statistics.mean(map(statistics.mean, patients.values())):.{digits}f}" if patients else "–"
 
     def kept(predictor: str) -> str:
-        shares = [
-            float(row["kept"]) for row in own if row.get("structure") == "lesion" and row["predictor"] == predictor
-        ]
-        known = [share for share in shares if share == share]
-        return f"{sum(0.7 <= share <= 1.4 for share in known)} of {len(known)}" if known else "–"
+        shares: dict[str, list[float]] = {}
+        for row in own:
+            lesion = (row.get("structure"), row.get("predictor")) == ("lesion", predictor)
+            if lesion and row["kept"] not in ("", "nan"):
+                shares.setdefault(row["patient"], []).append(float(row["kept"]))
+        inside = [KEPT[0] <= statistics.mean(share) <= KEPT[1] for share in shares.values()]
+        return f"{sum(inside)} of {len(inside)}" if inside else "–"
 
     heads = [
         "correlation, deep",
@@ -184,6 +186,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--every-subset", action="store_true", help="measured; else each contrast from all others")
     parser.add_argument("--ship", action="store_true")
     options = parser.parse_args()
     out, display, model = options.out, Display(), options.out / "run" / "model"
@@ -194,7 +197,13 @@ def main() -> None:
         wish = TrainingSettings(recipe=recipe, minutes=options.minutes, device=options.device, seed=options.seed)
         train(out / "set", out / "run", wish, initial_model=options.start, display=display)
     if options.measure:
-        evaluate(model, out / "set", out / "evaluation", EvaluationSettings(every_subset=True), display=display)
+        evaluate(
+            model,
+            out / "set",
+            out / "evaluation",
+            EvaluationSettings(every_subset=options.every_subset),
+            display=display,
+        )
         card(out / "evaluation")
     if options.ship:
         write_cohort(out / "one", 1, seed=99, shape=SHAPE, spacing_mm=SPACING_MM, missing={0: ("t1c", "t2f")})

@@ -182,7 +182,7 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
             floor = max(count / product, size / copied)
             cells = [f"{count / 1e9:.0f}", f"{size / 1e9:.0f}", f"{floor:.2f}", f"{value / floor:.1f}"]
         print(f"| {name} | {value:.2f} | {' | '.join(cells)} |")
-    own = sum(seconds[name] for name in ("C-UNet", "network of the error") if name in seconds)
+    own = seconds["C-UNet"]
     outside = sum(seconds[name] for name in around) + seconds["the whole synthesis"] - own
     print(f"\naround the networks: {outside:.2f} s, {outside / own:.0%} of their own {own:.2f} s")
     each = in_a_cohort(paths, model, settings, 2 * rounds)
