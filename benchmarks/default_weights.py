@@ -136,7 +136,7 @@ def print_table(title: str, rows: list[dict[str, str]], *, by_sources: bool) -> 
     tasks = {(row["sources"] if by_sources else "", row["target"]) for row in rows}
     for sources, target in sorted(tasks, key=lambda task: (task[1], task[0].count("+"), task[0])):
         own = [row for row in rows if row["target"] == target and (not by_sources or row["sources"] == sources)]
-        cells = [" + ".join(DISPLAY_NAMES[source] for source in sources.split("+"))] * by_sources
+        cells = [" + ".join(DISPLAY_NAMES.get(source, "") for source in sources.split("+"))] * by_sources
         cells.append(DISPLAY_NAMES[target])
         for metric, region, digits in (
             ("correlation", "deep", 3),
