@@ -508,6 +508,9 @@ def test_a_training_starts_from_no_other_network(prepared, trained, tmp_path):
         train(prepared, tmp_path, sources=("t1n", "t2f"), targets=("t1c",), initial=trained / "model")
     with pytest.raises(ModelError, match="neither a folder nor"):
         train(prepared, tmp_path, initial="nowhere")
+    other_error = with_settings(SMALL, {"synthesis.loss": "absolute", "synthesis.lesion_weight": "3"})
+    model = load_model(train(prepared, tmp_path / "error", other_error, initial=trained / "model", steps=1))
+    assert (model.config.synthesis.loss, model.config.synthesis.lesion_weight) == ("absolute", 3)
     train(prepared, tmp_path / "run", initial=trained / "model", steps=1, stages=("representation",))
     with pytest.raises(ConfigError, match="another initial_model"):
         train(prepared, tmp_path / "run", steps=1)

@@ -11,7 +11,7 @@ RUN/
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -174,8 +174,10 @@ def _modalities(
 
 
 def _check_initial(initial: CrossConditionedModel, config: ModelConfig) -> None:
-    """Refuse to start a network from another's weights."""
-    own, other = to_dict(initial.config), to_dict(config)
+    """Refuse to start a network from another's weights; by which error it learns may change."""
+    form, wanted = initial.config.synthesis, config.synthesis
+    form = replace(form, loss=wanted.loss, lesion_weight=wanted.lesion_weight)
+    own, other = to_dict(replace(initial.config, synthesis=form)), to_dict(config)
     for key in own:
         if own[key] != other[key]:
             raise ConfigError(
