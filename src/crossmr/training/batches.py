@@ -95,7 +95,9 @@ class Batches(StepDataset[ImageBatch]):
         self.items = [(i, -1) for i, _ in enumerate(self.cases)]
         if len(self.size) == 2:
             self.items = [(i, z) for i, case in enumerate(cases) for z in foreground_slices(case.foreground_voxels)]
-        self.drawn = [item for item in self.items for _ in range(self._draws(*item, settings.lesion_draws))]
+        self.drawn = [
+            (i, z) for i, z in self.items for _ in range(times_drawn(self.cases[i], z, settings.lesion_draws))
+        ]
         if not self.items:
             raise SetError(
                 f"No study of the set can serve this training, which needs {', '.join(self.modalities)}. "
@@ -167,11 +169,6 @@ class Batches(StepDataset[ImageBatch]):
         chosen = slice(None) if z < 0 else neighbours(z, self.context, len(mapped), self.cases[index].spacing_mm[0])
         return mapped[chosen].transpose(1, 0, 2, 3)
 
-    def _draws(self, index: int, z: int, lesion_draws: int) -> int:
-        """How often an item is drawn per epoch."""
-        voxels = self.cases[index].lesion_voxels
-        return lesion_draws if z >= 0 and voxels and voxels[z] > 0 else 1
-
     def _batch(self, samples: Sequence[Tensor], chosen: Sequence[tuple[int, int]]) -> ImageBatch:
         whole = torch.stack(list(samples))  # (B, M + 1[, C], *S)
         middle = whole if self.context == 1 else whole[:, :, self.context // 2]
@@ -187,6 +184,12 @@ class Batches(StepDataset[ImageBatch]):
 
     def _order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.drawn), generator=seeded("epoch", self.seed, epoch))
+
+
+def times_drawn(case: Case, z: int, lesion_draws: int) -> int:
+    """How often a slice is drawn per epoch, or, z being -1, a volume."""
+    voxels = case.lesion_voxels
+    return lesion_draws if z >= 0 and voxels and voxels[z] > 0 else 1
 
 
 def present_in(images: Tensor) -> Tensor:

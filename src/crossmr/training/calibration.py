@@ -31,11 +31,10 @@ def calibration(
         return dict(before or {})
     model.eval()
     raw = training.batches("synthesis", usable, config.modalities).fixed(VALIDATION_SLICES)
-    head = (raw.images > 0).any(1)
     pairs: list[list[Tensor]] = [[] for _ in config.targets]
     for number in range(patterns(config)):
         batch = view(config, raw, None, seeded("calibrate", compute.seed, number))
-        for chunk in _squared_errors(training, model, batch, head):
+        for chunk in _squared_errors(training, model, batch):
             for parts, part in zip(pairs, chunk, strict=True):
                 parts.append(part)
     fitted = []
@@ -46,10 +45,8 @@ def calibration(
     return {"variance": torch.stack([pair.float() for pair in fitted])}
 
 
-def _squared_errors(
-    training: Training, model: CrossConditionedModel, batch: SynthesisBatch, head: Tensor
-) -> list[list[Tensor]]:
-    """Chunk by chunk, of each target, variances and squared errors (2, N) within heads (B, *S), float64 on the CPU."""
+def _squared_errors(training: Training, model: CrossConditionedModel, batch: SynthesisBatch) -> list[list[Tensor]]:
+    """Chunk by chunk, of each target, variances and squared errors (2, N) where it was acquired, float64 on the CPU."""
 
     def measure(some: slice) -> list[Tensor]:
         part = compute.place(cut(batch, some))
@@ -59,12 +56,13 @@ def _squared_errors(
         squared = (prediction - standardise(part.truth)) ** 2
         both = torch.stack([variance, squared]).cpu().double()  # Apple's GPUs have no float64
         wanted = (batch.target_mask[some] > 0).unbind(1)
-        there = (head[some][:, None] & (batch.truth[some] > 0)).unbind(1)
+        there = (batch.truth[some] > 0).unbind(1)
         return [both[:, chosen, index][:, there[index][chosen]] for index, chosen in enumerate(wanted)]
 
     compute = training.compute
     with autocast(compute.device, compute.dtype):
-        return in_chunks(measure, len(head), training.at_once(training.config.synthesis.channels, head.shape[1:]))
+        at_once = training.at_once(training.config.synthesis.channels, batch.truth.shape[2:])
+        return in_chunks(measure, len(batch.truth), at_once)
 
 
 def _likeliest(variance: Tensor, squared: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 
 from crossmr.data.dataset import Case
 from crossmr.tensors import NEIGHBOURS_MM, foreground_slices, neighbours
+from crossmr.training.batches import times_drawn
 from crossmr.training.recipes import Recipe
 
 CLOSE_MM = 2 * NEIGHBOURS_MM
@@ -73,8 +74,8 @@ def _epochs(recipe: Recipe, cases: Sequence[Case]) -> float:
     if recipe.spatial_dims == 3:
         items = len(cases)
     else:
-        slices = [(case.lesion_voxels, z) for case in cases for z in foreground_slices(case.foreground_voxels)]
-        items = sum(recipe.lesion_draws if lesion and lesion[z] else 1 for lesion, z in slices)
+        slices = ((case, z) for case in cases for z in foreground_slices(case.foreground_voxels))
+        items = sum(times_drawn(case, z, recipe.lesion_draws) for case, z in slices)
     per_epoch = max(1, -(-items // recipe.synthesis_train.batch_size))
     steps = min(max(recipe.synthesis_train.epochs * per_epoch, STEPS[0]), STEPS[1])
     return float(round(steps / per_epoch, 2))

@@ -258,8 +258,11 @@ class SynthesisBatch(NamedTuple):
     """(B, T·D), a representation that was drawn for the patient."""
 
 
-class ImageStage(Stage[ImageBatch, SynthesisBatch]):
-    """What the stages have in common that go from the sources to the targets."""
+class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
+    """C-UNet: unguided, or, with guidance 'joint', guided by samples of the MDN, drawn once per patient."""
+
+    name = "synthesis"
+    deviation_weight: ClassVar[float] = DEVIATION_WEIGHT
 
     def __init__(self, training: Training, model: CrossConditionedModel):
         self.training, self.compute, self.config, self.model = training, training.compute, training.config, model
@@ -273,29 +276,16 @@ class ImageStage(Stage[ImageBatch, SynthesisBatch]):
         if val := training.usable(training.val):
             fixed = training.batches(self.name, val, self.config.modalities).fixed(VALIDATION_SLICES)
             self.fixed = view(self.config, fixed, self._representations(val), seeded("validate", self.compute.seed))
-
-    def _representations(self, cases: Sequence[Case]) -> Tensor | None:
-        """(cases, K, T·D), drawn for each of them; None where nothing is."""
-        return None
-
-    def batch(self, raw: ImageBatch, generator: torch.Generator) -> SynthesisBatch:
-        """Draw, for any subset, what is available, and which of a patient's representations guides."""
-        return view(self.config, raw, self.drawn, generator)
-
-
-class SynthesisStage(ImageStage):
-    """C-UNet: unguided, or, with guidance 'joint', guided by samples of the MDN, drawn once per patient."""
-
-    name = "synthesis"
-    deviation_weight: ClassVar[float] = DEVIATION_WEIGHT
-
-    def __init__(self, training: Training, model: CrossConditionedModel):
-        super().__init__(training, model)
         last = self.config.uncertainty and self.name == self.config.stages[-1]
         self.later_validations = patterns(self.config) if last else 0  # the calibration
 
     def _representations(self, cases: Sequence[Case]) -> Tensor | None:
+        """(cases, K, T·D), drawn for each of them; None where nothing is."""
         return draw_representations(self.training, self.model, cases) if self.config.guidance == "joint" else None
+
+    def batch(self, raw: ImageBatch, generator: torch.Generator) -> SynthesisBatch:
+        """Draw, for any subset, what is available, and which of a patient's representations guides."""
+        return view(self.config, raw, self.drawn, generator)
 
     def guide(self, batch: SynthesisBatch) -> Tensor | None:
         """What the C-UNet is guided by, (B, T·D)."""
