@@ -68,15 +68,16 @@ def test_every_module_has_its_tests():
     assert "phantom" in tests  # one test for that house
 
 
-def test_readme_maps_every_module():
-    """Each room's modules are named within the map, after their room."""
-    readme = (ROOT / "README.md").read_text()
+def test_the_map_names_every_module():
+    """Each room's modules are named within CONTRIBUTING.md's map, after their room."""
+    _, _, page = (ROOT / "CONTRIBUTING.md").read_text().partition("## The map\n```\n")
+    file_map, _, _ = page.partition("```")
     for path in SOURCE.rglob("*.py"):
         if path.stem != "__init__":
             room = path.parent.name if path.parent != SOURCE else "crossmr"
-            _, _, rest = readme.partition(f"{room}/")
+            _, _, rest = file_map.partition(f"{room}/")
             words = (path.name, path.stem) if room == "phantom" else (path.name,)
-            assert any(word in rest for word in words), f"{path} is not in the README's file map"
+            assert any(word in rest for word in words), f"{path} is not in CONTRIBUTING.md's map"
 
 
 def test_nothing_pulls_torchvision_or_downloads():

@@ -57,7 +57,23 @@ def test_every_function_that_the_method_names_exists(name):
     assert re.search(known, source, flags=re.MULTILINE), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(("name", "path"), re.findall(r"\[`([A-Za-z_0-9.]+)`\]\(\.\./(src/[^)]+)\)", METHOD))
+def test_every_function_is_linked_to_the_file_that_defines_it(name, path):
+    owner, _, last = name.rpartition(".")
+    text = (ROOT / path).read_text()
+    assert re.search(rf"^ *(def|class) {last}\b", text, flags=re.MULTILINE), f"{path} does not define {name}"
+    assert not owner or f"class {owner}" in text or Path(path).stem == owner.rpartition(".")[2], name
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "benchmarks/README.md",
+        *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    ],
+)
 def test_links_and_files_exist(page):
     path = ROOT / page
     text = path.read_text()
