@@ -1,5 +1,6 @@
 """Files are whole or not there."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -8,6 +9,8 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -196,16 +199,133 @@ def test_one_writer_per_folder(tmp_path):
     assert [path.name for path in out.iterdir()] == ["at work"]
 
 
-def test_unfinished_files_of_a_killed_writer_are_deleted_and_no_others(tmp_path):
-    (tmp_path / "case").mkdir()
-    (tmp_path / "case" / f".half.nii.gz.x1{files.PARTIAL}").touch()
-    (tmp_path / f".series.x2{files.PARTIAL}").mkdir()
-    (tmp_path / f".series.x2{files.PARTIAL}" / "0001.dcm").touch()
-    (tmp_path / ".film.mkv.partial").touch()
-    (tmp_path / f"mine{files.PARTIAL}").touch()
-    with locked(tmp_path):
+HOLD = (
+    "import sys, time; from pathlib import Path; from crossmr.files import locked\n"
+    "with locked(Path(sys.argv[1])): Path(sys.argv[1], 'at work').touch(); time.sleep(60)"
+)
+
+
+@contextlib.contextmanager
+def running(out):
+    """Another process that writes to a folder."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, out]) as other:
+        try:
+            while not (out / "at work").exists():
+                assert other.poll() is None
+                time.sleep(0.02)
+            yield other
+        finally:
+            other.kill()
+
+
+def test_one_writer_above_and_below(tmp_path):
+    """A running crossmr's folder, the folders above it, what lies in it, and links to these are refused."""
+    out, link = tmp_path / "a" / "b" / "out", tmp_path / "link"
+    out.mkdir(parents=True)
+    link.symlink_to(out)
+    with running(out) as other:
+        for place in (out, link, out / "case", link / "case" / "deep", out.parent):
+            with (
+                pytest.raises(OutputError, match=r"(out|link) is being written to by another crossmr\. Wait"),
+                locked(place),
+            ):
+                pass
+        link.unlink()
+        with locked(tmp_path), locked(tmp_path / "c"):  # deeper ones are refused when they are come to
+            write_atomically(tmp_path / "c" / "file", b"")
+            for place in (out, out / "case"):
+                with pytest.raises(OutputError, match=r"out is being written to by another crossmr\. Wait"):
+                    write_atomically(place / "file", b"")
+        other.kill()
+        other.wait()
+        with locked(out.parent), locked(out), locked(out / "case"):
+            write_atomically(out / "case" / "file", b"")
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_two_threads_are_two_writers(tmp_path):
+    with locked(tmp_path), locked(tmp_path / "within"), ThreadPoolExecutor(1) as pool:
+
+        def lock_within():
+            with locked(tmp_path / "other"):
+                pass
+
+        with pytest.raises(OutputError, match="being written to by another crossmr"):
+            pool.submit(lock_within).result()
+
+
+@pytest.mark.parametrize("kind", ["text", "folder", "link"])
+def test_a_lock_that_is_not_ours_is_refused_and_stays(tmp_path, kind):
+    (tmp_path / "mine").write_text("")
+    path = tmp_path / "out" / files.LOCK
+    path.parent.mkdir()
+    if kind == "link":
+        path.symlink_to(tmp_path / "mine")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("mine")
+    with (
+        pytest.raises(OutputError, match=r"\.crossmr\.lock is not crossmr's.*Name another folder"),
+        locked(path.parent),
+    ):
         pass
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [".film.mkv.partial", "case", f"mine{files.PARTIAL}"]
+    assert path.is_symlink() == (kind == "link")
+    assert path.is_dir() or path.read_text() == ("mine" if kind == "text" else "")
+    with locked(path.parent / "below"):  # nor is it read as a lock
+        pass
+
+
+def left_by(process, path, host=files._HOST):
+    """What a writer of this process leaves unfinished."""
+    return path.with_name(f".{path.name}.{host}-{process}.x1{files.PARTIAL}")
+
+
+def test_what_a_killed_writer_left_is_deleted_where_we_write_and_nothing_else(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    case, other = tmp_path / "case", tmp_path / "other"
+    for folder in (case, other):
+        folder.mkdir()
+        left_by(dead.pid, folder / "half.nii.gz").touch()
+        left_by(dead.pid, folder / "series").mkdir()
+        (left_by(dead.pid, folder / "series") / "0001.dcm").touch()
+    kept = [
+        left_by(os.getpid(), case / "running"),
+        left_by(dead.pid, case / "elsewhere", host="0" * 8),
+        case / f"mine{files.PARTIAL}",
+        case / f".mine.x1{files.PARTIAL}",
+        case / ".film.mkv.partial",
+    ]
+    old = left_by(dead.pid, case / "long ago", host="0" * 8)
+    for path in (*kept, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    with locked(tmp_path):
+        write_atomically(case / "file", b"")
+    assert sorted(case.iterdir()) == sorted([*kept, case / "file"])
+    assert len(names(other)) == 2  # nobody wrote there
+
+
+def test_what_is_not_recognised_is_refused(tmp_path):
+    path, link = tmp_path / "a.json", tmp_path / "link"
+    link.symlink_to(path)
+    ours = partial(files.is_record, kind="crossmr-x")
+    files.refuse_foreign(path, ours)
+    with pytest.raises(OutputError, match="link is not crossmr's"):  # where it leads to nothing, too
+        files.refuse_foreign(link, ours)
+    write_json(path, {"format": "crossmr-x"})
+    files.refuse_foreign(path, ours)
+    with pytest.raises(OutputError, match="link is not crossmr's"):
+        files.refuse_foreign(link, ours)
+    for content in (b'{"format": "crossmr-y"}', b"[]", b"", b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(OutputError, match=r"a\.json is not crossmr's, so it is not replaced\. Name another folder"):
+            files.refuse_foreign(path, ours)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OutputError, match="is not crossmr's"):
+        files.refuse_foreign(path, ours)
 
 
 def test_a_locked_folder_stays_only_if_something_was_written(tmp_path):

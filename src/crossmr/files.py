@@ -1,13 +1,18 @@
-"""Files on disk: written whole or not at all, one writer per folder, JSON, SHA-256."""
+"""Files on disk: written whole or not at all, one writer per folder, nothing of others replaced, JSON, SHA-256."""
 
 import contextlib
 import hashlib
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +20,65 @@ from filelock import FileLock, Timeout
 
 from crossmr.errors import CrossmrError, ModelError, NamingError, OutputError
 
-LOCK = ".lock"
+LOCK = ".crossmr.lock"
+"""Name of the empty file that a running crossmr locks in its output folder."""
 PARTIAL = ".crossmr.partial"
 """Ending of the hidden names of files and folders that are not yet complete."""
+ABANDONED_SECONDS = 24 * 3600
+"""An unfinished file that was not written to for so long has no writer any more; a write takes seconds."""
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_UNFINISHED = re.compile(rf"\..*\.([0-9a-f]{{8}})-(\d+)\.[^.]*{re.escape(PARTIAL)}", re.DOTALL)
+"""Name of an unfinished file: what it becomes, a hash of its writer's host, and the number of its writer's process."""
+
+
+@dataclass
+class _Session:
+    """The output folders that this call of crossmr has locked."""
+
+    folders: list[Path] = field(default_factory=list)
+    entered: set[Path] = field(default_factory=set)
+    """Folders that were written to, and are therefore known to be nobody else's."""
+
+
+_session: ContextVar[_Session | None] = ContextVar("session", default=None)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a folder, if need be, and let no other process write to it; also delete what a killed one left unfinished.
+    """Make a folder, if need be, and let no other crossmr write to it.
 
-    The system releases the lock of a process that dies. A file system without locks is written to without one.
+    A folder is refused, too, if another crossmr has locked a folder above it, or one directly in it. Of those that lie
+    deeper each one is refused when `write_atomically` comes to it, so nothing is searched. The system releases the
+    lock of a process that dies. A file system without locks is written to without one.
 
     Raises:
-        OutputError: another process holds the lock, or the folder cannot be made.
+        OutputError: another process holds the lock, or the folder cannot be made, or LOCK in it is not crossmr's.
     """
     new = not folder.exists()
-    lock = FileLock(folder / LOCK, timeout=0)
+    place, lock = folder.resolve(), FileLock(folder / LOCK, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_foreign(folder / LOCK, _is_lock)
         lock.acquire()
     except Timeout as error:
-        raise OutputError(
-            f"{folder} is being written to by another crossmr. Wait for it, or name another folder."
-        ) from error
+        raise _in_use(folder) from error
     except NotImplementedError:  # a file system without locks
         yield
         return
     except OSError as error:
         raise _not_written(folder, error) from error
+    outer = _session.get()
+    session = outer or _Session()
+    token = _session.set(session)
+    session.folders.append(place)
     try:
-        for unfinished in list(folder.rglob(f".*{PARTIAL}")):
-            remove(unfinished)
+        for other in (*place.parents, *_folders_in(place)):
+            if _held_by_another(other):
+                raise _in_use(other)
         yield
     finally:
+        session.folders.remove(place)
+        _session.reset(token)
         with contextlib.suppress(OSError):  # before the release: who opened it later would lock a deleted file
             (folder / LOCK).unlink()
         lock.release()
@@ -56,16 +87,121 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def _in_use(folder: Path) -> OutputError:
+    return OutputError(f"{folder} is being written to by another crossmr. Wait for it, or name another folder.")
+
+
+def _is_lock(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries if entry.is_dir()]
+
+
+def _held_by_another(folder: Path) -> bool:
+    """Whether another call of crossmr has locked this very folder."""
+    session, path = _session.get(), folder / LOCK
+    try:
+        if (session is not None and folder in session.folders) or path.is_symlink() or not _is_lock(path):
+            return False
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # not to be opened: nobody can tell
+        return False
+
+
+def _enter(folder: Path) -> None:
+    """Before the first file of a call in this folder: refuse one that another crossmr has locked, and clear up.
+
+    What a killed writer left unfinished in this very folder is deleted.
+    """
+    session, place = _session.get(), folder.resolve()
+    if session is not None and place in session.entered:
+        return
+    if session is not None:
+        for other in (place, *place.parents):
+            if other in session.folders:
+                break
+            if _held_by_another(other):
+                raise _in_use(other)
+        session.entered.add(place)
+    for unfinished in folder.glob(f".*{PARTIAL}"):
+        if _is_abandoned(unfinished):
+            remove(unfinished)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether a file or folder is crossmr's, unfinished, and its writer is gone."""
+    match = _UNFINISHED.fullmatch(path.name)
+    if match is None:
+        return False
+    host, process = match[1], int(match[2])
+    with contextlib.suppress(OSError):
+        return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS or (host == _HOST and not _is_alive(process))
+    return False
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":  # where signal 0 is no question
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def unfinished_name(path: Path) -> str:
+    """The start of the name of what will become `path`; a random part and PARTIAL follow."""
+    return f".{path.name}.{_HOST}-{os.getpid()}."
+
+
+def refuse_foreign(path: Path, recognise: Callable[[Path], bool]) -> None:
+    """Refuse to replace or delete what crossmr did not write. A link is never crossmr's.
+
+    Raises:
+        OutputError: there is something at `path` that is not recognised.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        known = not path.is_symlink() and recognise(path)
+    except (OSError, CrossmrError):
+        known = False
+    if not known:
+        raise OutputError(f"{path} is not crossmr's, so it is not replaced. Name another folder, or move it away.")
+
+
+def is_record(path: Path, kind: str) -> bool:
+    """Whether a file is one of crossmr's JSON files, of the kind that its entry 'format' names."""
+    return path.is_file() and read_json(path, OutputError).get("format") == kind
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that crossmr wrote."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="crossmr ' in file.read(8192)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a mixture.
 
     Raises:
-        OutputError: the folder is missing, read-only or full; nothing is left behind.
+        OutputError: the folder is missing, read-only or full, or another crossmr's; nothing is left behind.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        _enter(path.parent)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=unfinished_name(path), suffix=PARTIAL)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()

@@ -27,7 +27,7 @@ from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.volume import DicomSlices, Volume, as_dicom_slices
 from crossmr.dicom.series import DicomImage, Series
 from crossmr.errors import OutputError, VolumeError
-from crossmr.files import PARTIAL
+from crossmr.files import PARTIAL, unfinished_name
 from crossmr.picture import window
 
 STEPS = 10000
@@ -100,7 +100,7 @@ def write_derived(folder: Path, array: npt.NDArray[np.float32], grid: Volume, se
         common = _common(series, slices, stored)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL))
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=unfinished_name(folder), suffix=PARTIAL))
             try:
                 for index, (pixels, position) in enumerate(zip(stored, slices.positions, strict=True), 1):
                     image = _image(common, index, pixels, position)
