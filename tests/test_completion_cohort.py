@@ -246,18 +246,20 @@ def test_an_acquired_scan_is_never_replaced(model, cohort, tmp_path):
     shutil.copy(tmp_path / "Bob" / "Bob-t1c.nii.gz", tmp_path / "Bob" / "Bob-t1c_synthetic.nii.gz")
     before = tree(tmp_path)
     mapping = {"t1n": "*-t1n.nii.gz", "t2w": "*-t2w.nii.gz"}
-    result = complete_cohort(tmp_path, tmp_path, model, SETTINGS, CohortSettings(mapping))
-    assert "Bob-t1c_synthetic.nii.gz is an acquired scan and is not replaced" in result.failed["Bob"]
-    assert {k: v for k, v in tree(tmp_path).items() if k != "manifest.json"} == before
+    with pytest.raises(OutputError, match=r"Bob-t1c_synthetic\.nii\.gz is not crossmr's, so it is not replaced"):
+        complete_cohort(tmp_path, tmp_path, model, SETTINGS, CohortSettings(mapping))
+    assert tree(tmp_path) == before
 
 
-def test_a_damaged_manifest_is_reported_and_overwritten_on_request(model, small, tmp_path):
+def test_a_damaged_manifest_may_be_anybody_s_and_stops_it(model, small, tmp_path):
     out = tmp_path / "out"
     complete_cohort(small, out, model, SETTINGS)
     (out / "Ann" / "manifest.json").write_text("{")
-    assert "is damaged" in complete_cohort(small, out, model, SETTINGS).failed["Ann"]
-    redone = complete_cohort(small, out, model, SETTINGS, AGAIN)
-    assert redone.completed == {"Ann": ["t1c", "t2f"]}
+    for options in (CohortSettings(), AGAIN):
+        with pytest.raises(OutputError, match=r"Ann/manifest\.json is not crossmr's.*Name another folder, or move it"):
+            complete_cohort(small, out, model, SETTINGS, options)
+    (out / "Ann" / "manifest.json").unlink()
+    assert complete_cohort(small, out, model, SETTINGS).completed == {"Ann": ["t1c", "t2f"]}
 
 
 def test_an_out_that_cannot_be_written_is_an_output_error(model, small, tmp_path, monkeypatch):
@@ -300,7 +302,7 @@ def test_a_finished_case_whose_inputs_changed_is_kept_and_said(model, small, tmp
 
 def test_somebody_else_s_manifest_is_never_replaced(model, small, tmp_path):
     (tmp_path / "manifest.json").write_text('{"mine": true}')
-    with pytest.raises(OutputError, match="not of a completed cohort, so it is not replaced; name another folder"):
+    with pytest.raises(OutputError, match=r"manifest\.json is not crossmr's, so it is not replaced\. Name another"):
         complete_cohort(small, tmp_path, model, SETTINGS)
     assert (tmp_path / "manifest.json").read_text() == '{"mine": true}'
     assert {path.name for path in tmp_path.iterdir()} == {"small", "manifest.json"}

@@ -219,6 +219,17 @@ def test_ticks_are_round_and_few(values, ticks):
     assert all(len(text) <= 8 for _, text in plot.ticks)
 
 
+def test_another_s_page_is_not_replaced(completed, tmp_path):
+    shutil.copytree(completed, tmp_path / "out")
+    page = tmp_path / "out" / "report.html"
+    report.report_completion(tmp_path / "out")
+    report.report_completion(tmp_path / "out")  # one of ours is
+    page.write_text("<html>mine</html>")
+    with pytest.raises(OutputError, match=r"report\.html is not crossmr's, .*Name another folder"):
+        report.report_completion(tmp_path / "out")
+    assert page.read_text() == "<html>mine</html>"
+
+
 def test_a_page_shows_so_many_pictures(evaluated, monkeypatch):
     monkeypatch.setattr(report, "MOST_PICTURES", 5)
     assert len(Page(report.report_evaluation(evaluated)).all("img")) == 5

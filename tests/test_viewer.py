@@ -94,6 +94,16 @@ def test_what_is_not_there_is_refused(completed, case, said):
         view_case(completed[0], case)
 
 
+def test_another_s_page_is_not_replaced(completed, tmp_path):
+    out = shutil.copytree(completed[0], tmp_path / "out")
+    page, _ = view_case(out, "Ann")
+    assert view_case(out, "Ann")[0] == page  # one of ours is
+    page.write_text("<html>mine</html>")
+    with pytest.raises(OutputError, match=r"Ann\.html is not crossmr's, so it is not replaced\. Name another folder"):
+        view_case(out, "Ann")
+    assert page.read_text() == "<html>mine</html>"
+
+
 def test_an_empty_folder_is_refused(completed, tmp_path):
     with pytest.raises(OutputError, match="it has none"):
         view_case(tmp_path)

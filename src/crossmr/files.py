@@ -24,6 +24,8 @@ LOCK = ".crossmr.lock"
 """Name of the empty file that a running crossmr locks in its output folder."""
 PARTIAL = ".crossmr.partial"
 """Ending of the hidden names of files and folders that are not yet complete."""
+REPORT = "report.html"
+"""Name of the page that shows what was done."""
 ABANDONED_SECONDS = 24 * 3600
 """An unfinished file that was not written to for so long has no writer any more; a write takes seconds."""
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]

@@ -8,13 +8,15 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 
 from crossmr.files import write_atomically
 
 Array = npt.NDArray[np.float32]
 Kind = Literal["acquired", "synthetic", "other model", "truth", "error", "standard deviation"]
 """What a panel shows; 'other model' is the synthesis of a model that is compared with."""
+SOFTWARE = "crossmr"
+"""What the Exif data of a picture name as the program that drew it."""
 TILE = 192
 """Pixels of a tile's longer side."""
 DARK, BRIGHT = 1.0, 99.5
@@ -107,7 +109,7 @@ def save_panels(path: Path, panels: Sequence[Panel], spacing_mm: Sequence[float]
             canvas.paste(tile.convert("RGB"), (number * (PANEL + GAP) + (PANEL - across) // 2, top))
             top += up + GAP
     buffer = BytesIO()
-    canvas.save(buffer, format="WEBP", quality=85)
+    canvas.save(buffer, format="WEBP", quality=85, exif=_signature())
     write_atomically(path, buffer.getvalue())
     return [{"modality": panel.modality, "kind": panel.kind} for panel in panels]
 
@@ -129,8 +131,23 @@ def save_picture(path: Path, rows: Sequence[Sequence[tuple[str, Array]]]) -> Non
             left += tile.width
         top += max(tile.height for tile in row)
     buffer = BytesIO()
-    canvas.save(buffer, format="PNG")
+    canvas.save(buffer, format="PNG", exif=_signature())
     write_atomically(path, buffer.getvalue())
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture that crossmr drew: its Exif data say so."""
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(ExifTags.Base.Software) == SOFTWARE
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # whatever else it is
+        return False
+
+
+def _signature() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = SOFTWARE
+    return exif
 
 
 def _tile(title: str, image: Array) -> Image.Image:

@@ -1,10 +1,10 @@
 """Completing a cohort: every study of a folder, one after the other, written, labelled and recorded in OUT."""
 
-import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from crossmr.completion.layout import Layout, Profile
+from crossmr.completion.layout import PICTURES, Layout, Profile
+from crossmr.completion.ownership import check_case, check_output, earlier_files
 from crossmr.completion.study import (
-    EXPECTED,
     FORMAT,
     Completed,
     Reference,
@@ -23,6 +23,7 @@ from crossmr.completion.study import (
     hashes,
     read_reference,
     settings_record,
+    what_to_fill,
 )
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
@@ -31,15 +32,13 @@ from crossmr.device import choose_device
 from crossmr.dicom.convert import Scans, convert
 from crossmr.dicom.series import holds_dicom
 from crossmr.display import SILENT, Display
-from crossmr.errors import CrossmrError, OutputError
-from crossmr.files import locked, read_json, remove, write_json
+from crossmr.errors import CrossmrError, NamingError, OutputError
+from crossmr.files import read_json, remove, write_json
 from crossmr.networks.inference import HeadVolumes, Settings, Synthesis, check_settings
 from crossmr.networks.model import CrossConditionedModel, load_model
 from crossmr.picture import Array, Kind, Panel, middle, save_panels
 from crossmr.registry import find_model
 
-PICTURES = "pictures"
-"""The folder of an output that holds one picture per case."""
 SCANS = "scans"
 """The folder of an output that holds what DICOM was converted to."""
 
@@ -127,9 +126,9 @@ def complete_cohort(
     Raises:
         NamingError: no study at all. ModelError: no usable model. OutputError: OUT cannot be written.
     """
-    with locked(Path(out)):
-        settings, options = settings or Settings(), options or CohortSettings()
-        layout = Layout(Path(out), options.profile)
+    settings, options = settings or Settings(), options or CohortSettings()
+    layout = Layout(Path(out), options.profile)
+    with layout.locked():
         if not isinstance(model, CrossConditionedModel):
             model = load_model(find_model(model), choose_device(settings.device))
         check_settings(model, settings)
@@ -162,11 +161,10 @@ def _find(run: _Run, summary: CohortSummary, *, from_dicom: bool) -> tuple[list[
         studies = find_studies(run.cohort, options.mapping)
         summary.failed = layout.clashes([files.case for files in studies])
         studies = [files for files in studies if files.case not in summary.failed]
-    path = layout.records / "manifest.json"
-    if os.path.exists(path) and read_json(path, OutputError).get("format") != FORMAT:
-        raise OutputError(f"{path} is not of a completed cohort, so it is not replaced; name another folder.")
-    write_json(path, {"format": FORMAT, "finished": False})
-    layout.start(run.cohort)
+    check_output(layout, run.cohort)
+    if not from_dicom:
+        _check_cases(run, studies)
+    _start(run)
     if not from_dicom:
         return studies, {}
     converted = convert(
@@ -180,7 +178,23 @@ def _find(run: _Run, summary: CohortSummary, *, from_dicom: bool) -> tuple[list[
     summary.failed = {one.case: one.refused for one in converted if one.refused}
     scans = {one.case: one for one in converted if not one.refused}
     found = find_studies(layout.records / SCANS) if scans else []
-    return [files for files in found if files.case in scans], scans
+    studies = [files for files in found if files.case in scans]
+    _check_cases(run, studies)
+    return studies, scans
+
+
+def _check_cases(run: _Run, studies: Sequence[StudyFiles]) -> None:
+    """Refuse to start if any case would replace what is not crossmr's."""
+    targets = run.model.config.targets
+    for files in studies:
+        with suppress(NamingError):  # which is said when the case's turn comes
+            requested, _ = what_to_fill(list(files.images()), run.model, run.settings)
+            check_case(run.layout, files.case, targets, requested, overwrite=run.options.overwrite)
+
+
+def _start(run: _Run) -> None:
+    write_json(run.layout.records / "manifest.json", {"format": FORMAT, "finished": False})
+    run.layout.start(run.cohort)
 
 
 def _read_ahead(studies: Sequence[StudyFiles], run: _Run) -> Iterator[tuple[StudyFiles, Future[Study | None]]]:
@@ -214,8 +228,8 @@ def _complete_case(
     result = complete_study(loaded, run.model, run.settings, files_now, run.reference)
     paths = _relative_to(run.layout.folder(files.case), images)
     manifest = {**result.manifest, "given": files_now, "paths": paths}
-    earlier = _earlier(run, files.case, result)
-    picture = run.layout.records / PICTURES / f"{files.case}.webp"
+    check_case(run.layout, files.case, run.model.config.targets, list(result.images), overwrite=True)
+    earlier, picture = earlier_files(run.layout, files.case, run.model.config.targets), run.layout.picture(files.case)
     written: list[Path] = []
     try:
         for old in (path, picture, *earlier):
@@ -244,8 +258,6 @@ def _finished_before(run: _Run, case: str, files_now: Mapping[str, Any]) -> Mapp
     """The manifest of a case that is kept as it is, after saying what has changed since."""
     path = run.layout.folder(case) / "manifest.json"
     manifest = read_json(path, OutputError)
-    if manifest.get("format") != FORMAT:
-        raise OutputError(f"{path} is not crossmr's, so it is not replaced. Name another folder with -o.")
     names = {"other settings": ("settings", run.record), "other input files": ("given", files_now)}
     changed = [name for name, (key, now) in names.items() if manifest.get(key) != now]
     if changed:
@@ -311,26 +323,6 @@ def _panels(study: Study, head: HeadVolumes, synthesis: Synthesis) -> list[Panel
         if synthesis.stds is not None:
             volumes.append((modality, "standard deviation", synthesis.stds[index].numpy()))
     return [Panel.of(modality, kind, np.where(mask, volume, np.float32(0)), at) for modality, kind, volume in volumes]
-
-
-def _earlier(run: _Run, case: str, result: Completed) -> list[Path]:
-    """What was synthesised here before, which must not outlive its manifest.
-
-    Raises:
-        OutputError: an acquired scan lies where a synthetic one would be written.
-    """
-    layout = run.layout
-    modalities = dict.fromkeys((*EXPECTED, *run.model.config.targets))
-    earlier = [layout.dicom(case, modality, kind) for modality in modalities for kind in ("", "std")]
-    for modality, place in itertools.product(modalities, (layout.image, layout.std)):
-        path = place(case, modality)
-        if path is None or not path.exists():
-            continue
-        if read_volume(path).synthetic:
-            earlier.append(path)
-        elif modality in result.images:
-            raise OutputError(f"{path} is an acquired scan and is not replaced. Name another folder with -o.")
-    return earlier
 
 
 def _relative_to(folder: Path, paths: Mapping[str, Path]) -> dict[str, str]:

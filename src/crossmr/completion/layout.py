@@ -7,7 +7,8 @@ bids       a BIDS derivative: OUT/sub-X[/ses-Y]/anat/sub-X[_ses-Y]_desc-syntheti
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any, Literal, get_args
 
 from crossmr.data.study import Study
 from crossmr.data.volume import describe_grid
-from crossmr.errors import ConfigError, StudyError
-from crossmr.files import write_atomically, write_json
+from crossmr.errors import ConfigError, OutputError, StudyError
+from crossmr.files import locked, read_json, write_atomically, write_json
 
 Profile = Literal["labelled", "challenge", "bids"]
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 CHALLENGE_GRID = "240×240×155 at 1×1×1 mm"
 BIDS_VERSION = "1.10.0"
+PICTURES = "pictures"
+"""The folder of the records that holds one picture per case."""
 SUFFIXES = {"t1n": "T1w", "t1c": "T1w", "t2w": "T2w", "t2f": "FLAIR", "pdw": "PDw"}
 
 
@@ -39,11 +42,22 @@ class Layout:
     @property
     def records(self) -> Path:
         """The folder of manifests, pictures and report."""
+        out = self.out.resolve() if self.out.name in ("", "..") else self.out  # such as '.', which has no name
         return {
             "labelled": self.out,
-            "challenge": self.out.with_name(f"{self.out.name}_records"),
+            "challenge": out.parent / f"{out.name}_records",
             "bids": self.out / "crossmr",
         }[self.profile]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the output folder, and that of the records where it lies elsewhere; see `files.locked`."""
+        with locked(self.out):
+            if self.profile == "challenge":
+                with locked(self.records):
+                    yield
+            else:
+                yield
 
     def folder(self, case: str) -> Path:
         """The folder of a case's manifest."""
@@ -60,6 +74,14 @@ class Layout:
         if self.profile == "challenge":
             return None
         return self._bids(case, modality, "std") if self.profile == "bids" else self._labelled(case, modality, "std")
+
+    def sidecar(self, image: Path) -> Path:
+        """Where the metadata of a volume go."""
+        return image.with_name(image.name.replace(".nii.gz", ".json"))
+
+    def picture(self, case: str) -> Path:
+        """Where a case's picture goes."""
+        return self.records / PICTURES / f"{case}.webp"
 
     def dicom(self, case: str, modality: str, kind: str = "") -> Path:
         """Where the folder of a derived DICOM series goes: beside the manifest, in every profile."""
@@ -111,12 +133,13 @@ class Layout:
                 "Name": "Synthetic MRI by crossmr",
                 "BIDSVersion": BIDS_VERSION,
                 "DatasetType": "derivative",
-                "GeneratedBy": [{"Name": "crossmr", "Version": version("crossmr")}],
+                **_generated(),
                 "DatasetLinks": {"raw": f"{raw}/"},
             },
         )
-        write_atomically(self.out / ".bidsignore", b"crossmr\n")
-        write_atomically(self.out / "README", _README.encode())
+        for name, content in BIDS_HEAD.items():
+            if not os.path.lexists(self.out / name):
+                write_atomically(self.out / name, content)
 
     def finish(self, case: str, manifest: Mapping[str, Any], scans: Path, inputs: Sequence[Path]) -> list[Path]:
         """Write what stands beside a case's volumes; returns it."""
@@ -128,13 +151,18 @@ class Layout:
             sources = [
                 f"bids:raw:{os.path.relpath(path.resolve(), _dataset(scans)).replace(os.sep, '/')}" for path in inputs
             ]
-            common = {"Sources": sources, "SkullStripped": manifest["skull_stripped"]}
+            common = {"Sources": sources, "SkullStripped": manifest["skull_stripped"], **_generated()}
             fields = {"Description": " ".join(entry["warnings"]), "Units": "arbitrary", **common}
-            written.append(_sidecar(image, fields))
+            written.append(self._write_sidecar(image, fields))
             if entry["std"] and std is not None:
                 what = f"Standard deviation of the error of {image.name}, on its scale: {manifest['std']['of']}"
-                written.append(_sidecar(std, {"Description": what, "Units": "arbitrary", **common}))
+                written.append(self._write_sidecar(std, {"Description": what, "Units": "arbitrary", **common}))
         return written
+
+    def _write_sidecar(self, image: Path, fields: Mapping[str, Any]) -> Path:
+        path = self.sidecar(image)
+        write_json(path, fields)
+        return path
 
 
 def bids_entities(case: str) -> tuple[str, ...]:
@@ -161,10 +189,16 @@ def _relative(path: Path, start: Path) -> str:
     return os.path.relpath(path, start).replace(os.sep, "/")
 
 
-def _sidecar(image: Path, fields: Mapping[str, Any]) -> Path:
-    path = image.with_name(image.name.replace(".nii.gz", ".json"))
-    write_json(path, fields)
-    return path
+def is_generated(path: Path) -> bool:
+    """Whether a JSON file of a BIDS dataset says that crossmr, and nothing else, generated it."""
+    generators = read_json(path, OutputError).get("GeneratedBy") if path.is_file() else None
+    if not (isinstance(generators, list) and len(generators) == 1 and isinstance(generators[0], dict)):
+        return False
+    return bool(generators[0].get("Name") == "crossmr")
+
+
+def _generated() -> dict[str, Any]:
+    return {"GeneratedBy": [{"Name": "crossmr", "Version": version("crossmr")}]}
 
 
 _README = """Synthetic MRI
@@ -178,3 +212,6 @@ desc-synthetic     the image, float32 on the model's [0, 1] scale
 desc-syntheticstd  how far each voxel may be off, a standard deviation on that scale
 crossmr/           manifests with inputs, hashes, model and settings; pictures; report.html
 """
+
+BIDS_HEAD = {".bidsignore": b"crossmr\n", "README": _README.encode()}
+"""What a derivative has beside dataset_description.json; one that is there already stays."""

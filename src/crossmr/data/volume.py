@@ -87,8 +87,26 @@ def read_volume(source: Path | str | nib.Nifti1Image, *, name: str | None = None
         affine=affine_ras,
         image=_with_header(np.broadcast_to(np.float32(0), shape), affine, header),
         name=name,
-        synthetic=bytes(header["descrip"].item()).startswith(b"SYNTHETIC"),
+        synthetic=_says_synthetic(header),
     )
+
+
+def is_synthetic(path: Path) -> bool:
+    """Whether a file is a NIfTI volume whose header says that it was synthesised; the rest of it is not read."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            start = file.read(65536)
+        if start.startswith(b"\x1f\x8b"):
+            start = zlib.decompressobj(wbits=31).decompress(start, 1024)
+        return _says_synthetic(_parse_header(start, path.name))
+    except (OSError, zlib.error, VolumeError):
+        return False
+
+
+def _says_synthetic(header: Any) -> bool:
+    return bytes(header["descrip"].item()).startswith(b"SYNTHETIC")
 
 
 def read_labels(source: Path | str | nib.Nifti1Image, like: Volume) -> np.ndarray:

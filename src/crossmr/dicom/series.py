@@ -111,6 +111,21 @@ def holds_dicom(
     return dicom is not None and not named
 
 
+def is_derived(folder: Path) -> bool:
+    """Whether a folder holds nothing but images that crossmr derived, as `write_derived` does."""
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    return bool(paths) and all(path.suffix == ".dcm" and _says_crossmr(path) for path in paths)
+
+
+def _says_crossmr(path: Path) -> bool:
+    """Whether a file is DICOM whose meta information names crossmr as the implementation that wrote it."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(1024)
+    return start[128:132] == b"DICM" and b"CROSSMR " in start[132:]
+
+
 def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude: Path | None = None) -> list[Series]:
     """Every series of MR images under a folder, with its contrast, or the reason for leaving it out; sorted.
 

@@ -22,10 +22,9 @@ from crossmr.evaluation.measures import KEPT, STRUCTURES, Score
 from crossmr.evaluation.predictors import AGAINST
 from crossmr.evaluation.statistics import CalibrationSummary, ContrastSummary, Summary
 from crossmr.evaluation.tables import BASELINE, COLUMNS, HEADINGS, KEPT_HEADINGS, kept_cell, read_scores
-from crossmr.files import read_json, write_atomically
+from crossmr.files import REPORT, is_page, read_json, refuse_foreign, write_atomically
 from crossmr.picture import BRIGHT, BRIGHTEST, COLOURS, DARK
 
-NAME = "report.html"
 MOST_PICTURES = 200
 """Pictures of a page at most; its tables hold all cases."""
 
@@ -169,8 +168,9 @@ def _write(out: Path, template: str, body: Mapping[str, Any]) -> Path:
         brightest=BRIGHTEST,
         colours=", ".join(f"rgb{colour}" for colour in COLOURS),
     )
-    write_atomically(out / NAME, page.encode(errors="replace"))
-    return out / NAME
+    refuse_foreign(out / REPORT, is_page)
+    write_atomically(out / REPORT, page.encode(errors="replace"))
+    return out / REPORT
 
 
 def _display_name(modality: str) -> str:

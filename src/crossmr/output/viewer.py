@@ -14,7 +14,7 @@ from crossmr.data.naming import DISPLAY_NAMES, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import Volume, compact, on_grid, read_volume
 from crossmr.errors import CrossmrError, OutputError
-from crossmr.files import read_json, write_atomically
+from crossmr.files import is_page, read_json, refuse_foreign, write_atomically
 from crossmr.picture import BRIGHTEST, MAPS, Array, Kind, window
 
 PAGES = Path(__file__).parent / "pages"
@@ -40,6 +40,8 @@ def view_case(
     """
     out = records_of(out)
     case, manifest = _choose(out, case)
+    target = out / "view" / f"{case}.html"
+    refuse_foreign(target, is_page)
     study, notes = _acquired(out / case, manifest, scans, mapping)
     volumes = [*([] if study is None else _study_entries(study, manifest)), *_synthetic_entries(out / case, manifest)]
     if not volumes:
@@ -53,7 +55,6 @@ def view_case(
         licence=(PAGES / "niivue.LICENSE").read_text(),
         version=version("crossmr"),
     )
-    target = out / "view" / f"{case}.html"
     write_atomically(target, page.encode(errors="replace"))
     return target, notes
 

@@ -1,0 +1,100 @@
+"""What `complete` replaces or deletes is its own: whatever else has such a name stops it before its first write."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from crossmr.completion.layout import BIDS_HEAD, Layout, is_generated
+from crossmr.completion.study import EXPECTED, FORMAT
+from crossmr.data.volume import is_synthetic
+from crossmr.dicom.series import is_derived
+from crossmr.errors import OutputError
+from crossmr.files import LOCK, REPORT, is_page, is_record, refuse_foreign
+from crossmr.picture import is_picture
+
+is_manifest = partial(is_record, kind=FORMAT)
+"""Whether a file is the manifest of a completed case or cohort."""
+
+
+def check_output(layout: Layout, scans: Path) -> None:
+    """Refuse an output folder that is another's.
+
+    Raises:
+        OutputError: the manifest or report in it is not crossmr's; with 'challenge' the folder of the records holds
+            something else; with 'bids' OUT is another's dataset, is or holds the input, or lies in it outside its
+            derivatives.
+    """
+    refuse_foreign(layout.records / "manifest.json", is_manifest)
+    refuse_foreign(layout.records / REPORT, is_page)
+    if layout.profile == "challenge":
+        names = {path.name for path in layout.records.iterdir()} - {LOCK}
+        if names and "manifest.json" not in names:
+            raise OutputError(
+                f"{layout.records} holds {min(names)}, which is not crossmr's; the records of this output go there. "
+                "Name another folder with -o."
+            )
+    if layout.profile == "bids":
+        _check_bids(layout.out, scans)
+
+
+def _check_bids(out: Path, scans: Path) -> None:
+    place, dataset = out.resolve(), scans.resolve()
+    if place.is_relative_to(dataset) and (dataset / "derivatives") not in place.parents:
+        where = "is" if place == dataset else "lies in"
+    elif dataset.is_relative_to(place):
+        where = "holds"
+    else:
+        where = ""
+    if where:
+        raise OutputError(
+            f"{out} {where} the input {scans}, and a BIDS derivative is a dataset of its own. "
+            f"Name another folder, such as {scans / 'derivatives' / 'crossmr'}."
+        )
+    refuse_foreign(out / "dataset_description.json", is_generated)
+    if not (out / "dataset_description.json").exists():
+        for name in BIDS_HEAD:
+            refuse_foreign(out / name, lambda path: path.read_bytes() == BIDS_HEAD[path.name])
+
+
+def check_case(layout: Layout, case: str, targets: Sequence[str], requested: Sequence[str], *, overwrite: bool) -> None:
+    """Refuse a case in whose place there is something that is not crossmr's.
+
+    Args:
+        layout: where the case is written.
+        case: its name.
+        targets: what the model can synthesise.
+        requested: what it will synthesise; an acquired scan that has the name of another one stays.
+        overwrite: whether a finished case is completed again, or left as it is.
+
+    Raises:
+        OutputError: the file or folder, by name.
+    """
+    manifest = layout.folder(case) / "manifest.json"
+    refuse_foreign(manifest, is_manifest)
+    if manifest.exists() and not overwrite:
+        return
+    refuse_foreign(layout.picture(case), is_picture)
+    for modality in dict.fromkeys((*EXPECTED, *targets)):
+        for kind in ("", "std"):
+            refuse_foreign(layout.dicom(case, modality, kind), is_derived)
+    for modality in requested:
+        image, std = layout.image(case, modality), layout.std(case, modality)
+        for path in (image, *([] if std is None else [std])):
+            refuse_foreign(path, is_synthetic)
+            if layout.profile == "bids":
+                refuse_foreign(layout.sidecar(path), is_generated)
+
+
+def earlier_files(layout: Layout, case: str, targets: Sequence[str]) -> list[Path]:
+    """What was synthesised here before, which must not outlive its manifest; nothing that is not crossmr's."""
+    modalities = dict.fromkeys((*EXPECTED, *targets))
+    folders = [layout.dicom(case, modality, kind) for modality in modalities for kind in ("", "std")]
+    places = [place(case, modality) for modality in modalities for place in (layout.image, layout.std)]
+    volumes = [path for path in places if path is not None and not path.is_symlink() and is_synthetic(path)]
+    sidecars = [layout.sidecar(path) for path in volumes] if layout.profile == "bids" else []
+    return [
+        *(folder for folder in folders if os.path.lexists(folder) and not folder.is_symlink() and is_derived(folder)),
+        *volumes,
+        *(path for path in sidecars if path.is_file() and is_generated(path)),
+    ]
