@@ -27,6 +27,7 @@ from crossmr.data.prepare import (
 )
 from crossmr.data.study import load_study
 from crossmr.data.volume import content_sha256
+from crossmr.display import Display
 from crossmr.errors import ConfigError, NamingError, OutputError, SetError
 from crossmr.files import digest, read_json
 
@@ -236,13 +237,55 @@ def test_a_label_that_arrives_is_taken_in(cohort, tmp_path):
     assert arrays(tmp_path / "set", CASES[1])[1][:, 1].any()
 
 
-def test_a_case_that_is_gone_is_removed(cohort, tmp_path):
+def test_a_case_that_is_gone_is_deleted_only_when_asked_for(cohort, tmp_path):
     prepare(cohort, tmp_path / "set")
-    before = inodes(tmp_path / "set")
-    shutil.rmtree(cohort / CASES[0])
-    assert list(prepare(cohort, tmp_path / "set")["cases"]) == CASES[1:]
-    assert rewritten(before, inodes(tmp_path / "set")) == {CASES[0]}
-    assert sorted(p.name for p in (tmp_path / "set" / "cases").iterdir()) == CASES[1:]
+    before, content = inodes(tmp_path / "set"), tree(tmp_path / "set")
+    notes = tmp_path / "set" / "cases" / CASES[0] / ".notes"
+    notes.write_text("mine")
+    for case in CASES[:2]:
+        shutil.rmtree(cohort / case)
+    with pytest.raises(
+        OutputError,
+        match=rf"set holds 2 prepared cases that the cohorts, of 2 studies, do not have: "
+        rf"{CASES[0]}, {CASES[1]}\. Name .*or delete these cases with --prune",
+    ):
+        prepare(cohort, tmp_path / "set")
+    notes.rename(tmp_path / "notes")
+    assert tree(tmp_path / "set") == content
+    (tmp_path / "notes").rename(notes)
+    assert list(prepare(cohort, tmp_path / "set", PrepareSettings(prune=True))["cases"]) == CASES[2:]
+    assert rewritten(before, inodes(tmp_path / "set")) == set(CASES[:2])
+    assert sorted(p.name for p in (tmp_path / "set" / "cases").iterdir()) == [CASES[0], *CASES[2:]]
+    assert tree(notes.parent) == {".notes": b"mine"}  # what is not ours stays, and its folder
+
+
+def test_another_cohort_does_not_replace_the_first(cohort, tmp_path):
+    prepare(cohort, tmp_path / "set")
+    before = tree(tmp_path / "set")
+    write_study(tmp_path / "other", "Q1")
+    with pytest.raises(OutputError, match="holds 4 prepared cases that the cohorts, of 1 studies, do not have"):
+        prepare(tmp_path / "other", tmp_path / "set")
+    assert tree(tmp_path / "set") == before
+    assert len(prepare([cohort, tmp_path / "other"], tmp_path / "set")["cases"]) == 5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_prepared_case_that_can_only_not_be_read_today_is_kept(cohort, tmp_path, workers, capsys):
+    """As where scans are links to a drive that is not there."""
+    scan, drive = cohort / CASES[0] / f"{CASES[0]}-t1n.nii.gz", tmp_path / "drive.nii.gz"
+    shutil.copy2(scan, drive)
+    scan.unlink()
+    scan.symlink_to(drive)
+    first = prepare(cohort, tmp_path / "set")
+    before = tree(tmp_path / "set")
+    drive.rename(tmp_path / "gone.nii.gz")
+    assert prepare(cohort, tmp_path / "set", PrepareSettings(workers=workers), display=Display()) == first
+    assert tree(tmp_path / "set") == before
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "cannot be read (No such file or directory)" in said
+    assert "It was prepared before, and is kept." in said
+    new = prepare(cohort, tmp_path / "new")
+    assert [refusal["case"] for refusal in new["refused"]] == [CASES[0]]
 
 
 def test_a_case_that_is_refused_now_is_removed(cohort, tmp_path):
@@ -258,7 +301,7 @@ def test_a_run_that_was_stopped_goes_on(cohort, tmp_path, monkeypatch):
     write_json = module.write_json
 
     def stop_at_the_third(path: Path, data: Any) -> None:
-        if path.parent.name == CASES[2]:
+        if path.parent.name == CASES[2] and data["signature"]:
             raise KeyboardInterrupt
         write_json(path, data)
 
@@ -267,8 +310,9 @@ def test_a_run_that_was_stopped_goes_on(cohort, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             prepare(cohort, tmp_path / "set")
     files = tree(tmp_path / "set")
-    assert f"cases/{CASES[2]}/images.npy" in files  # a case without its case.json ...
-    assert not {f"cases/{CASES[2]}/case.json", "manifest.json"} & files.keys()
+    assert f"cases/{CASES[2]}/images.npy" in files  # a case without its signature ...
+    assert "manifest.json" not in files
+    assert not read_json(tmp_path / "set" / "cases" / CASES[2] / "case.json")["signature"]
     (tmp_path / "set" / "cases" / CASES[2] / "images.npy").write_bytes(b"half of it")
     before = inodes(tmp_path / "set")
     assert prepare(cohort, tmp_path / "set") == wanted
@@ -284,11 +328,11 @@ def test_while_a_case_is_written_it_does_not_exist(cohort, tmp_path, monkeypatch
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_json", stop)
+    monkeypatch.setattr(module, "_write_array", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(cohort, tmp_path / "set")
-    finished = [case for case in CASES if (tmp_path / "set" / "cases" / case / "case.json").exists()]
-    assert finished == [CASES[0], *CASES[2:]]
+    records = {case: read_json(tmp_path / "set" / "cases" / case / "case.json") for case in CASES}
+    assert [case for case in CASES if records[case]["signature"]] == [CASES[0], *CASES[2:]]
 
 
 @pytest.mark.parametrize("content", [b"{", b"{}", b"\xff\xfe\x00"])
@@ -315,10 +359,15 @@ def test_a_damaged_array_is_made_again(cohort, tmp_path, name, damage):
     assert tree(tmp_path / "set") == files
 
 
-def test_a_damaged_manifest_is_made_again(cohort, tmp_path):
+def test_a_damaged_manifest_may_be_anybody_s(cohort, tmp_path):
     prepare(cohort, tmp_path / "set")
     before, files = inodes(tmp_path / "set"), tree(tmp_path / "set")
-    (tmp_path / "set" / "manifest.json").write_text('{"format": ')
+    path = tmp_path / "set" / "manifest.json"
+    path.write_text('{"format": ')
+    with pytest.raises(OutputError, match=r"manifest\.json is not crossmr's.*Name another folder, or move it away"):
+        prepare(cohort, tmp_path / "set")
+    assert path.read_text() == '{"format": '
+    path.unlink()
     prepare(cohort, tmp_path / "set")
     assert tree(tmp_path / "set") == files
     assert inodes(tmp_path / "set") == before
@@ -361,7 +410,7 @@ def occupied(folder: Path) -> list[Path]:
 def test_a_folder_that_holds_something_else_is_refused(cohort, tmp_path):
     for folder in occupied(tmp_path / "occupied"):
         before = tree(folder)
-        with pytest.raises(OutputError, match=rf"{folder.name} exists and is no prepared dataset"):
+        with pytest.raises(OutputError, match=rf"{folder.name}.* (exists and is no prepared|is not crossmr's)"):
             prepare(cohort, folder)
         assert tree(folder) == before
 
@@ -402,12 +451,25 @@ def test_a_file_in_the_way(cohort, tmp_path):
 
 
 def test_a_file_where_a_case_belongs(cohort, tmp_path):
-    """That the set cannot be written is no fault of the study's."""
     prepare(cohort, tmp_path / "set")
     shutil.rmtree(tmp_path / "set" / "cases" / CASES[2])
     (tmp_path / "set" / "cases" / CASES[2]).write_text("x")
-    with pytest.raises(OutputError, match="could not be written"):
+    with pytest.raises(OutputError, match=rf"{CASES[2]} is not crossmr's"):
         prepare(cohort, tmp_path / "set")
+    assert (tmp_path / "set" / "cases" / CASES[2]).read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["images.npy", "case.json"])
+def test_a_file_where_a_new_case_goes(cohort, tmp_path, name):
+    prepare(cohort, tmp_path / "set")
+    path = tmp_path / "set" / "cases" / "P-00004-000" / name
+    path.parent.mkdir()
+    path.write_text("mine")
+    write_study(cohort, "P-00004-000")
+    before = tree(tmp_path / "set")
+    with pytest.raises(OutputError, match="P-00004-000 is not crossmr's"):
+        prepare(cohort, tmp_path / "set")
+    assert tree(tmp_path / "set") == before
 
 
 def test_a_read_only_folder(cohort, tmp_path):

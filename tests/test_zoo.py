@@ -957,7 +957,7 @@ CALLS: list[Kind] = [
     Kind("damaged manifest", with_file("out/manifest.json", "{", plain()),
          r"manifest\.json is not crossmr's, .*Name another folder, or move it away", "begun"),
     Kind("foreign set", with_file("out/manifest.json", "{}", preparing()),
-         r"is no prepared dataset; name another", "begun"),
+         r"manifest\.json is not crossmr's, so it is not replaced\. Name another", "begun"),
     Kind("foreign manifest of a case", foreign, r"is not crossmr's, so it is not replaced\. Name another", "begun"),
     Kind("acquired scan in the way", acquired_in_the_way, r"is not crossmr's, so it is not .*Name", "as it was"),
     Kind("no permission", without_permission, r"could not be written: Permission denied\. Check", "begun"),

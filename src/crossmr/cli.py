@@ -88,6 +88,9 @@ def prepare(
     workers: Annotated[int, typer.Option(help="Processes; 0 for one a processor.")] = 0,
     mapping: Mapping = None,
     register: Register = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete prepared cases that are not in the cohorts any more.")
+    ] = False,
 ) -> None:
     """Check, normalise and crop a cohort into a set that trains fast. Run again, it goes on where it stopped."""
     from crossmr.data.prepare import PrepareSettings, Split, default_workers
@@ -96,7 +99,7 @@ def prepare(
 
     display = Display()
     settings = PrepareSettings(
-        _mapping(mapping), Split.parse(split, seed), _register(register), workers or default_workers()
+        _mapping(mapping), Split.parse(split, seed), _register(register), workers or default_workers(), prune=prune
     )
     manifest = run(cohort, out, settings, display=display)
     found, parts = manifest["fingerprint"], manifest["split"]

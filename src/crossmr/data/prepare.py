@@ -5,18 +5,18 @@ SET/
 └── cases/CASE/
     ├── images.npy         float16 (Z, M, Y, X) in [0, 1], 0 outside the head, M as in case.json
     ├── masks.npy          uint8 (Z, 2, Y, X): head mask, lesion labels
-    └── case.json          written last: a case without it does not exist
+    └── case.json          written first without and last with a signature: a case that has none does not exist
 """
 
 import contextlib
 import hashlib
 import io
 import os
-import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, OutputError, SetError, VolumeError
-from crossmr.files import digest, locked, read_json, write_atomically, write_json
+from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_atomically, write_json
 
 FORMAT = "crossmr-set"
 FORMAT_VERSION = 3
@@ -88,6 +88,8 @@ class PrepareSettings:
     """Which volumes are registered to the first of their study."""
     workers: int = 1
     """Processes that prepare studies in parallel; the result does not depend on it."""
+    prune: bool = False
+    """Delete prepared cases that are not in the cohorts any more; without it they are an error."""
 
 
 def assign_splits(patients: Sequence[str], split: Split) -> dict[str, str]:
@@ -120,11 +122,13 @@ def prepare(
     """Check, normalise and crop every study of the cohorts into the dataset `out`, and return its manifest.
 
     A study that is refused is listed under 'refused' with the reason, and the others go on. A second run keeps the
-    cases whose files have not changed, and deletes those that are no longer in the cohorts.
+    cases whose files have not changed, and, with a word, those whose files can only not be read now. It deletes those
+    that are refused now, and, if `settings.prune`, those that are no longer in the cohorts.
 
     Raises:
         NamingError: a cohort without any study. ConfigError: two studies of one name. SetError: every study
-            was refused. OutputError: cannot write, or `out` holds something else.
+            was refused. OutputError: cannot write, or `out` holds something else, or, without `settings.prune`,
+            cases that are not in the cohorts.
     """
     out, folders = Path(out), [Path(c) for c in ([cohorts] if isinstance(cohorts, (str, Path)) else cohorts)]
     with locked(out):
@@ -134,11 +138,22 @@ def prepare(
             raise ConfigError(
                 f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or prepare them separately."
             )
-        _check_out(out)
+        _check_out(out, names)
+        gone = _gone(out, names)
+        if gone and not settings.prune:
+            raise OutputError(
+                f"{out} holds {len(gone)} prepared {'case' if len(gone) == 1 else 'cases'} that the cohorts, of "
+                f"{len(names)} studies, do not have: {', '.join(gone[:8])}{', …' if len(gone) > 8 else ''}. Name all "
+                "cohorts of the set or another folder, or delete these cases with --prune."
+            )
         cases, refused = {}, {}
         with display.task("prepare", len(studies)) as task:
             for study, result in _each(studies, out, settings):
-                if isinstance(result, str):
+                earlier = _prepared(out / "cases" / study.case) if isinstance(result, _Unread) else None
+                if earlier is not None:
+                    display.say(f"{result} It was prepared before, and is kept.")
+                    cases[study.case] = earlier
+                elif isinstance(result, str):
                     refused[study.case] = result
                 else:
                     cases[study.case] = result
@@ -146,9 +161,8 @@ def prepare(
         if not cases:
             reasons = "; ".join(list(refused.values())[:3])
             raise SetError(f"None of the {len(studies)} studies could be prepared: {reasons}")
-        for stale in sorted((out / "cases").iterdir()):
-            if stale.name not in cases and _is_case(stale):
-                shutil.rmtree(stale, ignore_errors=True)
+        for stale in (*gone, *refused):
+            _delete(out / "cases" / stale)
         manifest = _manifest(cases, refused, settings.split)
         write_json(out / "manifest.json", {**manifest, "sha256": digest(manifest)})
         return manifest
@@ -173,27 +187,69 @@ def _manifest(cases: Mapping[str, Mapping[str, Any]], refused: Mapping[str, str]
     }
 
 
-def _check_out(out: Path) -> None:
-    """Refuse a folder that holds anything but a prepared dataset: cases in it may be deleted."""
+class _Unread(str):
+    """Why a study was refused whose files could not be read; they may be all right."""
+
+
+def _check_out(out: Path, cases: Sequence[str]) -> None:
+    """Refuse a folder that holds anything but a prepared dataset, or in which something else has a case's name."""
+    manifest = out / "manifest.json"
     try:
-        visible = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.exists() else set()
-        if not visible:
-            return
-        with contextlib.suppress(SetError):  # missing or damaged: its cases decide
-            if read_json(out / "manifest.json", SetError).get("format") == FORMAT:
-                return
-            visible.add("another program's manifest.json")
-        if visible <= {"manifest.json", "cases"} and all(map(_is_case, (out / "cases").iterdir())):
-            return
+        visible = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+        if visible - {"cases"}:
+            refuse_foreign(manifest, partial(is_record, kind=FORMAT))
+        listed = set(read_json(manifest, OutputError).get("cases", {})) if manifest.exists() else set()
+        if not manifest.exists() and (visible - {"cases"} or not all(_is_case(path, ()) for path in _folders(out))):
+            raise OutputError(f"{out} exists and is no prepared dataset; name another folder.")
+        for case in cases:
+            refuse_foreign(out / "cases" / case, partial(_is_case, listed=listed))
     except OSError as error:
         raise OutputError(f"{out} cannot be used: {error.strerror or error}. Name another folder.") from error
-    raise OutputError(f"{out} exists and is no prepared dataset; name another folder.")
 
 
-def _is_case(folder: Path) -> bool:
-    """Whether a folder holds nothing but files that `prepare` writes."""
-    names = (*ARRAYS, "case.json")
-    return folder.is_dir() and all(p.name in names or p.name.startswith(".") for p in folder.iterdir())
+def _folders(out: Path) -> list[Path]:
+    """What lies among the cases of a dataset, if there are any."""
+    cases = out / "cases"
+    return [path for path in cases.iterdir() if not path.name.startswith(".")] if cases.exists() else []
+
+
+def _is_case(folder: Path, listed: Collection[str]) -> bool:
+    """Whether a folder is empty, or a case of ours: by its case.json, or by the manifest that lists it."""
+    if not folder.is_dir():
+        return False
+    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if any(path.is_symlink() or not path.is_file() for path in files if path.name in (*ARRAYS, "case.json")):
+        return False
+    return not files or folder.name in listed or _record(folder) is not None
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """What a case.json of ours holds, finished or begun; else None."""
+    with contextlib.suppress(SetError):
+        record = read_json(folder / "case.json", SetError)
+        files = record.get("files")
+        if "signature" in record and isinstance(files, dict) and set(files) == set(ARRAYS):
+            return record
+    return None
+
+
+def _prepared(folder: Path) -> dict[str, Any] | None:
+    """The record of a case that was prepared to its end."""
+    record = _record(folder)
+    return record if record and record["signature"] else None
+
+
+def _gone(out: Path, cases: Collection[str]) -> list[str]:
+    """Prepared cases that are not among these."""
+    return sorted(path.name for path in _folders(out) if path.name not in cases and _prepared(path) is not None)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a prepared case, and its folder if nothing else lies in it."""
+    with contextlib.suppress(OSError):
+        for name in ("case.json", *ARRAYS):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _each(
@@ -229,7 +285,9 @@ def prepare_case(files: StudyFiles, out: Path, register: RegistrationMode = "nev
     except OutputError:
         raise
     except CrossmrError as error:
-        return str(error)
+        reason = error.__cause__
+        unread = isinstance(reason, OSError) and reason.errno is not None  # a damaged gzip file has none
+        return _Unread(error) if unread else str(error)
     except OSError as error:
         raise OutputError(f"{out} could not be written: {error.strerror or error}. Name another folder.") from error
 
@@ -270,7 +328,7 @@ def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -
     images = np.stack([study.normalised(m, box) for m in modalities], axis=1).astype(np.float16)
     labels = np.zeros_like(study.mask, np.uint8) if study.labels is None else study.labels
     masks = np.stack([study.mask[box].astype(np.uint8), labels[box]], axis=1)
-    (folder / "case.json").unlink(missing_ok=True)
+    write_json(folder / "case.json", {"signature": "", "files": dict.fromkeys(ARRAYS, "")})  # begun, and ours
     hashes = {
         "images.npy": _write_array(folder / "images.npy", images),
         "masks.npy": _write_array(folder / "masks.npy", masks),
