@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 pytest.importorskip("pydicom", reason="pip install crossmr[dicom]")
 pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
 
+import conftest
 import dicoms
 import pydicom
 from dicoms import OBLIQUE, SAGITTAL, head, write
 
+import crossmr.dicom.convert as module
 from crossmr.cli import app
 from crossmr.data.naming import find_studies
 from crossmr.data.volume import read_volume, same_grid
@@ -188,6 +190,46 @@ def test_done_once_and_again_when_the_series_change(tmp_path):
     convert(tmp_path / "in", tmp_path / "out")
     assert path.stat().st_mtime_ns != before
     assert path.read_bytes() == first
+
+
+def test_what_lies_beside_the_images_stays_and_what_has_their_names_is_refused(tmp_path):
+    write(tmp_path / "in", ("t1n",))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    place = tmp_path / "out" / scans.case
+    mine = [place / f"{scans.case}-{name}.nii.gz" for name in ("brainmask", "swi", "seg")]
+    for path in mine:
+        path.write_text("mine")
+    convert(tmp_path / "in", tmp_path / "out", mapping={"t2w": "*"})  # t1n is ours, and goes
+    assert {path.name for path in place.iterdir()} == {
+        f"{scans.case}-t2w.nii.gz", "series.json", *(path.name for path in mine)
+    }  # fmt: skip
+    for spoiled in (mine[1], place / f"{scans.case}-t2w.nii.gz"):
+        if spoiled not in mine:
+            spoiled.unlink()
+            spoiled.symlink_to(mine[0])
+        before = conftest.tree(tmp_path / "out")
+        with pytest.raises(OutputError, match=rf"{spoiled.name} is not crossmr's, .*Name another folder"):
+            convert(tmp_path / "in", tmp_path / "out", mapping={"swi": "*"})
+        assert conftest.tree(tmp_path / "out") == before
+        mine[1].unlink(missing_ok=True)
+
+
+def test_a_conversion_that_was_killed_goes_on(tmp_path, monkeypatch):
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    write(tmp_path / "in", ("t1n", "t2f"))
+    convert(tmp_path / "in", tmp_path / "whole")
+    (series,) = (tmp_path / "whole").rglob("series.json")
+    for name in ("write_volume", "read_volume"):
+        monkeypatch.setattr(module, name, kill)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "in", tmp_path / "out")
+    monkeypatch.undo()
+    begun = tmp_path / "out" / series.parent.name
+    (begun / f"{begun.name}-t1n.nii.gz").write_text("half")  # listed, therefore ours
+    convert(tmp_path / "in", tmp_path / "out")
+    assert conftest.tree(tmp_path / "out") == conftest.tree(tmp_path / "whole")
 
 
 def test_bad_folders(tmp_path):

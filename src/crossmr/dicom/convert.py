@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from crossmr.data.volume import on_grid, read_volume, write_volume
 from crossmr.dicom.series import Series, find_series, import_pydicom
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
-from crossmr.files import digest, locked, read_json, remove, write_json
+from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_json
 
 FORMAT = "crossmr-scans"
 ALIKE = 1.2
@@ -56,8 +57,8 @@ def convert(
 ) -> list[Scans]:
     """Convert every study of a folder of DICOM into OUT/CASE/CASE-MODALITY.nii.gz, on the series' own grids.
 
-    OUT/CASE/series.json says which series were taken and left out, and why. It is written last; a case that has it is
-    not converted again.
+    OUT/CASE/series.json says which series were taken and left out, and why. It is written first, as not finished, and
+    last; a finished case is not converted again. No image is replaced or deleted that it does not list.
 
     Args:
         folder: searched at any depth.
@@ -68,7 +69,8 @@ def convert(
         display: where progress is shown.
 
     Raises:
-        ConfigError: pydicom or dcm2niix is not installed. NamingError: no MR image. OutputError: OUT cannot be written.
+        ConfigError: pydicom or dcm2niix is not installed. NamingError: no MR image. OutputError: OUT cannot be written,
+            or something else has the name of what would be written.
     """
     with locked(out):
         converter = _converter()
@@ -79,6 +81,8 @@ def convert(
         for series in all_series:
             studies[series.study].append(series)
         cases = _cases(all_series, keep_names)
+        for study, series_of in studies.items():
+            _refuse_foreign(out / cases[study], cases[study], _choose(series_of)[0])
         converted = []
         with display.task("convert", len(studies)) as task:
             for study in sorted(studies, key=cases.__getitem__):
@@ -159,7 +163,7 @@ def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter
     chosen, left_out, notes = _choose(all_series)
     folder = out / case
     if not chosen:
-        _clear(folder, case, ())
+        _clear(folder, case)
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         return Scans(
             case,
@@ -180,13 +184,8 @@ def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter
     paths = {m: folder / f"{case}-{m}.nii.gz" for m in chosen}
     if _is_done(folder / "series.json", record, paths.values()):
         return scans
-    try:
-        (folder / "series.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{folder / 'series.json'} could not be written: {error.strerror}. Name another folder."
-        ) from error
-    _clear(folder, case, paths.values())
+    _clear(folder, case)
+    write_json(folder / "series.json", {**record, "finished": False})
     faults = []
     for modality, series in chosen.items():
         try:
@@ -196,32 +195,40 @@ def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter
         except CrossmrError as error:
             faults.append(str(error))
     if faults:  # without one of its scans the study would look incomplete, and the scan would be synthesised
-        for path in paths.values():
-            path.unlink(missing_ok=True)
+        _clear(folder, case)
         return replace(scans, series={}, refused="; ".join(faults))
     write_json(folder / "series.json", record)
     return scans
 
 
 def _is_done(path: Path, record: Mapping[str, Any], images: Collection[Path]) -> bool:
-    """Whether an earlier conversion wrote this very record and all its images.
+    """Whether an earlier conversion wrote this very record and all its images."""
+    return path.exists() and read_json(path, OutputError) == record and all(image.exists() for image in images)
+
+
+def _images(folder: Path, case: str) -> list[Path]:
+    """The images that an earlier conversion wrote, or began: those that its series.json lists."""
+    path = folder / "series.json"
+    taken = read_json(path, OutputError).get("taken", {}) if path.exists() else {}
+    return [folder / f"{case}-{modality}.nii.gz" for modality in taken]
+
+
+def _refuse_foreign(folder: Path, case: str, modalities: Iterable[str]) -> None:
+    """Refuse a case in whose place lies something that no conversion wrote.
 
     Raises:
-        OutputError: the file is not crossmr's.
+        OutputError: the file, by name.
     """
-    if not path.exists():
-        return False
-    earlier = read_json(path, OutputError)
-    if earlier.get("format") != FORMAT:
-        raise OutputError(f"{path} is not crossmr's, so it is not replaced. Name another folder.")
-    return earlier == record and all(image.exists() for image in images)
+    refuse_foreign(folder / "series.json", partial(is_record, kind=FORMAT))
+    earlier = _images(folder, case)
+    for path in (*earlier, *(folder / f"{case}-{modality}.nii.gz" for modality in modalities)):
+        refuse_foreign(path, lambda path: path.is_file() and path in earlier)
 
 
-def _clear(folder: Path, case: str, keep: Collection[Path]) -> None:
-    """Delete the images of an earlier conversion that are not in `keep`."""
-    for path in sorted(folder.glob(f"{case}-*.nii.gz")):
-        if path not in keep and path.name != f"{case}-seg.nii.gz":
-            remove(path)
+def _clear(folder: Path, case: str) -> None:
+    """Delete what an earlier conversion wrote, and nothing else."""
+    for path in (*_images(folder, case), folder / "series.json"):
+        path.unlink(missing_ok=True)
 
 
 def _described(series: Series, keep_names: bool) -> dict[str, Any]:
