@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, image, make_head, save_untrained, write_study
+from conftest import SHAPE, image, make_head, save_untrained, tree, write_study
 from PIL import Image
 
 from crossmr.baselines import BASELINES, fit_baselines
@@ -24,6 +24,7 @@ from crossmr.evaluation.subjects import subject_of_files
 from crossmr.evaluation.tables import read_scores, tables, uncertainty_table
 from crossmr.networks.inference import Settings, Synthesis
 from crossmr.networks.model import load_model, pseudonym
+from crossmr.output.report import report_evaluation
 from crossmr.picture import GAP, PANEL
 
 INFERENCE = Settings(ddim_steps=3, precision="float32")
@@ -462,8 +463,27 @@ def test_nothing_measurable_is_an_error_and_no_finished_result(bare, tmp_path):
     write_study(tmp_path / "cohort", "P", SOURCES)
     with pytest.raises(StudyError, match=r"No study of .*cohort could be measured: P: .*none of t1c, t2f"):
         evaluate(bare, tmp_path / "cohort", tmp_path / "out", SETTINGS)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"finished": False}
+    begun = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert begun == {"format": "crossmr-evaluation", "finished": False}
     assert not (tmp_path / "out" / "metrics.csv").exists()
+
+
+def test_nothing_of_another_s_is_replaced(evaluated, bare, cohort, tmp_path):
+    """Not one of all the files that an evaluation writes."""
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    report_evaluation(out)
+    written = [path for path in sorted(out.rglob("*")) if path.is_file()]
+    assert {path.suffix for path in written} == {".json", ".csv", ".html", ".webp"}
+    for path in written:
+        ours = path.read_bytes()
+        for theirs in (b"mine", ours[:7] + b"mine"):
+            path.write_bytes(theirs)
+            before = tree(out)
+            with pytest.raises(OutputError, match=rf"{path.name} is not crossmr's, so .*Name another folder"):
+                evaluate(bare, cohort, out, SETTINGS)
+            assert tree(out) == before
+        path.write_bytes(ours)
+    evaluate(bare, cohort, out, SETTINGS)  # of ours every one is
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(bare, cohort, tmp_path):

@@ -3,8 +3,10 @@
 What is measured, and how, is said in `measures`.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -38,12 +40,21 @@ from crossmr.evaluation.statistics import (
     summarise_uncertainty,
 )
 from crossmr.evaluation.subjects import Array, Subject, find_subjects, patterns
-from crossmr.evaluation.tables import write_csv
-from crossmr.files import locked, write_json
+from crossmr.evaluation.tables import is_table, write_csv
+from crossmr.files import REPORT, is_page, is_record, locked, refuse_foreign, write_json
 from crossmr.networks.inference import Settings, chosen_guidance, samples_drawn
 from crossmr.networks.model import CrossConditionedModel, Guidance, load_model, pseudonym
-from crossmr.picture import Kind, Panel, middle, save_panels, where_most, window
+from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_most, window
 from crossmr.registry import find_model
+
+FORMAT = "crossmr-evaluation"
+TABLES: dict[str, type[Row]] = {
+    "metrics": Score,
+    "contrasts": ContrastScore,
+    "uncertainty": UncertaintyScore,
+    "calibration": CalibrationPoint,
+}
+"""Table → what its rows are."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,7 @@ class SecondModel(TypedDict):
 class Evaluation(TypedDict):
     """What metrics.json holds."""
 
+    format: str
     finished: bool
     protocol: str
     summary: list[Summary]
@@ -129,13 +141,8 @@ class Measurements:
 
     def rows(self) -> dict[str, Sequence[Row]]:
         """File → its rows, of those files that have any."""
-        files: dict[str, Sequence[Row]] = {
-            "metrics": self.scores,
-            "contrasts": self.contrasts,
-            "uncertainty": self.uncertainty,
-            "calibration": self.calibration,
-        }
-        return {name: rows for name, rows in files.items() if rows}
+        measured: tuple[Sequence[Row], ...] = (self.scores, self.contrasts, self.uncertainty, self.calibration)
+        return {name: rows for name, rows in zip(TABLES, measured, strict=True) if rows}
 
     def add(self, other: "Measurements") -> None:
         """Append what was measured of another study."""
@@ -162,14 +169,16 @@ def evaluate(
     deviations uncertainty.csv and calibration.csv.
 
     Raises:
-        CrossmrError: nothing could be measured. A study that fails is listed under 'failed'.
+        CrossmrError: nothing could be measured, or OUT holds something else that has the name of a file to be written.
+            A study that fails is listed under 'failed'.
     """
     out = Path(out)
     predictors = find_predictors(_loaded(model, settings), settings.inference, settings.guidances, settings.against)
     subjects = find_subjects(Path(data), settings.split, settings.mapping, settings.inference.register)
     measured = Measurements()
     with locked(out), display.task("evaluate", len(subjects)) as task:
-        write_json(out / "metrics.json", {"finished": False})
+        _refuse_foreign(out, [name for name, _ in subjects], predictors[0].model.config.targets)
+        write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
         for name, read in subjects:
             try:
                 measured.add(measure_subject(read(), predictors, out, every_subset=settings.every_subset))
@@ -186,6 +195,16 @@ def evaluate(
             write_csv(out / f"{name}.csv", rows)
         write_json(out / "metrics.json", evaluation)
     return evaluation
+
+
+def _refuse_foreign(out: Path, names: Sequence[str], targets: Sequence[str]) -> None:
+    """Refuse an output folder where anything but an evaluation has the name of a file to be written."""
+    refuse_foreign(out / "metrics.json", partial(is_record, kind=FORMAT))
+    refuse_foreign(out / REPORT, is_page)
+    for name, kind in TABLES.items():
+        refuse_foreign(out / f"{name}.csv", partial(is_table, kind=kind))
+    for name, target in itertools.product(names, targets):
+        refuse_foreign(out / f"pictures/{name}-{target}.webp", is_picture)
 
 
 def _loaded(model: CrossConditionedModel | Path | str, settings: EvaluationSettings) -> CrossConditionedModel:
@@ -250,6 +269,7 @@ def summarise_all(measured: Measurements, predictors: Sequence[Predictor]) -> Ev
     own, second = predictors[0], next((p for p in predictors if p.name.startswith(AGAINST)), None)
     model, settings = own.model, own.settings
     return Evaluation(
+        format=FORMAT,
         finished=True,
         protocol=PROTOCOL,
         summary=summarise(measured.scores),

@@ -92,6 +92,14 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     write_atomically(path, text.getvalue().encode(errors="surrogatepass"))  # file names may be no Unicode
 
 
+def is_table(path: Path, kind: type[Row]) -> bool:
+    """Whether a file is a table that `write_csv` wrote of rows of this kind: its first line names their fields."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline(4096) == ",".join(field.name for field in dataclasses.fields(kind)).encode() + b"\n"
+
+
 def read_scores(path: Path) -> list[Score]:
     """Read metrics.csv.
 
