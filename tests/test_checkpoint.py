@@ -167,6 +167,16 @@ def test_the_two_newest_checkpoints_are_kept(tmp_path):
     assert (data["step"], data["rate"]) == (100, 0.5)
 
 
+def test_what_is_no_checkpoint_is_neither_counted_nor_deleted(tmp_path):
+    for name in ("step-00000000", "step-99999999"):
+        (tmp_path / f"{name}.json").write_text('{"mine": 1}')
+        (tmp_path / f"{name}.safetensors").write_text("mine")
+    for step in range(1, 5):
+        save_checkpoint(tmp_path, step, {"a": torch.zeros(1)}, {})
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert names == {"step-00000000", "step-00000003", "step-00000004", "step-99999999"}
+
+
 def test_a_checkpoint_written_twice_is_the_later_one(tmp_path):
     save_checkpoint(tmp_path, 5, state(1), {})
     save_checkpoint(tmp_path, 5, state(2), {})

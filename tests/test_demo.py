@@ -79,7 +79,30 @@ def test_the_pictures_show_something(out, name):
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="is no earlier demo"):
-        demo(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "cohort" / "REAL-001").mkdir(parents=True)  # as the tutorial names the user's own
+    for content in ("mine", '{"format": "another"}', None):
+        if content is not None:
+            (tmp_path / "demo.json").write_text(content)
+        with pytest.raises(OutputError, match="is neither empty nor an earlier demo's; name another folder"):
+            demo(tmp_path)
+        assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+            {"cohort", "REAL-001"} | {path.name for path in tmp_path.glob("demo.json")}
+        )
+        (tmp_path / "demo.json").unlink(missing_ok=True)
+
+
+def test_in_an_earlier_demo_nothing_of_another_s_is_replaced(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("crossmr.demo.complete_cohort", fail)
+    (tmp_path / "demo.json").write_text('{"format": "crossmr-demo"}')
+    for name in ("trained.png", "cohort/PHANTOM-00015-000/PHANTOM-00015-000-t1n.nii.gz"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        with pytest.raises(OutputError, match=rf"{path.name} is not crossmr's, so .*Name another folder"):
+            demo(tmp_path)
+        assert [place for place in tmp_path.rglob("*") if place.is_file()] == [tmp_path / "demo.json", path]
+        assert path.read_text() == "mine"
+        path.unlink()

@@ -5,7 +5,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import save_untrained, write_study
+from conftest import save_untrained, sha256, tree, write_study
 
 from crossmr import registry
 from crossmr.cli import main
@@ -128,6 +128,31 @@ def test_shipped_models_come_first_and_are_not_removed(folder, tmp_path):
         registry.remove_model("default")
     with pytest.raises(ModelError, match="no imported model"):
         registry.remove_model("other")
+
+
+def test_nothing_of_another_s_is_replaced_or_removed(folder, tmp_path):
+    registry.import_model(folder, "mine")
+    home = registry.models_folder()
+    (home / "mine" / "notes.txt").write_text("mine")
+    registry.remove_model("mine")
+    assert tree(home) == {"mine/notes.txt": sha256(home / "mine" / "notes.txt")}
+    assert registry.known_models() == {}
+    with pytest.raises(OutputError, match="mine exists and is no model; choose another name"):
+        registry.import_model(folder, "mine")
+    (home / "bert").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (home / "bert" / name).write_text('{"format": "bert"}')
+    (home / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "dangling.zip").symlink_to(tmp_path / "gone")
+    before = tree(home)
+    with pytest.raises(OutputError, match=r"bert/config\.json is not crossmr's"):
+        registry.remove_model("bert")
+    with pytest.raises(OutputError, match="link exists and is no model"):
+        registry.import_model(folder, "link")
+    with pytest.raises(OutputError, match=r"dangling\.zip exists; name another file"):
+        registry.export_model(folder, tmp_path / "dangling.zip")
+    assert tree(home) == before
+    assert (tmp_path / "dangling.zip").is_symlink()
 
 
 def test_the_command_line_lists_verifies_imports_exports_and_removes(folder, tmp_path, monkeypatch, capsys):

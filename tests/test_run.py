@@ -1,8 +1,10 @@
 """A whole training: every stage, its record, and runs that were stopped, repeated, or asked for something else."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +16,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import write_study
+from conftest import sha256, tree, write_study
 
 from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.display import SILENT, Display
-from crossmr.errors import ConfigError, ModelError, SetError
+from crossmr.errors import ConfigError, ModelError, OutputError, SetError
 from crossmr.networks.inference import HeadVolumes, Settings, synthesise
 from crossmr.networks.model import load_model, pseudonym
 from crossmr.networks.unet import Encoder, LightEncoder
@@ -28,7 +30,7 @@ from crossmr.training import calibration, loop, memory, run, stages
 from crossmr.training.memory import StepMemory
 from crossmr.training.plan import Budget
 from crossmr.training.recipes import RECIPES, TINY, Recipe, TrainConfig, recipe_of
-from crossmr.training.run import TrainingSettings
+from crossmr.training.run import WRITTEN, TrainingSettings
 
 SETTINGS = {
     "crop": "16,16",
@@ -284,7 +286,7 @@ from crossmr.errors import Interrupted
 from crossmr.training import calibration, loop, stages
 from crossmr.training.memory import StepMemory
 from crossmr.training.recipes import TINY
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import WRITTEN, TrainingSettings, train
 calibration.VALIDATION_SLICES = stages.VALIDATION_SLICES = 4
 loop.step_memory = lambda *_: StepMemory(1, 0)
 prepared, folder, steps, changes = sys.argv[1:]
@@ -463,6 +465,30 @@ def test_refusals(prepared, tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(SetError, match="is no prepared"):
         train(tmp_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["run.json", *WRITTEN])
+def test_nothing_of_another_s_is_replaced(prepared, trained, tmp_path, name):
+    """A run goes into a folder that has none of its files, or on in its own."""
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    for place in (path, path / "config.json"):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        place.parent.mkdir(exist_ok=True)
+        place.write_text('{"format": "another"}')
+        with pytest.raises(OutputError, match=rf"{name} is not crossmr's, so it is not replaced\. Name another folder"):
+            train(prepared, tmp_path / "run", steps=STEPS)
+        assert tree(tmp_path / "run") == {str(place.relative_to(tmp_path / "run")): sha256(place)}
+    begun = shutil.copytree(trained, tmp_path / "begun")
+    for foreign in (begun / "run.json", begun / "model" / "config.json"):
+        ours = foreign.read_bytes()
+        foreign.write_text('{"model_type": "bert"}')
+        before = tree(begun)
+        with pytest.raises(OutputError, match=rf"{foreign.name} is not crossmr's"):
+            train(prepared, begun, steps=STEPS, seed=5)
+        assert tree(begun) == before
+        foreign.write_bytes(ours)
 
 
 # Going on from a trained model

@@ -70,9 +70,18 @@ def save_checkpoint(
     """Write step `step` of a training and delete all but the `keep` newest whole checkpoints."""
     name = f"step-{step:08d}"
     save_bundle(folder, {name: tensors}, {**data, "step": step}, name)
-    for old in _steps(folder)[keep:]:
+    for old in [name for name in _steps(folder) if _is_bundle(folder / f"{name}.json")][keep:]:
         (folder / f"{old}.json").unlink()
         (folder / f"{old}.safetensors").unlink(missing_ok=True)
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a file is one that `save_bundle` wrote: it matches its own hash."""
+    try:
+        body = read_json(path)
+    except ModelError:
+        return False
+    return bool(body.pop("sha256", None) == digest(body))
 
 
 def load_checkpoint(

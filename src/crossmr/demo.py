@@ -16,10 +16,11 @@ from crossmr.display import SILENT, Display
 from crossmr.errors import OutputError
 from crossmr.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
 from crossmr.evaluation.tables import tables, uncertainty_table
+from crossmr.files import LOCK, is_record, locked, refuse_foreign, write_json
 from crossmr.networks.inference import Settings
 from crossmr.output.report import report_completion, report_evaluation
 from crossmr.phantom import write_cohort
-from crossmr.picture import BRIGHTEST, save_picture, window, windowed
+from crossmr.picture import BRIGHTEST, is_picture, save_picture, window, windowed
 from crossmr.training.recipes import TINY
 from crossmr.training.run import TrainingSettings, train
 
@@ -30,6 +31,9 @@ RECIPE = replace(TINY, crop=(88, 72))
 """The phantom's slices, up to a multiple of the network's stride."""
 MINUTES = 2.0
 """Of training."""
+FORMAT = "crossmr-demo"
+PICTURES = ("shipped", "trained")
+"""What was completed with the shipped weights, and with those trained here."""
 LOOK = "the lesion should be bright in FLAIR, and the ventricles dark; what enhances in T1ce cannot be known"
 """What to see in the pictures."""
 
@@ -37,22 +41,41 @@ LOOK = "the lesion should be bright in FLAIR, and the ventricles dark; what enha
 def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: Display = SILENT) -> Evaluation:
     """Complete a phantom that lacks two contrasts, with the shipped weights; then train own ones, complete, measure.
 
-    OUT gets cohort/, incomplete/, truth/, completed/ and shipped.png from the shipped weights, then set/, run/,
-    trained/, evaluation/ and trained.png. Returns the evaluation.
+    OUT, which is new, empty or an earlier demo's, gets demo.json, which says that it is a demo's; cohort/, incomplete/,
+    truth/, completed/ and shipped.png from the shipped weights; then set/, run/, trained/, evaluation/ and trained.png.
+    Returns the evaluation.
 
     Raises:
         OutputError: OUT holds something else, or cannot be written.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "cohort").exists():
-        raise OutputError(f"{out} exists and is no earlier demo; name another folder.")
+    with locked(Path(out)):
+        return _demo(_claimed(Path(out)), seed, minutes, display)
+
+
+def _claimed(out: Path) -> Path:
+    """The folder, after a mark in it that says that it is a demo's.
+
+    Raises:
+        OutputError: it is neither empty nor an earlier demo's, or a file in it has a picture's name.
+    """
+    path = out / "demo.json"
+    if {path.name for path in out.iterdir()} - {LOCK} and not (path.is_file() and is_record(path, FORMAT)):
+        raise OutputError(f"{out} is neither empty nor an earlier demo's; name another folder.")
+    for name in PICTURES:
+        refuse_foreign(out / f"{name}.png", is_picture)
+    write_json(path, {"format": FORMAT})
+    return out
+
+
+def _demo(out: Path, seed: int, minutes: float, display: Display) -> Evaluation:
+    """The demo, in a folder of its own."""
     start, settings, again = time.monotonic(), Settings(seed=seed), CohortSettings(overwrite=True)
     display.say(f"1/6 phantom: {PATIENTS + 1} heads with lesions, made in code")
     case = _write_phantoms(out, seed)
     missing = " and ".join(DISPLAY_NAMES[target] for target in TARGETS)
     display.say(f"2/6 complete {case}, which lacks {missing}, with the shipped weights")
     complete_cohort(out / "incomplete", out / "completed", None, settings, again, display=display)
-    _picture(out, case, "completed", "shipped")
+    _picture(out, case, "completed", PICTURES[0])
     display.say(f"look at {out / 'shipped.png'}, acquired, synthetic and true: {LOOK}")
     display.say("3/6 prepare a cohort to train on")
     prepared = PrepareSettings(split=Split.parse("80/10/10", seed), workers=default_workers())
@@ -62,7 +85,7 @@ def demo(out: Path | str, *, seed: int = 0, minutes: float = MINUTES, display: D
     model = train(out / "set", out / "run", training, display=display)
     display.say(f"5/6 complete {case} with it")
     complete_cohort(out / "incomplete", out / "trained", model, settings, again, display=display)
-    _picture(out, case, "trained", "trained")
+    _picture(out, case, "trained", PICTURES[1])
     display.say("6/6 evaluate on phantoms that training never saw")
     result = evaluate(model, out / "set", out / "evaluation", EvaluationSettings(inference=settings), display=display)
     display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))

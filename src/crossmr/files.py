@@ -182,7 +182,10 @@ def refuse_foreign(path: Path, recognise: Callable[[Path], bool]) -> None:
 
 def is_record(path: Path, kind: str) -> bool:
     """Whether a file is one of crossmr's JSON files, of the kind that its entry 'format' names."""
-    return path.is_file() and read_json(path, OutputError).get("format") == kind
+    try:
+        return path.is_file() and read_json(path, OutputError).get("format") == kind
+    except OutputError:
+        return False
 
 
 def is_page(path: Path) -> bool:

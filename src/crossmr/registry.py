@@ -3,20 +3,21 @@
 An exported model is a zip of its folder. Nothing is downloaded: models come as files, which also pass a firewall.
 """
 
+import contextlib
 import io
 import lzma
 import os
 import re
-import shutil
 import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from crossmr.errors import ModelError, OutputError
-from crossmr.files import write_atomically
-from crossmr.networks.model import CrossConditionedModel, load_model
+from crossmr.files import is_record, refuse_foreign, write_atomically
+from crossmr.networks.model import FORMAT, CrossConditionedModel, load_model
 
 SHIPPED = Path(__file__).parent / "weights"
 DEFAULT = "default"
@@ -85,6 +86,8 @@ def import_model(source: Path, name: str | None = None) -> RegisteredModel:
         )
     if name in known_models():
         raise OutputError(f"There is a model '{name}' already; choose another with --name.")
+    if os.path.lexists(models_folder() / name):
+        raise OutputError(f"{models_folder() / name} exists and is no model; choose another name with --name.")
     try:
         models_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=models_folder(), prefix=".import-") as temporary:
@@ -110,7 +113,7 @@ def export_model(model: Path | str, target: Path) -> CrossConditionedModel:
     Raises:
         ModelError: there is no such model, or it is damaged. OutputError: the file exists or cannot be written.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise OutputError(f"{target} exists; name another file.")
     folder = find_model(model)
     loaded = load_model(folder)
@@ -123,10 +126,11 @@ def export_model(model: Path | str, target: Path) -> CrossConditionedModel:
 
 
 def remove_model(name: str) -> None:
-    """Delete an imported model.
+    """Delete an imported model's files, and its folder if nothing else lies in it.
 
     Raises:
-        ModelError: there is none of this name, or it is shipped with the package. OutputError: it cannot be deleted.
+        ModelError: there is none of this name, or it is shipped with the package. OutputError: it cannot be deleted, or
+            is another program's.
     """
     known = known_models()
     model = known.get(name)
@@ -137,8 +141,13 @@ def remove_model(name: str) -> None:
     try:
         if model.folder.is_symlink():
             model.folder.unlink()
-        else:
-            shutil.rmtree(model.folder)
+            return
+        refuse_foreign(model.folder / "config.json", partial(is_record, kind=FORMAT))
+        for path in sorted(model.folder.iterdir()):  # config.json first: half a model is none
+            if _FILE.fullmatch(path.name) and path.is_file():
+                path.unlink()
+        with contextlib.suppress(OSError):  # what else lies in it stays
+            model.folder.rmdir()
     except OSError as error:
         raise OutputError(f"{model.folder} could not be removed: {error.strerror or error}.") from error
 

@@ -19,7 +19,7 @@ from crossmr.completion.layout import records_of
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies, in_usual_order
 from crossmr.data.volume import describe_grid, on_grid, read_labels, read_volume, same_grid, write_volume
 from crossmr.errors import CrossmrError, OutputError, StudyError
-from crossmr.files import read_json, write_atomically, write_json
+from crossmr.files import LOCK, locked, read_json, write_atomically, write_json
 
 ENHANCING = {4: 3}
 """BraTS' label of enhancing tumour until 2022 → since 2023; nnU-Net needs labels without gaps."""
@@ -50,9 +50,21 @@ def export_nnunet(
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; name another folder.")
-    if out.exists() and any(out.iterdir()):
-        raise OutputError(f"{out} is not empty; name another folder.")
-    cases, left_out = _find_cases(cohort, completed, mapping)
+    with locked(out):
+        if {path.name for path in out.iterdir()} - {LOCK}:
+            raise OutputError(f"{out} is not empty; name another folder.")
+        cases, left_out = _find_cases(cohort, completed, mapping)
+        return _write_dataset(cohort, out, cases, left_out, modalities)
+
+
+def _write_dataset(
+    cohort: Path,
+    out: Path,
+    cases: Mapping[str, tuple[Channels, Path | None]],
+    left_out: dict[str, str],
+    modalities: Sequence[str] | None,
+) -> dict[str, Any]:
+    """Write the cases, then the files that describe them; returns the record."""
     chosen = list(modalities or in_usual_order({m for channels, _ in cases.values() for m in channels}))
     synthetic: dict[str, list[str]] = {}
     values: set[int] = set()

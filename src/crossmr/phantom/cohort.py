@@ -1,6 +1,8 @@
 """Patients: one from a seed, or a cohort of them as files in the layout of BraTS."""
 
 import gzip
+import itertools
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +10,18 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 from numpy.typing import NDArray
 
 from crossmr.errors import ConfigError
-from crossmr.files import write_atomically
+from crossmr.files import refuse_foreign, write_atomically
 from crossmr.phantom.anatomy import BRATS_LABEL, Tissue, draw
 from crossmr.phantom.scanner import MODALITIES, scan
 
 FIELD_OF_VIEW_CENTRE_MM = (0.0, -11.0, 4.0)
 SMALLEST_SIDE = 32
 LESION_RATE = 0.85
+DESCRIPTION = b"crossmr phantom"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +107,7 @@ def write_cohort(
 
     Raises:
         ConfigError: Fewer than one patient, or a missing modality or patient that there is not.
-        OutputError: A file cannot be written.
+        OutputError: A file cannot be written, or one that is no phantom has its name; nothing is written then.
     """
     missing = missing or {}
     _check_seed(seed)
@@ -114,9 +118,10 @@ def write_cohort(
             raise ConfigError(f"phantom missing: got {unknown} for patient {index}, wanted some of {MODALITIES}.")
         if not 0 <= index < patients:
             raise ConfigError(f"phantom missing: got patient {index}, wanted 0 to {patients - 1}.")
-    names = []
-    for index in range(patients):
-        name = f"PHANTOM-{index:05d}-000"
+    names = [f"PHANTOM-{index:05d}-000" for index in range(patients)]
+    for name, kind in itertools.product(names, ("seg", *MODALITIES)):
+        refuse_foreign(Path(folder) / name / f"{name}-{kind}.nii.gz", is_phantom)
+    for index, name in enumerate(names):
         own_seed = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
         phantom = make_phantom(int(own_seed), **kwargs)
         volumes: dict[str, NDArray[np.generic]] = {"seg": phantom.labels}
@@ -124,8 +129,15 @@ def write_cohort(
             volumes[modality] = np.rint(phantom.images[modality].clip(0, 32767)).astype(np.int16)
         for kind, volume in volumes.items():
             _write_volume(Path(folder) / name / f"{name}-{kind}.nii.gz", volume, phantom.affine)
-        names.append(name)
     return names
+
+
+def is_phantom(path: Path) -> bool:
+    """Whether a file is a volume that `write_cohort` wrote: its header says so."""
+    try:
+        return bytes(nib.load(path).header["descrip"].item()) == DESCRIPTION
+    except (OSError, EOFError, KeyError, ValueError, zlib.error, ImageFileError):
+        return False  # whatever else it is
 
 
 def _check_seed(seed: int) -> None:
@@ -138,5 +150,5 @@ def _write_volume(path: Path, volume: NDArray[np.generic], affine: NDArray[np.fl
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     image.header.set_xyzt_units("mm")
-    image.header["descrip"] = b"crossmr phantom"
+    image.header["descrip"] = DESCRIPTION
     write_atomically(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))

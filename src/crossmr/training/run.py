@@ -12,6 +12,7 @@ RUN/
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from crossmr.data.naming import in_usual_order
 from crossmr.device import choose_device, choose_precision, set_numerics
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError
-from crossmr.files import locked, read_json, write_json
-from crossmr.networks.model import CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model
+from crossmr.files import is_record, locked, read_json, refuse_foreign, write_json
+from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model
 from crossmr.registry import find_model
 from crossmr.training.calibration import calibration
 from crossmr.training.choices import choose
@@ -39,6 +40,11 @@ from crossmr.training.shared import Compute, Training
 from crossmr.training.stages import STAGES
 
 PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
+WRITTEN: dict[str, Callable[[Path], bool]] = {
+    **dict.fromkeys(("plan.json", "metrics.jsonl"), Path.is_file),
+    **dict.fromkeys(("stages", "pictures", "model"), Path.is_dir),
+}
+"""What a run writes beside run.json, and whether that is a file or a folder."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,13 @@ def train(
         The model's folder; it holds a model once every stage is finished.
 
     Raises:
-        SetError, ConfigError, ModelError, OutputError: with one line that says what to do.
+        SetError, ConfigError, ModelError, OutputError: with one line that says what to do; RUN may hold other files,
+            but none that has the name of one of a run's.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
     budget, settings, folder = Budget(), settings or TrainingSettings(), Path(run)
     with locked(folder):
+        _refuse_foreign(folder)
         dataset = PreparedDataset(prepared)
         initial = load_model(find_model(initial_model)) if isinstance(initial_model, (str, Path)) else initial_model
         training = _training(folder, dataset, settings, initial, display, budget)
@@ -116,6 +124,25 @@ def train(
                 model.calibration = calibration(training, model, None if initial is None else initial.calibration)
             save_model(folder / "model", model, _record(training, initial))
     return folder / "model"
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder where anything but a run has the name of what a run writes.
+
+    A run.json of ours makes the rest ours: it is written first, into a folder that has none of it.
+
+    Raises:
+        OutputError: the file or folder, by name.
+    """
+    refuse_foreign(folder / "run.json", _is_run)
+    begun = (folder / "run.json").exists()
+    for name in WRITTEN:
+        refuse_foreign(folder / name, lambda path: begun and WRITTEN[path.name](path))
+    refuse_foreign(folder / "model" / "config.json", partial(is_record, kind=FORMAT))
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_file() and {"recipe", "set", "budget", "versions"} <= read_json(path).keys()
 
 
 def _training(
