@@ -1,17 +1,41 @@
-"""Nothing of others is ever replaced or deleted by `complete`; layouts by themselves are in test_layout.py."""
+"""Nothing of others is ever replaced or deleted, by any verb, whatever its output folder is."""
 
+import contextlib
+import itertools
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import pytest
-from conftest import image, make_head
+from conftest import image, make_head, save_untrained, write_study
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from crossmr.completion import layout
 from crossmr.completion.cohort import CohortSettings, complete_cohort
-from crossmr.completion.layout import Layout, records_of
-from crossmr.errors import OutputError
+from crossmr.completion.layout import PROFILES, Layout, records_of
+from crossmr.completion.study import EXPECTED
+from crossmr.data.prepare import prepare
+from crossmr.demo import _claimed as claim_demo
+from crossmr.errors import CrossmrError, OutputError
+from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
+from crossmr.files import locked, write_json
 from crossmr.networks.inference import Settings
+from crossmr.networks.model import load_model
+from crossmr.output.nnunet import export_nnunet
+from crossmr.output.report import report_completion, report_evaluation
+from crossmr.output.viewer import view_case
+from crossmr.phantom import Phantom, write_cohort
+from crossmr.phantom import cohort as phantom_cohort
+from crossmr.picture import save_picture
+from crossmr.registry import export_model
+from crossmr.training.run import WRITTEN
+from crossmr.training.run import _refuse_foreign as refuse_run
 
 SETTINGS = Settings(ddim_steps=1, precision="float32")
 BIDS, CHALLENGE = (CohortSettings(profile=profile) for profile in ("bids", "challenge"))
@@ -115,3 +139,175 @@ def test_the_records_are_locked_and_not_another_s(small, model, tmp_path):
     with layout.locked():
         assert (records / ".crossmr.lock").exists()
         assert (layout.out / ".crossmr.lock").exists()
+
+
+# Any tree, any verb
+
+STRANGERS = (
+    *("thesis.tex", ".bashrc", ".git/config", "a/b/.hidden", "P1/notes.txt", "P1/P1-seg.nii.gz", "cohort/more.txt"),
+    *(".film.mkv.partial", ".x.crossmr.partial", "P1/.scans.1.crossmr.partial/scan.dcm", ".lock", ".crossmr.lock"),
+)
+"""What lies about in any folder."""
+OUTS = ("new", ".", "cohort", "cohort/P1", "link", "..")
+"""Where a verb is told to write, as seen from a home that holds the cohort, and a link to itself."""
+KINDS = ("file", "folder", "link", "dangling")
+few = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+def complete_as(profile: str) -> Callable[..., object]:
+    def verb(home, out, model, completed):
+        complete_cohort(home / "cohort", out, model, SETTINGS, CohortSettings(profile=profile, overwrite=True))
+        report_completion(out)
+
+    return verb
+
+
+def evaluated(home, out, model, completed):
+    evaluate(model, home / "cohort", out, EvaluationSettings(inference=SETTINGS))
+    report_evaluation(out)
+
+
+def begin_run(home, out, model, completed):
+    with locked(out):
+        refuse_run(out)
+        write_json(out / "run.json", {"recipe": {}, "set": "", "budget": {}, "versions": {}})
+        for name in WRITTEN:
+            write_json(out / name if "." in name else out / name / "step-00000001.json", {})
+
+
+def begin_demo(home, out, model, completed):
+    with locked(out):
+        claim_demo(out)
+        save_picture(out / "shipped.png", [[("", np.zeros((4, 4), np.float32))]])
+        with patch(phantom_cohort, "make_phantom", lambda *_, **__: TINY):
+            write_cohort(out / "cohort", 1)
+
+
+def viewed(home, out, model, completed):
+    """OUT has been completed."""
+    for path in completed.rglob("*"):
+        if path.is_file() and not os.path.lexists(out / path.relative_to(completed)):
+            with contextlib.suppress(OSError):
+                (out / path.relative_to(completed)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, out / path.relative_to(completed))
+    view_case(out, "P1")
+
+
+VERBS: dict[str, Callable[..., object]] = {
+    **{f"complete {profile}": complete_as(profile) for profile in PROFILES},
+    "prepare": lambda home, out, model, completed: prepare(home / "cohort", out),
+    "evaluate": evaluated,
+    "train": begin_run,
+    "demo": begin_demo,
+    "nnunet": lambda home, out, model, completed: export_nnunet(home / "cohort", completed, out),
+    "view": viewed,
+    "export": lambda home, out, model, completed: export_model(home / "model", out / "mine.zip"),
+}
+TINY = Phantom({m: np.zeros((4, 4, 4), np.float32) for m in EXPECTED}, *np.zeros((2, 4, 4, 4), np.uint8), np.eye(4))
+
+
+@contextlib.contextmanager
+def patch(module, name, value):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(module, name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A cohort, a model and a completed cohort, and what each verb writes into a new folder."""
+    place = tmp_path_factory.mktemp("bench")
+    write_study(place / "home" / "cohort", "P1", ("t1n", "t2w", "t2f"))
+    save_untrained(place / "home" / "model", guidance="none", targets=("t1c", "t2f"))
+    model = load_model(place / "home" / "model")
+    complete_as("labelled")(place / "home", place / "completed", model, None)
+    written = {}
+    with patch(layout, "CHALLENGE_GRID", "28×32×24 at 6×6×7 mm"):
+        for name, verb in VERBS.items():
+            out = place / name / "new"
+            out.mkdir(parents=True)
+            verb(place / "home", out, model, place / "completed")
+            files = [path for path in out.parent.rglob("*") if path.is_file()]
+            written[name] = sorted(os.path.relpath(path, out) for path in files)
+    written["view"] = ["view/P1.html"]
+    return place, model, written
+
+
+def put(path: Path, kind: str, target: Path) -> bool:
+    """Put something of a stranger's there, if there is nothing yet; returns whether it could be put."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path):
+            return False
+        if kind == "folder":
+            path.mkdir()
+            (path / "mine.txt").write_text("mine")
+        elif kind == "file":
+            path.write_text("mine")
+        else:
+            path.symlink_to(target if kind == "link" else target / "gone")
+    except OSError:
+        return False
+    return True
+
+
+@few
+@given(data=st.data(), verb=st.sampled_from(sorted(VERBS)), where=st.sampled_from(OUTS))
+def test_nothing_of_a_stranger_s_is_touched(bench, data, verb, where):
+    place, model, written = bench
+    folders = {str(parent) for name in written[verb] for parent in Path(name).parents} - {".", ".."}
+    name = st.sampled_from([*written[verb], *sorted(folders), *STRANGERS])
+    chosen = data.draw(st.lists(st.tuples(name, st.sampled_from(KINDS)), max_size=3), label="strangers")
+    with tempfile.TemporaryDirectory() as folder, patch(layout, "CHALLENGE_GRID", "28×32×24 at 6×6×7 mm"):
+        home = Path(folder, "user", "home")
+        shutil.copytree(place / "home", home)
+        (home / "link").symlink_to(home)
+        (home / "elsewhere").mkdir()
+        out = home / where
+        for name, kind in chosen:
+            put(out / name, kind, home / "elsewhere")
+        before = contents(Path(folder))
+        try:
+            VERBS[verb](home, out, model, place / "completed")
+        except CrossmrError as error:
+            refused = str(error)
+        else:
+            refused = ""
+        after = contents(Path(folder))
+        lost = {name for name, what in before.items() if name not in after or after[name] != what}
+        assert not lost, refused
+        if refused and verb != "view":
+            new = {name for name in after.keys() - before.keys() if after[name] is not None}
+            assert not new, refused
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_name_that_a_verb_writes_may_be_a_stranger_s(bench, verb, tmp_path):
+    """The verb then stops before its first write, in a new folder and in an earlier output of its own."""
+    place, model, written = bench
+    home, out = tmp_path / "home", tmp_path / "home" / "new"
+    shutil.copytree(place / "home", home)
+    (home / "elsewhere").write_text("mine")
+    with patch(layout, "CHALLENGE_GRID", "28×32×24 at 6×6×7 mm"):
+        for earlier, name in itertools.product((False, True), written[verb]):
+            if earlier and verb == "train" and "/" in name:  # in a run of ours, stages/ and the like are ours
+                continue
+            if earlier and verb not in ("nnunet", "export"):  # which want a new folder, or file
+                shutil.copytree(place / verb, home, dirs_exist_ok=True)
+                (out / name).unlink()
+            else:
+                out.mkdir()
+            assert put(out / name, "link" if earlier else "file", home / "elsewhere")
+            before = contents(home)
+            if earlier and name in layout.BIDS_HEAD:  # of a dataset of ours: kept
+                VERBS[verb](home, out, model, place / "completed")
+                assert (out / name).readlink() == home / "elsewhere"
+                assert (home / "elsewhere").read_text() == "mine"
+            else:
+                with pytest.raises(OutputError, match=r"[Nn]ame another"):
+                    VERBS[verb](home, out, model, place / "completed")
+                after = contents(home)
+                assert before.items() <= after.items(), name
+                assert verb == "view" or after == before, name
+            for folder in (out, out.with_name("new_records")):
+                shutil.rmtree(folder, ignore_errors=True)

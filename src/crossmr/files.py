@@ -168,15 +168,15 @@ def refuse_foreign(path: Path, recognise: Callable[[Path], bool]) -> None:
     """Refuse to replace or delete what crossmr did not write. A link is never crossmr's.
 
     Raises:
-        OutputError: there is something at `path` that is not recognised.
+        OutputError: there is something at `path` that is not recognised, or no folder where its folder would be.
     """
-    if not os.path.lexists(path):
-        return
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
     try:
-        known = not path.is_symlink() and recognise(path)
+        known = there.is_dir() if there != path else not path.is_symlink() and recognise(path)
     except (OSError, CrossmrError):
         known = False
     if not known:
+        path = there
         raise OutputError(f"{path} is not crossmr's, so it is not replaced. Name another folder, or move it away.")
 
 
