@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from crossmr.completion import layout
 from crossmr.completion.cohort import CohortSettings, complete_cohort
-from crossmr.completion.layout import PROFILES, Layout, records_of
-from crossmr.completion.study import EXPECTED
+from crossmr.completion.layout import EXPECTED, PROFILES, Layout, records_of
 from crossmr.data.prepare import prepare
 from crossmr.demo import _claimed as claim_demo
 from crossmr.errors import CrossmrError, OutputError

@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import save_untrained
+from conftest import save_untrained, tree
 from scipy.ndimage import affine_transform
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
@@ -152,7 +152,7 @@ def test_foreign_letters_in_a_name_survive(tmp_path):
     folder = write_derived(tmp_path / "series", grid.data * 0, grid, series)
     assert pydicom.dcmread(folder / "0001.dcm").PatientName == "Müller^Zoë"
     (tmp_path / "blocked").write_text("a file")
-    with pytest.raises(OutputError, match="could not be written"):
+    with pytest.raises(OutputError, match="blocked is not crossmr"):
         write_derived(tmp_path / "blocked" / "s", grid.data, grid, series)
     for path in (tmp_path / "in").iterdir():
         path.unlink()
@@ -193,6 +193,39 @@ def test_a_folder_of_dicom_is_completed_as_its_nifti_is(completed):
         assert "MRN-0042" in {image.PatientID for image in derived}
         assert ("contrast enhancement" in derived[0].DerivationDescription.lower()) == (modality == "t1c")
         assert (folder / "out" / case / f"{case}-{modality}_syntheticstd_dicom" / "0001.dcm").exists()
+
+
+def test_nothing_of_another_s_is_replaced(completed, tmp_path):
+    """Neither in a series nor among the scans; an image of a scanner in a series of ours is none of ours."""
+    folder, model, result = completed
+    out, again = shutil.copytree(folder / "out", tmp_path / "out"), CohortSettings(overwrite=True)
+    (case,) = result.completed
+    series, scans = out / case / f"{case}-t2f_synthetic_dicom", out / "scans" / case
+    scanned = next((folder / "in").rglob("*.dcm"))
+    for path, content in (
+        (series / "notes.txt", b"mine"),
+        (series / "0001.dcm", scanned.read_bytes()),
+        (series / "9999.dcm", b"mine"),
+        (scans / f"{case}-t1n.nii.gz", None),
+        (scans / "series.json", b"{}"),
+    ):
+        ours = path.read_bytes() if path.exists() else None
+        path.unlink(missing_ok=True)
+        if content is None:
+            path.symlink_to(scanned)
+        else:
+            path.write_bytes(content)
+        before = tree(out)
+        with pytest.raises(OutputError, match=r"(synthetic_dicom|gz|json) is not crossmr's, so .*Name another folder"):
+            complete_cohort(folder / "in", out, model, Settings(), again)
+        assert tree(out) == before
+        path.unlink()
+        if ours is not None:
+            path.write_bytes(ours)
+    grid = read_volume(out / case / f"{case}-t2f_synthetic.nii.gz")
+    (series / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="synthetic_dicom is not crossmr's"):
+        write_derived(series, grid.data, grid, derived(next(iter(convert(folder / "in", tmp_path / "new")))))
 
 
 def test_again_it_is_skipped_and_overwritten_it_is_whole(completed):

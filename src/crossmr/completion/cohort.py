@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from crossmr.completion.layout import PICTURES, Layout, Profile
+from crossmr.completion.layout import FORMAT, PICTURES, Layout, Profile
 from crossmr.completion.ownership import check_case, check_output, earlier_files
 from crossmr.completion.study import (
-    FORMAT,
     Completed,
     Reference,
     complete_study,
@@ -29,7 +28,7 @@ from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume, write_volume
 from crossmr.device import choose_device
-from crossmr.dicom.convert import Scans, convert
+from crossmr.dicom.convert import Scans, check_scans, convert_cases, find_cases, taken
 from crossmr.dicom.series import holds_dicom
 from crossmr.display import SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError
@@ -156,40 +155,38 @@ def complete_cohort(
 
 def _find(run: _Run, summary: CohortSummary, *, from_dicom: bool) -> tuple[list[StudyFiles], dict[str, Scans]]:
     """The studies of the cohort, and of DICOM the series that each was converted from; OUT is begun."""
-    layout, options, studies = run.layout, run.options, list[StudyFiles]()
-    if not from_dicom:
-        studies = find_studies(run.cohort, options.mapping)
-        summary.failed = layout.clashes([files.case for files in studies])
-        studies = [files for files in studies if files.case not in summary.failed]
-    check_output(layout, run.cohort)
-    if not from_dicom:
-        _check_cases(run, studies)
-    _start(run)
-    if not from_dicom:
-        return studies, {}
-    converted = convert(
-        run.cohort,
-        layout.records / SCANS,
-        mapping=options.mapping,
-        keep_names=options.keep_names,
-        exclude=layout.out,
-        display=run.display,
-    )
-    summary.failed = {one.case: one.refused for one in converted if one.refused}
-    scans = {one.case: one for one in converted if not one.refused}
-    found = find_studies(layout.records / SCANS) if scans else []
-    studies = [files for files in found if files.case in scans]
-    _check_cases(run, studies)
-    return studies, scans
-
-
-def _check_cases(run: _Run, studies: Sequence[StudyFiles]) -> None:
-    """Refuse to start if any case would replace what is not crossmr's."""
-    targets = run.model.config.targets
+    check_output(run.layout, run.cohort)
+    if from_dicom:
+        return _find_dicom(run, summary)
+    studies = find_studies(run.cohort, run.options.mapping)
+    summary.failed = run.layout.clashes([files.case for files in studies])
+    studies = [files for files in studies if files.case not in summary.failed]
     for files in studies:
         with suppress(NamingError):  # which is said when the case's turn comes
-            requested, _ = what_to_fill(list(files.images()), run.model, run.settings)
-            check_case(run.layout, files.case, targets, requested, overwrite=run.options.overwrite)
+            _check_case(run, files.case, list(files.images()))
+    _start(run)
+    return studies, {}
+
+
+def _find_dicom(run: _Run, summary: CohortSummary) -> tuple[list[StudyFiles], dict[str, Scans]]:
+    """The studies that DICOM was converted to, and what each was converted from; OUT is begun."""
+    options, place = run.options, run.layout.records / SCANS
+    cases = find_cases(run.cohort, options.mapping, keep_names=options.keep_names, exclude=run.layout.out)
+    check_scans(cases, place)
+    for case, series in cases.items():
+        _check_case(run, case, taken(series))
+    _start(run)
+    converted = convert_cases(cases, place, keep_names=options.keep_names, display=run.display)
+    summary.failed = {one.case: one.refused for one in converted if one.refused}
+    scans = {one.case: one for one in converted if not one.refused}
+    found = find_studies(place) if scans else []
+    return [files for files in found if files.case in scans], scans
+
+
+def _check_case(run: _Run, case: str, acquired: Sequence[str]) -> None:
+    """Refuse to start if a case would replace what is not crossmr's."""
+    requested, _ = what_to_fill(acquired, run.model, run.settings)
+    check_case(run.layout, case, run.model.config.targets, requested, overwrite=run.options.overwrite)
 
 
 def _start(run: _Run) -> None:

@@ -19,6 +19,10 @@ from crossmr.data.volume import describe_grid
 from crossmr.errors import ConfigError, OutputError, StudyError
 from crossmr.files import locked, read_json, write_atomically, write_json
 
+FORMAT = "crossmr-completion"
+"""What the manifests of a completed study and of a cohort say they are."""
+EXPECTED = ("t1n", "t1c", "t2w", "t2f")
+"""A complete study; the manifest says which of these a model cannot fill."""
 Profile = Literal["labelled", "challenge", "bids"]
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 CHALLENGE_GRID = "240×240×155 at 1×1×1 mm"

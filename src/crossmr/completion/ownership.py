@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from crossmr.completion.layout import BIDS_HEAD, Layout, is_generated
-from crossmr.completion.study import EXPECTED, FORMAT
+from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, Layout, is_generated
 from crossmr.data.volume import is_synthetic
 from crossmr.dicom.series import is_derived
 from crossmr.errors import OutputError

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from crossmr.completion.checks import check
+from crossmr.completion.layout import EXPECTED, FORMAT
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, on_grid
@@ -35,9 +36,6 @@ from crossmr.networks.model import CrossConditionedModel, load_model
 from crossmr.picture import window
 from crossmr.registry import find_model
 
-EXPECTED = ("t1n", "t1c", "t2w", "t2f")
-"""A complete study; the manifest says which of these a model cannot fill."""
-FORMAT = "crossmr-completion"
 INTENSITY = {
     "range": [0, 1],
     "meaning": "1/3 is the median within the head, 1/15 one robust standard deviation (quartile range / 1.349); "

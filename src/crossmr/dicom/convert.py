@@ -13,8 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -73,22 +72,40 @@ def convert(
             or something else has the name of what would be written.
     """
     with locked(out):
-        converter = _converter()
-        all_series = find_series(folder, mapping, exclude or out)
-        if not all_series:
-            raise NamingError(f"{folder}: no MR image in it or below. Give the folder of the studies' DICOM files.")
-        studies: dict[str, list[Series]] = defaultdict(list)
-        for series in all_series:
-            studies[series.study].append(series)
-        cases = _cases(all_series, keep_names)
-        for study, series_of in studies.items():
-            _refuse_foreign(out / cases[study], cases[study], _choose(series_of)[0])
-        converted = []
-        with display.task("convert", len(studies)) as task:
-            for study in sorted(studies, key=cases.__getitem__):
-                converted.append(_convert_study(cases[study], studies[study], out, converter, keep_names))
-                task.advance(cases[study])
-        return converted
+        cases = find_cases(folder, mapping, keep_names=keep_names, exclude=exclude or out)
+        check_scans(cases, out)
+        return convert_cases(cases, out, keep_names=keep_names, display=display)
+
+
+def find_cases(
+    folder: Path, mapping: Mapping[str, str] | None = None, *, keep_names: bool = False, exclude: Path | None = None
+) -> dict[str, list[Series]]:
+    """Case → the series of its study; see `convert`."""
+    all_series = find_series(folder, mapping, exclude)
+    if not all_series:
+        raise NamingError(f"{folder}: no MR image in it or below. Give the folder of the studies' DICOM files.")
+    names = _cases(all_series, keep_names)
+    cases: dict[str, list[Series]] = {name: [] for name in sorted(names.values())}
+    for series in all_series:
+        cases[names[series.study]].append(series)
+    return cases
+
+
+def convert_cases(
+    cases: Mapping[str, Sequence[Series]], out: Path, *, keep_names: bool = False, display: Display = SILENT
+) -> list[Scans]:
+    """Convert what `find_cases` found into a locked folder that `check_scans` has nothing against; see `convert`."""
+    converter, converted = _converter(), []
+    with display.task("convert", len(cases)) as task:
+        for case, all_series in cases.items():
+            converted.append(_convert_study(case, all_series, out, converter, keep_names))
+            task.advance(case)
+    return converted
+
+
+def taken(all_series: Sequence[Series]) -> list[str]:
+    """The modalities that a conversion of a study has."""
+    return list(_choose(all_series)[0])
 
 
 def _choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, str], list[str]]:
@@ -213,16 +230,22 @@ def _images(folder: Path, case: str) -> list[Path]:
     return [folder / f"{case}-{modality}.nii.gz" for modality in taken]
 
 
-def _refuse_foreign(folder: Path, case: str, modalities: Iterable[str]) -> None:
-    """Refuse a case in whose place lies something that no conversion wrote.
+def check_scans(cases: Mapping[str, Sequence[Series]], out: Path) -> None:
+    """Refuse an output folder where something that no conversion wrote lies in a case's place.
 
     Raises:
         OutputError: the file, by name.
     """
-    refuse_foreign(folder / "series.json", partial(is_record, kind=FORMAT))
-    earlier = _images(folder, case)
-    for path in (*earlier, *(folder / f"{case}-{modality}.nii.gz" for modality in modalities)):
-        refuse_foreign(path, lambda path: path.is_file() and path in earlier)
+    for case, all_series in cases.items():
+        folder = out / case
+        refuse_foreign(folder / "series.json", partial(is_record, kind=FORMAT))
+        earlier = _images(folder, case)
+        for path in (*earlier, *(folder / f"{case}-{modality}.nii.gz" for modality in taken(all_series))):
+            refuse_foreign(path, partial(_is_among, paths=earlier))
+
+
+def _is_among(path: Path, paths: Collection[Path]) -> bool:
+    return path.is_file() and path in paths
 
 
 def _clear(folder: Path, case: str) -> None:

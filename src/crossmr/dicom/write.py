@@ -25,9 +25,9 @@ from pydicom.valuerep import DSfloat
 
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.volume import DicomSlices, Volume, as_dicom_slices
-from crossmr.dicom.series import DicomImage, Series
+from crossmr.dicom.series import DicomImage, Series, is_derived
 from crossmr.errors import OutputError, VolumeError
-from crossmr.files import PARTIAL, unfinished_name
+from crossmr.files import PARTIAL, refuse_foreign, unfinished_name
 from crossmr.picture import window
 
 STEPS = 10000
@@ -86,14 +86,16 @@ def write_derived(folder: Path, array: npt.NDArray[np.float32], grid: Volume, se
     """Write a volume as a folder of MR images, completely or not at all.
 
     Args:
-        folder: becomes the series' folder; an older one of this name is replaced.
+        folder: becomes the series' folder; an older one of this name is replaced, if crossmr wrote all that is in it.
         array: (Z, Y, X) within [0, 1], on `grid`.
         grid: the volume that was converted from `series.like`.
         series: what the images are.
 
     Raises:
-        OutputError: the folder cannot be written. VolumeError: the scan's tags can no longer be read.
+        OutputError: the folder cannot be written, or holds anything else. VolumeError: the scan's tags can no longer be
+            read.
     """
+    refuse_foreign(folder, is_derived)
     slices = as_dicom_slices(array, grid)
     stored = np.rint(np.clip(slices.pixels, 0, 1) * STEPS).astype("<u2")
     with pydicom.config.disable_value_validation():

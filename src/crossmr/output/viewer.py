@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from crossmr.completion.layout import records_of
-from crossmr.completion.study import DISCLAIMER, ENHANCEMENT, FORMAT
+from crossmr.completion.layout import FORMAT, records_of
+from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.data.naming import DISPLAY_NAMES, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import Volume, compact, on_grid, read_volume
