@@ -7,6 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import crossmr
 
 ROOT = Path(__file__).parents[1]
@@ -51,9 +53,24 @@ def test_nothing_is_ever_unpickled():
 
 
 def test_public_names_exist_and_are_few():
-    assert len(crossmr.__all__) <= 15
+    assert len(crossmr.__all__) <= 25
     for name in crossmr.__all__:
         assert getattr(crossmr, name).__doc__ or name == "RECIPES", name
+
+
+def test_public_names_are_listed_once_for_python_and_type_checkers():
+    """`__init__.pyi` imports each name under its own name, which is what makes it public to type checkers."""
+    listed = re.findall(r"^from crossmr\S* import (\w+) as (\w+)$", (SOURCE / "__init__.pyi").read_text(), re.MULTILINE)
+    assert [name for name, _ in listed] == [name for _, name in listed]
+    assert sorted(name for name, _ in listed) == crossmr.__all__
+    assert set(crossmr.__all__) < set(dir(crossmr))
+    with pytest.raises(AttributeError, match="module 'crossmr' has no attribute 'complet'"):
+        _ = crossmr.complet
+
+
+def test_importing_crossmr_loads_nothing_heavy():
+    code = "import sys, crossmr; dir(crossmr); sys.exit(bool({'torch', 'nibabel', 'monai'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_every_module_has_its_tests():

@@ -1,65 +1,29 @@
 """crossmr completes brain MRI: it synthesises a study's missing contrasts from those that were acquired.
 
-Research use only; not a medical device. Everything it writes is labelled synthetic.
+Research use only; not a medical device. Everything it writes is labelled synthetic. The public names are listed in
+`__init__.pyi`, beside this file.
 """
 
+import ast
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from crossmr.completion.cohort import complete_cohort
-    from crossmr.completion.study import Completed, complete
-    from crossmr.data.prepare import Split, prepare
-    from crossmr.errors import CrossmrError
-    from crossmr.evaluation.evaluate import evaluate
-    from crossmr.networks.inference import Settings
-    from crossmr.networks.model import CrossConditionedModel, load_model
-    from crossmr.phantom import make_phantom, write_cohort
-    from crossmr.training.recipes import RECIPES, Recipe
-    from crossmr.training.run import train
+from pathlib import Path
+from typing import Any
 
 __version__ = version("crossmr")
 
-_MODULES = {
-    "Completed": "completion.study",
-    "CrossConditionedModel": "networks.model",
-    "CrossmrError": "errors",
-    "RECIPES": "training.recipes",
-    "Recipe": "training.recipes",
-    "Settings": "networks.inference",
-    "Split": "data.prepare",
-    "complete": "completion.study",
-    "complete_cohort": "completion.cohort",
-    "evaluate": "evaluation.evaluate",
-    "load_model": "networks.model",
-    "make_phantom": "phantom",
-    "prepare": "data.prepare",
-    "train": "training.run",
-    "write_cohort": "phantom",
-}
-
-__all__ = [
-    "RECIPES",
-    "Completed",
-    "CrossConditionedModel",
-    "CrossmrError",
-    "Recipe",
-    "Settings",
-    "Split",
-    "complete",
-    "complete_cohort",
-    "evaluate",
-    "load_model",
-    "make_phantom",
-    "prepare",
-    "train",
-    "write_cohort",
-]
+_LIST = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+_MODULES = {name.name: node.module for node in _LIST if isinstance(node, ast.ImportFrom) for name in node.names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import crossmr` and the command line start at once."""
     if name not in _MODULES:
         raise AttributeError(f"module 'crossmr' has no attribute '{name}'")
-    return getattr(import_module(f"crossmr.{_MODULES[name]}"), name)
+    return getattr(import_module(str(_MODULES[name])), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return ["__doc__", "__file__", "__name__", "__path__", "__version__", *__all__]
