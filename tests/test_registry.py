@@ -7,10 +7,11 @@ import zipfile
 import pytest
 from conftest import save_untrained, sha256, tree, write_study
 
+import crossmr
 from crossmr import registry
 from crossmr.cli import main
 from crossmr.completion.study import complete
-from crossmr.errors import ModelError, OutputError
+from crossmr.errors import ConfigError, ModelError, OutputError
 from crossmr.files import digest
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
     return save_untrained(tmp_path_factory.mktemp("model"))
 
 
-def crossmr(monkeypatch, *said):
+def run(monkeypatch, *said):
     monkeypatch.setattr(sys, "argv", ["crossmr", *map(str, said)])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -119,6 +120,22 @@ def test_the_default_is_used_where_none_is_named(folder, tmp_path):
         complete(tmp_path / "Ann", "defautl")
 
 
+def test_a_model_is_loaded_once_by_name_or_folder_for_many_studies(folder, tmp_path, monkeypatch):
+    registry.import_model(folder, "default")
+    registry.import_model(folder, "mine")
+    for number in range(2):
+        write_study(tmp_path, f"P{number}", ["t1n", "t2w"], seed=number)
+    loaded = [crossmr.load_model(), *(crossmr.load_model(m, device="cpu") for m in ("default", "mine", folder))]
+    assert {model.record["sha256"] for model in loaded} == {load_model(folder).record["sha256"]}
+    once = crossmr.complete(tmp_path / "P1", "mine", Settings(precision="float32", device="cpu"))
+    monkeypatch.setattr(registry, "load_folder", None)  # nothing is read from here on
+    for number in range(2):
+        result = crossmr.complete(tmp_path / f"P{number}", model=loaded[1], settings=Settings(precision="float32"))
+    assert {m: i.to_bytes() for m, i in result.images.items()} == {m: i.to_bytes() for m, i in once.images.items()}
+    with pytest.raises(ConfigError, match="--device is 'tpu'"):
+        crossmr.load_model("default", device="tpu")
+
+
 def test_shipped_models_come_first_and_are_not_removed(folder, tmp_path):
     save_untrained(tmp_path / "shipped" / "default", seed=1)
     known = registry.known_models()["default"]
@@ -156,25 +173,25 @@ def test_nothing_of_another_s_is_replaced_or_removed(folder, tmp_path):
 
 
 def test_the_command_line_lists_verifies_imports_exports_and_removes(folder, tmp_path, monkeypatch, capsys):
-    assert crossmr(monkeypatch, "models") == 0
+    assert run(monkeypatch, "models") == 0
     assert "no registered models" in capsys.readouterr().out
-    assert crossmr(monkeypatch, "models", "export", folder, tmp_path / "mine.zip") == 0
-    assert crossmr(monkeypatch, "models", "import", tmp_path / "mine.zip") == 0
-    assert crossmr(monkeypatch, "models", "import", tmp_path / "mine.zip", "--name", "second") == 0
+    assert run(monkeypatch, "models", "export", folder, tmp_path / "mine.zip") == 0
+    assert run(monkeypatch, "models", "import", tmp_path / "mine.zip") == 0
+    assert run(monkeypatch, "models", "import", tmp_path / "mine.zip", "--name", "second") == 0
     capsys.readouterr()
-    assert crossmr(monkeypatch, "models") == 0
+    assert run(monkeypatch, "models") == 0
     listed = capsys.readouterr().out
     assert "mine: t1n, t2w → t1c, t2f; imported" in listed
     assert load_model(folder).record["sha256"][:12] in listed
-    assert crossmr(monkeypatch, "models", "verify") == 0
+    assert run(monkeypatch, "models", "verify") == 0
     assert capsys.readouterr().out.count("whole") == 2
     weights = registry.models_folder() / "second" / "synthesis.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert crossmr(monkeypatch, "models", "verify") == 1
+    assert run(monkeypatch, "models", "verify") == 1
     assert "second refused" in capsys.readouterr().err
-    assert crossmr(monkeypatch, "models", "verify", "mine") == 0
-    assert crossmr(monkeypatch, "models", "remove", "second") == 0
-    assert crossmr(monkeypatch, "models", "import", tmp_path / "mine.zip") == 1
+    assert run(monkeypatch, "models", "verify", "mine") == 0
+    assert run(monkeypatch, "models", "remove", "second") == 0
+    assert run(monkeypatch, "models", "import", tmp_path / "mine.zip") == 1
     assert "There is a model 'mine' already" in capsys.readouterr().err
 
 
@@ -185,7 +202,7 @@ def test_a_model_that_is_named_is_not_hidden_by_a_folder_of_that_name(folder, tm
     assert registry.find_model("mine") == registry.models_folder() / "mine"
     (registry.models_folder() / "bad").mkdir()
     (registry.models_folder() / "bad" / "config.json").write_text('{"config": []}')
-    assert crossmr(monkeypatch, "models") == 0
+    assert run(monkeypatch, "models") == 0
     listed = capsys.readouterr().out
     assert "bad: damaged" in listed
     assert "mine: t1n" in listed

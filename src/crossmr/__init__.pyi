@@ -12,9 +12,9 @@ from crossmr.evaluation.evaluate import EvaluationSettings as EvaluationSettings
 from crossmr.evaluation.evaluate import evaluate as evaluate
 from crossmr.networks.inference import Settings as Settings
 from crossmr.networks.model import CrossConditionedModel as CrossConditionedModel
-from crossmr.networks.model import load_model as load_model
 from crossmr.phantom import make_phantom as make_phantom
 from crossmr.phantom import write_cohort as write_cohort
+from crossmr.registry import load_model as load_model
 from crossmr.training.recipes import RECIPES as RECIPES
 from crossmr.training.recipes import Recipe as Recipe
 from crossmr.training.run import TrainingSettings as TrainingSettings

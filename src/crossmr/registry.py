@@ -15,9 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from crossmr.device import choose_device
 from crossmr.errors import ModelError, OutputError
 from crossmr.files import is_record, refuse_foreign, write_atomically
-from crossmr.networks.model import FORMAT, CrossConditionedModel, load_model
+from crossmr.networks.model import FORMAT, CrossConditionedModel
+from crossmr.networks.model import load_model as load_folder
 
 SHIPPED = Path(__file__).parent / "weights"
 DEFAULT = "default"
@@ -72,6 +76,23 @@ def find_model(model: Path | str | None = None) -> Path:
     return Path(model)
 
 
+def load_model(model: Path | str | None = None, device: torch.device | str = "auto") -> CrossConditionedModel:
+    """Load a model once, to complete or evaluate as many studies with it as there are.
+
+    Args:
+        model: the name of a registered model, such as "default", or the folder of one; None for the default.
+        device: where it runs: 'auto' (a GPU, if there is one), 'cpu', 'cuda', 'cuda:1' or 'mps'.
+
+    Returns:
+        The networks as one `nn.Module` in evaluation mode, float32, without gradients.
+
+    Raises:
+        ModelError: no such model, or one that is damaged or of another version. ConfigError: no such device.
+    """
+    chosen = choose_device(str(device))
+    return load_folder(find_model(model), chosen)
+
+
 def import_model(source: Path, name: str | None = None) -> RegisteredModel:
     """Check an exported model, or a model's folder, and register it under a name, by default the file's.
 
@@ -96,7 +117,7 @@ def import_model(source: Path, name: str | None = None) -> RegisteredModel:
             for file, content in _contents(source).items():
                 (folder / file).write_bytes(content)
             try:
-                load_model(folder)
+                load_folder(folder)
             except ModelError as error:
                 raise ModelError(f"{source}: {str(error).replace(f'{folder}{os.sep}', '')}") from error
             os.replace(folder, models_folder() / name)
@@ -116,7 +137,7 @@ def export_model(model: Path | str, target: Path) -> CrossConditionedModel:
     if os.path.lexists(target):
         raise OutputError(f"{target} exists; name another file.")
     folder = find_model(model)
-    loaded = load_model(folder)
+    loaded = load_folder(folder)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for file, content in sorted(_contents(folder).items()):

@@ -27,16 +27,15 @@ from crossmr.completion.study import (
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume, write_volume
-from crossmr.device import choose_device
 from crossmr.dicom.convert import Scans, check_scans, convert_cases, find_cases, taken
 from crossmr.dicom.series import holds_dicom
 from crossmr.display import SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError
 from crossmr.files import read_json, remove, write_json
 from crossmr.networks.inference import HeadVolumes, Settings, Synthesis, check_settings
-from crossmr.networks.model import CrossConditionedModel, load_model
+from crossmr.networks.model import CrossConditionedModel
 from crossmr.picture import Array, Kind, Panel, middle, save_panels
-from crossmr.registry import find_model
+from crossmr.registry import load_model
 
 SCANS = "scans"
 """The folder of an output that holds what DICOM was converted to."""
@@ -129,7 +128,7 @@ def complete_cohort(
     layout = Layout(Path(out), options.profile)
     with layout.locked():
         if not isinstance(model, CrossConditionedModel):
-            model = load_model(find_model(model), choose_device(settings.device))
+            model = load_model(model, settings.device)
         check_settings(model, settings)
         reference = read_reference(settings, model, options.mapping)
         from_dicom = holds_dicom(Path(cohort), options.mapping, exclude=layout.out, display=display)

@@ -18,7 +18,7 @@ from crossmr.completion.layout import EXPECTED, FORMAT
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, on_grid
-from crossmr.device import choose_device, choose_precision
+from crossmr.device import choose_precision
 from crossmr.dicom.convert import convert
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import ConfigError, NamingError, StudyError
@@ -32,9 +32,9 @@ from crossmr.networks.inference import (
     samples_drawn,
     synthesise,
 )
-from crossmr.networks.model import CrossConditionedModel, load_model
+from crossmr.networks.model import CrossConditionedModel
 from crossmr.picture import window
-from crossmr.registry import find_model
+from crossmr.registry import load_model
 
 INTENSITY = {
     "range": [0, 1],
@@ -95,7 +95,7 @@ def complete(
     """
     settings = settings or Settings()
     if not isinstance(model, CrossConditionedModel):
-        model = load_model(find_model(model), choose_device(settings.device))
+        model = load_model(model, settings.device)
     reference = read_reference(settings, model)
     if isinstance(study, Mapping):
         images = _by_modality(study, model.config.modalities)

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from crossmr.device import choose_device, choose_precision
+from crossmr.device import choose_precision
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError
 from crossmr.evaluation.measures import (
@@ -43,9 +43,9 @@ from crossmr.evaluation.subjects import Array, Subject, find_subjects, patterns
 from crossmr.evaluation.tables import is_table, write_csv
 from crossmr.files import REPORT, is_page, is_record, locked, refuse_foreign, write_json
 from crossmr.networks.inference import Settings, chosen_guidance, samples_drawn
-from crossmr.networks.model import CrossConditionedModel, Guidance, load_model, pseudonym
+from crossmr.networks.model import CrossConditionedModel, Guidance, pseudonym
 from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_most, window
-from crossmr.registry import find_model
+from crossmr.registry import load_model
 
 FORMAT = "crossmr-evaluation"
 TABLES: dict[str, type[Row]] = {
@@ -209,7 +209,7 @@ def _refuse_foreign(out: Path, names: Sequence[str], targets: Sequence[str]) -> 
 
 def _loaded(model: CrossConditionedModel | Path | str, settings: EvaluationSettings) -> CrossConditionedModel:
     if not isinstance(model, CrossConditionedModel):
-        model = load_model(find_model(model), choose_device(settings.inference.device))
+        model = load_model(model, settings.inference.device)
     if settings.every_subset and not model.config.any_subset:
         raise ConfigError(
             "--every-subset is for models of any subset; this one always needs its sources, so leave it out."

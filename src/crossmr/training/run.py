@@ -29,8 +29,8 @@ from crossmr.device import choose_device, choose_precision, set_numerics
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError
 from crossmr.files import is_record, locked, read_json, refuse_foreign, write_json
-from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, load_model, pseudonym, save_model
-from crossmr.registry import find_model
+from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, pseudonym, save_model
+from crossmr.registry import load_model
 from crossmr.training.calibration import calibration
 from crossmr.training.choices import choose
 from crossmr.training.loop import Trainer, part_of
@@ -112,7 +112,7 @@ def train(
     with locked(folder):
         _refuse_foreign(folder)
         dataset = PreparedDataset(prepared)
-        initial = load_model(find_model(initial_model)) if isinstance(initial_model, (str, Path)) else initial_model
+        initial = load_model(initial_model, "cpu") if isinstance(initial_model, (str, Path)) else initial_model
         training = _training(folder, dataset, settings, initial, display, budget)
         chosen = _chosen_stages(training.config, settings)
         identity = _identity(training, dataset, initial)
