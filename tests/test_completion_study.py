@@ -124,6 +124,25 @@ def test_python_takes_a_folder_paths_and_images_alike_and_writes_nothing(model_f
     assert [way.manifest["inputs"] for way in ways] == [hashes, hashes, hashes, hashes, {}, hashes]
 
 
+@pytest.mark.parametrize("codes", ["LPS", "SRA"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8])
+def test_arrays_with_their_affine_are_images(model, tmp_path, codes, dtype):
+    study = write_images(tmp_path, "P", ("t1n", "t2w"), change=stored_as(codes, TURN))
+    images = {m: nib.load(study / f"P-{m}.nii.gz") for m in ("t1n", "t2w")}
+    whole = {m: np.asarray(i.dataobj).round().astype(np.float32) for m, i in images.items()}
+    images = {m: nib.Nifti1Image(whole[m], i.affine) for m, i in images.items()}
+    pairs = {m: (whole[m].astype(dtype), i.affine) for m, i in images.items()}
+    wanted, made = (complete(one, model, SETTINGS) for one in (images, pairs))
+    assert list(made.images) == ["t1c", "t2f"]
+    for modality, image_made in made.images.items():
+        np.testing.assert_array_equal(image_made.dataobj, wanted.images[modality].dataobj)
+        np.testing.assert_array_equal(image_made.affine, images["t1n"].affine)
+        assert image_made.shape == whole["t1n"].shape
+        assert image_made.header.get_xyzt_units()[0] == "mm"
+    tensors = {m: (torch.from_numpy(array), torch.from_numpy(affine)) for m, (array, affine) in pairs.items()}
+    np.testing.assert_array_equal(complete(tensors, model, SETTINGS).images["t2f"].dataobj, made.images["t2f"].dataobj)
+
+
 def test_python_refuses_what_it_cannot_tell_apart(model, tmp_path):
     head = image(make_head(shape=SHAPE))
     with pytest.raises(NamingError, match="t1n twice"):
@@ -149,6 +168,24 @@ def test_only_wanted_targets_are_filled(model, tmp_path):
     assert one.manifest["not_filled"] == {}
     assert one.images["t2f"].to_bytes() == every.images["t2f"].to_bytes()
     assert one.manifest["settings"]["targets"] == ["t2f"]
+
+
+@pytest.mark.parametrize("one", ["t2f", "FLAIR", ["t2f"], ("flair", "t2f"), "T2-FLAIR"])
+def test_a_target_is_a_name_and_not_its_letters(model, tmp_path, one):
+    study = write_images(tmp_path, "P", ("t1n", "t2w"))
+    assert Settings(targets=one).targets == ("t2f",)
+    for made in (complete(study, model, SETTINGS, targets=one), complete(study, model, with_settings(targets=one))):
+        assert list(made.images) == ["t2f"]
+        assert made.manifest["settings"]["targets"] == ["t2f"]
+    assert list(complete(study, model, with_settings(targets=one), targets=["T1ce"]).images) == ["t1c"]
+
+
+def test_no_target_at_all_and_one_that_is_none_are_refused(model, tmp_path):
+    with pytest.raises(ConfigError, match="No modality is named"):
+        Settings(targets=[])
+    for wrong in ("f", "t2f, t1c"):
+        with pytest.raises(ConfigError, match=f"cannot synthesise {wrong}; it was trained for t1c, t2f"):
+            complete(write_images(tmp_path, "P", ("t1n", "t2w")), model, SETTINGS, targets=wrong)
 
 
 def test_says_why_a_gap_cannot_be_filled(model, tmp_path):

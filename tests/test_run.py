@@ -450,6 +450,11 @@ def test_with_next_to_no_time_every_stage_has_a_step(prepared, tmp_path):
 # Refusals
 
 
+def test_settings_take_one_name_or_several_in_any_spelling():
+    named = TrainingSettings(sources="T1", targets=["FLAIR", "t1c"], stages="synthesis")
+    assert (named.sources, named.targets, named.stages) == (("t1n",), ("t2f", "t1c"), ("synthesis",))
+
+
 def test_refusals(prepared, tmp_path):
     with pytest.raises(ConfigError, match="has pdw; it has"):
         train(prepared, tmp_path, targets=("pdw",))

@@ -303,8 +303,21 @@ class TestBrokenInputs:
         refused(tmp_path / "a.nii.gz", f"^a.nii.gz: .*{pattern}")
 
     def test_other_images(self) -> None:
-        refused(nib.MGHImage(np.zeros(SHAPE, np.float32), np.eye(4)), "got MGHImage, wanted a NIfTI image")
-        refused(np.zeros(SHAPE), "got ndarray, wanted a NIfTI image")
+        refused(
+            nib.MGHImage(np.zeros(SHAPE, np.float32), np.eye(4)), "got MGHImage, wanted a NIfTI file, a NIfTI image"
+        )
+        refused(np.zeros(SHAPE), r"got ndarray, wanted .*\(array, affine\)")
+
+    def test_arrays_that_are_no_volume(self) -> None:
+        voxels, affine = np.ones(SHAPE, np.float32), np.eye(4)
+        refused((voxels > 0, affine), "voxels are bool, wanted one real number")
+        refused((voxels.astype(complex), affine), "voxels are complex128, wanted one real number")
+        refused((voxels[0], affine), "is 2D")
+        refused((voxels, np.eye(3)), "its affine is 3×3, wanted 4×4")
+        refused((voxels, np.zeros((4, 4))), "its affine has no inverse")
+        refused((voxels, np.full((4, 4), np.nan)), "its affine has no inverse")
+        refused((voxels, "RAS"), "is none of numbers")
+        refused((voxels, affine, "t1"), r"got tuple, wanted .*\(array, affine\)")
 
     @pytest.mark.parametrize(
         ("shape", "pattern"),

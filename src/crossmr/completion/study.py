@@ -79,21 +79,34 @@ def complete(
     model: CrossConditionedModel | Path | str | None = None,
     settings: Settings | None = None,
     *,
+    targets: Sequence[str] | None = None,
     case: str = "study",
 ) -> Completed:
-    """Synthesise what a study lacks and return it; nothing is written.
+    """Synthesise what a study lacks and return it; nothing is written, see `Completed.save`.
 
     Args:
-        study: the study's folder, of NIfTI or of DICOM, or modality → path or nibabel image, such as
-            {"t1n": "t1.nii.gz"}.
-        model: a model, the folder of one, or the name of a registered one; None for the default.
-        settings: targets, guidance, seed, device; see `Settings`.
-        case: the study's name where it has none: it seeds the sample.
+        study: the study's folder, of NIfTI or of DICOM, or modality → volume, in any usual spelling of the modalities:
+            {"T1": "t1.nii.gz", "FLAIR": image}. A volume is the path of a NIfTI file, an image of nibabel, or a pair
+            (array, affine): real numbers (X, Y, Z) of any unit, and the (4, 4) matrix from voxel indices to mm in RAS+,
+            as nibabel has them. All lie on one grid, unless settings.register says otherwise.
+        model: what `load_model` gave, for many studies; or a registered name, or a model's folder, which is then
+            loaded; None for the default.
+        settings: guidance, seed, device and so on; see `Settings`.
+        targets: modalities requested, one ("t2f") or several; None for those of the settings, by default all that are
+            missing and the model knows.
+        case: name of a study that is given volume by volume: it seeds a sample, and `Completed.save` writes under it.
+
+    Returns:
+        Images and standard deviations on the grid of the first volume (in the order T1, T1ce, T2, FLAIR), float32 in
+        [0, 1], and a manifest. What could not be synthesised is missing, with the reason in manifest["not_filled"].
 
     Raises:
-        CrossmrError: with one line that says what is wrong with the study, the model or the settings.
+        CrossmrError: with one line that says what is wrong. NamingError, VolumeError, StudyError: the study.
+            ModelError: the model. ConfigError: a setting, or a name that is no modality.
     """
     settings = settings or Settings()
+    if targets is not None:
+        settings = replace(settings, targets=targets)
     if not isinstance(model, CrossConditionedModel):
         model = load_model(model, settings.device)
     reference = read_reference(settings, model)

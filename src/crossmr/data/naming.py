@@ -10,7 +10,7 @@ import fnmatch
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +136,21 @@ def modality_name(text: str, extra: Collection[str] = ()) -> str:
     raise ConfigError(
         f"{text!r} is no modality: expected one of {', '.join(known)} (or T1, T1ce, T2, FLAIR, PD).{hint}"
     )
+
+
+def modality_names(given: Sequence[str]) -> tuple[str, ...]:
+    """Modalities under their canonical names, each once: 'FLAIR' is ('t2f',); names that no spelling matches stay.
+
+    A string is one modality, not its letters.
+
+    Raises:
+        ConfigError: none is given.
+    """
+    names = (given,) if isinstance(given, str) else tuple(given)
+    if not names:
+        raise ConfigError("No modality is named; name one, such as 't2f', or leave the setting out for all.")
+    spelt = {name: _MEANING.get("-".join(_WORD.findall(name)).lower(), name) for name in names}
+    return tuple(dict.fromkeys(meaning if meaning in MODALITIES else name for name, meaning in spelt.items()))
 
 
 def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:

@@ -53,8 +53,10 @@ class Volume:
     """Whether its header says that it was synthesised: `descrip` starts with SYNTHETIC."""
 
 
-def read_volume(source: Path | str | nib.Nifti1Image, *, name: str | None = None) -> Volume:
-    """Read a NIfTI-1 or -2 file (plain or gzipped, of any name and byte order) or an in-memory image.
+def read_volume(source: Path | str | nib.Nifti1Image | tuple[Any, Any], *, name: str | None = None) -> Volume:
+    """Read a NIfTI-1 or -2 file (plain or gzipped, of any name and byte order), an in-memory image, or an array.
+
+    An array comes with its affine, as a pair: real numbers (x, y, z), and (4, 4) from voxel indices to mm in RAS+.
 
     Scaling (scl_slope, scl_inter) is applied. Trailing axes of length one are dropped, so that every image is 3D. The
     affine is the sform, else the qform, else the one that nibabel derives from the spacing; units other than mm are
@@ -69,7 +71,8 @@ def read_volume(source: Path | str | nib.Nifti1Image, *, name: str | None = None
         header, stored = _read_file(Path(source), name)
     else:
         name = name or Path(getattr(source, "get_filename", str)() or "in-memory image").name
-        header, stored = _read_image(source, name)
+        image = _image_of_pair(*source, name) if isinstance(source, tuple) and len(source) == 2 else source
+        header, stored = _read_image(image, name)
 
     affine = _affine(header, name)
     orientation = _orientation(affine)
@@ -289,7 +292,10 @@ def _read_file(path: Path, name: str) -> tuple[Any, np.ndarray]:
 def _read_image(image: Any, name: str) -> tuple[Any, np.ndarray]:
     """The header and the scaled voxels (x, y, z) of an in-memory image, as stored."""
     if not isinstance(image, nib.Nifti1Image):
-        raise VolumeError(f"{name}: got {type(image).__name__}, wanted a NIfTI image. Convert it to .nii.gz first.")
+        raise VolumeError(
+            f"{name}: got {type(image).__name__}, wanted a NIfTI file, a NIfTI image of nibabel, or (array, affine). "
+            "Convert it first."
+        )
     header = image.header.copy()
     header.extensions.clear()
     header = _repaired(header, name)
@@ -299,6 +305,25 @@ def _read_image(image: Any, name: str) -> tuple[Any, np.ndarray]:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise VolumeError(f"{name}: its voxels cannot be read ({_reason(error)}). Copy the file again.") from error
     return header, stored.reshape(stored.shape[:3])
+
+
+def _image_of_pair(array: Any, affine: Any, name: str) -> nib.Nifti1Image:
+    """An image, in mm, of an array (x, y, z) and its affine."""
+    try:
+        voxels, matrix = np.asarray(array), np.asarray(affine, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU, or one with gradients
+        raise VolumeError(
+            f"{name}: its array or affine is none of numbers ({_reason(error)}). Give NumPy arrays."
+        ) from error
+    if voxels.dtype.kind not in "iuf":
+        raise VolumeError(f"{name}: voxels are {voxels.dtype}, wanted one real number each. Give a magnitude image.")
+    if matrix.shape != (4, 4):
+        raise VolumeError(f"{name}: its affine is {_times(matrix.shape)}, wanted 4×4, from voxel indices to mm.")
+    _check_affine(matrix, name)
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite, as in a file
+        image = nib.Nifti1Image(voxels.astype(np.float32), matrix)
+    image.header.set_xyzt_units("mm")
+    return image
 
 
 def _parse_header(start: bytes, name: str) -> Any:
@@ -357,10 +382,15 @@ def _affine(header: Any, name: str) -> np.ndarray:
             affine = np.asarray(header.get_best_affine(), dtype=np.float64)
     except (HeaderDataError, ValueError) as error:
         raise VolumeError(f"{name}: its qform makes no sense ({_reason(error)}). Correct its header first.") from error
+    _check_affine(affine, name)
+    return affine
+
+
+def _check_affine(affine: np.ndarray, name: str) -> None:
+    """Refuse an affine (4, 4) that has no inverse."""
     sizes = np.linalg.norm(affine[:3, :3], axis=0) if (np.abs(affine) < 1e9).all() else np.zeros(3)
     if sizes.min() < 1e-6 or abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-6:
         raise VolumeError(f"{name}: its affine has no inverse: {affine[:3].round(3).tolist()}. Correct its header.")
-    return affine
 
 
 def _orientation(affine: np.ndarray) -> np.ndarray:

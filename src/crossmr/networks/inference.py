@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from crossmr.data.naming import modality_names
 from crossmr.data.registration import RegistrationMode
 from crossmr.device import autocast, choose_precision, in_batches
 from crossmr.errors import ConfigError
@@ -27,8 +28,9 @@ BATCH = 16
 class Settings:
     """How to synthesise; the same settings and inputs give the same voxels."""
 
-    targets: tuple[str, ...] | None = None
-    """Modalities requested; None for all that are missing and the model knows."""
+    targets: Sequence[str] | None = None
+    """Modalities requested, in any usual spelling: one, such as "t2f" or "FLAIR", or several; None for all that are
+    missing and the model knows."""
     guidance: Guidance | None = None
     """'sample' (the MDN is given the sources), 'unconditional' (as published), 'reference' (the representation of
     another study's real scans), 'none'; None for what the model was trained with."""
@@ -48,6 +50,8 @@ class Settings:
     """Whether a study's volumes are moved rigidly onto the first one's grid: 'if needed', those on another grid."""
 
     def __post_init__(self) -> None:
+        if self.targets is not None:
+            object.__setattr__(self, "targets", modality_names(self.targets))
         if self.guidance is not None and self.guidance not in GUIDANCES:
             raise ConfigError(f"--guidance is '{self.guidance}'; wanted one of {', '.join(GUIDANCES)}.")
         if self.samples is not None and self.samples < 1:

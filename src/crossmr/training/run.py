@@ -24,7 +24,7 @@ from crossmr.baselines import fit_baselines
 from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
 from crossmr.config import to_dict
 from crossmr.data.dataset import Case, PreparedDataset
-from crossmr.data.naming import in_usual_order
+from crossmr.data.naming import in_usual_order, modality_names
 from crossmr.device import choose_device, choose_precision, set_numerics
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError
@@ -53,13 +53,13 @@ class TrainingSettings:
 
     recipe: Recipe | None = None
     """Networks and optimisation; None for STANDARD, or that of the initial model."""
-    sources: tuple[str, ...] | None = None
-    """Modalities to read; None for the published T1 and T2, as far as the set has them. A recipe of any subset reads
-    and synthesises sources and targets alike; None for all that the set has."""
-    targets: tuple[str, ...] | None = None
-    """Modalities to synthesise; None for the published T1ce and FLAIR."""
-    stages: tuple[str, ...] | None = None
-    """Train these alone; the stages before them must be finished."""
+    sources: Sequence[str] | None = None
+    """Modalities to read, one or several, in any usual spelling; None for the published T1 and T2, as far as the set
+    has them. A recipe of any subset reads and synthesises sources and targets alike; None for all that the set has."""
+    targets: Sequence[str] | None = None
+    """Modalities to synthesise, likewise; None for the published T1ce and FLAIR."""
+    stages: Sequence[str] | None = None
+    """Train this stage, or these, alone; the stages before them must be finished."""
     steps: int | None = None
     """Steps of every stage, instead of the recipe's epochs."""
     minutes: float | None = None
@@ -72,6 +72,11 @@ class TrainingSettings:
     """Of weights, batches, masks and noise."""
 
     def __post_init__(self) -> None:
+        for name in ("sources", "targets"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, modality_names(given))
+        if isinstance(self.stages, str):
+            object.__setattr__(self, "stages", (self.stages,))
         if self.steps is not None and self.minutes is not None:
             raise ConfigError("Give --steps or --minutes, not both.")
         too_short = self.minutes is not None and not 0 < self.minutes < math.inf  # NaN fails too
