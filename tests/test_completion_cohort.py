@@ -16,6 +16,7 @@ from conftest import image, make_head, sha256, tree, voxels, write_images
 
 from crossmr import files
 from crossmr.completion import cohort as cohorts
+from crossmr.completion import writing
 from crossmr.completion.cohort import CohortSettings, CohortSummary, complete_cohort
 from crossmr.completion.layout import Layout
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT, complete
@@ -199,7 +200,7 @@ def test_ctrl_c_stops_the_cohort_and_leaves_no_volume_without_manifest(model, sm
 
 
 def break_writing(monkeypatch, failing, error):
-    write_volume, write_json = cohorts.write_volume, cohorts.write_json
+    write_volume, write_json = writing.write_volume, cohorts.write_json
 
     def volume(made, path):
         if failing == "second volume" and "t2f" in path.name:
@@ -211,7 +212,7 @@ def break_writing(monkeypatch, failing, error):
             raise error
         write_json(path, data)
 
-    monkeypatch.setattr(cohorts, "write_volume", volume)
+    monkeypatch.setattr(writing, "write_volume", volume)
     monkeypatch.setattr(cohorts, "write_json", manifest)
 
 

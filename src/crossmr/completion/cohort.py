@@ -1,6 +1,5 @@
 """Completing a cohort: every study of a folder, one after the other, written, labelled and recorded in OUT."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,9 +23,10 @@ from crossmr.completion.study import (
     settings_record,
     what_to_fill,
 )
+from crossmr.completion.writing import relative_to, whole_or_absent, write_volumes
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
-from crossmr.data.volume import read_volume, write_volume
+from crossmr.data.volume import read_volume
 from crossmr.dicom.convert import Scans, check_scans, convert_cases, find_cases, taken
 from crossmr.dicom.series import holds_dicom
 from crossmr.display import SILENT, Display
@@ -222,15 +222,14 @@ def _complete_case(
     loaded = study.result() or load_study(files, register=run.settings.register)
     run.layout.check(loaded)
     result = complete_study(loaded, run.model, run.settings, files_now, run.reference)
-    paths = _relative_to(run.layout.folder(files.case), images)
-    manifest = {**result.manifest, "given": files_now, "paths": paths}
+    paths = relative_to(run.layout.folder(files.case), images)
+    manifest = {**result.manifest, "paths": paths}
     check_case(run.layout, files.case, run.model.config.targets, list(result.images), overwrite=True)
     earlier, picture = earlier_files(run.layout, files.case, run.model.config.targets), run.layout.picture(files.case)
-    written: list[Path] = []
-    try:
+    with whole_or_absent(path.parent) as written:
         for old in (path, picture, *earlier):
             remove(old)
-        _write_volumes(run, result, manifest, written)
+        write_volumes(run.layout, result.images, result.stds, manifest, written)
         if scans is not None:
             _write_dicom(run, loaded, scans, result, manifest, written)
         inputs = [image for modality, image in images.items() if modality in manifest["acquired"]]
@@ -241,12 +240,6 @@ def _complete_case(
             written.append(picture)
         manifest["seconds"] = round(time.perf_counter() - start, 3)
         write_json(path, manifest)
-    except BaseException as error:
-        for file in written:
-            remove(file)
-        if isinstance(error, OSError):
-            raise OutputError(f"{path.parent} could not be written: {error.strerror or error}.") from error
-        raise
     return manifest, False
 
 
@@ -259,21 +252,6 @@ def _finished_before(run: _Run, case: str, files_now: Mapping[str, Any]) -> Mapp
     if changed:
         run.display.say(f"{case}: finished before with {' and '.join(changed)}, and kept; --overwrite does it again")
     return manifest
-
-
-def _write_volumes(run: _Run, result: Completed, manifest: dict[str, Any], written: list[Path]) -> None:
-    """Write the synthetic volumes and their standard deviations; name them in manifest and `written`."""
-    case, layout = manifest["case"], run.layout
-    folder = layout.folder(case)
-    for modality, image in result.images.items():
-        volumes = {"file": (layout.image(case, modality), image)}
-        if modality in result.stds and (place := layout.std(case, modality)) is not None:
-            volumes["std"] = (place, result.stds[modality])
-        for path, volume in volumes.values():
-            write_volume(volume, path)
-            written.append(path)
-        names = _relative_to(folder, {key: path for key, (path, _) in volumes.items()})
-        manifest["synthetic"][modality] = {"std": None, **names, **manifest["synthetic"][modality]}
 
 
 def _write_dicom(
@@ -319,8 +297,3 @@ def _panels(study: Study, head: HeadVolumes, synthesis: Synthesis) -> list[Panel
         if synthesis.stds is not None:
             volumes.append((modality, "standard deviation", synthesis.stds[index].numpy()))
     return [Panel.of(modality, kind, np.where(mask, volume, np.float32(0)), at) for modality, kind, volume in volumes]
-
-
-def _relative_to(folder: Path, paths: Mapping[str, Path]) -> dict[str, str]:
-    """Where files lie, as seen from a folder."""
-    return {name: os.path.relpath(path, folder).replace(os.sep, "/") for name, path in paths.items()}

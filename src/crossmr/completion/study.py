@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from crossmr.completion.checks import check
-from crossmr.completion.layout import EXPECTED, FORMAT
+from crossmr.completion.layout import EXPECTED, FORMAT, Layout
+from crossmr.completion.writing import save_study
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, on_grid
@@ -63,6 +64,25 @@ class Completed:
     """The sources as the networks read them; None where nothing was synthesised."""
     synthesis: Synthesis | None = None
     """The arrays that the images hold, cropped to the head."""
+
+    def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
+        """Write what the command line writes of this study into FOLDER/CASE, and return that folder.
+
+        CASE-t2f_synthetic.nii.gz for each image, float32 in [0, 1] on the study's grid, its header marked SYNTHETIC;
+        CASE-t2f_std.nii.gz for each standard deviation, on the same scale; and, last, manifest.json. If anything fails,
+        nothing of the study is left. One process at a time writes to a folder.
+
+        Args:
+            folder: the output folder, of one study or of many; made where it is missing.
+            overwrite: whether a study of this name that crossmr has written there is replaced.
+
+        Raises:
+            OutputError: a finished study of this name lies there; what would be replaced is an acquired scan, or not
+                crossmr's; or the folder cannot be written.
+        """
+        layout = Layout(Path(folder))
+        with layout.locked():
+            return save_study(layout, self.images, self.stds, self.manifest, overwrite=overwrite)
 
 
 class Reference(NamedTuple):
@@ -160,6 +180,7 @@ def complete_study(
         "not_filled": not_filled,
         "acquired": list(study.volumes),
         "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},
+        "given": dict(inputs or {}),
         "normalisation": {m: asdict(n) for m, n in study.normalisation.items()},
         "intensity": INTENSITY,
         "std": _std_record(model) if stds else None,
