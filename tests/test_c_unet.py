@@ -1,11 +1,14 @@
 """Stage 3: the C-UNet, its forms, its guidance and its losses."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import crossmr
+import crossmr.networks
 from crossmr.errors import ConfigError
 from crossmr.networks.c_unet import (
     ConditionEmbedding,
@@ -67,6 +70,44 @@ def parameters(network):
 
 
 # The network
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("config", [SMALL, LIGHT, replace(SMALL, patch=2), replace(LIGHT, patch=1)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1), (5, 7, 9), (8, 9, 24), (8, 8, 16)])
+def test_images_of_any_size_come_out_at_that_size(config, dims, size):
+    network, size = random_network(dims=dims, config=config), size[-dims:]
+    assert network.stride == config.stride
+    images, y_0 = torch.randn(2, 2, *size, generator=seeded()), torch.randn(2, 6, generator=seeded(1))
+    made = network(images, y_0)
+    assert made.shape == (2, 3, *size)
+    whole = [-(-side // config.stride) * config.stride for side in size]
+    repeated = images
+    for axis, side in enumerate(whole, start=2):
+        index = torch.arange(side).clamp(max=images.shape[axis] - 1)
+        repeated = repeated.index_select(axis, index)
+    wanted = network(repeated, y_0)[(..., *(slice(side) for side in size))]
+    torch.testing.assert_close(made, wanted)
+
+
+@pytest.mark.parametrize(
+    ("dims", "shape"), [(2, (2, 8, 8)), (2, (1, 3, 8, 8)), (2, (1, 2, 8, 8, 8)), (3, (2, 2, 8, 8))]
+)
+def test_images_of_another_shape_are_refused_in_words(dims, shape):
+    axes = "Y, X" if dims == 2 else "Z, Y, X"
+    with pytest.raises(ValueError, match=re.escape(f"images are {shape}; wanted (B, 2, {axes})")):
+        a_network(dims=dims)(torch.zeros(shape))
+    with pytest.raises(ValueError, match="none of them 0"):
+        a_network()(torch.zeros(1, 2, 0, 8))
+
+
+def test_a_network_is_made_of_a_few_numbers():
+    network = crossmr.CUNet(SMALL, inputs=3)
+    assert network(torch.zeros(1, 3, 9, 9)).shape == (1, 1, 9, 9)
+    assert crossmr.networks.CUNet is crossmr.CUNet is CUNet
+    for wrong in ({"inputs": 0}, {"outputs": 0}, {"spatial_dims": 4}):
+        with pytest.raises(ConfigError, match="wanted"):
+            CUNet(SMALL, **wrong)
 
 
 def test_the_published_form_has_ten_point_four_million_parameters():

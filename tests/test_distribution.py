@@ -1,6 +1,7 @@
 """Stage 2: the MDN is RCG's network, and learns a distribution of two clusters and which of them a condition means."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,15 @@ def random_network(config=CONFIG, dim=3, condition_dim=2, seed=0):
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
     return network.requires_grad_(False)
+
+
+def test_a_network_is_made_of_a_few_numbers():
+    network = DistributionNetwork(replace(CONFIG, conditional=False), dim=5)
+    assert network(torch.zeros(2, 5), torch.tensor([0, 999])).shape == (2, 5)
+    assert network.sample([seeded()], steps=2).shape == (1, 5)
+    for wrong in ({"dim": 0}, {"config": replace(CONFIG, conditional=True)}, {"condition_dim": -1}):
+        with pytest.raises(ConfigError, match="wanted at least 1 feature"):
+            DistributionNetwork(**{"config": replace(CONFIG, conditional=False), **wrong})
 
 
 def squared_error(network, y_0, condition=None, features=None, generator=None, dropout=0.0):

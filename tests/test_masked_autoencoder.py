@@ -35,6 +35,22 @@ def random_network(dims=2, **changes):
     return network.requires_grad_(False)
 
 
+@pytest.mark.parametrize("decoder", ["u-net", "skip-free"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 13), (5, 6, 7)])
+def test_images_of_any_size_come_out_at_that_size(size, decoder):
+    network = random_network(len(size), decoder=decoder)
+    images = torch.randn(2, 3, *size, generator=seeded())
+    made = network(images)
+    assert made.shape == images.shape
+    index = [torch.arange(-(-side // 2) * 2).clamp(max=side - 1) for side in size]
+    repeated = images[(..., *torch.meshgrid(*index, indexing="ij"))]
+    torch.testing.assert_close(made, network(repeated)[(..., *(slice(side) for side in size))])
+    assert network.pooled(images).shape == (2, 3, network.dim)
+    for read in (network, network.pooled):
+        with pytest.raises(ValueError, match="images are"):
+            read(images[0])
+
+
 @pytest.mark.parametrize(
     ("size", "patch", "ratio", "hidden"),
     [

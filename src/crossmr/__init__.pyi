@@ -10,7 +10,10 @@ from crossmr.data.prepare import prepare as prepare
 from crossmr.errors import CrossmrError as CrossmrError
 from crossmr.evaluation.evaluate import EvaluationSettings as EvaluationSettings
 from crossmr.evaluation.evaluate import evaluate as evaluate
+from crossmr.networks.c_unet import CUNet as CUNet
+from crossmr.networks.distribution import DistributionNetwork as DistributionNetwork
 from crossmr.networks.inference import Settings as Settings
+from crossmr.networks.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
 from crossmr.networks.model import CrossConditionedModel as CrossConditionedModel
 from crossmr.phantom import make_phantom as make_phantom
 from crossmr.phantom import write_cohort as write_cohort

@@ -14,7 +14,18 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from crossmr.errors import ConfigError
-from crossmr.networks.unet import Decoder, Encoder, Form, LightDecoder, LightEncoder, ResidualBlock, zero_init
+from crossmr.networks.unet import (
+    Decoder,
+    Encoder,
+    Form,
+    LightDecoder,
+    LightEncoder,
+    ResidualBlock,
+    check_images,
+    crop_to,
+    pad_to_stride,
+    zero_init,
+)
 
 
 @dataclass(frozen=True)
@@ -68,20 +79,25 @@ class ConditionEmbedding(nn.Module):
 class CUNet(nn.Module):
     """U-Net from input channels to output channels; without `representation_dim`, one that nothing guides.
 
-    The condition layers are made last, so that the rest starts as a network that nothing guides does; they start at
-    zero where they are trained last (`zero_condition`).
+    `CUNet(SynthesisConfig(channels=32), inputs=3, outputs=1)` for slices of three channels; `spatial_dims=3` for
+    volumes; `representation_dim=D` for a network that vectors of D features guide. The condition layers are made last,
+    so that the rest starts as a network that nothing guides does; they start at zero where they are trained last
+    (`zero_condition`).
     """
 
     def __init__(
         self,
-        config: SynthesisConfig,
-        inputs: int,
-        outputs: int,
+        config: SynthesisConfig = SynthesisConfig(),
+        inputs: int = 1,
+        outputs: int = 1,
         spatial_dims: int = 2,
         *,
         representation_dim: int | None = None,
     ):
         super().__init__()
+        if min(inputs, outputs) < 1:
+            raise ConfigError(f"inputs is {inputs}, outputs {outputs}; wanted at least 1 channel each.")
+        self.inputs, self.spatial_dims, self.stride = inputs, spatial_dims, config.stride
         form = Form(spatial_dims, config.channels, config.multipliers, config.blocks, config.patch)
         light = config.form == "light"
         self.encoder = LightEncoder(form, inputs) if light else Encoder(form, inputs)
@@ -96,11 +112,18 @@ class CUNet(nn.Module):
     def forward(self, inputs: Tensor, y_0: Tensor | None = None) -> Tensor:
         """Map inputs (B, inputs, *S) to (B, outputs, *S), both in robust standard deviations about the head's median.
 
-        y_0 (B, D) is the guidance; without, the condition layers add nothing.
+        S is (Y, X) or (Z, Y, X) of any size: within, the last pixels are repeated up to multiples of `stride`. A
+        model's inputs lie in [-5, 10], 0 where nothing is (`scale.standardise`); its outputs have no bounds. y_0 (B, D)
+        is the guidance, z-scored; without, the condition layers add nothing.
+
+        Raises:
+            ValueError: inputs of another number of axes or channels.
         """
+        check_images(inputs, self.spatial_dims, self.inputs)
+        size, inputs = inputs.shape[2:], pad_to_stride(inputs, self.stride)
         c = None if self.condition is None or y_0 is None else self.condition(y_0)
         features, skips = self.encoder(inputs, c)
-        return cast(Tensor, self.decoder(features, skips, inputs, c))
+        return crop_to(self.decoder(features, skips, inputs, c), size)
 
     def zero_condition(self) -> None:
         """Zero what lets the condition into the blocks, so that guidance starts by changing nothing."""

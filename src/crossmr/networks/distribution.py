@@ -71,13 +71,23 @@ class MLPBlock(nn.Module):
 
 
 class DistributionNetwork(nn.Module):
-    """Predicts the clean representation ŷ_0(y_t, t, condition)."""
+    """Predicts the clean representation ŷ_0(y_t, t, condition), a vector of `dim` features.
+
+    `DistributionNetwork(DistributionConfig(width=256, blocks=4), dim=192)` learns p(y_0); with
+    `DistributionConfig(conditional=True)` and `condition_dim=C` also p(y_0 | condition of C features).
+    `squared_error` and `sample` are of vectors as they are, `forward` of standardised ones.
+    """
 
     centre: Tensor
     scale: Tensor
 
-    def __init__(self, config: DistributionConfig, dim: int, condition_dim: int):
+    def __init__(self, config: DistributionConfig = DistributionConfig(), dim: int = 192, condition_dim: int = 0):
         super().__init__()
+        if dim < 1 or condition_dim < (1 if config.conditional else 0):
+            raise ConfigError(
+                f"dim is {dim}, condition_dim {condition_dim}; wanted at least 1 feature, and of a condition too where "
+                "the network is conditional."
+            )
         width = config.width
         self.config, self.dim = config, dim
         self.step_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -128,7 +138,11 @@ class DistributionNetwork(nn.Module):
         return cast(Tensor, self.output_projection(F.silu(self.norm(x))))  # (B, D)
 
     def forward(self, y_t: Tensor, t: Tensor, condition: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Predict y_0 (B, D), standardised, from y_t (B, D) at steps t (B,); condition and keep as above."""
+        """Predict y_0 (B, D) from y_t (B, D) at steps t (B,), int64 from 0 to schedule.steps - 1.
+
+        Both vectors are standardised feature by feature (`standardise`): mean 0, variance 1. `condition` (B, C) and
+        `keep` (B, 1) as in `block_embeddings`.
+        """
         return self.denoise(y_t, self.block_embeddings(t, condition, keep))
 
     def squared_error(

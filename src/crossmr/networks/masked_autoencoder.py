@@ -13,7 +13,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from crossmr.errors import ConfigError
-from crossmr.networks.unet import Decoder, Encoder, Form
+from crossmr.networks.unet import Decoder, Encoder, Form, check_images, crop_to, pad_to_stride
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,38 @@ def z_score(features: Tensor) -> Tensor:
 
 
 class MaskedAutoencoder(nn.Module):
-    """FE and FD of the paper's MRM, over the image of each modality by itself."""
+    """FE and FD of the paper's MRM, over the image of each modality by itself.
 
-    def __init__(self, config: RepresentationConfig, spatial_dims: int = 2):
+    `MaskedAutoencoder(RepresentationConfig(channels=32), spatial_dims=2)`; `dim` is the length D of a representation.
+    """
+
+    def __init__(self, config: RepresentationConfig = RepresentationConfig(), spatial_dims: int = 2):
         super().__init__()
-        self.config, self.dim = config, config.dim
+        self.config, self.dim, self.spatial_dims = config, config.dim, spatial_dims
         form = Form(spatial_dims, config.channels, config.multipliers, config.blocks)
         self.encoder = Encoder(form, 1)
         self.decoder = Decoder(form, 1, 1, skips=config.decoder == "u-net")
 
     def forward(self, masked: Tensor) -> Tensor:
-        """Reconstruct images (B, M, *S) whose hidden patches are zero; both standardised (scale.py)."""
-        single = rearrange(masked, "b m ... -> (b m) 1 ...")
-        return cast(Tensor, self.decoder(*self.encoder(single), single)).reshape(masked.shape)
+        """Reconstruct images (B, M, *S), of any number of modalities M, whose hidden patches are zero (`random_mask`).
+
+        S is (Y, X) or (Z, Y, X) of any size: within, the last pixels are repeated up to multiples of the config's
+        `stride`. Both are standardised: in [-5, 10], robust standard deviations about the head's median (scale.py).
+
+        Raises:
+            ValueError: images of another number of axes.
+        """
+        check_images(masked, self.spatial_dims)
+        single = pad_to_stride(rearrange(masked, "b m ... -> (b m) 1 ..."), self.config.stride)
+        return crop_to(self.decoder(*self.encoder(single), single), masked.shape[2:]).reshape(masked.shape)
 
     def pooled(self, images: Tensor) -> Tensor:
-        """Means (B, M, D) over space of the deepest features of standardised images (B, M, *S), not yet z-scored."""
+        """Means (B, M, D) over space of the deepest features of standardised images (B, M, *S), not yet z-scored.
+
+        Raises:
+            ValueError: images of another number of axes.
+        """
+        check_images(images, self.spatial_dims)
         features, _ = self.encoder(rearrange(images, "b m ... -> (b m) 1 ..."))  # (B·M, D, *S/stride)
         means = reduce(features.float().flatten(2), "n d s -> n d", "mean")
         return cast(Tensor, means.reshape(*images.shape[:2], self.dim))

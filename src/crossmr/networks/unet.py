@@ -15,7 +15,33 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossmr.errors import ConfigError
+
 CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def check_images(images: Tensor, dims: int, channels: int | None = None) -> None:
+    """Refuse images that are not (B, C, *S) with `dims` spatial axes and, unless None, `channels` channels.
+
+    Raises:
+        ValueError: they are of another shape.
+    """
+    if images.ndim != dims + 2 or images.shape[1] != (channels or images.shape[1]) or not images.numel():
+        axes = "Y, X" if dims == 2 else "Z, Y, X"
+        raise ValueError(f"images are {tuple(images.shape)}; wanted (B, {channels or 'M'}, {axes}), none of them 0")
+
+
+def pad_to_stride(images: Tensor, stride: int) -> Tensor:
+    """Repeat the last pixels of images (B, C, *S) until every side is a multiple of `stride`; others stay uncopied."""
+    missing = [-side % stride for side in reversed(images.shape[2:])]
+    return F.pad(images, [n for m in missing for n in (0, m)], mode="replicate") if any(missing) else images
+
+
+def crop_to(images: Tensor, size: Sequence[int]) -> Tensor:
+    """The first pixels of images (B, C, *S), as many as `size` says per side."""
+    if list(images.shape[2:]) == list(size):
+        return images
+    return images[(slice(None), slice(None), *(slice(side) for side in size))]
 
 
 def convolution(dims: int, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Module:
@@ -117,6 +143,10 @@ class Form:
     """Residual blocks per level of the encoder; the published decoder has one more."""
     patch: int = 1
     """Side of the patches of pixels that the first layer gathers and the last one spreads: 1, or an even number."""
+
+    def __post_init__(self) -> None:
+        if self.dims not in CONVOLUTION:
+            raise ConfigError(f"spatial_dims is {self.dims}; wanted 2 for slices or 3 for volumes.")
 
     @property
     def widths(self) -> list[int]:
