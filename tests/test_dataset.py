@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_study
+from torch.utils.data import DataLoader
 
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.prepare import SPLITS, PrepareSettings, Split, prepare
 from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest
+from crossmr.tensors import crop_or_pad, foreground_slices
 
 MODALITIES = ("t1n", "t1c", "t2f")
 
@@ -66,6 +69,80 @@ def test_every_case_is_in_one_split(prepared):
         ConfigError, match="'training' is no split of a prepared dataset; wanted one of train, val, test"
     ):
         opened.split("training")
+
+
+def loaded(dataset, **settings):
+    return list(DataLoader(dataset, **settings))
+
+
+def test_items_are_whole_heads(prepared):
+    dataset = PreparedDataset(prepared)
+    assert len(dataset) == 5
+    assert dataset.modalities == MODALITIES
+    for case, item in zip(dataset.cases, dataset, strict=True):
+        assert list(item) == ["image", "head", "label", "present", "spacing_mm", "case", "patient"]
+        assert (item["case"], item["patient"]) == (case.name, case.patient)
+        assert item["image"].shape == (3, *case.shape)
+        assert item["image"].dtype == torch.float32
+        assert 0 <= item["image"].min() < item["image"].max() <= 1
+        for channel, modality in enumerate(MODALITIES):
+            there = modality in case.modalities
+            wanted = case.volume(modality) if there else np.zeros(case.shape)
+            np.testing.assert_array_equal(item["image"][channel], wanted)
+            assert item["present"][channel] == there
+        np.testing.assert_array_equal(item["head"][0], case.masks()[:, 0])
+        np.testing.assert_array_equal(item["label"][0], case.masks()[:, 1])
+        assert item["head"].dtype == torch.float32
+        assert item["label"].dtype == torch.int64
+        assert item["spacing_mm"].tolist() == list(case.spacing_mm) == [7, 6, 6]
+        assert item["image"][:, item["head"][0] == 0].max() == 0
+    assert sum(int(item["label"].sum()) for item in dataset) == 3 * 4 * 4 * 3
+    with pytest.raises(IndexError):
+        dataset[5]
+
+
+def test_items_are_of_one_split_and_of_the_modalities_asked_for(prepared):
+    splits = {name: PreparedDataset(prepared, split=name, modalities=("FLAIR", "T1ce")) for name in SPLITS}
+    assert sum(map(len, splits.values())) == 5
+    for name, dataset in splits.items():
+        assert [item["case"] for item in dataset] == [case.name for case in dataset.split(name)]
+        assert dataset.modalities == ("t2f", "t1c")
+        for item in dataset:
+            case = next(case for case in dataset.cases if case.name == item["case"])
+            np.testing.assert_array_equal(item["image"][0], case.volume("t2f"))
+    assert PreparedDataset(prepared, modalities="t1n")[0]["image"].shape[0] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("size", [(19, 21), (40, 40), (9, 20, 33)])
+def test_a_data_loader_takes_items_of_one_size(prepared, size, workers):
+    dataset = PreparedDataset(prepared, size=size)
+    slices = len(size) == 2
+    foreground = [len(foreground_slices(case.foreground_voxels)) for case in dataset.cases]
+    assert len(dataset) == (sum(foreground) if slices else 5) > 4
+    batches = loaded(dataset, batch_size=4, num_workers=workers)
+    assert sum(len(batch["case"]) for batch in batches) == len(dataset)
+    assert batches[0]["image"].shape == (4, 3, *size)
+    assert batches[0]["head"].shape == batches[0]["label"].shape == (4, 1, *size)
+    assert batches[0]["present"].shape == (4, 3)
+    case, z = dataset.cases[0], int(batches[0]["slice"][0]) if slices else slice(None)
+    assert z == foreground_slices(case.foreground_voxels)[0] if slices else "slice" not in batches[0]
+    wanted = crop_or_pad(torch.from_numpy(case.volume("t2f")[z]), size, [0.5] * len(size))
+    assert torch.equal(batches[0]["image"][0, 2], wanted)
+
+
+def test_items_that_cannot_be_are_refused(prepared, copy):
+    with pytest.raises(ConfigError, match="'training' is no split"):
+        PreparedDataset(prepared, split="training")
+    with pytest.raises(ConfigError, match="has pdw; it has t1n, t1c, t2f"):
+        PreparedDataset(prepared, modalities=("t1n", "PD"))
+    for size in ((8,), (8, 8, 8, 8), (8, 0)):
+        with pytest.raises(ConfigError, match=r"wanted \(Y, X\) for slices"):
+            PreparedDataset(prepared, size=size)
+    dataset = PreparedDataset(copy)
+    (copy / "cases" / "P-00000-000" / "masks.npy").unlink()
+    with pytest.raises(SetError, match=r"masks\.npy is missing or damaged"):
+        dataset[0]
 
 
 def test_arrays_are_mapped_and_not_writable(prepared):

@@ -4,6 +4,7 @@ from crossmr.completion.cohort import CohortSettings as CohortSettings
 from crossmr.completion.cohort import complete_cohort as complete_cohort
 from crossmr.completion.study import Completed as Completed
 from crossmr.completion.study import complete as complete
+from crossmr.data.dataset import PreparedDataset as PreparedDataset
 from crossmr.data.prepare import PrepareSettings as PrepareSettings
 from crossmr.data.prepare import Split as Split
 from crossmr.data.prepare import prepare as prepare

@@ -1,6 +1,6 @@
-"""Reading a prepared dataset: its manifest, and its arrays mapped into memory."""
+"""Reading a prepared dataset: its manifest, its arrays mapped into memory, and its items as tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from crossmr.data.head import Normalisation
+from crossmr.data.naming import in_usual_order, modality_names
 from crossmr.data.prepare import FORMAT, FORMAT_VERSION, SPLITS
 from crossmr.data.volume import content_sha256
 from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest, read_json
+from crossmr.tensors import crop_or_pad, foreground_slices
 
 Array = npt.NDArray[np.float32]
 ENHANCING = 3
@@ -72,11 +77,55 @@ class Case:
         """One modality, float32 (Z, Y, X)."""
         return np.asarray(self.images()[:, self.modalities.index(modality)], np.float32)
 
+    def channels(self, stored: npt.NDArray[np.float16], modalities: Sequence[str]) -> Tensor:
+        """The stored images (M, *S) of `modalities`, in their order, as float32 channels; 0 where one is missing."""
+        image = torch.zeros(len(modalities), *stored.shape[1:])
+        for channel, modality in enumerate(modalities):
+            if modality in self.modalities:
+                image[channel] = torch.from_numpy(stored[self.modalities.index(modality)].astype(np.float32))
+        return image
 
-class PreparedDataset:
-    """A dataset that `prepare` wrote, opened for reading."""
 
-    def __init__(self, folder: Path | str):
+class PreparedDataset(Dataset[dict[str, Any]]):
+    """A dataset that `prepare` wrote, as a dataset of PyTorch: whole heads, or axial slices.
+
+    An item is a dict:
+
+    - "image": float32 (M, *S) in [0, 1], M as in `modalities`, S being (Z, Y, X) or (Y, X), axes towards superior,
+      anterior and right. 1/3 is the median within the head, 1/15 one robust standard deviation; exactly 0 is outside
+      the head, or missing.
+    - "present": float32 (M,), 1 where the study has the modality, else 0.
+    - "head": float32 (1, *S), 1 within the head, else 0.
+    - "label": int64 (1, *S), the lesion's labels as they were given, 0 outside; 0 where the study has none.
+    - "spacing_mm": float32 (3,) of (Z, Y, X).
+    - "case", "patient": their names.
+    - "slice": of slices, the index along Z.
+
+    Without `size` heads have sides of their own, so a DataLoader takes one at a time. Workers open the arrays
+    themselves; each checks an array's SHA-256 when it first reads it.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        split: str | None = None,
+        *,
+        modalities: Sequence[str] | None = None,
+        size: Sequence[int] | None = None,
+    ):
+        """Open a dataset.
+
+        Args:
+            folder: what `prepare` wrote.
+            split: 'train', 'val' or 'test', for the items; None for all of them.
+            modalities: the channels of "image", in any usual spelling; None for all that the dataset has.
+            size: (Z, Y, X) to crop or pad each head to, about its middle; or (Y, X) for axial slices, of which those
+                with little head are left out; None for whole heads.
+
+        Raises:
+            SetError: no such dataset, one that is damaged, or another format. ConfigError: no such split, modality or
+                size.
+        """
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.exists():
@@ -93,6 +142,48 @@ class PreparedDataset:
             self.cases = tuple(_case(self.folder, name, case) for name, case in self.manifest["cases"].items())
         except (AttributeError, KeyError, TypeError) as error:
             raise SetError(f"{path} does not say what its cases are ({error!r}). Run prepare again.") from error
+        self.modalities = self._modalities(modalities)
+        self.size = None if size is None else tuple(size)
+        if self.size is not None and (len(self.size) not in (2, 3) or min(self.size) < 1):
+            raise ConfigError(f"size is {self.size}; wanted (Y, X) for slices, or (Z, Y, X), in voxels.")
+        self._slices = len(self.size or ()) == 2
+        chosen = self.cases if split is None else self.split(split)
+        self._items = [(case, z) for case in chosen for z in self._slices_of(case)]
+
+    def _modalities(self, given: Sequence[str] | None) -> tuple[str, ...]:
+        known = in_usual_order({m for case in self.cases for m in case.modalities})
+        chosen = tuple(known) if given is None else modality_names(given)
+        if unknown := [m for m in chosen if m not in known]:
+            raise ConfigError(f"No study of {self.folder} has {unknown[0]}; it has {', '.join(known)}.")
+        return chosen
+
+    def _slices_of(self, case: Case) -> Sequence[int]:
+        return foreground_slices(case.foreground_voxels) if self._slices else (0,)
+
+    def __len__(self) -> int:
+        """How many heads, or slices."""
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One head, or one slice; see the class.
+
+        Raises:
+            IndexError: there is none of this number. SetError: its arrays are missing or damaged.
+        """
+        case, z = self._items[index]
+        images, masks = case.images(), case.masks()
+        images, masks = (images[z], masks[z]) if self._slices else (images.swapaxes(0, 1), masks.swapaxes(0, 1))
+        head, label = torch.from_numpy(np.array(masks)).unbind(0)
+        item = {
+            "image": case.channels(images, self.modalities),
+            "head": (head > 0).float()[None],
+            "label": label.long()[None],
+        }
+        if self.size is not None:
+            item = {name: crop_or_pad(array, self.size, [0.5] * len(self.size)) for name, array in item.items()}
+        present = torch.tensor([float(m in case.modalities) for m in self.modalities])
+        names = {"case": case.name, "patient": case.patient, **({"slice": z} if self._slices else {})}
+        return {**item, "present": present, "spacing_mm": torch.tensor(case.spacing_mm), **names}
 
     def split(self, name: str) -> tuple[Case, ...]:
         """The cases of 'train', 'val' or 'test'."""

@@ -139,13 +139,7 @@ class Batches(StepDataset[ImageBatch]):
 
     def read(self, index: int, z: int) -> Tensor:
         """One slice (M[, context], Y, X), or, z being -1, a volume (M, Z, Y, X); float32 in [0, 1], 0 where missing."""
-        case = self.cases[index]
-        stored = self._stored(index, z, 0)
-        image = torch.zeros(len(self.modalities), *stored.shape[1:])
-        for channel, modality in enumerate(self.modalities):
-            if modality in case.modalities:
-                image[channel] = torch.from_numpy(stored[case.modalities.index(modality)].astype(np.float32))
-        return image
+        return self.cases[index].channels(self._stored(index, z, 0), self.modalities)
 
     def _read_all(self, index: int, z: int) -> Tensor:
         """What `read` reads, and behind it, as one modality more, 1 in a lesion and 2 in what enhances of it."""
