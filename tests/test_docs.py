@@ -1,5 +1,6 @@
 """What the documents say exists: commands, options, files and functions."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+import crossmr
 from crossmr.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +115,58 @@ def test_the_tutorial_runs(tmp_path):
         *(f"completed/PHANTOM-00000-000/PHANTOM-00000-000-{m}_synthetic.nii.gz" for m in ("t1c", "t2f")),
     ):
         assert (tmp_path / made).stat().st_size > 1000
+
+
+PYTHON = (ROOT / "docs" / "python.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", PYTHON, flags=re.MULTILINE | re.DOTALL)
+OF_TORCHIO = [example for example in EXAMPLES if "torchio" in example]
+
+
+def run_example(example, names):
+    """Run a piece of docs/python.md; what goes wrong is reported at its line there."""
+    lines = PYTHON[: PYTHON.index(example)].count("\n")
+    exec(compile("\n" * lines + example, ROOT / "docs" / "python.md", "exec"), names)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """The folder and the names after every example, but TorchIO's, one after the other."""
+    folder, names = tmp_path_factory.mktemp("python"), {}
+    with contextlib.chdir(folder):
+        for example in EXAMPLES:
+            if example not in OF_TORCHIO:
+                run_example(example, names)
+    return folder, names
+
+
+def test_the_examples_in_python_run(examples):
+    folder, names = examples
+    for case, made in {"PHANTOM-00000-000": ("t1c", "t2f"), "PHANTOM-00001-000": ("t2f",)}.items():
+        wanted = {"manifest.json", *(f"{case}-{m}_{what}.nii.gz" for m in made for what in ("synthetic", "std"))}
+        assert {path.name for path in (folder / "completed" / case).iterdir()} == wanted
+    assert list(names["result"].images) == ["t1c", "t2f"]
+    assert names["array"].shape == names["t1"].shape == (48, 56, 32)
+    assert names["measured"]["summary"]
+    assert names["image"].shape == (4, 48, 56, 32)
+    assert names["segmentation"].shape == (1, 3, 48, 56, 32)
+    assert all(channel.std() > 0.5 for channel in names["image"])  # no contrast is empty
+
+
+def test_the_example_with_torchio_runs(examples):
+    pytest.importorskip("torchio", reason="TorchIO is not installed; pip install torchio")
+    folder, names = examples
+    with contextlib.chdir(folder):
+        run_example(OF_TORCHIO[0], names := dict(names))
+    assert set(names["filled"].get_images_dict()) == {"t1n", "t2w", "t1c", "t2f"}
+    for image in names["filled"].get_images():
+        assert image.shape == (1, 48, 56, 32)
+        assert image.data.std() > 0.5
+        assert (image.affine == names["t1"].affine).all()
+
+
+def test_python_knows_every_public_name():
+    _, table = PYTHON.split("## Every public name")
+    assert set(re.findall(r"`([A-Za-z_]+)`", table)) == set(crossmr.__all__)
 
 
 def test_the_reference_names_every_command_and_option():

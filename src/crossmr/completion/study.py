@@ -70,7 +70,8 @@ class Completed:
 
         CASE-t2f_synthetic.nii.gz for each image, float32 in [0, 1] on the study's grid, its header marked SYNTHETIC;
         CASE-t2f_std.nii.gz for each standard deviation, on the same scale; and, last, manifest.json. If anything fails,
-        nothing of the study is left. One process at a time writes to a folder.
+        nothing of the study is left. One process at a time writes to a folder. Derived DICOM series, pictures and a
+        report are written by `complete_cohort`.
 
         Args:
             folder: the output folder, of one study or of many; made where it is missing.
