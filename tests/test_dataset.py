@@ -1,5 +1,6 @@
 """A prepared dataset is read as it was written; damage is noticed."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -180,6 +181,9 @@ def test_a_flipped_byte_in_the_manifest(copy):
             continue
         damaged = bytearray(content)
         damaged[position] ^= 1
+        with contextlib.suppress(ValueError):
+            if json.loads(damaged) == json.loads(content):  # the last of 17 digits
+                continue
         path.write_bytes(damaged)
         with pytest.raises(SetError, match=r"manifest\.json (does not match its own SHA-256|is damaged)"):
             PreparedDataset(copy)

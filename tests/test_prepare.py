@@ -263,7 +263,7 @@ def test_another_cohort_does_not_replace_the_first(cohort, tmp_path):
     prepare(cohort, tmp_path / "set")
     before = tree(tmp_path / "set")
     write_study(tmp_path / "other", "Q1")
-    with pytest.raises(OutputError, match="holds 4 prepared cases that the cohorts, of 1 studies, do not have"):
+    with pytest.raises(OutputError, match="holds 4 prepared cases that the cohorts, of 1 study, do not have"):
         prepare(tmp_path / "other", tmp_path / "set")
     assert tree(tmp_path / "set") == before
     assert len(prepare([cohort, tmp_path / "other"], tmp_path / "set")["cases"]) == 5

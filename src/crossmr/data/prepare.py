@@ -139,21 +139,13 @@ def prepare(
                 f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or prepare them separately."
             )
         _check_out(out, names)
-        gone = _gone(out, names)
-        if gone and not settings.prune:
-            raise OutputError(
-                f"{out} holds {len(gone)} prepared {'case' if len(gone) == 1 else 'cases'} that the cohorts, of "
-                f"{len(names)} studies, do not have: {', '.join(gone[:8])}{', …' if len(gone) > 8 else ''}. Name all "
-                "cohorts of the set or another folder, or delete these cases with --prune."
-            )
+        gone = _gone(out, names, prune=settings.prune)
         cases, refused = {}, {}
         with display.task("prepare", len(studies)) as task:
             for study, result in _each(studies, out, settings):
-                earlier = _prepared(out / "cases" / study.case) if isinstance(result, _Unread) else None
-                if earlier is not None:
-                    display.say(f"{result} It was prepared before, and is kept.")
-                    cases[study.case] = earlier
-                elif isinstance(result, str):
+                if isinstance(result, _Unread):
+                    result = _kept(out / "cases" / study.case, result, display)
+                if isinstance(result, str):
                     refused[study.case] = result
                 else:
                     cases[study.case] = result
@@ -239,9 +231,30 @@ def _prepared(folder: Path) -> dict[str, Any] | None:
     return record if record and record["signature"] else None
 
 
-def _gone(out: Path, cases: Collection[str]) -> list[str]:
-    """Prepared cases that are not among these."""
-    return sorted(path.name for path in _folders(out) if path.name not in cases and _prepared(path) is not None)
+def _kept(folder: Path, reason: _Unread, display: Display) -> dict[str, Any] | str:
+    """The record of a case whose files cannot be read now, but which was prepared before; else the reason."""
+    earlier = _prepared(folder)
+    if not earlier or earlier.get("format_version") != FORMAT_VERSION:
+        return reason
+    display.say(f"{reason} It was prepared before, and is kept.")
+    return earlier
+
+
+def _gone(out: Path, cases: Collection[str], *, prune: bool) -> list[str]:
+    """Prepared cases that are not among these.
+
+    Raises:
+        OutputError: there are any, and `prune` is not set.
+    """
+    gone = sorted(path.name for path in _folders(out) if path.name not in cases and _prepared(path))
+    if gone and not prune:
+        raise OutputError(
+            f"{out} holds {len(gone)} prepared {'case' if len(gone) == 1 else 'cases'} that the cohorts, of "
+            f"{len(cases)} {'study' if len(cases) == 1 else 'studies'}, do not have: {', '.join(gone[:8])}"
+            f"{', …' if len(gone) > 8 else ''}. Name all cohorts of the set, or another folder, or delete these cases "
+            "with --prune."
+        )
+    return gone
 
 
 def _delete(folder: Path) -> None:
@@ -334,6 +347,7 @@ def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -
         "masks.npy": _write_array(folder / "masks.npy", masks),
     }
     case = {
+        "format_version": FORMAT_VERSION,
         "patient": study.patient,
         "modalities": modalities,
         "shape": list(study.mask.shape),
