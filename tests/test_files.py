@@ -322,6 +322,8 @@ def test_what_is_not_recognised_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(OutputError, match=r"a\.json is not crossmr's, so it is not replaced\. Name another folder"):
             files.refuse_foreign(path, ours)
+    with pytest.raises(OutputError, match=r"a\.json is not crossmr's"):  # a file where a folder would be
+        files.refuse_foreign(path / "b" / "c.json", ours)
     path.unlink()
     path.mkdir()
     with pytest.raises(OutputError, match="is not crossmr's"):

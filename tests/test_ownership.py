@@ -1,7 +1,6 @@
 """Nothing of others is ever replaced or deleted, by any verb, whatever its output folder is."""
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -288,7 +287,9 @@ def test_every_name_that_a_verb_writes_may_be_a_stranger_s(bench, verb, tmp_path
     shutil.copytree(place / "home", home)
     (home / "elsewhere").write_text("mine")
     with patch(layout, "CHALLENGE_GRID", "28×32×24 at 6×6×7 mm"):
-        for earlier, name in itertools.product((False, True), written[verb]):
+        folders = {str(parent) for name in written[verb] for parent in Path(name).parents} - {".", ".."}
+        new = [(False, name) for name in (*written[verb], *sorted(folders - {"../new_records"}))]
+        for earlier, name in (*new, *((True, name) for name in written[verb])):
             if earlier and verb == "train" and "/" in name:  # in a run of ours, stages/ and the like are ours
                 continue
             if earlier and verb not in ("nnunet", "export"):  # which want a new folder, or file

@@ -288,9 +288,11 @@ def test_a_prepared_case_that_can_only_not_be_read_today_is_kept(cohort, tmp_pat
     assert [refusal["case"] for refusal in new["refused"]] == [CASES[0]]
 
 
-def test_a_case_that_is_refused_now_is_removed(cohort, tmp_path):
+@pytest.mark.parametrize("damage", [lambda _: b"damaged", lambda content: content[:-8] + bytes(8)], ids=["all", "CRC"])
+def test_a_case_that_is_refused_now_is_removed(cohort, tmp_path, damage):
     prepare(cohort, tmp_path / "set")
-    (cohort / CASES[0] / f"{CASES[0]}-t1n.nii.gz").write_text("damaged")
+    scan = cohort / CASES[0] / f"{CASES[0]}-t1n.nii.gz"
+    scan.write_bytes(damage(scan.read_bytes()))
     manifest = prepare(cohort, tmp_path / "set")
     assert [refusal["case"] for refusal in manifest["refused"]] == [CASES[0]]
     assert not (tmp_path / "set" / "cases" / CASES[0]).exists()
