@@ -204,7 +204,7 @@ def test_another_version(copy, key, value):
     del body["sha256"]
     body[key] = value
     (copy / "manifest.json").write_text(json.dumps({**body, "sha256": digest(body)}))
-    with pytest.raises(SetError, match=r"another format or version than crossmr-set 3\. Run prepare again"):
+    with pytest.raises(SetError, match=r"another format or version than crossmr-set 4\. Run prepare again"):
         PreparedDataset(copy)
 
 

@@ -60,7 +60,7 @@ CONVENTIONS = {
     "ixi": (
         [f"IXI-{m}/IXI002-Guys-0828-{m}.nii.gz" for m in ("T1", "T2", "PD")],
         "IXI002-Guys-0828",
-        "IXI002",
+        "IXI002-Guys-0828",
         ["t1n", "t2w", "pdw"],
     ),
     "bids": (
@@ -165,6 +165,31 @@ def test_unrecognised_files_join_their_study() -> None:
 def test_a_segmentation_of_another_name_in_the_studys_folder() -> None:
     found = study("BraTS20_Training_355/BraTS20_Training_355_t1.nii", "BraTS20_Training_355/W39_1998.09.19_Segm.nii")
     assert found.label() == Path("BraTS20_Training_355/W39_1998.09.19_Segm.nii")
+
+
+@pytest.mark.parametrize(
+    ("files", "patients"),
+    [
+        ("c/P1/baseline/t1.nii c/P1/followup/t1.nii c/P2/baseline/t1.nii", "P1 P2 P1"),
+        ("c/P1/T0/t1.nii c/P1/T1/t1.nii c/P2/T0/t1.nii", "P1 P2 P1"),
+        ("c/Ann/2019-03-01/anat/t1.nii c/Ann/2020-04-02/anat/t1.nii c/Bob/2019-03-01/anat/t1.nii", "Ann Ann Bob"),
+        ("c/P1/P1_MR_1/t1.nii c/P1_2019-03-01/t1.nii c/P1/P1_fu/t1.nii c/x/P1/t1.nii", "x_P1 P1 P1 P1"),
+        ("c/Patient-001/week-000-1/t1.nii c/Patient-001/week-040/t1.nii", "Patient-001 Patient-001"),
+        ("c/S1/P1/baseline/t1.nii c/S2/P1/baseline/t1.nii", "S1_P1 S2_P1"),
+        ("c/P1/baseline_t1.nii c/P1/followup_t1.nii", "P1 P1"),
+        ("c/x/P01_T0_t1.nii c/x/P01_T1_t1.nii c/x/P02_T1_t1.nii", "P01 P01 P02"),
+        # of one folder of all studies, or where a name may be the patient's, nobody is anybody's
+        ("c/baseline/t1.nii c/followup/t1.nii", "*"),
+        ("c/m01/t1.nii c/m02/t1.nii c/m03/t1.nii", "*"),
+        ("c/GBM/M01/t1.nii c/GBM/M02/t1.nii c/LGG/M03/t1.nii", "M01 M02 M03"),
+        ("c/HGG/P1/t1.nii c/HGG/P2/t1.nii", "P1 P2"),
+        ("c/A-00012-001_t1.nii c/A-00012-002_t1.nii c/A-00012-003_t1.nii", "*"),
+        ("c/t1.nii", "c"),
+    ],
+)
+def test_visits_of_a_patient_by_the_names_of_files_and_folders(files: str, patients: str) -> None:
+    found = recognise(map(Path, files.split()), root=Path("c"))
+    assert [study.patient for study in found] == ([s.case for s in found] if patients == "*" else patients.split())
 
 
 def test_bids_sessions_are_studies_of_one_patient() -> None:

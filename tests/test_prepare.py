@@ -4,11 +4,13 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
-from conftest import make_head, write_study
+from conftest import image, make_head, write_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +29,7 @@ from crossmr.data.prepare import (
 )
 from crossmr.data.study import load_study
 from crossmr.data.volume import content_sha256
-from crossmr.display import Display
+from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, NamingError, OutputError, SetError
 from crossmr.files import digest, read_json
 
@@ -78,7 +80,7 @@ def test_the_manifest_is_complete(cohort, tmp_path):
     manifest = read_json(tmp_path / "set" / "manifest.json")
     assert manifest.pop("sha256") == digest(manifest)
     assert manifest == body
-    assert (manifest["format"], manifest["format_version"]) == ("crossmr-set", 3)
+    assert (manifest["format"], manifest["format_version"]) == ("crossmr-set", 4)
     assert (
         "5 robust standard deviations (quartile range / 1.349) below each volume's median" in manifest["normalisation"]
     )
@@ -98,7 +100,7 @@ def test_the_manifest_is_complete(cohort, tmp_path):
         assert case["patient"] in manifest["split"][case["part"]]
         assert case["patient"] == name[:-4]
         folder = tmp_path / "set" / "cases" / name
-        assert read_json(folder / "case.json") == {k: v for k, v in case.items() if k != "part"}
+        assert read_json(folder / "case.json") == {k: v for k, v in case.items() if k not in ("part", "patient")}
         assert case["files"] == {f: content_sha256(folder / f) for f in ("images.npy", "masks.npy")}
         assert case["inputs"] == {
             path.name: content_sha256(path) for path in (cohort / name).iterdir() if "-seg" not in path.name
@@ -507,6 +509,82 @@ def test_visits_of_one_patient_are_never_separated(tmp_path):
         for number in range(6):
             splits = {manifest["cases"][f"P-0000{number}-00{visit}"]["part"] for visit in range(2)}
             assert len(splits) == 1
+
+
+def test_a_table_groups_studies_and_fixes_splits(tmp_path):
+    for seed, case in enumerate(("A", "B", "C", "D_T0", "D_T1")):
+        write_study(tmp_path / "cohort", case, ("t1n",), seed=seed)
+    table = tmp_path / "patients.csv"
+    table.write_text("case,patient,part\nA,P,test\nB,P,\nC,Q,val\n")
+    for seed in range(3):  # whatever chance says
+        chosen = PrepareSettings(split=Split(seed=seed), patients=table)
+        manifest = prepare(tmp_path / "cohort", tmp_path / "set", chosen)
+        whose = {name: (case["patient"], case["part"]) for name, case in manifest["cases"].items()}
+        assert whose == {
+            **{"A": ("P", "test"), "B": ("P", "test"), "C": ("Q", "val")},
+            **{"D_T0": ("D_T0", whose["D_T0"][1]), "D_T1": ("D_T1", whose["D_T1"][1])},
+        }
+        assert manifest["patients"]["several_studies"] == {"P": ["A", "B"]}
+        assert manifest["fingerprint"]["patients"] == 4
+    before = inodes(tmp_path / "set")
+    table.write_text("case,patient\nA,P\nB,Q\n")  # another grouping of studies that are prepared
+    manifest = prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(patients=table))
+    assert [manifest["cases"][case]["patient"] for case in "AB"] == ["P", "Q"]
+    assert inodes(tmp_path / "set") == before
+    table.write_text("case,patient\nAA,P\n")
+    with pytest.raises(ConfigError, match=r"line 2, column case: there is no study 'AA'. Did you mean 'A'"):
+        prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(patients=table))
+
+
+def test_splits_are_fixed_for_whom_they_are_said_to_be():
+    patients = everyone(40)
+    fixed = {patients[k]: ("train", "val", "test")[k % 3] for k in range(12)}
+    splits, free = assign_splits(patients, Split(), fixed), assign_splits(patients, Split())
+    assert splits == free | fixed
+    nobody_left = assign_splits(patients[:3], Split(), dict.fromkeys(patients[:3], "test"))
+    assert set(nobody_left.values()) == {"test"}
+    assert set(assign_splits(patients[:3], Split(), {patients[0]: "val"}).values()) == set(SPLITS)
+
+
+def test_studies_that_share_a_scan_go_together_under_any_name_header_and_packing(tmp_path):
+    """One volume of A is in F as well, unpacked and under another description; F's and G's others are their own."""
+    cohort = tmp_path / "cohort"
+    for seed, case in enumerate("ABCDEFG"):
+        write_study(cohort, case, ("t1n", "t2f"), seed=seed)
+    volume = nib.load(cohort / "A" / "A-t2f.nii.gz")
+    copy = image(np.asarray(volume.dataobj), description="another")
+    (cohort / "F" / "F-t2f.nii.gz").unlink()
+    nib.save(copy, cohort / "F" / "F-t2f.nii")
+    said = []
+    display = SimpleNamespace(say=said.append, task=SILENT.task)
+    for seed in range(4):
+        chosen = PrepareSettings(split=Split(1 / 3, 1 / 3, 1 / 3, seed=seed))
+        cases = prepare(cohort, tmp_path / "set", chosen, display=display)["cases"]
+        assert cases["A"]["part"] == cases["F"]["part"]
+        assert (cases["A"]["patient"], cases["F"]["patient"]) == ("A", "A")
+    manifest = read_json(tmp_path / "set" / "manifest.json")
+    assert manifest["patients"] == {"several_studies": {"A": ["A", "F"]}, "share_a_scan": [["A", "F"]]}
+    assert "A, F share a scan, so they are studies of one patient" in said
+    (shared,) = {*cases["A"]["scans"].values()} & {*cases["F"]["scans"].values()}
+    opened = {case.name: case for case in PreparedDataset(tmp_path / "set").cases}
+    assert shared in opened["A"].scans
+    assert opened["F"].patient == "A"
+    (tmp_path / "patients.csv").write_text("case,patient,part\nA,A,train\nF,F,test\n")
+    chosen = PrepareSettings(patients=tmp_path / "patients.csv")
+    with pytest.raises(ConfigError, match=r"puts F into test and A into train, but they share a scan"):
+        prepare(cohort, tmp_path / "set", chosen)
+
+
+def test_prepare_says_who_has_several_studies_and_what_names_leave_open(tmp_path):
+    for seed, case in enumerate(("P1_T0", "P1_T1", "P2_T0", "Q")):
+        write_study(tmp_path / "cohort", case, ("t1n",), seed=seed)
+    said = []
+    prepare(tmp_path / "cohort", tmp_path / "set", display=SimpleNamespace(say=said.append, task=SILENT.task))
+    several, warning = (line for line in said if not line.startswith("prepare:"))
+    assert several == "patients with several studies: 1 (P1: P1_T0, P1_T1)"
+    assert warning.startswith(
+        "warning: names leave open who is whose: P1_T0, P1_T1 are taken for studies of one patient"
+    )
 
 
 def everyone(count: int) -> list[str]:

@@ -45,6 +45,10 @@ Mapping = Annotated[
 Register = Annotated[
     bool, typer.Option("--register", help="Move each study's volumes rigidly onto the first one's grid (SimpleITK).")
 ]
+Patients = Annotated[
+    Path | None,
+    typer.Option(metavar="CSV", help="Whose each study is: columns case, patient and, to fix the splits, part."),
+]
 KeepNames = Annotated[
     bool, typer.Option("--keep-names", help="Call cases of DICOM by patient ID and date, rather than by hashes.")
 ]
@@ -91,6 +95,7 @@ def prepare(
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete prepared cases that are not in the cohorts any more.")
     ] = False,
+    patients: Patients = None,
 ) -> None:
     """Check, normalise and crop a cohort into a set that trains fast. Run again, it goes on where it stopped."""
     from crossmr.data.prepare import PrepareSettings, Split, default_workers
@@ -99,7 +104,7 @@ def prepare(
 
     display = Display()
     settings = PrepareSettings(
-        _mapping(mapping), Split.parse(split, seed), _register(register), workers or default_workers(), prune=prune
+        _mapping(mapping), Split.parse(split, seed), _register(register), workers or default_workers(), prune, patients
     )
     manifest = run(cohort, out, settings, display=display)
     found, parts = manifest["fingerprint"], manifest["split"]

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from crossmr.data.head import Normalisation
 from crossmr.data.naming import in_usual_order, modality_names
-from crossmr.data.prepare import FORMAT, FORMAT_VERSION, SPLITS
+from crossmr.data.patients import SPLITS
+from crossmr.data.prepare import FORMAT, FORMAT_VERSION
 from crossmr.data.volume import content_sha256
 from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest, read_json
@@ -50,6 +51,8 @@ class Case:
     """Voxels of its arrays, (Z, Y, X)."""
     files: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each array file, checked when it is first opened in a process."""
+    scans: tuple[str, ...] = ()
+    """SHA-256 of the voxels of each volume as it was acquired: the same under any name; see `voxels_sha256`."""
 
     def images(self) -> npt.NDArray[np.float16]:
         """The memory-mapped images, float16 (Z, M, Y, X) in [0, 1], M as in `modalities`."""
@@ -214,6 +217,7 @@ def _case(folder: Path, name: str, record: Mapping[str, Any]) -> Case:
         has_labels=record["labelled"],
         folder=folder / "cases" / name,
         files=record["files"],
+        scans=tuple(record["scans"].values()),
     )
 
 

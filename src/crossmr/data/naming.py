@@ -13,7 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, read
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
 
@@ -47,12 +49,6 @@ _BIDS_FILE = re.compile(_BIDS_CASE.pattern + r"(?P<entities>(_[A-Za-z]+-[A-Za-z0
 BIDS_ROOT = "dataset_description.json"
 _BIDS_EXCLUDED = frozenset({"derivatives", "sourcedata", "code", "stimuli"})
 """Folders of a BIDS dataset that hold no scans of its own."""
-_PATIENTS = (
-    re.compile(r"(sub-[A-Za-z0-9+]+)(_.*)?"),
-    re.compile(r"(IXI\d+)-.*"),
-    re.compile(r"(UPENN-GBM-\d{5})_\d{2}"),
-    re.compile(r"([A-Za-z][A-Za-z-]*-\d{5})-\d{3}"),  # BraTS-GLI-00000-000: the last three are the time point
-)
 # Folders named after the kind of their files, not after a patient, such as BIDS' anat/.
 _ANONYMOUS = frozenset({"anat", "nifti", "nii", "mri", "images"})
 
@@ -71,6 +67,10 @@ class StudyFiles:
     """Segmentations (seg, lesion, mask …); `label()` refuses more than one."""
     unrecognised: tuple[Path, ...]
     """NIfTI files of this study whose names say no known modality."""
+    confidence: Confidence = "sure"
+    """How surely the name says who the patient is; see `visits`."""
+    alike: str = ""
+    """What the names of other studies of this patient may begin with, where the name leaves that open; else ''."""
 
     def images(self) -> dict[str, Path]:
         """Modality → its file, in the order of `candidates`.
@@ -184,11 +184,13 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
             f"{folder}: no .nii or .nii.gz file in it or below ({others} other files{skipped}). "
             "Give the folder of the studies; convert DICOM with: crossmr convert FOLDER -o NIFTI."
         )
-    return recognise(paths, mapping)
+    return recognise(paths, mapping, root)
 
 
-def recognise(paths: Iterable[Path], mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:
-    """Group NIfTI files into studies and tell their modalities, from their names only; sorted by case.
+def recognise(
+    paths: Iterable[Path], mapping: Mapping[str, str] | None = None, root: Path | None = None
+) -> list[StudyFiles]:
+    """Group NIfTI files into studies and tell their modalities and patients, from names only; sorted by case.
 
     The modality is the last word (or words: `T2_FLAIR`, `T1_Gd`) of the file name, in upper or lower case; words are
     separated by `-`, `_`, `.` and spaces. The text before it is the case; where there is none (`PATIENT1/t1.nii.gz`),
@@ -205,7 +207,7 @@ def recognise(paths: Iterable[Path], mapping: Mapping[str, str] | None = None) -
         ConfigError: a key of the mapping is no name for a modality.
     """
     readings = _readings(sorted(set(paths)), mapping)
-    folder_names = _folder_names({_case_folder(path) for path, case, meaning in readings if meaning and not case})
+    folder_names = _folder_names({_case_folder(path) for path, case, meaning in readings if meaning and not case}, root)
     named = [(path, case or folder_names[_case_folder(path)], meaning) for path, case, meaning in readings if meaning]
     cases = {case for _, case, meaning in named if meaning != _LABEL}
     cases_in_folder: dict[Path, set[str]] = defaultdict(set)  # of the images, not of the segmentations
@@ -223,7 +225,8 @@ def recognise(paths: Iterable[Path], mapping: Mapping[str, str] | None = None) -
         if not meaning:
             assigned = case or _assign(path, cases, cases_in_folder[path.parent], folder_names)
             studies[assigned].append((_OTHER, path))
-    return [_study(case, files) for case, files in sorted(studies.items())]
+    patients = _patients(studies, {case: folder for folder, case in folder_names.items()}, root)
+    return [_study(case, studies[case], patients[case]) for case in sorted(studies)]
 
 
 def _readings(paths: Iterable[Path], mapping: Mapping[str, str] | None) -> list[tuple[Path, str, str]]:
@@ -238,19 +241,82 @@ def _readings(paths: Iterable[Path], mapping: Mapping[str, str] | None) -> list[
     return readings
 
 
-def _study(case: str, files: list[tuple[str, Path]]) -> StudyFiles:
+def _study(case: str, files: list[tuple[str, Path]], patient: "_Patient") -> StudyFiles:
     by_meaning: dict[str, list[Path]] = defaultdict(list)
     for meaning, path in files:
         by_meaning[meaning].append(path)
     custom = sorted(by_meaning.keys() - {*MODALITIES, _LABEL, _OTHER})
-    patient = next((match[1] for rule in _PATIENTS if (match := rule.fullmatch(case))), case)
     return StudyFiles(
         case=case,
-        patient=patient,
+        patient=patient.name,
+        confidence=patient.confidence,
+        alike=patient.alike,
         candidates={name: tuple(by_meaning[name]) for name in (*MODALITIES, *custom) if name in by_meaning},
         labels=tuple(by_meaning.get(_LABEL, ())),
         unrecognised=tuple(by_meaning.get(_OTHER, ())),
     )
+
+
+class _Patient(NamedTuple):
+    """Whose a study is, by the names of its files and folders."""
+
+    name: str
+    confidence: Confidence = "sure"
+    alike: str = ""
+    folder: Path | None = None
+    """The patient's folder, where a folder named them."""
+
+
+def _patients(
+    studies: Mapping[str, list[tuple[str, Path]]], folders: Mapping[str, Path], root: Path | None
+) -> dict[str, _Patient]:
+    """Case → patient; `folders` are those after which cases are called.
+
+    Time points by which three or more studies, and no others, would all be of one patient are none, unless they are
+    sure: `EORTC-26101-001` and so on may be the patients of one trial.
+    """
+    patients = {}
+    for case, files in studies.items():
+        patients[case] = _patient(case, folders.get(case), files[0][1], root)
+    if len(patients) > 2 and len({(p.name, p.folder) for p in patients.values()}) == 1:
+        patients = {case: p if p.confidence == "sure" else _Patient(case) for case, p in patients.items()}
+    names = _folder_names({patient.folder for patient in patients.values() if patient.folder is not None}, root)
+    return {
+        case: patient if patient.folder is None else patient._replace(name=names[patient.folder])
+        for case, patient in patients.items()
+    }
+
+
+def _patient(case: str, folder: Path | None, file: Path, root: Path | None) -> _Patient:
+    """The patient that the case names, or else the folder that it is called after, or one above."""
+
+    def below(place: Path) -> bool:
+        return bool(place.name) and (root is None or root in place.parents)
+
+    if folder is None:
+        reading = read(case)
+        if reading.patient:
+            return _Patient(reading.patient, reading.confidence, look_alike(case))
+        confidence, folder = reading.confidence, _case_folder(file)
+    elif below(folder):
+        confidence = "sure"
+    else:
+        return _Patient(case)
+    for place in (folder, *folder.parents):
+        if not below(place):
+            break
+        reading = read(place.name)
+        confidence = max(confidence, reading.confidence, key=CONFIDENCES.index)
+        if reading.patient:
+            if place != folder and confidence == "weak" and not re.search(r"\d", reading.patient):
+                break
+            above = str(place.parent) if below(place.parent) and re.search(r"\d", place.parent.name) else ""
+            alike = (look_alike(place.name) or above) if reading.patient == place.name and place == folder else ""
+            own = place.with_name(reading.patient)
+            while own.parent.name == own.name and below(own.parent):  # P1/P1_baseline
+                own = own.parent
+            return _Patient("", confidence, alike, own)
+    return _Patient(case, alike=str(folder.parent) if below(folder) else "")
 
 
 def _read_name(name: str) -> tuple[str, str]:
@@ -328,19 +394,26 @@ def _case_folder(path: Path) -> Path:
     return folder
 
 
-def _folder_names(folders: Collection[Path]) -> dict[Path, str]:
-    """Each folder's name, preceded by as many of its parents' names as make it unique."""
+def _folder_names(folders: Collection[Path], root: Path | None) -> dict[Path, str]:
+    """Each folder's name, preceded by as many of its parents' names, below `root`, as make it unique."""
     names: dict[Path, str] = {}
+    parts = {folder: _parts(folder, root) for folder in folders}
     depth, left = 0, set(folders)
     while left:
         depth += 1
-        count = Counter(folder.parts[-depth:] for folder in folders)
+        count = Counter(parts[folder][-depth:] for folder in folders)
         for folder in sorted(left):
-            if count[folder.parts[-depth:]] == 1 or depth >= len(folder.parts):
-                parts = [part for part in folder.parts[-depth:] if part != folder.anchor]
-                names[folder] = "_".join(parts) or "study"
+            if count[parts[folder][-depth:]] == 1 or depth >= len(parts[folder]):
+                names[folder] = "_".join(parts[folder][-depth:]) or "study"
         left -= names.keys()
     return names
+
+
+def _parts(folder: Path, root: Path | None) -> tuple[str, ...]:
+    """The names of a folder and of those above it that may become part of a study's name."""
+    if root is not None and (folder == root or root in folder.parents):
+        return folder.relative_to(root).parts or folder.parts[-1:]
+    return tuple(part for part in folder.parts if part != folder.anchor)
 
 
 def _stem(name: str) -> str:

@@ -25,16 +25,16 @@ import numpy as np
 
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import StudyFiles, find_studies
+from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
 from crossmr.data.registration import RegistrationMode
 from crossmr.data.study import Study, load_study
-from crossmr.data.volume import content_sha256
+from crossmr.data.volume import content_sha256, voxels_sha256
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, OutputError, SetError, VolumeError
 from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_atomically, write_json
 
 FORMAT = "crossmr-set"
-FORMAT_VERSION = 3
-SPLITS = ("train", "val", "test")
+FORMAT_VERSION = 4
 ARRAYS = ("images.npy", "masks.npy")
 NORMALISATION = (
     f"0 to 1 from {-LOWEST:g} robust standard deviations (quartile range / 1.349) below each volume's median within "
@@ -90,10 +90,14 @@ class PrepareSettings:
     """Processes that prepare studies in parallel; the result does not depend on it."""
     prune: bool = False
     """Delete prepared cases that are not in the cohorts any more; without it they are an error."""
+    patients: Path | None = None
+    """Table of whose each study is, and perhaps of the splits, see `patients`; None goes by names."""
 
 
-def assign_splits(patients: Sequence[str], split: Split) -> dict[str, str]:
+def assign_splits(patients: Sequence[str], split: Split, fixed: Mapping[str, str] | None = None) -> dict[str, str]:
     """Assign each patient to a split by the hash of seed and name: patient → 'train', 'val' or 'test'.
+
+    Patients in `fixed` go where it says.
 
     The hash of a patient never changes, so a cohort that grows moves nobody from test to train, except the few patients
     of a small cohort that are moved so that no split with a fraction above 0 stays empty.
@@ -102,13 +106,17 @@ def assign_splits(patients: Sequence[str], split: Split) -> dict[str, str]:
     splits = {
         p: "train" if x < split.train else "val" if x < split.train + split.val else "test" for p, x in position.items()
     }
+    fixed = fixed or {}
+    splits |= {p: part for p, part in fixed.items() if p in position}
     order = sorted(position, key=lambda p: position[p])
     fractions = zip(SPLITS, (split.train, split.val, split.test), strict=True)
     required = [name for name, fraction in fractions if fraction > 0][: len(order)]
     for name in required:
         if name not in splits.values():
-            spare = [p for p in order if splits[p] not in required or list(splits.values()).count(splits[p]) > 1]
-            splits[spare[0] if name == "train" else spare[-1]] = name
+            movable = [p for p in order if p not in fixed]
+            spare = [p for p in movable if splits[p] not in required or list(splits.values()).count(splits[p]) > 1]
+            if spare:
+                splits[spare[0] if name == "train" else spare[-1]] = name
     return {p: splits[p] for p in order}
 
 
@@ -126,9 +134,9 @@ def prepare(
     that are refused now, and, if `settings.prune`, those that are no longer in the cohorts.
 
     Raises:
-        NamingError: a cohort without any study. ConfigError: two studies of one name. SetError: every study
-            was refused. OutputError: cannot write, or `out` holds something else, or, without `settings.prune`,
-            cases that are not in the cohorts.
+        NamingError: a cohort without any study. ConfigError: two studies of one name, or a table of patients that is
+            wrong. SetError: every study was refused. OutputError: cannot write, or `out` holds something else, or,
+            without `settings.prune`, cases that are not in the cohorts.
     """
     out, folders = Path(out), [Path(c) for c in ([cohorts] if isinstance(cohorts, (str, Path)) else cohorts)]
     with locked(out):
@@ -138,6 +146,9 @@ def prepare(
             raise ConfigError(
                 f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or prepare them separately."
             )
+        entries = {} if settings.patients is None else read_patients(settings.patients)
+        if settings.patients is not None:
+            studies = assign(studies, entries, settings.patients)
         _check_out(out, names)
         gone = _gone(out, names, prune=settings.prune)
         cases, refused = {}, {}
@@ -153,20 +164,37 @@ def prepare(
         if not cases:
             reasons = "; ".join(list(refused.values())[:3])
             raise SetError(f"None of the {len(studies)} studies could be prepared: {reasons}")
+        patients = _patients(studies, cases, entries)
         for stale in (*gone, *refused):
             _delete(out / "cases" / stale)
-        manifest = _manifest(cases, refused, settings.split)
+        for line in grouping(studies, patients.of, patients.shared):
+            display.say(line)
+        manifest = _manifest(cases, refused, settings.split, patients)
         write_json(out / "manifest.json", {**manifest, "sha256": digest(manifest)})
         return manifest
 
 
-def _manifest(cases: Mapping[str, Mapping[str, Any]], refused: Mapping[str, str], split: Split) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Patients:
+    """Whose the prepared studies are."""
+
+    of: Mapping[str, str]
+    """Case → patient, sorted."""
+    shared: Sequence[Sequence[str]]
+    """Groups of cases that share a scan."""
+    fixed: Mapping[str, str]
+    """Patient → split, of those whom the table gives one."""
+
+
+def _manifest(
+    cases: Mapping[str, Mapping[str, Any]], refused: Mapping[str, str], split: Split, patients: _Patients
+) -> dict[str, Any]:
     """What manifest.json says, but for its own hash."""
-    splits = assign_splits([case["patient"] for case in cases.values()], split)
+    splits = assign_splits(list(patients.of.values()), split, patients.fixed)
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "fingerprint": _fingerprint(cases),
+        "fingerprint": _fingerprint(cases, patients.of),
         "normalisation": NORMALISATION,
         "split": {
             "seed": split.seed,
@@ -174,9 +202,31 @@ def _manifest(cases: Mapping[str, Mapping[str, Any]], refused: Mapping[str, str]
             "sha256": digest(splits),
             **{name: sorted(p for p in splits if splits[p] == name) for name in SPLITS},
         },
+        "patients": {"several_studies": several_studies(patients.of), "share_a_scan": patients.shared},
         "refused": [{"case": case, "reason": refused[case]} for case in sorted(refused)],
-        "cases": {case: {"part": splits[cases[case]["patient"]], **cases[case]} for case in sorted(cases)},
+        "cases": {case: {"part": splits[who], "patient": who, **cases[case]} for case, who in patients.of.items()},
     }
+
+
+def _patients(studies: Sequence[StudyFiles], cases: Mapping[str, Any], entries: Mapping[str, Entry]) -> _Patients:
+    """Group the prepared studies by patient: as table or names say, and by the scans that they share.
+
+    Raises:
+        ConfigError: studies that share a scan are to go to different splits.
+    """
+    stated = {study.case: study.patient for study in studies if study.case in cases}
+    of, shared = merge(stated, {case: cases[case]["scans"].values() for case in stated})
+    parts: dict[str, dict[str, str]] = {}
+    for case, entry in entries.items():
+        if case in of and entry.part:
+            parts.setdefault(of[case], {})[entry.part] = case
+    for patient, by_part in parts.items():
+        if len(by_part) > 1:
+            raise ConfigError(
+                f"--patients puts {' and '.join(f'{case} into {part}' for part, case in sorted(by_part.items()))}, but "
+                f"they share a scan, directly or through others, and so are one patient ({patient}). Choose one part."
+            )
+    return _Patients(dict(sorted(of.items())), shared, {who: next(iter(by_part)) for who, by_part in parts.items()})
 
 
 class _Unread(str):
@@ -348,7 +398,6 @@ def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -
     }
     case = {
         "format_version": FORMAT_VERSION,
-        "patient": study.patient,
         "modalities": modalities,
         "shape": list(study.mask.shape),
         "spacing_mm": [round(float(s), 6) for s in study.reference.spacing_mm],
@@ -361,6 +410,7 @@ def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -
         "head_voxels": [int(n) for n in (masks[:, 0] > 0).sum((1, 2))],
         "lesion_voxels": [int(n) for n in (masks[:, 1] > 0).sum((1, 2))] if study.labels is not None else [],
         "inputs": {path.name: content_sha256(path) for path in files.images().values()},
+        "scans": {m: voxels_sha256(volume) for m, volume in study.volumes.items()},
         "files": hashes,
         "signature": signature,
     }
@@ -383,7 +433,7 @@ def _write_array(path: Path, array: np.ndarray) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _fingerprint(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _fingerprint(cases: Mapping[str, Mapping[str, Any]], patients: Mapping[str, str]) -> dict[str, Any]:
     """A summary of the cohort in a few readable numbers."""
     modalities = sorted({m for case in cases.values() for m in case["modalities"]})
     patterns: dict[str, int] = {}
@@ -401,7 +451,7 @@ def _fingerprint(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
     return {
         "studies": len(cases),
-        "patients": len({case["patient"] for case in cases.values()}),
+        "patients": len(set(patients.values())),
         "modalities": {m: sum(m in case["modalities"] for case in cases.values()) for m in modalities},
         "patterns": dict(sorted(patterns.items())),
         "shape_zyx": {

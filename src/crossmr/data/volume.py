@@ -250,6 +250,13 @@ def content_sha256(path: Path) -> str:
         raise VolumeError(f"{path}: cannot be read ({_reason(error)}). Check the path and permissions.") from error
 
 
+def voxels_sha256(volume: Volume) -> str:
+    """SHA-256, in hex, of a volume's shape and intensities: the same whatever its file's name, header or packing."""
+    content = hashlib.sha256(repr(volume.data.shape).encode())
+    content.update(np.ascontiguousarray(volume.data, dtype="<f4").data)
+    return content.hexdigest()
+
+
 def _read_file(path: Path, name: str) -> tuple[Any, np.ndarray]:
     """The header and the scaled voxels (x, y, z) of a file, as stored."""
     try:

@@ -1,0 +1,182 @@
+"""Whose each study is: as a table says, or as names say; and studies that share a scan are of one patient.
+
+The table is a CSV file with the columns `case`, `patient` and, if splits are to be fixed, `part` (train, val or test;
+empty where a patient's split is left to chance). Studies that it does not list are grouped by their names.
+"""
+
+import csv
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from crossmr.data.naming import StudyFiles
+from crossmr.errors import ConfigError
+
+SPLITS = ("train", "val", "test")
+COLUMNS = ("case", "patient", "part")
+LARGEST_FAMILY = 10
+"""Studies that are named alike, and more of which are rather many patients than many visits of one."""
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a table says of one study."""
+
+    patient: str
+    part: str
+    """'train', 'val', 'test', or '' where it is left open."""
+    line: int
+
+
+def read_patients(path: Path) -> dict[str, Entry]:
+    """Read a table of patients: case → its entry.
+
+    Raises:
+        ConfigError: with line and column, what is wrong with it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigError(f"--patients {path} cannot be read: {reason}.") from error
+    first = text.partition("\n")[0]
+    reader = csv.reader(text.splitlines(), delimiter=";" if first.count(";") > first.count(",") else ",")
+    columns = [name.strip() for name in next(reader, [])]
+    if sorted(columns) not in (sorted(COLUMNS), sorted(COLUMNS[:2])):
+        raise ConfigError(
+            f"--patients {path}, line 1: its columns are {', '.join(columns) or 'none'}; "
+            "wanted case and patient, and part if it fixes the splits."
+        )
+    entries: dict[str, Entry] = {}
+    for row in reader:
+        if not any(cell.strip() for cell in row):
+            continue
+        where = f"--patients {path}, line {reader.line_num}"
+        if len(row) != len(columns):
+            raise ConfigError(f"{where}: it has {len(row)} columns; wanted {len(columns)}: {', '.join(columns)}.")
+        values = dict(zip(columns, (cell.strip() for cell in row), strict=True))
+        _check(values, entries, where)
+        entries[values["case"]] = Entry(values["patient"], values.get("part", ""), reader.line_num)
+    return entries
+
+
+def _check(values: Mapping[str, str], entries: Mapping[str, Entry], where: str) -> None:
+    """Refuse a line that says nothing, or what another line contradicts."""
+    for column in COLUMNS[:2]:
+        if not values[column]:
+            raise ConfigError(f"{where}, column {column}: it is empty. Name one, or delete the line.")
+    case, patient, part = values["case"], values["patient"], values.get("part", "")
+    if part not in ("", *SPLITS):
+        raise ConfigError(f"{where}, column part: '{part}' is no part; wanted {', '.join(SPLITS)}, or nothing.")
+    if case in entries:
+        raise ConfigError(f"{where}, column case: '{case}' is on line {entries[case].line} already. Delete one.")
+    for earlier in entries.values():
+        if earlier.patient == patient and part and earlier.part and earlier.part != part:
+            raise ConfigError(
+                f"{where}, column part: patient '{patient}' is in {part} here and in {earlier.part} on line "
+                f"{earlier.line}. All studies of a patient go to one part."
+            )
+
+
+def assign(studies: Sequence[StudyFiles], entries: Mapping[str, Entry], path: Path) -> list[StudyFiles]:
+    """The studies with the patients of a table.
+
+    Raises:
+        ConfigError: it names a study that is not there.
+    """
+    known = [study.case for study in studies]
+    for case, entry in entries.items():
+        if case not in known:
+            close = difflib.get_close_matches(case, known, n=1)
+            hint = f"Did you mean '{close[0]}'?" if close else f"The studies are {', '.join(known[:3])}, …"
+            raise ConfigError(f"--patients {path}, line {entry.line}, column case: there is no study '{case}'. {hint}")
+    return [
+        replace(study, patient=entries[study.case].patient, confidence="sure", alike="")
+        if study.case in entries
+        else study
+        for study in studies
+    ]
+
+
+def merge(patients: Mapping[str, str], scans: Mapping[str, Iterable[str]]) -> tuple[dict[str, str], list[list[str]]]:
+    """Make one patient of those whose studies share a scan.
+
+    Args:
+        patients: case → patient.
+        scans: case → hashes of its volumes.
+
+    Returns:
+        Case → patient, the first by name of those that became one; and the groups of cases that share scans.
+    """
+    first: dict[str, str] = {}
+    leader: dict[str, str] = {patient: patient for patient in patients.values()}
+    groups: dict[str, set[str]] = {}
+
+    def leading(patient: str) -> str:
+        while leader[patient] != patient:
+            patient = leader[patient]
+        return patient
+
+    shared: list[tuple[str, str]] = []
+    for case in sorted(patients):
+        for scan in scans.get(case, ()):
+            if (other := first.setdefault(scan, case)) != case:
+                shared.append((other, case))
+                low, high = sorted((leading(patients[other]), leading(patients[case])))
+                leader[high] = low
+    for pair in shared:
+        groups.setdefault(leading(patients[pair[0]]), set()).update(pair)
+    return {case: leading(patient) for case, patient in patients.items()}, [sorted(g) for g in groups.values()]
+
+
+def several_studies(patients: Mapping[str, str]) -> dict[str, list[str]]:
+    """Patient → cases, of patients who have several."""
+    cases: dict[str, list[str]] = {}
+    for case in sorted(patients):
+        cases.setdefault(patients[case], []).append(case)
+    return {patient: own for patient, own in sorted(cases.items()) if len(own) > 1}
+
+
+def doubts(studies: Sequence[StudyFiles]) -> list[str]:
+    """What names leave open: studies that a weak rule takes for one patient's, and such as may be one patient's."""
+    weak = {study.patient for study in studies if study.confidence == "weak"}
+    taken = several_studies({study.case: study.patient for study in studies if study.patient in weak})
+    alike: dict[str, set[str]] = {}
+    for study in studies:
+        if study.alike:
+            alike.setdefault(study.alike, set()).add(study.case)
+    patients = {study.case: study.patient for study in studies}
+    open_ones = [
+        sorted(cases)
+        for cases in alike.values()
+        if len({patients[case] for case in cases}) > 1
+        and len(cases) <= LARGEST_FAMILY
+        and (len(cases) < len(studies) or len(studies) == 2)
+    ]
+    found = [f"{listed(cases)} are taken for studies of one patient, {patient}" for patient, cases in taken.items()]
+    return found + [f"{listed(cases)} are taken for studies of different patients" for cases in open_ones]
+
+
+def grouping(studies: Sequence[StudyFiles], patients: Mapping[str, str], shared: Sequence[Sequence[str]]) -> list[str]:
+    """What a person should know of who is whose, in lines; `patients` and `shared` as `merge` returns them."""
+    several = several_studies(patients)
+    lines = []
+    if several:
+        each = "; ".join(f"{patient}: {listed(cases)}" for patient, cases in [*several.items()][:SHOWN])
+        lines.append(f"patients with several studies: {len(several)} ({each}{'; …' if len(several) > SHOWN else ''})")
+    lines += [f"{listed(cases)} share a scan, so they are studies of one patient" for cases in shared]
+    if unsure := doubts(studies):
+        more = f"; and {len(unsure) - SHOWN} more such groups" if len(unsure) > SHOWN else ""
+        lines.append(
+            f"warning: names leave open who is whose: {'; '.join(unsure[:SHOWN])}{more}. "
+            "If that is wrong, say whose each study is with --patients FILE.csv (columns case, patient)"
+        )
+    return lines
+
+
+def listed(cases: Sequence[str]) -> str:
+    """Some of them by name."""
+    shown = ", ".join(cases[:SHOWN])
+    return f"{shown}, …" if len(cases) > SHOWN else shown

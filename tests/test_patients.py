@@ -1,0 +1,141 @@
+"""Whose each study is: a table, names, and scans that are shared."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crossmr.data.naming import recognise
+from crossmr.data.patients import assign, doubts, grouping, merge, read_patients
+from crossmr.errors import ConfigError
+
+
+def studies(*cases):
+    return recognise([Path("cohort", case, f"{case}-t1n.nii.gz") for case in cases], root=Path("cohort"))
+
+
+def table(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "patients.csv"
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+# The table
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_a_table_says_whose_each_study_is(tmp_path, separator, encoding):
+    text = "case,patient,part\nA,Müller,train\n\nB, Müller,\nC,Roe,test\n".replace(",", separator)
+    entries = read_patients(table(tmp_path, text, encoding))
+    assert {case: (entry.patient, entry.part) for case, entry in entries.items()} == {
+        **{"A": ("Müller", "train"), "B": ("Müller", "")},
+        "C": ("Roe", "test"),
+    }
+    assert [entry.line for entry in entries.values()] == [2, 4, 5]
+    found = assign(studies("A", "B", "C", "D_T0"), entries, tmp_path)
+    assert {study.case: study.patient for study in found} == {"A": "Müller", "B": "Müller", "C": "Roe", "D_T0": "D_T0"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"line 1: its columns are none; wanted case and patient, and part"),
+        ("A,P\n", r"line 1: its columns are A, P"),
+        ("case,patient,splits\nA,P,train\n", r"line 1: its columns are case, patient, splits"),
+        ("case,patient\nA,P\nB\n", r"line 3: it has 1 columns; wanted 2: case, patient"),
+        ("case,patient\nA,P\n,P\n", r"line 3, column case: it is empty"),
+        ("case,patient\nA,\n", r"line 2, column patient: it is empty"),
+        ("case,patient,part\nA,P,trian\n", r"line 2, column part: 'trian' is no part; wanted train, val, test"),
+        ("case,patient\nA,P\nA,Q\n", r"line 3, column case: 'A' is on line 2 already"),
+        (
+            "case,patient,part\nA,P,train\nB,P,test\n",
+            r"line 3, column part: patient 'P' is in test here and in train on line 2",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said_by_line_and_column(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=rf"^--patients .*patients\.csv, {message}"):
+        read_patients(table(tmp_path, text))
+
+
+def test_a_table_that_is_missing_or_no_text(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_patients(tmp_path / "none.csv")
+    (tmp_path / "patients.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read: it is no UTF-8 text"):
+        read_patients(tmp_path / "patients.csv")
+
+
+def test_a_study_that_is_not_there_is_refused_with_the_nearest(tmp_path):
+    path = table(tmp_path, "case,patient\nP-001,A\nP-0002,B\n")
+    with pytest.raises(ConfigError, match=r"line 3, column case: there is no study 'P-0002'. Did you mean 'P-002'\?"):
+        assign(studies("P-001", "P-002"), read_patients(path), path)
+
+
+# Shared scans
+
+
+def test_studies_that_share_a_scan_are_of_one_patient():
+    patients = {"A": "Ann", "B": "Bob", "C": "Cem", "D": "Dan", "E": "Eve", "E2": "Eve"}
+    scans = {"A": ["1", "2"], "B": ["3"], "C": ["2", "4"], "D": ["4"], "E": ["5"], "E2": ["6", "3"]}
+    merged, shared = merge(patients, scans)
+    assert merged == {"A": "Ann", "B": "Bob", "C": "Ann", "D": "Ann", "E": "Bob", "E2": "Bob"}
+    assert sorted(shared) == [["A", "C", "D"], ["B", "E2"]]
+    assert merge(patients, {case: [case] for case in patients}) == (patients, [])
+
+
+@given(st.dictionaries(st.sampled_from("ABCDEFGH"), st.lists(st.integers(0, 9), max_size=3), min_size=1))
+def test_no_scan_is_ever_of_two_patients(scans):
+    merged, shared = merge({case: case.lower() for case in scans}, {c: map(str, own) for c, own in scans.items()})
+    for case, own in scans.items():
+        for other, theirs in scans.items():
+            if set(own) & set(theirs):
+                assert merged[case] == merged[other]
+                assert case == other or any({case, other} <= set(group) for group in shared)
+    assert set(merged.values()) <= {case.lower() for case in scans}
+
+
+# What is open
+
+
+def test_weak_groupings_and_look_alikes_are_doubtful():
+    found = doubts(studies("P01_T0", "P01_T1", "P02_T0", "PAT003_A", "PAT003_B", "Ann_T0", "Ann_T1"))
+    assert found == [
+        "P01_T0, P01_T1 are taken for studies of one patient, P01",
+        "Ann_T0, Ann_T1 are taken for studies of different patients",
+        "PAT003_A, PAT003_B are taken for studies of different patients",
+    ]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ("BraTS-GLI-00000-000", "BraTS-GLI-00000-001", "BraTS-GLI-00001-000"),
+        ("sub-01", "sub-02", "sub-03"),
+        ("sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1"),
+        ("IXI012-HH-1211", "IXI013-HH-1212", "IXI014-HH-1236"),
+        ("BraTS20_Training_001", "BraTS20_Training_002", "BraTS20_Training_003"),
+        ("GBM_M01", "GBM_M02", "GBM_M03"),
+        ("PAT001_2019-03-01", "PAT001_2020-04-02", "PAT002_2019-03-01"),
+    ],
+)
+def test_usual_names_are_not_doubtful(cases):
+    assert doubts(studies(*cases)) == []
+
+
+def test_the_grouping_is_said_in_a_few_lines():
+    found = studies(*(f"P{k}_visit{n}" for k in range(7) for n in (1, 2)), "Q1_T0", "Q1_T1", "R")
+    patients = {study.case: study.patient for study in found} | {"R": "P0"}
+    several, shared, warning = grouping(found, patients, [["P0_visit1", "R"]])
+    assert several.startswith(
+        "patients with several studies: 8 (P0: P0_visit1, P0_visit2, R; P1: P1_visit1, P1_visit2;"
+    )
+    assert several.endswith("; …)")
+    assert shared == "P0_visit1, R share a scan, so they are studies of one patient"
+    assert warning.startswith(
+        "warning: names leave open who is whose: Q1_T0, Q1_T1 are taken for studies of one patient"
+    )
+    assert "--patients FILE.csv (columns case, patient)" in warning
+    assert grouping(studies("A", "B"), {"A": "A", "B": "B"}, []) == []

@@ -1,0 +1,67 @@
+"""Time points in names: taken away where they are some, left where they may be the patient."""
+
+import pytest
+
+from crossmr.data.visits import look_alike, read
+
+
+@pytest.mark.parametrize(
+    ("visits", "patient", "confidence"),
+    [
+        (
+            "PAT001_2019-03-01 PAT001_2020_04_02 PAT001_20210503 PAT001_01.02.2022 PAT001_20190301_143210",
+            "PAT001",
+            "sure",
+        ),
+        ("PatientID_0003_Timepoint_1 PatientID_0003_Timepoint_2 PatientID_0003", "PatientID_0003", "sure"),
+        ("P01_baseline P01-followup P01.fu2 P01_follow-up P01_early-followup", "P01", "sure"),
+        ("P01_preop P01_post-op P01_postoperative P01_pre P01_post P01_recurrence", "P01", "sure"),
+        ("P01_visit2 P01_Visit-3 P01_week-040 P01_week-000-1 P01_6months P01_month3 P01_tp1 P01_day-7", "P01", "sure"),
+        ("P01_visit2_2019-03-01 P01_baseline_preop", "P01", "sure"),
+        ("sub-01_ses-02 sub-01_ses-preop sub-01", "sub-01", "sure"),
+        ("UCSF-PDGM-0429 UCSF-PDGM-0429_FU001d", "UCSF-PDGM-0429", "sure"),
+        ("BraTS-GLI-00000-000 BraTS-GLI-00000-001", "BraTS-GLI-00000", "fair"),
+        ("UPENN-GBM-00001_11 UPENN-GBM-00001_21", "UPENN-GBM-00001", "fair"),
+        ("P01_T0 P01_T1 P01_v2 P01_m12 P01_d3 P01_scan1 P01_scan2 P01_MR1", "P01", "weak"),
+        ("UCSD-PTGBM-0002_01 UCSD-PTGBM-0002_02", "UCSD-PTGBM-0002", "weak"),
+        ("DOE_JOHN_20190301 DOE_JOHN_20200301", "DOE_JOHN", "weak"),
+    ],
+)
+def test_the_visits_of_a_patient(visits, patient, confidence):
+    readings = [read(name) for name in visits.split()]
+    assert {reading.patient for reading in readings} == {patient}
+    assert {reading.confidence for reading in readings} - {"sure"} <= {confidence}
+    assert readings[0].confidence == confidence
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "P1_T1 P2_T1",
+        "sub-01 sub-02 sub-m12 sub-visit1 sub-T0",
+        "BraTS-GLI-00000-000 BraTS-GLI-00001-000 BraTS-PED-00000-000",
+        "IXI012-HH-1211 IXI013-HH-1212 IXI002-Guys-0828",
+        "Brats18_2013_11_1 Brats18_2013_2_1 Brats18_TCIA01_131_1 BraTS20_Training_355 BraTS20_Training_356",
+        "TCGA-02-0003 TCGA-02-0006 TCGA-06-1987 TCGA-06-2001",
+        "GBM_M12 GBM_M13 hospital_scan1 hospital_scan2 hospital_V1",
+        "patient19 patient20 W39_1998.09.19 W40_1998.09.19 REAL-001 REAL-002 A1 B1",
+    ],
+)
+def test_different_patients_stay_apart(names):
+    patients = [read(name).patient for name in names.split()]
+    assert len(set(patients)) == len(patients)
+    assert all(patients)
+
+
+@pytest.mark.parametrize(
+    "name", ["baseline", "followup", "T0", "m12", "2019-03-01", "week-040", "MR_2019-03-01", "scan_baseline"]
+)
+def test_a_name_that_is_a_time_point_names_no_patient(name):
+    assert read(name).patient == ""
+
+
+def test_what_may_be_a_time_point_is_pointed_out():
+    assert {look_alike(name) for name in ("P01_A", "P01_B", "P01_2019", "P01_7")} == {"P01"}
+    assert {look_alike(name) for name in ("Ann_T0", "Ann_T1")} == {"Ann"}
+    for name in ("P01", "sub-01", "TCGA-02-0003", "Ann_Bee", "P01_T0", "BraTS-GLI-00000-000", "IXI012-HH-1211"):
+        assert look_alike(name) == "", name
