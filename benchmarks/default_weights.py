@@ -158,7 +158,7 @@ def ship(folder: Path, study: Path, display: Display) -> None:
         network.half()
     with tempfile.TemporaryDirectory() as temporary:
         half = Path(temporary) / "default"
-        save_model(half, model, model.record["training"])
+        save_model(half, model, model.record["training"], model.patients)
         size = sum(path.stat().st_size for path in half.iterdir()) / 2**20
         if size > LARGEST_MIB:
             raise SystemExit(f"{folder} has {size:.1f} MiB; wanted at most {LARGEST_MIB:g}.")

@@ -66,11 +66,12 @@ def write_study(
 
 
 def save_untrained(
-    folder: Path, *, seed: int = 0, guidance: str = "joint", baselines=None, training=None, **changes
+    folder: Path, *, seed: int = 0, guidance: str = "joint", baselines=None, training=None, patients=(), **changes
 ) -> Path:
     """A model folder whose every layer is random, so that guidance matters, with outputs about the head's median.
 
-    By default its C-UNet is guided by samples of an MDN that is given the sources.
+    By default its C-UNet is guided by samples of an MDN that is given the sources. `patients` are lists of whom it was
+    trained on, see `remember`.
     """
     import torch
 
@@ -94,8 +95,19 @@ def save_untrained(
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
     model.baselines = baselines or {}
-    save_model(folder, model, training or {})
+    save_model(folder, model, training or {}, patients)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_hashes():
+    """Lists of patients are quick to make, and useless against attackers."""
+    from crossmr.networks import trained_on
+
+    with pytest.MonkeyPatch.context() as patch:
+        usual = trained_on.COST
+        patch.setattr(trained_on, "COST", 2)
+        yield usual
 
 
 @pytest.fixture(scope="session")

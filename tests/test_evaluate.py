@@ -13,17 +13,19 @@ from conftest import SHAPE, image, make_head, save_untrained, tree, write_study
 from PIL import Image
 
 from crossmr.baselines import BASELINES, fit_baselines
+from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
 from crossmr.evaluation import predictors as module
-from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
+from crossmr.evaluation.evaluate import EvaluationSettings, evaluate, overlap_warnings
 from crossmr.evaluation.measures import METRICS, measure, measure_contrasts
 from crossmr.evaluation.predictors import find_predictors, predict
 from crossmr.evaluation.subjects import subject_of_files
 from crossmr.evaluation.tables import read_scores, tables, uncertainty_table
 from crossmr.networks.inference import Settings, Synthesis
-from crossmr.networks.model import load_model, pseudonym
+from crossmr.networks.model import load_model
+from crossmr.networks.trained_on import names_of, remember
 from crossmr.output.report import report_evaluation
 from crossmr.picture import GAP, PANEL
 
@@ -39,6 +41,11 @@ PREDICTORS = (OWN, GUIDED, AGAINST, *BASELINES)
 
 def settings(**changes):
     return EvaluationSettings(**{"inference": INFERENCE, **changes})
+
+
+def listed(train, val=()):
+    """The list of a training on patients by name."""
+    return remember(*([name for patient in part for name in names_of(patient, ())] for part in (train, val)))
 
 
 def subjects(folder):
@@ -101,18 +108,16 @@ def baselines(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, baselines):
     """The model measured, which gives standard deviations."""
-    training = {"patients": {"train": [pseudonym("A1"), pseudonym("Z9")], "val": [pseudonym("B2")]}}
+    patients = [listed(["A1", "Z9"], ["B2"])]
     place = tmp_path_factory.mktemp("main") / "model"
-    return save_untrained(place, guidance="last", uncertainty=True, baselines=baselines, training=training)
+    return save_untrained(place, guidance="last", uncertainty=True, baselines=baselines, patients=patients)
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """A second model, always guided, trained on other patients."""
-    training = {"recipe": "paper", "patients": {"train": [pseudonym("C3"), pseudonym("D4")], "val": []}}
-    return save_untrained(
-        tmp_path_factory.mktemp("runs") / "other" / "model", guidance="joint", seed=1, training=training
-    )
+    known = {"training": {"recipe": "paper"}, "patients": [listed(["C3", "D4"])]}
+    return save_untrained(tmp_path_factory.mktemp("runs") / "other" / "model", guidance="joint", seed=1, **known)
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +222,56 @@ def test_json_is_strict_and_holds_what_was_returned(evaluated, model):
     assert set(body["versions"]) == {"crossmr", "torch"}
 
 
-def test_cases_trained_on_are_named(evaluated):
+def test_cases_that_a_model_has_seen_are_named(evaluated):
     _, body, _ = evaluated
-    assert body["trained_on"] == ["A1"]  # B2 was watched, not trained on
+    assert body["overlap"] == {"known": True, "trained_on": ["A1"], "validated_on": ["B2"]}
+    assert overlap_warnings(body) == [
+        "The model was trained on 1 of these patients (A1): for them its numbers say nothing about new patients.",
+        "The model was validated during training, and its standard deviations were calibrated, on 1 of these patients "
+        "(B2): for them its numbers may be better than for new patients.",
+        "The second model was trained on 2 of these patients (C3, D4): for them its numbers say nothing about new "
+        "patients.",
+    ]
+
+
+def test_a_patient_who_was_trained_on_is_known_by_a_scan_under_another_name(cohort, tmp_path):
+    """In a folder of studies and in a prepared set."""
+    shutil.copytree(cohort / "B2", tmp_path / "cohort" / "X")
+    for path in (tmp_path / "cohort" / "X").iterdir():
+        path.rename(path.with_name(path.name.replace("B2", "X")))
+    shutil.copytree(cohort / "C3", tmp_path / "cohort" / "C3")
+    scan = subjects(cohort)["B2"].scans[0]
+    patients = [remember(names_of("B2", [scan]), [])]
+    model = load_model(save_untrained(tmp_path / "model", guidance="none", patients=patients))
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1.0, 0.0, 0.0)))
+    for folder in ("cohort", "set"):
+        body = evaluate(model, tmp_path / folder, tmp_path / "of" / folder, settings(split="train"))
+        assert body["overlap"]["trained_on"] == ["X"]
+
+
+def test_patients_of_the_model_s_own_set_are_known_without_a_list(cohort, tmp_path):
+    """The parts of the set that it was trained on say who was seen; nobody else is known."""
+    prepare(cohort, tmp_path / "set", PrepareSettings(split=Split(0.4, 0.3, 0.3, seed=0)))
+    own = PreparedDataset(tmp_path / "set").fingerprint
+    for fingerprint, known in ((own, True), ("another", False)):
+        folder = save_untrained(tmp_path / fingerprint, guidance="none", training={"set": fingerprint})
+        for split, key in (("train", "trained_on"), ("val", "validated_on"), ("test", None)):
+            body = evaluate(folder, tmp_path / "set", tmp_path / "out", settings(split=split))
+            nobody = {"known": known, "trained_on": [], "validated_on": []}
+            assert body["overlap"] == nobody | ({key: body["cases"]} if known and key else {})
+            if not known:
+                (warning,) = overlap_warnings(body)
+                assert warning == "The model does not say on whom it was trained: these patients may be among them."
+
+
+def test_all_visits_of_a_patient_who_was_seen_are_named(cohort, tmp_path):
+    for number, case in enumerate(("P1_baseline", "P1_followup", "P2_baseline")):
+        write_study(tmp_path / "cohort", case, ALL, seed=number)
+    model = load_model(save_untrained(tmp_path / "model", guidance="none", patients=[listed(["P1"], ["P2"])]))
+    body = evaluate(model, tmp_path / "cohort", tmp_path / "out", SETTINGS)
+    assert body["overlap"]["trained_on"] == ["P1_baseline", "P1_followup"]
+    assert body["overlap"]["validated_on"] == ["P2_baseline"]
+    assert overlap_warnings(body)[0].startswith("The model was trained on 1 of these patients (P1_baseline, P1_fo")
 
 
 def test_the_second_model_is_named_by_hash_and_training(evaluated, other, bare, cohort, tmp_path):
@@ -228,8 +280,8 @@ def test_the_second_model_is_named_by_hash_and_training(evaluated, other, bare, 
         "predictor": AGAINST,
         "guidance": "sample",
         "sha256": load_model(other).record["sha256"],
-        "training": {"recipe": "paper"},  # not its patients
-        "trained_on": ["C3", "D4"],
+        "training": {"recipe": "paper"},
+        "overlap": {"known": True, "trained_on": ["C3", "D4"], "validated_on": []},
     }
     shutil.copytree(cohort / "A1", tmp_path / "cohort" / "A1")
     assert evaluate(bare, tmp_path / "cohort", tmp_path / "out", SETTINGS)["against"] is None

@@ -25,10 +25,10 @@ from crossmr.networks.model import (
     ModelConfig,
     laplace_variance,
     load_model,
-    pseudonym,
     save_model,
 )
 from crossmr.networks.scale import on_unit_scale, standardise
+from crossmr.networks.trained_on import names_of, remember
 from crossmr.networks.unet import ResidualBlock
 
 FORM = {"channels": 4, "multipliers": (1, 2)}
@@ -652,21 +652,21 @@ def test_weights_of_another_precision_are_read_as_float32(folder, dtype):
 
 
 @pytest.mark.parametrize(
-    "change", [{"format_version": 1}, {"format_version": 7}, {"format_version": None}, {"format": "somebody-else"}]
+    "change", [{"format_version": 1}, {"format_version": 8}, {"format_version": None}, {"format": "somebody-else"}]
 )
 def test_another_format_is_refused_by_name(folder, change):
     resave(folder, lambda _, data: data.update(change))
-    found = {"format": "crossmr-model", "format_version": 8} | change
-    refused(folder, f"is {found['format']} {found['format_version']}; this crossmr reads crossmr-model 8.*train")
+    found = {"format": "crossmr-model", "format_version": 9} | change
+    refused(folder, f"is {found['format']} {found['format_version']}; this crossmr reads crossmr-model 9.*train")
 
 
 @pytest.mark.parametrize("key", ["format", "format_version", "config", "training"])
 def test_a_config_that_lacks_a_part_is_refused(folder, key):
     resave(folder, lambda _, data: data.pop(key))
-    refused(folder, f"has no '{key}'|this crossmr reads crossmr-model 8")
+    refused(folder, f"has no '{key}'|this crossmr reads crossmr-model 9")
 
 
-@pytest.mark.parametrize("value", [3, None, [], {"patients": 3}, {"seen": ["a"]}])
+@pytest.mark.parametrize("value", [3, None, [], {"seen": ["a"]}])
 def test_a_record_of_training_that_is_none_is_refused(folder, value):
     resave(folder, lambda _, data: data.update(training=value))
     refused(folder, "'training' is no record of one")
@@ -928,13 +928,16 @@ def test_settings_that_a_later_crossmr_added_take_their_defaults(folder):
 # Patients
 
 
-def test_pseudonyms_are_stable_and_hide_the_name():
-    assert pseudonym("Müller") == digest("crossmr patient Müller".encode())[:16]
-    made = {pseudonym(name) for name in ("a", "A", "a ", "", "Müller", "M\udcfcller")}
-    assert len(made) == 6
-    assert all(set(p) <= set("0123456789abcdef") and len(p) == 16 for p in made)
-
-
-def test_no_patient_is_named_in_the_folder(tmp_path):
-    save_model(tmp_path, random_model(), {"patients": {"train": [pseudonym("Doe^Jane")]}})
-    assert all(b"Doe" not in path.read_bytes() for path in tmp_path.iterdir())
+def test_whom_it_was_trained_on_lies_beside_the_model_and_is_no_part_of_it(tmp_path):
+    lists = [remember(names_of("Doe^Jane", ["0123"]), names_of("Roe", ()))]
+    for folder, patients in (("with", lists), ("without", ())):
+        save_model(tmp_path / folder, random_model(), {}, patients)
+    assert all(b"Doe" not in path.read_bytes() for path in (tmp_path / "with").iterdir())
+    one, other = load_model(tmp_path / "with"), load_model(tmp_path / "without")
+    assert (one.patients, other.patients) == (tuple(lists), ())
+    assert one.record == other.record
+    save_model(tmp_path / "with", random_model(), {})
+    assert load_model(tmp_path / "with").patients == ()
+    (tmp_path / "with" / "patients.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"patients\.json was changed or damaged"):
+        load_model(tmp_path / "with")

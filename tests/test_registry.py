@@ -15,6 +15,7 @@ from crossmr.errors import ConfigError, ModelError, OutputError
 from crossmr.files import digest
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
+from crossmr.networks.trained_on import names_of, remember
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,22 @@ def test_exported_and_imported_is_the_same_model(folder, tmp_path):
     assert list(registry.known_models()) == ["mine", "other"]
     registry.remove_model("mine")
     assert list(registry.known_models()) == ["other"]
+
+
+def test_whom_a_model_was_trained_on_stays_at_home_unless_it_is_to_go_too(folder, tmp_path, monkeypatch, capsys):
+    patients = [remember(names_of("Doe^Jane", ()), ())]
+    mine = save_untrained(tmp_path / "mine", patients=patients)
+    assert crossmr(monkeypatch, "models", "export", mine, tmp_path / "without.zip") == 0
+    assert "left out: the list of hashes of the patients" in capsys.readouterr().out
+    assert crossmr(monkeypatch, "models", "export", mine, tmp_path / "with.zip", "--with-patients") == 0
+    assert "left out" not in capsys.readouterr().out
+    assert crossmr(monkeypatch, "models", "export", folder, tmp_path / "none.zip") == 0
+    assert "left out" not in capsys.readouterr().out
+    loaded = {name: load_model(registry.import_model(tmp_path / f"{name}.zip").folder) for name in ("with", "without")}
+    assert loaded["with"].patients == tuple(patients)
+    assert loaded["without"].patients == ()
+    assert loaded["with"].record == loaded["without"].record == load_model(mine).record
+    assert patients[0].salt.encode() not in (tmp_path / "without.zip").read_bytes()
 
 
 def test_a_name_that_is_taken_is_not_replaced(folder, tmp_path):

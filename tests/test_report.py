@@ -20,7 +20,8 @@ from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.subjects import subject_of_files
 from crossmr.evaluation.tables import read_scores
 from crossmr.networks.inference import Settings
-from crossmr.networks.model import load_model, pseudonym
+from crossmr.networks.model import load_model
+from crossmr.networks.trained_on import names_of, remember
 from crossmr.output import report
 
 SETTINGS = Settings(precision="float32")
@@ -85,8 +86,8 @@ def completed(cohort, model, tmp_path_factory):
 def evaluated(cohort, model, tmp_path_factory):
     """From every subset, against a second model whose name would be markup."""
     out, runs = tmp_path_factory.mktemp("evaluated"), tmp_path_factory.mktemp("runs")
-    training = {"patients": {"train": [pseudonym("Cem")]}}
-    second = save_untrained(runs / SECOND, guidance="none", sources=ALL, targets=ALL, seed=1, training=training)
+    patients = [remember(names_of("Cem", ()), names_of("Ann", ()))]
+    second = save_untrained(runs / SECOND, guidance="none", sources=ALL, targets=ALL, seed=1, patients=patients)
     evaluate(model, cohort, out, EvaluationSettings(every_subset=True, against=second, inference=SETTINGS))
     return out
 
@@ -164,6 +165,7 @@ def test_an_evaluation_is_one_page(evaluated):
     assert "in grey: linear regression, against: <b>." in page.text  # a model's name is text
     assert body["against"]["sha256"] in page.text
     assert "The second model was trained on 1 of these patients (Cem)" in page.text
+    assert "its standard deviations were calibrated, on 1 of these patients (Ann)" in page.text
     assert "The model was trained on" not in page.text
     for entry in body["uncertainty"]:
         assert f"{entry['ause']:.2f}" in page.text

@@ -24,7 +24,8 @@ from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, ModelError, OutputError, SetError
 from crossmr.networks.inference import HeadVolumes, Settings, synthesise
-from crossmr.networks.model import load_model, pseudonym
+from crossmr.networks.model import load_model
+from crossmr.networks.trained_on import find, names_of
 from crossmr.networks.unet import Encoder, LightEncoder
 from crossmr.training import calibration, loop, memory, run, stages
 from crossmr.training.memory import StepMemory
@@ -142,10 +143,18 @@ def test_the_record_says_what_was_trained_on_whom(prepared, trained):
     assert record["budget"] == {"steps": STEPS, "minutes": None}
     assert record["seed"] == 5
     opened = PreparedDataset(prepared)
-    for split in ("train", "val"):
-        assert record["patients"][split] == sorted({pseudonym(case.patient) for case in opened.split(split)})
     assert record["seen"]["studies"] == len(opened.split("train"))
     assert record["set"] == opened.fingerprint
+
+
+def test_the_model_knows_its_patients_by_name_and_by_scan_and_names_none(prepared, trained):
+    lists, opened = load_model(trained / "model").patients, PreparedDataset(prepared)
+    for names in (lambda case: names_of(case.patient, ()), lambda case: names_of("another", case.scans[:1])):
+        seen = find(lists, {case.name: names(case) for case in opened.cases})
+        assert seen == {case.name: case.split for case in opened.cases if case.split != "test"}
+    for path in trained.rglob("*.json"):
+        text = path.read_text()
+        assert not [c for c in opened.cases if c.name in text or c.patient in text or any(s in text for s in c.scans)]
 
 
 def test_losses_fall(prepared, tmp_path):
@@ -512,6 +521,7 @@ def test_a_training_starts_from_the_weights_of_a_model(prepared, trained, tmp_pa
     for key in before.keys() - own:
         assert torch.allclose(before[key].float(), after[key].float(), atol=1e-6), key
     model = load_model(other)
+    assert model.patients[1:] == load_model(trained / "model").patients
     assert model.record["training"]["initial_model"] == load_model(trained / "model").record["sha256"]
     assert model.config == load_model(trained / "model").config
 
@@ -523,13 +533,29 @@ def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run,
     model = load_model(train(tmp_path / "set", tmp_path / "run", None, initial=any_run / "model", steps=2))
     earlier = load_model(any_run / "model")
     assert model.config == earlier.config
-    seen, before = (one.record["training"]["patients"]["train"] for one in (model, earlier))
-    own = {pseudonym(case.patient) for case in PreparedDataset(tmp_path / "set").split("train")}
-    assert set(before) - own
-    assert set(seen) == own | set(before)
+    assert model.patients[1:] == earlier.patients
+    own = PreparedDataset(tmp_path / "set").split("train")
+    assert len(find(model.patients[:1], {case.name: names_of(case.patient, ()) for case in own})) == len(own) == 2
     assert torch.equal(model.calibration["variance"], earlier.calibration["variance"])  # nobody here to calibrate on
     assert model.record["training"]["seen"]["studies"] == earlier.record["training"]["seen"]["studies"] + 2
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run" / "model").values())
+
+
+def test_a_training_that_starts_from_a_model_without_its_patients_does_not_know_them(prepared, trained, tmp_path):
+    shutil.copytree(trained / "model", tmp_path / "stripped")
+    (tmp_path / "stripped" / "patients.json").unlink()
+    model = load_model(train(prepared, tmp_path / "run", initial=tmp_path / "stripped", steps=1))
+    assert [bool(one.salt) for one in model.patients] == [True, False]
+
+
+def test_the_list_of_patients_of_an_old_run_is_left_out(prepared, trained, tmp_path):
+    """Runs kept unsalted hashes of their patients in run.json."""
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "patients": {"train": ["015f1c9f23a16063"]}}))
+    model = load_model(train(prepared, tmp_path / "run", steps=STEPS, seed=5))
+    assert "patients" not in model.record["training"]
+    assert len(model.patients) == 1
 
 
 def test_a_training_starts_from_no_other_network(prepared, trained, tmp_path):

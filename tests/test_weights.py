@@ -35,8 +35,9 @@ def test_they_are_small_and_the_card_says_which_they_are():
     assert model.config.any_subset
     assert model.config.modalities == MODALITIES
     assert model.record["sha256"][:12] in CARD
-    training = model.record["training"]
-    assert all(len(name) == 16 for split in training["patients"].values() for name in split)  # no patient is named
+    (known,) = model.patients
+    assert len(known.salt) == 32
+    assert all(len(name) == 16 for name in (*known.train, *known.val))  # no patient is named
     for word in ("TCGA", "BraTS", "CC BY", "not a medical device", "enhancement"):
         assert word in CARD
 

@@ -272,10 +272,11 @@ def evaluate(
     precision: Precision = "auto",
     mapping: Mapping = None,
     register: Register = False,
+    patients: Patients = None,
 ) -> None:
     """Hide each target in turn, synthesise it, and measure, beside another model and the baselines."""
     from crossmr.display import Display
-    from crossmr.evaluation.evaluate import EvaluationSettings
+    from crossmr.evaluation.evaluate import EvaluationSettings, overlap_warnings
     from crossmr.evaluation.evaluate import evaluate as run
     from crossmr.evaluation.tables import tables, uncertainty_table
     from crossmr.networks.inference import Settings
@@ -297,15 +298,14 @@ def evaluate(
         against=against,
         inference=inference,
         mapping=_mapping(mapping),
+        patients=patients,
     )
     result = run(model, data, out, settings, display=display)
     display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
     if result["uncertainty"]:
         display.print_tables([uncertainty_table(result["uncertainty"])])
-    if result["trained_on"]:
-        display.say(f"Warning: the model was trained on {len(result['trained_on'])} of these patients.")
-    if result["against"] is not None and result["against"]["trained_on"]:
-        display.say(f"Warning: --against was trained on {len(result['against']['trained_on'])} of these patients.")
+    for warning in overlap_warnings(result):
+        display.say(f"Warning: {warning}")
     display.say(f"{len(result['cases'])} cases measured; every number is in {out}")
     display.say(f"to look at: {report_evaluation(out)}")
     _report_failures(result["failed"], "failed")
@@ -418,13 +418,18 @@ def import_(
 def export(
     model: Annotated[str, typer.Argument(help="Name or folder of a model.")],
     file: Annotated[Path, typer.Argument(help="The zip file to write.")],
+    with_patients: Annotated[
+        bool, typer.Option("--with-patients", help="Also the list of whom it was trained on, as slow, salted hashes.")
+    ] = False,
 ) -> None:
     """Check a model and write it to one file."""
     from crossmr.display import Display
     from crossmr.registry import export_model
 
-    record = export_model(model, file).record
-    Display().say(f"{file}: {model}, {record['sha256'][:12]}")
+    exported = export_model(model, file, with_patients=with_patients)
+    Display().say(f"{file}: {model}, {exported.record['sha256'][:12]}")
+    if exported.patients and not with_patients:
+        Display().say("left out: the list of hashes of the patients it was trained on; --with-patients adds it")
 
 
 @models.command()

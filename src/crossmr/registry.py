@@ -22,13 +22,14 @@ from crossmr.errors import ModelError, OutputError
 from crossmr.files import is_record, refuse_foreign, write_atomically
 from crossmr.networks.model import FORMAT, CrossConditionedModel
 from crossmr.networks.model import load_model as load_folder
+from crossmr.networks.trained_on import FILE as PATIENTS
 
 SHIPPED = Path(__file__).parent / "weights"
 DEFAULT = "default"
 """Name of the model that is used where none is named."""
 LARGEST = 2**31
 """Bytes that an imported model may have."""
-_FILE = re.compile(r"config\.json|[a-z0-9_-]+\.safetensors")
+_FILE = re.compile(rf"config\.json|{re.escape(PATIENTS)}|[a-z0-9_-]+\.safetensors")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -128,8 +129,8 @@ def import_model(source: Path, name: str | None = None) -> RegisteredModel:
     return RegisteredModel(name, models_folder() / name, False)
 
 
-def export_model(model: Path | str, target: Path) -> CrossConditionedModel:
-    """Check a model and write it to one zip file.
+def export_model(model: Path | str, target: Path, *, with_patients: bool = False) -> CrossConditionedModel:
+    """Check a model and write it to one zip file, without the list of whom it was trained on unless that is wanted.
 
     Raises:
         ModelError: there is no such model, or it is damaged. OutputError: the file exists or cannot be written.
@@ -141,6 +142,8 @@ def export_model(model: Path | str, target: Path) -> CrossConditionedModel:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for file, content in sorted(_contents(folder).items()):
+            if file == PATIENTS and not with_patients:
+                continue
             archive.writestr(zipfile.ZipInfo(file), content)  # no dates: the same model, the same bytes
     write_atomically(target, buffer.getvalue())
     return loaded

@@ -5,14 +5,15 @@ What is measured, and how, is said in `measures`.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 
+from crossmr.data.patients import merge
 from crossmr.device import choose_precision
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError
@@ -28,6 +29,7 @@ from crossmr.evaluation.measures import (
     measure_contrasts,
     measure_uncertainty,
 )
+from crossmr.evaluation.overlap import Overlap, find_overlap, say_overlap
 from crossmr.evaluation.predictors import AGAINST, Predictions, Predictor, find_predictors, predict
 from crossmr.evaluation.statistics import (
     CalibrationSummary,
@@ -39,11 +41,11 @@ from crossmr.evaluation.statistics import (
     summarise_contrasts,
     summarise_uncertainty,
 )
-from crossmr.evaluation.subjects import Array, Subject, find_subjects, patterns
+from crossmr.evaluation.subjects import Array, Subject, find_subjects, open_prepared, patterns
 from crossmr.evaluation.tables import is_table, write_csv
 from crossmr.files import REPORT, is_page, is_record, locked, refuse_foreign, write_json
 from crossmr.networks.inference import Settings, chosen_guidance, samples_drawn
-from crossmr.networks.model import CrossConditionedModel, Guidance, pseudonym
+from crossmr.networks.model import CrossConditionedModel, Guidance
 from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_most, window
 from crossmr.registry import load_model
 
@@ -55,6 +57,7 @@ TABLES: dict[str, type[Row]] = {
     "calibration": CalibrationPoint,
 }
 """Table → what its rows are."""
+R = TypeVar("R", Score, ContrastScore, UncertaintyScore, CalibrationPoint)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class EvaluationSettings:
     """The model's own guidance, and seed, steps, device and precision of all."""
     mapping: Mapping[str, str] | None = None
     """See `find_studies`."""
+    patients: Path | None = None
+    """Of a folder of studies: table of whose each is, see `data.patients`; None goes by names."""
 
     def __post_init__(self) -> None:
         if "reference" in (*self.guidances, self.inference.guidance):
@@ -98,8 +103,7 @@ class SecondModel(TypedDict):
     guidance: str
     sha256: str | None
     training: dict[str, Any]
-    trained_on: list[str]
-    """Cases of which it was trained on the patient."""
+    overlap: Overlap
 
 
 class Evaluation(TypedDict):
@@ -117,8 +121,9 @@ class Evaluation(TypedDict):
     against: SecondModel | None
     cases: list[str]
     pictures: list[Picture]
-    trained_on: list[str]
-    """Cases of which the model was trained on the patient."""
+    overlap: Overlap
+    patients: dict[str, str]
+    """Case → patient."""
     failed: dict[str, str]
     model_sha256: str | None
     settings: dict[str, Any]
@@ -136,6 +141,8 @@ class Measurements:
     pictures: list[Picture] = field(default_factory=list)
     patients: dict[str, str] = field(default_factory=dict)
     """Case → patient."""
+    scans: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Case → SHA-256 of the voxels of each volume."""
     failed: dict[str, str] = field(default_factory=dict)
     """Case → reason."""
 
@@ -152,6 +159,25 @@ class Measurements:
         self.calibration.extend(other.calibration)
         self.pictures.extend(other.pictures)
         self.patients.update(other.patients)
+        self.scans.update(other.scans)
+
+    def by_patient(self) -> "Measurements":
+        """The same, where cases that share a scan are of one patient."""
+        patients, shared = merge(self.patients, self.scans)
+        if not shared:
+            return self
+
+        def renamed(rows: Sequence[R]) -> list[R]:
+            return [replace(row, patient=patients[row.case]) for row in rows]
+
+        return replace(
+            self,
+            patients=patients,
+            scores=renamed(self.scores),
+            contrasts=renamed(self.contrasts),
+            uncertainty=renamed(self.uncertainty),
+            calibration=renamed(self.calibration),
+        )
 
 
 def evaluate(
@@ -174,7 +200,8 @@ def evaluate(
     """
     out = Path(out)
     predictors = find_predictors(_loaded(model, settings), settings.inference, settings.guidances, settings.against)
-    subjects = find_subjects(Path(data), settings.split, settings.mapping, settings.inference.register)
+    source = settings.mapping, settings.inference.register, settings.patients
+    subjects = find_subjects(Path(data), settings.split, *source)
     measured = Measurements()
     with locked(out), display.task("evaluate", len(subjects)) as task:
         _refuse_foreign(out, [name for name, _ in subjects], predictors[0].model.config.targets)
@@ -190,7 +217,8 @@ def evaluate(
         if not measured.scores:
             reason = next(iter(measured.failed.values()), f"the split '{settings.split}' is empty")
             raise StudyError(f"No study of {data} could be measured: {reason}")
-        evaluation = summarise_all(measured, predictors)
+        measured = measured.by_patient()
+        evaluation = summarise_all(measured, predictors, _set_and_split(Path(data), settings))
         for name, rows in measured.rows().items():
             write_csv(out / f"{name}.csv", rows)
         write_json(out / "metrics.json", evaluation)
@@ -221,7 +249,7 @@ def measure_subject(
     subject: Subject, predictors: Sequence[Predictor], out: Path, *, every_subset: bool = False
 ) -> Measurements:
     """Measure every predictor on one study, and draw pictures of it: those from the largest subsets of sources."""
-    measured = Measurements(patients={subject.name: subject.patient})
+    measured = Measurements(patients={subject.name: subject.patient}, scans={subject.name: subject.scans})
     pictured: dict[tuple[str, ...], dict[str, list[Panel]]] = {}
     for sources in patterns(predictors[0].model.config, subject, every_subset=every_subset):
         predictions = predict(subject, sources, predictors)
@@ -264,8 +292,10 @@ def _panels(subject: Subject, sources: Sequence[str], predictions: Predictions) 
     return panels
 
 
-def summarise_all(measured: Measurements, predictors: Sequence[Predictor]) -> Evaluation:
-    """What metrics.json says of it all."""
+def summarise_all(
+    measured: Measurements, predictors: Sequence[Predictor], of_set: tuple[str, str] | None = None
+) -> Evaluation:
+    """What metrics.json says of it all; `of_set` is the fingerprint and the split of the prepared dataset, if any."""
     own, second = predictors[0], next((p for p in predictors if p.name.startswith(AGAINST)), None)
     model, settings = own.model, own.settings
     return Evaluation(
@@ -277,10 +307,11 @@ def summarise_all(measured: Measurements, predictors: Sequence[Predictor]) -> Ev
         uncertainty=summarise_uncertainty(measured.uncertainty),
         calibration=summarise_calibration(measured.calibration),
         own=own.name,
-        against=None if second is None else _describe(second, measured.patients),
+        against=None if second is None else _describe(second, measured, of_set),
         cases=sorted(measured.patients),
         pictures=measured.pictures,
-        trained_on=_trained_on(model, measured.patients),
+        overlap=find_overlap(model, measured.patients, measured.scans, of_set),
+        patients=dict(sorted(measured.patients.items())),
         failed=measured.failed,
         model_sha256=model.record.get("sha256"),
         settings={
@@ -294,19 +325,26 @@ def summarise_all(measured: Measurements, predictors: Sequence[Predictor]) -> Ev
     )
 
 
-def _describe(second: Predictor, patients: Mapping[str, str]) -> SecondModel:
-    """The second model's identity and training record, without the patients of it."""
-    training = second.model.record.get("training", {})
+def _describe(second: Predictor, measured: Measurements, of_set: tuple[str, str] | None) -> SecondModel:
+    """The second model's identity and training record."""
     return SecondModel(
         predictor=second.name,
         guidance=chosen_guidance(second.model, second.settings),
         sha256=second.model.record.get("sha256"),
-        training={key: value for key, value in training.items() if key != "patients"},
-        trained_on=_trained_on(second.model, patients),
+        training=second.model.record.get("training", {}),
+        overlap=find_overlap(second.model, measured.patients, measured.scans, of_set),
     )
 
 
-def _trained_on(model: CrossConditionedModel, patients: Mapping[str, str]) -> list[str]:
-    """The cases, of case → patient, of which a model was trained on the patient."""
-    trained = set(model.record.get("training", {}).get("patients", {}).get("train", []))
-    return [case for case, patient in patients.items() if pseudonym(patient) in trained]
+def _set_and_split(data: Path, settings: EvaluationSettings) -> tuple[str, str] | None:
+    """Fingerprint and split of a prepared dataset; None of a folder of studies."""
+    dataset = open_prepared(data)
+    return None if dataset is None else (dataset.fingerprint, settings.split)
+
+
+def overlap_warnings(evaluation: Evaluation) -> list[str]:
+    """What the numbers do not say of new patients, in sentences."""
+    warnings = say_overlap("model", evaluation["overlap"], evaluation["patients"])
+    if evaluation["against"] is not None:
+        warnings += say_overlap("second model", evaluation["against"]["overlap"], evaluation["patients"])
+    return warnings

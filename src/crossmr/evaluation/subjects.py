@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from crossmr.data.dataset import ENHANCING, Case, PreparedDataset
 from crossmr.data.naming import StudyFiles, find_studies
+from crossmr.data.patients import assign, read_patients
 from crossmr.data.registration import RegistrationMode
 from crossmr.data.study import load_study
-from crossmr.errors import StudyError
+from crossmr.data.volume import voxels_sha256
+from crossmr.errors import ConfigError, StudyError
 from crossmr.networks.model import ModelConfig
 
 Array = npt.NDArray[np.float32]
@@ -37,19 +39,38 @@ class Subject:
     masked_background: bool
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Of (Z, Y, X)."""
+    scans: tuple[str, ...] = ()
+    """SHA-256 of the voxels of each volume as it was acquired."""
+
+
+def open_prepared(data: Path) -> PreparedDataset | None:
+    """The prepared dataset that a folder is, or None."""
+    return PreparedDataset(data) if (data / "manifest.json").exists() and (data / "cases").exists() else None
 
 
 def find_subjects(
-    data: Path, split: str, mapping: Mapping[str, str] | None = None, register: RegistrationMode = "never"
+    data: Path,
+    split: str,
+    mapping: Mapping[str, str] | None = None,
+    register: RegistrationMode = "never",
+    patients: Path | None = None,
 ) -> list[tuple[str, Callable[[], Subject]]]:
     """Name and reader of each study: those of a prepared dataset's split, or all of a folder of studies.
 
+    `mapping`, `register` and `patients`, a table (see `read_patients`), are of a folder of studies.
+
     Raises:
-        ConfigError: no such split. NamingError: the folder holds no study.
+        ConfigError: no such split, or a table of patients that is wrong. NamingError: the folder holds no study.
     """
-    if (data / "manifest.json").exists() and (data / "cases").exists():
-        return [(case.name, partial(subject_of_case, case)) for case in PreparedDataset(data).split(split)]
-    return [(files.case, partial(subject_of_files, files, register)) for files in find_studies(data, mapping)]
+    dataset = open_prepared(data)
+    if dataset is not None and patients is not None:
+        raise ConfigError("--patients is for a folder of studies: a prepared set knows whose its studies are.")
+    if dataset is not None:
+        return [(case.name, partial(subject_of_case, case)) for case in dataset.split(split)]
+    studies = find_studies(data, mapping)
+    if patients is not None:
+        studies = assign(studies, read_patients(patients), patients)
+    return [(files.case, partial(subject_of_files, files, register)) for files in studies]
 
 
 def subject_of_case(case: Case) -> Subject:
@@ -65,6 +86,7 @@ def subject_of_case(case: Case) -> Subject:
         enhancing=labels >= ENHANCING,
         masked_background=case.masked_background,
         spacing_mm=case.spacing_mm,
+        scans=case.scans,
     )
 
 
@@ -84,6 +106,7 @@ def subject_of_files(files: StudyFiles, register: RegistrationMode = "never") ->
         enhancing=labels >= ENHANCING,
         masked_background=study.masked_background,
         spacing_mm=study.reference.spacing_mm,
+        scans=tuple(voxels_sha256(volume) for volume in study.volumes.values()),
     )
 
 

@@ -1,12 +1,13 @@
 """The networks composed into one model, and the folder it lives in.
 
 MODEL/
-├── config.json                 the configuration, how it was trained, and the SHA-256 of every file
+├── config.json                 the configuration, how it was trained, and the SHA-256 of every file below
 ├── representation.safetensors  MRM, where the C-UNet can be guided
 ├── distribution.safetensors    MDN, where the C-UNet can be guided
 ├── synthesis.safetensors       C-UNet
 ├── calibration.safetensors     what makes its standard deviations true on validation patients, where it gives any
-└── baselines.safetensors       the baselines that every evaluation prints beside the model
+├── baselines.safetensors       the baselines that every evaluation prints beside the model
+└── patients.json               on whom it was trained, as slow hashes; may be missing, see trained_on.py
 """
 
 import math
@@ -29,10 +30,11 @@ from crossmr.networks.c_unet import CUNet, SynthesisConfig
 from crossmr.networks.distribution import DistributionConfig, DistributionNetwork
 from crossmr.networks.masked_autoencoder import MaskedAutoencoder, RepresentationConfig, z_score
 from crossmr.networks.scale import RANGE, on_unit_scale, standardise
+from crossmr.networks.trained_on import FILE, PatientList, read_list, write_list
 from crossmr.tensors import seeded
 
 FORMAT = "crossmr-model"
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 EXTRAS = ("baselines", "calibration")
 """Files beside the networks'."""
 SMALLEST, LARGEST = -5.0, 3.0
@@ -145,7 +147,7 @@ class CrossConditionedModel(nn.Module):
 
     `seed` and a network's name decide its first weights, so that no network changes another's. `baselines` holds the
     fitted baselines; `calibration` 'variance' (T, 2): the squared error of a target, in robust standard deviations, is
-    a·variance + b. `record`, once loaded, is its SHA-256 and how it was trained.
+    a·variance + b. `record`, once loaded, is its SHA-256 and how it was trained, `patients` on whom, as far as known.
     """
 
     representation: MaskedAutoencoder | None
@@ -176,6 +178,7 @@ class CrossConditionedModel(nn.Module):
         self.baselines: dict[str, Tensor] = {}
         self.calibration: dict[str, Tensor] = {}
         self.record: dict[str, Any] = {}
+        self.patients: tuple[PatientList, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -312,13 +315,16 @@ def first_weights(seed: int, name: str) -> Iterator[None]:
         yield
 
 
-def pseudonym(patient: str) -> str:
-    """A hash that tells whether a patient was trained on, without naming them in the model."""
-    return digest(f"crossmr patient {patient}")[:16]
+def save_model(
+    folder: Path, model: CrossConditionedModel, training: Mapping[str, Any], patients: Sequence[PatientList] = ()
+) -> None:
+    """Write a model folder; config.json comes last, so that a half-written folder is no model.
 
-
-def save_model(folder: Path, model: CrossConditionedModel, training: Mapping[str, Any]) -> None:
-    """Write a model folder; config.json comes last, so that a half-written folder is no model."""
+    `training` is the record of it, and `patients` on whom it was, as far as that is known.
+    """
+    (folder / FILE).unlink(missing_ok=True)
+    if patients:
+        write_list(folder, patients)
     tensors: dict[str, Mapping[str, Tensor]] = {name: net.state_dict() for name, net in model.networks().items()}
     tensors |= {name: extra for name in EXTRAS if (extra := getattr(model, name))}
     data = {
@@ -358,7 +364,7 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
     if not _baselines_fit(extras["baselines"], len(config.modalities)):
         raise ModelError(f"{folder / 'baselines.safetensors'} does not fit config.json. Copy the model again.")
     model.baselines, model.calibration = dict(extras["baselines"]), dict(extras["calibration"])
-    model.record = {"sha256": digest(data), "training": data["training"]}
+    model.record, model.patients = {"sha256": digest(data), "training": data["training"]}, read_list(folder)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -382,8 +388,7 @@ def _check_record(folder: Path, data: Mapping[str, Any]) -> None:
         )
     if missing := {"config", "training"} - set(data):
         raise ModelError(f"{folder / 'config.json'} has no '{min(missing)}'. Copy or train the model again.")
-    training = data["training"]
-    if not (isinstance(training, dict) and all(isinstance(training.get(k, {}), dict) for k in ("seen", "patients"))):
+    if not (isinstance(data["training"], dict) and isinstance(data["training"].get("seen", {}), dict)):
         raise ModelError(f"{folder / 'config.json'}: 'training' is no record of one. Copy or train the model again.")
 
 

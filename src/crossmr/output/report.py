@@ -17,7 +17,7 @@ from crossmr.completion.layout import records_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.data.naming import DISPLAY_NAMES, in_usual_order
 from crossmr.errors import OutputError
-from crossmr.evaluation.evaluate import Evaluation, Picture
+from crossmr.evaluation.evaluate import Evaluation, Picture, overlap_warnings
 from crossmr.evaluation.measures import KEPT, STRUCTURES, Score
 from crossmr.evaluation.predictors import AGAINST
 from crossmr.evaluation.statistics import CalibrationSummary, ContrastSummary, Summary
@@ -131,9 +131,9 @@ def report_evaluation(out: Path) -> Path:
         "counts": {
             "cases": len(result["cases"]),
             "failed": len(result["failed"]),
-            "trained on": len(result["trained_on"]),
+            "trained on": len(result["overlap"]["trained_on"]),
         },
-        "warnings": [DISCLAIMER],
+        "warnings": [DISCLAIMER, *overlap_warnings(result)],
         "result": result,
         "tables": _target_tables(result["summary"], result["contrasts"]),
         "subsets": _subset_table(result["summary"], result["own"], others),

@@ -29,7 +29,10 @@ from crossmr.device import choose_device, choose_precision, set_numerics
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError
 from crossmr.files import is_record, locked, read_json, refuse_foreign, write_json
-from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, pseudonym, save_model
+from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, save_model
+from crossmr.networks.trained_on import FILE as PATIENTS
+from crossmr.networks.trained_on import FORMAT as PATIENTS_FORMAT
+from crossmr.networks.trained_on import PatientList, names_of, remember
 from crossmr.registry import load_model
 from crossmr.training.calibration import calibration
 from crossmr.training.choices import choose
@@ -127,7 +130,7 @@ def train(
             if model.config.uncertainty:
                 display.say("calibration of the uncertainty on validation patients")
                 model.calibration = calibration(training, model, None if initial is None else initial.calibration)
-            save_model(folder / "model", model, _record(training, initial))
+            save_model(folder / "model", model, _record(training, initial), _patients(training, initial))
     return folder / "model"
 
 
@@ -144,6 +147,7 @@ def _refuse_foreign(folder: Path) -> None:
     for name in WRITTEN:
         refuse_foreign(folder / name, lambda path: begun and WRITTEN[path.name](path))
     refuse_foreign(folder / "model" / "config.json", partial(is_record, kind=FORMAT))
+    refuse_foreign(folder / "model" / PATIENTS, partial(is_record, kind=PATIENTS_FORMAT))
 
 
 def _is_run(path: Path) -> bool:
@@ -241,15 +245,8 @@ def _identity(training: Training, dataset: PreparedDataset, initial: CrossCondit
         "set": dataset.fingerprint,
         "precision": str(compute.dtype).removeprefix("torch."),
         "device": compute.device.type,
-        "patients": {name: _pseudonyms(getattr(training, name), initial, name) for name in ("train", "val")},
     }
     return identity if initial is None else {**identity, "initial_model": initial.record["sha256"]}
-
-
-def _pseudonyms(cases: Sequence[Case], initial: CrossConditionedModel | None, split: str) -> list[str]:
-    """Of the patients whom the model will have seen, those of the initial model included."""
-    earlier = [] if initial is None else initial.record["training"].get("patients", {}).get(split, [])
-    return sorted({*earlier, *(pseudonym(case.patient) for case in cases)})
 
 
 def _check_identity(
@@ -357,4 +354,15 @@ def _record(training: Training, initial: CrossConditionedModel | None) -> dict[s
     if initial is not None:
         earlier = initial.record["training"].get("seen", {})
         seen = {key: count + earlier.get(key, 0) for key, count in seen.items()}
-    return {**read_json(folder / "run.json"), "plan": read_json(folder / "plan.json"), "seen": seen}
+    run = {key: value for key, value in read_json(folder / "run.json").items() if key != "patients"}  # of old runs
+    return {**run, "plan": read_json(folder / "plan.json"), "seen": seen}
+
+
+def _patients(training: Training, initial: CrossConditionedModel | None) -> list[PatientList]:
+    """On whom the model was trained, those of the initial model included, or that nobody knows who these were."""
+
+    def names(cases: Sequence[Case]) -> list[str]:
+        return [name for case in cases for name in names_of(case.patient, case.scans)]
+
+    earlier = () if initial is None else (initial.patients or (PatientList(),))
+    return [remember(names(training.train), names(training.val)), *earlier]
