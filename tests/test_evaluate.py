@@ -195,7 +195,7 @@ def test_the_summary_is_over_the_scores(evaluated):
         chosen = [s for s in scores if (s.target, s.predictor, s.region) == (e["target"], e["predictor"], e["region"])]
         for metric in METRICS:
             values = [value for s in chosen if not math.isnan(value := getattr(s, metric))]
-            assert ("p_against_first" in e[metric]) == (e["predictor"] != OWN)
+            assert ("p_uncorrected_against_first" in e[metric]) == (e["predictor"] != OWN)
             if not values:
                 assert metric == "correlation"
                 assert set(e[metric].values()) == {None}
@@ -203,8 +203,10 @@ def test_the_summary_is_over_the_scores(evaluated):
             assert e[metric]["mean"] == pytest.approx(np.mean(values))
             bounds = (min(values) - 1e-9, e[metric]["low"], e[metric]["mean"], e[metric]["high"], max(values) + 1e-9)
             assert list(bounds) == sorted(bounds)
-            assert 0 < e[metric].get("p_against_first", 1) <= 1
-    assert entry(body["summary"], "t2f", "constant", "brain")["mae"]["p_against_first"] == pytest.approx(2 / 2**6)
+            assert 0 < e[metric].get("p_uncorrected_against_first", 1) <= 1
+    assert entry(body["summary"], "t2f", "constant", "brain")["mae"]["p_uncorrected_against_first"] == pytest.approx(
+        2 / 2**6
+    )
 
 
 def test_json_is_strict_and_holds_what_was_returned(evaluated, model):
@@ -294,7 +296,8 @@ def test_the_second_model_beside_itself_differs_nowhere(bare, cohort, tmp_path):
     for target in TARGETS:
         own, second = (entry(body["summary"], target, name, "brain") for name in ("unguided", "against: again"))
         for metric in METRICS:
-            assert second[metric].pop("p_against_first") == 1
+            assert second[metric].pop("p_uncorrected_against_first") == 1
+            assert second[metric].pop("p_holm_against_first") == 1
             assert second[metric] == own[metric]
 
 
@@ -345,7 +348,9 @@ def test_a_perfect_predictor_is_perfect_and_beats_the_baselines(cohort, folder, 
             baseline = entry(summary, target, predictor, "brain")
             assert best["mae"]["mean"] < baseline["mae"]["low"]
             assert best["ssim"]["mean"] > baseline["ssim"]["high"]
-            assert baseline["ssim"]["p_against_first"] == pytest.approx(2 / 2**6)  # the least that six pairs can give
+            assert baseline["ssim"]["p_uncorrected_against_first"] == pytest.approx(
+                2 / 2**6
+            )  # the least that six pairs can give
     assert [table.row_count for table in tables(summary)] == [4, 4]
 
 
@@ -427,7 +432,11 @@ def test_standard_deviations_are_compared_with_the_errors_of_the_model_s_own_ima
     assert len(body["uncertainty"]) == 4
     for e in body["uncertainty"]:
         assert e["patients"] == len(CASES)
-        assert (e["coverage_95"] is None) == (e["uncertainty"] == "predicted intensity") == ("p_against_std" in e)
+        assert (
+            (e["coverage_95"] is None)
+            == (e["uncertainty"] == "predicted intensity")
+            == ("p_uncorrected_against_std" in e)
+        )
     assert uncertainty_table(body["uncertainty"]).row_count == 4
 
 

@@ -468,3 +468,12 @@ def test_bins_of_known_values():
     for wrong in [(torch.ones(4), torch.ones(3)), (torch.ones(1), torch.ones(1)), (torch.ones(2, 2), torch.ones(2, 2))]:
         with pytest.raises(ValueError, match="one \\(N,\\) each, N at least 2"):
             metrics.calibration_curve(*wrong, bins=2)
+
+
+def test_holm_s_correction():
+    """Example of Holm's procedure: .01, .02, .03 of three; a later one is never below an earlier one."""
+    assert metrics.holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert metrics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert metrics.holm([0.3]) == [0.3]
+    assert metrics.holm([]) == []

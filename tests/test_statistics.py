@@ -23,6 +23,7 @@ from crossmr.evaluation.statistics import (
     summarise_contrasts,
     summarise_uncertainty,
 )
+from crossmr.metrics import holm
 
 CASES = [f"P{k}" for k in range(10)]
 
@@ -61,9 +62,9 @@ def test_the_paired_test_pairs_each_case_with_itself(paired):
     rows = [score(case, "own", mae=own[case]) for case in CASES]
     rows += [score(case, "other", mae=other[case]) for case in (*CASES[5:], *CASES[:5])]  # in whatever order
     first, second = summarise(rows)
-    assert "p_against_first" not in first["mae"]
-    assert second["mae"]["p_against_first"] == pytest.approx(p)
-    assert second["ssim"]["p_against_first"] == 1
+    assert "p_uncorrected_against_first" not in first["mae"]
+    assert second["mae"]["p_uncorrected_against_first"] == pytest.approx(p)
+    assert second["ssim"]["p_uncorrected_against_first"] == 1
 
 
 def test_the_paired_test_takes_the_cases_that_both_have(paired):
@@ -73,8 +74,8 @@ def test_the_paired_test_takes_the_cases_that_both_have(paired):
     rows += [score("alone", "third", mae=1.0)]
     _, second, third = summarise(rows)
     assert second["patients"] == 11
-    assert second["mae"]["p_against_first"] == pytest.approx(p)
-    assert third["mae"]["p_against_first"] is None
+    assert second["mae"]["p_uncorrected_against_first"] == pytest.approx(p)
+    assert third["mae"]["p_uncorrected_against_first"] is None
 
 
 @pytest.mark.parametrize("field", ["region", "target", "sources", "protocol"])
@@ -84,7 +85,7 @@ def test_what_is_compared_is_of_one_region_target_and_source(paired, field):
     there = {"own": {case: 2 * value for case, value in other.items()}, "other": own}
     rows += [replace(row, mae=there[row.predictor][row.case], **{field: "another"}) for row in rows]
     p_values = {
-        (entry[field] == "another", entry["predictor"]): entry["mae"].get("p_against_first")
+        (entry[field] == "another", entry["predictor"]): entry["mae"].get("p_uncorrected_against_first")
         for entry in summarise(rows)
     }
     differences = [own[case] - 2 * other[case] for case in CASES]
@@ -92,6 +93,45 @@ def test_what_is_compared_is_of_one_region_target_and_source(paired, field):
     assert p_values[False, "other"] == pytest.approx(p)
     assert p_values[True, "other"] == pytest.approx(wilcoxon(differences).pvalue)
     assert 0.1 < p_values[True, "other"] < 1
+
+
+def test_a_pair_is_of_the_cases_that_both_have(paired):
+    """A second visit that one predictor lacks, or has no score for, does not enter the other's side of the pair."""
+    own, other, p = paired
+    rows = [score(case, name, mae=of[case]) for name, of in (("own", own), ("other", other)) for case in CASES]
+    rows += [score(f"{case} again", "own", patient=case, mae=k * 10.0) for k, case in enumerate(CASES)]
+    rows += [score(f"{case} again", "other", patient=case, mae=math.nan) for case in CASES[:5]]
+    _, second = summarise(rows)
+    assert second["mae"]["p_uncorrected_against_first"] == pytest.approx(p)
+    rows = [uncertainty(case, name, ause=of[case]) for name, of in ((STD, own), (INTENSITY, other)) for case in CASES]
+    rows += [uncertainty(f"{case} again", STD, patient=case, ause=k * 10.0) for k, case in enumerate(CASES)]
+    assert summarise_uncertainty(rows)[1]["p_uncorrected_against_std"] == pytest.approx(p)
+
+
+def test_p_values_are_corrected_over_predictors_and_regions_of_one_metric_and_task(paired):
+    own, _, _ = paired
+    rng = np.random.default_rng(3)
+    rows = [score(case, "own", region=r, mae=own[case]) for case in CASES for r in ("brain", "deep")]
+    shifts = {("b", "brain"): 0.8, ("b", "deep"): 0.3, ("c", "brain"): 0.5, ("c", "deep"): 0.1}
+    for (name, region), shift in shifts.items():
+        rows += [score(c, name, region=region, mae=own[c] + rng.normal(shift, 0.4)) for c in CASES]
+    rows += [replace(row, target="t1c") for row in rows if row.predictor != "c"]  # another table, of two p-values
+    entries = {(e["target"], e["predictor"], e["region"]): e["mae"] for e in summarise(rows)}
+    for target, number in (("t2f", 4), ("t1c", 2)):
+        family = [entries[target, name, r] for name, r in shifts if (target, name, r) in entries]
+        raw = [e["p_uncorrected_against_first"] for e in family]
+        assert len(set(raw)) == len(raw) == number
+        assert [e["p_holm_against_first"] for e in family] == pytest.approx(holm(raw))
+        assert min(e["p_holm_against_first"] for e in family) == pytest.approx(number * min(raw))
+    assert "p_holm_against_first" not in entries["t2f", "own", "brain"]
+
+
+def test_p_values_of_uncertainty_are_corrected_over_all_targets(paired):
+    stds, intensities, p = paired
+    rows = [uncertainty(case, STD, ause=stds[case]) for case in CASES]
+    rows += [uncertainty(case, INTENSITY, ause=intensities[case]) for case in CASES]
+    entries = summarise_uncertainty(rows + [replace(row, target="t1c") for row in rows])
+    assert [e.get("p_holm_against_std") for e in entries] == [None, pytest.approx(2 * p), None, pytest.approx(2 * p)]
 
 
 def test_means_and_intervals_are_of_the_cases(paired):
@@ -128,7 +168,7 @@ def test_two_visits_of_a_patient_count_once(paired):
     for one, two in zip(summarise(once), summarise(visits), strict=True):
         assert two["patients"] == one["patients"] == len(CASES)
         assert two["mae"] == pytest.approx(one["mae"])
-    assert summarise(visits)[1]["mae"]["p_against_first"] == pytest.approx(p)
+    assert summarise(visits)[1]["mae"]["p_uncorrected_against_first"] == pytest.approx(p)
 
 
 def test_patients_with_many_visits_do_not_outweigh_the_others():
@@ -196,8 +236,8 @@ def test_uncertainty_is_the_mean_over_cases_and_its_test_pairs_each_case_with_it
     assert of_std["coverage_95"] == pytest.approx(0.45)
     assert of_intensity["coverage_95"] is None  # it is no standard deviation
     assert of_intensity["correlation"] is None
-    assert "p_against_std" not in of_std
-    assert of_intensity["p_against_std"] == pytest.approx(p)
+    assert "p_uncorrected_against_std" not in of_std
+    assert of_intensity["p_uncorrected_against_std"] == pytest.approx(p)
 
 
 def test_calibration_is_the_root_mean_square_of_each_decile():

@@ -210,6 +210,16 @@ def paired_wilcoxon(a: Sequence[float], b: Sequence[float]) -> float:
     return float(wilcoxon(first[differing] - second[differing]).pvalue) if differing.any() else 1.0
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's step-down procedure (1979), in their order, at most 1."""
+    order = sorted(range(len(p_values)), key=lambda k: p_values[k])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, k in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[k]))
+        corrected[k] = largest
+    return corrected
+
+
 def _check(prediction: Tensor, truth: Tensor, mask: Tensor | None = None) -> None:
     """Refuse shapes that would broadcast in silence, and integers, whose differences wrap around."""
     shapes = [tuple(tensor.shape) for tensor in (prediction, truth, mask) if tensor is not None]

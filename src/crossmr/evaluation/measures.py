@@ -23,7 +23,8 @@ fluid   Outside the lesion, T2 2.5 robust standard deviations above its median, 
 It counts as kept between 0.7 and 1.4 of the true one, and a lesion as lost below 0.5.
 
 Patients are the units: the mean over a patient's cases comes first; then means, 95 % bootstrap intervals and paired
-Wilcoxon tests are over patients.
+Wilcoxon tests are over patients. p-values are corrected by Holm's procedure over all predictors and regions of one
+metric, target and set of sources.
 
 A model of any subset is measured with each modality hidden in turn and all others given, or with every subset given
 and all the rest hidden. The head mask is found on all volumes of a study, the hidden ones included; it places the

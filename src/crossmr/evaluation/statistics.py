@@ -1,8 +1,11 @@
 """What the scores of all cases come to: means, intervals and paired tests over patients, as metrics.json holds them.
 
-The mean over a patient's cases comes first, so that a patient scanned twice counts once.
+The mean over a patient's cases comes first, so that a patient scanned twice counts once. A paired test takes the cases
+that both have. p-values are corrected for their number (Holm 1979) within a family: of one metric, all predictors and
+regions of one target from one set of sources; of uncertainty, all targets and sets of sources.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -13,6 +16,7 @@ from crossmr.evaluation.measures import (
     INTENSITY,
     KEPT,
     LOST,
+    METRICS,
     STD,
     CalibrationPoint,
     ContrastScore,
@@ -31,8 +35,10 @@ class Estimate(TypedDict):
     low: float | None
     """Of the 95 % bootstrap interval of the mean."""
     high: float | None
-    p_against_first: NotRequired[float | None]
+    p_uncorrected_against_first: NotRequired[float | None]
     """Of the paired Wilcoxon test over patients against the first predictor, the model's own; which has none."""
+    p_holm_against_first: NotRequired[float | None]
+    """The same, corrected within its family."""
 
 
 class Summary(TypedDict):
@@ -89,8 +95,10 @@ class UncertaintySummary(TypedDict):
     std_ratio_lost: float | None
     """The same of lost lesions alone."""
     error_ratio_lost: float | None
-    p_against_std: NotRequired[float | None]
+    p_uncorrected_against_std: NotRequired[float | None]
     """Of the paired Wilcoxon test of AUSE against the standard deviation's, for the predicted intensity."""
+    p_holm_against_std: NotRequired[float | None]
+    """The same, corrected within its family."""
 
 
 class CalibrationSummary(TypedDict):
@@ -115,16 +123,25 @@ class _Key(NamedTuple):
 def summarise(scores: Sequence[Score]) -> list[Summary]:
     """Summarise each predictor by sources, target, protocol and region; the first score's predictor is the model's own.
 
-    Paired tests take the patients that both predictors have.
+    Paired tests take the cases that both predictors have.
     """
     first = scores[0].predictor
     groups: dict[_Key, list[Score]] = {}
     for s in scores:
         groups.setdefault(_Key(s.sources, s.target, s.predictor, s.protocol, s.region), []).append(s)
-    return [
+    summaries = [
         _summary(key, rows, None if key.predictor == first else groups.get(key._replace(predictor=first), []))
         for key, rows in groups.items()
     ]
+    families: dict[tuple[str, str, Metric], list[Estimate]] = {}
+    for entry, metric in itertools.product(summaries, METRICS):
+        if entry["predictor"] != first:
+            families.setdefault((entry["sources"], entry["target"], metric), []).append(entry[metric])
+    for family in families.values():
+        corrected = _holm([estimate.get("p_uncorrected_against_first") for estimate in family])
+        for estimate, p in zip(family, corrected, strict=True):
+            estimate["p_holm_against_first"] = p
+    return summaries
 
 
 def _summary(key: _Key, rows: Sequence[Score], own: Sequence[Score] | None) -> Summary:
@@ -135,10 +152,7 @@ def _summary(key: _Key, rows: Sequence[Score], own: Sequence[Score] | None) -> S
         low, high = metrics.bootstrap_interval(list(values.values()))
         estimated = Estimate(mean=_mean(values.values()), low=_finite(low), high=_finite(high))
         if own is not None:
-            theirs = _by_patient(own, metric)
-            estimated["p_against_first"] = _p_value(
-                [(v, theirs[patient]) for patient, v in values.items() if patient in theirs]
-            )
+            estimated["p_uncorrected_against_first"] = _p_value(_pairs(rows, own, metric))
         return estimated
 
     return Summary(
@@ -206,10 +220,12 @@ def summarise_uncertainty(scores: Sequence[UncertaintyScore]) -> list[Uncertaint
             error_ratio_lost=_mean_over_patients(lost, "error_ratio"),
         )
         if uncertainty == INTENSITY:
-            stds = _by_patient(groups[sources, target, STD], "ause")
-            pairs = [(ause, stds[patient]) for patient, ause in _by_patient(rows, "ause").items()]
-            summary["p_against_std"] = _p_value(pairs)
+            summary["p_uncorrected_against_std"] = _p_value(_pairs(rows, groups[sources, target, STD], "ause"))
         summaries.append(summary)
+    family = [entry for entry in summaries if "p_uncorrected_against_std" in entry]
+    corrected = _holm([entry.get("p_uncorrected_against_std") for entry in family])
+    for entry, p in zip(family, corrected, strict=True):
+        entry["p_holm_against_std"] = p
     return summaries
 
 
@@ -239,6 +255,25 @@ def _by_patient(rows: Iterable[Row], field: str) -> dict[str, float]:
 
 def _mean_over_patients(rows: Iterable[Row], field: str) -> float | None:
     return _mean(_by_patient(rows, field).values())
+
+
+def _pairs(rows: Iterable[Row], others: Iterable[Row], field: str) -> list[tuple[float, float]]:
+    """Of each patient a field's mean over `rows` and over `others`, both over the cases in which both exist."""
+    theirs = {row.case: float(getattr(row, field)) for row in others}
+    by_patient: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        pair = float(getattr(row, field)), theirs.get(row.case, math.nan)
+        if not any(map(math.isnan, pair)):
+            by_patient.setdefault(row.patient, []).append(pair)
+    return [
+        (statistics.fmean(a for a, _ in pairs), statistics.fmean(b for _, b in pairs)) for pairs in by_patient.values()
+    ]
+
+
+def _holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Corrected p-values; None where there is none, which counts for nothing."""
+    corrected = iter(metrics.holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(corrected) for p in p_values]
 
 
 def _p_value(pairs: Sequence[tuple[float, float]]) -> float | None:
