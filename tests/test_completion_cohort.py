@@ -52,7 +52,7 @@ def test_one_bad_patient_is_reported_and_the_others_finish(completed):
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     volumes = {"Ann/Ann-t1c_synthetic.nii.gz", "Ann/Ann-t2f_synthetic.nii.gz", "Bob/Bob-t2f_synthetic.nii.gz"}
     manifests = {"manifest.json", *(f"{case}/manifest.json" for case in ("Ann", "Bob", "Cem", "Eve"))}
-    assert written == volumes | manifests | {"pictures/Ann.webp", "pictures/Bob.webp"}
+    assert written == volumes | manifests | {"pictures/Ann.webp", "pictures/Bob.webp", "private_paths.json"}
     picture = json.loads((out / "Ann" / "manifest.json").read_text())["picture"]
     assert picture["file"] == "pictures/Ann.webp"
     assert [(panel["modality"], panel["kind"]) for panel in picture["panels"]] == [

@@ -78,8 +78,9 @@ def validate(folder):
 
 def test_a_bids_dataset_becomes_a_valid_derivative(dataset, model, tmp_path):
     assert validate(dataset)["error"] == {}  # the validator works
-    out = tmp_path / "derivative"
-    result = complete_cohort(dataset, out, model, SETTINGS, BIDS)
+    raw = shutil.copytree(dataset, tmp_path / "raw")
+    out = raw / "derivatives" / "crossmr"
+    result = complete_cohort(raw, out, model, SETTINGS, BIDS)
     assert result.failed == {}
     assert result.completed == {
         "sub-01_ses-a": ["t2w", "t2f"],
@@ -102,7 +103,7 @@ def test_a_bids_dataset_becomes_a_valid_derivative(dataset, model, tmp_path):
     assert std.with_suffix(".nii.gz").exists()
     about = json.loads((out / "dataset_description.json").read_text())
     assert about["DatasetType"] == "derivative"
-    assert (out / about["DatasetLinks"]["raw"]).resolve() == dataset.resolve()
+    assert (out / about["DatasetLinks"]["raw"]).resolve() == raw.resolve()
     assert nib.load(enhanced).header["descrip"].item().startswith(b"SYNTHETIC")
     assert (out / "crossmr" / "report.html").exists()
     assert (out / "crossmr" / "view" / "sub-02.html").exists()
@@ -110,6 +111,17 @@ def test_a_bids_dataset_becomes_a_valid_derivative(dataset, model, tmp_path):
     shutil.copytree(dataset, tmp_path / "both")
     shutil.copytree(out, tmp_path / "both", dirs_exist_ok=True)
     assert find_studies(tmp_path / "both")[-1].images().keys() == {"t1n", "t2f"}
+
+
+def test_a_derivative_elsewhere_does_not_say_where_the_scans_lie(dataset, model, tmp_path):
+    raw = tmp_path / "DOE_JOHN"
+    shutil.copytree(dataset, raw, ignore=shutil.ignore_patterns("sub-01"))
+    complete_cohort(raw, tmp_path / "out", model, SETTINGS, BIDS)
+    assert validate(tmp_path / "out")["error"] == {}
+    assert "DatasetLinks" not in json.loads((tmp_path / "out" / "dataset_description.json").read_text())
+    sidecars = list((tmp_path / "out").rglob("anat/*.json"))
+    assert sidecars
+    assert not [path for path in sidecars if "Sources" in path.read_text()]
 
 
 def test_any_name_becomes_a_bids_name(model, tmp_path):
@@ -143,7 +155,8 @@ def test_brasyn_s_folder_holds_its_files_and_nothing_else(model, tmp_path):
     records = tmp_path / "out_records"
     assert records_of(out) == records
     assert files(records) == {
-        *("manifest.json", "report.html", "BraTS-GLI-1/manifest.json", "pictures/BraTS-GLI-1.webp")
+        *("manifest.json", "report.html", "BraTS-GLI-1/manifest.json", "pictures/BraTS-GLI-1.webp"),
+        "private_paths.json",
     }
     manifest = json.loads((records / "BraTS-GLI-1" / "manifest.json").read_text())["synthetic"]["t1c"]
     assert (records / "BraTS-GLI-1" / manifest["file"]).resolve() == out / "BraTS-GLI-1-t1c.nii.gz"

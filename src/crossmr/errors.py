@@ -10,8 +10,16 @@ CrossmrError
 ├── OutputError      results that cannot be written
 └── Interrupted      a training that was asked to stop, after its state was saved
 
-A message says what, where, got, wanted, and the next step, in one line.
+A message says what, where, got, wanted, and the next step, in one line. It may hold paths, and these may name patients:
+what is stored of it goes through `names_only`.
 """
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_ABSOLUTE = re.compile(r"(?<![\w./\\])(?:[A-Za-z]:)?[\\/](?:[^\s\\/'\",;()]+[\\/])+([^\s\\/'\",;()]*)")
 
 
 class CrossmrError(Exception):
@@ -48,3 +56,20 @@ class OutputError(CrossmrError):
 
 class Interrupted(CrossmrError):
     """A training that was asked to stop, after its state was saved."""
+
+
+def names_only(text: str, paths: Iterable[Path] = ()) -> str:
+    """A message for a file that may be shared: of every path in it no more is left than the name of the file.
+
+    `paths` are the files and folders of which the message may speak, exactly as it may write them: a path with spaces
+    is recognised only if it is one of these or lies beside or above one. Folders above a file are called 'its folder'.
+    """
+    forms = {form for path in paths for form in (path, Path(os.path.abspath(path)), path.resolve())}
+    for form in sorted(forms, key=lambda path: len(str(path)), reverse=True):
+        text = text.replace(str(form), form.name)
+    above = {folder for form in forms for folder in form.parents if folder.name}
+    for folder in sorted(above, key=lambda path: len(str(path)), reverse=True):
+        text = re.sub(rf"(?<![\w./\\]){re.escape(str(folder))}[\\/]", "", text)
+        if folder.is_absolute():
+            text = re.sub(rf"{re.escape(str(folder))}(?![\w-])", "its folder", text)
+    return _ABSOLUTE.sub(r"\1", text)

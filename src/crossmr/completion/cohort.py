@@ -14,6 +14,7 @@ import numpy as np
 
 from crossmr.completion.layout import FORMAT, PICTURES, Layout, Profile
 from crossmr.completion.ownership import check_case, check_output, earlier_files
+from crossmr.completion.private import write_paths
 from crossmr.completion.study import (
     Completed,
     Reference,
@@ -23,14 +24,14 @@ from crossmr.completion.study import (
     settings_record,
     what_to_fill,
 )
-from crossmr.completion.writing import relative_to, whole_or_absent, write_volumes
+from crossmr.completion.writing import whole_or_absent, write_volumes
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume
 from crossmr.dicom.convert import Scans, check_scans, convert_cases, find_cases, taken
 from crossmr.dicom.series import holds_dicom
 from crossmr.display import SILENT, Display
-from crossmr.errors import CrossmrError, NamingError, OutputError
+from crossmr.errors import CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, remove, write_json
 from crossmr.networks.inference import HeadVolumes, Settings, Synthesis, check_settings
 from crossmr.networks.model import CrossConditionedModel
@@ -57,7 +58,7 @@ class CohortSettings:
 
 @dataclass
 class CohortSummary:
-    """What became of the cases of a cohort; OUT/manifest.json says the same."""
+    """What became of the cases of a cohort; OUT/manifest.json says the same, but for the paths in reasons."""
 
     completed: dict[str, list[str]] = field(default_factory=dict)
     """Case → modalities synthesised now."""
@@ -148,8 +149,16 @@ def complete_cohort(
                     summary.failed[files.case] = f"{files.case}: {type(error).__name__}: {error}"
                 task.advance(files.case)
         body = {"format": FORMAT, "finished": True, "profile": options.profile, **asdict(summary)}
+        body["failed"] = _shareable(run, summary, studies)
         write_json(layout.records / "manifest.json", {**body, "settings": run.record})
     return summary
+
+
+def _shareable(run: _Run, summary: CohortSummary, studies: Sequence[StudyFiles]) -> dict[str, str]:
+    """Why cases failed, without the folders of their files."""
+    paths = {files.case: files.paths() for files in studies}
+    common = [run.cohort, run.layout.out, run.layout.records]
+    return {case: names_only(why, [*paths.get(case, ()), *common]) for case, why in summary.failed.items()}
 
 
 def _find(run: _Run, summary: CohortSummary, *, from_dicom: bool) -> tuple[list[StudyFiles], dict[str, Scans]]:
@@ -164,6 +173,7 @@ def _find(run: _Run, summary: CohortSummary, *, from_dicom: bool) -> tuple[list[
         with suppress(NamingError):  # which is said when the case's turn comes
             _check_case(run, files.case, list(files.images()))
     _start(run)
+    write_paths(run.layout.records, studies)
     return studies, {}
 
 
@@ -179,7 +189,9 @@ def _find_dicom(run: _Run, summary: CohortSummary) -> tuple[list[StudyFiles], di
     summary.failed = {one.case: one.refused for one in converted if one.refused}
     scans = {one.case: one for one in converted if not one.refused}
     found = find_studies(place) if scans else []
-    return [files for files in found if files.case in scans], scans
+    found = [files for files in found if files.case in scans]
+    write_paths(run.layout.records, found)
+    return found, scans
 
 
 def _check_case(run: _Run, case: str, acquired: Sequence[str]) -> None:
@@ -222,8 +234,7 @@ def _complete_case(
     loaded = study.result() or load_study(files, register=run.settings.register)
     run.layout.check(loaded)
     result = complete_study(loaded, run.model, run.settings, files_now, run.reference)
-    paths = relative_to(run.layout.folder(files.case), images)
-    manifest = {**result.manifest, "paths": paths}
+    manifest = dict(result.manifest)
     check_case(run.layout, files.case, run.model.config.targets, list(result.images), overwrite=True)
     earlier, picture = earlier_files(run.layout, files.case, run.model.config.targets), run.layout.picture(files.case)
     with whole_or_absent(path.parent) as written:
@@ -247,6 +258,8 @@ def _finished_before(run: _Run, case: str, files_now: Mapping[str, Any]) -> Mapp
     """The manifest of a case that is kept as it is, after saying what has changed since."""
     path = run.layout.folder(case) / "manifest.json"
     manifest = read_json(path, OutputError)
+    if manifest.pop("paths", None) is not None:  # earlier versions said where the scans lie
+        write_json(path, manifest)
     names = {"other settings": ("settings", run.record), "other input files": ("given", files_now)}
     changed = [name for name, (key, now) in names.items() if manifest.get(key) != now]
     if changed:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from crossmr.data.naming import BIDS_ROOT
 from crossmr.data.study import Study
 from crossmr.data.volume import describe_grid
 from crossmr.errors import ConfigError, OutputError, StudyError
@@ -130,7 +131,7 @@ class Layout:
         """Write what stands at the head of the output."""
         if self.profile != "bids":
             return
-        raw = _relative(_dataset(scans), self.out.resolve())
+        raw = self._raw(scans)
         write_json(
             self.out / "dataset_description.json",
             {
@@ -138,7 +139,7 @@ class Layout:
                 "BIDSVersion": BIDS_VERSION,
                 "DatasetType": "derivative",
                 **_generated(),
-                "DatasetLinks": {"raw": f"{raw}/"},
+                **({"DatasetLinks": {"raw": f"{raw}/"}} if raw else {}),
             },
         )
         for name, content in BIDS_HEAD.items():
@@ -152,10 +153,9 @@ class Layout:
         written = []
         for modality, entry in manifest["synthetic"].items():
             image, std = self.image(case, modality), self.std(case, modality)
-            sources = [
-                f"bids:raw:{os.path.relpath(path.resolve(), _dataset(scans)).replace(os.sep, '/')}" for path in inputs
-            ]
-            common = {"Sources": sources, "SkullStripped": manifest["skull_stripped"], **_generated()}
+            sources = [f"bids:raw:{_relative(path.resolve(), _dataset(scans))}" for path in inputs]
+            common = {"SkullStripped": manifest["skull_stripped"], **_generated()}
+            common |= {"Sources": sources} if self._raw(scans) else {}
             fields = {"Description": " ".join(entry["warnings"]), "Units": "arbitrary", **common}
             written.append(self._write_sidecar(image, fields))
             if entry["std"] and std is not None:
@@ -167,6 +167,11 @@ class Layout:
         path = self.sidecar(image)
         write_json(path, fields)
         return path
+
+    def _raw(self, scans: Path) -> str | None:
+        """The way from OUT to the BIDS dataset of the scans, if OUT lies in it; any other way would name folders."""
+        dataset, out = _dataset(scans), self.out.resolve()
+        return _relative(dataset, out) if (dataset / BIDS_ROOT).exists() and dataset in out.parents else None
 
 
 def bids_entities(case: str) -> tuple[str, ...]:
@@ -186,7 +191,7 @@ def records_of(out: Path) -> Path:
 def _dataset(scans: Path) -> Path:
     """The BIDS dataset that a folder lies in, or else the folder."""
     scans = scans.resolve()
-    return next((f for f in (scans, *scans.parents) if (f / "dataset_description.json").exists()), scans)
+    return next((f for f in (scans, *scans.parents) if (f / BIDS_ROOT).exists()), scans)
 
 
 def _relative(path: Path, start: Path) -> str:

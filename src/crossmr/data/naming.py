@@ -94,6 +94,11 @@ class StudyFiles:
             images[modality] = paths[0]
         return images
 
+    def paths(self) -> list[Path]:
+        """Every file of the study."""
+        images = [path for paths in self.candidates.values() for path in paths]
+        return [*images, *self.labels, *self.unrecognised]
+
     def label(self) -> Path | None:
         """The segmentation, or None where there is none.
 

@@ -30,7 +30,7 @@ from crossmr.data.registration import RegistrationMode
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, voxels_sha256
 from crossmr.display import SILENT, Display
-from crossmr.errors import ConfigError, CrossmrError, OutputError, SetError, VolumeError
+from crossmr.errors import ConfigError, CrossmrError, OutputError, SetError, VolumeError, names_only
 from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_atomically, write_json
 
 FORMAT = "crossmr-set"
@@ -129,9 +129,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Check, normalise and crop every study of the cohorts into the dataset `out`, and return its manifest.
 
-    A study that is refused is listed under 'refused' with the reason, and the others go on. A second run keeps the
-    cases whose files have not changed, and, with a word, those whose files can only not be read now. It deletes those
-    that are refused now, and, if `settings.prune`, those that are no longer in the cohorts.
+    A study that is refused is listed under 'refused' with the reason, and the others go on; returned reasons hold the
+    paths of files, written ones their names only. A second run keeps the cases whose files have not changed, and, with
+    a word, those whose files can only not be read now. It deletes those that are refused now, and, if
+    `settings.prune`, those that are no longer in the cohorts.
 
     Raises:
         NamingError: a cohort without any study. ConfigError: two studies of one name, or a table of patients that is
@@ -170,7 +171,8 @@ def prepare(
         for line in grouping(studies, patients.of, patients.shared):
             display.say(line)
         manifest = _manifest(cases, refused, settings.split, patients)
-        write_json(out / "manifest.json", {**manifest, "sha256": digest(manifest)})
+        stored = {**manifest, "refused": _shareable(manifest["refused"], studies, [*folders, out])}
+        write_json(out / "manifest.json", {**stored, "sha256": digest(stored)})
         return manifest
 
 
@@ -227,6 +229,14 @@ def _patients(studies: Sequence[StudyFiles], cases: Mapping[str, Any], entries: 
                 f"they share a scan, directly or through others, and so are one patient ({patient}). Choose one part."
             )
     return _Patients(dict(sorted(of.items())), shared, {who: next(iter(by_part)) for who, by_part in parts.items()})
+
+
+def _shareable(
+    refused: Sequence[Mapping[str, str]], studies: Sequence[StudyFiles], common: Sequence[Path]
+) -> list[dict[str, str]]:
+    """Why studies were refused, without the folders of their files."""
+    paths = {study.case: study.paths() for study in studies}
+    return [{**one, "reason": names_only(one["reason"], [*paths[one["case"]], *common])} for one in refused]
 
 
 class _Unread(str):

@@ -16,7 +16,7 @@ import numpy as np
 from crossmr.data.patients import merge
 from crossmr.device import choose_precision
 from crossmr.display import SILENT, Display
-from crossmr.errors import ConfigError, CrossmrError, StudyError
+from crossmr.errors import ConfigError, CrossmrError, StudyError, names_only
 from crossmr.evaluation.measures import (
     PROTOCOL,
     CalibrationPoint,
@@ -196,7 +196,8 @@ def evaluate(
 
     Raises:
         CrossmrError: nothing could be measured, or OUT holds something else that has the name of a file to be written.
-            A study that fails is listed under 'failed'.
+            A study that fails is listed under 'failed': in what is returned with paths, in what is written with the
+            names of files only.
     """
     out = Path(out)
     predictors = find_predictors(_loaded(model, settings), settings.inference, settings.guidances, settings.against)
@@ -204,9 +205,9 @@ def evaluate(
     subjects = find_subjects(Path(data), settings.split, *source)
     measured = Measurements()
     with locked(out), display.task("evaluate", len(subjects)) as task:
-        _refuse_foreign(out, [name for name, _ in subjects], predictors[0].model.config.targets)
+        _refuse_foreign(out, [one.name for one in subjects], predictors[0].model.config.targets)
         write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
-        for name, read in subjects:
+        for name, read, _ in subjects:
             try:
                 measured.add(measure_subject(read(), predictors, out, every_subset=settings.every_subset))
             except CrossmrError as error:
@@ -221,7 +222,9 @@ def evaluate(
         evaluation = summarise_all(measured, predictors, _set_and_split(Path(data), settings))
         for name, rows in measured.rows().items():
             write_csv(out / f"{name}.csv", rows)
-        write_json(out / "metrics.json", evaluation)
+        paths = {one.name: [*one.paths, Path(data), out] for one in subjects}
+        failed = {name: names_only(why, paths[name]) for name, why in measured.failed.items()}
+        write_json(out / "metrics.json", {**evaluation, "failed": failed})
     return evaluation
 
 

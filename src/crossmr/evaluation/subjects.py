@@ -1,10 +1,11 @@
 """The studies of an evaluation: how each is read, and which of its modalities are hidden."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,15 @@ class Subject:
     """SHA-256 of the voxels of each volume as it was acquired."""
 
 
+class Found(NamedTuple):
+    """A study that is to be measured."""
+
+    name: str
+    read: Callable[[], Subject]
+    paths: Sequence[Path]
+    """Its files and folders, as an error may name them."""
+
+
 def open_prepared(data: Path) -> PreparedDataset | None:
     """The prepared dataset that a folder is, or None."""
     return PreparedDataset(data) if (data / "manifest.json").exists() and (data / "cases").exists() else None
@@ -54,8 +64,8 @@ def find_subjects(
     mapping: Mapping[str, str] | None = None,
     register: RegistrationMode = "never",
     patients: Path | None = None,
-) -> list[tuple[str, Callable[[], Subject]]]:
-    """Name and reader of each study: those of a prepared dataset's split, or all of a folder of studies.
+) -> list[Found]:
+    """Each study, not yet read: those of a prepared dataset's split, or all of a folder of studies.
 
     `mapping`, `register` and `patients`, a table (see `read_patients`), are of a folder of studies.
 
@@ -66,11 +76,11 @@ def find_subjects(
     if dataset is not None and patients is not None:
         raise ConfigError("--patients is for a folder of studies: a prepared set knows whose its studies are.")
     if dataset is not None:
-        return [(case.name, partial(subject_of_case, case)) for case in dataset.split(split)]
+        return [Found(case.name, partial(subject_of_case, case), [case.folder]) for case in dataset.split(split)]
     studies = find_studies(data, mapping)
     if patients is not None:
         studies = assign(studies, read_patients(patients), patients)
-    return [(files.case, partial(subject_of_files, files, register)) for files in studies]
+    return [Found(files.case, partial(subject_of_files, files, register), files.paths()) for files in studies]
 
 
 def subject_of_case(case: Case) -> Subject:

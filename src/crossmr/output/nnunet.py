@@ -18,7 +18,7 @@ import numpy as np
 from crossmr.completion.layout import records_of
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies, in_usual_order
 from crossmr.data.volume import describe_grid, on_grid, read_labels, read_volume, same_grid, write_volume
-from crossmr.errors import CrossmrError, OutputError, StudyError
+from crossmr.errors import CrossmrError, OutputError, StudyError, names_only
 from crossmr.files import LOCK, locked, read_json, write_atomically, write_json
 
 ENHANCING = {4: 3}
@@ -53,8 +53,13 @@ def export_nnunet(
     with locked(out):
         if {path.name for path in out.iterdir()} - {LOCK}:
             raise OutputError(f"{out} is not empty; name another folder.")
-        cases, left_out = _find_cases(cohort, completed, mapping)
-        return _write_dataset(cohort, out, cases, left_out, modalities)
+        studies = {files.case: files for files in find_studies(cohort, mapping)}
+        cases, left_out = _find_cases(studies, records_of(completed))
+        record = _write_dataset(cohort, out, cases, left_out, modalities)
+        common = [cohort, completed, out]
+        shareable = {case: names_only(why, [*studies[case].paths(), *common]) for case, why in left_out.items()}
+        write_json(out / "crossmr.json", {**record, "left_out": shareable})
+        return record
 
 
 def _write_dataset(
@@ -64,7 +69,7 @@ def _write_dataset(
     left_out: dict[str, str],
     modalities: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Write the cases, then the files that describe them; returns the record."""
+    """Write the cases, then dataset.json; returns the record, and adds to `left_out`."""
     chosen = list(modalities or in_usual_order({m for channels, _ in cases.values() for m in channels}))
     synthetic: dict[str, list[str]] = {}
     values: set[int] = set()
@@ -89,22 +94,20 @@ def _write_dataset(
             "file_ending": ".nii.gz",
         },
     )
-    record = {"channels": chosen, "synthetic": synthetic, "left_out": left_out}
-    write_json(out / "crossmr.json", record)
-    return record
+    return {"channels": chosen, "synthetic": synthetic, "left_out": left_out}
 
 
 def _find_cases(
-    cohort: Path, completed: Path, mapping: Mapping[str, str] | None
+    studies: Mapping[str, StudyFiles], records: Path
 ) -> tuple[dict[str, tuple[Channels, Path | None]], dict[str, str]]:
     """Case → its channels and its segmentation, if any; and case → why it is left out."""
     cases: dict[str, tuple[Channels, Path | None]] = {}
     left_out: dict[str, str] = {}
-    for files in find_studies(cohort, mapping):
+    for case, files in studies.items():
         try:
-            cases[files.case] = _channels(files, records_of(completed)), files.label()
+            cases[case] = _channels(files, records), files.label()
         except CrossmrError as error:
-            left_out[files.case] = str(error)
+            left_out[case] = str(error)
     return cases, left_out
 
 

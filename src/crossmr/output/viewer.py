@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from crossmr.completion.layout import FORMAT, records_of
+from crossmr.completion.private import read_paths
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.data.naming import DISPLAY_NAMES, find_studies
 from crossmr.data.study import Study, load_study
@@ -42,7 +43,7 @@ def view_case(
     case, manifest = _choose(out, case)
     target = out / "view" / f"{case}.html"
     refuse_foreign(target, is_page)
-    study, notes = _acquired(out / case, manifest, scans, mapping)
+    study, notes = _acquired(out, manifest, scans, mapping)
     volumes = [*([] if study is None else _study_entries(study, manifest)), *_synthetic_entries(out / case, manifest)]
     if not volumes:
         raise OutputError(f"{case} of {out} has nothing to show: nothing was synthesised, and its scans are gone.")
@@ -74,7 +75,7 @@ def _choose(out: Path, case: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def _acquired(
-    folder: Path, manifest: Mapping[str, Any], scans: Path | None, mapping: Mapping[str, str] | None
+    out: Path, manifest: Mapping[str, Any], scans: Path | None, mapping: Mapping[str, str] | None
 ) -> tuple[Study | None, list[str]]:
     """The scans that a case was completed from; None, and a note, if they cannot be read any more."""
     case = manifest["case"]
@@ -84,9 +85,9 @@ def _acquired(
             raise OutputError(f"{scans} holds no study {case}; it has {', '.join([*studies][:8])}.")
         return load_study(studies[case]), []
     try:
-        files = {modality: folder / path for modality, path in manifest["paths"].items()}
-        return load_study(files, case, register=manifest.get("settings", {}).get("register", "never")), []
-    except (CrossmrError, KeyError) as error:
+        register = manifest.get("settings", {}).get("register", "never")
+        return load_study(read_paths(out, case), case, register=register), []
+    except CrossmrError as error:
         return None, [f"the acquired scans are not shown ({error}); name their folder with --scans"]
 
 
