@@ -411,6 +411,31 @@ def test_two_visits_of_a_patient_are_one_patient(bare, tmp_path):
     assert mean == pytest.approx(((first + again) / 2 + other) / 2)
 
 
+def test_studies_that_share_a_scan_are_one_patient(bare, tmp_path):
+    for seed, case in enumerate(("A", "B", "C")):
+        write_lesion(tmp_path / "cohort", case, seed)
+    for old in (tmp_path / "cohort" / "C").glob("*t2w*"):
+        shutil.copy(tmp_path / "cohort" / "A" / "A-t2w.nii.gz", old)
+    body = evaluate(bare, tmp_path / "cohort", tmp_path / "out", SETTINGS)
+    assert body["patients"] == {"A": "A", "B": "B", "C": "A"}
+    for name in ("metrics.csv", "contrasts.csv"):
+        assert {row["case"]: row["patient"] for row in rows_of(tmp_path / "out" / name)} == body["patients"]
+    assert {e["patients"] for e in body["summary"]} == {2}
+
+
+def test_a_table_says_whose_the_studies_of_a_folder_are(bare, tmp_path):
+    for seed, case in enumerate(("A", "B", "C")):
+        write_lesion(tmp_path / "cohort", case, seed)
+    table = tmp_path / "patients.csv"
+    table.write_text("case,patient\nA,P\nB,P\n")
+    body = evaluate(bare, tmp_path / "cohort", tmp_path / "out", settings(patients=table))
+    assert body["patients"] == {"A": "P", "B": "P", "C": "C"}
+    assert {e["patients"] for e in body["summary"]} == {2}
+    prepare(tmp_path / "cohort", tmp_path / "set")
+    with pytest.raises(ConfigError, match="--patients is for a folder of studies"):
+        evaluate(bare, tmp_path / "set", tmp_path / "of set", settings(patients=table))
+
+
 # Uncertainty
 
 
