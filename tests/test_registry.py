@@ -54,11 +54,11 @@ def test_exported_and_imported_is_the_same_model(folder, tmp_path):
 def test_whom_a_model_was_trained_on_stays_at_home_unless_it_is_to_go_too(folder, tmp_path, monkeypatch, capsys):
     patients = [remember(names_of("Doe^Jane", ()), ())]
     mine = save_untrained(tmp_path / "mine", patients=patients)
-    assert crossmr(monkeypatch, "models", "export", mine, tmp_path / "without.zip") == 0
+    assert run(monkeypatch, "models", "export", mine, tmp_path / "without.zip") == 0
     assert "left out: the list of hashes of the patients" in capsys.readouterr().out
-    assert crossmr(monkeypatch, "models", "export", mine, tmp_path / "with.zip", "--with-patients") == 0
+    assert run(monkeypatch, "models", "export", mine, tmp_path / "with.zip", "--with-patients") == 0
     assert "left out" not in capsys.readouterr().out
-    assert crossmr(monkeypatch, "models", "export", folder, tmp_path / "none.zip") == 0
+    assert run(monkeypatch, "models", "export", folder, tmp_path / "none.zip") == 0
     assert "left out" not in capsys.readouterr().out
     loaded = {name: load_model(registry.import_model(tmp_path / f"{name}.zip").folder) for name in ("with", "without")}
     assert loaded["with"].patients == tuple(patients)
