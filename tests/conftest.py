@@ -110,13 +110,26 @@ def quick_hashes():
         yield usual
 
 
+def judge(package: str, *programs: str | Path) -> str:
+    """The path of the first of these programs that is at hand, of Debian's or Python's package.
+
+    Where there is none, the test is skipped; or it fails, where CROSSMR_REQUIRE_JUDGES is set, as `.ci/run` sets it.
+    """
+    for program in programs:
+        if found := shutil.which(program):
+            return found
+    absent = f"{Path(programs[0]).name} is not on this machine; install {package}"
+    if os.environ.get("CROSSMR_REQUIRE_JUDGES"):
+        pytest.fail(absent)
+    pytest.skip(absent)
+
+
 @pytest.fixture(scope="session")
 def browser():
     """Headless Chromium that draws WebGL in software and reaches nothing."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
+    from playwright import sync_api
+
+    chromium = judge("chromium", "chromium", "chromium-browser", "google-chrome")
     switches = [
         *("--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking"),
         *("--disable-component-update", "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader"),

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import judge
 
 import crossmr
 
@@ -73,28 +74,46 @@ def test_importing_crossmr_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def imported(path: Path) -> set[str]:
+    """Every module of crossmr that a file imports, or from which it imports a name."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.startswith("crossmr.")}
+
+
 def test_every_module_has_its_tests():
-    """tests/test_<module>.py, or, where two rooms have a module of that name, test_<room>_<module>.py as well."""
+    """tests/test_<module>.py imports it; where two rooms have a module of that name, test_<room>_<module>.py does."""
     modules = [path for path in SOURCE.rglob("*.py") if path.parent.name != "phantom" and path.stem != "__init__"]
-    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     stems = [path.stem for path in modules]
     for path in modules:
-        assert path.stem in tests or f"{path.parent.name}_{path.stem}" in tests, path
-        if stems.count(path.stem) > 1:
-            assert f"{path.parent.name}_{path.stem}" in tests, path
-    assert "phantom" in tests  # one test for that house
+        room = path.parent.name
+        names = [f"test_{room}_{path.stem}.py", *([f"test_{path.stem}.py"] if stems.count(path.stem) == 1 else [])]
+        tests = [ROOT / "tests" / name for name in names if (ROOT / "tests" / name).exists()]
+        assert tests, f"{path} has no tests/{names[-1]}"
+        module = ".".join(("crossmr", *path.relative_to(SOURCE).with_suffix("").parts))
+        assert any(module in imported(test) for test in tests), f"{tests[0].name} does not import {module}"
+    assert "crossmr.phantom" in imported(ROOT / "tests" / "test_phantom.py")  # one test for that room
 
 
-def test_the_map_names_every_module():
-    """Each room's modules are named within CONTRIBUTING.md's map, after their room."""
-    _, _, page = (ROOT / "CONTRIBUTING.md").read_text().partition("## The map\n```\n")
-    file_map, _, _ = page.partition("```")
-    for path in SOURCE.rglob("*.py"):
-        if path.stem != "__init__":
-            room = path.parent.name if path.parent != SOURCE else "crossmr"
-            _, _, rest = file_map.partition(f"{room}/")
-            words = (path.name, path.stem) if room == "phantom" else (path.name,)
-            assert any(word in rest for word in words), f"{path} is not in CONTRIBUTING.md's map"
+def mapped(page: str) -> set[str]:
+    """The modules in CONTRIBUTING.md's map, as paths below src/crossmr: a room's lines are indented below its own."""
+    (tree,) = re.findall(r"^```\nsrc/crossmr/\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    paths, room = set(), ""
+    for line in tree.partition("\nsrc/")[0].splitlines():
+        indent, text = len(line) - len(line.lstrip()), line.strip()
+        if indent == 2:
+            room = text.split()[0] if text.split()[0].endswith("/") else ""
+        names = [p.name for p in (SOURCE / room).glob("*.py") if p.stem in text] if room == "phantom/" else []
+        paths |= {room + name for name in names or re.findall(r"\w+\.py\b", text)}
+    return paths
+
+
+def test_the_map_names_every_module_and_no_other():
+    modules = {path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py") if path.stem != "__init__"}
+    assert mapped((ROOT / "CONTRIBUTING.md").read_text()) == modules
 
 
 def test_nothing_pulls_torchvision_or_downloads():
@@ -102,3 +121,11 @@ def test_nothing_pulls_torchvision_or_downloads():
     assert not [d for d in dependencies if "torchvision" in d or "torchmetrics" in d]
     for path in SOURCE.rglob("*.py"):
         assert not re.search(r"\b(urllib|requests|httpx|socket|from_pretrained)\b", path.read_text()), path
+
+
+@pytest.mark.parametrize(("required", "ends"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_a_judge_that_is_not_there_fails_where_judges_are_required(monkeypatch, required, ends):
+    monkeypatch.setenv("CROSSMR_REQUIRE_JUDGES", required)
+    with pytest.raises(ends, match="no-such-judge is not on this machine; install some-package"):
+        judge("some-package", "no-such-judge", "nor-such")
+    assert Path(judge("python", "no-such-judge", sys.executable)) == Path(sys.executable)

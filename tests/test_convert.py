@@ -5,18 +5,15 @@ import shutil
 import subprocess
 import sys
 
-import nibabel as nib
-import numpy as np
-import pytest
-from typer.testing import CliRunner
-
-pytest.importorskip("pydicom", reason="pip install crossmr[dicom]")
-pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
-
 import conftest
 import dicoms
+import nibabel as nib
+import numpy as np
 import pydicom
+import pytest
+from conftest import judge
 from dicoms import OBLIQUE, SAGITTAL, head, write
+from typer.testing import CliRunner
 
 import crossmr.dicom.convert as module
 from crossmr.cli import app
@@ -34,9 +31,8 @@ def truth(modality, affine=OBLIQUE):
 @pytest.mark.parametrize("habit", dicoms.HABITS)
 @pytest.mark.parametrize("affine", [OBLIQUE, SAGITTAL], ids=["oblique", "sagittal"])
 def test_every_habit_gives_the_same_volumes(habit, affine, tmp_path):
-    needed = dicoms.DCMTK.get(dicoms.HABITS[habit].syntax)
-    if needed and shutil.which(needed[0]) is None:
-        pytest.skip(f"{needed[0]} of dcmtk is not on this machine")
+    if needed := dicoms.DCMTK.get(dicoms.HABITS[habit].syntax):
+        judge("dcmtk", needed[0])
     write(tmp_path / "in", habit=habit, affine=affine)
     (scans,) = convert(tmp_path / "in", tmp_path / "out")
     assert not scans.refused

@@ -18,6 +18,9 @@ from crossmr.cli import app
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 METHOD = (ROOT / "docs" / "method.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")]
+}
 SOURCES = {path: path.read_text() for path in (ROOT / "src").rglob("*.py")}
 HOW_TO = (ROOT / "docs" / "how-to.md").read_text()
 COMMANDS = re.findall(r"^(?:pip install \. && )?(crossmr [^#\n]+)", README + HOW_TO, flags=re.MULTILINE)
@@ -30,15 +33,30 @@ def test_readme_has_its_two_commands():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_parses(command):
-    _, verb, *arguments = shlex.split(command)
-    context = get_command(app).commands[verb].make_context(verb, arguments)
-    assert context.params
+    _, *arguments = shlex.split(command)
+    verb = get_command(app)
+    while hasattr(verb, "commands"):  # 'models' has verbs of its own
+        name, *arguments = arguments
+        verb = verb.commands[name]
+    assert verb.make_context(name, arguments).params
 
 
-@pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z]+)", README + METHOD))))
+def commands(group, prefix=""):
+    """Every verb of the command line, name → command, those of 'models' included."""
+    for name, command in group.commands.items():
+        yield f"{prefix}{name}", command
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{name} ")
+
+
+OPTIONS = {o for _, command in commands(get_command(app)) for p in command.params for o in (*p.opts, *p.secondary_opts)}
+NOW = [text for page, text in PAGES.items() if page != "CHANGELOG.md"]  # which names what is gone
+NAMED = sorted({option for text in NOW for option in re.findall(r"`(--[a-z][a-z-]*)", text)})
+
+
+@pytest.mark.parametrize("option", NAMED)
 def test_every_option_named_exists(option):
-    options = {o for command in get_command(app).commands.values() for p in command.params for o in p.opts}
-    assert option in options
+    assert option in OPTIONS | {"--help"}
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)*)`", METHOD))))
@@ -67,20 +85,19 @@ def test_every_function_is_linked_to_the_file_that_defines_it(name, path):
     assert not owner or f"class {owner}" in text or Path(path).stem == owner.rpartition(".")[2], name
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "benchmarks/README.md",
-        *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
-    ],
-)
+def anchors(text):
+    """What a link may name in a page, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_files_exist(page):
-    path = ROOT / page
-    text = path.read_text()
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (path.parent / link).exists(), link
+    path, text = ROOT / page, PAGES[page]
+    for link, _, anchor in (link.partition("#") for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)):
+        target = path.parent / link if link else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), f"{link}#{anchor}"
     for script in re.findall(r"`((?:benchmarks/)?[a-z_]+\.py)`", text if "benchmarks" in page else ""):
         assert (ROOT / "benchmarks" / script.removeprefix("benchmarks/")).exists(), script
 
@@ -169,17 +186,20 @@ def test_python_knows_every_public_name():
     assert set(re.findall(r"`([A-Za-z_]+)`", table)) == set(crossmr.__all__)
 
 
-def test_the_reference_names_every_command_and_option():
+def test_the_reference_says_of_every_command_and_option_what_its_help_says_and_of_no_other():
     """docs/cli.md is made by: typer src/crossmr/cli.py utils docs --name crossmr --output docs/cli.md."""
-    reference = (ROOT / "docs" / "cli.md").read_text()
-    for name, command in get_command(app).commands.items():
-        for called, verb in {
-            name: command,
-            **{f"{name} {n}": c for n, c in getattr(command, "commands", {}).items()},
-        }.items():
-            _, heading, section = reference.partition(f"## `crossmr {called}`\n")
-            assert heading
-            section = section.partition("\n## `")[0]
-            for parameter in verb.params:
-                for option in parameter.opts:
-                    assert option in section or not option.startswith("-"), (called, option)
+    parts = re.split(r"^##+ `crossmr (.+)`$", (ROOT / "docs" / "cli.md").read_text(), flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    known = dict(commands(get_command(app)))
+    assert sections.keys() == known.keys()
+    for name, section in sections.items():
+        command, plain = known[name], " ".join(section.split())
+        assert " ".join(command.help.split()) in plain, name
+        listed = dict(re.findall(r"^\* `([^`]+)`: (.*)", section.partition("**Commands**")[0], flags=re.MULTILINE))
+        shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+        for parameter in shown:
+            helped = [heading for heading, text in listed.items() if text.startswith(parameter.help)]
+            if parameter.opts[0].startswith("-"):
+                helped = [heading for heading in helped if set(parameter.opts) <= set(re.split(r"[, /]+", heading))]
+            assert helped, f"docs/cli.md is stale at {name} {parameter.name}"
+        assert len(listed) == len(shown) + ("--help" in listed), f"docs/cli.md has more than {name} takes"

@@ -20,7 +20,6 @@ from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
 from crossmr.phantom import write_cohort
 
-pytest.importorskip("SimpleITK")
 SHIFT_MM = (9.0, -6.0, 12.0)
 TURN = nib.eulerangles.euler2mat(0.12, -0.08, 0.10)
 

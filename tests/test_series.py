@@ -1,12 +1,8 @@
 """Which series a folder of DICOM holds: found through links, told from NIfTI, left out with the reason."""
 
-import pytest
-
-pytest.importorskip("pydicom", reason="pip install crossmr[dicom]")
-pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
-
 import dicoms
 import pydicom
+import pytest
 from dicoms import OBLIQUE, head, write
 
 from crossmr.dicom.convert import convert

@@ -100,7 +100,6 @@ def test_volumes_on_other_grids_are_registered_only_if_asked(tmp_path):
     (files,) = find_studies(tmp_path)
     with pytest.raises(StudyError, match="placed elsewhere"):
         subject_of_files(files)
-    pytest.importorskip("SimpleITK")
     assert set(subject_of_files(files, "if needed").volumes) == {"t1n", "t2w"}
 
 
