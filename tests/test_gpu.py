@@ -50,6 +50,7 @@ RECIPES["standard in 3D"] = replace(
     context_slices=1,
     crop=(16, 16, 16),
     guidance="last",
+    representation=RepresentationConfig(channels=4, multipliers=(1, 1, 2), patch_size=8),
 )
 
 
