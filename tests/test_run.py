@@ -160,12 +160,10 @@ def test_the_model_knows_its_patients_by_name_and_by_scan_and_names_none(prepare
 def test_losses_fall(prepared, tmp_path):
     fit = TrainConfig(batch_size=8, learning_rate=3e-3, ema_decay=0.9)
     trains = {f"{stage}_train": fit for stage in STAGES} | {"distribution_train": replace(fit, batch_size=256)}
-    trains["guidance_train"] = replace(fit, learning_rate=3e-2)
-    train(prepared, tmp_path, replace(SMALL, **trains), steps=24, seed=1)
-    for stage in STAGES:
+    train(prepared, tmp_path, replace(SMALL, **trains), steps=24, seed=1, stages=STAGES[:3])
+    for stage in STAGES[:3]:  # test_c_unet.py has the condition layers, whose loss starts where the C-UNet has arrived
         losses = [line["loss"] for line in records(tmp_path) if line["stage"] == stage]
-        # a standardised vector starts at a loss of 1, and the condition layers where the C-UNet has arrived
-        fall = {"distribution": 0.99, "guidance": 0.998}.get(stage, 0.9)
+        fall = 0.99 if stage == "distribution" else 0.9  # a standardised vector starts at a loss of 1
         first, last = (sum(part) for part in (losses[:8], losses[-8:]))
         assert last < fall * first, stage
 
@@ -321,28 +319,22 @@ def uninterrupted(prepared, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("kind", "stops"),
-    [(signal.SIGKILL, (5, LONG * 2 + 5)), (signal.SIGINT, (LONG * 3 + 3,))],
-    ids=["kill", "interrupt"],
-)
-def test_stopped_runs_end_with_the_weights_of_an_uninterrupted_one(prepared, uninterrupted, tmp_path, kind, stops):
-    folder, interruptions = tmp_path / "stopped", 0
+def test_a_stopped_run_ends_with_the_weights_of_an_uninterrupted_one(prepared, uninterrupted, tmp_path):
+    """Killed in the first stage and in the C-UNet, interrupted in its guidance."""
+    folder = tmp_path / "stopped"
     environment = {**os.environ, "CROSSMR_SECONDS_BETWEEN_CHECKPOINTS": "0.1"}
     log = folder / "metrics.jsonl"
-    for lines in stops:  # in the first stage, in the C-UNet, or in its guidance
+    for lines, kind in ((5, signal.SIGKILL), (LONG * 2 + 5, signal.SIGKILL), (LONG * 3 + 3, signal.SIGINT)):
         process = subprocess.Popen(
             command(prepared, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
         )
         while process.poll() is None and (not log.exists() or log.read_text().count("\n") < lines):
             time.sleep(0.02)
-        if process.poll() is None:
-            process.send_signal(kind)
-            interruptions += 1
+        assert process.poll() is None, "it finished before it was stopped"
+        process.send_signal(kind)
         _, errors = process.communicate(timeout=120)
-        if kind == signal.SIGINT and process.returncode != 0:
-            assert b"the same command goes on from there" in errors
-    assert interruptions == len(stops)
+        assert process.returncode != 0
+        assert kind == signal.SIGKILL or b"the same command goes on from there" in errors
     subprocess.run(command(prepared, folder), check=True, capture_output=True, env=environment)
     assert same(uninterrupted / "model", folder / "model")
     steps = [(line["stage"], line["step"]) for line in records(folder)]
