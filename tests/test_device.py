@@ -1,14 +1,23 @@
 """Which device, which precision; the machine is simulated where it has to be another."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from fake_cuda import fake_cuda
 
+from crossmr import device
 from crossmr.device import (
     PRECISIONS,
     autocast,
+    available_memory,
     choose_device,
     choose_precision,
+    device_lost,
+    ends_the_run,
+    host_memory_exhausted,
     in_batches,
     out_of_memory,
     set_numerics,
@@ -63,9 +72,9 @@ def test_no_device_at_all_is_refused(machine, name):
 
 
 def test_precision_by_name():
-    for device in (torch.device("cpu"), torch.device("mps")):
-        assert choose_precision("float32", device) is torch.float32
-        assert choose_precision("bfloat16", device) is torch.bfloat16
+    for one in (torch.device("cpu"), torch.device("mps")):
+        assert choose_precision("float32", one) is torch.float32
+        assert choose_precision("bfloat16", one) is torch.bfloat16
 
 
 @pytest.mark.parametrize(("native", "want"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -130,6 +139,9 @@ def test_every_device_says_in_its_own_way_that_memory_ran_out():
         MemoryError(),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
     ):
         assert out_of_memory(error)
     with pytest.raises(RuntimeError) as caught:
@@ -137,6 +149,36 @@ def test_every_device_says_in_its_own_way_that_memory_ran_out():
     assert out_of_memory(caught.value)
     assert not out_of_memory(RuntimeError("shapes differ"))
     assert not out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "host"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True, False),
+        (RuntimeError("CUDA error: device-side assert triggered"), True, False),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure", 719), True, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True, False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False, False),
+        (RuntimeError("shapes differ"), False, False),
+        (ValueError("CUDA error"), False, False),
+        (MemoryError(), False, True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), False, True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"), False, True),
+        (OSError(12, "Cannot allocate memory"), False, True),
+        (OSError(28, "No space left on device"), False, False),
+    ],
+)
+def test_errors_that_everything_after_them_would_share_are_known(error, lost, host):
+    assert device_lost(error) == lost
+    assert host_memory_exhausted(error) == host
+    assert (ends_the_run(error) is not None) == (lost or host)
+
+
+def test_the_processor_without_memory_is_known_by_its_real_words():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55)
+    assert host_memory_exhausted(caught.value)
 
 
 def test_batches_shrink_where_memory_runs_out():
@@ -157,3 +199,60 @@ def test_batches_shrink_where_memory_runs_out():
         list(in_batches(lambda _: (_ for _ in ()).throw(RuntimeError("another")), 8, 8))
     with pytest.raises(MemoryError):
         list(in_batches(lambda _: (_ for _ in ()).throw(MemoryError()), 8, 8))
+
+
+# What memory there is
+
+
+def write_group(folder: Path, files: dict[str, object]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(f"{text}\n")
+
+
+def test_every_group_above_counts_in_version_1(tmp_path):
+    root, proc = tmp_path / "cgroup", tmp_path / "proc"
+    proc.write_text("9:name=systemd:/\n4:cpu,memory:/outer/inner\n0::/\n")
+    for path, limit, usage, cache in (
+        ("", 2**63 - 4096, 9000, 0),
+        ("outer", 5000, 4000, 1500),
+        ("outer/inner", 4000, 100, 0),
+    ):
+        files = {
+            "memory.limit_in_bytes": limit,
+            "memory.usage_in_bytes": usage,
+            "memory.stat": f"cache 7\ntotal_inactive_file {cache}",
+        }
+        write_group(root / "memory" / path, files)
+    assert sorted(device._control_groups(proc, root))[:2] == [2500, 3900]
+
+
+def test_every_group_above_counts_in_version_2(tmp_path):
+    root, proc = tmp_path / "cgroup", tmp_path / "proc"
+    proc.write_text("0::/user.slice/job\n")
+    write_group(root, {"cgroup.controllers": "memory"})  # the root has no limit
+    for path, most, high, usage in (("user.slice", 9000, "max", 3000), ("user.slice/job", "max", 5000, 2000)):
+        write_group(
+            root / path,
+            {"memory.max": most, "memory.high": high, "memory.current": usage, "memory.stat": "inactive_file 500"},
+        )
+    assert sorted(device._control_groups(proc, root)) == [3500, 6500]
+
+
+def test_a_containers_own_group_is_what_is_mounted(tmp_path):
+    root, proc = tmp_path / "cgroup", tmp_path / "proc"
+    for text in ("0::/docker/0123\n", "0::/../other\n", "0::/\n"):
+        proc.write_text(text)
+        write_group(root, {"memory.max": 8000, "memory.high": "max", "memory.current": 1000, "memory.stat": ""})
+        assert [*device._control_groups(proc, root)] == [7000]
+    assert [*device._control_groups(tmp_path / "none", root)] == []
+
+
+def test_machines_that_say_little(monkeypatch):
+    def refuse(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert 0 < available_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert available_memory() == sys.maxsize

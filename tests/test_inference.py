@@ -156,6 +156,41 @@ def test_a_volume_larger_than_the_window_is_completed_window_by_window():
     assert result.images[:, 1:5].flatten(1).std(1).min() > 1e-3
 
 
+def test_where_memory_runs_out_windows_are_halved():
+    model, head = volume_model(window=(16, 16, 16)), a_head()
+    usual = synthesise(model, head, "A", settings(guidance="none"))
+    assert usual.window == (16, 16, 16)
+    seen = []
+
+    def short_of_memory(_, arguments):
+        seen.append(tuple(arguments[0].shape[2:]))
+        if max(seen[-1]) > 8:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    hook = model.synthesis.register_forward_pre_hook(short_of_memory)
+    result = synthesise(model, head, "A", settings(guidance="none"))
+    hook.remove()
+    assert set(seen) == {(16, 16, 16), (8, 8, 8)}
+    assert result.window == (8, 8, 8)
+    assert result.images[:, 1:5].flatten(1).std(1).min() > 1e-3
+    smaller = synthesise(volume_model(window=(8, 8, 8)), head, "A", settings(guidance="none"))
+    torch.testing.assert_close(result.images, smaller.images)
+
+
+def test_memory_that_suffices_for_no_window_is_an_error():
+    model, head, seen = volume_model(window=(16, 16, 16)), a_head(), []
+
+    def no_memory(_, arguments):
+        seen.append(tuple(arguments[0].shape[2:]))
+        raise MemoryError
+
+    model.synthesis.register_forward_pre_hook(no_memory)
+    with pytest.raises(MemoryError):
+        synthesise(model, head, "A", settings(guidance="none"))
+    assert seen[0] == (16, 16, 16)
+    assert len(seen) == len(set(seen)) > 2  # every size once
+
+
 def test_a_guided_image_is_the_mean_over_the_samples():
     model, head = random_model(), a_head()
     vectors = guided_by(model, head, guidance="sample", samples=3)

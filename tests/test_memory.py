@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.device import available_memory
 from crossmr.errors import ModelError
 from crossmr.networks.unet import Decoder, Encoder, Form
 from crossmr.phantom import write_cohort
 from crossmr.training import memory
-from crossmr.training.memory import StepMemory, available_memory, explain, micro_batches, samples_at_once, step_memory
+from crossmr.training.memory import StepMemory, explain, micro_batches, samples_at_once, step_memory
 
 GIB = 2**30
 GROUPS = Path("/sys/fs/cgroup")
@@ -245,64 +246,6 @@ def test_limits_of_the_process_count(kind):
     done = run("available", limits={getattr(resource, kind): 5 * GIB})
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout) < 5 * GIB
-
-
-# What there is
-
-
-def write_group(folder: Path, files: dict[str, object]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name).write_text(f"{text}\n")
-
-
-def test_every_group_above_counts_in_version_1(tmp_path):
-    root, proc = tmp_path / "cgroup", tmp_path / "proc"
-    proc.write_text("9:name=systemd:/\n4:cpu,memory:/outer/inner\n0::/\n")
-    for path, limit, usage, cache in (
-        ("", 2**63 - 4096, 9000, 0),
-        ("outer", 5000, 4000, 1500),
-        ("outer/inner", 4000, 100, 0),
-    ):
-        files = {
-            "memory.limit_in_bytes": limit,
-            "memory.usage_in_bytes": usage,
-            "memory.stat": f"cache 7\ntotal_inactive_file {cache}",
-        }
-        write_group(root / "memory" / path, files)
-    assert sorted(memory._control_groups(proc, root))[:2] == [2500, 3900]
-
-
-def test_every_group_above_counts_in_version_2(tmp_path):
-    root, proc = tmp_path / "cgroup", tmp_path / "proc"
-    proc.write_text("0::/user.slice/job\n")
-    write_group(root, {"cgroup.controllers": "memory"})  # the root has no limit
-    for path, most, high, usage in (("user.slice", 9000, "max", 3000), ("user.slice/job", "max", 5000, 2000)):
-        write_group(
-            root / path,
-            {"memory.max": most, "memory.high": high, "memory.current": usage, "memory.stat": "inactive_file 500"},
-        )
-    assert sorted(memory._control_groups(proc, root)) == [3500, 6500]
-
-
-def test_a_containers_own_group_is_what_is_mounted(tmp_path):
-    root, proc = tmp_path / "cgroup", tmp_path / "proc"
-    for text in ("0::/docker/0123\n", "0::/../other\n", "0::/\n"):
-        proc.write_text(text)
-        write_group(root, {"memory.max": 8000, "memory.high": "max", "memory.current": 1000, "memory.stat": ""})
-        assert [*memory._control_groups(proc, root)] == [7000]
-    assert [*memory._control_groups(tmp_path / "none", root)] == []
-
-
-def test_machines_that_say_little(monkeypatch):
-    def refuse(*_):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", refuse)
-    assert 0 < available_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert available_memory() == sys.maxsize
-    assert micro_batches("synthesis", 24, StepMemory(GIB, GIB), sys.maxsize) == 1
 
 
 # In how many parts

@@ -171,8 +171,7 @@ def complete_study(
         wish = replace(settings, targets=tuple(requested))
         synthesis = synthesise(model, head, study.case, wish, reference and reference.head)
         images, stds = _as_images(study, synthesis, sources)
-        if synthesis.batch < BATCH and model.config.spatial_dims == 2:
-            notes.append(f"The device ran out of memory, so {synthesis.batch} slices were made at once, not {BATCH}.")
+        notes += _shortage(synthesis, model)
     warnings = {m: [DISCLAIMER, *([ENHANCEMENT] if m == "t1c" else [])] for m in images}
     manifest = {
         "format": FORMAT,
@@ -193,6 +192,16 @@ def complete_study(
         "versions": {name: version(name) for name in ("crossmr", "torch", "monai", "nibabel")},
     }
     return Completed(images, stds, manifest, head, synthesis)
+
+
+def _shortage(synthesis: Synthesis, model: CrossConditionedModel) -> list[str]:
+    """What is to be said where less passed through the networks at once than usual."""
+    if model.config.spatial_dims == 2 and synthesis.batch < BATCH:
+        return [f"The device ran out of memory, so {synthesis.batch} slices were made at once, not {BATCH}."]
+    if model.config.spatial_dims == 3 and synthesis.window != tuple(model.config.window):
+        made, usual = ("×".join(map(str, window)) for window in (synthesis.window, model.config.window))
+        return [f"The device ran out of memory, so windows of {made} voxels were made, not of {usual}."]
+    return []
 
 
 def _head_volumes(study: Study, modalities: Sequence[str]) -> HeadVolumes:

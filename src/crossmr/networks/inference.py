@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossmr.data.naming import modality_names
 from crossmr.data.registration import RegistrationMode
-from crossmr.device import autocast, choose_precision, in_batches
+from crossmr.device import autocast, choose_precision, in_batches, out_of_memory
 from crossmr.errors import ConfigError
 from crossmr.networks.diffusion import ddim_timesteps
 from crossmr.networks.model import GUIDANCES, CrossConditionedModel, Guidance
@@ -82,7 +82,9 @@ class Synthesis(NamedTuple):
     stds: Tensor | None
     """(W, Z, Y, X), the standard deviation of each voxel's error: learnt, or else of two or more samples."""
     batch: int = BATCH
-    """Slices that passed through the networks at once."""
+    """Slices that passed through the networks at once; 1 of a network that reads volumes."""
+    window: tuple[int, ...] = ()
+    """Of a network that reads volumes: the voxels (Z, Y, X) that passed at once."""
 
 
 def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
@@ -145,10 +147,14 @@ def synthesise(
     with autocast(model.device, choose_precision(settings.precision, model.device)):
         vectors = _guidance_vectors(model, head, available, case, settings, reference)
         predictor = _Predictor(model, available, vectors, [model.config.targets.index(target) for target in targets])
-        channels, batch = (_by_windows if model.config.spatial_dims == 3 else _by_slices)(model, head, predictor)
+        batch, window = 1, tuple[int, ...]()
+        if model.config.spatial_dims == 3:
+            channels, window = _by_windows(model, head, predictor)
+        else:
+            channels, batch = _by_slices(model, head, predictor)
     channels[:, [z for z, voxels in enumerate(head.foreground_voxels) if not voxels]] = 0
     images, stds = channels[: len(targets)].clamp_(0, 1), channels[len(targets) :]
-    return Synthesis(targets, images, stds if len(stds) else None, batch)
+    return Synthesis(targets, images, stds if len(stds) else None, batch, window)
 
 
 def _guidance_vectors(
@@ -242,15 +248,27 @@ def _by_slices(
 
 def _by_windows(
     model: CrossConditionedModel, head: HeadVolumes, predict: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, int]:
-    """Predict a volume, (W, Z, Y, X), window by window."""
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Predict a volume, (W, Z, Y, X), window by window, and how large a window was: half as large if memory runs out.
+
+    The volume and its prediction stay in main memory; the device holds one window.
+    """
     from monai.inferers import sliding_window_inference
 
-    config = model.config
+    config, window = model.config, tuple(model.config.window)
     volumes = _volumes(head.volumes, config.sources)
-    whole = _inputs(volumes, (), 3, config.divisor).to(model.device)
-    result = cast(Tensor, sliding_window_inference(whole, config.window, 1, predict, overlap=0.25, mode="gaussian"))
-    return crop_or_pad(result[0].cpu(), volumes[0].shape[1:], [0.5] * 3), 1
+    whole = _inputs(volumes, (), 3, config.divisor)
+    while True:
+        try:
+            result = sliding_window_inference(
+                whole, window, 1, predict, overlap=0.25, mode="gaussian", sw_device=model.device, device="cpu"
+            )
+            return crop_or_pad(cast(Tensor, result)[0], volumes[0].shape[1:], [0.5] * 3), window
+        except (RuntimeError, MemoryError) as error:
+            smaller = tuple(max(1, side // 2 // config.stride) * config.stride for side in window)
+            if smaller == window or not out_of_memory(error):
+                raise
+            window = smaller
 
 
 def _volumes(given: Mapping[str, Array], modalities: Sequence[str]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, how much there is, and in how many parts a batch must go through.
+"""How much memory a training step takes, and in how many parts a batch must go through.
 
 On a processor memory that runs out is no error that can be caught: the kernel kills the process. So a step is estimated
 before its first batch, on tensors that have shapes but no values, in no memory. On a GPU it is an error, and the loop
@@ -8,11 +8,8 @@ cuts the batch when it comes.
 import copy
 import dataclasses
 import math
-import os
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from crossmr.device import available_memory, gigabytes
 from crossmr.errors import ModelError
 
 WORKSPACE = 1.4
@@ -75,9 +73,9 @@ def micro_batches(stage: str, batch_size: int, memory: StepMemory, available: in
         ModelError: not even one sample fits.
     """
     if memory.fixed + memory.per_sample > available:
-        needed = _gigabytes(memory.fixed + memory.per_sample)
+        needed = gigabytes(memory.fixed + memory.per_sample)
         raise ModelError(
-            f"{stage}: one sample needs about {needed}, {_gigabytes(available)} are available. "
+            f"{stage}: one sample needs about {needed}, {gigabytes(available)} are available. "
             "Lower --set crop or the network's size, or free memory."
         )
     samples = int((fraction * available - memory.fixed) // memory.per_sample)
@@ -95,20 +93,10 @@ def samples_at_once(channels: int, sides: Sequence[int], images: int, most: int)
 
 def explain(stage: str, batch_size: int, memory: StepMemory, available: int, parts: int) -> str:
     """One line: 'synthesis: a batch of 24 needs about 17.3 GB, 6.1 GB are available: in 4 parts of 6'."""
-    needed = _gigabytes(memory.fixed + batch_size * memory.per_sample)
+    needed = gigabytes(memory.fixed + batch_size * memory.per_sample)
     size = math.ceil(batch_size / parts)
     how = "in one part" if parts == 1 else f"in {parts} parts of {'up to ' * (batch_size % parts > 0)}{size}"
-    return f"{stage}: a batch of {batch_size} needs about {needed}, {_gigabytes(available)} are available: {how}"
-
-
-def available_memory() -> int:
-    """The bytes of main memory that this process may still take; `sys.maxsize` where nothing is known of it."""
-    limits = [*_machine(), *_control_groups(), *_resource_limits()]
-    return max(0, min(limits, default=sys.maxsize))
-
-
-def _gigabytes(number: float) -> str:
-    return f"{number / 1e9:.1f} GB"
+    return f"{stage}: a batch of {batch_size} needs about {needed}, {gigabytes(available)} are available: {how}"
 
 
 class _Live(TorchDispatchMode):
@@ -189,65 +177,3 @@ def _map(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
         parts = [_map(function, getattr(batch, field.name)) for field in dataclasses.fields(batch)]
         return type(batch)(*parts)
     return batch
-
-
-def _machine() -> Iterator[int]:
-    """What the machine has left; where it does not say (macOS), half of all it has; nothing on Windows."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        yield next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        if sys.platform != "win32":
-            yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _control_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """What is left in each control group of memory above this process, version 1 and 2.
-
-    In a container the path that /proc gives may lie outside of what is mounted: folders that are not there are passed
-    over, and the mounted root, which is then the container's own group, is always read.
-    """
-    try:
-        groups = [line.split(":", 2) for line in proc.read_text().splitlines()]
-    except OSError:
-        return
-    for _, controllers, path in groups:
-        if "memory" in controllers.split(","):
-            mount, limits, usage, cache = root / "memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_"
-        elif not controllers:
-            mount, limits, usage, cache = root, ["memory.max", "memory.high"], "memory.current", ""
-        else:
-            continue
-        folder = mount / path.strip("/")
-        for group in (folder, *folder.parents):
-            if group.is_relative_to(mount) and ".." not in group.parts:
-                yield from _left_in(group, limits, usage, f"{cache}inactive_file")
-
-
-def _left_in(group: Path, limits: Sequence[str], usage: str, cache: str) -> Iterator[int]:
-    """A control group's limits less what it uses; files that were read once do not count, the kernel drops them."""
-    try:
-        used = int((group / usage).read_text())
-        for line in (group / "memory.stat").read_text().splitlines():
-            name, _, number = line.partition(" ")
-            used -= int(number) if name == cache else 0
-        texts = [(group / name).read_text().strip() for name in limits]
-    except (OSError, ValueError):
-        return
-    yield from (int(text) - used for text in texts if text.isdecimal())  # or 'max'
-
-
-def _resource_limits() -> Iterator[int]:
-    """What is left below this process's own limits (ulimit -v and -d)."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    try:
-        pages = Path("/proc/self/statm").read_text().split()
-    except OSError:
-        return
-    for limit, used in ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])):
-        soft = resource.getrlimit(limit)[0]
-        if soft != resource.RLIM_INFINITY:
-            yield soft - int(used) * resource.getpagesize()
