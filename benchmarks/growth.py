@@ -6,6 +6,7 @@ should be linear in both.
 
 python benchmarks/growth.py -o runs/growth --counts 1 10 100 1000 --sizes 0.25 0.5 0.75 1 1.25
 python benchmarks/growth.py -o runs/growth --figure docs/growth.png        # of what was measured; needs matplotlib
+python benchmarks/growth.py -o runs/growth --counts --sizes --head 512 512 200   # one study of so many voxels, then two
 """
 
 import argparse
@@ -16,10 +17,13 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import nibabel as nib
+import numpy as np
 
 from crossmr.cli import keep_memory
 from crossmr.completion.cohort import complete_cohort
@@ -83,6 +87,22 @@ def large(folder: Path, size: float) -> Path:
     if not out.exists():
         shape = tuple(round(size * voxels) for voxels in WHOLE)
         write_cohort(out, 4, seed=5, missing={i: ["t2f"] for i in range(4)}, shape=shape, spacing_mm=(1 / size,) * 3)
+    return out
+
+
+def fine(folder: Path, voxels: Sequence[int]) -> Path:
+    """A phantom without FLAIR, 256 × 256 × 180 mm, of so many voxels (X, Y, Z): of half as many, each repeated."""
+    out = folder / "-".join(map(str, voxels))
+    if not out.exists():
+        shape = tuple(side // 2 for side in voxels)
+        spacing = tuple(mm / side for mm, side in zip((256, 256, 180), shape, strict=True))
+        write_cohort(out, 1, seed=5, missing={0: ["t2f"]}, shape=shape, spacing_mm=spacing)
+        for path in out.rglob("*.nii.gz"):
+            image = nib.load(path)
+            stored = np.asarray(image.dataobj)
+            for axis in range(3):
+                stored = stored.repeat(2, axis)
+            nib.save(nib.Nifti1Image(stored, image.affine @ np.diag([0.5, 0.5, 0.5, 1])), path)
     return out
 
 
@@ -159,6 +179,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/growth"))
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 10, 100, 1000])
     parser.add_argument("--sizes", type=float, nargs="*", default=[0.25, 0.5, 0.75, 1.0, 1.25])
+    parser.add_argument("--head", type=int, nargs=3, metavar=("X", "Y", "Z"))
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     log = options.out / "growth.json"
@@ -177,6 +198,10 @@ def main() -> None:
         row, _ = completed(large(options.out, size), options.out / f"out-size-{size:g}", 4)
         rows.append({"voxels": math.prod(round(size * voxels) for voxels in WHOLE), **row})
         print(json.dumps(rows[-1]), flush=True)
+    for count in (1, 2) if options.head else ():
+        cohort = under_names(fine(options.out, options.head), options.out / f"fine-{count}", count)
+        row, _ = completed(cohort, options.out / f"out-fine-{count}", count)
+        print(json.dumps({"voxels": math.prod(options.head), **row}), flush=True)
     log.write_text(json.dumps(rows, indent=1))
 
 
