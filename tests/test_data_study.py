@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,3 +311,14 @@ def test_a_real_head_with_its_skull():
     assert 0.3 < study.mask.mean() < 0.5
     for modality in study.volumes:
         assert np.median(study.normalised(modality)[~study.mask]) < 0.01
+
+
+def test_a_volume_is_normalised_in_little_more_memory_than_it_takes():
+    rng = np.random.default_rng(1)
+    head = np.pad(rng.uniform(50, 99, (44, 44, 44)).astype(np.float32), 10)
+    study = load_study({"t1n": image(head), "t2w": image(head * 2)})
+    tracemalloc.start()
+    normalised = study.normalised("t1n")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * normalised.nbytes

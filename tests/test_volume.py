@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import os
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -572,3 +573,18 @@ def test_storing_along_other_axes_is_read_alike_however_oblique():
             np.testing.assert_allclose(again.affine, first.affine, atol=1e-6)
             back = on_grid(again.data, again, description="same")
             np.testing.assert_array_equal(np.asanyarray(back.dataobj), np.asanyarray(turned.dataobj))
+
+
+def test_scaled_voxels_are_read_in_little_more_memory_than_they_take(tmp_path):
+    stored = np.arange(64**3, dtype=np.int16).reshape(64, 64, 64)
+    image = nib.Nifti1Image(stored, np.eye(4))
+    image.header.set_slope_inter(0.3, -7)
+    image.header["vox_offset"] = 352
+    path = tmp_path / "scaled.nii"
+    path.write_bytes(image.header.binaryblock + bytes(4) + stored.tobytes(order="F"))
+    tracemalloc.start()
+    data = read_volume(path).data
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * (data.nbytes + stored.nbytes)
+    np.testing.assert_array_equal(data, np.asarray(nib.load(path).dataobj).T.astype(np.float32))

@@ -140,11 +140,15 @@ def otsu_threshold(data: Array) -> float:
 
 def fit_normalisation(data: Array, mask: Mask) -> Normalisation:
     """Choose the intensities that become 0 and 1, from the voxels inside and outside the head."""
-    inside, outside = data[mask], data[~mask]
-    floor, q5, q25, median, q75, q95 = (float(p) for p in np.percentile(inside, (0.5, 5, 25, 50, 75, 95)))
-    spreads = (q75 - q25) / 1.349, (q95 - q5) / 3.29, float(inside.std())  # of a normal distribution, all the same
+    inside = data[mask]
+    deviation = float(inside.std())  # before the values are sorted in place: of them all, there is one copy at a time
+    quantiles = np.percentile(inside, (0.5, 5, 25, 50, 75, 95), overwrite_input=True)
+    floor, q5, q25, median, q75, q95 = (float(p) for p in quantiles)
+    spreads = (q75 - q25) / 1.349, (q95 - q5) / 3.29, deviation  # of a normal distribution, all the same
     spread = next((value for value in spreads if value > 0), 1.0)  # few grey levels may have no quartile range
-    air = min(floor, float(np.median(outside)) if outside.size else floor)
+    del inside
+    outside = data[~mask]
+    air = min(floor, float(np.median(outside, overwrite_input=True)) if outside.size else floor)
     return Normalisation(low=median + LOWEST * spread, high=median + HIGHEST * spread, air=air)
 
 

@@ -57,9 +57,12 @@ class Study:
 
         The latter were not acquired: they lie beyond the field of view.
         """
-        data = self.volumes[modality].data[within]
-        acquired = (data != data[:, :1, :1]).any((1, 2))[:, None, None]
-        return np.where(self.mask[within] & acquired, self.normalisation[modality].apply(data), np.float32(0))
+        data, mask = self.volumes[modality].data[within], self.mask[within]
+        result = np.zeros(data.shape, np.float32)
+        for made, plane, head in zip(result, data, mask, strict=True):
+            if (plane != plane[0, 0]).any():
+                np.copyto(made, self.normalisation[modality].apply(plane), where=head)
+        return result
 
     def box(self, margin: int = 4) -> Box:
         """The head's bounding box, `margin` voxels wider where the volume allows."""

@@ -68,20 +68,17 @@ def read_volume(source: Path | str | nib.Nifti1Image | tuple[Any, Any], *, name:
     """
     if isinstance(source, (str, Path)):
         name = name or Path(source).name
-        header, stored = _read_file(Path(source), name)
+        header, stored, scaling = _read_file(Path(source), name)
     else:
         name = name or Path(getattr(source, "get_filename", str)() or "in-memory image").name
         image = _image_of_pair(*source, name) if isinstance(source, tuple) and len(source) == 2 else source
         header, stored = _read_image(image, name)
+        scaling = None
 
     affine = _affine(header, name)
     orientation = _orientation(affine)
     shape = stored.shape
-    canonical = apply_orientation(stored, orientation)  # a view, (X, Y, Z)
-    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite
-        data = np.array(
-            canonical.T, dtype=np.float32, order="C"
-        )  # always a copy, so writing to it changes nothing else
+    data = _scaled(apply_orientation(stored, orientation).T, scaling)  # of a view, (Z, Y, X)
     affine_ras = affine @ inv_ornt_aff(orientation, shape)
     x, y, z = map(float, voxel_sizes(affine_ras))
     return Volume(
@@ -96,16 +93,24 @@ def read_volume(source: Path | str | nib.Nifti1Image | tuple[Any, Any], *, name:
 
 def is_synthetic(path: Path) -> bool:
     """Whether a file is a NIfTI volume whose header says that it was synthesised; the rest of it is not read."""
-    if not path.is_file():
-        return False
+    header = read_header(path)
+    return header is not None and _says_synthetic(header)
+
+
+def read_header(source: Path | str | nib.Nifti1Image) -> Any | None:
+    """The header, as nibabel has it, of a NIfTI volume, from the file's first bytes; None of anything else."""
+    if isinstance(source, nib.Nifti1Image):
+        return source.header
+    if not isinstance(source, (str, Path)) or not (path := Path(source)).is_file():
+        return None
     try:
         with path.open("rb") as file:
             start = file.read(65536)
         if start.startswith(b"\x1f\x8b"):
             start = zlib.decompressobj(wbits=31).decompress(start, 1024)
-        return _says_synthetic(_parse_header(start, path.name))
+        return _parse_header(start, path.name)
     except (OSError, zlib.error, VolumeError):
-        return False
+        return None
 
 
 def _says_synthetic(header: Any) -> bool:
@@ -257,8 +262,20 @@ def voxels_sha256(volume: Volume) -> str:
     return content.hexdigest()
 
 
-def _read_file(path: Path, name: str) -> tuple[Any, np.ndarray]:
-    """The header and the scaled voxels (x, y, z) of a file, as stored."""
+def _scaled(stored: np.ndarray, scaling: tuple[float, float] | None) -> np.ndarray:
+    """A copy of voxels (Z, Y, X), times slope plus intercept, as float32.
+
+    The product is float64, and made slice by slice: of the whole volume it would be four times the stored voxels.
+    """
+    data = np.empty(stored.shape, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite
+        for made, plane in zip(data, stored, strict=True):
+            made[:] = plane if scaling is None else plane * np.float64(scaling[0]) + np.float64(scaling[1])
+    return data
+
+
+def _read_file(path: Path, name: str) -> tuple[Any, np.ndarray, tuple[float, float] | None]:
+    """The header of a file, its voxels (x, y, z) as stored, and slope and intercept where there are any."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -289,11 +306,9 @@ def _read_file(path: Path, name: str) -> tuple[Any, np.ndarray]:
         )
     stored = np.frombuffer(content, dtype, count, offset).reshape(shape[:3], order="F")
     slope, inter = header.get_slope_inter()
-    if slope is not None and (slope, inter) != (1, 0):
-        with np.errstate(over="ignore", invalid="ignore"):
-            stored = stored * np.float64(slope) + np.float64(inter)
+    scaling = None if slope is None or (slope, inter) == (1, 0) else (slope, inter)
     header["vox_offset"] = 0  # of this file only; the header is used for others
-    return header, stored
+    return header, stored, scaling
 
 
 def _read_image(image: Any, name: str) -> tuple[Any, np.ndarray]:
