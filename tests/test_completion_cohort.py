@@ -1,9 +1,12 @@
 """Cohorts: one bad patient stops nobody, nothing is half-written, what is finished is kept, no order matters."""
 
 import errno
+import gc
+import gzip
 import json
 import re
 import shutil
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +19,12 @@ from conftest import image, make_head, sha256, tree, voxels, write_images
 
 from crossmr import files
 from crossmr.completion import cohort as cohorts
+from crossmr.completion import study as completion_study
 from crossmr.completion import writing
 from crossmr.completion.cohort import CohortSettings, CohortSummary, complete_cohort
 from crossmr.completion.layout import Layout
-from crossmr.completion.study import DISCLAIMER, ENHANCEMENT, complete
-from crossmr.data.naming import StudyFiles
+from crossmr.completion.study import DISCLAIMER, ENHANCEMENT, complete, memory_needed
+from crossmr.data.naming import StudyFiles, find_studies
 from crossmr.data.study import load_study
 from crossmr.display import Display
 from crossmr.errors import NamingError, OutputError, StudyError
@@ -356,7 +360,7 @@ def test_one_study_is_read_ahead_and_no_more(monkeypatch, tmp_path):
 
     monkeypatch.setattr(cohorts, "load_study", load)
     settings = replace(SETTINGS, register="always")
-    run = SimpleNamespace(layout=Layout(tmp_path), options=CohortSettings(), settings=settings)
+    run = SimpleNamespace(model=None, layout=Layout(tmp_path), options=CohortSettings(), settings=settings)
     for number, (found, study) in enumerate(cohorts._read_ahead(studies, run)):
         assert found is studies[number]
         if number == 2:
@@ -374,5 +378,77 @@ def test_finished_studies_are_not_read(monkeypatch, tmp_path):
     monkeypatch.setattr(cohorts, "load_study", lambda files, **_: files.case)
     studies = [StudyFiles(case, case, {}, (), ()) for case in "01"]
     for options, read in ((CohortSettings(), [None, "1"]), (AGAIN, ["0", "1"])):
-        run = SimpleNamespace(layout=Layout(tmp_path), options=options, settings=SETTINGS)
+        run = SimpleNamespace(model=None, layout=Layout(tmp_path), options=options, settings=SETTINGS)
         assert [study.result() for _, study in cohorts._read_ahead(studies, run)] == read
+
+
+# Memory
+
+
+def header_alone(path, side):
+    """A file that announces a volume of side³ voxels, and ends there."""
+    header = nib.Nifti1Header()
+    header.set_data_shape((side,) * 3)
+    header.set_data_dtype(np.int16)
+    header["vox_offset"] = 352
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(2048)))
+
+
+def test_a_study_that_cannot_fit_is_refused_by_its_headers_and_the_others_go_on(model, small, tmp_path):
+    (small / "Big").mkdir()
+    for modality in ("t1n", "t2w"):
+        header_alone(small / "Big" / f"Big-{modality}.nii.gz", 20_000)
+    summary = complete_cohort(small, tmp_path / "out", model, SETTINGS)
+    assert list(summary.completed) == ["Ann"]
+    numbers = r"needs about \d+\.\d GB of memory, \d+\.\d GB are available\. Close other programs"
+    assert re.match(f"Big: {numbers}", summary.failed["Big"])
+    with pytest.raises(StudyError, match=numbers):
+        complete(small / "Big", model, SETTINGS)
+
+
+def memory_of(monkeypatch, available):
+    for module in (cohorts, completion_study):
+        monkeypatch.setattr(module, "available_memory", lambda: available)
+        monkeypatch.setattr(module, "reusable_memory", lambda: 0)
+
+
+@pytest.mark.parametrize(("share", "said"), [(1.5, 1), (2.5, 0)])
+def test_a_study_that_takes_more_than_half_of_the_memory_is_said(model, small, tmp_path, monkeypatch, share, said):
+    needed = memory_needed(find_studies(small)[0].images(), model, SETTINGS)
+    memory_of(monkeypatch, int(share * needed))
+    listener = Listener()
+    assert complete_cohort(small, tmp_path / "out", model, SETTINGS, display=listener).completed
+    assert sum(line.startswith("Ann: needs about 0.0 GB of memory, 0.0 GB are") for line in listener.said) == said
+
+
+@pytest.mark.parametrize(("room", "together"), [(1.6, 0), (2.5, 1)])
+def test_two_studies_are_in_memory_only_if_both_fit(model, small, tmp_path, monkeypatch, room, together):
+    for case in ("Bea", "Cal"):
+        write_images(small, case, ("t1n", "t2w"))
+    memory_of(monkeypatch, int(room * memory_needed(find_studies(small)[0].images(), model, SETTINGS)))
+    before, alive = [], []
+
+    def load(files, **settings):
+        gc.collect()
+        alive.append(sum(study() is not None for study in before))
+        study = load_study(files, **settings)
+        before.append(weakref.ref(study))
+        return study
+
+    monkeypatch.setattr(cohorts, "load_study", load)
+    assert len(complete_cohort(small, tmp_path / "out", model, SETTINGS).completed) == 3
+    assert alive == [0, together, together]
+
+
+def test_memory_is_estimated_by_the_headers_of_files_and_images_alike(model, tmp_path):
+    files = {m: tmp_path / f"{m}.nii.gz" for m in ("t1n", "t2w")}
+    for path in files.values():
+        header_alone(path, 500)
+    needed = memory_needed(files, model, SETTINGS)
+    assert 30 * 500**3 < needed < 100 * 500**3
+    images = {m: nib.Nifti1Image(np.broadcast_to(np.int16(0), (500,) * 3), np.eye(4)) for m in files}
+    assert memory_needed(images, model, SETTINGS) == needed
+    assert memory_needed(files, model, replace(SETTINGS, register="if needed")) > needed
+    assert memory_needed({"t1n": files["t1n"]}, model, SETTINGS) < needed
+    files["t1n"].write_bytes(b"no image")
+    assert memory_needed({"t1n": files["t1n"], "t2w": tmp_path / "none"}, model, SETTINGS) == 0

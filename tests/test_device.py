@@ -1,6 +1,7 @@
 """Which device, which precision; the machine is simulated where it has to be another."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from crossmr.device import (
     host_memory_exhausted,
     in_batches,
     out_of_memory,
+    reusable_memory,
     set_numerics,
 )
 from crossmr.errors import ConfigError
@@ -256,3 +258,20 @@ def test_machines_that_say_little(monkeypatch):
     assert 0 < available_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     monkeypatch.setattr(sys, "platform", "win32")
     assert available_memory() == sys.maxsize
+
+
+def test_what_the_c_library_keeps_may_be_used_again(monkeypatch):
+    command = """if True:
+        import numpy as np
+        from crossmr.cli import keep_memory
+        from crossmr.device import reusable_memory
+        keep_memory()
+        held = np.ones(2**24)
+        before = reusable_memory()
+        del held
+        print(reusable_memory() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 0 or abs(int(done.stdout) - 2**27) < 2**20  # musl and older libraries do not say
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert reusable_memory() == 0

@@ -18,7 +18,9 @@ from crossmr.networks.inference import (
     Settings,
     check_settings,
     chosen_guidance,
+    passing_memory,
     samples_drawn,
+    slices_at_once,
     synthesise,
 )
 from crossmr.networks.masked_autoencoder import RepresentationConfig
@@ -553,3 +555,14 @@ def test_the_guidance_is_the_one_asked_for_or_the_one_trained_with(model, chosen
     model, chosen = random_model(**model), settings(**chosen)
     assert chosen_guidance(model, chosen) == guidance
     assert samples_drawn(model, chosen) == drawn
+
+
+@pytest.mark.parametrize(("pixels", "slices"), [(1, 16), (256 * 256, 16), (512 * 512, 4), (2**30, 1), (0, 16)])
+def test_of_large_slices_fewer_pass_at_once(pixels, slices):
+    assert slices_at_once(pixels) == slices
+
+
+def test_features_that_pass_at_once_do_not_grow_beyond_a_size_of_slices():
+    config = random_model().config
+    sizes = [passing_memory(config, (side, side, 200)) for side in (64, 256, 512, 1024)]
+    assert sizes[0] < sizes[1] == sizes[2] == sizes[3]

@@ -1,5 +1,6 @@
 """Which processor runs the networks, in which precision, what memory there is, and what goes wrong on a device."""
 
+import ctypes
 import errno
 import os
 import sys
@@ -136,6 +137,26 @@ def available_memory() -> int:
     """The bytes of main memory that this process may still take; `sys.maxsize` where nothing is known of it."""
     limits = [*_machine(), *_control_groups(), *_resource_limits()]
     return max(0, min(limits, default=sys.maxsize))
+
+
+def reusable_memory() -> int:
+    """The bytes that were freed and that glibc keeps for this process; 0 of other C libraries.
+
+    To the system they are taken, so `available_memory` does not count them.
+    """
+    if sys.platform != "linux" or (mallinfo2 := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None:
+        return 0
+    mallinfo2.restype = _Mallinfo2
+    return int(mallinfo2().fordblks)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """Of malloc.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    ]
 
 
 def gigabytes(number: float) -> str:

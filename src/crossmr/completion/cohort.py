@@ -1,5 +1,6 @@
 """Completing a cohort: every study of a folder, one after the other, written, labelled and recorded in OUT."""
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,8 +19,10 @@ from crossmr.completion.private import write_paths
 from crossmr.completion.study import (
     Completed,
     Reference,
+    check_memory,
     complete_study,
     hashes,
+    memory_needed,
     read_reference,
     settings_record,
     what_to_fill,
@@ -28,6 +31,7 @@ from crossmr.completion.writing import whole_or_absent, write_volumes
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume
+from crossmr.device import available_memory, reusable_memory
 from crossmr.dicom.convert import Scans, check_scans, convert_cases, find_cases, taken
 from crossmr.dicom.series import holds_dicom
 from crossmr.display import SILENT, Display
@@ -148,6 +152,7 @@ def complete_cohort(
                 except Exception as error:  # nobody foresaw it: the other patients go on all the same
                     summary.failed[files.case] = f"{files.case}: {type(error).__name__}: {error}"
                 task.advance(files.case)
+                del study  # before the next one is read
         body = {"format": FORMAT, "finished": True, "profile": options.profile, **asdict(summary)}
         body["failed"] = _shareable(run, summary, studies)
         write_json(layout.records / "manifest.json", {**body, "settings": run.record})
@@ -206,19 +211,44 @@ def _start(run: _Run) -> None:
 
 
 def _read_ahead(studies: Sequence[StudyFiles], run: _Run) -> Iterator[tuple[StudyFiles, Future[Study | None]]]:
-    """Every study's files with its volumes, which are read while the study before it is completed."""
+    """Every study's files with its volumes.
+
+    A study is read while the one before it is completed, if there is memory for both; a study that takes more memory
+    than there is fails with StudyError.
+    """
+
+    def finished(files: StudyFiles) -> bool:
+        return (run.layout.folder(files.case) / "manifest.json").exists() and not run.options.overwrite
 
     def load(files: StudyFiles) -> Study | None:
-        finished = (run.layout.folder(files.case) / "manifest.json").exists() and not run.options.overwrite
-        return None if finished else load_study(files, register=run.settings.register)
+        return None if finished(files) else load_study(files, register=run.settings.register)
+
+    def load_alone(files: StudyFiles) -> Study | None:
+        if not finished(files) and (warning := check_memory(files.case, _images(files), run.model, run.settings)):
+            run.display.say(warning)
+        return load(files)
+
+    def needed(files: StudyFiles) -> int:
+        return 0 if finished(files) else memory_needed(_images(files), run.model, run.settings)
 
     with ThreadPoolExecutor(1) as reader:
         following: Future[Study | None] | None = None
-        for number, files in enumerate(studies):
-            study = following or reader.submit(load, files)
+        for files, after in itertools.zip_longest(studies, studies[1:]):
+            study = following or reader.submit(load_alone, files)
             wait([study])  # one study ahead, not more: memory
-            following = reader.submit(load, studies[number + 1]) if number + 1 < len(studies) else None
+            following = None
+            if after is not None and needed(files) + needed(after) <= available_memory() + reusable_memory():
+                following = reader.submit(load, after)
             yield files, study
+            del study  # before the next one is read
+
+
+def _images(files: StudyFiles) -> Mapping[str, Any]:
+    """The study's images; none where two have one modality, which is said when they are read."""
+    try:
+        return files.images()
+    except NamingError:
+        return {}
 
 
 def _complete_case(

@@ -1,6 +1,7 @@
 """Completing one study: missing contrasts are synthesised from the acquired ones, on its grid, labelled synthetic."""
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -18,19 +19,20 @@ from crossmr.completion.layout import EXPECTED, FORMAT, Layout
 from crossmr.completion.writing import save_study
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study
-from crossmr.data.volume import content_sha256, on_grid
-from crossmr.device import choose_precision
+from crossmr.data.volume import content_sha256, on_grid, read_header
+from crossmr.device import available_memory, choose_precision, gigabytes, reusable_memory
 from crossmr.dicom.convert import convert
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import ConfigError, NamingError, StudyError
 from crossmr.networks.inference import (
-    BATCH,
     HeadVolumes,
     Settings,
     Synthesis,
     check_settings,
     chosen_guidance,
+    passing_memory,
     samples_drawn,
+    slices_at_once,
     synthesise,
 )
 from crossmr.networks.model import CrossConditionedModel
@@ -47,6 +49,12 @@ ENHANCEMENT = (
     "absence or presence of enhancement in this synthetic T1ce is no finding."
 )
 DISCLAIMER = "Synthetic, for research use only; crossmr is not a medical device."
+
+
+HEAD = 0.6
+"""Fraction of a scan's voxels that the box around its head holds, as a rule."""
+ALLOCATED = 1.25
+"""What arrays take in fact, as a factor: the allocator leaves gaps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +141,7 @@ def complete(
     reference = read_reference(settings, model)
     if isinstance(study, Mapping):
         images = _by_modality(study, model.config.modalities)
+        check_memory(case, images, model, settings)
         loaded = load_study(images, case, register=settings.register)
         return complete_study(loaded, model, settings, hashes(images), reference)
     with contextlib.ExitStack() as stack:
@@ -146,6 +155,7 @@ def complete(
             raise NamingError(f"{study} holds {len(studies)} studies; name one of them, or use complete_cohort.")
         if from_dicom and settings.register == "never":
             settings = replace(settings, register="if needed")
+        check_memory(studies[0].case, studies[0].images(), model, settings)
         loaded = load_study(studies[0], register=settings.register)
         return complete_study(loaded, model, settings, hashes(studies[0].images()), reference)
 
@@ -196,11 +206,12 @@ def complete_study(
 
 def _shortage(synthesis: Synthesis, model: CrossConditionedModel) -> list[str]:
     """What is to be said where less passed through the networks at once than usual."""
-    if model.config.spatial_dims == 2 and synthesis.batch < BATCH:
-        return [f"The device ran out of memory, so {synthesis.batch} slices were made at once, not {BATCH}."]
+    usual = slices_at_once(math.prod(synthesis.images.shape[-2:]))
+    if model.config.spatial_dims == 2 and synthesis.batch < usual:
+        return [f"The device ran out of memory, so {synthesis.batch} slices were made at once, not {usual}."]
     if model.config.spatial_dims == 3 and synthesis.window != tuple(model.config.window):
-        made, usual = ("×".join(map(str, window)) for window in (synthesis.window, model.config.window))
-        return [f"The device ran out of memory, so windows of {made} voxels were made, not of {usual}."]
+        made, whole = ("×".join(map(str, window)) for window in (synthesis.window, model.config.window))
+        return [f"The device ran out of memory, so windows of {made} voxels were made, not of {whole}."]
     return []
 
 
@@ -271,6 +282,41 @@ def read_reference(
         )
     files = {m: entry for m, entry in hashes(studies[0].images()).items() if m in targets}
     return Reference(_head_volumes(study, targets), files)
+
+
+def memory_needed(images: Mapping[str, Any], model: CrossConditionedModel, settings: Settings) -> int:
+    """About how many bytes of main memory it takes to complete these volumes, by their headers; 0 if none is readable.
+
+    The larger of two moments: all volumes are searched for the head; the first synthetic one is written.
+    """
+    headers = [header for image in images.values() if (header := read_header(image)) is not None]
+    if not headers:
+        return 0
+    shape = max((header.get_data_shape()[:3] for header in headers), key=math.prod)
+    targets = len(what_to_fill(tuple(images), model, settings)[0])
+    reading = sum(
+        4 + header.get_data_dtype().itemsize + 6 for header in headers
+    )  # float32, as stored, copies and masks
+    kept = len(headers) * (4 + 4 * HEAD) + 1  # float32, as the networks read them, the mask
+    writing = targets * (8 * HEAD + 8) + 12  # image and standard deviation of the head, of the grid; compressed copies
+    registering = 0 if settings.register == "never" else 16
+    features = passing_memory(model.config, shape) if targets and model.device.type == "cpu" else 0
+    return int(ALLOCATED * math.prod(shape) * (max(reading, kept + writing) + registering)) + features
+
+
+def check_memory(case: str, images: Mapping[str, Any], model: CrossConditionedModel, settings: Settings) -> str | None:
+    """What to say of a study that takes more than half of the available memory.
+
+    Raises:
+        StudyError: it takes more than all.
+    """
+    needed, available = memory_needed(images, model, settings), available_memory() + reusable_memory()
+    if needed <= available / 2:
+        return None
+    what = f"{case}: needs about {gigabytes(needed)} of memory, {gigabytes(available)} are available"
+    if needed <= available:
+        return f"{what}; close other programs"
+    raise StudyError(f"{what}. Close other programs, give the job more, or crop the volumes to the head.")
 
 
 def what_to_fill(

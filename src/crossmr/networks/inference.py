@@ -1,5 +1,6 @@
 """From arrays to arrays: the targets of a head, synthesised from its sources; completion and evaluation both use it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,16 @@ from crossmr.data.registration import RegistrationMode
 from crossmr.device import autocast, choose_precision, in_batches, out_of_memory
 from crossmr.errors import ConfigError
 from crossmr.networks.diffusion import ddim_timesteps
-from crossmr.networks.model import GUIDANCES, CrossConditionedModel, Guidance
+from crossmr.networks.model import GUIDANCES, CrossConditionedModel, Guidance, ModelConfig
+from crossmr.networks.unet import FEATURES_ALIVE
 from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded, to_model_input
 
 Array = npt.NDArray[np.float32]
 
 BATCH = 16
-"""Slices that pass through the networks at once."""
+"""Slices that pass through the networks at once, at most."""
+PIXELS = 2**20
+"""Pixels of all the slices that pass at once, at most: BATCH slices of 256 × 256, fewer of larger ones."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,21 @@ def samples_drawn(model: CrossConditionedModel, settings: Settings) -> int:
     return 0 if chosen_guidance(model, settings) in ("none", "reference") else settings.samples or 1
 
 
+def slices_at_once(pixels: int) -> int:
+    """How many slices of so many pixels pass through the networks at once, while there is memory for them."""
+    return max(1, min(BATCH, PIXELS // max(1, pixels)))
+
+
+def passing_memory(config: ModelConfig, shape: Sequence[int]) -> int:
+    """About how many bytes of features pass through the C-UNet at once, of an image of this shape (X, Y, Z)."""
+    if config.spatial_dims == 3:
+        points = math.prod(config.window)
+    else:
+        points = slices_at_once(shape[0] * shape[1]) * shape[0] * shape[1]
+    pixels = math.prod([config.synthesis.patch] * config.spatial_dims)
+    return 4 * FEATURES_ALIVE * config.synthesis.channels * points // pixels
+
+
 @torch.no_grad()
 def synthesise(
     model: CrossConditionedModel,
@@ -187,12 +206,14 @@ def _pooled(model: CrossConditionedModel, head: HeadVolumes, modalities: Sequenc
     config = model.config
     slices = foreground_slices(head.foreground_voxels)
     volumes = _volumes(head.volumes, modalities)
-    images = _inputs(volumes, [[z] for z in slices], config.spatial_dims, config.divisor)
+    count = 1 if config.spatial_dims == 3 else len(slices)
 
     def pool(some: slice) -> Tensor:
-        return model.pooled(images[some].to(model.device))
+        images = _inputs(volumes, [[z] for z in slices[some]], config.spatial_dims, config.divisor)
+        return model.pooled(images.to(model.device))
 
-    return torch.cat([features for _, features, _ in in_batches(pool, len(images), BATCH)]).mean(0, keepdim=True)
+    at_once = slices_at_once(math.prod(volumes[0].shape[-2:]))
+    return torch.cat([features for _, features, _ in in_batches(pool, count, at_once)]).mean(0, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +258,9 @@ def _by_slices(
         inputs = _inputs(volumes, around[some], 2, config.divisor).to(model.device)
         return predict(inputs.contiguous(memory_format=torch.channels_last)).cpu()
 
-    shape, batch, result = volumes[0].shape[1:], BATCH, torch.zeros(0)
-    for some, predicted, at_once in in_batches(predict_some, len(slices), BATCH):
+    shape, result = volumes[0].shape[1:], torch.zeros(0)
+    batch = slices_at_once(math.prod(shape[1:]))
+    for some, predicted, at_once in in_batches(predict_some, len(slices), batch):
         batch = at_once
         if not len(result):
             result = torch.zeros(predicted.shape[1], *shape)

@@ -17,6 +17,10 @@ from torch.nn import functional as F
 
 from crossmr.errors import ConfigError
 
+FEATURES_ALIVE = 12
+"""Feature maps of the finest level, in float32, that one sample keeps at most in a forward pass without gradients:
+skips, the block in progress, and what is concatenated."""
+
 CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
 
 

@@ -20,17 +20,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from crossmr.device import available_memory, gigabytes
 from crossmr.errors import ModelError
+from crossmr.networks.unet import FEATURES_ALIVE
 
 WORKSPACE = 1.4
 """What the tensors of a sample take in fact, as a factor: kernels' own memory (1.07 measured on the processor) and the
 gaps that the allocator leaves between blocks of less than 32 MiB (1.2 to 1.45 in all; 1.08 where blocks are larger)."""
 COPIES = 5
 """Of each weight that is learnt: itself, its gradient, Adam's two moments (Kingma & Ba 2015), its average."""
-
-
-FEATURES_ALIVE = 12
-"""Feature maps of the finest level, in float32, that one sample keeps at most in a forward pass without gradients:
-skips, the block in progress, and what is concatenated."""
 
 
 class StepMemory(NamedTuple):
