@@ -250,7 +250,7 @@ def test_an_acquired_scan_is_never_replaced(model, cohort, tmp_path):
     shutil.copytree(cohort / "Bob", tmp_path / "Bob")
     shutil.copy(tmp_path / "Bob" / "Bob-t1c.nii.gz", tmp_path / "Bob" / "Bob-t1c_synthetic.nii.gz")
     before = tree(tmp_path)
-    mapping = {"t1n": "*-t1n.nii.gz", "t2w": "*-t2w.nii.gz"}
+    mapping = {"t1c": "*-none.nii.gz"}
     with pytest.raises(OutputError, match=r"Bob-t1c_synthetic\.nii\.gz is not crossmr's, so it is not replaced"):
         complete_cohort(tmp_path, tmp_path, model, SETTINGS, CohortSettings(mapping))
     assert tree(tmp_path) == before
