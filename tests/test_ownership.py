@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from crossmr.completion import layout
 from crossmr.completion.cohort import CohortSettings, complete_cohort
 from crossmr.completion.layout import EXPECTED, PROFILES, Layout, records_of
+from crossmr.completion.ownership import earlier_files
 from crossmr.data.prepare import prepare
 from crossmr.demo import _claimed as claim_demo
 from crossmr.errors import CrossmrError, OutputError
@@ -247,6 +248,18 @@ def put(path: Path, kind: str, target: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def test_only_what_crossmr_wrote_counts_as_earlier(small, model, tmp_path):
+    complete_cohort(small, tmp_path, model)
+    layout = Layout(tmp_path)
+    (case,) = (path.name for path in tmp_path.iterdir() if (path / "manifest.json").exists())
+    synthetic = sorted((tmp_path / case).glob("*.nii.gz"))
+    assert synthetic
+    assert sorted(earlier_files(layout, case, ())) == synthetic
+    shutil.copy(next(small.rglob("*.nii.gz")), synthetic[0])  # a scan under the name of a synthetic volume
+    assert sorted(earlier_files(layout, case, ())) == synthetic[1:]
+
 
 
 @few
