@@ -5,10 +5,13 @@ import gzip
 import io
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import nibabel as nib
@@ -111,6 +114,30 @@ def test_help_is_quick_and_names_every_verb():
         assert verb in result.stdout
     code = "import sys, crossmr.cli; sys.exit('torch' in sys.modules or 'nibabel' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_commands_are_listed_in_the_order_of_use():
+    listed = re.findall(r"^│ ([a-z]+) ", crossmr("--help").stdout.partition("Commands")[2], flags=re.MULTILINE)
+    assert listed == ["complete", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo"]
+
+
+def test_the_version_is_crossmrs_torchs_and_pythons():
+    code = (
+        "import sys; from crossmr.cli import main; sys.argv = ['crossmr', '--version']\n"
+        "try: main()\nexcept SystemExit as stop: sys.exit(stop.code or ('torch' in sys.modules))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    versions = [version("crossmr"), version("torch"), platform.python_version()]
+    assert said == "crossmr {}, torch {}, Python {}\n".format(*versions)
+
+
+def test_the_shell_completes_commands(monkeypatch):
+    monkeypatch.setenv("_CROSSMR_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "crossmr ev")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert crossmr().stdout.split() == ["evaluate"]
+    monkeypatch.delenv("_CROSSMR_COMPLETE")
+    assert "--show-completion" in crossmr("--help").stdout
 
 
 def test_the_first_line_of_a_training_waits_for_nothing_heavy(tmp_path):

@@ -3,11 +3,14 @@
 import ctypes
 import io
 import os
+import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from crossmr.errors import ConfigError, CrossmrError, Interrupted
 
@@ -15,11 +18,23 @@ if TYPE_CHECKING:
     from crossmr.completion.cohort import CohortSummary
     from crossmr.display import Display
 
+ORDER = ("complete", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo")
+"""The commands as the help lists them: in the order in which they are used."""
+
+
+class Verbs(TyperGroup):
+    """The commands of crossmr, in the order of use."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the commands, in the order of `ORDER`."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+
 app = typer.Typer(
     name="crossmr",
+    cls=Verbs,
     help="Completes brain MRI: synthesises the missing contrasts of a study. Research use only; not a medical device.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -55,32 +70,181 @@ KeepNames = Annotated[
 Targets = Annotated[str | None, typer.Option(help="Modalities wanted, e.g. t1c,t2f.")]
 
 
-@app.command()
-def convert(
-    folder: Annotated[Path, typer.Argument(help="Folder of DICOM, of any number of patients.")],
-    out: Out,
-    keep_names: KeepNames = False,
-    mapping: Annotated[
-        list[str] | None,
-        typer.Option("--map", metavar="MOD=GLOB", help="Tell series by their descriptions, e.g. --map t1c='*GD*'."),
-    ] = None,
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"crossmr {version('crossmr')}, torch {version('torch')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the versions of crossmr, torch and Python.", is_eager=True, callback=_say_version
+        ),
+    ] = False,
 ) -> None:
-    """Sort a folder of DICOM and convert it into studies of NIfTI, for every other verb ('complete' does it itself)."""
-    from crossmr.dicom.convert import convert as run
+    """What comes before a command."""
+
+
+@app.command()
+def complete(
+    study_or_cohort: Annotated[Path, typer.Argument(help="Folder of one study or of many, NIfTI or DICOM.")],
+    out: Out,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a trained model, or the name of a registered one; else the default.")
+    ] = None,
+    targets: Targets = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(help="sample, unconditional, reference or none; by default what the model was trained with."),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Study whose real scans guide: an earlier visit, or the site's protocol.")
+    ] = None,
+    ddim_steps: DdimSteps = 50,
+    samples: Samples = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Complete finished cases again.")] = False,
+    mapping: Mapping = None,
+    register: Register = False,
+    profile: Annotated[
+        str, typer.Option(help="labelled; challenge: BraSyn's flat folder; or bids: a BIDS derivative.")
+    ] = "labelled",
+    keep_names: KeepNames = False,
+) -> None:
+    """Synthesise what is missing, on each study's exact grid, marked SYNTHETIC."""
+    from crossmr.completion.cohort import CohortSettings, complete_cohort
     from crossmr.display import Display
+    from crossmr.networks.inference import Settings
+    from crossmr.output.report import report_completion
 
     display = Display()
-    found = run(folder, out, mapping=_mapping(mapping), keep_names=keep_names, display=display)
-    for scans in found:
-        for modality, series in scans.series.items():
-            display.say(f"{scans.case}: {series.name} is {modality} ({series.why})")
-        for name, why in scans.left_out.items():
-            display.say(f"{scans.case}: {name} left out: {why}")
-        for note in scans.notes:
-            display.say(f"{scans.case}: warning: {note}")
-    refused = {scans.case: scans.refused for scans in found if scans.refused}
-    display.say(f"{len(found) - len(refused)} studies in {out}")
-    _report_failures(refused, "refused")
+    settings = Settings(
+        targets=_modalities(targets),
+        guidance=guidance,  # type: ignore[arg-type]
+        ddim_steps=ddim_steps,
+        samples=samples,
+        reference=reference,
+        seed=seed,
+        device=device,
+        precision=precision,
+        register=_register(register),
+    )
+    options = CohortSettings(_mapping(mapping), overwrite, profile, keep_names)  # type: ignore[arg-type]
+    summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
+    _say_summary(summary, out, display)
+    display.say(f"to look at: {report_completion(out)}")
+    _report_failures(summary.failed, "failed")
+
+
+def _say_summary(summary: "CohortSummary", out: Path, display: "Display") -> None:
+    """What became of each case, then the counts."""
+    from crossmr.completion.study import ENHANCEMENT
+
+    for case, modalities in summary.completed.items():
+        display.say(f"{case}: synthesised {', '.join(modalities)}")
+    for case, notes in summary.notes.items():
+        for note in notes:
+            display.say(f"{case}: warning: {note}")
+    for case, reasons in summary.not_filled.items():
+        for modality, reason in reasons.items():
+            display.say(f"{case}: {modality} not filled: {reason}")
+    if summary.complete:
+        display.say(f"{len(summary.complete)} cases were complete")
+    if summary.skipped:
+        display.say(f"{len(summary.skipped)} cases were finished before; --overwrite completes them again")
+    if any("t1c" in modalities for modalities in summary.completed.values()):
+        display.say(f"Note: {ENHANCEMENT}")
+    left = len(summary.not_filled.keys() - summary.completed.keys())
+    display.say(f"{len(summary.completed)} cases completed in {out}, {left} could not be; research use only")
+
+
+@app.command()
+def view(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="What 'crossmr complete' wrote.")],
+    case: Annotated[str | None, typer.Argument(help="One of its cases; by default the first.")] = None,
+    scans: Annotated[
+        Path | None,
+        typer.Option(help="Folder of acquired scans: moved ones, or such as hold the truth of what was synthesised."),
+    ] = None,
+    mapping: Mapping = None,
+    opened: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+) -> None:
+    """Look at a completed study: a page with everything in it, synthesis against truth, standard deviations over it."""
+    import webbrowser
+
+    from crossmr.display import Display
+    from crossmr.output.viewer import view_case
+
+    page, notes = view_case(out, case, scans=scans, mapping=_mapping(mapping))
+    for note in notes:
+        Display().say(f"Note: {note}")
+    Display().say(f"{page}: one file, to be opened in any browser")
+    if opened:
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a trained model, or the name of a registered one.")],
+    data: Annotated[Path, typer.Argument(metavar="SET_OR_COHORT", help="A prepared set, or a folder of studies.")],
+    out: Out,
+    part: Annotated[str, typer.Option(help="Split of a prepared set: train, val or test.")] = "test",
+    every_subset: Annotated[
+        bool, typer.Option("--every-subset", help="Any-subset models: from every subset, not only from all but one.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Measure another model beside it, e.g. an unguided baseline.")
+    ] = None,
+    guidance: Annotated[list[str] | None, typer.Option(help="Measure this guidance too; repeatable.")] = None,
+    ddim_steps: DdimSteps = 50,
+    samples: Samples = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    mapping: Mapping = None,
+    register: Register = False,
+    patients: Patients = None,
+) -> None:
+    """Hide each target in turn, synthesise it, and measure, beside another model and the baselines."""
+    from crossmr.display import Display
+    from crossmr.evaluation.evaluate import EvaluationSettings, overlap_warnings
+    from crossmr.evaluation.evaluate import evaluate as run
+    from crossmr.evaluation.tables import tables, uncertainty_table
+    from crossmr.networks.inference import Settings
+    from crossmr.output.report import report_evaluation
+
+    display = Display()
+    inference = Settings(
+        ddim_steps=ddim_steps,
+        samples=samples,
+        seed=seed,
+        device=device,
+        precision=precision,
+        register=_register(register),
+    )
+    settings = EvaluationSettings(
+        split=part,
+        every_subset=every_subset,
+        guidances=tuple(guidance or ()),  # type: ignore[arg-type]
+        against=against,
+        inference=inference,
+        mapping=_mapping(mapping),
+        patients=patients,
+    )
+    result = run(model, data, out, settings, display=display)
+    display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
+    if result["uncertainty"]:
+        display.print_tables([uncertainty_table(result["uncertainty"])])
+    for warning in overlap_warnings(result):
+        display.say(f"Warning: {warning}")
+    display.say(f"{len(result['cases'])} cases measured; every number is in {out}")
+    display.say(f"to look at: {report_evaluation(out)}")
+    _report_failures(result["failed"], "failed")
 
 
 @app.command()
@@ -177,184 +341,6 @@ def train(
     display.say(f"model: {model}" if (model / "config.json").exists() else f"no model yet: {model} needs every stage")
 
 
-@app.command()
-def complete(
-    study_or_cohort: Annotated[Path, typer.Argument(help="Folder of one study or of many, NIfTI or DICOM.")],
-    out: Out,
-    model: Annotated[
-        Path | None, typer.Option(help="Folder of a trained model, or the name of a registered one; else the default.")
-    ] = None,
-    targets: Targets = None,
-    guidance: Annotated[
-        str | None,
-        typer.Option(help="sample, unconditional, reference or none; by default what the model was trained with."),
-    ] = None,
-    reference: Annotated[
-        Path | None, typer.Option(help="Study whose real scans guide: an earlier visit, or the site's protocol.")
-    ] = None,
-    ddim_steps: DdimSteps = 50,
-    samples: Samples = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Complete finished cases again.")] = False,
-    mapping: Mapping = None,
-    register: Register = False,
-    profile: Annotated[
-        str, typer.Option(help="labelled; challenge: BraSyn's flat folder; or bids: a BIDS derivative.")
-    ] = "labelled",
-    keep_names: KeepNames = False,
-) -> None:
-    """Synthesise what is missing, on each study's exact grid, marked SYNTHETIC."""
-    from crossmr.completion.cohort import CohortSettings, complete_cohort
-    from crossmr.display import Display
-    from crossmr.networks.inference import Settings
-    from crossmr.output.report import report_completion
-
-    display = Display()
-    settings = Settings(
-        targets=_modalities(targets),
-        guidance=guidance,  # type: ignore[arg-type]
-        ddim_steps=ddim_steps,
-        samples=samples,
-        reference=reference,
-        seed=seed,
-        device=device,
-        precision=precision,
-        register=_register(register),
-    )
-    options = CohortSettings(_mapping(mapping), overwrite, profile, keep_names)  # type: ignore[arg-type]
-    summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
-    _say_summary(summary, out, display)
-    display.say(f"to look at: {report_completion(out)}")
-    _report_failures(summary.failed, "failed")
-
-
-def _say_summary(summary: "CohortSummary", out: Path, display: "Display") -> None:
-    """What became of each case, then the counts."""
-    from crossmr.completion.study import ENHANCEMENT
-
-    for case, modalities in summary.completed.items():
-        display.say(f"{case}: synthesised {', '.join(modalities)}")
-    for case, notes in summary.notes.items():
-        for note in notes:
-            display.say(f"{case}: warning: {note}")
-    for case, reasons in summary.not_filled.items():
-        for modality, reason in reasons.items():
-            display.say(f"{case}: {modality} not filled: {reason}")
-    if summary.complete:
-        display.say(f"{len(summary.complete)} cases were complete")
-    if summary.skipped:
-        display.say(f"{len(summary.skipped)} cases were finished before; --overwrite completes them again")
-    if any("t1c" in modalities for modalities in summary.completed.values()):
-        display.say(f"Note: {ENHANCEMENT}")
-    left = len(summary.not_filled.keys() - summary.completed.keys())
-    display.say(f"{len(summary.completed)} cases completed in {out}, {left} could not be; research use only")
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Folder of a trained model, or the name of a registered one.")],
-    data: Annotated[Path, typer.Argument(metavar="SET_OR_COHORT", help="A prepared set, or a folder of studies.")],
-    out: Out,
-    part: Annotated[str, typer.Option(help="Split of a prepared set: train, val or test.")] = "test",
-    every_subset: Annotated[
-        bool, typer.Option("--every-subset", help="Any-subset models: from every subset, not only from all but one.")
-    ] = False,
-    against: Annotated[
-        Path | None, typer.Option(metavar="MODEL", help="Measure another model beside it, e.g. an unguided baseline.")
-    ] = None,
-    guidance: Annotated[list[str] | None, typer.Option(help="Measure this guidance too; repeatable.")] = None,
-    ddim_steps: DdimSteps = 50,
-    samples: Samples = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    mapping: Mapping = None,
-    register: Register = False,
-    patients: Patients = None,
-) -> None:
-    """Hide each target in turn, synthesise it, and measure, beside another model and the baselines."""
-    from crossmr.display import Display
-    from crossmr.evaluation.evaluate import EvaluationSettings, overlap_warnings
-    from crossmr.evaluation.evaluate import evaluate as run
-    from crossmr.evaluation.tables import tables, uncertainty_table
-    from crossmr.networks.inference import Settings
-    from crossmr.output.report import report_evaluation
-
-    display = Display()
-    inference = Settings(
-        ddim_steps=ddim_steps,
-        samples=samples,
-        seed=seed,
-        device=device,
-        precision=precision,
-        register=_register(register),
-    )
-    settings = EvaluationSettings(
-        split=part,
-        every_subset=every_subset,
-        guidances=tuple(guidance or ()),  # type: ignore[arg-type]
-        against=against,
-        inference=inference,
-        mapping=_mapping(mapping),
-        patients=patients,
-    )
-    result = run(model, data, out, settings, display=display)
-    display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
-    if result["uncertainty"]:
-        display.print_tables([uncertainty_table(result["uncertainty"])])
-    for warning in overlap_warnings(result):
-        display.say(f"Warning: {warning}")
-    display.say(f"{len(result['cases'])} cases measured; every number is in {out}")
-    display.say(f"to look at: {report_evaluation(out)}")
-    _report_failures(result["failed"], "failed")
-
-
-@app.command()
-def view(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="What 'crossmr complete' wrote.")],
-    case: Annotated[str | None, typer.Argument(help="One of its cases; by default the first.")] = None,
-    scans: Annotated[
-        Path | None,
-        typer.Option(help="Folder of acquired scans: moved ones, or such as hold the truth of what was synthesised."),
-    ] = None,
-    mapping: Mapping = None,
-    opened: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
-) -> None:
-    """Look at a completed study: a page with everything in it, synthesis against truth, standard deviations over it."""
-    import webbrowser
-
-    from crossmr.display import Display
-    from crossmr.output.viewer import view_case
-
-    page, notes = view_case(out, case, scans=scans, mapping=_mapping(mapping))
-    for note in notes:
-        Display().say(f"Note: {note}")
-    Display().say(f"{page}: one file, to be opened in any browser")
-    if opened:
-        webbrowser.open(page.resolve().as_uri())
-
-
-@app.command()
-def nnunet(
-    cohort: Annotated[Path, typer.Argument(help="The folder of studies that was completed.")],
-    completed: Annotated[Path, typer.Argument(help="What 'crossmr complete' wrote.")],
-    out: Out,
-    modalities: Annotated[str | None, typer.Option(help="Channels in their order; by default all there are.")] = None,
-    mapping: Mapping = None,
-) -> None:
-    """Write acquired and synthetic volumes together as a dataset for nnU-Net."""
-    from crossmr.display import Display
-    from crossmr.output.nnunet import export_nnunet
-
-    record = export_nnunet(cohort, completed, out, modalities=_modalities(modalities), mapping=_mapping(mapping))
-    filled = sum(bool(channels) for channels in record["synthetic"].values())
-    channels = ", ".join(record["channels"])
-    Display().say(f"{len(record['synthetic'])} cases in {out}, {filled} with synthetic channels; channels {channels}")
-    _report_failures(record["left_out"], "left out")
-
-
 models = typer.Typer(help="The registered models: list, verify, import from a file, export to one, remove.")
 app.add_typer(models, name="models")
 
@@ -429,7 +415,7 @@ def export(
     exported = export_model(model, file, with_patients=with_patients)
     Display().say(f"{file}: {model}, {exported.record['sha256'][:12]}")
     if exported.patients and not with_patients:
-        Display().say("left out: the list of hashes of the patients it was trained on; --with-patients adds it")
+        Display().say("excluded: the list of hashes of the patients it was trained on; --with-patients adds it")
 
 
 @models.command()
@@ -440,6 +426,53 @@ def remove(name: Annotated[str, typer.Argument(help="An imported model.")]) -> N
 
     remove_model(name)
     Display().say(f"{name}: removed")
+
+
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="Folder of DICOM, of any number of patients.")],
+    out: Out,
+    keep_names: KeepNames = False,
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="MOD=GLOB", help="Tell series by their descriptions, e.g. --map t1c='*GD*'."),
+    ] = None,
+) -> None:
+    """Sort a folder of DICOM and convert it into studies of NIfTI, for every other verb ('complete' does it itself)."""
+    from crossmr.dicom.convert import convert as run
+    from crossmr.display import Display
+
+    display = Display()
+    found = run(folder, out, mapping=_mapping(mapping), keep_names=keep_names, display=display)
+    for scans in found:
+        for modality, series in scans.series.items():
+            display.say(f"{scans.case}: {series.name} is {modality} ({series.why})")
+        for name, why in scans.left_out.items():
+            display.say(f"{scans.case}: {name} left out: {why}")
+        for note in scans.notes:
+            display.say(f"{scans.case}: warning: {note}")
+    refused = {scans.case: scans.refused for scans in found if scans.refused}
+    display.say(f"{len(found) - len(refused)} studies in {out}")
+    _report_failures(refused, "refused")
+
+
+@app.command()
+def nnunet(
+    cohort: Annotated[Path, typer.Argument(help="The folder of studies that was completed.")],
+    completed: Annotated[Path, typer.Argument(help="What 'crossmr complete' wrote.")],
+    out: Out,
+    modalities: Annotated[str | None, typer.Option(help="Channels in their order; by default all there are.")] = None,
+    mapping: Mapping = None,
+) -> None:
+    """Write acquired and synthetic volumes together as a dataset for nnU-Net."""
+    from crossmr.display import Display
+    from crossmr.output.nnunet import export_nnunet
+
+    record = export_nnunet(cohort, completed, out, modalities=_modalities(modalities), mapping=_mapping(mapping))
+    filled = sum(bool(channels) for channels in record["synthetic"].values())
+    channels = ", ".join(record["channels"])
+    Display().say(f"{len(record['synthetic'])} cases in {out}, {filled} with synthetic channels; channels {channels}")
+    _report_failures(record["left_out"], "left out")
 
 
 @app.command()
