@@ -116,6 +116,46 @@ def test_help_is_quick_and_names_every_verb():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+WRONG_PATHS = """
+complete gone -o out | complete . -o out --model gone | complete . -o out --model ./no/model
+complete . -o file/out | complete . -o out --reference gone | complete . -o out --targets t1x
+view gone | view file | view completed --scans gone
+evaluate gone . -o out | evaluate default gone -o out | evaluate default . -o out --against gone
+evaluate default . -o file
+prepare gone -o out | prepare . gone -o out | prepare . -o file/out
+train gone -o run | train . -o run | train set -o run --start gone | train set -o file
+convert gone -o out | convert . -o file
+nnunet gone completed -o out | nnunet . gone -o out | nnunet . completed -o file
+models verify gone | models export gone file.zip | models import gone | models remove gone
+demo -o file
+"""
+
+
+def test_a_wrong_path_is_refused_before_anything_heavy_is_imported(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "manifest.json").write_text("{}")
+    (tmp_path / "completed" / "case").mkdir(parents=True)
+    (tmp_path / "completed" / "case" / "manifest.json").write_text("{}")
+    commands = [command.strip() for line in WRONG_PATHS.splitlines() for command in line.split("|") if command.strip()]
+    code = (
+        "import sys; from crossmr.cli import main\n"
+        "for line in sys.stdin:\n"
+        "    sys.argv = ['crossmr', *line.split()]\n"
+        "    try: main()\n"
+        "    except SystemExit as stop: heavy = {'torch', 'monai', 'scipy', 'nibabel'} & set(sys.modules)\n"
+        "    print(*sorted(heavy), flush=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(commands), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines() == [""] * len(commands), done.stderr
+    messages = done.stderr.splitlines()
+    assert len(messages) == len(commands), done.stderr
+    for command, message in zip(commands, messages, strict=True):
+        assert re.search("gone|no/model|file|t1x|^crossmr: [.] ", message), (command, message)
+
+
 def test_commands_are_listed_in_the_order_of_use():
     listed = re.findall(r"^│ ([a-z]+) ", crossmr("--help").stdout.partition("Commands")[2], flags=re.MULTILINE)
     assert listed == ["complete", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo"]
@@ -146,8 +186,10 @@ def test_the_first_line_of_a_training_waits_for_nothing_heavy(tmp_path):
         "Display.say = lambda self, text: (print(text, 'torch' in sys.modules), sys.exit())\n"
         "main()"
     )
+    (tmp_path / "SET").mkdir()
+    (tmp_path / "SET" / "manifest.json").write_text("{}")
     command = [sys.executable, "-c", code, "train", "SET", "-o", str(tmp_path / "run")]
-    said = subprocess.run(command, capture_output=True, text=True).stdout
+    said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout
     assert said.startswith("training on SET")
     assert said.strip().endswith("False")
 
@@ -310,8 +352,9 @@ def test_unknown_names(cohort, model, tmp_path):
     refused(crossmr("complete", cohort, *out, "--model", model, "--map", "t1n"), "--map is 't1n'", "KEY=VALUE")
     refused(crossmr("prepare", cohort, *out, "--split", "70/40"), "--split is '70/40'", "70/10/20")
     refused(crossmr("train", cohort, *out), "is no prepared dataset", "crossmr prepare")
-    refused(crossmr("train", cohort, *out, "--recipe", "huge"), "--recipe is 'huge'", "paper, tiny")
-    refused(crossmr("train", cohort, *out, "--set", "synthesis.chanels=3"), "chanels", "Did you mean 'channels'?")
+    (tmp_path / "manifest.json").write_text("{}")
+    refused(crossmr("train", tmp_path, *out, "--recipe", "huge"), "--recipe is 'huge'", "paper, tiny")
+    refused(crossmr("train", tmp_path, *out, "--set", "synthesis.chanels=3"), "chanels", "Did you mean 'channels'?")
     assert not (tmp_path / "out").exists()
     assert crossmr("complete", cohort).returncode == 2
 

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from crossmr.errors import ConfigError, CrossmrError, Interrupted
+from crossmr.paths import check_completed, check_output, check_prepared, check_studies
 
 if TYPE_CHECKING:
     from crossmr.completion.cohort import CohortSummary
@@ -117,6 +118,12 @@ def complete(
     keep_names: KeepNames = False,
 ) -> None:
     """Synthesise what is missing, on each study's exact grid, marked SYNTHETIC."""
+    check_studies(study_or_cohort)
+    if reference is not None:
+        check_studies(reference)
+    check_output(out)
+    _check_model(model)
+    wanted, names = _modalities(targets), _mapping(mapping)
     from crossmr.completion.cohort import CohortSettings, complete_cohort
     from crossmr.display import Display
     from crossmr.networks.inference import Settings
@@ -124,7 +131,7 @@ def complete(
 
     display = Display()
     settings = Settings(
-        targets=_modalities(targets),
+        targets=wanted,
         guidance=guidance,  # type: ignore[arg-type]
         ddim_steps=ddim_steps,
         samples=samples,
@@ -134,7 +141,7 @@ def complete(
         precision=precision,
         register=_register(register),
     )
-    options = CohortSettings(_mapping(mapping), overwrite, profile, keep_names)  # type: ignore[arg-type]
+    options = CohortSettings(names, overwrite, profile, keep_names)  # type: ignore[arg-type]
     summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
     _say_summary(summary, out, display)
     display.say(f"to look at: {report_completion(out)}")
@@ -175,12 +182,16 @@ def view(
     opened: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
 ) -> None:
     """Look at a completed study: a page with everything in it, synthesis against truth, standard deviations over it."""
+    check_completed(out)
+    if scans is not None:
+        check_studies(scans)
+    names = _mapping(mapping)
     import webbrowser
 
     from crossmr.display import Display
     from crossmr.output.viewer import view_case
 
-    page, notes = view_case(out, case, scans=scans, mapping=_mapping(mapping))
+    page, notes = view_case(out, case, scans=scans, mapping=names)
     for note in notes:
         Display().say(f"Note: {note}")
     Display().say(f"{page}: one file, to be opened in any browser")
@@ -211,6 +222,12 @@ def evaluate(
     patients: Patients = None,
 ) -> None:
     """Hide each target in turn, synthesise it, and measure, beside another model and the baselines."""
+    _check_model(model)
+    if against is not None:
+        _check_model(against)
+    check_studies(data)
+    check_output(out)
+    names = _mapping(mapping)
     from crossmr.display import Display
     from crossmr.evaluation.evaluate import EvaluationSettings, overlap_warnings
     from crossmr.evaluation.evaluate import evaluate as run
@@ -233,7 +250,7 @@ def evaluate(
         guidances=tuple(guidance or ()),  # type: ignore[arg-type]
         against=against,
         inference=inference,
-        mapping=_mapping(mapping),
+        mapping=names,
         patients=patients,
     )
     result = run(model, data, out, settings, display=display)
@@ -262,13 +279,17 @@ def prepare(
     patients: Patients = None,
 ) -> None:
     """Check, normalise and crop a cohort into a set that trains fast. Run again, it goes on where it stopped."""
+    for folder in cohort:
+        check_studies(folder)
+    check_output(out)
+    names = _mapping(mapping)
     from crossmr.data.prepare import PrepareSettings, Split, default_workers
     from crossmr.data.prepare import prepare as run
     from crossmr.display import Display
 
     display = Display()
     settings = PrepareSettings(
-        _mapping(mapping), Split.parse(split, seed), _register(register), workers or default_workers(), prune, patients
+        names, Split.parse(split, seed), _register(register), workers or default_workers(), prune, patients
     )
     manifest = run(cohort, out, settings, display=display)
     found, parts = manifest["fingerprint"], manifest["split"]
@@ -307,6 +328,11 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Train the networks. The same command again goes on where it stopped."""
+    check_prepared(prepared)
+    check_output(out)
+    if start is not None:
+        _check_model(start)
+    task, changes = (_modalities(sources), _modalities(targets)), _pairs(settings, "--set", "synthesis.channels=32")
     from crossmr.display import Display
 
     display = Display()
@@ -324,12 +350,11 @@ def train(
         raise ConfigError(f"--recipe is '{recipe}'; wanted one of {', '.join(RECIPES)}.")
     initial_model = None if start is None else load_model(find_model(start))
     chosen = RECIPES[recipe or "standard"] if recipe is not None or initial_model is None else recipe_of(initial_model)
-    changes = _pairs(settings, "--set", "synthesis.channels=32")
     open_settings = tuple(name for name in chosen.by_set if name not in changes)
     training = TrainingSettings(
         recipe=with_settings(replace(chosen, by_set=open_settings), changes),
-        sources=_modalities(sources),
-        targets=_modalities(targets),
+        sources=task[0],
+        targets=task[1],
         stages=None if stage is None else tuple(stage),
         steps=steps,
         minutes=minutes,
@@ -374,13 +399,15 @@ def list_models(context: typer.Context) -> None:
 def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by default all.")] = None) -> None:
     """Check every hash and every weight of a model, or of all."""
     from crossmr.display import Display
-    from crossmr.networks.model import load_model
     from crossmr.registry import find_model, known_models
 
     broken = {}
     for one in [name] if name else list(known_models()):
         try:
-            record = load_model(find_model(one)).record
+            folder = find_model(one)
+            from crossmr.networks.model import load_model
+
+            record = load_model(folder).record
             Display().say(f"{one}: whole, {record['sha256'][:12]}")
         except CrossmrError as error:
             broken[one] = str(error)
@@ -439,11 +466,14 @@ def convert(
     ] = None,
 ) -> None:
     """Sort a folder of DICOM and convert it into studies of NIfTI, for every other verb ('complete' does it itself)."""
+    check_studies(folder)
+    check_output(out)
+    names = _mapping(mapping)
     from crossmr.dicom.convert import convert as run
     from crossmr.display import Display
 
     display = Display()
-    found = run(folder, out, mapping=_mapping(mapping), keep_names=keep_names, display=display)
+    found = run(folder, out, mapping=names, keep_names=keep_names, display=display)
     for scans in found:
         for modality, series in scans.series.items():
             display.say(f"{scans.case}: {series.name} is {modality} ({series.why})")
@@ -465,10 +495,14 @@ def nnunet(
     mapping: Mapping = None,
 ) -> None:
     """Write acquired and synthetic volumes together as a dataset for nnU-Net."""
+    check_studies(cohort)
+    check_completed(completed)
+    check_output(out)
+    wanted, names = _modalities(modalities), _mapping(mapping)
     from crossmr.display import Display
     from crossmr.output.nnunet import export_nnunet
 
-    record = export_nnunet(cohort, completed, out, modalities=_modalities(modalities), mapping=_mapping(mapping))
+    record = export_nnunet(cohort, completed, out, modalities=wanted, mapping=names)
     filled = sum(bool(channels) for channels in record["synthetic"].values())
     channels = ", ".join(record["channels"])
     Display().say(f"{len(record['synthetic'])} cases in {out}, {filled} with synthetic channels; channels {channels}")
@@ -478,6 +512,7 @@ def nnunet(
 @app.command()
 def demo(out: Out, seed: Seed = 0) -> None:
     """A phantom completed with the shipped weights; then a small training, completion and evaluation, in minutes."""
+    check_output(out)
     from crossmr.demo import demo as run
     from crossmr.display import Display
 
@@ -516,6 +551,13 @@ def _report_failures(failures: Any, word: str) -> None:
         for case, reason in failures.items():
             print(" ".join(f"{case} {word}: {reason}".split()), file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _check_model(model: Path | None) -> None:
+    """Refuse a name or folder that is no model, before PyTorch is imported."""
+    from crossmr.registry import find_model
+
+    find_model(model)
 
 
 def _pairs(items: list[str] | None, option: str, example: str) -> dict[str, str]:

@@ -14,15 +14,17 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from crossmr.device import choose_device
 from crossmr.errors import ModelError, OutputError
 from crossmr.files import is_record, refuse_foreign, write_atomically
-from crossmr.networks.model import FORMAT, CrossConditionedModel
-from crossmr.networks.model import load_model as load_folder
 from crossmr.networks.trained_on import FILE as PATIENTS
+from crossmr.paths import check_model
+
+if TYPE_CHECKING:  # PyTorch takes seconds to load, and a wrong name is refused without it
+    import torch
+
+    from crossmr.networks.model import CrossConditionedModel
 
 SHIPPED = Path(__file__).parent / "weights"
 DEFAULT = "default"
@@ -74,10 +76,11 @@ def find_model(model: Path | str | None = None) -> Path:
         raise ModelError(
             f"'{model}' is neither a folder nor the name of a model; the models are: {', '.join(known) or 'none'}."
         )
+    check_model(Path(model))
     return Path(model)
 
 
-def load_model(model: Path | str | None = None, device: torch.device | str = "auto") -> CrossConditionedModel:
+def load_model(model: Path | str | None = None, device: "torch.device | str" = "auto") -> "CrossConditionedModel":
     """Load a model once, to complete or evaluate as many studies with it as there are.
 
     Args:
@@ -90,8 +93,11 @@ def load_model(model: Path | str | None = None, device: torch.device | str = "au
     Raises:
         ModelError: no such model, or one that is damaged or of another version. ConfigError: no such device.
     """
-    chosen = choose_device(str(device))
-    return load_folder(find_model(model), chosen)
+    folder = find_model(model)
+    from crossmr.device import choose_device
+    from crossmr.networks.model import load_model as load_folder
+
+    return load_folder(folder, choose_device(str(device)))
 
 
 def import_model(source: Path, name: str | None = None) -> RegisteredModel:
@@ -117,6 +123,8 @@ def import_model(source: Path, name: str | None = None) -> RegisteredModel:
             folder.mkdir()
             for file, content in _contents(source).items():
                 (folder / file).write_bytes(content)
+            from crossmr.networks.model import load_model as load_folder
+
             try:
                 load_folder(folder)
             except ModelError as error:
@@ -129,7 +137,7 @@ def import_model(source: Path, name: str | None = None) -> RegisteredModel:
     return RegisteredModel(name, models_folder() / name, False)
 
 
-def export_model(model: Path | str, target: Path, *, with_patients: bool = False) -> CrossConditionedModel:
+def export_model(model: Path | str, target: Path, *, with_patients: bool = False) -> "CrossConditionedModel":
     """Check a model and write it to one zip file, without the list of whom it was trained on unless that is wanted.
 
     Raises:
@@ -138,6 +146,8 @@ def export_model(model: Path | str, target: Path, *, with_patients: bool = False
     if os.path.lexists(target):
         raise OutputError(f"{target} exists; name another file.")
     folder = find_model(model)
+    from crossmr.networks.model import load_model as load_folder
+
     loaded = load_folder(folder)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -166,6 +176,8 @@ def remove_model(name: str) -> None:
         if model.folder.is_symlink():
             model.folder.unlink()
             return
+        from crossmr.networks.model import FORMAT
+
         refuse_foreign(model.folder / "config.json", partial(is_record, kind=FORMAT))
         for path in sorted(model.folder.iterdir()):  # config.json first: half a model is none
             if _FILE.fullmatch(path.name) and path.is_file():

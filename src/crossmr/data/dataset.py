@@ -19,6 +19,7 @@ from crossmr.data.prepare import FORMAT, FORMAT_VERSION
 from crossmr.data.volume import content_sha256
 from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest, read_json
+from crossmr.paths import check_prepared
 from crossmr.tensors import crop_or_pad, foreground_slices
 
 Array = npt.NDArray[np.float32]
@@ -131,11 +132,7 @@ class PreparedDataset(Dataset[dict[str, Any]]):
         """
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
-        if not path.exists():
-            raise SetError(
-                f"{self.folder} is no prepared dataset: it has no manifest.json. "
-                "Make one with: crossmr prepare COHORT -o SET"
-            )
+        check_prepared(self.folder)
         self.manifest = read_json(path, SetError)
         if self.manifest.pop("sha256", None) != digest(self.manifest):
             raise SetError(f"{path} does not match its own SHA-256: it was changed or damaged. Run prepare again.")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, read
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
+from crossmr.paths import check_studies
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f", "pdw")
 """Canonical names of the modalities that file names are searched for."""
@@ -169,11 +170,8 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
         NamingError: the folder is missing, not a folder, not readable, or holds no NIfTI at all.
         ConfigError: a key of the mapping is no name for a modality.
     """
+    check_studies(folder)
     root = Path(os.path.abspath(folder))
-    if not os.path.isdir(root):  # unlike Path.is_dir, of a name that is too long as well
-        fault = "is a file, not a folder: give the folder that holds it" if os.path.exists(root) else "does not exist"
-        raise NamingError(f"{folder}: {fault}. Wanted a folder with .nii or .nii.gz files, of one study or of many.")
-
     paths: list[Path] = []
     others, excluded = 0, set[str]()
     for place, folders, files in walk(root):

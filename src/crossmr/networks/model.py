@@ -11,7 +11,6 @@ MODEL/
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from crossmr.networks.distribution import DistributionConfig, DistributionNetwor
 from crossmr.networks.masked_autoencoder import MaskedAutoencoder, RepresentationConfig, z_score
 from crossmr.networks.scale import RANGE, on_unit_scale, standardise
 from crossmr.networks.trained_on import FILE, PatientList, read_list, write_list
+from crossmr.paths import check_model
 from crossmr.tensors import seeded
 
 FORMAT = "crossmr-model"
@@ -343,7 +343,7 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
         ModelError: it is missing, damaged, of another version, or its weights do not fit its configuration.
     """
     folder = Path(folder)
-    _check_folder(folder)
+    check_model(folder)
     tensors, data = load_bundle(folder, "config")
     _check_record(folder, data)
     extras = {name: tensors.pop(name, {}) for name in EXTRAS}
@@ -366,16 +366,6 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
     model.baselines, model.calibration = dict(extras["baselines"]), dict(extras["calibration"])
     model.record, model.patients = {"sha256": digest(data), "training": data["training"]}, read_list(folder)
     return model.to(device).eval().requires_grad_(False)
-
-
-def _check_folder(folder: Path) -> None:
-    if os.path.exists(folder / "config.json"):  # unlike Path.exists, of a name that is too long as well
-        return
-    nested = folder / "model" / "config.json"
-    hint = f"Did you mean {nested.parent}?" if os.path.exists(nested) else "Train one with: crossmr train SET -o RUN"
-    if folder.suffix == ".zip":
-        hint = f"If it is an exported one: crossmr models import {folder}"
-    raise ModelError(f"{folder} is no model: it has no config.json. {hint}")
 
 
 def _check_record(folder: Path, data: Mapping[str, Any]) -> None:
