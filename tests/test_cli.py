@@ -161,6 +161,19 @@ def test_commands_are_listed_in_the_order_of_use():
     assert listed == ["complete", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo"]
 
 
+@pytest.mark.parametrize("verb", ["complete", "evaluate", "train"])
+def test_expert_options_have_a_panel_of_their_own(verb):
+    basic, expert = crossmr(verb, "--help").stdout.split("─ Expert ─")
+    expected = {
+        "complete": {"guidance", "reference", "ddim-steps", "samples", "seed", "precision"},
+        "evaluate": {"guidance", "ddim-steps", "samples", "seed", "precision"},
+        "train": {"stage", "steps", "set", "seed", "precision"},
+    }
+    assert set(re.findall(r"^│ +--([a-z-]+)", expert, flags=re.MULTILINE)) == expected[verb]
+    assert "--out" in basic
+    assert ("─ DICOM ─" in basic) == (verb == "complete")
+
+
 def test_the_version_is_crossmrs_torchs_and_pythons():
     code = (
         "import sys; from crossmr.cli import main; sys.argv = ['crossmr', '--version']\n"
@@ -195,7 +208,8 @@ def test_the_first_line_of_a_training_waits_for_nothing_heavy(tmp_path):
 
 
 def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path):
-    result = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--ddim-steps", 4)
+    spelt = ("--targets", "FLAIR,T1ce")  # in usual words, not in codes
+    result = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--ddim-steps", 4, *spelt)
     assert result.returncode == 0, result.stderr
     assert "synthesised t1c, t2f" in result.stdout
     assert "no finding" in result.stdout
@@ -207,7 +221,7 @@ def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path)
         np.testing.assert_array_equal(written.affine, reference.affine)
         assert written.header["descrip"].item().startswith(b"SYNTHETIC t2f by crossmr")
         assert json.loads((tmp_path / case / "manifest.json").read_text())["settings"]["ddim_steps"] == 4
-    again = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--ddim-steps", 4)
+    again = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--ddim-steps", 4, *spelt)
     assert again.returncode == 0
     assert "2 cases were finished before" in again.stdout
 
@@ -338,7 +352,7 @@ def test_unknown_names(cohort, model, tmp_path):
     out = ("-o", tmp_path / "out")
     refused(crossmr("complete", cohort, *out, "--model", model, "--targets", "t1x"), "'t1x' is no modality", "t1n")
     refused(
-        crossmr("complete", cohort, *out, "--model", model, "--targets", "t1n"),
+        crossmr("complete", cohort, *out, "--model", model, "--targets", "FLAIR,T1"),
         "cannot synthesise t1n",
         "t1c, t2f",
     )

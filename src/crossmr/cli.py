@@ -34,41 +34,55 @@ class Verbs(TyperGroup):
 app = typer.Typer(
     name="crossmr",
     cls=Verbs,
-    help="Completes brain MRI: synthesises the missing contrasts of a study. Research use only; not a medical device.",
+    help="Synthesise the missing contrasts of brain MRI studies. Contrasts are t1n (T1), t1c (T1ce), t2w (T2) and t2f "
+    "(FLAIR), in any usual spelling. Research use only; not a medical device.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 KEPT = 2**30
 """Bytes: freed memory up to this is kept, and blocks up to this come from it."""
+DICOM, EXPERT = "DICOM", "Expert"
+"""Panels of the help."""
+
 Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Precision = Annotated[str, typer.Option(help="auto (bfloat16 where the hardware has it), bfloat16 or float32.")]
-Samples = Annotated[
-    int | None,
-    typer.Option(help="Guided syntheses to average, with --guidance sample."),
+Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.")]
+Targets = Annotated[
+    str | None, typer.Option(help="Contrasts to synthesise, e.g. t1c,t2f or T1ce,FLAIR; by default every one.")
 ]
-DdimSteps = Annotated[int, typer.Option("--ddim-steps", help="DDIM steps of the sampled representation.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Mapping = Annotated[
     list[str] | None,
     typer.Option(
         "--map",
-        metavar="MOD=GLOB",
-        help="Name the files yourself, e.g. --map t1n='*_MPRAGE.nii.gz'; repeatable.",
+        metavar="CONTRAST=GLOB",
+        help="Say which file names are a contrast, e.g. --map t1n='*_MPRAGE.nii.gz'; repeatable.",
     ),
 ]
 Register = Annotated[
-    bool, typer.Option("--register", help="Move each study's volumes rigidly onto the first one's grid (SimpleITK).")
+    bool, typer.Option("--register", help="Register each study's volumes rigidly to its first one (SimpleITK).")
 ]
 Patients = Annotated[
     Path | None,
     typer.Option(metavar="CSV", help="Whose each study is: columns case, patient and, to fix the splits, part."),
 ]
 KeepNames = Annotated[
-    bool, typer.Option("--keep-names", help="Call cases of DICOM by patient ID and date, rather than by hashes.")
+    bool,
+    typer.Option(
+        "--keep-names", help="Name cases by patient ID and date instead of pseudonyms.", rich_help_panel=DICOM
+    ),
 ]
-Targets = Annotated[str | None, typer.Option(help="Modalities wanted, e.g. t1c,t2f.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", rich_help_panel=EXPERT)]
+Precision = Annotated[
+    str,
+    typer.Option(help="auto (bfloat16 if the hardware has it), bfloat16 or float32.", rich_help_panel=EXPERT),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Number of guided syntheses to average, with --guidance sample.", rich_help_panel=EXPERT),
+]
+DdimSteps = Annotated[
+    int, typer.Option("--ddim-steps", help="DDIM steps that sample the guidance.", rich_help_panel=EXPERT)
+]
 
 
 def _say_version(asked: bool) -> None:
@@ -94,30 +108,38 @@ def complete(
     study_or_cohort: Annotated[Path, typer.Argument(help="Folder of one study or of many, NIfTI or DICOM.")],
     out: Out,
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a trained model, or the name of a registered one; else the default.")
+        Path | None,
+        typer.Option(help="Folder or name of a model; by default the shipped model."),
     ] = None,
     targets: Targets = None,
+    keep_names: KeepNames = False,
     guidance: Annotated[
         str | None,
-        typer.Option(help="sample, unconditional, reference or none; by default what the model was trained with."),
+        typer.Option(
+            help="sample, unconditional, reference or none; by default what the model was trained with.",
+            rich_help_panel=EXPERT,
+        ),
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Study whose real scans guide: an earlier visit, or the site's protocol.")
+        Path | None,
+        typer.Option(
+            help="Study whose acquired scans guide, with --guidance reference, e.g. an earlier visit.",
+            rich_help_panel=EXPERT,
+        ),
     ] = None,
     ddim_steps: DdimSteps = 50,
     samples: Samples = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Complete finished cases again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of finished cases.")] = False,
     mapping: Mapping = None,
     register: Register = False,
     profile: Annotated[
-        str, typer.Option(help="labelled; challenge: BraSyn's flat folder; or bids: a BIDS derivative.")
+        str, typer.Option(help="Layout of OUT: labelled, challenge (BraSyn's flat folder) or bids (a BIDS derivative).")
     ] = "labelled",
-    keep_names: KeepNames = False,
 ) -> None:
-    """Synthesise what is missing, on each study's exact grid, marked SYNTHETIC."""
+    """Synthesise the missing contrasts of one study or many. The same command again goes on where it stopped."""
     check_studies(study_or_cohort)
     if reference is not None:
         check_studies(reference)
@@ -172,16 +194,16 @@ def _say_summary(summary: "CohortSummary", out: Path, display: "Display") -> Non
 
 @app.command()
 def view(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="What 'crossmr complete' wrote.")],
-    case: Annotated[str | None, typer.Argument(help="One of its cases; by default the first.")] = None,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that 'crossmr complete' wrote.")],
+    case: Annotated[str | None, typer.Argument(help="Case to show; by default the first.")] = None,
     scans: Annotated[
         Path | None,
-        typer.Option(help="Folder of acquired scans: moved ones, or such as hold the truth of what was synthesised."),
+        typer.Option(help="Folder of the acquired scans, if they have moved, or if they include the truth."),
     ] = None,
     mapping: Mapping = None,
-    opened: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+    opened: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
-    """Look at a completed study: a page with everything in it, synthesis against truth, standard deviations over it."""
+    """Show a completed study in a browser: acquired and synthetic volumes, and the truth where it is known."""
     check_completed(out)
     if scans is not None:
         check_studies(scans)
@@ -206,12 +228,18 @@ def evaluate(
     out: Out,
     part: Annotated[str, typer.Option(help="Split of a prepared set: train, val or test.")] = "test",
     every_subset: Annotated[
-        bool, typer.Option("--every-subset", help="Any-subset models: from every subset, not only from all but one.")
+        bool,
+        typer.Option(
+            "--every-subset",
+            help="With a model of any subset: synthesise from every subset, not only from all but one.",
+        ),
     ] = False,
     against: Annotated[
-        Path | None, typer.Option(metavar="MODEL", help="Measure another model beside it, e.g. an unguided baseline.")
+        Path | None, typer.Option(metavar="MODEL", help="Second model to measure on the same patients.")
     ] = None,
-    guidance: Annotated[list[str] | None, typer.Option(help="Measure this guidance too; repeatable.")] = None,
+    guidance: Annotated[
+        list[str] | None, typer.Option(help="Guidance to measure as well; repeatable.", rich_help_panel=EXPERT)
+    ] = None,
     ddim_steps: DdimSteps = 50,
     samples: Samples = None,
     seed: Seed = 0,
@@ -221,7 +249,7 @@ def evaluate(
     register: Register = False,
     patients: Patients = None,
 ) -> None:
-    """Hide each target in turn, synthesise it, and measure, beside another model and the baselines."""
+    """Measure a model: hide each target, synthesise it, and compare it with the truth and with baselines."""
     _check_model(model)
     if against is not None:
         _check_model(against)
@@ -266,11 +294,13 @@ def evaluate(
 
 @app.command()
 def prepare(
-    cohort: Annotated[list[Path], typer.Argument(help="Folder(s) of studies: BraTS, UPenn-GBM, IXI or BIDS names.")],
+    cohort: Annotated[
+        list[Path], typer.Argument(help="Folders of studies, named as in BraTS, UPenn-GBM, IXI or BIDS.")
+    ],
     out: Out,
-    split: Annotated[str, typer.Option(help="Train/val/test, percent of patients.")] = "70/10/20",
+    split: Annotated[str, typer.Option(help="Percent of patients for training, validation and test.")] = "70/10/20",
     seed: Seed = 0,
-    workers: Annotated[int, typer.Option(help="Processes; 0 for one a processor.")] = 0,
+    workers: Annotated[int, typer.Option(help="Number of processes; 0 for one per processor.")] = 0,
     mapping: Mapping = None,
     register: Register = False,
     prune: Annotated[
@@ -278,7 +308,7 @@ def prepare(
     ] = False,
     patients: Patients = None,
 ) -> None:
-    """Check, normalise and crop a cohort into a set that trains fast. Run again, it goes on where it stopped."""
+    """Check, normalise and crop a cohort into a prepared dataset. The same command again goes on where it stopped."""
     for folder in cohort:
         check_studies(folder)
     check_output(out)
@@ -301,33 +331,36 @@ def prepare(
 
 @app.command()
 def train(
-    prepared: Annotated[Path, typer.Argument(metavar="SET", help="A set made by 'crossmr prepare'.")],
+    prepared: Annotated[Path, typer.Argument(metavar="SET", help="Dataset that 'crossmr prepare' wrote.")],
     out: Out,
     recipe: Annotated[
-        str | None, typer.Option(help="standard, any, paper or tiny; by default standard, or that of --start.")
+        str | None, typer.Option(help="standard, any, paper or tiny; by default standard, or the recipe of --start.")
     ] = None,
     start: Annotated[
         Path | None,
-        typer.Option(metavar="MODEL", help="Go on from a trained model's weights, e.g. 'default', on other patients."),
+        typer.Option(metavar="MODEL", help="Model to start from, e.g. 'default'."),
     ] = None,
-    sources: Annotated[str | None, typer.Option(help="Modalities to read, e.g. t1n,t2w.")] = None,
+    sources: Annotated[str | None, typer.Option(help="Contrasts to synthesise from, e.g. t1n,t2w or T1,T2.")] = None,
     targets: Targets = None,
-    stage: Annotated[list[str] | None, typer.Option(help="Train this stage alone; repeatable.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps of every stage.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Wall time of the whole training.")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Stage to train, instead of all; repeatable.", rich_help_panel=EXPERT)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of every stage.", rich_help_panel=EXPERT)] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes that the whole training may take.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change a recipe, e.g. --set synthesis.channels=32; repeatable.",
+            help="Setting of the recipe to change, e.g. synthesis.channels=32; repeatable.",
+            rich_help_panel=EXPERT,
         ),
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train the networks. The same command again goes on where it stopped."""
+    """Train a model. The same command again goes on where it stopped."""
     check_prepared(prepared)
     check_output(out)
     if start is not None:
@@ -366,7 +399,7 @@ def train(
     display.say(f"model: {model}" if (model / "config.json").exists() else f"no model yet: {model} needs every stage")
 
 
-models = typer.Typer(help="The registered models: list, verify, import from a file, export to one, remove.")
+models = typer.Typer(help="List, verify, import, export and remove registered models.")
 app.add_typer(models, name="models")
 
 
@@ -397,7 +430,7 @@ def list_models(context: typer.Context) -> None:
 
 @models.command()
 def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by default all.")] = None) -> None:
-    """Check every hash and every weight of a model, or of all."""
+    """Check all hashes and weights of a model, or of every registered one."""
     from crossmr.display import Display
     from crossmr.registry import find_model, known_models
 
@@ -417,9 +450,9 @@ def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by d
 @models.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="An exported model, or a model's folder.")],
-    name: Annotated[str | None, typer.Option(help="What to call it; by default the file's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name to register it under; by default the file's name.")] = None,
 ) -> None:
-    """Check a model and keep it, to be named with --model."""
+    """Check a model and register it, for --model NAME."""
     from crossmr.display import Display
     from crossmr.registry import import_model
 
@@ -462,10 +495,14 @@ def convert(
     keep_names: KeepNames = False,
     mapping: Annotated[
         list[str] | None,
-        typer.Option("--map", metavar="MOD=GLOB", help="Tell series by their descriptions, e.g. --map t1c='*GD*'."),
+        typer.Option(
+            "--map",
+            metavar="CONTRAST=GLOB",
+            help="Say which series descriptions are a contrast, e.g. --map t1c='*GD*'; repeatable.",
+        ),
     ] = None,
 ) -> None:
-    """Sort a folder of DICOM and convert it into studies of NIfTI, for every other verb ('complete' does it itself)."""
+    """Sort DICOM and convert it to studies of NIfTI for the other commands; 'complete' also takes DICOM itself."""
     check_studies(folder)
     check_output(out)
     names = _mapping(mapping)
@@ -488,13 +525,16 @@ def convert(
 
 @app.command()
 def nnunet(
-    cohort: Annotated[Path, typer.Argument(help="The folder of studies that was completed.")],
-    completed: Annotated[Path, typer.Argument(help="What 'crossmr complete' wrote.")],
+    cohort: Annotated[Path, typer.Argument(help="Folder of the studies that were completed.")],
+    completed: Annotated[Path, typer.Argument(help="Folder that 'crossmr complete' wrote.")],
     out: Out,
-    modalities: Annotated[str | None, typer.Option(help="Channels in their order; by default all there are.")] = None,
+    modalities: Annotated[
+        str | None,
+        typer.Option(help="Contrasts that become channels, in this order; by default all that any case has."),
+    ] = None,
     mapping: Mapping = None,
 ) -> None:
-    """Write acquired and synthetic volumes together as a dataset for nnU-Net."""
+    """Write acquired and synthetic volumes as a dataset for nnU-Net."""
     check_studies(cohort)
     check_completed(completed)
     check_output(out)
@@ -511,7 +551,7 @@ def nnunet(
 
 @app.command()
 def demo(out: Out, seed: Seed = 0) -> None:
-    """A phantom completed with the shipped weights; then a small training, completion and evaluation, in minutes."""
+    """Try everything on phantoms in minutes: complete one, then prepare, train, complete and evaluate."""
     check_output(out)
     from crossmr.demo import demo as run
     from crossmr.display import Display
