@@ -223,7 +223,7 @@ def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path)
         assert json.loads((tmp_path / case / "manifest.json").read_text())["settings"]["ddim_steps"] == 4
     again = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--ddim-steps", 4, *spelt)
     assert again.returncode == 0
-    assert "2 cases were finished before" in again.stdout
+    assert again.stdout.splitlines()[-1].startswith("2 studies: 0 failed, 2 finished before; in ")
 
 
 def test_a_bad_patient_is_reported_and_the_others_finished(cohort, study, model, tmp_path):
@@ -231,8 +231,27 @@ def test_a_bad_patient_is_reported_and_the_others_finished(cohort, study, model,
     rewrite(image(study, "t1n"), np.zeros_like)
     result = crossmr("complete", study.parent, "-o", tmp_path / "out", "--model", model)
     refused(result, study.name, "t1n is all zero", "Export it again")
-    assert "1 cases completed" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("2 studies: 1 failed, 1 synthesised; in ")
     assert not (tmp_path / "out" / study.name).exists()
+
+
+def test_the_summary_counts_every_study_once_and_failures_first(cohort, study, model, tmp_path):
+    """One fails, one has nothing to be made from, one has everything, one is synthesised, one was finished before."""
+    folder = study.parent
+    write_cohort(folder, 3, seed=3, **GRID)  # the first is the one that was copied, complete now
+    one, two, three = sorted(path.name for path in folder.iterdir())
+    for path in [*(folder / two).glob("*-t1c*"), *(folder / two).glob("*-t1n*")]:
+        path.unlink()
+    rewrite(folder / three / f"{three}-t1n.nii.gz", np.zeros_like)
+    fourth = Path(shutil.copytree(sorted(cohort.iterdir())[0], folder / "fourth"))
+    for path in fourth.iterdir():
+        path.rename(path.with_name(path.name.replace(one, "fourth")))
+    result = crossmr("complete", folder, "-o", tmp_path / "out", "--model", model)
+    expected = "4 studies: 1 failed, 1 not synthesised, 1 synthesised, 1 already complete; in "
+    assert result.stdout.splitlines()[-1].startswith(expected), result.stdout
+    assert f"{two}: t1c not synthesised: the model needs t1n, t2w, and t1n is missing" in result.stdout
+    again = crossmr("complete", folder, "-o", tmp_path / "out", "--model", model)
+    assert again.stdout.splitlines()[-1].startswith("4 studies: 1 failed, 3 finished before; in ")
 
 
 def spoil_truncated(study: Path) -> None:
@@ -393,7 +412,8 @@ def test_prepare_evaluate_and_mapping(tmp_path, model):
         "prepare", tmp_path / "whole", "-o", tmp_path / "set", "--workers", 1, "--split", "34/33/33", *globs
     )
     assert result.returncode == 0, result.stderr
-    assert "3 studies of 3 patients (train 1, val 1, test 1)" in result.stdout
+    assert "3 studies of 3 patients (train 1, val 1, test 1)\n" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("3 studies: 0 failed, 3 prepared; in ")
     result = crossmr("evaluate", model, tmp_path / "set", "-o", tmp_path / "evaluation", "--guidance", "unconditional")
     assert result.returncode == 0, result.stderr
     assert "guided: sample" in result.stdout

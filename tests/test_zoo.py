@@ -860,6 +860,8 @@ def viewing(*options: object, place: str = "out") -> Build:
 
 
 def nnunet(bench: Bench) -> Sequence[object]:
+    (bench.folder / "completed" / "other").mkdir(parents=True)
+    (bench.folder / "completed" / "other" / "manifest.json").write_text('{"synthetic": {}}')
     cohort = bench.folder / "cohort"
     return ["nnunet", cohort if cohort.exists() else bench.cohort(), bench.folder / "completed", "-o", bench.out]
 
@@ -1085,7 +1087,7 @@ CALLS: list[Kind] = [
          r"m exists; name another file"),
     Kind("export of a broken model", lambda b: ["models", "export", b.folder, b.out / "m.zip"],
          r"is no model: .*Train one"),
-    Kind("verify a broken model", lambda b: ["models", "verify", b.folder], r"refused: .* is no model: .*Train one"),
+    Kind("verify a broken model", lambda b: ["models", "verify", b.folder], r"failed: .* is no model: .*Train one"),
     # the prepared set
     Kind("set missing", lambda b: b.train(prepared=b.folder / "set"), r"is no prepared dataset: .*Make one with"),
     Kind("set without a manifest", lambda b: b.train(prepared=b.folder),
@@ -1127,7 +1129,7 @@ CALLS: list[Kind] = [
     Kind("JPEG cut short", scanned(cut(300), alone=False, habit="JPEG-LS"), r"series 1 .*Export it again", "scanned"),
     Kind("no pixels", scanned(tags(PixelData=None), alone=False), r"series 1 .*Export it again", "scanned"),
     Kind("JPEG cut short to convert", scanned(cut(300), "convert", False, habit="JPEG-LS"),
-         r"refused: .*series 1", "converted"),
+         r"failed: .*series 1", "converted"),
     Kind("disk full at a DICOM series", scanned_disk(failing(DISK, "_dicom$", times=1)), FULL + r".*Check", "scanned"),
     # the recipe
     Kind("unknown recipe", training("--recipe", "huge"),
@@ -1199,11 +1201,11 @@ CALLS: list[Kind] = [
     Kind("unknown device", plain("--device", "tpu"), r"--device is 'tpu'; wanted auto, cpu"),
     Kind("device that is not there", plain("--device", "cuda:77"), r"--device is 'cuda:77', but .* have only: cpu"),
     Kind("unknown precision", plain("--precision", "float8"), r"--precision is 'float8'; wanted one of auto"),
-    Kind("nothing to view", viewing(place="gone"), r"holds no completed case.*; it has none"),
+    Kind("nothing to view", viewing(place="gone"), r"gone does not exist\. Name a folder that 'crossmr complete' wrote"),
     Kind("view of a foreign manifest", with_file("out/P1/manifest.json", "{}", viewing("P1")), r"P1.*crossmr", "begun"),
     Kind("foreign manifest for nnU-Net", with_file("completed/P1/manifest.json", "{}", nnunet),
          r"crossmr complete", "exported"),
-    Kind("two T1 for nnU-Net", two_t1, r"P1 left out: .*2 files claim to be t1n: .* Keep one", "exported"),
+    Kind("two T1 for nnU-Net", two_t1, r"P1 excluded: .*2 files claim to be t1n: .* Keep one", "exported"),
     Kind("nothing completed for nnU-Net", lambda b: [*nnunet(b), "--modalities", "t1c"],
          r"it lacks t1c; complete it first"),
 ]

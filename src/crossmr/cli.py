@@ -5,6 +5,7 @@ import io
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,7 +51,7 @@ Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU if ther
 Targets = Annotated[
     str | None, typer.Option(help="Contrasts to synthesise, e.g. t1c,t2f or T1ce,FLAIR; by default every one.")
 ]
-Mapping = Annotated[
+Names = Annotated[
     list[str] | None,
     typer.Option(
         "--map",
@@ -133,7 +134,7 @@ def complete(
     device: Device = "auto",
     precision: Precision = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of finished cases.")] = False,
-    mapping: Mapping = None,
+    mapping: Names = None,
     register: Register = False,
     profile: Annotated[
         str, typer.Option(help="Layout of OUT: labelled, challenge (BraSyn's flat folder) or bids (a BIDS derivative).")
@@ -165,13 +166,13 @@ def complete(
     )
     options = CohortSettings(names, overwrite, profile, keep_names)  # type: ignore[arg-type]
     summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
-    _say_summary(summary, out, display)
-    display.say(f"to look at: {report_completion(out)}")
-    _report_failures(summary.failed, "failed")
+    _say_summary(summary, display)
+    display.say(f"report: {report_completion(out)}")
+    _finish(display, "studies", summary.counts, summary.failed, f"in {out}; research use only")
 
 
-def _say_summary(summary: "CohortSummary", out: Path, display: "Display") -> None:
-    """What became of each case, then the counts."""
+def _say_summary(summary: "CohortSummary", display: "Display") -> None:
+    """What became of each case that did not fail."""
     from crossmr.completion.study import ENHANCEMENT
 
     for case, modalities in summary.completed.items():
@@ -181,15 +182,13 @@ def _say_summary(summary: "CohortSummary", out: Path, display: "Display") -> Non
             display.say(f"{case}: warning: {note}")
     for case, reasons in summary.not_filled.items():
         for modality, reason in reasons.items():
-            display.say(f"{case}: {modality} not filled: {reason}")
-    if summary.complete:
-        display.say(f"{len(summary.complete)} cases were complete")
+            display.say(f"{case}: {modality} not synthesised: {reason}")
     if summary.skipped:
-        display.say(f"{len(summary.skipped)} cases were finished before; --overwrite completes them again")
+        display.say(
+            f"Studies that were finished before are skipped ({len(summary.skipped)}); --overwrite replaces them."
+        )
     if any("t1c" in modalities for modalities in summary.completed.values()):
         display.say(f"Note: {ENHANCEMENT}")
-    left = len(summary.not_filled.keys() - summary.completed.keys())
-    display.say(f"{len(summary.completed)} cases completed in {out}, {left} could not be; research use only")
 
 
 @app.command()
@@ -200,7 +199,7 @@ def view(
         Path | None,
         typer.Option(help="Folder of the acquired scans, if they have moved, or if they include the truth."),
     ] = None,
-    mapping: Mapping = None,
+    mapping: Names = None,
     opened: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
     """Show a completed study in a browser: acquired and synthetic volumes, and the truth where it is known."""
@@ -245,7 +244,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
-    mapping: Mapping = None,
+    mapping: Names = None,
     register: Register = False,
     patients: Patients = None,
 ) -> None:
@@ -287,9 +286,9 @@ def evaluate(
         display.print_tables([uncertainty_table(result["uncertainty"])])
     for warning in overlap_warnings(result):
         display.say(f"Warning: {warning}")
-    display.say(f"{len(result['cases'])} cases measured; every number is in {out}")
-    display.say(f"to look at: {report_evaluation(out)}")
-    _report_failures(result["failed"], "failed")
+    display.say(f"report: {report_evaluation(out)}")
+    counts = {"failed": len(result["failed"]), "measured": len(result["cases"])}
+    _finish(display, "studies", counts, result["failed"], f"every number is in {out}")
 
 
 @app.command()
@@ -301,7 +300,7 @@ def prepare(
     split: Annotated[str, typer.Option(help="Percent of patients for training, validation and test.")] = "70/10/20",
     seed: Seed = 0,
     workers: Annotated[int, typer.Option(help="Number of processes; 0 for one per processor.")] = 0,
-    mapping: Mapping = None,
+    mapping: Names = None,
     register: Register = False,
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete prepared cases that are not in the cohorts any more.")
@@ -324,9 +323,10 @@ def prepare(
     manifest = run(cohort, out, settings, display=display)
     found, parts = manifest["fingerprint"], manifest["split"]
     counts = ", ".join(f"{part} {len(parts[part])}" for part in ("train", "val", "test"))
-    display.say(f"{found['studies']} studies of {found['patients']} patients ({counts}) in {out}")
-    display.say("modalities: " + ", ".join(f"{m} {n}" for m, n in found["modalities"].items()))
-    _report_failures(manifest["refused"] and {r["case"]: r["reason"] for r in manifest["refused"]}, "refused")
+    display.say(f"{found['studies']} studies of {found['patients']} patients ({counts})")
+    display.say("contrasts: " + ", ".join(f"{m} {n}" for m, n in found["modalities"].items()))
+    failed = {entry["case"]: entry["reason"] for entry in manifest["refused"]}
+    _finish(display, "studies", {"failed": len(failed), "prepared": found["studies"]}, failed, f"in {out}")
 
 
 @app.command()
@@ -444,7 +444,9 @@ def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by d
             Display().say(f"{one}: whole, {record['sha256'][:12]}")
         except CrossmrError as error:
             broken[one] = str(error)
-    _report_failures(broken, "refused")
+    _name_failures(broken, "failed")
+    if broken:
+        raise typer.Exit(1)
 
 
 @models.command("import")
@@ -515,12 +517,12 @@ def convert(
         for modality, series in scans.series.items():
             display.say(f"{scans.case}: {series.name} is {modality} ({series.why})")
         for name, why in scans.left_out.items():
-            display.say(f"{scans.case}: {name} left out: {why}")
+            display.say(f"{scans.case}: {name} excluded: {why}")
         for note in scans.notes:
             display.say(f"{scans.case}: warning: {note}")
-    refused = {scans.case: scans.refused for scans in found if scans.refused}
-    display.say(f"{len(found) - len(refused)} studies in {out}")
-    _report_failures(refused, "refused")
+    failed = {scans.case: scans.refused for scans in found if scans.refused}
+    counts = {"failed": len(failed), "converted": len(found) - len(failed)}
+    _finish(display, "studies", counts, failed, f"in {out}")
 
 
 @app.command()
@@ -532,7 +534,7 @@ def nnunet(
         str | None,
         typer.Option(help="Contrasts that become channels, in this order; by default all that any case has."),
     ] = None,
-    mapping: Mapping = None,
+    mapping: Names = None,
 ) -> None:
     """Write acquired and synthetic volumes as a dataset for nnU-Net."""
     check_studies(cohort)
@@ -545,8 +547,10 @@ def nnunet(
     record = export_nnunet(cohort, completed, out, modalities=wanted, mapping=names)
     filled = sum(bool(channels) for channels in record["synthetic"].values())
     channels = ", ".join(record["channels"])
-    Display().say(f"{len(record['synthetic'])} cases in {out}, {filled} with synthetic channels; channels {channels}")
-    _report_failures(record["left_out"], "left out")
+    excluded, display = record["left_out"], Display()
+    display.say(f"channels: {channels}; {filled} cases have synthetic ones")
+    counts = {"excluded": len(excluded), "written": len(record["synthetic"])}
+    _finish(display, "cases", counts, excluded, f"in {out}")
 
 
 @app.command()
@@ -585,12 +589,22 @@ def _stop(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _report_failures(failures: Any, word: str) -> None:
-    """Name each study that went wrong, and end with exit code 1 if any did."""
+def _finish(display: "Display", what: str, counts: Mapping[str, int], failures: Mapping[str, str], where: str) -> None:
+    """Name each failure; say in one sentence what became of all, failures first; exit with 1 if there are any.
+
+    `counts` is outcome → number; the first outcome is that of `failures`.
+    """
+    word, *others = counts
+    _name_failures(failures, word)
+    told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in (word, *(o for o in others if counts[o])))
+    display.say(f"{sum(counts.values())} {what}: {told}; {where}")
     if failures:
-        for case, reason in failures.items():
-            print(" ".join(f"{case} {word}: {reason}".split()), file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _name_failures(failures: Mapping[str, str], word: str) -> None:
+    for case, reason in failures.items():
+        print(" ".join(f"{case} {word}: {reason}".split()), file=sys.stderr)
 
 
 def _check_model(model: Path | None) -> None:

@@ -90,6 +90,17 @@ class CohortSummary:
         if manifest["not_filled"]:
             self.not_filled[case] = manifest["not_filled"]
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the cases → how many; every case counts once, and failures come first."""
+        return {
+            "failed": len(self.failed),
+            "not synthesised": len(self.not_filled.keys() - self.completed.keys() - set(self.skipped)),
+            "synthesised": len(self.completed),
+            "already complete": len(self.complete),
+            "finished before": len(self.skipped),
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class _Run:

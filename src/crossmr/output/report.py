@@ -99,10 +99,10 @@ def report_completion(out: Path) -> Path:
     body = {
         "title": "Completed studies",
         "counts": {
-            "completed": sum(bool(case["synthetic"]) for case in cases),
-            "already complete": sum(not case["synthetic"] and not case["not_filled"] for case in cases),
-            "with gaps left": sum(bool(case["not_filled"]) for case in cases),
             "failed": len(cohort["failed"]),
+            "not synthesised": sum(bool(case["not_filled"]) and not case["synthetic"] for case in cases),
+            "synthesised": sum(bool(case["synthetic"]) for case in cases),
+            "already complete": sum(not case["synthetic"] and not case["not_filled"] for case in cases),
         },
         "warnings": [DISCLAIMER, *([ENHANCEMENT] if "t1c" in synthesised else [])],
         "cases": cases,
