@@ -8,8 +8,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -154,6 +156,44 @@ def test_a_wrong_path_is_refused_before_anything_heavy_is_imported(tmp_path):
     assert len(messages) == len(commands), done.stderr
     for command, message in zip(commands, messages, strict=True):
         assert re.search("gone|no/model|file|t1x|^crossmr: [.] ", message), (command, message)
+
+
+STOPPED = {
+    "complete": ("crossmr.completion.cohort.complete_cohort", "complete COHORT -o out", "goes on where it stopped"),
+    "prepare": ("crossmr.data.prepare.prepare", "prepare COHORT -o out", "goes on where it stopped"),
+    "train": ("crossmr.training.run.train", "train SET -o out", "goes on where it stopped"),
+    "convert": ("crossmr.dicom.convert.convert", "convert COHORT -o out", "goes on where it stopped"),
+    "evaluate": ("crossmr.evaluation.evaluate.evaluate", "evaluate default COHORT -o out", "starts again"),
+    "demo": ("crossmr.demo.demo", "demo -o out", "starts again"),
+}
+
+
+@pytest.mark.parametrize("verb", STOPPED)
+def test_ctrl_c_says_whether_the_same_command_goes_on(verb, cohort, tmp_path, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    function, command, goes_on = STOPPED[verb]
+    monkeypatch.setattr(function, stop)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SET").mkdir()
+    (tmp_path / "SET" / "manifest.json").write_text("{}")
+    result = crossmr(*command.replace("COHORT", str(cohort)).split())
+    refused(result, f"crossmr: {verb} was stopped; the same command {goes_on}.", code=130)
+
+
+def test_prepare_stopped_by_ctrl_c_in_a_terminal_goes_on(tmp_path):
+    """The signal reaches the processes that prepare studies too; none of them complains."""
+    write_cohort(tmp_path / "cohort", 6, seed=2, **GRID)
+    command = [sys.executable, "-c", "from crossmr.cli import main; main()", "prepare", "cohort", "-o", "set"]
+    command += ["--workers", "2"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.glob("set/cases/*/case.json")) and running.poll() is None:
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.communicate()[1] == "crossmr: prepare was stopped; the same command goes on where it stopped.\n"
+    assert running.returncode == 130
+    assert not (tmp_path / "set" / "manifest.json").exists()
 
 
 def test_commands_are_listed_in_the_order_of_use():

@@ -1201,7 +1201,7 @@ CALLS: list[Kind] = [
     Kind("unknown device", plain("--device", "tpu"), r"--device is 'tpu'; wanted auto, cpu"),
     Kind("device that is not there", plain("--device", "cuda:77"), r"--device is 'cuda:77', but .* have only: cpu"),
     Kind("unknown precision", plain("--precision", "float8"), r"--precision is 'float8'; wanted one of auto"),
-    Kind("nothing to view", viewing(place="gone"), r"gone does not exist\. Name a folder that 'crossmr complete' wrote"),
+    Kind("nothing to view", viewing(place="gone"), r"gone does not exist\. Name a folder that 'crossmr"),
     Kind("view of a foreign manifest", with_file("out/P1/manifest.json", "{}", viewing("P1")), r"P1.*crossmr", "begun"),
     Kind("foreign manifest for nnU-Net", with_file("completed/P1/manifest.json", "{}", nnunet),
          r"crossmr complete", "exported"),

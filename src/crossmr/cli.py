@@ -24,8 +24,25 @@ ORDER = ("complete", "view", "evaluate", "prepare", "train", "models", "convert"
 """The commands as the help lists them: in the order in which they are used."""
 
 
+CONTINUED = ("complete", "prepare", "train", "convert")
+"""The commands that keep what is finished, so that the same command goes on after it was stopped."""
+
+
 class Verbs(TyperGroup):
     """The commands of crossmr, in the order of use."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; Ctrl-C becomes an error that says whether the same command goes on.
+
+        Raises:
+            Interrupted: on Ctrl-C.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            verb = ctx.invoked_subcommand
+            goes_on = "goes on where it stopped" if verb in CONTINUED else "starts again"
+            raise Interrupted(f"{verb} was stopped; the same command {goes_on}.") from error
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the commands, in the order of `ORDER`."""

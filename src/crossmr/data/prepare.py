@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import os
+import signal
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -332,7 +333,9 @@ def _each(
     if settings.workers <= 1:
         yield from ((study, prepare_case(study, out, settings.register)) for study in studies)
         return
-    with ProcessPoolExecutor(min(settings.workers, len(studies)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        min(settings.workers, len(studies)), mp_context=get_context("spawn"), initializer=_let_finish
+    ) as pool:
         futures = {pool.submit(prepare_case, study, out, settings.register): study for study in studies}
         try:
             for future in as_completed(futures):
@@ -340,6 +343,11 @@ def _each(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _let_finish() -> None:
+    """Let the study in progress finish on Ctrl-C, which reaches all processes; the parent process ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def prepare_case(files: StudyFiles, out: Path, register: RegistrationMode = "never") -> dict[str, Any] | str:
