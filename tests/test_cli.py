@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import os
@@ -203,7 +204,9 @@ def test_commands_are_listed_in_the_order_of_use():
 
 @pytest.mark.parametrize("verb", ["complete", "evaluate", "train"])
 def test_expert_options_have_a_panel_of_their_own(verb):
-    basic, expert = crossmr(verb, "--help").stdout.split("─ Expert ─")
+    basic, _, rest = crossmr(verb, "--help").stdout.partition("─ Expert ─")
+    expert, _, messages = rest.partition("─ Messages ─")
+    assert "--debug" in messages
     expected = {
         "complete": {"guidance", "reference", "ddim-steps", "samples", "seed", "precision"},
         "evaluate": {"guidance", "ddim-steps", "samples", "seed", "precision"},
@@ -290,8 +293,48 @@ def test_the_summary_counts_every_study_once_and_failures_first(cohort, study, m
     expected = "4 studies: 1 failed, 1 not synthesised, 1 synthesised, 1 already complete; in "
     assert result.stdout.splitlines()[-1].startswith(expected), result.stdout
     assert f"{two}: t1c not synthesised: the model needs t1n, t2w, and t1n is missing" in result.stdout
-    again = crossmr("complete", folder, "-o", tmp_path / "out", "--model", model)
-    assert again.stdout.splitlines()[-1].startswith("4 studies: 1 failed, 3 finished before; in ")
+    again = crossmr("complete", folder, "-o", tmp_path / "out", "--model", model, "--json")
+    assert again.stderr.splitlines()[-1].startswith("4 studies: 1 failed, 3 finished before; in ")
+    counts = json.loads(again.stdout)["counts"]  # nothing but JSON on the standard output
+    expected = {"failed": 1, "not synthesised": 0, "synthesised": 0, "already complete": 0, "finished before": 3}
+    assert counts == expected
+    assert list(json.loads(again.stdout)["failed"]) == [three]
+    log = (tmp_path / "out" / "crossmr.log").read_text()
+    assert result.stdout.splitlines()[-1] in log
+    assert again.stderr.splitlines()[-1] in log
+    quiet = crossmr("complete", folder, "-o", tmp_path / "out", "--model", model, "--quiet")
+    refused(quiet, three, "t1n is all zero")
+    assert quiet.stdout == ""
+
+
+@pytest.mark.parametrize("verb", ["complete", "evaluate"])
+def test_an_unforeseen_error_of_one_study_leaves_its_traceback_in_the_log(verb, cohort, model, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    first, _ = write_cohort(whole, 2, seed=3, missing={} if verb == "evaluate" else {0: ["t2f"], 1: ["t2f"]}, **GRID)
+    module = {"complete": "crossmr.completion.cohort.complete_study", "evaluate": "crossmr.evaluation.evaluate.predict"}
+    place, name = module[verb].rsplit(".", 1)
+    original = getattr(sys.modules.get(place) or importlib.import_module(place), name)
+
+    def break_first(study, *rest, **options):
+        if getattr(study, "case", None) == first or getattr(study, "name", None) == first:
+            raise IndexError("out of range")
+        return original(study, *rest, **options)
+
+    monkeypatch.setattr(module[verb], break_first)
+    arguments = [model, whole] if verb == "evaluate" else [whole, "--model", model]
+    result = crossmr(verb, *arguments, "-o", tmp_path / "out")
+    refused(result, first, "IndexError: out of range; the traceback is in crossmr.log")
+    log = (tmp_path / "out" / "crossmr.log").read_text()
+    assert "not for sharing" in log.splitlines()[0]
+    assert 'raise IndexError("out of range")' in log
+    assert "Traceback" in crossmr(verb, *arguments, "-o", tmp_path / "out", "--debug").stderr
+
+
+def test_errors_are_json_and_show_their_traceback_where_asked(tmp_path):
+    result = crossmr("complete", tmp_path / "gone", "-o", tmp_path / "out", "--json", "--debug")
+    assert json.loads(result.stdout)["error"].endswith("of one study or of many.")
+    assert "Traceback" in result.stderr
+    refused(crossmr("complete", tmp_path / "gone", "-o", tmp_path / "out"), "gone: does not exist")
 
 
 def spoil_truncated(study: Path) -> None:
@@ -454,6 +497,7 @@ def test_prepare_evaluate_and_mapping(tmp_path, model):
     assert result.returncode == 0, result.stderr
     assert "3 studies of 3 patients (train 1, val 1, test 1)\n" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("3 studies: 0 failed, 3 prepared; in ")
+    assert result.stdout.splitlines()[-1] in (tmp_path / "set" / "crossmr.log").read_text()
     result = crossmr("evaluate", model, tmp_path / "set", "-o", tmp_path / "evaluation", "--guidance", "unconditional")
     assert result.returncode == 0, result.stderr
     assert "guided: sample" in result.stdout

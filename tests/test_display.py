@@ -6,6 +6,7 @@ import pytest
 
 from crossmr import display
 from crossmr.display import SILENT, Display
+from crossmr.errors import ConfigError
 
 
 @pytest.fixture
@@ -96,3 +97,52 @@ def test_an_error_within_a_job_passes():
     terminal(shown)
     with pytest.raises(ZeroDivisionError), shown.task("job", 1):
         raise ZeroDivisionError
+
+
+def test_a_log_keeps_every_line_and_says_that_it_is_not_for_sharing(tmp_path, capsys):
+    for text in ("one", "two"):
+        with Display(quiet=True).logged(tmp_path / "crossmr.log") as logging:
+            logging.say(text)
+            logging.say_failure(f"{text}\nfailed")
+    first, *lines = (tmp_path / "crossmr.log").read_text().splitlines()
+    assert first.startswith("crossmr log.")
+    assert "not for sharing" in first
+    assert [line[20:] for line in lines] == ["one", "one failed", "two", "two failed"]
+    assert capsys.readouterr() == ("", "one failed\ntwo failed\n")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_or_link_that_is_no_log_is_not_touched(tmp_path, link, capsys):
+    target = tmp_path / "crossmr.log"
+    if link:
+        target.symlink_to(tmp_path / "elsewhere")
+    else:
+        target.write_text("a stranger's\n")
+    with Display().logged(target) as logging:
+        logging.say("shown")
+    assert capsys.readouterr().out == "shown\n"
+    assert not (tmp_path / "elsewhere").exists()
+    assert link or target.read_text() == "a stranger's\n"
+
+
+def test_the_traceback_of_an_unforeseen_error_is_in_the_log_and_that_of_a_refusal_is_not(tmp_path):
+    with pytest.raises(ConfigError), SILENT.logged(tmp_path / "refused.log"):
+        raise ConfigError("no")
+    assert not (tmp_path / "refused.log").exists()
+    with pytest.raises(ZeroDivisionError), SILENT.logged(tmp_path / "crossmr.log"):
+        raise ZeroDivisionError("by zero")
+    assert "Traceback" in (tmp_path / "crossmr.log").read_text()
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_unforeseen_error_says_where_its_traceback_is(tmp_path, debug, capsys):
+    said = []
+    for shown in (Display(debug=debug), Display(debug=debug).log_to(tmp_path / "crossmr.log")):
+        try:
+            _ = 1 / 0
+        except ZeroDivisionError as error:
+            said.append(shown.unforeseen(error))
+    assert said[0] == "ZeroDivisionError: division by zero; --debug shows the traceback"
+    assert said[1] == "ZeroDivisionError: division by zero; the traceback is in crossmr.log"
+    assert "_ = 1 / 0" in (tmp_path / "crossmr.log").read_text()
+    assert ("_ = 1 / 0" in capsys.readouterr().err) == debug

@@ -2,10 +2,13 @@
 
 import ctypes
 import io
+import json
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +29,24 @@ ORDER = ("complete", "view", "evaluate", "prepare", "train", "models", "convert"
 
 CONTINUED = ("complete", "prepare", "train", "convert")
 """The commands that keep what is finished, so that the same command goes on after it was stopped."""
+
+
+@dataclass
+class Messages:
+    """How one call speaks to who called it."""
+
+    debug: bool = False
+    as_json: bool = False
+
+    def display(self, quiet: bool, debug: bool, as_json: bool = False) -> "Display":
+        """Take over a command's options; returns where its messages go."""
+        from crossmr.display import Display
+
+        self.debug, self.as_json = debug, as_json
+        return Display(quiet=quiet, debug=debug, stderr=as_json)
+
+
+messages = Messages()
 
 
 class Verbs(TyperGroup):
@@ -60,7 +81,7 @@ app = typer.Typer(
 
 KEPT = 2**30
 """Bytes: freed memory up to this is kept, and blocks up to this come from it."""
-DICOM, EXPERT = "DICOM", "Expert"
+DICOM, EXPERT, MESSAGES = "DICOM", "Expert", "Messages"
 """Panels of the help."""
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder.")]
@@ -88,6 +109,14 @@ KeepNames = Annotated[
     typer.Option(
         "--keep-names", help="Name cases by patient ID and date instead of pseudonyms.", rich_help_panel=DICOM
     ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but failures.", rich_help_panel=MESSAGES)]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Print the traceback of every error, too.", rich_help_panel=MESSAGES)
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print a summary as JSON; all other text goes to stderr.", rich_help_panel=MESSAGES),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", rich_help_panel=EXPERT)]
 Precision = Annotated[
@@ -156,8 +185,12 @@ def complete(
     profile: Annotated[
         str, typer.Option(help="Layout of OUT: labelled, challenge (BraSyn's flat folder) or bids (a BIDS derivative).")
     ] = "labelled",
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
 ) -> None:
     """Synthesise the missing contrasts of one study or many. The same command again goes on where it stopped."""
+    display = messages.display(quiet, debug, as_json)
     check_studies(study_or_cohort)
     if reference is not None:
         check_studies(reference)
@@ -165,11 +198,10 @@ def complete(
     _check_model(model)
     wanted, names = _modalities(targets), _mapping(mapping)
     from crossmr.completion.cohort import CohortSettings, complete_cohort
-    from crossmr.display import Display
+    from crossmr.display import LOG
     from crossmr.networks.inference import Settings
     from crossmr.output.report import report_completion
 
-    display = Display()
     settings = Settings(
         targets=wanted,
         guidance=guidance,  # type: ignore[arg-type]
@@ -183,9 +215,11 @@ def complete(
     )
     options = CohortSettings(names, overwrite, profile, keep_names)  # type: ignore[arg-type]
     summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
+    page = report_completion(out)
+    display = display.log_to(page.with_name(LOG))
     _say_summary(summary, display)
-    display.say(f"report: {report_completion(out)}")
-    _finish(display, "studies", summary.counts, summary.failed, f"in {out}; research use only")
+    display.say(f"report: {page}")
+    _finish(display, summary.counts, summary.failed, f"in {out}; research use only", asdict(summary))
 
 
 def _say_summary(summary: "CohortSummary", display: "Display") -> None:
@@ -264,22 +298,25 @@ def evaluate(
     mapping: Names = None,
     register: Register = False,
     patients: Patients = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model: hide each target, synthesise it, and compare it with the truth and with baselines."""
+    display = messages.display(quiet, debug, as_json)
     _check_model(model)
     if against is not None:
         _check_model(against)
     check_studies(data)
     check_output(out)
     names = _mapping(mapping)
-    from crossmr.display import Display
+    from crossmr.display import LOG
     from crossmr.evaluation.evaluate import EvaluationSettings, overlap_warnings
     from crossmr.evaluation.evaluate import evaluate as run
     from crossmr.evaluation.tables import tables, uncertainty_table
     from crossmr.networks.inference import Settings
     from crossmr.output.report import report_evaluation
 
-    display = Display()
     inference = Settings(
         ddim_steps=ddim_steps,
         samples=samples,
@@ -298,6 +335,7 @@ def evaluate(
         patients=patients,
     )
     result = run(model, data, out, settings, display=display)
+    display = display.log_to(out / LOG)
     display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
     if result["uncertainty"]:
         display.print_tables([uncertainty_table(result["uncertainty"])])
@@ -305,7 +343,8 @@ def evaluate(
         display.say(f"Warning: {warning}")
     display.say(f"report: {report_evaluation(out)}")
     counts = {"failed": len(result["failed"]), "measured": len(result["cases"])}
-    _finish(display, "studies", counts, result["failed"], f"every number is in {out}")
+    record = {key: result[key] for key in ("summary", "contrasts", "uncertainty", "trained_on", "model_sha256")}
+    _finish(display, counts, result["failed"], f"every number is in {out}", record)
 
 
 @app.command()
@@ -323,27 +362,32 @@ def prepare(
         bool, typer.Option("--prune", help="Delete prepared cases that are not in the cohorts any more.")
     ] = False,
     patients: Patients = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check, normalise and crop a cohort into a prepared dataset. The same command again goes on where it stopped."""
+    display = messages.display(quiet, debug, as_json)
     for folder in cohort:
         check_studies(folder)
     check_output(out)
     names = _mapping(mapping)
     from crossmr.data.prepare import PrepareSettings, Split, default_workers
     from crossmr.data.prepare import prepare as run
-    from crossmr.display import Display
+    from crossmr.display import LOG
 
-    display = Display()
     settings = PrepareSettings(
         names, Split.parse(split, seed), _register(register), workers or default_workers(), prune, patients
     )
     manifest = run(cohort, out, settings, display=display)
+    display = display.log_to(out / LOG)
     found, parts = manifest["fingerprint"], manifest["split"]
     counts = ", ".join(f"{part} {len(parts[part])}" for part in ("train", "val", "test"))
     display.say(f"{found['studies']} studies of {found['patients']} patients ({counts})")
     display.say("contrasts: " + ", ".join(f"{m} {n}" for m, n in found["modalities"].items()))
     failed = {entry["case"]: entry["reason"] for entry in manifest["refused"]}
-    _finish(display, "studies", {"failed": len(failed), "prepared": found["studies"]}, failed, f"in {out}")
+    record = {"fingerprint": found, "split": parts}
+    _finish(display, {"failed": len(failed), "prepared": found["studies"]}, failed, f"in {out}", record)
 
 
 @app.command()
@@ -376,16 +420,17 @@ def train(
     device: Device = "auto",
     precision: Precision = "auto",
     seed: Seed = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Train a model. The same command again goes on where it stopped."""
+    display = messages.display(quiet, debug)
     check_prepared(prepared)
     check_output(out)
     if start is not None:
         _check_model(start)
     task, changes = (_modalities(sources), _modalities(targets)), _pairs(settings, "--set", "synthesis.channels=32")
-    from crossmr.display import Display
 
-    display = Display()
     display.say(f"training on {prepared} in {out}")  # PyTorch takes seconds to load
     from dataclasses import replace
 
@@ -461,7 +506,8 @@ def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by d
             Display().say(f"{one}: whole, {record['sha256'][:12]}")
         except CrossmrError as error:
             broken[one] = str(error)
-    _name_failures(broken, "failed")
+    for one, reason in broken.items():
+        Display().say_failure(f"{one} failed: {reason}")
     if broken:
         raise typer.Exit(1)
 
@@ -520,16 +566,20 @@ def convert(
             help="Say which series descriptions are a contrast, e.g. --map t1c='*GD*'; repeatable.",
         ),
     ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
 ) -> None:
     """Sort DICOM and convert it to studies of NIfTI for the other commands; 'complete' also takes DICOM itself."""
+    display = messages.display(quiet, debug, as_json)
     check_studies(folder)
     check_output(out)
     names = _mapping(mapping)
     from crossmr.dicom.convert import convert as run
-    from crossmr.display import Display
+    from crossmr.display import LOG
 
-    display = Display()
     found = run(folder, out, mapping=names, keep_names=keep_names, display=display)
+    display = display.log_to(out / LOG)
     for scans in found:
         for modality, series in scans.series.items():
             display.say(f"{scans.case}: {series.name} is {modality} ({series.why})")
@@ -539,7 +589,7 @@ def convert(
             display.say(f"{scans.case}: warning: {note}")
     failed = {scans.case: scans.refused for scans in found if scans.refused}
     counts = {"failed": len(failed), "converted": len(found) - len(failed)}
-    _finish(display, "studies", counts, failed, f"in {out}")
+    _finish(display, counts, failed, f"in {out}", {"studies": {scans.case: scans.record for scans in found}})
 
 
 @app.command()
@@ -552,22 +602,25 @@ def nnunet(
         typer.Option(help="Contrasts that become channels, in this order; by default all that any case has."),
     ] = None,
     mapping: Names = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write acquired and synthetic volumes as a dataset for nnU-Net."""
+    display = messages.display(quiet, debug, as_json)
     check_studies(cohort)
     check_completed(completed)
     check_output(out)
     wanted, names = _modalities(modalities), _mapping(mapping)
-    from crossmr.display import Display
     from crossmr.output.nnunet import export_nnunet
 
     record = export_nnunet(cohort, completed, out, modalities=wanted, mapping=names)
     filled = sum(bool(channels) for channels in record["synthetic"].values())
     channels = ", ".join(record["channels"])
-    excluded, display = record["left_out"], Display()
+    excluded = record["left_out"]
     display.say(f"channels: {channels}; {filled} cases have synthetic ones")
     counts = {"excluded": len(excluded), "written": len(record["synthetic"])}
-    _finish(display, "cases", counts, excluded, f"in {out}")
+    _finish(display, counts, excluded, f"in {out}", record)
 
 
 @app.command()
@@ -593,35 +646,35 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would spin against neighbours
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a file's name may be no Unicode
+    messages.debug = messages.as_json = False
     try:
         app()
-    except Interrupted as error:
-        _stop(f"crossmr: {error}", 130)
     except CrossmrError as error:
-        _stop(f"crossmr: {error}", 1)
+        if messages.debug:
+            traceback.print_exc()
+        print(" ".join(f"crossmr: {error}".split()), file=sys.stderr)
+        if messages.as_json:
+            print(json.dumps({"error": str(error)}, ensure_ascii=False))
+        sys.exit(130 if isinstance(error, Interrupted) else 1)
 
 
-def _stop(message: str, code: int) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
+def _finish(
+    display: "Display", counts: Mapping[str, int], failures: Mapping[str, str], where: str, record: Mapping[str, Any]
+) -> None:
+    """Name each failure; say in one sentence what became of all studies, failures first; exit with 1 if there are any.
 
-
-def _finish(display: "Display", what: str, counts: Mapping[str, int], failures: Mapping[str, str], where: str) -> None:
-    """Name each failure; say in one sentence what became of all, failures first; exit with 1 if there are any.
-
-    `counts` is outcome → number; the first outcome is that of `failures`.
+    `counts` is outcome → number; the first outcome is that of `failures`. With --json all of it, and `record`, is one
+    JSON object on the standard output.
     """
     word, *others = counts
-    _name_failures(failures, word)
+    for case, reason in failures.items():
+        display.say_failure(f"{case} {word}: {reason}")
     told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in (word, *(o for o in others if counts[o])))
-    display.say(f"{sum(counts.values())} {what}: {told}; {where}")
+    display.say(f"{sum(counts.values())} studies: {told}; {where}")
+    if messages.as_json:
+        print(json.dumps({**record, "counts": dict(counts), word: dict(failures)}, indent=2, ensure_ascii=False))
     if failures:
         raise typer.Exit(1)
-
-
-def _name_failures(failures: Mapping[str, str], word: str) -> None:
-    for case, reason in failures.items():
-        print(" ".join(f"{case} {word}: {reason}".split()), file=sys.stderr)
 
 
 def _check_model(model: Path | None) -> None:

@@ -34,7 +34,7 @@ from crossmr.data.volume import read_volume
 from crossmr.device import available_memory, reusable_memory
 from crossmr.dicom.convert import Scans, check_scans, convert_cases, find_cases, taken
 from crossmr.dicom.series import holds_dicom
-from crossmr.display import SILENT, Display
+from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, remove, write_json
 from crossmr.networks.inference import HeadVolumes, Settings, Synthesis, check_settings
@@ -153,17 +153,9 @@ def complete_cohort(
         run = _Run(Path(cohort), layout, model, settings, options, reference, display)
         summary = CohortSummary()
         studies, scans = _find(run, summary, from_dicom=from_dicom)
-        with display.task("complete", len(studies)) as task:
-            for files, study in _read_ahead(studies, run):
-                try:
-                    manifest, skipped = _complete_case(run, files, study, scans.get(files.case))
-                    summary.add(files.case, manifest, skipped=skipped)
-                except CrossmrError as error:
-                    summary.failed[files.case] = str(error)
-                except Exception as error:  # nobody foresaw it: the other patients go on all the same
-                    summary.failed[files.case] = f"{files.case}: {type(error).__name__}: {error}"
-                task.advance(files.case)
-                del study  # before the next one is read
+        with display.logged(layout.records / LOG) as logging:
+            run = replace(run, display=logging)
+            _complete_all(run, studies, scans, summary)
         body = {"format": FORMAT, "finished": True, "profile": options.profile, **asdict(summary)}
         body["failed"] = _shareable(run, summary, studies)
         write_json(layout.records / "manifest.json", {**body, "settings": run.record})
@@ -175,6 +167,21 @@ def _shareable(run: _Run, summary: CohortSummary, studies: Sequence[StudyFiles])
     paths = {files.case: files.paths() for files in studies}
     common = [run.cohort, run.layout.out, run.layout.records]
     return {case: names_only(why, [*paths.get(case, ()), *common]) for case, why in summary.failed.items()}
+
+
+def _complete_all(run: _Run, studies: Sequence[StudyFiles], scans: Mapping[str, Scans], summary: CohortSummary) -> None:
+    """Complete one study after the other; what goes wrong with one is in the summary."""
+    with run.display.task("complete", len(studies)) as task:
+        for files, study in _read_ahead(studies, run):
+            try:
+                manifest, skipped = _complete_case(run, files, study, scans.get(files.case))
+                summary.add(files.case, manifest, skipped=skipped)
+            except CrossmrError as error:
+                summary.failed[files.case] = str(error)
+            except Exception as error:  # nobody foresaw it: the other patients go on all the same
+                summary.failed[files.case] = f"{files.case}: {run.display.unforeseen(error)}"
+            task.advance(files.case)
+            del study  # before the next one is read
 
 
 def _find(run: _Run, summary: CohortSummary, *, from_dicom: bool) -> tuple[list[StudyFiles], dict[str, Scans]]:

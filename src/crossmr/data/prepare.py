@@ -30,7 +30,7 @@ from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_p
 from crossmr.data.registration import RegistrationMode
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, voxels_sha256
-from crossmr.display import SILENT, Display
+from crossmr.display import LOG, SILENT, Display, is_log
 from crossmr.errors import ConfigError, CrossmrError, OutputError, SetError, VolumeError, names_only
 from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_atomically, write_json
 
@@ -154,10 +154,10 @@ def prepare(
         _check_out(out, names)
         gone = _gone(out, names, prune=settings.prune)
         cases, refused = {}, {}
-        with display.task("prepare", len(studies)) as task:
+        with display.logged(out / LOG) as logging, logging.task("prepare", len(studies)) as task:
             for study, result in _each(studies, out, settings):
                 if isinstance(result, _Unread):
-                    result = _kept(out / "cases" / study.case, result, display)
+                    result = _kept(out / "cases" / study.case, result, logging)
                 if isinstance(result, str):
                     refused[study.case] = result
                 else:
@@ -248,7 +248,7 @@ def _check_out(out: Path, cases: Sequence[str]) -> None:
     """Refuse a folder that holds anything but a prepared dataset, or in which something else has a case's name."""
     manifest = out / "manifest.json"
     try:
-        visible = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+        visible = {path.name for path in out.iterdir() if not path.name.startswith(".") and not _is_our_log(path)}
         if visible - {"cases"}:
             refuse_foreign(manifest, partial(is_record, kind=FORMAT))
         listed = set(read_json(manifest, OutputError).get("cases", {})) if manifest.exists() else set()
@@ -258,6 +258,10 @@ def _check_out(out: Path, cases: Sequence[str]) -> None:
             refuse_foreign(out / "cases" / case, partial(_is_case, listed=listed))
     except OSError as error:
         raise OutputError(f"{out} cannot be used: {error.strerror or error}. Name another folder.") from error
+
+
+def _is_our_log(path: Path) -> bool:
+    return path.name == LOG and is_log(path)
 
 
 def _folders(out: Path) -> list[Path]:

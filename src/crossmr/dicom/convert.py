@@ -22,7 +22,7 @@ from typing import Any
 from crossmr.data.naming import in_usual_order
 from crossmr.data.volume import on_grid, read_volume, write_volume
 from crossmr.dicom.series import Series, find_series, import_pydicom
-from crossmr.display import SILENT, Display
+from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
 from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_json
 
@@ -43,6 +43,12 @@ class Scans:
     refused: str = ""
     """Why nothing of the study was converted; empty where it was."""
     notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Which series was taken for which contrast, and what was not taken, with the reasons."""
+        taken = {m: {"series": series.name, "why": series.why} for m, series in self.series.items()}
+        return {"taken": taken, "excluded": dict(self.left_out), "notes": list(self.notes)}
 
 
 def convert(
@@ -74,7 +80,8 @@ def convert(
     with locked(out):
         cases = find_cases(folder, mapping, keep_names=keep_names, exclude=exclude or out)
         check_scans(cases, out)
-        return convert_cases(cases, out, keep_names=keep_names, display=display)
+        with display.logged(out / LOG) as logging:
+            return convert_cases(cases, out, keep_names=keep_names, display=logging)
 
 
 def find_cases(

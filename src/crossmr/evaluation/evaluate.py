@@ -15,7 +15,7 @@ import numpy as np
 
 from crossmr.data.patients import merge
 from crossmr.device import choose_precision
-from crossmr.display import SILENT, Display
+from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError, names_only
 from crossmr.evaluation.measures import (
     PROTOCOL,
@@ -204,17 +204,18 @@ def evaluate(
     source = settings.mapping, settings.inference.register, settings.patients
     subjects = find_subjects(Path(data), settings.split, *source)
     measured = Measurements()
-    with locked(out), display.task("evaluate", len(subjects)) as task:
+    with locked(out):
         _refuse_foreign(out, [one.name for one in subjects], predictors[0].model.config.targets)
         write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
-        for name, read, _ in subjects:
-            try:
-                measured.add(measure_subject(read(), predictors, out, every_subset=settings.every_subset))
-            except CrossmrError as error:
-                measured.failed[name] = str(error)
-            except Exception as error:  # nobody foresaw it: the other patients go on all the same
-                measured.failed[name] = f"{name}: {type(error).__name__}: {error}"
-            task.advance(name)
+        with display.logged(out / LOG) as logging, logging.task("evaluate", len(subjects)) as task:
+            for name, read, _ in subjects:
+                try:
+                    measured.add(measure_subject(read(), predictors, out, every_subset=settings.every_subset))
+                except CrossmrError as error:
+                    measured.failed[name] = str(error)
+                except Exception as error:  # nobody foresaw it: the other patients go on all the same
+                    measured.failed[name] = f"{name}: {logging.unforeseen(error)}"
+                task.advance(name)
         if not measured.scores:
             reason = next(iter(measured.failed.values()), f"the split '{settings.split}' is empty")
             raise StudyError(f"No study of {data} could be measured: {reason}")
