@@ -307,6 +307,17 @@ def test_the_summary_counts_every_study_once_and_failures_first(cohort, study, m
     assert quiet.stdout == ""
 
 
+def test_a_dry_run_of_files_says_what_would_be_made_and_writes_nothing(cohort, model, tmp_path):
+    files = sorted(sorted(cohort.iterdir())[0].glob("*.nii.gz"))
+    case = files[0].parent.name
+    result = crossmr("complete", *files, "-o", tmp_path / "out", "--model", model, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert f"{case}: t1n is {case}-t1n.nii.gz" in result.stdout
+    assert f"{case}: would synthesise t1c, t2f from t1n, t2w" in result.stdout
+    assert result.stdout.splitlines()[-1] == "1 study: 0 would fail, 1 to be synthesised; nothing was written"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("verb", ["complete", "evaluate"])
 def test_an_unforeseen_error_of_one_study_leaves_its_traceback_in_the_log(verb, cohort, model, tmp_path, monkeypatch):
     whole = tmp_path / "whole"

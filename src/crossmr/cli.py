@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from crossmr.paths import check_completed, check_output, check_prepared, check_s
 
 if TYPE_CHECKING:
     from crossmr.completion.cohort import CohortSummary
+    from crossmr.completion.inputs import PlannedCase
     from crossmr.display import Display
 
 ORDER = ("complete", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo")
@@ -152,7 +153,10 @@ def _common(
 
 @app.command()
 def complete(
-    study_or_cohort: Annotated[Path, typer.Argument(help="Folder of one study or of many, NIfTI or DICOM.")],
+    study_or_cohort: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of one study or of many, NIfTI or DICOM; or the NIfTI files of one study."),
+    ],
     out: Out,
     model: Annotated[
         Path | None,
@@ -180,6 +184,9 @@ def complete(
     device: Device = "auto",
     precision: Precision = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of finished cases.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be synthesised from what, and write nothing.")
+    ] = False,
     mapping: Names = None,
     register: Register = False,
     profile: Annotated[
@@ -191,13 +198,15 @@ def complete(
 ) -> None:
     """Synthesise the missing contrasts of one study or many. The same command again goes on where it stopped."""
     display = messages.display(quiet, debug, as_json)
-    check_studies(study_or_cohort)
+    for path in study_or_cohort:
+        if not path.is_file():
+            check_studies(path)
     if reference is not None:
         check_studies(reference)
     check_output(out)
     _check_model(model)
     wanted, names = _modalities(targets), _mapping(mapping)
-    from crossmr.completion.cohort import CohortSettings, complete_cohort
+    from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
     from crossmr.display import LOG
     from crossmr.networks.inference import Settings
     from crossmr.output.report import report_completion
@@ -214,12 +223,25 @@ def complete(
         register=_register(register),
     )
     options = CohortSettings(names, overwrite, profile, keep_names)  # type: ignore[arg-type]
+    if dry_run:
+        _finish_plan(display, plan_cohort(study_or_cohort, out, model, settings, options, display=display))
+        return
     summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
     page = report_completion(out)
     display = display.log_to(page.with_name(LOG))
     _say_summary(summary, display)
     display.say(f"report: {page}")
     _finish(display, summary.counts, summary.failed, f"in {out}; research use only", asdict(summary))
+
+
+def _finish_plan(display: "Display", planned: Sequence["PlannedCase"]) -> None:
+    """Say what would become of each study, and count."""
+    for line in (line for case in planned for line in case.lines()):
+        display.say(line)
+    outcomes = ("would fail", "not to be synthesised", "to be synthesised", "already complete", "finished before")
+    counts = {outcome: sum(case.outcome == outcome for case in planned) for outcome in outcomes}
+    failures = {case.case: case.failed for case in planned if case.outcome == outcomes[0]}
+    _finish(display, counts, failures, "nothing was written", {"studies": [asdict(case) for case in planned]})
 
 
 def _say_summary(summary: "CohortSummary", display: "Display") -> None:
@@ -581,10 +603,8 @@ def convert(
     found = run(folder, out, mapping=names, keep_names=keep_names, display=display)
     display = display.log_to(out / LOG)
     for scans in found:
-        for modality, series in scans.series.items():
-            display.say(f"{scans.case}: {series.name} is {modality} ({series.why})")
-        for name, why in scans.left_out.items():
-            display.say(f"{scans.case}: {name} excluded: {why}")
+        for line in scans.lines():
+            display.say(line)
         for note in scans.notes:
             display.say(f"{scans.case}: warning: {note}")
     failed = {scans.case: scans.refused for scans in found if scans.refused}
@@ -670,7 +690,8 @@ def _finish(
     for case, reason in failures.items():
         display.say_failure(f"{case} {word}: {reason}")
     told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in (word, *(o for o in others if counts[o])))
-    display.say(f"{sum(counts.values())} studies: {told}; {where}")
+    total = sum(counts.values())
+    display.say(f"{total} {'study' if total == 1 else 'studies'}: {told}; {where}")
     if messages.as_json:
         print(json.dumps({**record, "counts": dict(counts), word: dict(failures)}, indent=2, ensure_ascii=False))
     if failures:

@@ -63,20 +63,22 @@ class Task:
 class Display:
     """Where messages and progress go; `Display(quiet=True)` shows nothing but failures.
 
-    `debug` shows tracebacks, too; `stderr` leaves the standard output to others.
+    `debug` shows tracebacks, too; `stderr` leaves the standard output to others. Without `keep`, a log keeps unforeseen
+    errors only.
     """
 
-    def __init__(self, *, quiet: bool = False, debug: bool = False, stderr: bool = False):
+    def __init__(self, *, quiet: bool = False, debug: bool = False, stderr: bool = False, keep: bool = True):
         self.console = Console(quiet=quiet, highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
         if not self.console.is_terminal:
             self.console.width = LOG_WIDTH
-        self._quiet, self._debug = quiet, debug
+        self._quiet, self._debug, self._keeps_lines = quiet, debug, keep
         self._log: Path | None = None
 
     def say(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, markup=False)
-        self._keep(text)
+        if self._keeps_lines:
+            self._keep(text)
 
     def say_failure(self, text: str) -> None:
         """Print one line to the standard error, even if quiet."""
@@ -165,4 +167,4 @@ def _is_free(path: Path) -> bool:
     return is_log(path) or not (path.exists() or path.is_symlink())
 
 
-SILENT = Display(quiet=True)
+SILENT = Display(quiet=True, keep=False)

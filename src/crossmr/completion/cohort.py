@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan
 from crossmr.completion.layout import FORMAT, PICTURES, Layout, Profile
 from crossmr.completion.ownership import check_case, check_output, earlier_files
 from crossmr.completion.private import write_paths
@@ -32,8 +33,8 @@ from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume
 from crossmr.device import available_memory, reusable_memory
-from crossmr.dicom.convert import Scans, check_scans, convert_cases, find_cases, taken
-from crossmr.dicom.series import holds_dicom
+from crossmr.dicom.convert import Scans, check_scans, convert_cases, taken
+from crossmr.dicom.series import Series
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, remove, write_json
@@ -106,7 +107,7 @@ class CohortSummary:
 class _Run:
     """What all cases of one call share."""
 
-    cohort: Path
+    inputs: Inputs
     layout: Layout
     model: CrossConditionedModel
     settings: Settings
@@ -121,7 +122,7 @@ class _Run:
 
 
 def complete_cohort(
-    cohort: Path | str,
+    cohort: Path | str | Sequence[Path | str],
     out: Path | str,
     model: CrossConditionedModel | Path | str | None = None,
     settings: Settings | None = None,
@@ -129,7 +130,7 @@ def complete_cohort(
     *,
     display: Display = SILENT,
 ) -> CohortSummary:
-    """Complete every study of a folder into OUT/CASE/.
+    """Complete every study of a folder, or of several, into OUT/CASE/; several files are one study.
 
     A study that fails is listed under 'failed' with its reason; the others are finished. A finished case, which is
     one with a manifest.json, is skipped unless `options.overwrite`.
@@ -147,12 +148,12 @@ def complete_cohort(
             model = load_model(model, settings.device)
         check_settings(model, settings)
         reference = read_reference(settings, model, options.mapping)
-        from_dicom = holds_dicom(Path(cohort), options.mapping, exclude=layout.out, display=display)
-        if from_dicom and settings.register == "never":
+        inputs = _inputs(cohort, layout, options, display)
+        if inputs.series is not None and settings.register == "never":
             settings = replace(settings, register="if needed")
-        run = _Run(Path(cohort), layout, model, settings, options, reference, display)
+        run = _Run(inputs, layout, model, settings, options, reference, display)
         summary = CohortSummary()
-        studies, scans = _find(run, summary, from_dicom=from_dicom)
+        studies, scans = _find(run, summary)
         with display.logged(layout.records / LOG) as logging:
             run = replace(run, display=logging)
             _complete_all(run, studies, scans, summary)
@@ -165,8 +166,35 @@ def complete_cohort(
 def _shareable(run: _Run, summary: CohortSummary, studies: Sequence[StudyFiles]) -> dict[str, str]:
     """Why cases failed, without the folders of their files."""
     paths = {files.case: files.paths() for files in studies}
-    common = [run.cohort, run.layout.out, run.layout.records]
+    common = [run.inputs.root, run.layout.out, run.layout.records]
     return {case: names_only(why, [*paths.get(case, ()), *common]) for case, why in summary.failed.items()}
+
+
+def plan_cohort(
+    cohort: Path | str | Sequence[Path | str],
+    out: Path | str,
+    model: CrossConditionedModel | Path | str | None = None,
+    settings: Settings | None = None,
+    options: CohortSettings | None = None,
+    *,
+    display: Display = SILENT,
+) -> list[PlannedCase]:
+    """What `complete_cohort` would do with these arguments; nothing is written."""
+    settings, options = settings or Settings(), options or CohortSettings()
+    layout = Layout(Path(out), options.profile)
+    if not isinstance(model, CrossConditionedModel):
+        model = load_model(model, settings.device)
+    check_settings(model, settings)
+    inputs = _inputs(cohort, layout, options, display)
+    return plan(inputs, layout, model, settings, overwrite=options.overwrite)
+
+
+def _inputs(
+    cohort: Path | str | Sequence[Path | str], layout: Layout, options: CohortSettings, display: Display
+) -> Inputs:
+    paths = [Path(path) for path in ([cohort] if isinstance(cohort, (str, Path)) else cohort)]
+    keep_names = options.keep_names
+    return find_inputs(paths, options.mapping, keep_names=keep_names, exclude=layout.out, display=display)
 
 
 def _complete_all(run: _Run, studies: Sequence[StudyFiles], scans: Mapping[str, Scans], summary: CohortSummary) -> None:
@@ -184,12 +212,12 @@ def _complete_all(run: _Run, studies: Sequence[StudyFiles], scans: Mapping[str, 
             del study  # before the next one is read
 
 
-def _find(run: _Run, summary: CohortSummary, *, from_dicom: bool) -> tuple[list[StudyFiles], dict[str, Scans]]:
+def _find(run: _Run, summary: CohortSummary) -> tuple[list[StudyFiles], dict[str, Scans]]:
     """The studies of the cohort, and of DICOM the series that each was converted from; OUT is begun."""
-    check_output(run.layout, run.cohort)
-    if from_dicom:
-        return _find_dicom(run, summary)
-    studies = find_studies(run.cohort, run.options.mapping)
+    check_output(run.layout, run.inputs.root)
+    if run.inputs.series is not None:
+        return _find_dicom(run, run.inputs.series, summary)
+    studies = list(run.inputs.studies)
     summary.failed = run.layout.clashes([files.case for files in studies])
     studies = [files for files in studies if files.case not in summary.failed]
     for files in studies:
@@ -200,15 +228,18 @@ def _find(run: _Run, summary: CohortSummary, *, from_dicom: bool) -> tuple[list[
     return studies, {}
 
 
-def _find_dicom(run: _Run, summary: CohortSummary) -> tuple[list[StudyFiles], dict[str, Scans]]:
+def _find_dicom(
+    run: _Run, cases: Mapping[str, Sequence[Series]], summary: CohortSummary
+) -> tuple[list[StudyFiles], dict[str, Scans]]:
     """The studies that DICOM was converted to, and what each was converted from; OUT is begun."""
     options, place = run.options, run.layout.records / SCANS
-    cases = find_cases(run.cohort, options.mapping, keep_names=options.keep_names, exclude=run.layout.out)
     check_scans(cases, place)
     for case, series in cases.items():
         _check_case(run, case, taken(series))
     _start(run)
     converted = convert_cases(cases, place, keep_names=options.keep_names, display=run.display)
+    for line in (line for one in converted for line in one.lines()):
+        run.display.say(line)
     summary.failed = {one.case: one.refused for one in converted if one.refused}
     scans = {one.case: one for one in converted if not one.refused}
     found = find_studies(place) if scans else []
@@ -225,7 +256,7 @@ def _check_case(run: _Run, case: str, acquired: Sequence[str]) -> None:
 
 def _start(run: _Run) -> None:
     write_json(run.layout.records / "manifest.json", {"format": FORMAT, "finished": False})
-    run.layout.start(run.cohort)
+    run.layout.start(run.inputs.root)
 
 
 def _read_ahead(studies: Sequence[StudyFiles], run: _Run) -> Iterator[tuple[StudyFiles, Future[Study | None]]]:
@@ -292,7 +323,7 @@ def _complete_case(
         if scans is not None:
             _write_dicom(run, loaded, scans, result, manifest, written)
         inputs = [image for modality, image in images.items() if modality in manifest["acquired"]]
-        written += run.layout.finish(files.case, manifest, run.cohort, inputs)
+        written += run.layout.finish(files.case, manifest, run.inputs.root, inputs)
         if result.head is not None and result.synthesis is not None:
             panels = save_panels(picture, _panels(loaded, result.head, result.synthesis), loaded.reference.spacing_mm)
             manifest["picture"] = {"file": f"{PICTURES}/{picture.name}", "panels": panels}

@@ -73,6 +73,10 @@ class StudyFiles:
     alike: str = ""
     """What the names of other studies of this patient may begin with, where the name leaves that open; else ''."""
 
+    def files(self) -> list[tuple[str, tuple[Path, ...]]]:
+        """What the files were recognised as, and the files."""
+        return [*self.candidates.items(), (_LABEL, self.labels), (_OTHER, self.unrecognised)]
+
     def images(self) -> dict[str, Path]:
         """Modality → its file, in the order of `candidates`.
 
@@ -188,6 +192,25 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
             "Give the folder of the studies; convert DICOM with: crossmr convert FOLDER -o NIFTI."
         )
     return recognise(paths, mapping, root)
+
+
+def study_of(files: Sequence[Path], mapping: Mapping[str, str] | None = None) -> StudyFiles:
+    """The one study that these files are; its case is theirs if their names agree, else that of their folder.
+
+    Raises:
+        NamingError: a file that is no NIfTI, or whose name says no contrast. ConfigError: see `recognise`.
+    """
+    paths = [Path(os.path.abspath(path)) for path in files]
+    for path in paths:
+        if not is_nifti(path.name):
+            raise NamingError(f"{path}: is no .nii or .nii.gz file. Of DICOM, give the folder.")
+    studies = recognise(paths, mapping)
+    for path in (path for study in studies for path in study.unrecognised):
+        raise NamingError(f"{path}: its name says no contrast. Name it with --map, such as t1n='{path.name}'.")
+    names = {study.case for study in studies}
+    case = names.pop() if len(names) == 1 else paths[0].parent.name or "study"
+    patient = _Patient(studies[0].patient if len(studies) == 1 else case)
+    return _study(case, [(m, p) for one in studies for m, files in one.files() for p in files], patient)
 
 
 def recognise(

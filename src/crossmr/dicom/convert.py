@@ -44,6 +44,12 @@ class Scans:
     """Why nothing of the study was converted; empty where it was."""
     notes: Sequence[str] = field(default_factory=tuple)
 
+    def lines(self) -> list[str]:
+        """What a user reads of it: which series was taken for which contrast, and why the others were not."""
+        said = [f"{series.name} is {modality} ({series.why})" for modality, series in self.series.items()]
+        said += [f"{name} excluded: {why}" for name, why in self.left_out.items()]
+        return [f"{self.case}: {line}" for line in said]
+
     @property
     def record(self) -> dict[str, Any]:
         """Which series was taken for which contrast, and what was not taken, with the reasons."""
@@ -112,10 +118,10 @@ def convert_cases(
 
 def taken(all_series: Sequence[Series]) -> list[str]:
     """The modalities that a conversion of a study has."""
-    return list(_choose(all_series)[0])
+    return list(choose(all_series)[0])
 
 
-def _choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, str], list[str]]:
+def choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, str], list[str]]:
     """Modality → its series, name of each other series → why it was left out, and notes for a reader."""
     chosen: dict[str, Series] = {}
     left_out: dict[str, str] = {}
@@ -184,7 +190,7 @@ def _coarser(a: Series, b: Series) -> bool:
 
 def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter: str, keep_names: bool) -> Scans:
     """Convert one study; its faults are returned, not raised."""
-    chosen, left_out, notes = _choose(all_series)
+    chosen, left_out, notes = choose(all_series)
     folder = out / case
     if not chosen:
         _clear(folder, case)

@@ -1,0 +1,113 @@
+"""What a user names: folders, several of them, files, DICOM; and what would be made of it."""
+
+import json
+import shutil
+
+import pytest
+from conftest import image, make_head, save_untrained, tree, write_study
+
+from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
+from crossmr.completion.inputs import find_inputs
+from crossmr.errors import ConfigError, NamingError
+from crossmr.networks.inference import Settings
+from crossmr.networks.model import load_model
+
+SETTINGS = Settings(ddim_steps=2, device="cpu", precision="float32")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(save_untrained(tmp_path_factory.mktemp("model")))
+
+
+def write_files(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        image(make_head(name.removesuffix(".nii.gz")[-3:])).to_filename(folder / name)
+    return [folder / name for name in names]
+
+
+def test_files_make_one_study(model, tmp_path):
+    files = write_files(tmp_path / "P7", "x-t1n.nii.gz", "y-t2w.nii.gz")
+    summary = complete_cohort(files, tmp_path / "out", model, SETTINGS)
+    assert summary.completed == {"P7": ["t1c", "t2f"]}  # their names disagree, so the folder names the study
+    assert list(json.loads((tmp_path / "out" / "P7" / "manifest.json").read_text())["inputs"]) == ["t1n", "t2w"]
+
+
+def test_a_mapping_names_files(tmp_path):
+    files = write_files(tmp_path, "A-t1n.nii.gz", "A-t2w.nii.gz")
+    strange = files[0].rename(tmp_path / "A-XYZ.nii.gz")
+    with pytest.raises(NamingError, match=r"A-XYZ.nii.gz: its name says no contrast\. Name it with --map"):
+        find_inputs([strange, files[1]])
+    (study,) = find_inputs([strange, files[1]], {"t1n": "*-XYZ*", "t2w": "*-t2w*"}).studies
+    assert study.case == "A"
+    assert list(study.images()) == ["t1n", "t2w"]
+
+
+def test_several_folders_make_a_cohort(tmp_path):
+    for folder, case in (("one", "A"), ("two", "B"), ("three", "A")):
+        write_study(tmp_path / folder, case, ("t1n",))
+    inputs = find_inputs([tmp_path / "one", tmp_path / "two"])
+    assert [study.case for study in inputs.studies] == ["A", "B"]
+    assert inputs.root == tmp_path
+    with pytest.raises(ConfigError, match=r"The folders share study names \(A\)"):
+        find_inputs([tmp_path / "one", tmp_path / "three"])
+    with pytest.raises(ConfigError, match="Give files, which make one study, or folders, but not both"):
+        find_inputs([tmp_path / "one", tmp_path / "two" / "B" / "B-t1n.nii.gz"])
+    (tmp_path / "scan.dcm").touch()
+    with pytest.raises(NamingError, match=r"scan.dcm: is no .nii or .nii.gz file\. Of DICOM, give the folder"):
+        find_inputs([tmp_path / "scan.dcm"])
+
+
+def test_a_plan_says_what_would_be_made_of_what_and_writes_nothing(model, tmp_path):
+    cohort = tmp_path / "cohort"
+    write_study(cohort, "Ann", ("t1n", "t2w"))
+    write_study(cohort, "Bob", ("t1n",))
+    write_study(cohort, "Cem", ("t1n", "t1c", "t2w", "t2f"))
+    write_study(cohort, "Dan", ("t1n", "t2w"))
+    shutil.copy(cohort / "Dan" / "Dan-t1n.nii.gz", cohort / "Dan" / "Dan-T1.nii.gz")
+    (tmp_path / "out" / "Eve").mkdir(parents=True)
+    (tmp_path / "out" / "Eve" / "manifest.json").write_text("{}")
+    write_study(cohort, "Eve", ("t1n", "t2w"))
+    before = tree(tmp_path)
+    planned = {case.case: case for case in plan_cohort(cohort, tmp_path / "out", model, SETTINGS)}
+    assert tree(tmp_path) == before
+    assert {name: case.outcome for name, case in planned.items()} == {
+        "Ann": "to be synthesised",
+        "Bob": "not to be synthesised",
+        "Cem": "already complete",
+        "Dan": "would fail",
+        "Eve": "finished before",
+    }
+    assert planned["Ann"].lines() == [
+        "Ann: t1n is Ann-t1n.nii.gz",
+        "Ann: t2w is Ann-t2w.nii.gz",
+        "Ann: would synthesise t1c, t2f from t1n, t2w",
+    ]
+    again = plan_cohort(cohort, tmp_path / "out", model, SETTINGS, CohortSettings(overwrite=True))
+    assert {case.case: case.outcome for case in again}["Eve"] == "to be synthesised"
+
+
+def test_a_plan_of_dicom_names_every_series_and_converts_none(model, tmp_path, monkeypatch):
+    dicoms = pytest.importorskip("dicoms", reason="pip install crossmr[dicom]", exc_type=ImportError)
+    dicoms.write(tmp_path / "in", ("t1n", "t2w"))
+    before = tree(tmp_path)
+    monkeypatch.setattr("subprocess.run", None)
+    (case,) = plan_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
+    assert tree(tmp_path) == before
+    assert case.outcome == "to be synthesised"
+    assert list(case.acquired) == ["t1n", "t2w"]
+    assert all(text.startswith("series ") for text in case.acquired.values())
+    assert case.synthesise == ["t1c", "t2f"]
+
+
+def test_completing_dicom_says_which_series_is_which_contrast(model, tmp_path, capsys):
+    dicoms = pytest.importorskip("dicoms", reason="pip install crossmr[dicom]", exc_type=ImportError)
+    pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
+    from crossmr.display import Display
+
+    dicoms.write(tmp_path / "in", ("t1n", "t2w"))
+    complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS, display=Display())
+    said = capsys.readouterr().out
+    assert "is t1n (" in said
+    assert "is t2w (" in said
