@@ -241,12 +241,20 @@ def test_the_order_of_paths_does_not_matter() -> None:
 
 
 class TestMapping:
-    def test_it_replaces_the_rules(self) -> None:
-        files = ["x/P1_MPRAGE.nii.gz", "x/P1-SWI_mag.nii.gz", "x/P1_t2.nii.gz", "x/P1_mprage.nii.gz"]
-        found = study(*files, mapping={"swi": "*SWI*", "T1": "*_MPRAGE.nii.gz"})
+    def test_it_adds_to_the_rules(self) -> None:
+        files = ["P1_MPRAGE.nii.gz", "P1-SWI_mag.nii.gz", "P1_t2.nii.gz", "P1_seg.nii.gz", "P1_mprage.nii.gz"]
+        found = study(*(f"x/{file}" for file in files), mapping={"swi": "*SWI*", "T1": "*_MPRAGE.nii.gz"})
         assert found.case == "P1"
-        assert names(found) == {"t1n": "P1_MPRAGE.nii.gz", "swi": "P1-SWI_mag.nii.gz"}
-        assert [path.name for path in found.unrecognised] == ["P1_mprage.nii.gz", "P1_t2.nii.gz"]
+        assert names(found) == {"t1n": "P1_MPRAGE.nii.gz", "t2w": "P1_t2.nii.gz", "swi": "P1-SWI_mag.nii.gz"}
+        assert found.label() == Path("x/P1_seg.nii.gz")
+        assert [path.name for path in found.unrecognised] == ["P1_mprage.nii.gz"]
+
+    def test_what_it_matches_is_preferred_within_the_study(self) -> None:
+        files = ["P1/P1_T1.nii.gz", "P1/P1_T1_new.nii.gz", "P1/P1_FLAIR.nii.gz", "P2/P2_T1.nii.gz", "P2/P2_T2.nii.gz"]
+        first, second = recognise([Path(file) for file in files], {"t1n": "*_T1_new.nii.gz"})
+        assert names(first) == {"t1n": "P1_T1_new.nii.gz", "t2f": "P1_FLAIR.nii.gz"}
+        assert [path.name for path in first.unrecognised] == ["P1_T1.nii.gz"]
+        assert names(second) == {"t1n": "P2_T1.nii.gz", "t2w": "P2_T2.nii.gz"}
 
     def test_the_case_is_the_folder_where_the_glob_does_not_begin_with_a_star(self) -> None:
         found = study("P1/T1_run1.nii", "P1/lesion7.nii", mapping={"t1n": "T1*", "seg": "lesion?.nii"})

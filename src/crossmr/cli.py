@@ -365,7 +365,7 @@ def evaluate(
         display.say(f"Warning: {warning}")
     display.say(f"report: {report_evaluation(out)}")
     counts = {"failed": len(result["failed"]), "measured": len(result["cases"])}
-    record = {key: result[key] for key in ("summary", "contrasts", "uncertainty", "trained_on", "model_sha256")}
+    record = {key: result[key] for key in ("summary", "contrasts", "uncertainty", "overlap", "model_sha256")}
     _finish(display, counts, result["failed"], f"every number is in {out}", record)
 
 

@@ -224,10 +224,12 @@ def recognise(
     entities: a `ce-` makes a T1w t1c, and the case is `sub-X[_ses-Y]`. Files of one case belong together, in whichever
     folders they are.
 
-    A `mapping` from modality to a glob on the file name replaces all this, for instance
-    `{"t1n": "*_MPRAGE.nii.gz", "swi": "*_SWI*"}` (case-sensitive). Its keys are modalities in any spelling, `seg` for
-    the segmentation, or new names in lower-case letters and digits. The case is what the leading `*` of the glob stands
-    for (the shortest match, without trailing separators; in BIDS names `sub-X[_ses-Y]`), or else the folder's name.
+    A `mapping` from modality to a glob on the file name adds to these rules, for instance
+    `{"t1n": "*_MPRAGE.nii.gz", "swi": "*_SWI*"}` (case-sensitive). A file that matches a glob is what the mapping says;
+    all others go by the rules, but no other file of the same study is then taken for that modality. Keys are modalities
+    in any spelling, `seg` for the segmentation, or new names in lower-case letters and digits. The case of a file that
+    matches is what the leading `*` of the glob stands for (the shortest match, without trailing separators; in BIDS
+    names `sub-X[_ses-Y]`), or else the folder's name.
 
     Raises:
         ConfigError: a key of the mapping is no name for a modality.
@@ -252,18 +254,27 @@ def recognise(
             assigned = case or _assign(path, cases, cases_in_folder[path.parent], folder_names)
             studies[assigned].append((_OTHER, path))
     patients = _patients(studies, {case: folder for folder, case in folder_names.items()}, root)
-    return [_study(case, studies[case], patients[case]) for case in sorted(studies)]
+    matched = {path for path, _, _ in readings if _matches(path, mapping)}
+    return [_study(case, _preferring(matched, studies[case]), patients[case]) for case in sorted(studies)]
+
+
+def _matches(path: Path, mapping: Mapping[str, str] | None) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, glob) for glob in (mapping or {}).values())
+
+
+def _preferring(matched: Collection[Path], files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The files of a study, where what a mapping matched is preferred to what a name says."""
+    mapped = {meaning for meaning, path in files if path in matched}
+    return [(_OTHER if meaning in mapped and path not in matched else meaning, path) for meaning, path in files]
 
 
 def _readings(paths: Iterable[Path], mapping: Mapping[str, str] | None) -> list[tuple[Path, str, str]]:
     """What each name says: (path, case, meaning), '' where it does not; a path comes once for each glob it matches."""
-    if mapping is None:
-        return [(path, *_read_name(path.name)) for path in paths]
-    globs = [(mapping_key(key), glob) for key, glob in mapping.items()]
+    globs = [(mapping_key(key), glob) for key, glob in (mapping or {}).items()]
     readings: list[tuple[Path, str, str]] = []
     for path in paths:
         matches = [(_glob_case(path.name, glob), key) for key, glob in globs if fnmatch.fnmatchcase(path.name, glob)]
-        readings += [(path, *match) for match in matches or [_bids_only(path.name)]]
+        readings += [(path, *match) for match in matches or [_read_name(path.name)]]
     return readings
 
 
@@ -371,11 +382,6 @@ def _bids_case(stem: str) -> str:
     """`sub-X` or `sub-X_ses-Y` of a BIDS name, any other name as it is."""
     match = _BIDS_CASE.match(stem)
     return match[0] if match else stem
-
-
-def _bids_only(name: str) -> tuple[str, str]:
-    stem = _stem(name)
-    return (_bids_case(stem) if _BIDS_CASE.match(stem) else "", _OTHER)
 
 
 def mapping_key(key: str) -> str:
