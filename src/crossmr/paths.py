@@ -5,6 +5,9 @@ from pathlib import Path
 
 from crossmr.errors import ModelError, NamingError, OutputError, SetError
 
+PATIENTS = "patients.json"
+"""Name of the list, in a model's folder, of whom it was trained on."""
+
 
 def check_studies(folder: Path) -> None:
     """Refuse a folder of studies that is not there.

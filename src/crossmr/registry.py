@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from crossmr.errors import ModelError, OutputError
 from crossmr.files import is_record, refuse_foreign, write_atomically
-from crossmr.networks.trained_on import FILE as PATIENTS
-from crossmr.paths import check_model
+from crossmr.paths import PATIENTS, check_model
 
 if TYPE_CHECKING:  # PyTorch takes seconds to load, and a wrong name is refused without it
     import torch

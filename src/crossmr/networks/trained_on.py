@@ -19,8 +19,9 @@ from typing import Any, Literal
 from crossmr.config import from_dict
 from crossmr.errors import ConfigError, ModelError
 from crossmr.files import digest, read_json, write_json
+from crossmr.paths import PATIENTS
 
-FILE = "patients.json"
+FILE = PATIENTS
 FORMAT, FORMAT_VERSION = "crossmr-patients", 1
 COST = 2**11
 """scrypt's n, with r = 8 and p = 1: memory of 2 MiB and some 5 ms."""
