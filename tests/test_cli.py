@@ -341,6 +341,26 @@ def test_an_unforeseen_error_of_one_study_leaves_its_traceback_in_the_log(verb, 
     assert "Traceback" in crossmr(verb, *arguments, "-o", tmp_path / "out", "--debug").stderr
 
 
+@pytest.mark.parametrize(("error", "stops"), [("CUDA error: an illegal memory access", True), ("a shape", False)])
+def test_an_error_of_the_device_stops_the_run_and_names_what_was_not_tried(error, stops, cohort, tmp_path, monkeypatch):
+    from crossmr.completion import cohort as completion
+    from crossmr.networks.model import load_model
+    from crossmr.registry import find_model
+
+    calls = []
+
+    def fail(study, *_, **__):
+        calls.append(study.case)
+        raise RuntimeError(error)
+
+    write_cohort(tmp_path / "three", 3, seed=3, missing={i: ["t2f"] for i in range(3)}, **GRID)
+    monkeypatch.setattr(completion, "complete_study", fail)
+    summary = completion.complete_cohort(tmp_path / "three", tmp_path / "out", load_model(find_model(None)))
+    assert len(calls) == (1 if stops else 3)
+    assert len(summary.failed) == 3
+    assert sum("not tried, because the device failed" in reason for reason in summary.failed.values()) == 2 * stops
+
+
 def test_errors_are_json_and_show_their_traceback_where_asked(tmp_path):
     result = crossmr("complete", tmp_path / "gone", "-o", tmp_path / "out", "--json", "--debug")
     assert json.loads(result.stdout)["error"].endswith("of one study or of many.")

@@ -261,7 +261,6 @@ def test_only_what_crossmr_wrote_counts_as_earlier(small, model, tmp_path):
     assert sorted(earlier_files(layout, case, ())) == synthetic[1:]
 
 
-
 @few
 @given(data=st.data(), verb=st.sampled_from(sorted(VERBS)), where=st.sampled_from(OUTS))
 def test_nothing_of_a_stranger_s_is_touched(bench, data, verb, where):

@@ -32,7 +32,7 @@ from crossmr.completion.writing import whole_or_absent, write_volumes
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume
-from crossmr.device import available_memory, reusable_memory
+from crossmr.device import available_memory, ends_the_run, reusable_memory
 from crossmr.dicom.convert import Scans, check_scans, convert_cases, taken
 from crossmr.dicom.series import Series
 from crossmr.display import LOG, SILENT, Display
@@ -132,8 +132,9 @@ def complete_cohort(
 ) -> CohortSummary:
     """Complete every study of a folder, or of several, into OUT/CASE/; several files are one study.
 
-    A study that fails is listed under 'failed' with its reason; the others are finished. A finished case, which is
-    one with a manifest.json, is skipped unless `options.overwrite`.
+    A study that fails is listed under 'failed' with its reason; the others are finished, unless the device or the
+    memory failed: then they are listed there as not tried. A finished case, which is one with a manifest.json, is
+    skipped unless `options.overwrite`.
 
     A folder of DICOM is converted into OUT/scans first, its series are registered where their grids differ, and what
     is synthesised is written as NIfTI and as a derived DICOM series.
@@ -198,9 +199,12 @@ def _inputs(
 
 
 def _complete_all(run: _Run, studies: Sequence[StudyFiles], scans: Mapping[str, Scans], summary: CohortSummary) -> None:
-    """Complete one study after the other; what goes wrong with one is in the summary."""
+    """Complete one study after the other; what goes wrong with one is in the summary.
+
+    After an error of the device or of memory, which every further study would fail by as well, these are not tried.
+    """
     with run.display.task("complete", len(studies)) as task:
-        for files, study in _read_ahead(studies, run):
+        for number, (files, study) in enumerate(_read_ahead(studies, run), 1):
             try:
                 manifest, skipped = _complete_case(run, files, study, scans.get(files.case))
                 summary.add(files.case, manifest, skipped=skipped)
@@ -208,6 +212,10 @@ def _complete_all(run: _Run, studies: Sequence[StudyFiles], scans: Mapping[str, 
                 summary.failed[files.case] = str(error)
             except Exception as error:  # nobody foresaw it: the other patients go on all the same
                 summary.failed[files.case] = f"{files.case}: {run.display.unforeseen(error)}"
+                if reason := ends_the_run(error):
+                    left = [other.case for other in studies[number:]]
+                    summary.failed |= {case: f"{case}: not tried, because {reason}" for case in left}
+                    return
             task.advance(files.case)
             del study  # before the next one is read
 

@@ -14,7 +14,7 @@ from typing import Any, TypedDict, TypeVar
 import numpy as np
 
 from crossmr.data.patients import merge
-from crossmr.device import choose_precision
+from crossmr.device import choose_precision, ends_the_run
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError, names_only
 from crossmr.evaluation.measures import (
@@ -196,8 +196,8 @@ def evaluate(
 
     Raises:
         CrossmrError: nothing could be measured, or OUT holds something else that has the name of a file to be written.
-            A study that fails is listed under 'failed': in what is returned with paths, in what is written with the
-            names of files only.
+            A study that fails is listed under 'failed', and so are all further ones after an error of the device or of
+            memory: in what is returned with paths, in what is written with the names of files only.
     """
     out = Path(out)
     predictors = find_predictors(_loaded(model, settings), settings.inference, settings.guidances, settings.against)
@@ -208,13 +208,17 @@ def evaluate(
         _refuse_foreign(out, [one.name for one in subjects], predictors[0].model.config.targets)
         write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
         with display.logged(out / LOG) as logging, logging.task("evaluate", len(subjects)) as task:
-            for name, read, _ in subjects:
+            for number, (name, read, _) in enumerate(subjects, 1):
                 try:
                     measured.add(measure_subject(read(), predictors, out, every_subset=settings.every_subset))
                 except CrossmrError as error:
                     measured.failed[name] = str(error)
                 except Exception as error:  # nobody foresaw it: the other patients go on all the same
                     measured.failed[name] = f"{name}: {logging.unforeseen(error)}"
+                    if reason := ends_the_run(error):
+                        left = [other.name for other in subjects[number:]]
+                        measured.failed.update((other, f"{other}: not tried, because {reason}") for other in left)
+                        break
                 task.advance(name)
         if not measured.scores:
             reason = next(iter(measured.failed.values()), f"the split '{settings.split}' is empty")
