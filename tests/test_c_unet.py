@@ -95,7 +95,7 @@ def test_images_of_any_size_come_out_at_that_size(config, dims, size):
 )
 def test_images_of_another_shape_are_refused_in_words(dims, shape):
     axes = "Y, X" if dims == 2 else "Z, Y, X"
-    with pytest.raises(ValueError, match=re.escape(f"images are {shape}; wanted (B, 2, {axes})")):
+    with pytest.raises(ValueError, match=re.escape(f"images are {shape}; expected (B, 2, {axes})")):
         a_network(dims=dims)(torch.zeros(shape))
     with pytest.raises(ValueError, match="none of them 0"):
         a_network()(torch.zeros(1, 2, 0, 8))

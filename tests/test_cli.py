@@ -419,7 +419,7 @@ def spoil_place(study: Path) -> None:
         (spoil_truncated, ["t1n.nii.gz", "truncated", "Copy the file again"]),
         (spoil_text, ["t1n.nii.gz", "is not a NIfTI file"]),
         (spoil_gzipped_text, ["t1n.nii.gz", "is not a NIfTI file"]),
-        (spoil_4d, ["t1n.nii.gz", "2 volumes, wanted one", "Split it"]),
+        (spoil_4d, ["t1n.nii.gz", "2 volumes, expected one", "Split it"]),
         (spoil_nan, ["t2w", "NaN or infinite", "replace them by 0"]),
         (spoil_infinite, ["t2w", "1 voxels that are NaN or infinite"]),
         (spoil_constant, ["t2w is constant at 7", "Export it again"]),

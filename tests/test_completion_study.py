@@ -551,7 +551,7 @@ def test_no_samples_at_all_are_refused_in_one_line(model_folder, small, tmp_path
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.splitlines() == ["crossmr: --samples is 0; wanted at least 1."]
+    assert capsys.readouterr().err.splitlines() == ["crossmr: --samples is 0; expected at least 1."]
     assert not (tmp_path / "out").exists()
 
 

@@ -180,7 +180,7 @@ def test_data_of_the_wrong_type_is_refused_by_path(key, value):
 
 
 def test_no_mapping_at_all_is_refused():
-    with pytest.raises(ConfigError, match="Recipe: wanted settings by name"):
+    with pytest.raises(ConfigError, match="Recipe: expected settings by name"):
         from_dict(Recipe, ["crop"])
 
 

@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[Any, type[CrossmrError], list[str]]] = {
         StudyError,
         ["placed elsewhere", "2.5 mm", "Register and resample"],
     ),
-    "4D": (TWO_VOLUMES, VolumeError, ["28×32×24×2", "2 volumes, wanted one", "Split it"]),
+    "4D": (TWO_VOLUMES, VolumeError, ["28×32×24×2", "2 volumes, expected one", "Split it"]),
 }
 
 

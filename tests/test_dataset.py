@@ -67,7 +67,7 @@ def test_every_case_is_in_one_split(prepared):
     assert all(splits)
     assert sorted(case.name for cases in splits for case in cases) == [case.name for case in opened.cases]
     with pytest.raises(
-        ConfigError, match="'training' is no split of a prepared dataset; wanted one of train, val, test"
+        ConfigError, match="'training' is no split of a prepared dataset; expected one of train, val, test"
     ):
         opened.split("training")
 
@@ -138,7 +138,7 @@ def test_items_that_cannot_be_are_refused(prepared, copy):
     with pytest.raises(ConfigError, match="has pdw; it has t1n, t1c, t2f"):
         PreparedDataset(prepared, modalities=("t1n", "PD"))
     for size in ((8,), (8, 8, 8, 8), (8, 0)):
-        with pytest.raises(ConfigError, match=r"wanted \(Y, X\) for slices"):
+        with pytest.raises(ConfigError, match=r"expected \(Y, X\) for slices"):
             PreparedDataset(prepared, size=size)
     dataset = PreparedDataset(copy)
     (copy / "cases" / "P-00000-000" / "masks.npy").unlink()

@@ -95,7 +95,7 @@ def test_an_older_pytorch_that_cannot_tell_means_float32(monkeypatch):
 
 @pytest.mark.parametrize("name", ["float16", "", "bf16", "double"])
 def test_another_precision_is_refused_with_those_there_are(name):
-    with pytest.raises(ConfigError, match=f"--precision is '{name}'; wanted one of {', '.join(PRECISIONS)}"):
+    with pytest.raises(ConfigError, match=f"--precision is '{name}'; expected one of {', '.join(PRECISIONS)}"):
         choose_precision(name, torch.device("cpu"))
 
 

@@ -50,7 +50,7 @@ def test_a_network_is_made_of_a_few_numbers():
     assert network(torch.zeros(2, 5), torch.tensor([0, 999])).shape == (2, 5)
     assert network.sample([seeded()], steps=2).shape == (1, 5)
     for wrong in ({"dim": 0}, {"config": replace(CONFIG, conditional=True)}, {"condition_dim": -1}):
-        with pytest.raises(ConfigError, match="wanted at least 1 feature"):
+        with pytest.raises(ConfigError, match="expected at least 1 feature"):
             DistributionNetwork(**{"config": replace(CONFIG, conditional=False), **wrong})
 
 

@@ -527,7 +527,7 @@ def test_what_a_model_can_do_is_not(model, fine):
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"guidance": "mean"}, "--guidance is 'mean'; wanted one of sample, unconditional, reference, none"),
+        ({"guidance": "mean"}, "--guidance is 'mean'; expected one of sample, unconditional, reference, none"),
         ({"samples": 0}, "--samples is 0"),
         ({"guidance": "reference"}, "--reference STUDY go together"),
         ({"reference": Path("another")}, "--reference STUDY go together"),

@@ -166,7 +166,7 @@ def test_brasyn_s_folder_holds_its_files_and_nothing_else(model, tmp_path):
 
 
 def test_a_profile_that_is_none_is_refused(model, tmp_path):
-    with pytest.raises(ConfigError, match="--profile is 'flat'; wanted one of labelled, challenge, bids"):
+    with pytest.raises(ConfigError, match="--profile is 'flat'; expected one of labelled, challenge, bids"):
         Layout(tmp_path, "flat")
 
 

@@ -133,7 +133,7 @@ def refused(folder, match):
         ({"window": (8, 8, 8)}, r"crop \(8, 8, 8\)"),
         ({"window": (8, 7)}, "multiples of 2"),
         ({"window": (8, 0)}, "multiples of 2"),
-        ({"context_slices": 2}, "wanted 1, 3 or 5"),
+        ({"context_slices": 2}, "expected 1, 3 or 5"),
         ({"spatial_dims": 3, "window": (8, 8, 8), "context_slices": 3}, "and 1 in 3D"),
         ({"targets": ("t1n", "t2w"), "guidance": "joint"}, "any_subset needs guidance 'last' or 'none'"),
         ({"uncertainty": True, "guidance": "joint"}, "unguided image, which guidance 'joint' does not have"),
@@ -675,14 +675,14 @@ def test_a_record_of_training_that_is_none_is_refused(folder, value):
 @pytest.mark.parametrize("name", ["representation", "distribution", "synthesis"])
 def test_a_network_that_is_missing_is_refused(folder, name):
     resave(folder, lambda tensors, _: tensors.pop(name))
-    refused(folder, f"holds .*; wanted .*{name}")
+    refused(folder, f"holds .*; expected .*{name}")
 
 
 def test_a_network_too_many_is_refused(folder):
     resave(folder, lambda tensors, _: tensors.update(surprise={"w": torch.zeros(1)}))
-    refused(folder, "holds .*surprise.*; wanted")
+    refused(folder, "holds .*surprise.*; expected")
     resave(folder, lambda tensors, data: (tensors.pop("surprise"), data["config"].update(guidance="none")))
-    refused(folder, "holds .*distribution.*; wanted synthesis")
+    refused(folder, "holds .*distribution.*; expected synthesis")
 
 
 def test_weights_of_another_shape_are_refused(folder):
@@ -846,7 +846,7 @@ def test_sizes_beyond_any_machine_are_refused(folder, change):
         ({"spatial_dims": 4}, "spatial_dims is 4"),
         ({"window": [8, 7]}, "multiples of 2"),
         ({"chanels": 3}, "'chanels' is no setting"),
-        ({"synthesis": 3}, "wanted settings by name"),
+        ({"synthesis": 3}, "expected settings by name"),
         ({"synthesis": {"patch": 3}}, "patch is 3"),
         ({"synthesis": {"residual": True}}, "'synthesis.residual' is no setting"),
         ({"synthesis": {"form": "heavy"}}, "form is 'heavy'"),
@@ -862,7 +862,7 @@ def test_a_config_that_makes_no_sense_is_refused(folder, change, match):
 @pytest.mark.parametrize("value", [None, 3, [], "model"])
 def test_a_config_that_is_no_mapping_is_refused(folder, value):
     resave(folder, lambda _, data: data.update(config=value))
-    refused(folder, "wanted settings by name")
+    refused(folder, "expected settings by name")
 
 
 def test_a_changed_config_is_noticed(folder):

@@ -204,9 +204,9 @@ def test_nonsense_is_refused(seed: int, options: dict[str, object], message: str
 @pytest.mark.parametrize(
     ("patients", "options", "message"),
     [
-        (0, {}, "got 0, wanted 1"),
+        (0, {}, "got 0, expected 1"),
         (2, {"missing": {0: ["flair"]}}, "flair.*patient 0.*t2f"),
-        (2, {"missing": {2: ["t1n"]}}, "patient 2, wanted 0 to 1"),
+        (2, {"missing": {2: ["t1n"]}}, "patient 2, expected 0 to 1"),
         (1, {"seed": -3}, "-3"),
     ],
 )

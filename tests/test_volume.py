@@ -305,25 +305,25 @@ class TestBrokenInputs:
 
     def test_other_images(self) -> None:
         refused(
-            nib.MGHImage(np.zeros(SHAPE, np.float32), np.eye(4)), "got MGHImage, wanted a NIfTI file, a NIfTI image"
+            nib.MGHImage(np.zeros(SHAPE, np.float32), np.eye(4)), "got MGHImage, expected a NIfTI file, a NIfTI image"
         )
-        refused(np.zeros(SHAPE), r"got ndarray, wanted .*\(array, affine\)")
+        refused(np.zeros(SHAPE), r"got ndarray, expected .*\(array, affine\)")
 
     def test_arrays_that_are_no_volume(self) -> None:
         voxels, affine = np.ones(SHAPE, np.float32), np.eye(4)
-        refused((voxels > 0, affine), "voxels are bool, wanted one real number")
-        refused((voxels.astype(complex), affine), "voxels are complex128, wanted one real number")
+        refused((voxels > 0, affine), "voxels are bool, expected one real number")
+        refused((voxels.astype(complex), affine), "voxels are complex128, expected one real number")
         refused((voxels[0], affine), "is 2D")
-        refused((voxels, np.eye(3)), "its affine is 3×3, wanted 4×4")
+        refused((voxels, np.eye(3)), "its affine is 3×3, expected 4×4")
         refused((voxels, np.zeros((4, 4))), "its affine has no inverse")
         refused((voxels, np.full((4, 4), np.nan)), "its affine has no inverse")
         refused((voxels, "RAS"), "is none of numbers")
-        refused((voxels, affine, "t1"), r"got tuple, wanted .*\(array, affine\)")
+        refused((voxels, affine, "t1"), r"got tuple, expected .*\(array, affine\)")
 
     @pytest.mark.parametrize(
         ("shape", "pattern"),
         [
-            ((4, 5, 6, 7), "is 4×5×6×7: 7 volumes, wanted one. Split it"),
+            ((4, 5, 6, 7), "is 4×5×6×7: 7 volumes, expected one. Split it"),
             ((4, 5, 6, 1, 3), "3 volumes"),
             ((4, 5), "is 2D"),
             ((4, 0, 6), "no voxels"),
@@ -455,7 +455,7 @@ class TestWrite:
 
     def test_arrays_that_do_not_fit(self) -> None:
         reference = read_volume(scan(np.eye(4)))
-        with pytest.raises(ValueError, match="wanted the same"):
+        with pytest.raises(ValueError, match="expected the same"):
             on_grid(reference.data.T, reference, description="")
 
     def test_equal_content_gives_equal_bytes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

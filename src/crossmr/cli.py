@@ -464,7 +464,7 @@ def train(
     from crossmr.training.run import train as run
 
     if recipe is not None and recipe not in RECIPES:
-        raise ConfigError(f"--recipe is '{recipe}'; wanted one of {', '.join(RECIPES)}.")
+        raise ConfigError(f"--recipe is '{recipe}'; expected one of {', '.join(RECIPES)}.")
     initial_model = None if start is None else load_model(find_model(start))
     chosen = RECIPES[recipe or "standard"] if recipe is not None or initial_model is None else recipe_of(initial_model)
     open_settings = tuple(name for name in chosen.by_set if name not in changes)
@@ -710,7 +710,7 @@ def _pairs(items: list[str] | None, option: str, example: str) -> dict[str, str]
     for item in items or ():
         key, separator, value = item.partition("=")
         if not separator or not key or not value:
-            raise ConfigError(f"{option} is '{item}'; wanted KEY=VALUE, such as {example}.")
+            raise ConfigError(f"{option} is '{item}'; expected KEY=VALUE, such as {example}.")
         pairs[key.strip()] = value.strip()
     return pairs
 

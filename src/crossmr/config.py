@@ -27,7 +27,7 @@ def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "") -> T:
         ConfigError: a key that `kind` does not have, a value of the wrong type, or one its checks refuse.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where or kind.__name__}: wanted settings by name, got {data!r}.")
+        raise ConfigError(f"{where or kind.__name__}: expected settings by name, got {data!r}.")
     hints = typing.get_type_hints(kind)
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in data:
@@ -112,4 +112,4 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
                 return number
         except (ValueError, OverflowError):
             pass
-    raise ConfigError(f"{where} is {value!r}; wanted {getattr(hint, '__name__', str(hint))}.")
+    raise ConfigError(f"{where} is {value!r}; expected {getattr(hint, '__name__', str(hint))}.")

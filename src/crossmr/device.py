@@ -29,7 +29,7 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device is '{name}'; wanted auto, cpu, cuda, cuda:1 or mps.") from error
+        raise ConfigError(f"--device is '{name}'; expected auto, cpu, cuda, cuda:1 or mps.") from error
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= there.get(device.type, 0):
         usable = ", ".join(kind for kind, count in there.items() if count)
@@ -104,7 +104,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     'auto' is bfloat16 where the hardware multiplies it natively, where it is two to three times faster.
     """
     if name not in PRECISIONS:
-        raise ConfigError(f"--precision is '{name}'; wanted one of {', '.join(PRECISIONS)}.")
+        raise ConfigError(f"--precision is '{name}'; expected one of {', '.join(PRECISIONS)}.")
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     if device.type == "cuda":

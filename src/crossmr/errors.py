@@ -10,8 +10,8 @@ CrossmrError
 ├── OutputError      results that cannot be written
 └── Interrupted      a training that was asked to stop, after its state was saved
 
-A message says what, where, got, wanted, and the next step, in one line. It may hold paths, and these may name patients:
-what is stored of it goes through `names_only`.
+A message says what, where, got, expected, and the next step, in one line. It may hold paths, and these may name
+patients: what is stored of it goes through `names_only`.
 """
 
 import os

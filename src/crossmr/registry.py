@@ -109,7 +109,7 @@ def import_model(source: Path, name: str | None = None) -> RegisteredModel:
     name = name or source.name.removesuffix(".zip")
     if not _NAME.fullmatch(name):
         raise ModelError(
-            f"'{name}' is no name for a model; wanted letters, digits, '.', '_' and '-'; choose with --name."
+            f"'{name}' is no name for a model; expected letters, digits, '.', '_' and '-'; choose with --name."
         )
     if name in known_models():
         raise OutputError(f"There is a model '{name}' already; choose another with --name.")

@@ -42,7 +42,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
-            raise ConfigError(f"--profile is '{self.profile}'; wanted one of {', '.join(PROFILES)}.")
+            raise ConfigError(f"--profile is '{self.profile}'; expected one of {', '.join(PROFILES)}.")
 
     @property
     def records(self) -> Path:

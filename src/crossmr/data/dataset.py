@@ -145,7 +145,7 @@ class PreparedDataset(Dataset[dict[str, Any]]):
         self.modalities = self._modalities(modalities)
         self.size = None if size is None else tuple(size)
         if self.size is not None and (len(self.size) not in (2, 3) or min(self.size) < 1):
-            raise ConfigError(f"size is {self.size}; wanted (Y, X) for slices, or (Z, Y, X), in voxels.")
+            raise ConfigError(f"size is {self.size}; expected (Y, X) for slices, or (Z, Y, X), in voxels.")
         self._slices = len(self.size or ()) == 2
         chosen = self.cases if split is None else self.split(split)
         self._items = [(case, z) for case in chosen for z in self._slices_of(case)]
@@ -188,7 +188,7 @@ class PreparedDataset(Dataset[dict[str, Any]]):
     def split(self, name: str) -> tuple[Case, ...]:
         """The cases of 'train', 'val' or 'test'."""
         if name not in SPLITS:
-            raise ConfigError(f"'{name}' is no split of a prepared dataset; wanted one of {', '.join(SPLITS)}.")
+            raise ConfigError(f"'{name}' is no split of a prepared dataset; expected one of {', '.join(SPLITS)}.")
         return tuple(case for case in self.cases if case.split == name)
 
     @property

@@ -394,7 +394,7 @@ def mapping_key(key: str) -> str:
     if meaning or re.fullmatch(r"[a-z0-9]+", key):
         return meaning or key
     raise ConfigError(
-        f"mapping: {key!r} cannot name a modality: wanted one of {', '.join(MODALITIES)}, 'seg', "
+        f"mapping: {key!r} cannot name a modality: expected one of {', '.join(MODALITIES)}, 'seg', "
         "or a new name in lower-case letters and digits, such as swi."
     )
 

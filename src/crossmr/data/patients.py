@@ -47,7 +47,7 @@ def read_patients(path: Path) -> dict[str, Entry]:
     if sorted(columns) not in (sorted(COLUMNS), sorted(COLUMNS[:2])):
         raise ConfigError(
             f"--patients {path}, line 1: its columns are {', '.join(columns) or 'none'}; "
-            "wanted case and patient, and part if it fixes the splits."
+            "expected case and patient, and part if it fixes the splits."
         )
     entries: dict[str, Entry] = {}
     for row in reader:
@@ -55,7 +55,7 @@ def read_patients(path: Path) -> dict[str, Entry]:
             continue
         where = f"--patients {path}, line {reader.line_num}"
         if len(row) != len(columns):
-            raise ConfigError(f"{where}: it has {len(row)} columns; wanted {len(columns)}: {', '.join(columns)}.")
+            raise ConfigError(f"{where}: it has {len(row)} columns; expected {len(columns)}: {', '.join(columns)}.")
         values = dict(zip(columns, (cell.strip() for cell in row), strict=True))
         _check(values, entries, where)
         entries[values["case"]] = Entry(values["patient"], values.get("part", ""), reader.line_num)
@@ -69,7 +69,7 @@ def _check(values: Mapping[str, str], entries: Mapping[str, Entry], where: str) 
             raise ConfigError(f"{where}, column {column}: it is empty. Name one, or delete the line.")
     case, patient, part = values["case"], values["patient"], values.get("part", "")
     if part not in ("", *SPLITS):
-        raise ConfigError(f"{where}, column part: '{part}' is no part; wanted {', '.join(SPLITS)}, or nothing.")
+        raise ConfigError(f"{where}, column part: '{part}' is no part; expected {', '.join(SPLITS)}, or nothing.")
     if case in entries:
         raise ConfigError(f"{where}, column case: '{case}' is on line {entries[case].line} already. Delete one.")
     for earlier in entries.values():

@@ -62,7 +62,7 @@ class Split:
         fractions = (self.train, self.val, self.test)
         if not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6 and self.train > 0):  # NaN fails too
             raise ConfigError(
-                f"--split is {fractions}; wanted train/val/test fractions that sum to 1, such as 70/10/20."
+                f"--split is {fractions}; expected train/val/test fractions that sum to 1, such as 70/10/20."
             )
 
     @classmethod
@@ -73,7 +73,7 @@ class Split:
         except ValueError:
             numbers = []
         if len(numbers) != 3 or sum(numbers) <= 0:
-            raise ConfigError(f"--split is '{text}'; wanted train/val/test in percent, such as 70/10/20.")
+            raise ConfigError(f"--split is '{text}'; expected train/val/test in percent, such as 70/10/20.")
         train, val, test = (number / sum(numbers) for number in numbers)
         return cls(train, val, test, seed)
 

@@ -158,7 +158,7 @@ def on_grid(
         ValueError: the array has another shape, or the description is not ASCII of at most 79 characters.
     """
     if array.shape != reference.data.shape:
-        raise ValueError(f"array is {array.shape}, but {reference.name} is {reference.data.shape}: wanted the same")
+        raise ValueError(f"array is {array.shape}, but {reference.name} is {reference.data.shape}: expected the same")
     if not description.isascii() or len(description) > 79:
         raise ValueError(f"description must be ASCII of at most 79 characters, got {description!r}")
     header = reference.image.header.copy()
@@ -315,7 +315,7 @@ def _read_image(image: Any, name: str) -> tuple[Any, np.ndarray]:
     """The header and the scaled voxels (x, y, z) of an in-memory image, as stored."""
     if not isinstance(image, nib.Nifti1Image):
         raise VolumeError(
-            f"{name}: got {type(image).__name__}, wanted a NIfTI file, a NIfTI image of nibabel, or (array, affine). "
+            f"{name}: got {type(image).__name__}, expected a NIfTI file, a NIfTI image of nibabel, or (array, affine). "
             "Convert it first."
         )
     header = image.header.copy()
@@ -338,9 +338,9 @@ def _image_of_pair(array: Any, affine: Any, name: str) -> nib.Nifti1Image:
             f"{name}: its array or affine is none of numbers ({_reason(error)}). Give NumPy arrays."
         ) from error
     if voxels.dtype.kind not in "iuf":
-        raise VolumeError(f"{name}: voxels are {voxels.dtype}, wanted one real number each. Give a magnitude image.")
+        raise VolumeError(f"{name}: voxels are {voxels.dtype}, expected one real number each. Give a magnitude image.")
     if matrix.shape != (4, 4):
-        raise VolumeError(f"{name}: its affine is {_times(matrix.shape)}, wanted 4×4, from voxel indices to mm.")
+        raise VolumeError(f"{name}: its affine is {_times(matrix.shape)}, expected 4×4, from voxel indices to mm.")
     _check_affine(matrix, name)
     with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite, as in a file
         image = nib.Nifti1Image(voxels.astype(np.float32), matrix)
@@ -372,7 +372,7 @@ def _repaired(header: Any, name: str) -> Any:
         raise VolumeError(f"{name}: has a broken NIfTI header ({_reason(error)}). Export it again.") from error
     spacing = header["pixdim"][1 : 1 + min(3, dimensions)]
     if not (np.isfinite(spacing).all() and spacing.all()):
-        raise VolumeError(f"{name}: spacing is {_times(spacing)} mm, wanted positive numbers. Correct its header.")
+        raise VolumeError(f"{name}: spacing is {_times(spacing)} mm, expected positive numbers. Correct its header.")
     if fixed["qform_code"] == 0:  # qfac means nothing then: keep its bits
         fixed["pixdim"][0] = header["pixdim"][0]
     return fixed
@@ -383,16 +383,16 @@ def _check_header(header: Any, name: str) -> None:
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if len(shape) > 3 and any(size > 1 for size in shape[3:]):
         raise VolumeError(
-            f"{name}: is {_times(shape)}: {math.prod(shape[3:])} volumes, wanted one. "
+            f"{name}: is {_times(shape)}: {math.prod(shape[3:])} volumes, expected one. "
             "Split it (fslsplit, mrconvert) into one file per volume."
         )
     if len(shape) < 3:
-        raise VolumeError(f"{name}: is {len(shape)}D ({_times(shape)}), wanted a 3D volume. Stack its slices first.")
+        raise VolumeError(f"{name}: is {len(shape)}D ({_times(shape)}), expected a 3D volume. Stack its slices first.")
     if min(shape) < 1:
         raise VolumeError(f"{name}: is {_times(shape)}: it has no voxels. Export it again.")
     if dtype.kind not in "iuf":
         raise VolumeError(
-            f"{name}: voxels are {'complex' if dtype.kind == 'c' else 'RGB'}, wanted one real number each. "
+            f"{name}: voxels are {'complex' if dtype.kind == 'c' else 'RGB'}, expected one real number each. "
             "Give the magnitude or a grey-scale image."
         )
 

@@ -290,7 +290,7 @@ def _convert_series(case: str, series: Series, path: Path, converter: str) -> No
         if len(volumes) != 1:
             hint = f" (dcm2niix: {complaint.replace(temporary, '')})" if complaint else ""
             raise StudyError(
-                f"{case}: {series.name} became {len(volumes) or 'no'} volumes, wanted one{hint}. "
+                f"{case}: {series.name} became {len(volumes) or 'no'} volumes, expected one{hint}. "
                 "Export it again, or leave it out of the folder."
             )
         volume = read_volume(volumes[0], name=f"{case}: {series.name}")

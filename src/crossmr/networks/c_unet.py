@@ -54,9 +54,9 @@ class SynthesisConfig:
         if not self.multipliers or min(self.channels, self.blocks, width, *self.multipliers) < 1:
             raise ConfigError("channels, multipliers, blocks and condition_width are counts of at least 1.")
         if self.patch != 1 and (self.patch < 1 or self.patch % 2):
-            raise ConfigError(f"patch is {self.patch}; wanted 1 or an even number, such as 2.")
+            raise ConfigError(f"patch is {self.patch}; expected 1 or an even number, such as 2.")
         if not 0 <= self.lesion_weight < math.inf:
-            raise ConfigError(f"lesion_weight is {self.lesion_weight}; wanted 0 or more.")
+            raise ConfigError(f"lesion_weight is {self.lesion_weight}; expected 0 or more.")
 
     @property
     def stride(self) -> int:
@@ -96,7 +96,7 @@ class CUNet(nn.Module):
     ):
         super().__init__()
         if min(inputs, outputs) < 1:
-            raise ConfigError(f"inputs is {inputs}, outputs {outputs}; wanted at least 1 channel each.")
+            raise ConfigError(f"inputs is {inputs}, outputs {outputs}; expected at least 1 channel each.")
         self.inputs, self.spatial_dims, self.stride = inputs, spatial_dims, config.stride
         form = Form(spatial_dims, config.channels, config.multipliers, config.blocks, config.patch)
         light = config.form == "light"

@@ -36,10 +36,10 @@ class DistributionConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.condition_dropout <= 1:
-            raise ConfigError(f"condition_dropout is {self.condition_dropout}; wanted a fraction from 0 to 1.")
+            raise ConfigError(f"condition_dropout is {self.condition_dropout}; expected a fraction from 0 to 1.")
         if self.width < 2 or self.width % 2 or self.blocks < 1:
             raise ConfigError(
-                f"width is {self.width}, blocks {self.blocks}; wanted an even width and at least 1 block."
+                f"width is {self.width}, blocks {self.blocks}; expected an even width and at least 1 block."
             )
 
 
@@ -85,8 +85,8 @@ class DistributionNetwork(nn.Module):
         super().__init__()
         if dim < 1 or condition_dim < (1 if config.conditional else 0):
             raise ConfigError(
-                f"dim is {dim}, condition_dim {condition_dim}; wanted at least 1 feature, and of a condition too where "
-                "the network is conditional."
+                f"dim is {dim}, condition_dim {condition_dim}; expected at least 1 feature, and for the condition "
+                "too if the network is conditional."
             )
         width = config.width
         self.config, self.dim = config, dim

@@ -57,9 +57,9 @@ class Settings:
         if self.targets is not None:
             object.__setattr__(self, "targets", modality_names(self.targets))
         if self.guidance is not None and self.guidance not in GUIDANCES:
-            raise ConfigError(f"--guidance is '{self.guidance}'; wanted one of {', '.join(GUIDANCES)}.")
+            raise ConfigError(f"--guidance is '{self.guidance}'; expected one of {', '.join(GUIDANCES)}.")
         if self.samples is not None and self.samples < 1:
-            raise ConfigError(f"--samples is {self.samples}; wanted at least 1.")
+            raise ConfigError(f"--samples is {self.samples}; expected at least 1.")
         if (self.guidance == "reference") != (self.reference is not None):
             raise ConfigError("--guidance reference and --reference STUDY go together; give both, or neither.")
 

@@ -36,7 +36,7 @@ class RepresentationConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
-            raise ConfigError(f"mask_ratio is {self.mask_ratio}; wanted a fraction between 0 and 1, such as 0.75.")
+            raise ConfigError(f"mask_ratio is {self.mask_ratio}; expected a fraction between 0 and 1, such as 0.75.")
         counts = (self.channels, self.blocks, self.patch_size, *self.multipliers)
         if not self.multipliers or min(counts) < 1:
             raise ConfigError("channels, multipliers, blocks and patch_size are counts of at least 1.")

@@ -76,17 +76,17 @@ class ModelConfig:
         if not self.sources or not self.targets or len(set(named)) < len(named) or len(named) < 2:
             sources, targets = ", ".join(self.sources) or "none", ", ".join(self.targets) or "none"
             raise ConfigError(
-                f"sources are {sources}, targets {targets}; wanted at least one of each and none twice, or two or more "
-                "that are both, for any subset of them."
+                f"sources are {sources}, targets {targets}; expected at least one of each and none twice; for any "
+                "subset, the same two or more for both."
             )
         if self.spatial_dims not in (2, 3) or len(self.window) != self.spatial_dims:
             raise ConfigError(
-                f"spatial_dims is {self.spatial_dims} and the crop {self.window}; wanted 2 or 3, and as many sides."
+                f"spatial_dims is {self.spatial_dims} and the crop {self.window}; expected 2 or 3, and as many sides."
             )
         if any(side < 1 or side % self.stride for side in self.window):
-            raise ConfigError(f"The crop is {self.window}; wanted multiples of {self.stride}, the networks' stride.")
+            raise ConfigError(f"The crop is {self.window}; expected multiples of {self.stride}, the networks' stride.")
         if self.context_slices not in (1, 3, 5) or (self.context_slices > 1 and self.spatial_dims == 3):
-            raise ConfigError(f"context_slices is {self.context_slices}; wanted 1, 3 or 5, and 1 in 3D.")
+            raise ConfigError(f"context_slices is {self.context_slices}; expected 1, 3 or 5, and 1 in 3D.")
         if self.guidance == "joint" and self.any_subset:
             raise ConfigError(
                 "any_subset needs guidance 'last' or 'none': with 'joint' representations are drawn once per case, and "
@@ -356,7 +356,9 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossC
         reason, *_ = str(error).split("\n")
         raise ModelError(f"{folder / 'config.json'}: {reason}") from error
     if set(tensors) != set(model.networks()):
-        raise ModelError(f"{folder} holds {', '.join(sorted(tensors))}; wanted {', '.join(sorted(model.networks()))}.")
+        raise ModelError(
+            f"{folder} holds {', '.join(sorted(tensors))}; expected {', '.join(sorted(model.networks()))}."
+        )
     for name, network in model.networks().items():
         _load_weights(folder / f"{name}.safetensors", network, tensors[name])
     if not _calibration_fits(extras["calibration"], len(config.targets)):
@@ -399,7 +401,7 @@ def _load_weights(file: Path, network: nn.Module, tensors: Mapping[str, Tensor])
         if wanted.get(name) != shapes.get(name):
             there, needed = (f"{s[name]}" if name in s else "missing" for s in (shapes, wanted))
             raise ModelError(
-                f"{file} does not fit config.json: {name} is {there}, wanted {needed}. Copy or train it again."
+                f"{file} does not fit config.json: {name} is {there}, expected {needed}. Copy or train it again."
             )
     weights = {name: tensor.float() for name, tensor in tensors.items()}
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):

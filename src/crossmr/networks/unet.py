@@ -32,7 +32,7 @@ def check_images(images: Tensor, dims: int, channels: int | None = None) -> None
     """
     if images.ndim != dims + 2 or images.shape[1] != (channels or images.shape[1]) or not images.numel():
         axes = "Y, X" if dims == 2 else "Z, Y, X"
-        raise ValueError(f"images are {tuple(images.shape)}; wanted (B, {channels or 'M'}, {axes}), none of them 0")
+        raise ValueError(f"images are {tuple(images.shape)}; expected (B, {channels or 'M'}, {axes}), none of them 0")
 
 
 def pad_to_stride(images: Tensor, stride: int) -> Tensor:
@@ -150,7 +150,7 @@ class Form:
 
     def __post_init__(self) -> None:
         if self.dims not in CONVOLUTION:
-            raise ConfigError(f"spatial_dims is {self.dims}; wanted 2 for slices or 3 for volumes.")
+            raise ConfigError(f"spatial_dims is {self.dims}; expected 2 for slices or 3 for volumes.")
 
     @property
     def widths(self) -> list[int]:

@@ -63,9 +63,9 @@ def make_phantom(
     """
     _check_seed(seed)
     if len(shape) != 3 or min(shape) < SMALLEST_SIDE:
-        raise ConfigError(f"phantom shape: got {tuple(shape)}, wanted three sides of >= {SMALLEST_SIDE} voxels.")
+        raise ConfigError(f"phantom shape: got {tuple(shape)}, expected three sides of >= {SMALLEST_SIDE} voxels.")
     if len(spacing_mm) != 3 or not all(0 < step <= 10 for step in spacing_mm):
-        raise ConfigError(f"phantom spacing: got {tuple(spacing_mm)}, wanted three steps of 0 to 10 mm.")
+        raise ConfigError(f"phantom spacing: got {tuple(spacing_mm)}, expected three steps of 0 to 10 mm.")
     axes = [
         np.asarray(centre + step * (np.arange(size) - (size - 1) / 2), np.float64)
         for size, step, centre in zip(shape, spacing_mm, FIELD_OF_VIEW_CENTRE_MM, strict=True)
@@ -112,12 +112,12 @@ def write_cohort(
     missing = missing or {}
     _check_seed(seed)
     if patients < 1:
-        raise ConfigError(f"phantom patients: got {patients}, wanted 1 or more.")
+        raise ConfigError(f"phantom patients: got {patients}, expected 1 or more.")
     for index, modalities in missing.items():
         if unknown := sorted(set(modalities) - set(MODALITIES)):
-            raise ConfigError(f"phantom missing: got {unknown} for patient {index}, wanted some of {MODALITIES}.")
+            raise ConfigError(f"phantom missing: got {unknown} for patient {index}, expected some of {MODALITIES}.")
         if not 0 <= index < patients:
-            raise ConfigError(f"phantom missing: got patient {index}, wanted 0 to {patients - 1}.")
+            raise ConfigError(f"phantom missing: got patient {index}, expected 0 to {patients - 1}.")
     names = [f"PHANTOM-{index:05d}-000" for index in range(patients)]
     for name, kind in itertools.product(names, ("seg", *MODALITIES)):
         refuse_foreign(Path(folder) / name / f"{name}-{kind}.nii.gz", is_phantom)
@@ -142,7 +142,7 @@ def is_phantom(path: Path) -> bool:
 
 def _check_seed(seed: int) -> None:
     if seed < 0:
-        raise ConfigError(f"phantom seed: got {seed}, wanted 0 or more.")
+        raise ConfigError(f"phantom seed: got {seed}, expected 0 or more.")
 
 
 def _write_volume(path: Path, volume: NDArray[np.generic], affine: NDArray[np.float64]) -> None:

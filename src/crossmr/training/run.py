@@ -86,7 +86,7 @@ class TrainingSettings:
         if too_short or (self.steps is not None and self.steps < 1):
             raise ConfigError("--steps and --minutes are positive.")
         if not -(2**63) <= self.seed < 2**64:
-            raise ConfigError(f"--seed is {self.seed}; wanted a whole number of at most 64 bits.")
+            raise ConfigError(f"--seed is {self.seed}; expected a whole number of at most 64 bits.")
 
 
 def train(
@@ -217,7 +217,7 @@ def _check_initial(initial: CrossConditionedModel, config: ModelConfig) -> None:
     for key in own:
         if own[key] != other[key]:
             raise ConfigError(
-                f"The initial model has another {key} ({_short(own[key])}; wanted {_short(other[key])}). "
+                f"The initial model has another {key} ({_short(own[key])}; expected {_short(other[key])}). "
                 "Leave --recipe, --sources and --targets away, and --set to how it is trained."
             )
 

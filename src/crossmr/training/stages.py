@@ -393,8 +393,8 @@ def _warn_if_collapsed(display: Display, y_0: Tensor, features: Tensor) -> None:
     stds = ((features * (y_0 - mean) ** 2).sum(0) / (count - 1).clamp(min=1)).sqrt()[count > 1]
     if len(stds) and (std := float(stds.mean())) < COLLAPSED:
         display.say(
-            f"Warning: representations hardly differ between samples (standard deviation {std:.3f}, wanted .2 or so), "
-            "so guidance by them will change little. Train 'representation' longer or by another seed."
+            f"Warning: representations hardly differ between samples (standard deviation {std:.3f}, expected about 0.2), "
+            "so they cannot guide. Train 'representation' longer or with another seed."
         )
 
 
