@@ -483,7 +483,7 @@ def test_full_disk(cohort, model, tmp_path):
 
 def test_unknown_names(cohort, model, tmp_path):
     out = ("-o", tmp_path / "out")
-    refused(crossmr("complete", cohort, *out, "--model", model, "--targets", "t1x"), "'t1x' is no modality", "t1n")
+    refused(crossmr("complete", cohort, *out, "--model", model, "--targets", "t1x"), "'t1x' is not a modality", "t1n")
     refused(
         crossmr("complete", cohort, *out, "--model", model, "--targets", "FLAIR,T1"),
         "cannot synthesise t1n",

@@ -147,7 +147,7 @@ def test_python_refuses_what_it_cannot_tell_apart(model, tmp_path):
     head = image(make_head(shape=SHAPE))
     with pytest.raises(NamingError, match="t1n twice"):
         complete({"T1": head, "t1n": head}, model, SETTINGS)
-    with pytest.raises(ConfigError, match="'T3' is no modality"):
+    with pytest.raises(ConfigError, match="'T3' is not a modality"):
         complete({"T3": head}, model, SETTINGS)
     for case in "PQ":
         write_images(tmp_path, case, ("t1n", "t2w"))

@@ -119,7 +119,7 @@ def test_a_path_that_leads_nowhere_is_refused(path):
     [("synthesis.chanels", "channels"), ("guidence", "guidance"), ("distribution.schedule.step", "steps")],
 )
 def test_a_typo_is_met_with_the_nearest_name(path, hint):
-    with pytest.raises(ConfigError, match=rf"'{path}' is no setting.*Did you mean '{hint}'\?"):
+    with pytest.raises(ConfigError, match=rf"'{path}' is not a setting.*Did you mean '{hint}'\?"):
         with_settings(PAPER, {path: "1"})
 
 

@@ -67,7 +67,7 @@ def test_every_case_is_in_one_split(prepared):
     assert all(splits)
     assert sorted(case.name for cases in splits for case in cases) == [case.name for case in opened.cases]
     with pytest.raises(
-        ConfigError, match="'training' is no split of a prepared dataset; expected one of train, val, test"
+        ConfigError, match="'training' is not a split of a prepared dataset; expected one of train, val, test"
     ):
         opened.split("training")
 
@@ -133,7 +133,7 @@ def test_a_data_loader_takes_items_of_one_size(prepared, size, workers):
 
 
 def test_items_that_cannot_be_are_refused(prepared, copy):
-    with pytest.raises(ConfigError, match="'training' is no split"):
+    with pytest.raises(ConfigError, match="'training' is not a split"):
         PreparedDataset(prepared, split="training")
     with pytest.raises(ConfigError, match="has pdw; it has t1n, t1c, t2f"):
         PreparedDataset(prepared, modalities=("t1n", "PD"))

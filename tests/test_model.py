@@ -669,7 +669,7 @@ def test_a_config_that_lacks_a_part_is_refused(folder, key):
 @pytest.mark.parametrize("value", [3, None, [], {"seen": ["a"]}])
 def test_a_record_of_training_that_is_none_is_refused(folder, value):
     resave(folder, lambda _, data: data.update(training=value))
-    refused(folder, "'training' is no record of one")
+    refused(folder, "'training' is not a record of one")
 
 
 @pytest.mark.parametrize("name", ["representation", "distribution", "synthesis"])
@@ -845,10 +845,10 @@ def test_sizes_beyond_any_machine_are_refused(folder, change):
         ({"targets": ["t1n"]}, "none twice"),
         ({"spatial_dims": 4}, "spatial_dims is 4"),
         ({"window": [8, 7]}, "multiples of 2"),
-        ({"chanels": 3}, "'chanels' is no setting"),
+        ({"chanels": 3}, "'chanels' is not a setting"),
         ({"synthesis": 3}, "expected settings by name"),
         ({"synthesis": {"patch": 3}}, "patch is 3"),
-        ({"synthesis": {"residual": True}}, "'synthesis.residual' is no setting"),
+        ({"synthesis": {"residual": True}}, "'synthesis.residual' is not a setting"),
         ({"synthesis": {"form": "heavy"}}, "form is 'heavy'"),
         ({"guidance": "psychic"}, "guidance is 'psychic'"),
         ({"guidance": "joint"}, "unguided image"),

@@ -310,7 +310,7 @@ class TestModalityName:
 
     @pytest.mark.parametrize(("text", "hint"), [("flare", "t2f"), ("t1cc", "t1c")])
     def test_unknown_names_get_a_hint(self, text: str, hint: str) -> None:
-        with pytest.raises(ConfigError, match=rf"'{text}' is no modality.*Did you mean {hint}\?"):
+        with pytest.raises(ConfigError, match=rf"'{text}' is not a modality.*Did you mean {hint}\?"):
             modality_name(text)
 
     @pytest.mark.parametrize("text", ["", "swi", "seg", "ct", "brain-mask"])

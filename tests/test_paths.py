@@ -9,7 +9,7 @@ from crossmr.errors import ModelError, NamingError, OutputError, SetError
 def test_studies_are_a_folder(tmp_path):
     (tmp_path / "scan.nii").touch()
     paths.check_studies(tmp_path)
-    with pytest.raises(NamingError, match=r"gone: does not exist\. Wanted a folder"):
+    with pytest.raises(NamingError, match=r"gone: does not exist\. Expected a folder"):
         paths.check_studies(tmp_path / "gone")
     with pytest.raises(NamingError, match=r"scan.nii: is a file, not a folder: give the folder that holds it"):
         paths.check_studies(tmp_path / "scan.nii")

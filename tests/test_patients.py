@@ -47,7 +47,7 @@ def test_a_table_says_whose_each_study_is(tmp_path, separator, encoding):
         ("case,patient\nA,P\nB\n", r"line 3: it has 1 columns; expected 2: case, patient"),
         ("case,patient\nA,P\n,P\n", r"line 3, column case: it is empty"),
         ("case,patient\nA,\n", r"line 2, column patient: it is empty"),
-        ("case,patient,part\nA,P,trian\n", r"line 2, column part: 'trian' is no part; expected train, val, test"),
+        ("case,patient,part\nA,P,trian\n", r"line 2, column part: 'trian' is not a part; expected train, val, test"),
         ("case,patient\nA,P\nA,Q\n", r"line 3, column case: 'A' is on line 2 already"),
         (
             "case,patient,part\nA,P,train\nB,P,test\n",

@@ -171,7 +171,7 @@ def test_nothing_of_another_s_is_replaced_or_removed(folder, tmp_path):
     registry.remove_model("mine")
     assert tree(home) == {"mine/notes.txt": sha256(home / "mine" / "notes.txt")}
     assert registry.known_models() == {}
-    with pytest.raises(OutputError, match="mine exists and is no model; choose another name"):
+    with pytest.raises(OutputError, match="mine exists and is not a model; choose another name"):
         registry.import_model(folder, "mine")
     (home / "bert").mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -181,7 +181,7 @@ def test_nothing_of_another_s_is_replaced_or_removed(folder, tmp_path):
     before = tree(home)
     with pytest.raises(OutputError, match=r"bert/config\.json is not crossmr's"):
         registry.remove_model("bert")
-    with pytest.raises(OutputError, match="link exists and is no model"):
+    with pytest.raises(OutputError, match="link exists and is not a model"):
         registry.import_model(folder, "link")
     with pytest.raises(OutputError, match=r"dangling\.zip exists; name another file"):
         registry.export_model(folder, tmp_path / "dangling.zip")

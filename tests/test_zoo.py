@@ -320,7 +320,7 @@ def test_the_names_in_the_zoo_are_unique():
     ("advice", "message"),
     [
         (True, "t1n is all zero: it holds no image. Export it again, or remove the file."),
-        (True, "'bogus' is no split of a prepared dataset; expected one of train, val, test."),
+        (True, "'bogus' is not a split of a prepared dataset; expected one of train, val, test."),
         (False, "t1n is all zero: it holds no image to use, and no name."),
         (False, "images.npy is damaged at least (EOF: expected 8 bytes. Copy it)."),
         (False, "Copy it again. It could not be used."),
@@ -933,15 +933,15 @@ FORMATS = rf"is other {FORMAT_VERSION}; this crossmr reads crossmr-model {FORMAT
 NO_JSON = r"config\.json is damaged: it is not valid JSON \(.*\)\. Copy or make it again"
 NOT_FIT = r"synthesis\.safetensors does not fit config\.json: .*Copy"
 NOT_REAL = r"synthesis\.safetensors holds weights that are no real numbers\. Copy it again"
-NO_SAFETENSORS = r"synthesis\.safetensors is no safetensors file that PyTorch reads \(.*\)\. Copy it again"
-STRANGE = r"mine\.zip holds .*, which is no file of a model\. Do not use it"
+NO_SAFETENSORS = r"synthesis\.safetensors is not a safetensors file that PyTorch reads \(.*\)\. Copy it again"
+STRANGE = r"mine\.zip holds .*, which is not a file of a model\. Do not use it"
 UNREADABLE = r"mine\.zip cannot be read as an exported model: .*Copy"
 NOWHERE, LONG = "/nowhere/at/all", "a" * 300
 
 # fmt: off
 CALLS: list[Kind] = [
     # the folder of the scans
-    Kind("no folder", lambda b: b.complete(cohort=b.folder / "gone"), r"gone: does not exist\. Wanted a folder"),
+    Kind("no folder", lambda b: b.complete(cohort=b.folder / "gone"), r"gone: does not exist\. Expected a folder"),
     Kind("file for a folder", with_file("a.txt", "", lambda b: b.complete(cohort=b.folder / "a.txt")),
          r"is a file, not"),
     Kind("empty folder", emptied_folder("complete"), r"empty: no \.nii or \.nii\.gz file .*Give the folder"),
@@ -1001,7 +1001,7 @@ CALLS: list[Kind] = [
     Kind("model not registered", lambda b: b.complete(model="nonesuch"),
          r"'nonesuch' is neither .*; the models are: default"),
     Kind("model folder missing", lambda b: b.complete(model=NOWHERE),
-         r"all is no model: it has no config\.json\. Train one"),
+         r"all is not a model: it has no config\.json\. Train one"),
     Kind("model folder empty", lambda b: b.complete(model=b.folder),
          r"is no model: it has no config\.json\. Train one"),
     Kind("model is a file", with_file("m", "", lambda b: b.complete(model=b.folder / "m")),
@@ -1017,7 +1017,7 @@ CALLS: list[Kind] = [
     Kind("config of another format", config("format", "other"), FORMATS),
     Kind("config of another version", config("format_version", 99), r"crossmr-model 99; this .*Update crossmr"),
     Kind("config with an unknown key", config("config.colour", "red"),
-         r"config\.json: 'colour' is no setting of ModelConfig\. Did you mean"),
+         r"config\.json: 'colour' is not a setting of ModelConfig\. Did you mean"),
     Kind("config of wrong types", config("config.window", "wide"),
          r"config\.json: window is 'wide'; expected|window\.0? is"),
     Kind("config that is a number", config("config", 3),
@@ -1083,12 +1083,12 @@ CALLS: list[Kind] = [
     Kind("zip missing", lambda b: ["models", "import", b.folder / "mine.zip"],
          r"cannot be read .*: No such file.*Check|Copy"),
     Kind("remove what is shipped", lambda b: ["models", "remove", "default"], r"no imported model but shipped with"),
-    Kind("remove what is not there", lambda b: ["models", "remove", "mine"], r"'mine' is no imported model"),
+    Kind("remove what is not there", lambda b: ["models", "remove", "mine"], r"'mine' is not an imported model"),
     Kind("export over a file", with_file("m", "", lambda b: ["models", "export", b.model_folder, b.folder / "m"]),
          r"m exists; name another file"),
     Kind("export of a broken model", lambda b: ["models", "export", b.folder, b.out / "m.zip"],
          r"is no model: .*Train one"),
-    Kind("verify a broken model", lambda b: ["models", "verify", b.folder], r"failed: .* is no model: .*Train one"),
+    Kind("verify a broken model", lambda b: ["models", "verify", b.folder], r"failed: .* is not a model: .*Train one"),
     # the prepared set
     Kind("set missing", lambda b: b.train(prepared=b.folder / "set"), r"is no prepared dataset: .*Make one with"),
     Kind("set without a manifest", lambda b: b.train(prepared=b.folder),
@@ -1102,7 +1102,7 @@ CALLS: list[Kind] = [
          r"manifest\.json .*Run prepare again"),
     Kind("set with nobody to train on", set_entry(emptied("train")), r"No study of the set can serve", "begun"),
     Kind("set without the part", lambda b: b.evaluate("--part", "bogus"),
-         r"'bogus' is no split of a .*; expected one of"),
+         r"'bogus' is not a split of a .*; expected one of"),
     Kind("array missing", arrays(lambda _, p: p.unlink()), r"images\.npy is missing or damaged.*Run prepare", "begun"),
     Kind("array cut short", arrays(lambda _, p: p.write_bytes(p.read_bytes()[:-99])),
          r"images\.npy is missing or", "begun"),
@@ -1137,8 +1137,8 @@ CALLS: list[Kind] = [
          r"--recipe is 'huge'; expected one of standard, any, paper, tiny"),
     Kind("unknown setting", training("--set", "synthesis.chanels=3"),
          r"'synthesis\.chanels' is no .*Did you mean 'channels'"),
-    Kind("setting of nothing", training("--set", "a.b.c=3"), r"'a\.b\.c' is no setting; settings look like"),
-    Kind("setting of a group", training("--set", "synthesis=3"), r"'synthesis' is no setting; settings look like"),
+    Kind("setting of nothing", training("--set", "a.b.c=3"), r"'a\.b\.c' is not a setting; settings look like"),
+    Kind("setting of a group", training("--set", "synthesis=3"), r"'synthesis' is not a setting; settings look like"),
     Kind("setting of a wrong type", training("--set", "synthesis.channels=many"), r"channels is 'many'; expected int"),
     Kind("setting without a value", training("--set", "synthesis.channels"), r"expected KEY=VALUE, such as"),
     Kind("no channels", training("--set", "synthesis.channels=0"), r"counts of at least 1"),
@@ -1161,11 +1161,11 @@ CALLS: list[Kind] = [
     Kind("minutes infinite", training("--minutes", "inf"), r"--steps and --minutes are positive"),
     Kind("minutes below zero", training("--minutes", -1), r"--steps and --minutes are positive"),
     Kind("steps that are words", training("--steps", "many"), r"Invalid value for '--steps'", code=2),
-    Kind("unknown source", training("--sources", "t1x"), r"'t1x' is no modality: expected one of"),
+    Kind("unknown source", training("--sources", "t1x"), r"'t1x' is not a modality: expected one of"),
     Kind("source that the set lacks", training("--sources", "pdw"), r"has pdw; it has"),
     Kind("source that is a target", training("--sources", "t1n", "--targets", "t1n"),
          r"both source and target; .*use recipe"),
-    Kind("unknown stage", training("--stage", "stage 4"), r"'stage 4' is no stage of this training; it has"),
+    Kind("unknown stage", training("--stage", "stage 4"), r"'stage 4' is not a stage of this training; it has"),
     Kind("stage before its time", training("--set", "guidance=last", "--stage", "synthesis"),
          r"'representation' comes before .*; train it first", "begun"),
     Kind("seed beyond all numbers", training("--seed", 10**30), r"--seed is 10+; wanted"),
@@ -1195,8 +1195,8 @@ CALLS: list[Kind] = [
          r"trained without guidance, .*; use guidance 'none'"),
     Kind("no guidance of a guided C-UNet", plain("--guidance", "none"),
          r"always guided in training; .* train one with .* compare with: crossmr evaluate MODEL --against"),
-    Kind("unknown target", plain("--targets", "t1x"), r"'t1x' is no modality: expected one of"),
-    Kind("no target", plain("--targets", ""), r"'' is no modality: expected one of"),
+    Kind("unknown target", plain("--targets", "t1x"), r"'t1x' is not a modality: expected one of"),
+    Kind("no target", plain("--targets", ""), r"'' is not a modality: expected one of"),
     Kind("target never learnt", plain("--targets", "t1n"), r"cannot synthesise t1n; it was trained for t1c, t2f"),
     Kind("unknown profile", plain("--profile", "nice"), r"--profile is 'nice'; expected one of labelled"),
     Kind("unknown device", plain("--device", "tpu"), r"--device is 'tpu'; expected auto, cpu"),

@@ -59,7 +59,7 @@ def load_bundle(folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], 
             tensors[file.removesuffix(".safetensors")] = safetensors.torch.load(content)
         except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that PyTorch lacks
             raise ModelError(
-                f"{folder / file} is no safetensors file that PyTorch reads ({error}). Copy it again."
+                f"{folder / file} is not a safetensors file that PyTorch reads ({error}). Copy it again."
             ) from error
     return tensors, body
 

@@ -699,7 +699,7 @@ def _finish(
 
 
 def _check_model(model: Path | None) -> None:
-    """Refuse a name or folder that is no model, before PyTorch is imported."""
+    """Refuse a name or folder that is not a model, before PyTorch is imported."""
     from crossmr.registry import find_model
 
     find_model(model)

@@ -34,7 +34,7 @@ def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "") -> T:
         if key not in known:
             hint = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             also = f"Did you mean '{hint[0]}'?" if hint else f"It has: {', '.join(sorted(known))}."
-            raise ConfigError(f"'{_join(where, key)}' is no setting of {kind.__name__}. {also}")
+            raise ConfigError(f"'{_join(where, key)}' is not a setting of {kind.__name__}. {also}")
     values = {key: _parse(hints[key], value, _join(where, key)) for key, value in data.items()}
     try:
         return kind(**values)
@@ -55,7 +55,7 @@ def with_settings(config: T, settings: Mapping[str, str]) -> T:
         for part in parents:
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, dict) or isinstance(node.get(last), dict):
-            raise ConfigError(f"'{path}' is no setting; settings look like 'synthesis.channels=32'.")
+            raise ConfigError(f"'{path}' is not a setting; settings look like 'synthesis.channels=32'.")
         node[last] = text
     return from_dict(type(config), data)
 

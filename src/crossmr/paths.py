@@ -18,11 +18,11 @@ def check_studies(folder: Path) -> None:
     if os.path.isdir(folder):  # unlike Path.is_dir, of a name that is too long as well
         return
     fault = "is a file, not a folder: give the folder that holds it" if os.path.exists(folder) else "does not exist"
-    raise NamingError(f"{folder}: {fault}. Wanted a folder with .nii or .nii.gz files, of one study or of many.")
+    raise NamingError(f"{folder}: {fault}. Expected a folder with .nii or .nii.gz files, of one study or of many.")
 
 
 def check_model(folder: Path) -> None:
-    """Refuse a folder that is no model.
+    """Refuse a folder that is not a model.
 
     Raises:
         ModelError: it has no config.json.
@@ -33,18 +33,18 @@ def check_model(folder: Path) -> None:
     hint = f"Did you mean {nested.parent}?" if os.path.exists(nested) else "Train one with: crossmr train SET -o RUN"
     if folder.suffix == ".zip":
         hint = f"If it is an exported one: crossmr models import {folder}"
-    raise ModelError(f"{folder} is no model: it has no config.json. {hint}")
+    raise ModelError(f"{folder} is not a model: it has no config.json. {hint}")
 
 
 def check_prepared(folder: Path) -> None:
-    """Refuse a folder that is no prepared dataset.
+    """Refuse a folder that is not a prepared dataset.
 
     Raises:
         SetError: it has no manifest.json.
     """
     if not os.path.exists(folder / "manifest.json"):
         raise SetError(
-            f"{folder} is no prepared dataset: it has no manifest.json. Make one with: crossmr prepare COHORT -o SET"
+            f"{folder} is not a prepared dataset: it has no manifest.json. Make one with: crossmr prepare COHORT -o SET"
         )
 
 

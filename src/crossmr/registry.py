@@ -103,18 +103,18 @@ def import_model(source: Path, name: str | None = None) -> RegisteredModel:
     """Check an exported model, or a model's folder, and register it under a name, by default the file's.
 
     Raises:
-        ModelError: it is no model, is damaged, or contains other files than a model's.
+        ModelError: it is not a model, is damaged, or contains other files than a model's.
         OutputError: the name is taken, or nothing can be written.
     """
     name = name or source.name.removesuffix(".zip")
     if not _NAME.fullmatch(name):
         raise ModelError(
-            f"'{name}' is no name for a model; expected letters, digits, '.', '_' and '-'; choose with --name."
+            f"'{name}' is not a name for a model; expected letters, digits, '.', '_' and '-'; choose with --name."
         )
     if name in known_models():
         raise OutputError(f"There is a model '{name}' already; choose another with --name.")
     if os.path.lexists(models_folder() / name):
-        raise OutputError(f"{models_folder() / name} exists and is no model; choose another name with --name.")
+        raise OutputError(f"{models_folder() / name} exists and is not a model; choose another name with --name.")
     try:
         models_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=models_folder(), prefix=".import-") as temporary:
@@ -170,7 +170,7 @@ def remove_model(name: str) -> None:
     if model is None or model.shipped:
         imported = ", ".join(name for name, one in known.items() if not one.shipped) or "none"
         shipped = " but shipped with crossmr" if model else ""
-        raise ModelError(f"'{name}' is no imported model{shipped}; these are: {imported}.")
+        raise ModelError(f"'{name}' is not an imported model{shipped}; these are: {imported}.")
     try:
         if model.folder.is_symlink():
             model.folder.unlink()
@@ -195,7 +195,7 @@ def _contents(source: Path) -> dict[str, bytes]:
         with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
             if foreign := [entry.filename for entry in entries if not _FILE.fullmatch(entry.filename)]:
-                raise ModelError(f"{source} holds {foreign[0]!r}, which is no file of a model. Do not use it.")
+                raise ModelError(f"{source} holds {foreign[0]!r}, which is not a file of a model. Do not use it.")
             if len({entry.filename for entry in entries}) < len(entries):
                 raise ModelError(f"{source} holds a file twice. Do not use it.")
             if sum(entry.file_size for entry in entries) > LARGEST:

@@ -131,7 +131,7 @@ def complete(
 
     Raises:
         CrossmrError: with one line that says what is wrong. NamingError, VolumeError, StudyError: the study.
-            ModelError: the model. ConfigError: a setting, or a name that is no modality.
+            ModelError: the model. ConfigError: a setting, or a name that is not a modality.
     """
     settings = settings or Settings()
     if targets is not None:

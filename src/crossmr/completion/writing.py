@@ -26,7 +26,7 @@ def save_study(layout: Layout, images: Images, stds: Images, manifest: Mapping[s
     """
     case, record, modalities = manifest["case"], copy.deepcopy(dict(manifest)), list(images)
     if not case or case != Path(case).name or case.startswith("."):
-        raise OutputError(f"'{case}' is no name for a study's folder. Name it with: complete(…, case=NAME)")
+        raise OutputError(f"'{case}' is not a name for a study's folder. Name it with: complete(…, case=NAME)")
     path = layout.folder(case) / "manifest.json"
     refuse_foreign(path, is_manifest)
     if path.exists():

@@ -188,7 +188,7 @@ class PreparedDataset(Dataset[dict[str, Any]]):
     def split(self, name: str) -> tuple[Case, ...]:
         """The cases of 'train', 'val' or 'test'."""
         if name not in SPLITS:
-            raise ConfigError(f"'{name}' is no split of a prepared dataset; expected one of {', '.join(SPLITS)}.")
+            raise ConfigError(f"'{name}' is not a split of a prepared dataset; expected one of {', '.join(SPLITS)}.")
         return tuple(case for case in self.cases if case.split == name)
 
     @property

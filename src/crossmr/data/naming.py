@@ -36,7 +36,7 @@ _WORDS = {
     "pdw": "pdw pd",
     _LABEL: "seg segm segmentation dseg label labels lesion lesions mask roi tumor tumour "
     "tumor-seg tumor-mask tumor-segmentation lesion-seg lesion-mask automated-approx-segm",
-    # A brain mask is no segmentation of a disease, although its name ends as one.
+    # A brain mask is not a segmentation of a disease, although its name ends as one.
     _OTHER: "brain-mask brainmask brain-seg brain-segmentation",
 }
 _MEANING = {word: meaning for meaning, words in _WORDS.items() for word in words.split()}
@@ -144,7 +144,7 @@ def modality_name(text: str, extra: Collection[str] = ()) -> str:
     close = difflib.get_close_matches(text.lower(), spellings, n=1)
     hint = f" Did you mean {_MEANING.get(close[0], close[0])}?" if close else ""
     raise ConfigError(
-        f"{text!r} is no modality: expected one of {', '.join(known)} (or T1, T1ce, T2, FLAIR, PD).{hint}"
+        f"{text!r} is not a modality: expected one of {', '.join(known)} (or T1, T1ce, T2, FLAIR, PD).{hint}"
     )
 
 
@@ -172,7 +172,7 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
 
     Raises:
         NamingError: the folder is missing, not a folder, not readable, or holds no NIfTI at all.
-        ConfigError: a key of the mapping is no name for a modality.
+        ConfigError: a key of the mapping is not a name for a modality.
     """
     check_studies(folder)
     root = Path(os.path.abspath(folder))
@@ -232,7 +232,7 @@ def recognise(
     names `sub-X[_ses-Y]`), or else the folder's name.
 
     Raises:
-        ConfigError: a key of the mapping is no name for a modality.
+        ConfigError: a key of the mapping is not a name for a modality.
     """
     readings = _readings(sorted(set(paths)), mapping)
     folder_names = _folder_names({_case_folder(path) for path, case, meaning in readings if meaning and not case}, root)

@@ -69,7 +69,7 @@ def _check(values: Mapping[str, str], entries: Mapping[str, Entry], where: str) 
             raise ConfigError(f"{where}, column {column}: it is empty. Name one, or delete the line.")
     case, patient, part = values["case"], values["patient"], values.get("part", "")
     if part not in ("", *SPLITS):
-        raise ConfigError(f"{where}, column part: '{part}' is no part; expected {', '.join(SPLITS)}, or nothing.")
+        raise ConfigError(f"{where}, column part: '{part}' is not a part; expected {', '.join(SPLITS)}, or nothing.")
     if case in entries:
         raise ConfigError(f"{where}, column case: '{case}' is on line {entries[case].line} already. Delete one.")
     for earlier in entries.values():

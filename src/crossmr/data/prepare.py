@@ -253,7 +253,7 @@ def _check_out(out: Path, cases: Sequence[str]) -> None:
             refuse_foreign(manifest, partial(is_record, kind=FORMAT))
         listed = set(read_json(manifest, OutputError).get("cases", {})) if manifest.exists() else set()
         if not manifest.exists() and (visible - {"cases"} or not all(_is_case(path, ()) for path in _folders(out))):
-            raise OutputError(f"{out} exists and is no prepared dataset; name another folder.")
+            raise OutputError(f"{out} exists and is not a prepared dataset; name another folder.")
         for case in cases:
             refuse_foreign(out / "cases" / case, partial(_is_case, listed=listed))
     except OSError as error:

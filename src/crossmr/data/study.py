@@ -103,7 +103,7 @@ def load_study(
     notes = [f"{m} is itself synthetic, so it was not used as an input." for m in read if m not in volumes]
     if not volumes:
         raise StudyError(
-            f"{case}: no acquired volume to work from. Wanted at least one of T1, T1ce, T2, FLAIR{_hint(source)}."
+            f"{case}: no acquired volume to work from. Expected at least one of T1, T1ce, T2, FLAIR{_hint(source)}."
         )
     volumes, movements = _on_one_grid(case, volumes, register)
     mask, masked_background = head_mask(case, volumes)

@@ -133,7 +133,7 @@ def read_labels(source: Path | str | nib.Nifti1Image, like: Volume) -> np.ndarra
     valid &= (labels.data >= 0) & (labels.data <= 255)
     if not valid.all():
         raise VolumeError(
-            f"{labels.name}: is no segmentation: {np.count_nonzero(~valid)} voxels are not whole numbers "
+            f"{labels.name}: is not a segmentation: {np.count_nonzero(~valid)} voxels are not whole numbers "
             f"from 0 to 255 (one is {labels.data[~valid][0]:g}). Threshold a probability map first."
         )
     return labels.data.astype(np.uint8)

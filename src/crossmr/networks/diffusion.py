@@ -109,7 +109,7 @@ def ddim_sample(
     rows, *dims = shape
     generators = [generator] * rows if isinstance(generator, torch.Generator) else generator
     if len(generators) != rows:
-        raise ValueError(f"ddim_sample: {len(generators)} generators for {rows} rows; pass one a row, or a single one.")
+        raise ValueError(f"ddim_sample: {len(generators)} generators for {rows} rows; pass one per row, or one.")
     timesteps = ddim_timesteps(schedule.steps, steps)
     alpha_bar = schedule.alpha_bar()
     arrivals = [*alpha_bar[timesteps[1:]], alpha_bar.new_ones(())]

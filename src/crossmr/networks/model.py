@@ -318,7 +318,7 @@ def first_weights(seed: int, name: str) -> Iterator[None]:
 def save_model(
     folder: Path, model: CrossConditionedModel, training: Mapping[str, Any], patients: Sequence[PatientList] = ()
 ) -> None:
-    """Write a model folder; config.json comes last, so that a half-written folder is no model.
+    """Write a model folder; config.json comes last, so that a half-written folder is not a model.
 
     `training` is the record of it, and `patients` on whom it was, as far as that is known.
     """
@@ -381,7 +381,7 @@ def _check_record(folder: Path, data: Mapping[str, Any]) -> None:
     if missing := {"config", "training"} - set(data):
         raise ModelError(f"{folder / 'config.json'} has no '{min(missing)}'. Copy or train the model again.")
     if not (isinstance(data["training"], dict) and isinstance(data["training"].get("seen", {}), dict)):
-        raise ModelError(f"{folder / 'config.json'}: 'training' is no record of one. Copy or train the model again.")
+        raise ModelError(f"{folder / 'config.json'}: 'training' is not a record of one. Copy or train the model again.")
 
 
 def _check_blocks(config: ModelConfig, tensors: int) -> None:

@@ -4,7 +4,7 @@ A hash is salted, with another salt for every training, and slow, so that nobody
 record numbers: one try costs some 5 ms of a processor, a check of a thousand patients seconds, all record numbers of
 eight digits six days. It is of a patient's name, or of the voxels of a scan, which are the same under any name.
 
-The list is no part of a model's identity: without it a model has the same SHA-256 and works the same.
+The list is not a part of a model's identity: without it a model has the same SHA-256 and works the same.
 """
 
 import hashlib
@@ -95,7 +95,7 @@ def read_list(folder: Path) -> tuple[PatientList, ...]:
     try:
         return tuple(from_dict(PatientList, one) for one in body["trainings"])
     except (ConfigError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is no list of patients ({error}). Copy it again, or delete it.") from error
+        raise ModelError(f"{path} is not a list of patients ({error}). Copy it again, or delete it.") from error
 
 
 def _hashed(salt: str, names: Iterable[str]) -> dict[str, str]:

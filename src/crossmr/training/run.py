@@ -230,7 +230,7 @@ def _chosen_stages(config: ModelConfig, settings: TrainingSettings) -> tuple[str
     """The stages that this call trains, in their order."""
     asked = settings.stages or config.stages
     if unknown := set(asked) - set(config.stages):
-        raise ConfigError(f"'{min(unknown)}' is no stage of this training; it has {', '.join(config.stages)}.")
+        raise ConfigError(f"'{min(unknown)}' is not a stage of this training; it has {', '.join(config.stages)}.")
     return tuple(stage for stage in config.stages if stage in asked)
 
 

@@ -393,7 +393,7 @@ def _warn_if_collapsed(display: Display, y_0: Tensor, features: Tensor) -> None:
     stds = ((features * (y_0 - mean) ** 2).sum(0) / (count - 1).clamp(min=1)).sqrt()[count > 1]
     if len(stds) and (std := float(stds.mean())) < COLLAPSED:
         display.say(
-            f"Warning: representations hardly differ between samples (standard deviation {std:.3f}, expected about 0.2), "
+            f"Warning: representations hardly differ between samples (standard deviation {std:.3f}, expected 0.2), "
             "so they cannot guide. Train 'representation' longer or with another seed."
         )
 
