@@ -786,3 +786,30 @@ def test_out_of_memory_halves_the_batch_and_says_so(last_folder, monkeypatch):
     )
     with pytest.raises(torch.OutOfMemoryError):
         complete_study(study, model, SETTINGS)
+
+
+@pytest.mark.parametrize("uncertainty", [False, True])
+def test_intensities_like_an_acquired_volume_can_be_mapped_back(tmp_path, uncertainty):
+    model = load_model(save_untrained(tmp_path / "model", guidance="none", uncertainty=uncertainty))
+    study = {m: image(500 * make_head(m)) for m in ("t1n", "t2w")}
+    unit, like = (complete(study, model, Settings(device="cpu", scale=scale)) for scale in ("unit", "input"))
+    assert unit.manifest["synthetic"]["t2f"]["scale"] is None
+    assert (unit.manifest["settings"]["scale"], like.manifest["settings"]["scale"]) == ("unit", "input")
+    scan = np.asarray(study["t1n"].dataobj)
+    for modality, mapped in like.images.items():
+        entry = like.manifest["synthetic"][modality]["scale"]
+        assert entry["like"] == "t1n"
+        data, original = np.asarray(mapped.dataobj), np.asarray(unit.images[modality].dataobj)
+        head = original != 0
+        np.testing.assert_array_equal(data[~head], 0)  # masked stays exactly 0
+        np.testing.assert_allclose((data[head] - entry["intercept"]) / entry["slope"], original[head], atol=1e-5)
+        q25, median, q75 = np.percentile(data[head], (25, 50, 75))
+        wanted = np.percentile(scan[head], (25, 50, 75))
+        assert median == pytest.approx(wanted[1], rel=0.03)
+        assert q75 - q25 == pytest.approx(wanted[2] - wanted[0], rel=0.05)
+        assert (mapped.header["cal_min"], mapped.header["cal_max"]) == pytest.approx(window(data), rel=1e-5)
+        if uncertainty:
+            scaled = entry["slope"] * np.asarray(unit.stds[modality].dataobj)
+            np.testing.assert_allclose(np.asarray(like.stds[modality].dataobj), scaled, rtol=1e-5)
+    with pytest.raises(ConfigError, match="--scale is 'huge'; wanted one of unit, input"):
+        Settings(scale="huge")

@@ -48,7 +48,8 @@ def commands(group, prefix=""):
             yield from commands(command, f"{name} ")
 
 
-OPTIONS = {o for _, command in commands(get_command(app)) for p in command.params for o in (*p.opts, *p.secondary_opts)}
+COMMANDS_AND_APP = [get_command(app), *(command for _, command in commands(get_command(app)))]
+OPTIONS = {o for command in COMMANDS_AND_APP for p in command.params for o in (*p.opts, *p.secondary_opts)}
 NOW = [text for page, text in PAGES.items() if page != "CHANGELOG.md"]  # which names what is gone
 NAMED = sorted({option for text in NOW for option in re.findall(r"`(--[a-z][a-z-]*)", text)})
 

@@ -18,6 +18,7 @@ from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.errors import OutputError
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
+from crossmr.output import viewer
 from crossmr.output.viewer import view_case
 
 ALL_FOUR = ("t1n", "t1c", "t2w", "t2f")
@@ -173,3 +174,13 @@ def test_it_draws_and_obeys_in_a_browser_with_the_network_off(completed, page):
     assert settled()[1].mean() > 1.1 * dark
     page.keyboard.press("l")
     assert page.locator("#layouts [aria-pressed=true]").text_content() == "axial"
+
+
+def test_a_volume_like_a_scan_is_shown_on_the_scale_of_the_others():
+    shown = viewer._on_unit_scale
+    scale = {"like": "t1n", "slope": 200.0, "intercept": -10.0}
+    unit = np.float32([0, 0.25, 1])
+    mapped = np.where(unit > 0, 200 * unit - 10, 0).astype(np.float32)
+    np.testing.assert_allclose(shown(mapped, "synthetic", scale), unit, rtol=1e-6)
+    np.testing.assert_allclose(shown(200 * unit, "standard deviation", scale), unit, rtol=1e-6)
+    assert shown(unit, "synthetic", None) is unit

@@ -23,7 +23,7 @@ from crossmr.completion.study import complete
 from crossmr.data.volume import read_volume, same_grid
 from crossmr.dicom.convert import convert
 from crossmr.dicom.series import find_series
-from crossmr.dicom.write import STEPS, DerivedSeries, write_derived
+from crossmr.dicom.write import STEPS, DerivedSeries, choose_steps, write_derived
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import read_json
 from crossmr.networks.inference import Settings
@@ -307,3 +307,23 @@ def test_series_on_other_grids_are_registered(tmp_path):
     degrees = [float(number) for number in note.split("and (")[1].split(")")[0].split(",")]
     wanted = Rotation.from_matrix(turned[:3, :3]).as_rotvec(degrees=True)
     np.testing.assert_allclose(np.abs(degrees), np.abs(wanted), atol=1.0)
+
+
+@pytest.mark.parametrize("times", [0.001, 1.0, 40.0, 10000.0])
+def test_intensities_like_a_scan_are_stored_as_they_are_where_they_fit(tmp_path, times):
+    """0 stays 0, negative ones become 0, and the real-world values are the intensities."""
+    write(tmp_path / "in", ("t1n",))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    grid = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz")
+    array = (times * head("t2f").T).astype(np.float32)
+    array = np.ascontiguousarray(np.resize(array, grid.data.shape))
+    array[0] = -3 * times
+    steps = choose_steps(array)
+    folder = write_derived(tmp_path / "series", array, grid, derived(scans, steps=steps))
+    images = [pydicom.dcmread(path) for path in sorted(folder.iterdir())]
+    values = images[0].RealWorldValueMappingSequence[0]
+    assert (values.RealWorldValueSlope, values.RealWorldValueIntercept) == (pytest.approx(1 / steps), 0)
+    assert (steps == 1) == (255 <= array.max() <= 65535)
+    stored = np.sort(np.concatenate([image.pixel_array.ravel() for image in images]))
+    assert 255 <= stored.max() <= 65535
+    np.testing.assert_allclose(stored / steps, np.sort(array.clip(0).ravel()), atol=0.5 / steps + 1e-6 * array.max())

@@ -184,6 +184,10 @@ def complete(
     device: Device = "auto",
     precision: Precision = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of finished cases.")] = False,
+    scale: Annotated[
+        str,
+        typer.Option(help="Intensities: unit for [0, 1], input for a scale like that of the study's other volumes."),
+    ] = "unit",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be synthesised from what, and write nothing.")
     ] = False,
@@ -221,6 +225,7 @@ def complete(
         device=device,
         precision=precision,
         register=_register(register),
+        scale=scale,  # type: ignore[arg-type]
     )
     options = CohortSettings(names, overwrite, profile, keep_names)  # type: ignore[arg-type]
     if dry_run:

@@ -358,7 +358,7 @@ def _write_dicom(
     run: _Run, study: Study, scans: Scans, result: Completed, manifest: dict[str, Any], written: list[Path]
 ) -> None:
     """Write each synthetic volume, and its standard deviation, as a derived series; name them like `_write_volumes`."""
-    from crossmr.dicom.write import DerivedSeries, write_derived
+    from crossmr.dicom.write import DerivedSeries, choose_steps, write_derived
 
     manifest["notes"] = [*scans.notes, *manifest["notes"]]
     manifest["series"] = {
@@ -381,6 +381,7 @@ def _write_dicom(
                 settings=settings,
                 created=datetime.fromisoformat(manifest["created"]),
                 kind=kind,
+                steps=None if entry["scale"] is None else choose_steps(read_volume(result.images[modality]).data),
             )
             folder = run.layout.dicom(study.case, modality, kind)
             written.append(write_derived(folder, read_volume(image).data, study.reference, series))

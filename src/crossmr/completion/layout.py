@@ -217,7 +217,7 @@ Every image here was made by crossmr, a program that synthesises contrasts which
 scan. Research use only; not a medical device. Contrast enhancement cannot in general be inferred from unenhanced
 images: enhancement seen, or not seen, in a synthetic T1w with contrast is no finding.
 
-desc-synthetic     the image, float32 on the model's [0, 1] scale
+desc-synthetic     the image, float32 on the scale that its manifest states
 desc-syntheticstd  how far each voxel may be off, a standard deviation on that scale
 crossmr/           manifests with inputs, hashes, model and settings; pictures; report.html
 """

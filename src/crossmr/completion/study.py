@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from crossmr.completion.checks import check
 from crossmr.completion.layout import EXPECTED, FORMAT, Layout
 from crossmr.completion.writing import save_study
+from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, on_grid, read_header
@@ -44,6 +46,12 @@ INTENSITY = {
     "meaning": "1/3 is the median within the head, 1/15 one robust standard deviation (quartile range / 1.349); "
     "exactly 0 is outside the head; no MR unit",
 }
+LIKE_INPUT = {
+    "range": None,
+    "meaning": "median and robust standard deviation (quartile range / 1.349) within the head are those of the "
+    "acquired volume that 'scale' names; (value - intercept) / slope is the [0, 1] scale; exactly 0 is outside the "
+    "head; no MR unit",
+}
 ENHANCEMENT = (
     "Contrast enhancement cannot in general be inferred from unenhanced images: "
     "absence or presence of enhancement in this synthetic T1ce is no finding."
@@ -62,7 +70,7 @@ class Completed:
     """What became of one study."""
 
     images: Mapping[str, Any]
-    """Modality → nibabel image on the reference's grid, float32 in [0, 1], its header marked SYNTHETIC."""
+    """Modality → nibabel image on the reference's grid, float32 on settings.scale, its header marked SYNTHETIC."""
     stds: Mapping[str, Any]
     """Modality → how far each voxel may be off, a standard deviation on the image's scale; empty where the model has no
     network for it and draws one sample."""
@@ -175,24 +183,26 @@ def complete_study(
     notes = [*study.notes, *check(study, model.baselines, model.config.modalities, _trained_on(model))]
     images: dict[str, Any] = {}
     stds: dict[str, Any] = {}
-    head, synthesis = None, None
+    head, synthesis, maps = None, None, dict[str, dict[str, Any]]()
     if requested:
         head = _head_volumes(study, sources)
         wish = replace(settings, targets=tuple(requested))
         synthesis = synthesise(model, head, study.case, wish, reference and reference.head)
-        images, stds = _as_images(study, synthesis, sources)
+        if settings.scale == "input":
+            maps = {m: _fit_map(study, synthesis.images[n], sources[0]) for n, m in enumerate(synthesis.targets)}
+        images, stds = _as_images(study, synthesis, sources, maps)
         notes += _shortage(synthesis, model)
     warnings = {m: [DISCLAIMER, *([ENHANCEMENT] if m == "t1c" else [])] for m in images}
     manifest = {
         "format": FORMAT,
         "case": study.case,
-        "synthetic": {m: {"from": list(sources), "warnings": warnings[m]} for m in images},
+        "synthetic": {m: {"from": list(sources), "warnings": warnings[m], "scale": maps.get(m)} for m in images},
         "not_filled": not_filled,
         "acquired": list(study.volumes),
         "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},
         "given": dict(inputs or {}),
         "normalisation": {m: asdict(n) for m, n in study.normalisation.items()},
-        "intensity": INTENSITY,
+        "intensity": LIKE_INPUT if maps else INTENSITY,
         "std": _std_record(model) if stds else None,
         "skull_stripped": study.masked_background,
         "notes": notes,
@@ -222,13 +232,29 @@ def _head_volumes(study: Study, modalities: Sequence[str]) -> HeadVolumes:
     return HeadVolumes(volumes, study.mask[box].sum((1, 2)).tolist(), study.reference.spacing_mm[0])
 
 
-def _as_images(study: Study, synthesis: Synthesis, sources: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Synthetic volumes and their standard deviations as nibabel images on the study's grid."""
+def _fit_map(study: Study, image: Tensor, like: str) -> dict[str, Any]:
+    """The linear map that gives a synthetic volume the median and robust standard deviation of the scan `like`."""
+    inside = image[image > 0].numpy()
+    q25, median, q75 = (float(q) for q in np.percentile(inside, (25, 50, 75))) if inside.size else (0.0, 0.0, 0.0)
+    normalisation = study.normalisation[like]
+    deviation = (normalisation.high - normalisation.low) / (HIGHEST - LOWEST)
+    slope = deviation / ((q75 - q25) / 1.349 or 1 / (HIGHEST - LOWEST))
+    return {"like": like, "slope": slope, "intercept": normalisation.low - LOWEST * deviation - slope * median}
+
+
+def _as_images(
+    study: Study, synthesis: Synthesis, sources: Sequence[str], maps: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Synthetic volumes and their standard deviations as nibabel images on the study's grid, on [0, 1] or mapped."""
     images, stds = {}, {}
     for index, modality in enumerate(synthesis.targets):
-        images[modality] = _on_grid(study, synthesis.images[index], _description(modality, sources))
+        image, slope = synthesis.images[index], 1.0
+        if modality in maps:
+            slope = maps[modality]["slope"]
+            image = torch.where(image > 0, slope * image + maps[modality]["intercept"], 0)
+        images[modality] = _on_grid(study, image, _description(modality, sources))
         if synthesis.stds is not None:
-            std = synthesis.stds[index]
+            std = slope * synthesis.stds[index]
             stds[modality] = _on_grid(study, std, _description(f"{modality} std", sources))
     return images, stds
 
@@ -387,6 +413,7 @@ def settings_record(model: CrossConditionedModel, settings: Settings, reference:
         "reference": reference and dict(reference.files),
         "seed": settings.seed,
         "register": settings.register,
+        "scale": settings.scale,
         "device": model.device.type,
         "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),
     }

@@ -5,11 +5,12 @@ It has its own series and image UIDs, and shares the scans' study and frame of r
 A.4, C.7.6.1, C.7.5.1). An extra.
 """
 
+import math
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -32,6 +33,8 @@ from crossmr.picture import window
 
 STEPS = 10000
 """Stored integer that stands for 1: most archives expect integers."""
+LARGEST_STORED, FEWEST_LEVELS = 65535, 255
+"""Of intensities like a scan's: the largest stored integer, and how many grey levels an image should have."""
 _SERIES_NUMBERS = 9000
 """The lowest number of a derived series."""
 
@@ -68,6 +71,8 @@ class DerivedSeries:
     created: datetime
     kind: str = ""
     """'std' for a standard deviation, '' for an image."""
+    steps: float | None = None
+    """Stored integers per unit, of intensities like those of a scan; None of [0, 1]."""
 
     @property
     def number(self) -> int:
@@ -87,7 +92,7 @@ def write_derived(folder: Path, array: npt.NDArray[np.float32], grid: Volume, se
 
     Args:
         folder: becomes the series' folder; an older one of this name is replaced, if crossmr wrote all that is in it.
-        array: (Z, Y, X) within [0, 1], on `grid`.
+        array: (Z, Y, X) within [0, 1], or, with `series.steps`, any intensities, on `grid`; negative ones become 0.
         grid: the volume that was converted from `series.like`.
         series: what the images are.
 
@@ -97,7 +102,7 @@ def write_derived(folder: Path, array: npt.NDArray[np.float32], grid: Volume, se
     """
     refuse_foreign(folder, is_derived)
     slices = as_dicom_slices(array, grid)
-    stored = np.rint(np.clip(slices.pixels, 0, 1) * STEPS).astype("<u2")
+    stored = np.rint(np.clip(slices.pixels * (series.steps or STEPS), 0, _largest(series))).astype("<u2")
     with pydicom.config.disable_value_validation():
         common = _common(series, slices, stored)
         try:
@@ -147,7 +152,7 @@ def _common(series: DerivedSeries, slices: DicomSlices, stored: npt.NDArray[np.u
     common = Dataset()
     _add_patient(common, scan, series)
     _add_origin(common, scan, series.created)
-    _add_pixels(common, slices, stored.shape[1:])
+    _add_pixels(common, slices, series)
     voxels = uuid.uuid5(uuid.NAMESPACE_OID, stored.tobytes().hex())
     identity = f"{series.settings} {series.modality} {series.kind} {voxels}"
     common.SeriesInstanceUID = _uid(f"{common.StudyInstanceUID} {identity}")
@@ -191,22 +196,37 @@ def _add_origin(common: Dataset, scan: Dataset, created: datetime) -> None:
     common.RepetitionTime = ""
 
 
-def _add_pixels(common: Dataset, slices: DicomSlices, shape: Sequence[int]) -> None:
-    """Describe geometry, storage and scale of the pixels; `shape` is (rows, columns)."""
+def choose_steps(array: npt.NDArray[np.float32]) -> float:
+    """Stored integers per unit for intensities like a scan's: 1 where these are fine enough, else a power of ten."""
+    largest = max(float(array.max()), 1e-30)
+    return (
+        1.0 if FEWEST_LEVELS <= largest <= LARGEST_STORED else 10.0 ** math.floor(math.log10(LARGEST_STORED / largest))
+    )
+
+
+def _largest(series: DerivedSeries) -> int:
+    return STEPS if series.steps is None else LARGEST_STORED
+
+
+def _add_pixels(common: Dataset, slices: DicomSlices, series: DerivedSeries) -> None:
+    """Describe geometry, storage and scale of the pixels."""
+    steps = series.steps or STEPS
     distance, rows, columns = slices.spacing_mm
     common.PixelSpacing = _decimals([rows, columns])
     common.SliceThickness = common.SpacingBetweenSlices = _decimals([distance])[0]
     common.ImageOrientationPatient = _decimals(np.ravel(slices.orientation))
     common.SamplesPerPixel, common.PhotometricInterpretation = 1, "MONOCHROME2"
-    common.Rows, common.Columns = shape
+    common.Rows, common.Columns = slices.pixels.shape[1:]
     common.BitsAllocated, common.BitsStored, common.HighBit, common.PixelRepresentation = 16, 16, 15, 0
     black, white = window(slices.pixels)
-    common.WindowCenter, common.WindowWidth = _decimals([STEPS * (black + white) / 2, STEPS * (white - black)])
+    common.WindowCenter, common.WindowWidth = _decimals([steps * (black + white) / 2, steps * (white - black)])
     common.WindowCenterWidthExplanation = "SYNTHETIC"
     scale = Dataset()
     scale.LUTLabel, scale.LUTExplanation = "NORMALISED", "1/3 is the head's median, 1/15 a robust standard deviation"
-    scale.RealWorldValueFirstValueMapped, scale.RealWorldValueLastValueMapped = 0, STEPS
-    scale.RealWorldValueIntercept, scale.RealWorldValueSlope = 0.0, 1 / STEPS
+    if series.steps is not None:
+        scale.LUTLabel, scale.LUTExplanation = "LIKE A SCAN", "median and robust standard deviation of a scan's head"
+    scale.RealWorldValueFirstValueMapped, scale.RealWorldValueLastValueMapped = 0, _largest(series)
+    scale.RealWorldValueIntercept, scale.RealWorldValueSlope = 0.0, 1 / steps
     scale.MeasurementUnitsCodeSequence = [_code("1", "UCUM", "no units")]
     for keyword in ("RealWorldValueFirstValueMapped", "RealWorldValueLastValueMapped"):
         scale[keyword].VR = "US"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,10 @@ BATCH = 16
 """Slices that pass through the networks at once, at most."""
 PIXELS = 2**20
 """Pixels of all the slices that pass at once, at most: BATCH slices of 256 × 256, fewer of larger ones."""
+
+
+Scale = Literal["unit", "input"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,16 @@ class Settings:
     """'auto', 'bfloat16' or 'float32'."""
     register: RegistrationMode = "never"
     """Whether a study's volumes are moved rigidly onto the first one's grid: 'if needed', those on another grid."""
+    scale: Scale = "unit"
+    """Of completed studies: 'unit' for [0, 1], 'input' for intensities like those of the first source."""
 
     def __post_init__(self) -> None:
         if self.targets is not None:
             object.__setattr__(self, "targets", modality_names(self.targets))
         if self.guidance is not None and self.guidance not in GUIDANCES:
             raise ConfigError(f"--guidance is '{self.guidance}'; expected one of {', '.join(GUIDANCES)}.")
+        if self.scale not in SCALES:
+            raise ConfigError(f"--scale is '{self.scale}'; expected one of {', '.join(SCALES)}.")
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"--samples is {self.samples}; expected at least 1.")
         if (self.guidance == "reference") != (self.reference is not None):

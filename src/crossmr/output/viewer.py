@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from crossmr.completion.layout import FORMAT, records_of
@@ -107,8 +108,17 @@ def _synthetic_entries(folder: Path, manifest: Mapping[str, Any]) -> list[dict[s
         for kind, name in names.items():
             if name is not None:
                 volume = read_volume(folder / name)
-                entries.append(_entry(modality, kind, volume.data, volume))
+                data = _on_unit_scale(volume.data, kind, record.get("scale"))
+                entries.append(_entry(modality, kind, data, volume))
     return entries
+
+
+def _on_unit_scale(data: Array, kind: Kind, scale: Mapping[str, Any] | None) -> Array:
+    """A synthetic volume, or its standard deviation, on the [0, 1] scale; `scale` is the manifest's map to another."""
+    if scale is None:
+        return data
+    offset = np.float32(0 if kind in MAPS else scale["intercept"])
+    return np.where(data != 0, (data - offset) / np.float32(scale["slope"]), np.float32(0))
 
 
 def _entry(modality: str, kind: Kind, data: Array, grid: Volume) -> dict[str, Any]:
