@@ -92,7 +92,7 @@ def test_manifest_tells_everything(cohort, completed, model_folder):
     assert set(manifest["synthetic"]) == {"t1c", "t2f"}
     for modality, entry in manifest["synthetic"].items():
         assert (out / "Ann" / entry["file"]).exists()
-        assert set(entry) == {"file", "std", "from", "warnings"}
+        assert set(entry) == {"file", "std", "from", "warnings", "scale"}
         assert entry["std"] is None
         assert entry["from"] == ["t1n", "t2w"]
         assert DISCLAIMER in entry["warnings"]
@@ -246,13 +246,12 @@ def test_completing_in_place_adds_to_the_cohort_and_can_be_repeated(model, cohor
 
 
 def test_an_acquired_scan_is_never_replaced(model, cohort, tmp_path):
-    """A mapping that leaves t1c out makes it a gap, but not a file to write over."""
+    """A scan that has a synthetic one's name leaves t1c a gap, but is not a file to write over."""
     shutil.copytree(cohort / "Bob", tmp_path / "Bob")
-    shutil.copy(tmp_path / "Bob" / "Bob-t1c.nii.gz", tmp_path / "Bob" / "Bob-t1c_synthetic.nii.gz")
+    shutil.move(tmp_path / "Bob" / "Bob-t1c.nii.gz", tmp_path / "Bob" / "Bob-t1c_synthetic.nii.gz")
     before = tree(tmp_path)
-    mapping = {"t1c": "*-none.nii.gz"}
     with pytest.raises(OutputError, match=r"Bob-t1c_synthetic\.nii\.gz is not crossmr's, so it is not replaced"):
-        complete_cohort(tmp_path, tmp_path, model, SETTINGS, CohortSettings(mapping))
+        complete_cohort(tmp_path, tmp_path, model, SETTINGS)
     assert tree(tmp_path) == before
 
 

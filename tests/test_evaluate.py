@@ -540,7 +540,7 @@ def test_what_nobody_foresaw_is_listed_too_and_leaves_no_half_study(bare, cohort
 
     monkeypatch.setattr(module, "synthesise", fail)
     body = evaluate(bare, cohort, tmp_path, SETTINGS)
-    assert body["failed"] == {"B2": "B2: TypeError: surprise"}
+    assert body["failed"] == {"B2": "B2: TypeError: surprise; the traceback is in crossmr.log"}
     assert "B2" not in body["cases"]
     assert {score.case for score in read_scores(tmp_path / "metrics.csv")} == set(CASES) - {"B2"}
 

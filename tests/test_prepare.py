@@ -4,7 +4,6 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -29,12 +28,19 @@ from crossmr.data.prepare import (
 )
 from crossmr.data.study import load_study
 from crossmr.data.volume import content_sha256
-from crossmr.display import SILENT, Display
+from crossmr.display import Display
 from crossmr.errors import ConfigError, NamingError, OutputError, SetError
 from crossmr.files import digest, read_json
 
 SCANS = Path(__file__).parents[2] / "shared" / "data"
 CASES = ["P-00001-000", "P-00002-000", "P-00002-001", "P-00003-000"]
+
+
+def listening(said):
+    """A display that shows nothing, and adds each line to a list."""
+    display = Display(quiet=True, keep=False)
+    display.say = said.append
+    return display
 
 
 def write_cohort(folder: Path) -> Path:
@@ -282,6 +288,7 @@ def test_a_prepared_case_that_can_only_not_be_read_today_is_kept(cohort, tmp_pat
     before = tree(tmp_path / "set")
     drive.rename(tmp_path / "gone.nii.gz")
     assert prepare(cohort, tmp_path / "set", PrepareSettings(workers=workers), display=Display()) == first
+    (tmp_path / "set" / "crossmr.log").unlink()
     assert tree(tmp_path / "set") == before
     said = capsys.readouterr().out.replace("\n", " ")
     assert "cannot be read (No such file or directory)" in said
@@ -556,7 +563,7 @@ def test_studies_that_share_a_scan_go_together_under_any_name_header_and_packing
     (cohort / "F" / "F-t2f.nii.gz").unlink()
     nib.save(copy, cohort / "F" / "F-t2f.nii")
     said = []
-    display = SimpleNamespace(say=said.append, task=SILENT.task)
+    display = listening(said)
     for seed in range(4):
         chosen = PrepareSettings(split=Split(1 / 3, 1 / 3, 1 / 3, seed=seed))
         cases = prepare(cohort, tmp_path / "set", chosen, display=display)["cases"]
@@ -579,7 +586,7 @@ def test_prepare_says_who_has_several_studies_and_what_names_leave_open(tmp_path
     for seed, case in enumerate(("P1_T0", "P1_T1", "P2_T0", "Q")):
         write_study(tmp_path / "cohort", case, ("t1n",), seed=seed)
     said = []
-    prepare(tmp_path / "cohort", tmp_path / "set", display=SimpleNamespace(say=said.append, task=SILENT.task))
+    prepare(tmp_path / "cohort", tmp_path / "set", display=listening(said))
     several, warning = (line for line in said if not line.startswith("prepare:"))
     assert several == "patients with several studies: 1 (P1: P1_T0, P1_T1)"
     assert warning.startswith(

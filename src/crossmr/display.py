@@ -98,7 +98,7 @@ class Display:
         logging = self.log_to(path)
         try:
             yield logging
-        except BaseException as error:
+        except Exception as error:
             if not isinstance(error, CrossmrError):
                 logging._keep(f"crossmr {version('crossmr')}: {traceback.format_exc()}")
             elif path.exists():  # a job that was refused leaves nothing
