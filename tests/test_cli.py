@@ -498,7 +498,7 @@ def test_unknown_names(cohort, model, tmp_path):
     refused(crossmr("complete", cohort, *out, "--model", model, "--ddim-steps", 0), "0 sampling steps", "1 to 1000")
     refused(crossmr("complete", cohort, *out, "--model", model, "--map", "t1n"), "--map is 't1n'", "KEY=VALUE")
     refused(crossmr("prepare", cohort, *out, "--split", "70/40"), "--split is '70/40'", "70/10/20")
-    refused(crossmr("train", cohort, *out), "is no prepared dataset", "crossmr prepare")
+    refused(crossmr("train", cohort, *out), "is not a prepared dataset", "crossmr prepare")
     (tmp_path / "manifest.json").write_text("{}")
     refused(crossmr("train", tmp_path, *out, "--recipe", "huge"), "--recipe is 'huge'", "paper, tiny")
     refused(crossmr("train", tmp_path, *out, "--set", "synthesis.chanels=3"), "chanels", "Did you mean 'channels'?")

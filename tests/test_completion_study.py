@@ -155,7 +155,7 @@ def test_python_refuses_what_it_cannot_tell_apart(model, tmp_path):
         complete(tmp_path, model, SETTINGS)
     with pytest.raises(StudyError, match="no acquired volume"):
         complete({}, model, SETTINGS)
-    with pytest.raises(ModelError, match="is no model"):
+    with pytest.raises(ModelError, match="is not a model"):
         complete(tmp_path / "P", tmp_path, SETTINGS)
 
 
@@ -811,5 +811,5 @@ def test_intensities_like_an_acquired_volume_can_be_mapped_back(tmp_path, uncert
         if uncertainty:
             scaled = entry["slope"] * np.asarray(unit.stds[modality].dataobj)
             np.testing.assert_allclose(np.asarray(like.stds[modality].dataobj), scaled, rtol=1e-5)
-    with pytest.raises(ConfigError, match="--scale is 'huge'; wanted one of unit, input"):
+    with pytest.raises(ConfigError, match="--scale is 'huge'; expected one of unit, input"):
         Settings(scale="huge")

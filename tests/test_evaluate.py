@@ -577,9 +577,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(bare, cohort, tm
     out = tmp_path / "out"
     with pytest.raises(NamingError, match=r"no \.nii"):
         evaluate(bare, tmp_path / "empty", out, SETTINGS)
-    with pytest.raises(ModelError, match="is no model"):
+    with pytest.raises(ModelError, match="is not a model"):
         evaluate(tmp_path / "empty", cohort, out, SETTINGS)
-    with pytest.raises(ModelError, match="is no model"):
+    with pytest.raises(ModelError, match="is not a model"):
         evaluate(bare, cohort, out, settings(against=tmp_path / "empty"))
     with pytest.raises(ConfigError, match="without guidance"):
         evaluate(bare, cohort, out, settings(guidances=("sample",)))

@@ -30,7 +30,7 @@ def test_a_model_has_a_configuration(tmp_path):
 
 
 def test_a_prepared_dataset_has_a_manifest(tmp_path):
-    with pytest.raises(SetError, match=r"no prepared dataset.*crossmr prepare COHORT -o SET"):
+    with pytest.raises(SetError, match=r"not a prepared dataset.*crossmr prepare COHORT -o SET"):
         paths.check_prepared(tmp_path)
     (tmp_path / "manifest.json").touch()
     paths.check_prepared(tmp_path)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -169,15 +170,6 @@ def test_what_is_refused_is_listed_while_the_others_go_on(cohort, tmp_path):
     for case, reason in reasons.items():
         assert reason.startswith(f"{case}: ")
         assert not (tmp_path / "set" / "cases" / case).exists()
-
-
-def test_a_bug_is_no_refusal(cohort, tmp_path, monkeypatch):
-    def broken(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(module, "load_study", broken)
-    with pytest.raises(ZeroDivisionError):
-        prepare(cohort, tmp_path / "set")
 
 
 def test_nothing_prepared_is_an_error(tmp_path):
@@ -421,7 +413,7 @@ def occupied(folder: Path) -> list[Path]:
 def test_a_folder_that_holds_something_else_is_refused(cohort, tmp_path):
     for folder in occupied(tmp_path / "occupied"):
         before = tree(folder)
-        with pytest.raises(OutputError, match=rf"{folder.name}.* (exists and is no prepared|is not crossmr's)"):
+        with pytest.raises(OutputError, match=rf"{folder.name}.* (exists and is not a prepared|is not crossmr's)"):
             prepare(cohort, folder)
         assert tree(folder) == before
 
@@ -431,7 +423,7 @@ def test_into_the_cohort_itself_is_refused(tmp_path):
     write_study(tmp_path / "data" / "cases", "P1")
     write_study(tmp_path / "data" / "cases", "P2", replace={"t2f": np.zeros((28, 32, 24), np.float32)})
     before = tree(tmp_path / "data")
-    with pytest.raises(OutputError, match="no prepared dataset"):
+    with pytest.raises(OutputError, match="not a prepared dataset"):
         prepare(tmp_path / "data", tmp_path / "data")
     assert tree(tmp_path / "data") == before
 
@@ -677,3 +669,31 @@ def test_real_patients_who_lack_modalities(tmp_path):
     assert all("t2f" in case["modalities"] for case in manifest["cases"].values())
     assert min(len(case["modalities"]) for case in manifest["cases"].values()) < 3
     assert len(PreparedDataset(tmp_path / "set").cases) == 3
+
+
+def test_an_error_that_nobody_foresaw_refuses_its_study_alone(tmp_path, monkeypatch):
+    for case in ("A", "B"):
+        write_study(tmp_path / "cohort", case)
+    original = module.load_study
+
+    def break_first(files, **options):
+        if files.case == "A":
+            raise IndexError("out of range")
+        return original(files, **options)
+
+    monkeypatch.setattr(module, "load_study", break_first)
+    manifest = prepare(tmp_path / "cohort", tmp_path / "set")
+    assert list(manifest["cases"]) == ["B"]
+    assert [(r["case"], "IndexError: out of range" in r["reason"]) for r in manifest["refused"]] == [("A", True)]
+    assert 'raise IndexError("out of range")' in (tmp_path / "set" / "crossmr.log").read_text()
+
+
+def test_a_process_that_is_killed_ends_the_preparation_in_words(tmp_path, monkeypatch):
+    write_study(tmp_path / "cohort", "A")
+
+    def killed(*_):
+        raise BrokenProcessPool("terminated abruptly")
+
+    monkeypatch.setattr(module, "prepare_case", killed)
+    with pytest.raises(OutputError, match=r"a process was killed, .*--workers 1; what is prepared is kept"):
+        prepare(tmp_path / "cohort", tmp_path / "set")

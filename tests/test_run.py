@@ -469,7 +469,7 @@ def test_refusals(prepared, tmp_path):
     with pytest.raises(ConfigError, match="is no stage"):
         train(prepared, tmp_path, stages=("discriminator",), steps=1)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(SetError, match="is no prepared"):
+    with pytest.raises(SetError, match="is not a prepared"):
         train(tmp_path, tmp_path / "run")
 
 

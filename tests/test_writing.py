@@ -142,7 +142,7 @@ def test_a_study_is_written_whole_or_not_at_all(ann, tmp_path, monkeypatch, erro
 @pytest.mark.parametrize("case", ["", "..", "a/b", "/tmp/x", ".hidden"])
 def test_a_name_that_is_no_folder_is_refused(model, tmp_path, case):
     heads = {m: image(make_head(m)) for m in ("t1n", "t2w")}
-    with pytest.raises(OutputError, match="is no name for a study's folder"):
+    with pytest.raises(OutputError, match="is not a name for a study's folder"):
         complete(heads, model, SETTINGS, case=case).save(tmp_path / "out")
     assert tree(tmp_path) == {}
 

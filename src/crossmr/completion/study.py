@@ -46,6 +46,7 @@ INTENSITY = {
     "meaning": "1/3 is the median within the head, 1/15 one robust standard deviation (quartile range / 1.349); "
     "exactly 0 is outside the head; no MR unit",
 }
+LIKE = {"t1n": "t1c", "t1c": "t1n", "t2w": "t2f", "t2f": "t2w"}
 LIKE_INPUT = {
     "range": None,
     "meaning": "median and robust standard deviation (quartile range / 1.349) within the head are those of the "
@@ -189,7 +190,7 @@ def complete_study(
         wish = replace(settings, targets=tuple(requested))
         synthesis = synthesise(model, head, study.case, wish, reference and reference.head)
         if settings.scale == "input":
-            maps = {m: _fit_map(study, synthesis.images[n], sources[0]) for n, m in enumerate(synthesis.targets)}
+            maps = {m: _fit_map(study, synthesis.images[n], _like(m, sources)) for n, m in enumerate(synthesis.targets)}
         images, stds = _as_images(study, synthesis, sources, maps)
         notes += _shortage(synthesis, model)
     warnings = {m: [DISCLAIMER, *([ENHANCEMENT] if m == "t1c" else [])] for m in images}
@@ -230,6 +231,11 @@ def _head_volumes(study: Study, modalities: Sequence[str]) -> HeadVolumes:
     box = study.box()
     volumes = {m: study.normalised(m, box) for m in modalities}
     return HeadVolumes(volumes, study.mask[box].sum((1, 2)).tolist(), study.reference.spacing_mm[0])
+
+
+def _like(modality: str, sources: Sequence[str]) -> str:
+    """The source whose intensities a synthetic volume gets with scale 'input': T1 and T1ce each other's, so T2, FLAIR."""
+    return LIKE[modality] if LIKE.get(modality) in sources else sources[0]
 
 
 def _fit_map(study: Study, image: Tensor, like: str) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import io
 import os
 import signal
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -153,16 +154,8 @@ def prepare(
             studies = assign(studies, entries, settings.patients)
         _check_out(out, names)
         gone = _gone(out, names, prune=settings.prune)
-        cases, refused = {}, {}
-        with display.logged(out / LOG) as logging, logging.task("prepare", len(studies)) as task:
-            for study, result in _each(studies, out, settings):
-                if isinstance(result, _Unread):
-                    result = _kept(out / "cases" / study.case, result, logging)
-                if isinstance(result, str):
-                    refused[study.case] = result
-                else:
-                    cases[study.case] = result
-                task.advance(study.case)
+        with display.logged(out / LOG) as logging:
+            cases, refused = _prepare_all(studies, out, settings, logging)
         if not cases:
             reasons = "; ".join(list(refused.values())[:3])
             raise SetError(f"None of the {len(studies)} studies could be prepared: {reasons}")
@@ -330,12 +323,49 @@ def _delete(folder: Path) -> None:
         folder.rmdir()
 
 
+Prepared = dict[str, Any] | str
+"""The record of a prepared case, or why a study was refused."""
+
+
+def _prepare_all(
+    studies: list[StudyFiles], out: Path, settings: PrepareSettings, display: Display
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Prepare each study; returns case → record, and case → why it was refused.
+
+    Raises:
+        OutputError: nothing can be written, or a process was killed. MemoryError.
+    """
+    cases: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    with display.task("prepare", len(studies)) as task:
+        for study, outcome in _each(studies, out, settings):
+            try:
+                result = outcome()
+            except (CrossmrError, MemoryError):
+                raise
+            except BrokenProcessPool as error:
+                raise OutputError(
+                    f"{out}: a process was killed, as happens where memory runs out. Run the same command again with "
+                    "--workers 1; what is prepared is kept."
+                ) from error
+            except Exception as error:  # nobody foresaw it: the other patients go on all the same
+                result = f"{study.case}: {display.unforeseen(error)}"
+            if isinstance(result, _Unread):
+                result = _kept(out / "cases" / study.case, result, display)
+            if isinstance(result, str):
+                refused[study.case] = result
+            else:
+                cases[study.case] = result
+            task.advance(study.case)
+    return cases, refused
+
+
 def _each(
     studies: list[StudyFiles], out: Path, settings: PrepareSettings
-) -> Iterator[tuple[StudyFiles, dict[str, Any] | str]]:
-    """Prepare each study, in this process or in several; yields in the order in which they finish."""
+) -> Iterator[tuple[StudyFiles, Callable[[], Prepared]]]:
+    """Each study with what prepares it, or waits for the process that does, in the order in which they finish."""
     if settings.workers <= 1:
-        yield from ((study, prepare_case(study, out, settings.register)) for study in studies)
+        yield from ((study, partial(prepare_case, study, out, settings.register)) for study in studies)
         return
     with ProcessPoolExecutor(
         min(settings.workers, len(studies)), mp_context=get_context("spawn"), initializer=_let_finish
@@ -343,7 +373,7 @@ def _each(
         futures = {pool.submit(prepare_case, study, out, settings.register): study for study in studies}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                yield futures[future], future.result
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -354,7 +384,7 @@ def _let_finish() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def prepare_case(files: StudyFiles, out: Path, register: RegistrationMode = "never") -> dict[str, Any] | str:
+def prepare_case(files: StudyFiles, out: Path, register: RegistrationMode = "never") -> Prepared:
     """Prepare one study; returns the record that case.json holds, or the reason for refusing the study.
 
     Raises:
