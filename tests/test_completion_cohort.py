@@ -111,6 +111,7 @@ def test_manifest_tells_everything(cohort, completed, model_folder):
         "reference": None,
         "seed": 0,
         "register": "never",
+        "scale": "unit",
         "device": "cpu",
         "precision": "float32",
     }

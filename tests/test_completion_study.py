@@ -491,7 +491,7 @@ def test_the_std_lies_beside_the_image_of_a_model_with_uncertainty(last_folder, 
     reference = nib.load(small / "Ann" / "Ann-t1n.nii.gz")
     assert set(manifest["synthetic"]) == {"t1c", "t2f"}
     for modality, entry in manifest["synthetic"].items():
-        assert set(entry) == {"file", "std", "from", "warnings"}
+        assert set(entry) == {"file", "std", "from", "warnings", "scale"}
         made, std = (nib.load(out / "Ann" / entry[key]) for key in ("file", "std"))
         assert entry["std"] == f"Ann-{modality}_std.nii.gz"
         assert std.shape == reference.shape

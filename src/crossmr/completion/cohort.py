@@ -204,7 +204,7 @@ def _complete_all(run: _Run, studies: Sequence[StudyFiles], scans: Mapping[str, 
     After an error of the device or of memory, which every further study would fail by as well, these are not tried.
     """
     with run.display.task("complete", len(studies)) as task:
-        for number, (files, study) in enumerate(_read_ahead(studies, run), 1):
+        for files, study in _read_ahead(studies, run):  # no enumerate, which would keep the study before
             try:
                 manifest, skipped = _complete_case(run, files, study, scans.get(files.case))
                 summary.add(files.case, manifest, skipped=skipped)
@@ -213,7 +213,7 @@ def _complete_all(run: _Run, studies: Sequence[StudyFiles], scans: Mapping[str, 
             except Exception as error:  # nobody foresaw it: the other patients go on all the same
                 summary.failed[files.case] = f"{files.case}: {run.display.unforeseen(error)}"
                 if reason := ends_the_run(error):
-                    left = [other.case for other in studies[number:]]
+                    left = [other.case for other in studies[studies.index(files) + 1 :]]
                     summary.failed |= {case: f"{case}: not tried, because {reason}" for case in left}
                     return
             task.advance(files.case)
