@@ -17,7 +17,7 @@ from torch import nn
 
 from crossmr.cli import main
 from crossmr.completion.cohort import CohortSettings, complete_cohort
-from crossmr.completion.study import complete, complete_study, what_to_fill
+from crossmr.completion.study import _as_images, complete, complete_study, what_to_fill
 from crossmr.data.head import DARKEST
 from crossmr.data.study import load_study
 from crossmr.errors import ConfigError, ModelError, NamingError, StudyError
@@ -813,3 +813,15 @@ def test_intensities_like_an_acquired_volume_can_be_mapped_back(tmp_path, uncert
             np.testing.assert_allclose(np.asarray(like.stds[modality].dataobj), scaled, rtol=1e-5)
     with pytest.raises(ConfigError, match="--scale is 'huge'; expected one of unit, input"):
         Settings(scale="huge")
+
+
+def test_what_is_exactly_0_within_the_head_stays_so_on_another_scale():
+    study = load_study({"t1n": image(make_head("t1n"))})
+    synthetic = torch.full((1, *study.mask[study.box()].shape), 0.5)
+    synthetic[:, 8:10] = 0  # slices that were not acquired
+    synthesis = inference.Synthesis(("t2f",), synthetic, None, 1)
+    images, _ = _as_images(study, synthesis, ["t1n"], {"t2f": {"slope": 2.0, "intercept": 7.0}})
+    assert set(np.unique(np.asarray(images["t2f"].dataobj))) == {0, 8}
+    assert (np.asarray(images["t2f"].dataobj) == 8).sum() == (
+        study.mask[study.box()] & (synthetic[0] > 0).numpy()
+    ).sum()
