@@ -795,10 +795,10 @@ def test_intensities_like_an_acquired_volume_can_be_mapped_back(tmp_path, uncert
     unit, like = (complete(study, model, Settings(device="cpu", scale=scale)) for scale in ("unit", "input"))
     assert unit.manifest["synthetic"]["t2f"]["scale"] is None
     assert (unit.manifest["settings"]["scale"], like.manifest["settings"]["scale"]) == ("unit", "input")
-    scan = np.asarray(study["t1n"].dataobj)
     for modality, mapped in like.images.items():
         entry = like.manifest["synthetic"][modality]["scale"]
-        assert entry["like"] == "t1n"
+        assert entry["like"] == {"t1c": "t1n", "t2f": "t2w"}[modality]
+        scan = np.asarray(study[entry["like"]].dataobj)
         data, original = np.asarray(mapped.dataobj), np.asarray(unit.images[modality].dataobj)
         head = original != 0
         np.testing.assert_array_equal(data[~head], 0)  # masked stays exactly 0

@@ -234,7 +234,7 @@ def _head_volumes(study: Study, modalities: Sequence[str]) -> HeadVolumes:
 
 
 def _like(modality: str, sources: Sequence[str]) -> str:
-    """The source whose intensities a synthetic volume gets with scale 'input': T1 and T1ce each other's, so T2, FLAIR."""
+    """The source whose intensities a synthetic volume gets with scale 'input'."""
     return LIKE[modality] if LIKE.get(modality) in sources else sources[0]
 
 
