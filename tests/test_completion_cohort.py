@@ -400,7 +400,7 @@ def test_a_study_that_cannot_fit_is_refused_by_its_headers_and_the_others_go_on(
         header_alone(small / "Big" / f"Big-{modality}.nii.gz", 20_000)
     summary = complete_cohort(small, tmp_path / "out", model, SETTINGS)
     assert list(summary.completed) == ["Ann"]
-    numbers = r"needs about \d+\.\d GB of memory, \d+\.\d GB are available\. Close other programs"
+    numbers = r"needs about \d+\.\d GB of memory, \d+\.\d GB are available\. Give the job more"
     assert re.match(f"Big: {numbers}", summary.failed["Big"])
     with pytest.raises(StudyError, match=numbers):
         complete(small / "Big", model, SETTINGS)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from crossmr.data.naming import MODALITIES, StudyFiles, find_studies, modality_name, recognise
+from crossmr.data.naming import MODALITIES, StudyFiles, find_studies, modality_name, recognise, unmatched
 from crossmr.errors import ConfigError, NamingError
 
 SCANS = Path(__file__).parents[2] / "shared" / "data"
@@ -315,7 +315,7 @@ class TestModalityName:
 
     @pytest.mark.parametrize("text", ["", "swi", "seg", "ct", "brain-mask"])
     def test_other_things_are_no_modality(self, text: str) -> None:
-        with pytest.raises(ConfigError, match="no modality: expected one of t1n, t1c, t2w, t2f, pdw"):
+        with pytest.raises(ConfigError, match="not a modality: expected one of t1n, t1c, t2w, t2f, pdw"):
             modality_name(text)
 
 
@@ -376,3 +376,12 @@ class TestFindStudies:
         assert all(s.label() for s in everyone["openms"])
         assert all(s.patient == s.case for s in everyone["lgg"] + everyone["lgg_incomplete"])
         assert not any(s.unrecognised for found in everyone.values() for s in found)
+
+
+def test_a_pattern_that_matches_no_file_is_said(tmp_path):
+    paths = [tmp_path / "P1" / name for name in ("P1-t1n.nii.gz", "P1_SWI.nii.gz")]
+    studies = recognise(paths, {"swi": "*_SWI*", "t2w": "*_T2"})
+    assert unmatched(studies, {"swi": "*_SWI*", "t2w": "*_T2"}) == [
+        "--map t2w='*_T2' matches no file; files go by their names."
+    ]
+    assert unmatched(studies, None) == []

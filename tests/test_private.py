@@ -17,6 +17,7 @@ from crossmr.cli import main
 from crossmr.completion.cohort import CohortSettings, complete_cohort
 from crossmr.completion.private import NAME, NOTE, read_paths, write_paths
 from crossmr.data.naming import find_studies
+from crossmr.display import LOG
 from crossmr.errors import OutputError
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
@@ -103,6 +104,9 @@ def test_nothing_that_is_written_names_a_folder(archive, given, model, tmp_path,
         private = next(out[place].rglob(NAME))
         assert PATIENT in private.read_text()
         private.unlink()
+    for log in (tmp_path / "out").rglob(LOG):  # says in its first line that it is not for sharing
+        assert "not for sharing" in log.read_text().splitlines()[0]
+        log.unlink()
     for name, stored in (
         ("completed", "manifest.json"),
         ("set", "manifest.json"),
@@ -135,6 +139,7 @@ def test_a_training_keeps_no_names_of_folders(archive, tmp_path):
     tiny = ("--recipe", "tiny", "--steps", "1", "--set", "crop=32,32")
     small = ("--set", "synthesis.channels=4", "--set", "synthesis.multipliers=1,2")
     assert crossmr("train", tmp_path / "out" / "set", "-o", tmp_path / "out" / "run", *tiny, *small) == 0
+    (tmp_path / "out" / "set" / LOG).unlink()  # not for sharing
     assert mentions(tmp_path / "out", PATIENT, str(tmp_path)) == set()
 
 

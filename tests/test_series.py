@@ -39,7 +39,7 @@ def test_a_folder_of_both_is_read_as_nifti_and_says_so(tmp_path, capsys):
     (tmp_path / "in" / "P1_t1.nii.gz").write_bytes(b"")
     assert not holds_dicom(tmp_path / "in", display=Display())
     assert "holds NIfTI (P1) and DICOM" in capsys.readouterr().out
-    assert holds_dicom(tmp_path / "in", {"t1n": "*_dark.nii.gz"})  # the user says that P1_t1 is none
+    assert not holds_dicom(tmp_path / "in", {"t2w": "*_dark.nii.gz"})  # P1_t1 is still T1
 
 
 def test_links_are_followed_and_never_in_a_circle(tmp_path):

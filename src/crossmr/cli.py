@@ -203,7 +203,7 @@ def complete(
     """Synthesise the missing contrasts of one study or many. The same command again goes on where it stopped."""
     display = messages.display(quiet, debug, as_json)
     for path in study_or_cohort:
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, of a name that is too long as well
             check_studies(path)
     if reference is not None:
         check_studies(reference)

@@ -8,7 +8,7 @@ from typing import Any
 
 from crossmr.completion.layout import Layout
 from crossmr.completion.study import what_to_fill
-from crossmr.data.naming import StudyFiles, find_studies, study_of
+from crossmr.data.naming import StudyFiles, find_studies, study_of, unmatched
 from crossmr.dicom.convert import choose, find_cases
 from crossmr.dicom.series import Series, holds_dicom
 from crossmr.display import SILENT, Display
@@ -41,12 +41,13 @@ def find_inputs(
     Raises:
         NamingError: no study. ConfigError: files and folders together, DICOM and NIfTI together, or one name twice.
     """
-    files = [path for path in paths if path.is_file()]
+    files = [path for path in paths if os.path.isfile(path)]
     if files and len(files) < len(paths):
         raise ConfigError("Give files, which make one study, or folders, but not both.")
     if files:
-        study = study_of(files, mapping)
-        return Inputs(files[0].absolute().parent, [study])
+        studies = [study_of(files, mapping)]
+        _say_unmatched(studies, mapping, display)
+        return Inputs(files[0].absolute().parent, studies)
     root = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.absolute() for path in paths]))
     dicom = [path for path in paths if holds_dicom(path, mapping, exclude=exclude, display=display)]
     if dicom and len(dicom) < len(paths):
@@ -61,7 +62,13 @@ def find_inputs(
     names = [study.case for study in studies]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"The folders share study names ({', '.join(repeated[:3])}). Complete them separately.")
+    _say_unmatched(studies, mapping, display)
     return Inputs(root, studies)
+
+
+def _say_unmatched(studies: Sequence[StudyFiles], mapping: Mapping[str, str] | None, display: Display) -> None:
+    for text in unmatched(studies, mapping):
+        display.say(f"warning: {text}")
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ def check_memory(case: str, images: Mapping[str, Any], model: CrossConditionedMo
     what = f"{case}: needs about {gigabytes(needed)} of memory, {gigabytes(available)} are available"
     if needed <= available:
         return f"{what}; close other programs"
-    raise StudyError(f"{what}. Close other programs, give the job more, or crop the volumes to the head.")
+    raise StudyError(f"{what}. Give the job more, close other programs, or crop the volumes to the head.")
 
 
 def what_to_fill(

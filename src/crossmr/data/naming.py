@@ -194,6 +194,16 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
     return recognise(paths, mapping, root)
 
 
+def unmatched(studies: Iterable[StudyFiles], mapping: Mapping[str, str] | None) -> list[str]:
+    """What to say of each pattern of a mapping that matches no file of these studies."""
+    names = {path.name for study in studies for path in study.paths()}
+    return [
+        f"--map {key}='{glob}' matches no file; files go by their names."
+        for key, glob in (mapping or {}).items()
+        if not any(fnmatch.fnmatchcase(name, glob) for name in names)
+    ]
+
+
 def study_of(files: Sequence[Path], mapping: Mapping[str, str] | None = None) -> StudyFiles:
     """The one study that these files are; its case is theirs if their names agree, else that of their folder.
 
@@ -203,7 +213,7 @@ def study_of(files: Sequence[Path], mapping: Mapping[str, str] | None = None) ->
     paths = [Path(os.path.abspath(path)) for path in files]
     for path in paths:
         if not is_nifti(path.name):
-            raise NamingError(f"{path}: is no .nii or .nii.gz file. Of DICOM, give the folder.")
+            raise NamingError(f"{path}: is not a .nii or .nii.gz file. Give NIfTI files, or the folder of the DICOM.")
     studies = recognise(paths, mapping)
     for path in (path for study in studies for path in study.unrecognised):
         raise NamingError(f"{path}: its name says no contrast. Name it with --map, such as t1n='{path.name}'.")

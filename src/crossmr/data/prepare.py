@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from crossmr.data.head import HIGHEST, LOWEST
-from crossmr.data.naming import StudyFiles, find_studies
+from crossmr.data.naming import StudyFiles, find_studies, unmatched
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
 from crossmr.data.registration import RegistrationMode
 from crossmr.data.study import Study, load_study
@@ -149,6 +149,8 @@ def prepare(
             raise ConfigError(
                 f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or prepare them separately."
             )
+        for text in unmatched(studies, settings.mapping):
+            display.say(f"warning: {text}")
         entries = {} if settings.patients is None else read_patients(settings.patients)
         if settings.patients is not None:
             studies = assign(studies, entries, settings.patients)
