@@ -1086,7 +1086,7 @@ CALLS: list[Kind] = [
     Kind("zip under a name that is taken", imported(whole, bytes, "--name", "default"), r"'default' already; choose"),
     Kind("zip missing", lambda b: ["models", "import", b.folder / "mine.zip"],
          r"cannot be read .*: No such file.*Check|Copy"),
-    Kind("remove what is shipped", lambda b: ["models", "remove", "default"], r"not an imported model but shipped with"),
+    Kind("remove what is shipped", lambda b: ["models", "remove", "default"], r"an imported model but shipped with"),
     Kind("remove what is not there", lambda b: ["models", "remove", "mine"], r"'mine' is not an imported model"),
     Kind("export over a file", with_file("m", "", lambda b: ["models", "export", b.model_folder, b.folder / "m"]),
          r"m exists; name another file"),
