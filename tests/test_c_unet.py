@@ -106,7 +106,7 @@ def test_a_network_is_made_of_a_few_numbers():
     assert network(torch.zeros(1, 3, 9, 9)).shape == (1, 1, 9, 9)
     assert crossmr.networks.CUNet is crossmr.CUNet is CUNet
     for wrong in ({"inputs": 0}, {"outputs": 0}, {"spatial_dims": 4}):
-        with pytest.raises(ConfigError, match="wanted"):
+        with pytest.raises(ConfigError, match="expected"):
             CUNet(SMALL, **wrong)
 
 

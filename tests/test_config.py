@@ -110,7 +110,7 @@ def test_several_nested_settings_at_once_leave_the_rest_alone():
     ["", "nothing.at.all", "synthesis", "synthesis.", ".channels", "synthesis.channels.more", "crop.0"],
 )
 def test_a_path_that_leads_nowhere_is_refused(path):
-    with pytest.raises(ConfigError, match="is no setting"):
+    with pytest.raises(ConfigError, match="is not a setting"):
         with_settings(PAPER, {path: "1"})
 
 

@@ -238,7 +238,7 @@ def test_a_label_on_another_grid_is_refused(tmp_path):
 
 def test_a_probability_map_is_no_label(tmp_path):
     write_study(tmp_path, "P1", replace={"seg": np.full(SHAPE, 0.3, np.float32)})
-    refusal(VolumeError, lambda: from_folder(tmp_path), "P1: P1-seg.nii.gz", "no segmentation", "Threshold")
+    refusal(VolumeError, lambda: from_folder(tmp_path), "P1: P1-seg.nii.gz", "not a segmentation", "Threshold")
 
 
 # -------------------------------------------------------------------------------------------- synthetic

@@ -879,7 +879,7 @@ def test_nan_in_config_is_refused_even_if_signed(folder):
 
 
 def test_the_run_is_met_with_the_model_inside_it(folder):
-    with pytest.raises(ModelError, match=rf"no model.* Did you mean {folder}\?$"):
+    with pytest.raises(ModelError, match=rf"not a model.* Did you mean {folder}\?$"):
         load_model(folder.parent)
 
 

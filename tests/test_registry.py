@@ -92,13 +92,13 @@ def packed(folder, path, changes):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"../evil.safetensors": b"x"}, "is no file of a model"),
-        ({"/tmp/evil.safetensors": b"x"}, "is no file of a model"),
-        ({"sub/config.json": b"{}"}, "is no file of a model"),
-        ({"run.sh": b"x"}, "is no file of a model"),
+        ({"../evil.safetensors": b"x"}, "is not a file of a model"),
+        ({"/tmp/evil.safetensors": b"x"}, "is not a file of a model"),
+        ({"sub/config.json": b"{}"}, "is not a file of a model"),
+        ({"run.sh": b"x"}, "is not a file of a model"),
         ({"synthesis.safetensors": b"damaged"}, "does not match its SHA-256"),
         ({"synthesis.safetensors": None}, "cannot be read"),
-        ({"config.json": None}, "no model"),
+        ({"config.json": None}, "not a model"),
         ({"config.json": b"{}"}, "does not match its own SHA-256"),
     ],
 )
@@ -160,7 +160,7 @@ def test_shipped_models_come_first_and_are_not_removed(folder, tmp_path):
     assert registry.find_model() == tmp_path / "shipped" / "default"
     with pytest.raises(ModelError, match="shipped"):
         registry.remove_model("default")
-    with pytest.raises(ModelError, match="no imported model"):
+    with pytest.raises(ModelError, match="not an imported model"):
         registry.remove_model("other")
 
 

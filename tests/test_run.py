@@ -466,7 +466,7 @@ def test_refusals(prepared, tmp_path):
             TrainingSettings(**wrong)
     with pytest.raises(ConfigError, match="64 bits"):
         TrainingSettings(seed=2**64)
-    with pytest.raises(ConfigError, match="is no stage"):
+    with pytest.raises(ConfigError, match="is not a stage"):
         train(prepared, tmp_path, stages=("discriminator",), steps=1)
     assert not list(tmp_path.iterdir())
     with pytest.raises(SetError, match="is not a prepared"):

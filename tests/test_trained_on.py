@@ -70,5 +70,5 @@ def test_another_file_or_a_changed_one_is_refused(tmp_path, change):
         read_list(tmp_path)
     body = {key: value for key, value in (body | change).items() if key != "sha256"}
     (tmp_path / FILE).write_text(json.dumps({**body, "sha256": trained_on.digest(body)}))
-    with pytest.raises(ModelError, match=r"patients\.json (is no list of patients|.*of another version)"):
+    with pytest.raises(ModelError, match=r"patients\.json (is not a list of patients|.*of another version)"):
         read_list(tmp_path)

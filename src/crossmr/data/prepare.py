@@ -372,13 +372,27 @@ def _each(
     with ProcessPoolExecutor(
         min(settings.workers, len(studies)), mp_context=get_context("spawn"), initializer=_let_finish
     ) as pool:
-        futures = {pool.submit(prepare_case, study, out, settings.register): study for study in studies}
+        with _interrupts_held():
+            futures = {pool.submit(prepare_case, study, out, settings.register): study for study in studies}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back: a process that starts meanwhile inherits this, and ends no import of its own by it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _let_finish() -> None:
