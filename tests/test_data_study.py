@@ -82,11 +82,15 @@ def test_allow_limits_what_is_read(tmp_path):
         load_study(files, allow=("t2w",))
 
 
-def test_grids_that_differ_by_rounding_are_one_grid():
+@pytest.mark.parametrize("order", [("t1n", "t2f"), ("t2f", "t1n")])
+def test_grids_that_differ_by_rounding_are_one_grid_and_the_first_volume_s(order):
     nudged = AFFINE.copy()
-    nudged[:3, 3] += 5e-4
-    study = load_study({"t1n": image(make_head()), "t2f": image(make_head("t2f"), nudged)})
+    nudged[:3, 3] += 0.004
+    nudged[0, 0] += 1e-4
+    images = {"t1n": image(make_head()), "t2f": image(make_head("t2f"), nudged)}
+    study = load_study({m: images[m] for m in order})
     assert list(study.volumes) == ["t1n", "t2f"]
+    np.testing.assert_array_equal(study.reference.image.affine, AFFINE)
 
 
 # ------------------------------------------------------------------------------------------ orientation

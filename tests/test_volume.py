@@ -20,6 +20,7 @@ from crossmr.data.volume import (
     Volume,
     content_sha256,
     describe_grid,
+    displacement_mm,
     on_grid,
     read_labels,
     read_volume,
@@ -397,8 +398,8 @@ class TestLabels:
     def test_other_grids_are_refused(self) -> None:
         like = read_volume(scan(affine_of(np.eye(3))), name="t1n.nii")
         shifted = affine_of(np.eye(3))
-        shifted[0, 3] += 0.01
-        with pytest.raises(VolumeError, match=r"is 4×5×6 at 1×2×3 mm, but t1n.nii is .* up to 0.01 mm elsewhere"):
+        shifted[0, 3] += 0.02
+        with pytest.raises(VolumeError, match=r"is 4×5×6 at 1×2×3 mm, but t1n.nii is .* up to 0.02 mm elsewhere"):
             read_labels(scan(shifted), like)
         with pytest.raises(VolumeError, match=r"is 4×5×7 at 1×1×1 mm, but t1n.nii is 4×5×6 at 1×2×3 mm\. Resample"):
             read_labels(nib.Nifti1Image(np.zeros((4, 5, 7), np.uint8), np.eye(4)), like)
@@ -505,11 +506,28 @@ class TestWrite:
 class TestGrid:
     def test_same_grid(self) -> None:
         a = read_volume(scan(affine_of(np.eye(3))))
-        for shift, same in ((0.0005, True), (0.002, False)):
-            affine = affine_of(np.eye(3))
-            affine[2, 3] += shift
+        for axis, shift, same in ((0, 0.009, True), (0, 0.011, False), (2, 0.02, True), (2, -0.04, False)):
+            affine = affine_of(np.eye(3))  # of 1 × 2 × 3 mm
+            affine[axis, 3] += shift
             assert same_grid(a, read_volume(scan(affine))) is same
         assert not same_grid(a, read_volume(nib.Nifti1Image(np.zeros((4, 5, 7), np.uint8), a.affine)))
+
+    @pytest.mark.parametrize("turn", [np.eye(3), np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])])
+    def test_the_farthest_corner_decides_whether_grids_are_one(self, turn: np.ndarray) -> None:
+        """A spacing or an angle that is rounded moves the far end of a long side most."""
+        shape, grow, tilt = (200, 200, 20), np.eye(4), np.eye(4)
+        grow[0, 0], tilt[2, 1] = 1 + 1e-5, 1e-4  # 0.002 and 0.02 voxels at the far end
+        affine = np.eye(4)
+        affine[:3, :3] = turn
+        a, grown, tilted, longer = (
+            read_volume(nib.Nifti1Image(np.zeros(size, np.uint8), affine @ change))
+            for change, size in ((np.eye(4), shape), (grow, shape), (tilt, shape), (tilt, (200, 40, 20)))
+        )
+        assert same_grid(a, grown)
+        assert same_grid(grown, a)
+        assert not same_grid(a, tilted)
+        assert displacement_mm(a, tilted) == pytest.approx(0.0199, rel=1e-3)
+        assert same_grid(longer, read_volume(nib.Nifti1Image(np.zeros((200, 40, 20), np.uint8), affine)))
 
     def test_describe_grid_speaks_of_the_files_axes(self) -> None:
         sagittal = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])

@@ -257,7 +257,7 @@ PATIENTS: list[tuple[str, Spoil, str]] = [
     # the grids
     ("cropped", voxels(lambda d: d[:, 1:]), r"t2w is 28×32×24 .*but t1n is 28×31×24.*" + GRID),
     ("other spacing", voxels(lambda d: d, np.diag([6, 6, 3.5, 1])), r"t1n is 28×32×24 at 6×6×3\.5 mm.*" + GRID),
-    ("shifted", voxels(lambda d: d, SHIFTED), r"placed elsewhere \(affines differ by up to 2\.5 mm\).*" + GRID),
+    ("shifted", voxels(lambda d: d, SHIFTED), r"placed elsewhere \(by up to 2\.5 mm\).*" + GRID),
     ("turned", voxels(lambda d: d, TURNED), r"placed elsewhere.*" + GRID),
     ("left and right exchanged", voxels(lambda d: d, AFFINE @ np.diag([-1, 1, 1, 1])), r"placed elsewhere.*" + GRID),
     # the names

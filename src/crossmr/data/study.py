@@ -21,7 +21,7 @@ from crossmr.data.head import (
 )
 from crossmr.data.naming import StudyFiles, in_usual_order
 from crossmr.data.registration import RegistrationMode, register_rigidly
-from crossmr.data.volume import Volume, describe_grid, read_labels, read_volume, same_grid
+from crossmr.data.volume import Volume, describe_grid, displacement_mm, read_labels, read_volume, same_grid
 from crossmr.errors import StudyError, VolumeError
 
 EVERYTHING: Box = (slice(None), slice(None), slice(None))
@@ -167,7 +167,7 @@ def _name(case: str, modality: str, image: Any) -> str:
 def _same_shape_hint(a: Volume, b: Volume) -> str:
     if a.data.shape != b.data.shape:
         return ""
-    return f" placed elsewhere (affines differ by up to {np.abs(a.affine - b.affine).max():.3g} mm)"
+    return f" placed elsewhere (by up to {displacement_mm(a, b):.3g} mm)"
 
 
 def _check_values(case: str, modality: str, volume: Volume) -> None:

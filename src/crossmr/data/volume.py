@@ -25,8 +25,8 @@ from scipy.optimize import linear_sum_assignment
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import write_atomically
 
-_GRID_TOLERANCE = 1e-3
-"""mm: two affines closer than this, entry by entry, are one grid."""
+_GRID_TOLERANCE = 0.01
+"""Voxels: two grids of one shape, all of whose voxels lie closer than this, are one; text and quaternions round so."""
 
 _GZIP_LEVEL = 1
 """A smooth 240×240×155 float32 brain (36 MB) becomes 5.4 MB in 0.17 s; level 6 saves 4 % in 1.6× the time."""
@@ -232,8 +232,24 @@ def compact(image: nib.Nifti1Image) -> bytes:
 
 
 def same_grid(a: Volume, b: Volume) -> bool:
-    """Whether voxels correspond: equal shapes, and canonical affines equal within 0.001 mm."""
-    return a.data.shape == b.data.shape and np.allclose(a.affine, b.affine, rtol=0, atol=_GRID_TOLERANCE)
+    """Whether voxels correspond: equal shapes, and no voxel lies a hundredth of a voxel or more from its like."""
+    if a.data.shape != b.data.shape:
+        return False
+    steps = np.linalg.solve(a.affine[:3, :3], _between_corners(a, b))  # in voxels of a, along its axes
+    return bool(np.abs(steps).max() < _GRID_TOLERANCE)
+
+
+def displacement_mm(a: Volume, b: Volume) -> float:
+    """The largest distance between like voxels of two volumes of one shape."""
+    return float(np.linalg.norm(_between_corners(a, b), axis=0).max())
+
+
+def _between_corners(a: Volume, b: Volume) -> np.ndarray:
+    """(3, 8) mm from a's corner voxels to b's: of an affine map, no other voxel moves farther."""
+    ends = [[0, n - 1] for n in reversed(a.data.shape)]
+    corners = np.array(np.meshgrid(*ends, [1])).reshape(4, -1)
+    difference: np.ndarray = ((b.affine - a.affine) @ corners)[:3]
+    return difference
 
 
 def describe_grid(volume: Volume) -> str:
@@ -446,12 +462,7 @@ def _as_stored(array: np.ndarray, reference: Volume) -> np.ndarray:
 
 
 def _displacement(a: Volume, b: Volume) -> str:
-    if a.data.shape != b.data.shape:
-        return ""
-    ends = [0, max(a.data.shape) - 1]
-    corners = np.array(np.meshgrid(ends, ends, ends, [1])).reshape(4, -1)
-    distance = np.linalg.norm(((a.affine - b.affine) @ corners)[:3], axis=0).max()
-    return f" and lies up to {distance:.3g} mm elsewhere"
+    return f" and lies up to {displacement_mm(a, b):.3g} mm elsewhere" if a.data.shape == b.data.shape else ""
 
 
 def _times(numbers: Any) -> str:
