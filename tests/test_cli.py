@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +22,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from crossmr import cli
 from crossmr.cli import main
 from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.errors import CrossmrWarning
 from crossmr.networks.c_unet import SynthesisConfig
 from crossmr.networks.distribution import DistributionConfig
 from crossmr.networks.masked_autoencoder import RepresentationConfig
@@ -561,3 +564,17 @@ def test_freed_memory_is_kept_for_the_next_layer():
         return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
     assert faults("keep_memory()") < 0.1 * faults("None")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_of_crossmr_s_is_one_line(monkeypatch, capsys):
+    def warn():
+        warnings.warn("no locks here", CrossmrWarning, stacklevel=1)
+        with pytest.warns(UserWarning, match="of a library"):
+            warnings.warn("of a library", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", warn)
+    before = warnings.showwarning
+    main()
+    assert capsys.readouterr().err == "warning: no locks here\n"  # the other goes where it would go without crossmr
+    assert warnings.showwarning is before

@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 
 from crossmr import files
-from crossmr.errors import ModelError, NamingError, OutputError, SetError
+from crossmr.errors import CrossmrWarning, ModelError, NamingError, OutputError, SetError
 from crossmr.files import digest, locked, read_json, walk, write_atomically, write_json
 
 
@@ -252,6 +252,97 @@ def test_two_threads_are_two_writers(tmp_path):
 
         with pytest.raises(OutputError, match="being written to by another crossmr"):
             pool.submit(lock_within).result()
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "ENOTSUP", "EINVAL", "ENOSYS"])
+def test_a_file_system_without_locks_is_written_to_and_said_once(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "_lock", failing(getattr(errno, name)))
+
+    def write():
+        with locked(tmp_path / "out"), locked(tmp_path / "records"):
+            write_atomically(tmp_path / "out" / "file", b"")
+            write_atomically(tmp_path / "records" / "file", b"")
+
+    with pytest.warns(CrossmrWarning, match=r"out is on a file system without locks: let no other crossmr") as said:
+        write()
+    assert len(said) == 1
+    assert names(tmp_path / "out") == names(tmp_path / "records") == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_lock_that_fails_otherwise_is_an_output_error(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(files, "_lock", failing(number))
+    with pytest.raises(OutputError, match=f"out could not be written: {os.strerror(number)}"), locked(tmp_path / "out"):
+        pass
+
+
+@pytest.fixture
+def nobody_s(monkeypatch):
+    """Locks that are another user's: opened to read at most."""
+    usual = os.open
+
+    def open_as_another(path, flags, *rest):
+        if os.path.lexists(path) and str(path).endswith(files.LOCK) and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, flags, *rest)
+
+    monkeypatch.setattr(files.os, "open", open_as_another)
+
+
+def test_another_user_s_lock_locks_as_one_s_own(tmp_path, nobody_s):
+    """A killed run of a colleague's has left it, or it is at work."""
+    (tmp_path / files.LOCK).touch()
+    with locked(tmp_path):
+        write_atomically(tmp_path / "file", b"")
+    assert names(tmp_path) == ["file"]
+    with (
+        running(tmp_path),
+        pytest.raises(OutputError, match="being written to by another crossmr"),
+        locked(tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("call", ["open", "_lock"])  # of a file, and on NFS of one that is only read
+def test_another_user_s_lock_that_cannot_be_opened_is_named(tmp_path, monkeypatch, nobody_s, call):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / files.LOCK).touch()
+    monkeypatch.setattr(*((files, "_lock", failing(errno.EBADF)) if call == "_lock" else (os, "open", failing(13))))
+    with (
+        pytest.raises(OutputError, match=r"\.crossmr\.lock cannot be opened: it is another user's\. Delete it if no"),
+        locked(tmp_path / "out"),
+    ):
+        pass
+    assert names(tmp_path / "out") == [files.LOCK]
+
+
+def test_another_user_s_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", failing(errno.EACCES))
+    with pytest.raises(OutputError, match=r"other could not be written: Permission denied"), locked(tmp_path / "other"):
+        pass
+
+
+def test_a_lock_that_its_holder_deletes_is_locked_anew(tmp_path, monkeypatch):
+    """Who opened it before it was deleted holds a file that nobody else will meet."""
+    usual, path = files._lock, tmp_path / files.LOCK
+
+    def lock(descriptor):
+        if not (tmp_path / "deleted").exists():
+            (tmp_path / "deleted").touch()
+            path.unlink()
+        usual(descriptor)
+
+    monkeypatch.setattr(files, "_lock", lock)
+    with locked(tmp_path):
+        assert path.exists()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(files._held_by_another, tmp_path).result()
+
+
+def test_links_in_a_circle_beside_the_output_do_no_harm(tmp_path):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with locked(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["text", "folder", "link"])

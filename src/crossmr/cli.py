@@ -7,8 +7,10 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from crossmr.errors import ConfigError, CrossmrError, Interrupted
+from crossmr.errors import ConfigError, CrossmrError, CrossmrWarning, Interrupted
 from crossmr.paths import check_completed, check_output, check_prepared, check_studies
 
 if TYPE_CHECKING:
@@ -673,7 +675,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a file's name may be no Unicode
     messages.debug = messages.as_json = False
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            app()
     except CrossmrError as error:
         if messages.debug:
             traceback.print_exc()
@@ -681,6 +685,14 @@ def main() -> None:
         if messages.as_json:
             print(json.dumps({"error": str(error)}, ensure_ascii=False))
         sys.exit(130 if isinstance(error, Interrupted) else 1)
+
+
+def _show_warning(usual: Callable[..., None], message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    """Print crossmr's own warnings as one line, and others as usual."""
+    if issubclass(category, CrossmrWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        usual(message, category, *rest)
 
 
 def _finish(

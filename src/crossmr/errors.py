@@ -26,6 +26,10 @@ class CrossmrError(Exception):
     """Base of every error that crossmr raises on purpose; its text is fit for a user's eyes."""
 
 
+class CrossmrWarning(UserWarning):
+    """What does not stop crossmr, but may go wrong; its text is fit for a user's eyes."""
+
+
 class ConfigError(CrossmrError):
     """A recipe, an option or a modality name that makes no sense."""
 

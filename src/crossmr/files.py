@@ -1,24 +1,38 @@
 """Files on disk: written whole or not at all, one writer per folder, nothing of others replaced, JSON, SHA-256."""
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from crossmr.errors import CrossmrError, CrossmrWarning, ModelError, NamingError, OutputError
 
-from crossmr.errors import CrossmrError, ModelError, NamingError, OutputError
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 
 LOCK = ".crossmr.lock"
 """Name of the empty file that a running crossmr locks in its output folder."""
@@ -28,6 +42,14 @@ REPORT = "report.html"
 """Name of the page that shows what was done."""
 ABANDONED_SECONDS = 24 * 3600
 """An unfinished file that was not written to for so long has no writer any more; a write takes seconds."""
+_HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}
+"""What a system says of a lock that another process holds."""
+_WITHOUT_LOCKS = {
+    getattr(errno, name)
+    for name in ("ENOLCK", "ENOSYS", "EINVAL", "ENOTSUP", "EOPNOTSUPP")
+    if hasattr(errno, name)  # Windows lacks some
+}
+"""What file systems without locks say: NFS without its daemon, network shares, user-space and parallel ones."""
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _UNFINISHED = re.compile(rf"\..*\.([0-9a-f]{{8}})-(\d+)\.[^.]*{re.escape(PARTIAL)}", re.DOTALL)
 """Name of an unfinished file: what it becomes, a hash of its writer's host, and the number of its writer's process."""
@@ -51,25 +73,34 @@ def locked(folder: Path) -> Iterator[None]:
 
     A folder is refused, too, if another crossmr has locked a folder above it, or one directly in it. Of those that lie
     deeper each one is refused when `write_atomically` comes to it, so nothing is searched. The system releases the
-    lock of a process that dies. A file system without locks is written to without one.
+    lock of a process that dies. A file system without locks is written to without one, after a CrossmrWarning.
 
     Raises:
-        OutputError: another process holds the lock, or the folder cannot be made, or LOCK in it is not crossmr's.
+        OutputError: another process holds the lock, or the folder cannot be made, or LOCK in it is not crossmr's, or
+            is another user's who lets nobody open it.
     """
-    new = not folder.exists()
-    place, lock = folder.resolve(), FileLock(folder / LOCK, timeout=0)
+    new = not os.path.exists(folder)
+    place, lock = folder.resolve(), folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        refuse_foreign(folder / LOCK, _is_lock)
-        lock.acquire()
-    except Timeout as error:
+        refuse_foreign(lock, _is_lock)
+        descriptor = _acquire(lock)
+    except BlockingIOError as error:
         raise _in_use(folder) from error
-    except NotImplementedError:  # a file system without locks
-        yield
-        return
     except OSError as error:
+        if isinstance(error, PermissionError) and os.path.lexists(lock):
+            raise OutputError(
+                f"{lock} cannot be opened: it is another user's. Delete it if no crossmr writes there, or name another "
+                "folder."
+            ) from error
         raise _not_written(folder, error) from error
     outer = _session.get()
+    if descriptor is None and outer is None:
+        warnings.warn(
+            f"{folder} is on a file system without locks: let no other crossmr write to it meanwhile.",
+            CrossmrWarning,
+            stacklevel=3,
+        )
     session = outer or _Session()
     token = _session.set(session)
     session.folders.append(place)
@@ -81,12 +112,49 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         session.folders.remove(place)
         _session.reset(token)
-        with contextlib.suppress(OSError):  # before the release: who opened it later would lock a deleted file
-            (folder / LOCK).unlink()
-        lock.release()
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        if descriptor is not None:
+            os.close(descriptor)  # which releases it
         if new:
             with contextlib.suppress(OSError):  # it stays unless it is empty
                 folder.rmdir()
+
+
+def _acquire(path: Path, *, create: bool = True) -> int | None:
+    """Lock a file; returns its descriptor, or None on a file system without locks.
+
+    Raises:
+        BlockingIOError: another process, or another call, holds it. OSError: it cannot be opened.
+    """
+    for attempt in itertools.count(1):
+        descriptor = _open(path, create=create)
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _HELD:
+                raise BlockingIOError(error.errno, "locked", str(path)) from error
+            if error.errno in _WITHOUT_LOCKS:
+                return None
+            if error.errno == errno.EBADF:  # NFS locks nothing that is only read
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from error
+            raise
+        if os.fstat(descriptor).st_nlink or attempt == 9:  # some file systems count no links
+            return descriptor
+        os.close(descriptor)  # who held it before has deleted it meanwhile
+    return None
+
+
+def _open(path: Path, *, create: bool) -> int:
+    """Open a lock; another user's only to read, which is enough to lock it."""
+    without_links = getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return os.open(path, os.O_RDWR | without_links | (os.O_CREAT if create else 0), 0o666)
+    except PermissionError:
+        if not os.path.lexists(path):
+            raise
+        return os.open(path, os.O_RDONLY | without_links)
 
 
 def _in_use(folder: Path) -> OutputError:
@@ -99,7 +167,7 @@ def _is_lock(path: Path) -> bool:
 
 def _folders_in(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
-        return [Path(entry.path) for entry in entries if entry.is_dir()]
+        return [Path(entry.path) for entry in entries if os.path.isdir(entry.path)]  # a link in a circle is none
 
 
 def _held_by_another(folder: Path) -> bool:
@@ -108,11 +176,12 @@ def _held_by_another(folder: Path) -> bool:
     try:
         if (session is not None and folder in session.folders) or path.is_symlink() or not _is_lock(path):
             return False
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
+        if (descriptor := _acquire(path, create=False)) is not None:
+            os.close(descriptor)
+        return False
+    except BlockingIOError:
         return True
-    except (OSError, NotImplementedError):  # not to be opened: nobody can tell
+    except OSError:  # not to be opened: nobody can tell
         return False
 
 
