@@ -1,9 +1,12 @@
 """DICOM in: every habit gives the same voxels in the same place; what is no scan of ours is left out and named."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import conftest
 import dicoms
@@ -173,6 +176,53 @@ def test_damaged_pixels_refuse_the_study_and_leave_nothing(tmp_path):
     assert "series 1" in bad.refused
     assert not good.refused
     assert [study.case for study in find_studies(tmp_path / "out")] == [good.case]
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_tmpdir_refuses_the_study_and_the_others_go_on(tmp_path, monkeypatch):
+    for patient in ("MRN-1", "MRN-2"):
+        write(tmp_path / "in" / patient, ("t1n", "t2f"), patient=patient)
+    usual, asked = tempfile.TemporaryDirectory, []
+
+    def first_is_full(*given, **named):
+        asked.append(named)
+        return full() if len(asked) == 1 else usual(*given, **named)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", first_is_full)
+    bad, good = sorted(convert(tmp_path / "in", tmp_path / "out"), key=lambda scans: not scans.refused)
+    assert f"series 2 is converted in {tempfile.gettempdir()}: no temporary file could be written" in bad.refused
+    assert "No space left on device. Free space there, or set TMPDIR to a folder with more space." in bad.refused
+    assert list(good.series) == ["t1n", "t2f"]
+    assert [study.case for study in find_studies(tmp_path / "out")] == [good.case]
+
+
+@pytest.mark.parametrize("leaves", ["nothing", "half a volume"])
+@pytest.mark.parametrize("free", [0, 10**9])
+def test_space_that_dcm2niix_lacked_is_named_and_nothing_else_is_taken_for_it(tmp_path, monkeypatch, leaves, free):
+    write(tmp_path / "in", ("t1n",))
+
+    def run(_, __, outside):
+        outside.mkdir(exist_ok=True)
+        (outside / "volume.nii").write_bytes(nib.Nifti1Image(head("t1n").astype(np.float32), OBLIQUE).to_bytes()[:999])
+        return ([] if leaves == "nothing" else [outside / "volume.nii"]), "Error: cannot write"
+
+    monkeypatch.setattr(module, "_run", run)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, free))
+    monkeypatch.setattr(module, "_unpack", lambda *given: shutil.copy(given[2], given[3]))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    assert ("set TMPDIR" in scans.refused) == (free == 0)
+    assert ("became no volumes" in scans.refused or "truncated" in scans.refused) == (free > 0)
+
+
+def test_a_converter_that_cannot_be_run_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "in", ("t1n",))
+    (tmp_path / "dcm2niix").write_text("no program")
+    monkeypatch.setattr(module, "_converter", lambda: str(tmp_path / "dcm2niix"))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    assert "dcm2niix could not be run: Permission denied. Install dcm2niix again" in scans.refused
 
 
 def test_done_once_and_again_when_the_series_change(tmp_path):

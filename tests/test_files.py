@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 
 from crossmr import files
-from crossmr.errors import CrossmrWarning, ModelError, NamingError, OutputError, SetError
+from crossmr.errors import CrossmrWarning, ModelError, NamingError, OutputError, SetError, StudyError
 from crossmr.files import digest, locked, read_json, walk, write_atomically, write_json
 
 
@@ -430,6 +430,28 @@ def test_a_locked_folder_stays_only_if_something_was_written(tmp_path):
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["file"]
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="could not be written"), locked(tmp_path / "file"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_full_tmpdir_is_named_with_the_remedy(tmp_path, monkeypatch, number, early):
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    if early:
+        monkeypatch.setattr(files.tempfile, "TemporaryDirectory", failing(number))
+    wanted = f"P1 is read in {tmp_path}: no temporary file could be written: {os.strerror(number)}. Free .* TMPDIR"
+    with pytest.raises(StudyError, match=wanted), files.temporary_folder("P1 is read"):
+        failing(number)()
+    assert names(tmp_path) == []
+
+
+def test_no_tmpdir_at_all_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "tempdir", None)
+    monkeypatch.setattr(files.tempfile, "_get_default_tempdir", failing(errno.ENOENT))
+    with (
+        pytest.raises(StudyError, match=r"P1 is read: no temporary .* set TMPDIR"),
+        files.temporary_folder("P1 is read"),
+    ):
         pass
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crossmr.errors import CrossmrError, CrossmrWarning, ModelError, NamingError, OutputError
+from crossmr.errors import CrossmrError, CrossmrWarning, ModelError, NamingError, OutputError, StudyError
 
 if sys.platform == "win32":
     import msvcrt
@@ -311,6 +311,27 @@ def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
             continue
         visited.add(real)
         yield place, folders, sorted(name for name in files if not name.startswith("."))
+
+
+@contextlib.contextmanager
+def temporary_folder(what: str) -> Iterator[Path]:
+    """A folder in TMPDIR, deleted afterwards; `what` it is for stands at the head of errors.
+
+    Raises:
+        StudyError: in place of whatever the system says when it is full, read-only or not there.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="crossmr-") as temporary:
+            yield Path(temporary)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise
+        with contextlib.suppress(OSError):  # no usable folder at all
+            what = f"{what} in {tempfile.gettempdir()}"
+        raise StudyError(
+            f"{what}: no temporary file could be written: {error.strerror or error}. "
+            "Free space there, or set TMPDIR to a folder with more space."
+        ) from error
 
 
 def remove(path: Path) -> None:

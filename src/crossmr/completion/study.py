@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from crossmr.device import available_memory, choose_precision, gigabytes, reusab
 from crossmr.dicom.convert import convert
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import ConfigError, NamingError, StudyError
+from crossmr.files import temporary_folder
 from crossmr.networks.inference import (
     HeadVolumes,
     Settings,
@@ -156,7 +156,7 @@ def complete(
     with contextlib.ExitStack() as stack:
         folder = Path(study)
         if from_dicom := holds_dicom(folder):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crossmr-")))
+            folder = stack.enter_context(temporary_folder(f"{study} is converted"))
             for refused in (one.refused for one in convert(Path(study), folder) if one.refused):
                 raise StudyError(refused)
         studies = find_studies(folder)

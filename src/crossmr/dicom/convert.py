@@ -5,6 +5,7 @@ peculiarities, enhanced multi-frame images and most transfer syntaxes, and its w
 recognises the contrast of a series from its tags. Cases get pseudonyms unless names are to be kept.
 """
 
+import errno
 import importlib.util
 import itertools
 import math
@@ -12,7 +13,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from crossmr.data.naming import in_usual_order
-from crossmr.data.volume import on_grid, read_volume, write_volume
+from crossmr.data.volume import Volume, on_grid, read_volume, write_volume
 from crossmr.dicom.series import Series, find_series, import_pydicom
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
-from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_json
+from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, temporary_folder, write_json
 
 FORMAT = "crossmr-scans"
 ALIKE = 1.2
@@ -275,26 +275,36 @@ def _described(series: Series, keep_names: bool) -> dict[str, Any]:
 
 def _convert_series(case: str, series: Series, path: Path, converter: str) -> None:
     """Convert one series to one NIfTI file, without the texts that dcm2niix writes into its header."""
-    with tempfile.TemporaryDirectory(prefix="crossmr-") as temporary:
-        inside = Path(temporary, "in")
+    with temporary_folder(f"{case}: {series.name} is converted") as temporary:
+        inside = temporary / "in"
         inside.mkdir()
         links = [inside / f"{index:05d}.dcm" for index in range(len(series.images))]
         for image, link in zip(series.images, links, strict=True):
             _link(image.path, link)
-        volumes, complaint = _run(converter, inside, Path(temporary, "out"))
+        volumes, complaint = _run(converter, inside, temporary / "out")
         if not volumes:  # such as deflated images, which pydicom can read
             for image, link in zip(series.images, links, strict=True):
                 link.unlink()
                 _unpack(case, series, image.path, link)
-            volumes, complaint = _run(converter, inside, Path(temporary, "out"))
-        if len(volumes) != 1:
-            hint = f" (dcm2niix: {complaint.replace(temporary, '')})" if complaint else ""
-            raise StudyError(
-                f"{case}: {series.name} became {len(volumes) or 'no'} volumes, expected one{hint}. "
-                "Export it again, or leave it out of the folder."
-            )
-        volume = read_volume(volumes[0], name=f"{case}: {series.name}")
+            volumes, complaint = _run(converter, inside, temporary / "out")
+        try:
+            volume = _read_converted(case, series, volumes, complaint.replace(str(temporary), ""))
+        except CrossmrError:
+            if shutil.disk_usage(temporary).free < sum(link.stat().st_size for link in links):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None  # dcm2niix does not say so
+            raise
         write_volume(on_grid(volume.data, volume, description="acquired"), path)
+
+
+def _read_converted(case: str, series: Series, volumes: Sequence[Path], complaint: str) -> Volume:
+    """The one volume that a series became; `complaint` is what dcm2niix said."""
+    if len(volumes) != 1:
+        hint = f" (dcm2niix: {complaint})" if complaint else ""
+        raise StudyError(
+            f"{case}: {series.name} became {len(volumes) or 'no'} volumes, expected one{hint}. "
+            "Export it again, or leave it out of the folder."
+        )
+    return read_volume(volumes[0], name=f"{case}: {series.name}")
 
 
 def _run(converter: str, inside: Path, outside: Path) -> tuple[list[Path], str]:
@@ -302,9 +312,13 @@ def _run(converter: str, inside: Path, outside: Path) -> tuple[list[Path], str]:
     outside.mkdir(exist_ok=True)
     # no rotation, no cropping, no defaults of the user; scaled for display; slices merged to one volume
     options = ["-g", "i", "-b", "n", "-z", "n", "-x", "i", "-p", "n", "-m", "y", "-w", "1", "-d", "0", "-f", "volume"]
-    result = subprocess.run(
-        [converter, *options, "-o", outside, inside], capture_output=True, text=True, errors="replace"
-    )
+    command: list[str | Path] = [converter, *options, "-o", outside, inside]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise
+        raise StudyError(f"{converter} could not be run: {error.strerror or error}. Install dcm2niix again.") from error
     complaint = re.search(r"(?:Error|Warning|Unsupported)[^\n]*", result.stdout + result.stderr)
     return sorted(outside.glob("*.nii")), complaint[0] if complaint else ""
 
@@ -324,6 +338,8 @@ def _unpack(case: str, series: Series, path: Path, unpacked: Path) -> None:
             image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
         image.save_as(unpacked, enforce_file_format=True)
     except Exception as error:  # pydicom raises whatever its parsing runs into
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         reason = " ".join(str(error).split())
         raise StudyError(
             f"{case}: {series.name} cannot be read by dcm2niix, nor by pydicom ({reason}). "
