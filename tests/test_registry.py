@@ -1,8 +1,13 @@
 """The model registry: models are listed, found by name, imported and exported whole, anything else refused."""
 
+import errno
 import json
+import os
+import re
+import shutil
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import save_untrained, sha256, tree, write_study
@@ -256,3 +261,41 @@ def test_imported_models_are_in_the_home_folder_unless_said_otherwise(tmp_path, 
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "user"))
     assert registry.models_folder() == tmp_path / "user" / ".crossmr" / "models"
+
+
+@pytest.fixture
+def closed_home(folder, tmp_path, monkeypatch):
+    """A folder of imported models that this user may not look into, and a shipped model."""
+    shutil.copytree(folder, registry.SHIPPED / registry.DEFAULT)
+
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for module, name in ((os, "listdir"), (os, "scandir"), (os, "stat"), (os, "mkdir")):
+        usual = getattr(module, name)
+        monkeypatch.setattr(
+            *(module, name),
+            lambda path=".", *given, usual=usual, **named: (
+                refuse(path) if str(path).startswith(str(tmp_path / "home")) else usual(path, *given, **named)
+            ),
+        )
+    return tmp_path / "home" / "models"
+
+
+def test_a_home_that_cannot_be_read_hides_no_shipped_model(closed_home):
+    assert list(registry.known_models()) == [registry.DEFAULT]
+    assert registry.find_model() == registry.SHIPPED / registry.DEFAULT
+    remedy = re.escape(f"{closed_home} cannot be read (Permission denied): set CROSSMR_HOME to another folder.")
+    with pytest.raises(ModelError, match=rf"the models are: default\. {remedy}"):
+        registry.find_model("mine")
+    with pytest.raises(ModelError, match=rf"these are: none\. {remedy}"):
+        registry.remove_model("mine")
+    with pytest.raises(OutputError, match=r"could not be written: Permission denied.* or set CROSSMR_HOME to another"):
+        registry.import_model(registry.SHIPPED / registry.DEFAULT, "mine")
+
+
+def test_no_folder_is_called_tilde_where_nobody_has_a_home(monkeypatch):
+    """In a container, under a number that no user has."""
+    monkeypatch.delenv("CROSSMR_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert registry.models_folder() == Path(os.sep, ".crossmr", "models")

@@ -22,6 +22,7 @@ from crossmr.data.volume import (
     describe_grid,
     displacement_mm,
     on_grid,
+    read_header,
     read_labels,
     read_volume,
     same_grid,
@@ -533,6 +534,13 @@ class TestGrid:
         sagittal = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]])
         volume = read_volume(scan(affine_of(sagittal, (1.875, 1, 5))))
         assert describe_grid(volume) == "4×5×6 at 1.875×1×5 mm"
+
+
+def test_no_header_is_read_where_the_system_does_not_let_one_look(tmp_path: Path) -> None:
+    """A link into another user's folder, or a name that is too long."""
+    assert read_header(tmp_path / ("x" * 300)) is None
+    with pytest.raises(VolumeError, match="cannot be read"):
+        read_volume(tmp_path / ("x" * 300))
 
 
 def test_content_sha256(tmp_path: Path) -> None:

@@ -45,17 +45,32 @@ class RegisteredModel:
 
 def models_folder() -> Path:
     """The folder of imported models: $CROSSMR_HOME/models, by default ~/.crossmr/models."""
-    return Path(os.environ.get("CROSSMR_HOME") or os.path.expanduser("~/.crossmr")) / "models"
+    home = os.path.expanduser(
+        "~"
+    )  # stays "~" where nobody says what it is: in a container, for a number without a name
+    return Path(os.environ.get("CROSSMR_HOME") or os.path.join(home if home != "~" else os.sep, ".crossmr")) / "models"
 
 
 def known_models() -> dict[str, RegisteredModel]:
-    """Name → model, the shipped ones first."""
+    """Name → model, the shipped ones first; imported ones that cannot be read are none."""
     models: dict[str, RegisteredModel] = {}
     for root, shipped in ((SHIPPED, True), (models_folder(), False)):
-        for folder in sorted(root.iterdir()) if root.is_dir() else ():
-            if (folder / "config.json").exists():
-                models.setdefault(folder.name, RegisteredModel(folder.name, folder, shipped))
+        with contextlib.suppress(OSError):
+            for folder in sorted(root.iterdir()):
+                if os.path.exists(folder / "config.json"):
+                    models.setdefault(folder.name, RegisteredModel(folder.name, folder, shipped))
     return models
+
+
+def _unreadable() -> str:
+    """A hint where the folder of imported models cannot be read, as in another user's home."""
+    try:
+        os.listdir(models_folder())
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        return f" {models_folder()} cannot be read ({error.strerror}): set CROSSMR_HOME to another folder."
+    return ""
 
 
 def find_model(model: Path | str | None = None) -> Path:
@@ -74,6 +89,7 @@ def find_model(model: Path | str | None = None) -> Path:
     if not os.path.exists(model) and _NAME.fullmatch(str(model)):
         raise ModelError(
             f"'{model}' is neither a folder nor the name of a model; the models are: {', '.join(known) or 'none'}."
+            f"{_unreadable()}"
         )
     check_model(Path(model))
     return Path(model)
@@ -131,7 +147,8 @@ def import_model(source: Path, name: str | None = None) -> RegisteredModel:
             os.replace(folder, models_folder() / name)
     except OSError as error:
         raise OutputError(
-            f"{models_folder()} could not be written: {error.strerror or error}. Check free space and permissions."
+            f"{models_folder()} could not be written: {error.strerror or error}. Check free space and permissions, or "
+            "set CROSSMR_HOME to another folder."
         ) from error
     return RegisteredModel(name, models_folder() / name, False)
 
@@ -170,7 +187,7 @@ def remove_model(name: str) -> None:
     if model is None or model.shipped:
         imported = ", ".join(name for name, one in known.items() if not one.shipped) or "none"
         shipped = " but shipped with crossmr" if model else ""
-        raise ModelError(f"'{name}' is not an imported model{shipped}; these are: {imported}.")
+        raise ModelError(f"'{name}' is not an imported model{shipped}; these are: {imported}.{_unreadable()}")
     try:
         if model.folder.is_symlink():
             model.folder.unlink()

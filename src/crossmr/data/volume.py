@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import logging
 import math
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,9 @@ def read_header(source: Path | str | nib.Nifti1Image) -> Any | None:
     """The header, as nibabel has it, of a NIfTI volume, from the file's first bytes; None of anything else."""
     if isinstance(source, nib.Nifti1Image):
         return source.header
-    if not isinstance(source, (str, Path)) or not (path := Path(source)).is_file():
+    if not isinstance(source, (str, Path)) or not os.path.isfile(source):  # where nobody may look, there is none
         return None
+    path = Path(source)
     try:
         with path.open("rb") as file:
             start = file.read(65536)

@@ -8,6 +8,7 @@ DATASET/
 """
 
 import gzip
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def export_nnunet(
     Raises:
         OutputError: OUT is not empty, or cannot be written. NamingError: no study. StudyError: no case is complete.
     """
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise OutputError(f"{out} is a file; name another folder.")
     with locked(out):
         if {path.name for path in out.iterdir()} - {LOCK}:
