@@ -123,9 +123,9 @@ def test_storage_order_does_not_matter(oblique):
 # --------------------------------------------------------------------------------------------- refusals
 
 
-def with_value(value: float) -> np.ndarray:
+def with_value(value: float, where: Any = (3, 4, 5)) -> np.ndarray:
     data = make_head("t2f")
-    data[3, 4, 5] = value
+    data[where] = value
     return data
 
 
@@ -138,7 +138,10 @@ def speck() -> np.ndarray:
 TWO_VOLUMES = np.stack([make_head("t2f")] * 2, axis=-1)
 DISPLACED = AFFINE + np.array([[0, 0, 0, 0], [0, 0, 0, 2.5], [0, 0, 0, 0], [0, 0, 0, 0]])
 REFUSED: dict[str, tuple[Any, type[CrossmrError], list[str]]] = {
-    "nan": (with_value(np.nan), StudyError, ["1 voxels", "NaN", "Repair"]),
+    "nan": (with_value(np.nan, (14, 16, 12)), StudyError, ["1 voxels within the head", "NaN", "Repair"]),
+    "slice of nan": (with_value(np.nan, np.s_[:, :, 12]), StudyError, ["896 voxels within the head", "Repair"]),
+    "all nan": (np.full(SHAPE, np.nan, np.float32), StudyError, ["21504 voxels", "NaN", "Repair"]),
+    "constant beside nan": (np.where(HEAD.T, 1, np.float32(np.nan)), StudyError, ["constant at 1", "remove the file"]),
     "infinite": (with_value(-np.inf), StudyError, ["1 voxels", "infinite", "Repair"]),
     "all zero": (np.zeros(SHAPE, np.float32), StudyError, ["all zero", "Export it again, or remove"]),
     "constant": (np.full(SHAPE, 7, np.float32), StudyError, ["constant at 7", "Export it again, or remove"]),
@@ -179,6 +182,66 @@ def test_refused(name):
     volumes = {"t1n": image(make_head()), "t2f": image(bad) if isinstance(bad, np.ndarray) else bad}
     message = refusal(kind, lambda: load_study(volumes, "P1"), "t2f", *wanted)
     assert message.startswith("P1: t2f")
+
+
+BRAIN = np.pad(ellipsoid()[::2, ::2, ::2], [(7, 7), (8, 8), (6, 6)])
+"""Half as long as the head in each direction."""
+
+
+def masked(modality: str, outside: float = 0, mask: np.ndarray = HEAD.T) -> np.ndarray:
+    return np.where(mask, make_head(modality), np.float32(outside))
+
+
+@pytest.mark.parametrize("offset", [0, -100], ids=["magnitude", "with negative values"])
+@pytest.mark.parametrize("air", [True, False])
+def test_nan_outside_the_head_is_background_and_said(air, offset):
+    """As SPM, FSL and AFNI mask, or as reslicing leaves what was not acquired."""
+    plain, holed = make_head("t2f", air=air) + np.float32(offset), masked("t2f", np.nan) + np.float32(offset)
+    if air:
+        holed = plain.copy()
+        holed[:3], holed[:, :, -2:], holed[5, 5, 5] = np.nan, np.nan, np.nan
+    study, wanted = (load(t1n=make_head(air=air), t2f=data) for data in (holed, plain))
+    assert np.isfinite(study.volumes["t2f"].data).all()
+    assert overlap(study.mask, wanted.mask) > 0.97
+    deviation = np.abs(study.normalised("t2f") - wanted.normalised("t2f"))[study.mask & wanted.mask]
+    assert np.median(deviation) < 0.01
+    count = int(np.isnan(holed).sum())
+    assert study.notes == (f"FLAIR has {count} voxels of NaN outside the head, which were taken for background.",)
+
+
+def test_how_much_of_the_head_is_nan_is_said():
+    data = make_head("t2f")
+    data[:, :, :6] = np.nan  # beyond the field of view of one scan
+    study = load(t1n=make_head(), t2f=data)
+    assert "They are 8% of what other volumes show of the head." in study.notes[0]
+    assert not study.normalised("t2f")[:6].any()
+
+
+@pytest.mark.parametrize("outside", [0, np.nan])
+@pytest.mark.parametrize("air", [True, False])
+def test_a_brain_among_heads_is_normalised_within_what_it_has_and_said(outside, air):
+    study = load(t1n=masked("t1n", outside, BRAIN), t2w=make_head("t2w", air=air), t2f=masked("t2f", 0, BRAIN))
+    alone = load(t1n=masked("t1n", 0, BRAIN), t2f=masked("t2f", 0, BRAIN))
+    assert "T2 has a skull, T1 and FLAIR have none: each was normalised within what it has." in study.notes[-1]
+    assert list(study.stripped) == ["t1n", "t2f"]
+    assert overlap(study.mask, HEAD) > 0.9
+    assert overlap(study.mask_of("t1n"), BRAIN.T) > 0.95
+    for modality in ("t1n", "t2f"):
+        np.testing.assert_allclose(study.normalised(modality), alone.normalised(modality), atol=1e-6)
+    assert np.median(study.normalised("t2w")[study.mask]) == pytest.approx(1 / 3, abs=1e-5)
+
+
+def test_heads_masked_differently_and_brains_stripped_differently_are_not_told_apart():
+    tight = ndimage.binary_erosion(BRAIN[:, :, :], structure=np.ones((1, 1, 3)))
+    for volumes in (
+        {"t1n": make_head(air=False), "t2f": make_head("t2f")},
+        {"t1n": make_head(air=False), "t2f": masked("t2f", np.nan)},
+        {"t1n": masked("t1n", 0, BRAIN), "t2f": masked("t2f", 0, tight)},
+        {"t1n": make_head(), "t2f": np.where(np.arange(SHAPE[2]) < 10, 0, make_head("t2f"))},  # half as high
+    ):
+        study = load(**volumes)
+        assert not study.stripped
+        assert not any("skull" in note for note in study.notes)
 
 
 @pytest.mark.parametrize("shape", [(7, 7, 24), (1, 6, 40), (4, 4, 4)])

@@ -133,11 +133,11 @@ def beside(name: str, data: np.ndarray, affine: np.ndarray = AFFINE) -> Spoil:
     return lambda study: nib.save(image(data, affine), study / f"{study.name}{name}")
 
 
-def where(value: float) -> Callable[[np.ndarray], np.ndarray]:
+def where(value: float, voxel: tuple[int, int, int] = (3, 4, 5)) -> Callable[[np.ndarray], np.ndarray]:
     """One voxel of this value."""
 
     def change(data: np.ndarray) -> np.ndarray:
-        data[3, 4, 5] = value
+        data[voxel] = value
         return data
 
     return change
@@ -183,7 +183,8 @@ GRID = r"Register and resample them to one grid first, or pass --register"
 GZIP = r"gzip data is truncated or damaged \(.*\)\. Copy the file again"
 BROKEN = r"has a broken NIfTI header \(.*\)\. Export it again"
 SPACING = r"spacing is .* mm, expected positive numbers\. Correct its header"
-FINITE = r"t1n has 1 voxels that are NaN or infinite\. Repair them"
+INFINITE = r"t1n has 1 voxels that are NaN or infinite\. Repair them"
+NAN = r"t1n has 1 voxels within the head that are NaN\. Repair them"
 NO_SCAN = r"no acquired volume to work from.*name them with --map"
 
 PATIENTS: list[tuple[str, Spoil, str]] = [
@@ -246,9 +247,9 @@ PATIENTS: list[tuple[str, Spoil, str]] = [
     ("constant", voxels(lambda d: np.full_like(d, 7)), r"t1n is constant at 7: it holds no image"),
     ("constant below zero", voxels(lambda d: np.full_like(d, -3)), r"t1n is constant at -3: it holds no image"),
     ("constant by its slope", nifti(scl_slope=1e-45, scl_inter=5), r"t1n is constant at 5: it holds no image"),
-    ("a NaN", voxels(where(np.nan)), FINITE),
-    ("an infinity", voxels(where(-np.inf)), FINITE),
-    ("beyond float32", voxels(lambda d: where(1e300)(d.astype(np.float64))), FINITE),
+    ("a NaN", voxels(where(np.nan, (14, 16, 12))), NAN),
+    ("an infinity", voxels(where(-np.inf)), INFINITE),
+    ("beyond float32", voxels(lambda d: where(1e300)(d.astype(np.float64))), INFINITE),
     ("beyond all scans", voxels(where(-3e38)), r"t1n has intensities of 3e\+38, as no scan has\. Repair them"),
     ("all NaN", voxels(lambda d: np.full_like(d, np.nan)), r"voxels that are NaN or infinite\. Repair them"),
     ("head of one voxel", lonely, r"no head was found \(0 voxels.*Look at the volumes"),

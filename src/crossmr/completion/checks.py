@@ -51,8 +51,8 @@ def check(
     volumes = {m: study.normalised(m, box) for m in study.volumes}
     found = skull(trained_on or {}, stripped=study.masked_background)
     for modality, volume in study.volumes.items():
-        found += grey_values(modality, volume.data[study.mask])
-        found += missing_slices(modality, volumes[modality], head)
+        found += grey_values(modality, volume.data[study.mask_of(modality)])
+        found += missing_slices(modality, volumes[modality], study.mask_of(modality)[box])
     voxels, sides = _thinning(study.reference.spacing_mm)
     thinned = {m: study.normalisation[m].apply(volume.data[box][voxels]) for m, volume in study.volumes.items()}
     found += _shifts_of_thinned(thinned, sides)  # unmasked: the mask's edge is the same in all

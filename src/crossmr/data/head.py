@@ -22,6 +22,8 @@ LOWEST, HIGHEST = -5.0, 10.0
 """The intensity scale reaches from here to here, in robust standard deviations about the head's median."""
 DARKEST = 2.0**-10
 """What the darkest voxels of the head saturate to: exactly 0 is where nothing was acquired, or was masked."""
+RIM_MM = 6.0
+"""Skull and scalp are thicker than this, and brains by two methods of stripping differ by less."""
 SMALLEST_SIDE = 8
 """Voxels; a volume with a shorter side than this in two directions is no scan of a head."""
 
@@ -55,14 +57,15 @@ class Normalisation:
         return (self.air - self.low) / (self.high - self.low)
 
 
-def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool]:
+def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool, dict[str, Mask]]:
     """Find the head in a study's volumes: bool (Z, Y, X), and whether every background is one exact value.
 
-    The union of the volumes' foregrounds, its largest component, filled slice by slice.
+    The head is the union of the volumes' foregrounds, its largest component, filled slice by slice. Where some volumes
+    have a skull and others have none, also returns what each of the others has of it.
     """
-    foregrounds = in_threads(lambda _, volume: foreground(volume.data), volumes).values()
-    masked_background = all(exact for _, exact in foregrounds)
-    union = np.logical_or.reduce([mask for mask, _ in foregrounds])
+    foregrounds = in_threads(lambda _, volume: foreground(volume.data), volumes)
+    masked_background = all(exact for _, exact in foregrounds.values())
+    union = np.logical_or.reduce([mask for mask, _ in foregrounds.values()])
     if union.any():
         box = bounding_box(union, 0)
         union[box] = fill_slices(largest_component(union[box]))
@@ -71,7 +74,24 @@ def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool]:
             f"{case}: no head was found ({int(union.sum())} voxels above the background) in "
             f"{', '.join(volumes)}. Look at the volumes, and export them again or leave this study out."
         )
-    return union, masked_background
+    stripped = without_skull(foregrounds, next(iter(volumes.values())).spacing_mm)
+    return union, masked_background, {m: fill_slices(foregrounds[m][0]) & union for m in stripped}
+
+
+def without_skull(foregrounds: Mapping[str, tuple[Mask, bool]], spacing_mm: tuple[float, float, float]) -> list[str]:
+    """The volumes that lack the skull of the largest one: masked, and in most axial slices a rim smaller.
+
+    `foregrounds` is modality → what `foreground` gave.
+    """
+    _, y, x = spacing_mm
+    radii = {m: np.sqrt(mask.sum((1, 2)) * (y * x / np.pi)) for m, (mask, _) in foregrounds.items()}  # mm, of discs
+    largest = max(radii.values(), key=lambda radius: float((radius**2).sum()))
+    found = []
+    for modality, radius in radii.items():
+        both = (radius > 0) & (largest > 0)
+        if foregrounds[modality][1] and both.any() and np.median((largest - radius)[both]) > RIM_MM:
+            found.append(modality)
+    return found
 
 
 def foreground(data: Array) -> tuple[Mask, bool]:

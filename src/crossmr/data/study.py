@@ -1,12 +1,13 @@
 """One patient's study: volumes on one grid, checked, with a head mask and intensities scaled to [0, 1]."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 from crossmr.data.head import (
     SMALLEST_SIDE,
@@ -16,10 +17,11 @@ from crossmr.data.head import (
     Normalisation,
     bounding_box,
     fit_normalisation,
+    foreground,
     head_mask,
     in_threads,
 )
-from crossmr.data.naming import StudyFiles, in_usual_order
+from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, in_usual_order
 from crossmr.data.registration import RegistrationMode, register_rigidly
 from crossmr.data.volume import Volume, describe_grid, displacement_mm, read_labels, read_volume, same_grid
 from crossmr.errors import StudyError, VolumeError
@@ -27,6 +29,8 @@ from crossmr.errors import StudyError, VolumeError
 EVERYTHING: Box = (slice(None), slice(None), slice(None))
 LARGEST = 1e30
 """Largest intensity that is taken for one: some programs mark missing voxels with larger numbers."""
+NOTED = 0.01
+"""Of the head: where more of it is NaN in one volume, the note says how much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +50,12 @@ class Study:
     """Lesion labels (Z, Y, X), 0 outside, or None."""
     notes: Sequence[str] = field(default_factory=tuple)
     """Remarks on the input that belong in every report of a result."""
+    stripped: Mapping[str, Mask] = field(default_factory=dict)
+    """Modality → the brain, bool (Z, Y, X), of the volumes without skull where others have one; empty elsewhere."""
+
+    def mask_of(self, modality: str) -> Mask:
+        """What one volume has of the head."""
+        return self.stripped.get(modality, self.mask)
 
     @property
     def reference(self) -> Volume:
@@ -57,7 +67,7 @@ class Study:
 
         The latter were not acquired: they lie beyond the field of view.
         """
-        data, mask = self.volumes[modality].data[within], self.mask[within]
+        data, mask = self.volumes[modality].data[within], self.mask_of(modality)[within]
         result = np.zeros(data.shape, np.float32)
         for made, plane, head in zip(result, data, mask, strict=True):
             if (plane != plane[0, 0]).any():
@@ -105,29 +115,34 @@ def load_study(
         raise StudyError(
             f"{case}: no acquired volume to work from. Expected at least one of T1, T1ce, T2, FLAIR{_hint(source)}."
         )
-    volumes, movements = _on_one_grid(case, volumes, register)
-    mask, masked_background = head_mask(case, volumes)
+    checked = {m: _checked(case, m, volume) for m, volume in volumes.items()}
+    volumes, movements = _on_one_grid(case, {m: volume for m, (volume, _) in checked.items()}, register)
+    mask, masked_background, stripped = head_mask(case, volumes)
+    for m, (volume, nan) in checked.items():
+        if nan is not None:
+            notes.append(_nan_note(m, nan, stripped.get(m, mask) if volumes[m] is volume else None))
+    notes += _skull_note(volumes, stripped)
     return Study(
         case=case,
         patient=patient,
         volumes=volumes,
         mask=mask,
         masked_background=masked_background,
-        normalisation=in_threads(lambda _, volume: fit_normalisation(volume.data, mask), volumes),
+        normalisation=in_threads(lambda m, volume: fit_normalisation(volume.data, stripped.get(m, mask)), volumes),
         labels=None if label is None else _read_labels(case, label, next(iter(volumes.values()))),
         notes=(*notes, *movements),
+        stripped=stripped,
     )
 
 
 def _on_one_grid(
     case: str, volumes: Mapping[str, Volume], register: RegistrationMode
 ) -> tuple[dict[str, Volume], list[str]]:
-    """Check all volumes, and register those that `register` says to the first; also returns how far each was moved."""
+    """Compare all grids, and register the volumes that `register` says; also returns how far each was moved."""
     first, reference = next(iter(volumes.items()))
     aligned: dict[str, Volume] = {}
     movements: list[str] = []
     for modality, volume in volumes.items():
-        _check_values(case, modality, volume)
         aligned[modality] = volume
         fits = same_grid(volume, reference)
         if volume is not reference and (register == "always" or (register == "if needed" and not fits)):
@@ -170,25 +185,69 @@ def _same_shape_hint(a: Volume, b: Volume) -> str:
     return f" placed elsewhere (by up to {displacement_mm(a, b):.3g} mm)"
 
 
-def _check_values(case: str, modality: str, volume: Volume) -> None:
-    """Refuse volumes that are too small, constant, not finite, or of impossible intensities."""
+def _checked(case: str, modality: str, volume: Volume) -> tuple[Volume, Mask | None]:
+    """A volume whose NaN outside the head is background, and where that was, if anywhere.
+
+    Refuses volumes that are too small, constant, infinite, of impossible intensities, or NaN within the head.
+    """
     data = volume.data
     if sorted(data.shape)[1] < SMALLEST_SIDE:
         raise StudyError(
             f"{case}: {modality} is {describe_grid(volume)}; that is too small to be a scan of a head. "
             "Export the whole series, or leave this study out."
         )
-    if not np.isfinite(data).all():
+    nan = np.isnan(data)
+    lowest, largest = (float(f(data, initial=end, where=~nan)) for f, end in ((np.min, np.inf), (np.max, -np.inf)))
+    if np.isinf([lowest, largest]).any():
         bad = int(data.size - np.isfinite(data).sum())
         raise StudyError(
             f"{case}: {modality} has {bad} voxels that are NaN or infinite. "
             "Repair them, or replace them by 0, and run again."
         )
-    if (largest := float(np.abs(data).max())) > LARGEST:
+    if (most := max(-lowest, largest)) > LARGEST:
         raise StudyError(
-            f"{case}: {modality} has intensities of {largest:.3g}, as no scan has. "
+            f"{case}: {modality} has intensities of {most:.3g}, as no scan has. "
             "Repair them, or replace them by 0, and run again."
         )
-    if data.min() == data.max():
-        values = "all zero" if data.max() == 0 else f"constant at {data.max():g}"
+    if lowest == largest:
+        values = "all zero" if largest == 0 else f"constant at {largest:g}"
         raise StudyError(f"{case}: {modality} is {values}: it holds no image. Export it again, or remove the file.")
+    if not nan.any():
+        return volume, None
+    filled = np.where(nan, np.float32(min(0, lowest)), data)
+    if inside := int((nan & _within(filled, nan)).sum()):
+        raise StudyError(
+            f"{case}: {modality} has {inside} voxels within the head that are NaN. "
+            "Repair them, or replace them by 0, and run again."
+        )
+    return replace(volume, data=filled), nan
+
+
+def _within(data: Array, nan: Mask) -> Mask:
+    """What the head encloses, and what lies between slices of it, in a volume (Z, Y, X) with background for NaN."""
+    inside: Mask = ndimage.binary_fill_holes(foreground(data)[0])
+    for axis in range(3):
+        there = np.flatnonzero(~nan.all(tuple({0, 1, 2} - {axis})))  # slices that are not all NaN
+        lost = np.setdiff1d(np.arange(there[0], there[-1]), there)
+        inside[(slice(None),) * axis + (lost,)] = True
+    return inside
+
+
+def _nan_note(modality: str, nan: Mask, head: Mask | None) -> str:
+    """What is to be said of a volume whose NaN became background; `head` None where it was moved."""
+    note = f"{DISPLAY_NAMES.get(modality, modality)} has {int(nan.sum())} voxels of NaN outside the head, "
+    note += "which were taken for background."
+    share = 0.0 if head is None else float((nan & head).sum() / head.sum())
+    return note + (f" They are {share:.0%} of what other volumes show of the head." if share > NOTED else "")
+
+
+def _skull_note(volumes: Mapping[str, Volume], stripped: Mapping[str, Mask]) -> list[str]:
+    """What is to be said where some volumes have a skull and others have none."""
+    if not stripped:
+        return []
+    names = {m: DISPLAY_NAMES.get(m, m) for m in volumes}
+    without, having = [names[m] for m in stripped], [names[m] for m in volumes if m not in stripped]
+    return [
+        f"{' and '.join(having)} {'has' if len(having) == 1 else 'have'} a skull, {' and '.join(without)} "
+        f"{'has' if len(without) == 1 else 'have'} none: each was normalised within what it has. Strip all, or none."
+    ]
