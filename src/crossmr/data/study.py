@@ -27,7 +27,7 @@ from crossmr.data.volume import Volume, describe_grid, displacement_mm, read_lab
 from crossmr.errors import StudyError, VolumeError
 
 EVERYTHING: Box = (slice(None), slice(None), slice(None))
-LARGEST = 1e30
+LARGEST = 1e15
 """Largest intensity that is taken for one: some programs mark missing voxels with larger numbers."""
 NOTED = 0.01
 """Of the head: where more of it is NaN in one volume, the note says how much."""

@@ -186,7 +186,7 @@ def _series(files: Sequence[tuple[Path, Any]], mapping: Mapping[str, str] | None
 
 def _verdict(header: Any, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Verdict:
     """The contrast of a series: by its tags, or by the pattern of `mapping` that its description matches."""
-    if int(header.get("SamplesPerPixel", 1) or 1) != 1:
+    if (_number(header, "SamplesPerPixel") or 1) != 1:
         return Verdict(None, "in colour", True)
     description = acquisition.description
     if description.upper().startswith("SYNTHETIC") or header.get("ManufacturerModelName") == "crossmr":
@@ -299,7 +299,8 @@ def _header(pydicom: Any, path: Path) -> Any:
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS))
         _drop_broken(header)
-        return header if header.get("SOPClassUID") and header.get("SOPInstanceUID") else None
+        uids = header.get("SOPClassUID"), header.get("SOPInstanceUID")  # several in one element are none
+        return header if all(uid and isinstance(uid, str) for uid in uids) else None
     except Exception:  # pydicom raises whatever its parsing runs into
         return None
 
