@@ -349,7 +349,8 @@ def _texts(item: Any, keyword: str) -> list[str]:
     value = _find(item, keyword)
     if value is None:
         return []
-    return [str(value).strip()] if isinstance(value, str) else [str(part).strip() for part in value]
+    several = not isinstance(value, str) and hasattr(value, "__iter__")  # a damaged VR makes numbers of texts
+    return [str(part).strip() for part in (value if several else [value])]
 
 
 def _first(*values: float | None) -> float | None:
