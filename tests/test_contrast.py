@@ -1,10 +1,18 @@
 """Contrasts from acquisition tags, with the values that vendors write."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from crossmr.dicom.contrast import Acquisition, names_agent, recognise_contrast
+from crossmr.dicom.contrast import (
+    Acquisition,
+    covers,
+    names_agent,
+    recognise_contrast,
+    resolve_agents,
+    says_agent,
+)
 
 
 def acquisition(families="", tr=None, te=None, ti=None, *, variants="", kinds="", **others) -> Acquisition:
@@ -127,3 +135,213 @@ def test_the_reason_repeats_no_words_of_the_description():
 )
 def test_agent(text, named):
     assert names_agent(text) is named
+
+
+SAID = {  # what scanners' operators write: with an agent, without
+    "English": (
+        "T1 POST|AX T1 WITH CONTRAST|T1 C+|T1 (C+)|T1 WITHOUT FS POST GD|T1 ENHANCED|T1 after Gadovist",
+        "T1 C-|T1 (C-)|T1 WITHOUT IV CONTRAST|T1 PRECONTRAST|T1 GD(-)|T1 before injection|T1 UNENHANCED",
+    ),
+    "German": ("T1 nach KM|t1_mit_KM|T1 tra KM|T1 Kontrastmittel|T1 ohne FS mit KM", "T1 ohne KM|T1 nativ|T1_vor_KM"),
+    "French": (
+        "T1 après injection|T1 AVEC GADO|T1 injecté|T1 GADO|T1 post-gado",
+        "T1 sans injection de gado|T1 avant gado|T1 sans",
+    ),
+    "Spanish": (
+        "T1 AX CON CONTRASTE|T1 C/C|T1 con gadolinio|T1 CIV|T1 C/CONTRASTE",
+        "T1 AX SIN CONTRASTE|T1 S/C|T1 sin civ|T1 SIMPLE",
+    ),
+    "Portuguese": (
+        "T1 COM CONTRASTE|T1 PÓS|T1 pós-contraste|T1 após gadolínio",
+        "T1 SEM CONTRASTE|T1 antes do contraste|T1 SEM",
+    ),
+    "Italian": (
+        "T1 con mdc|T1 dopo mdc|T1 con mezzo di contrasto|T1 MDC",
+        "T1 senza mdc|T1 senza mezzo di contrasto|T1 basale",
+    ),
+    "Dutch": ("T1 met contrast|T1 na contrast|T1 na gado", "T1 zonder contrast|T1 voor contrast|T1 blanco"),
+    "Polish": (
+        "T1 z kontrastem|T1 po kontraście|T1 po podaniu środka kontrastowego",
+        "T1 bez kontrastu|T1 przed kontrastem|T1 bez środka kontrastowego",
+    ),
+    "Czech": ("T1 s kontrastem|T1 po KL|T1 postkontrastně", "T1 bez KL|T1 nativně|T1 před kontrastem"),
+    "Nordic": (
+        "T1 med kontrast|T1 efter kontrast|T1 etter kontrast|T1 tehosteen jälkeen",
+        "T1 utan kontrast|T1 uden kontrast|T1 uten kontrast|T1 före kontrast|T1 før kontrast|T1 ilman tehostetta",
+    ),
+    "Russian": (
+        "T1 с контрастом|Т1 после контраста|T1 с КУ|T1 контрастное усиление",
+        "T1 без контраста|T1 до КУ|Т1 нативная|T1 без КУ",
+    ),
+    "Turkish": (
+        "T1 kontrastlı|T1 KONTRAST SONRASI|T1 IVKM",
+        "T1 kontrastsız|T1 KONTRASTSIZ|T1 kontrast öncesi|T1 IVKM'siz",
+    ),
+    "Chinese": ("T1增强|T1 增强后|T1+C|T1 強化 造影|T1注药后", "T1平扫|T1 增强前|T1未增强|T1 平掃"),
+    "Japanese": (
+        "T1 造影|T1造影後|T1WI 造影|T1 ガドリニウム|T1 Gd(+)",
+        "T1 造影前|T1非造影|T1 単純|T1 造影なし|T1 Gd(-)",
+    ),
+}
+
+
+@pytest.mark.parametrize("language", SAID)
+def test_an_agent_by_the_description_in_many_languages(language):
+    given, denied = SAID[language]
+    for texts, wanted, modality in ((given, True, "t1c"), (denied, False, "t1n")):
+        for text in texts.split("|"):
+            assert says_agent(text) is wanted, text
+            assert recognise_contrast(acquisition("SE", 500, 12, description=text)).modality == modality, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["AX T1", "T1 SAG+COR", "T1 POST OP", "T1 ohne FS", "T1 sin grasa", "T1 C-SPINE", "T1 POSTOP", "", "T1 SE COR"],
+)
+def test_no_word_of_the_agent(text):
+    assert says_agent(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("REMOVED", "ANONYMIZED", "Anonymous", "XXXX", "xxx", "DEIDENTIFIED", "De-identified", "REDACTED", "DUMMY"),
+        *("[Removed by CTP]", "***", "unknown", "not removed", "Value deleted", "NULL", "MASKED", "ANON", "?", "Z9F3K"),
+    ],
+)
+def test_a_placeholder_is_no_agent(text):
+    assert not names_agent(text)
+    assert recognise_contrast(acquisition("SE", 500, 12, agent=names_agent(text))).modality == "t1n"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        *(("sin contraste", False), ("ohne", False), ("senza mdc", False), ("без контраста", False), ("なし", False)),
+        *(("YOK", False), ("brak", False), ("geen", False), ("无", False), ("ingen", False), ("aucun", False)),
+        *(("Gadobutrol 7,5 ml", True), ("GD-DTPA", True), ("CLARISCAN", True), ("Con contraste", True), ("YES", True)),
+        *(
+            ("ガドビスト", True),
+            ("钆喷酸葡胺", True),
+            ("гадовист", True),
+            ("0.1 mmol/kg", True),
+            ("IV", True),
+            ("15", True),
+        ),
+    ],
+)
+def test_agent_in_other_languages(text, named):
+    assert names_agent(text) is named
+
+
+MP = "SK SP MP"
+
+
+@pytest.mark.parametrize(
+    ("given", "modality"),
+    [
+        (acquisition("SE IR", 9000, 120, description="AX FLAIR"), "t2f"),  # the inversion time is missing
+        (acquisition("SE IR", 9000, 120), "t2f"),
+        (acquisition("SE", 9000, 120, description="t2_tirm_dark-fluid"), "t2f"),
+        (acquisition("SE", 9000, 120, description="AX T2"), "t2w"),
+        (acquisition("SE IR", 9000, 120, description="AX T2"), None),
+        (acquisition("SE IR", 2200, 20, description="AX T1 FLAIR"), "t1n"),
+        (acquisition(description="T1_FLAIR"), "t1n"),
+        (acquisition("SE IR", 4000, 50), None),  # STIR, it may be
+        (acquisition("GR IR", 5000, 2.98, 700, variants=MP, kinds="UNI"), "t1n"),
+        (acquisition("GR IR", 5000, 2.98, 700, variants=MP, description="mp2rage_UNI_Images"), "t1n"),
+        (acquisition("GR IR", 5000, 2.98, 700, variants=MP, description="mp2rage_UNI-DEN"), "t1n"),
+        (acquisition("GR", 7, 3, kinds="DERIVED;DIXON;WATER"), "t1n"),
+        (acquisition("GR", 7, 3, kinds="DERIVED;DIXON;IN_PHASE"), "t1n"),
+        (acquisition("GR", 7, 3, description="t1_vibe_dixon_tra_W"), "t1n"),
+        (acquisition("GR", 7, 3, description="WATER: AX LAVA FLEX"), "t1n"),
+        (acquisition("GR", 7, 3, description="T1 VIBE DIXON IN PHASE"), "t1n"),
+        (acquisition("GR", 7, 3, description="t1_vibe_fat sat"), "t1n"),
+        (acquisition("GR", 24, 5, description="3D SPGR T1"), "t1n"),
+        (acquisition("GR", 200, 4.5), "t1n"),  # in two dimensions
+        (acquisition("GR", 2500, 3.3, 1100, variants=MP, echoes=4), "t1n"),  # several echoes of an MPRAGE
+        (acquisition("SE", 500, 12, agent=False, description="AX T1 GD"), "t1c"),  # the console's NONE
+    ],
+)
+def test_tags_and_description_are_weighed(given, modality):
+    assert recognise_contrast(given).modality == modality
+
+
+GRE_T1 = ("GR", 22, 3.6)
+ANGIOGRAMS = ("TWIST", "TRICKS", "CE-MRA", "VENOGRAM", "pc_3d", "PCMRA")
+FLOW = ("PCA", "VELOCITY", "M_PCA", "ANGIO", "PHASE CONTRAST M")
+OTHER_DIXON = ("FAT", "OPP_PHASE", "F", "OP", "OUT_PHASE")
+CALLED_OTHER_DIXON = (
+    *("t1_vibe_dixon_tra_F", "t1_vibe_dixon_opp", "FAT: AX LAVA FLEX", "OutPhase: LAVA", "mDIXON out"),
+    "T1 opposed phase",
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        *((acquisition(*GRE_T1, description=t), "angiogram") for t in ("WILLIS 3D", "3D TOF", "TOF3D_slab", "", "MRV")),
+        *((acquisition("GR", 5, 2, description=t), "angiogram") for t in ANGIOGRAMS),
+        *((acquisition("GR", 20, 5, kinds=k), "flow|phase|angiogram") for k in FLOW),
+        (acquisition("GR", 60, 6, description="4D Flow"), "flow"),
+        (acquisition("GR", 5, 2, times=20), "several times"),
+        (acquisition("GR", 5, 2, description="T1 dynamic"), "several times"),
+        (acquisition("GR", 45, 5, echoes=5), "gradient echoes"),
+        (acquisition("GR", 700, 4, echoes=3), "gradient echoes"),
+        *((acquisition("GR", 7, 3, kinds=f"DERIVED;DIXON;{k}"), "Dixon") for k in OTHER_DIXON),
+        *((acquisition("GR", 7, 3, description=t), "Dixon") for t in CALLED_OTHER_DIXON),
+        *((acquisition("GR", 7, 3, description=t), "MP2RAGE") for t in ("mp2rage_INV1", "inv-2", "MP2RAGE_INV1_ND")),
+        (acquisition("GR IR", 5000, 2.98, 2500, variants=MP), "MP2RAGE"),
+        (acquisition("GR IR", 5000, 2.98, 700, variants=MP), "MP2RAGE"),
+        (acquisition("GR", 7, 3, description="t1_mp2rage_T1_Images"), "map"),
+        (acquisition("GR IR", 3000, 4.4, 409, variants=MP), "white matter nulled"),
+        (acquisition("GR", 7, 3, 450, description="FGATIR"), "white matter nulled"),
+    ],
+)
+def test_what_has_the_times_of_a_t1_and_is_none(given, why):
+    verdict = recognise_contrast(given)
+    assert verdict.modality is None
+    assert re.search(why, verdict.why)
+
+
+T1, GD = acquisition("SE", 500, 12), acquisition("SE", 500, 12, description="T1 GD")
+T2, FLAIR = acquisition("SE", 5000, 100), acquisition("SE IR", 9000, 120, 2500)
+
+
+@pytest.mark.parametrize(
+    ("study", "modalities"),
+    [
+        ((T1, T2, FLAIR, GD), "t1n t2w t2f t1c"),  # by the description
+        ((T1, T2, FLAIR, T1), "t1n t2w t2f t1c"),  # by the order
+        ((GD, T2, T1), "t1c t2w t1c"),  # acquired after the agent was given
+        ((T1, T2), "t1c t2w"),
+        ((T2, T1, T1), "t2w t1c t1c"),  # no order tells
+        ((T1, T1), "t1c t1c"),
+    ],
+)
+def test_an_agent_on_every_series_is_resolved(study, modalities):
+    resolved = resolve_agents([replace(given, agent=True) for given in study])
+    assert [recognise_contrast(given).modality for given in resolved] == modalities.split()
+
+
+def test_an_unknown_word_is_an_agent_where_other_series_lack_it():
+    assert [a.agent for a in resolve_agents([T1, T2, replace(T1, unclear=True)])] == [None, None, True]
+    assert [a.agent for a in resolve_agents([replace(a, unclear=True) for a in (T1, T2, T1)])] == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("part", "description", "shown"),
+    [
+        *(("", "AX T1", 2), ("BRAIN", "AX T1", 2), ("HEAD", "", 2), ("SPINE", "T1 BRAIN", 2), ("REMOVED", "", 2)),
+        *(
+            ("BRAIN", "COR T1 SELLA GD", 1),
+            ("", "T1 ORBITS", 1),
+            ("", "IAC", 1),
+            ("", "hipófisis", 1),
+            ("PITUITARY", "", 1),
+        ),
+        *(("CSPINE", "SAG T1", 0), ("BRAIN", "SAG T1 C-SPINE", 0), ("KNEE", "", 0), ("", "T2 HWS sag", 0)),
+    ],
+)
+def test_what_of_the_head_a_series_shows(part, description, shown):
+    assert covers(part, description) == shown

@@ -110,6 +110,26 @@ def test_the_finer_the_original_and_the_later_series_is_taken(tmp_path):
     assert "no tag says which" in scans.notes[0]
 
 
+SMALL = np.diag([2.0, 2.0, 3.0, 1.0])  # a slab of the head, in small voxels
+
+
+@pytest.mark.parametrize(
+    ("affine", "tags", "why"),
+    [
+        (SMALL, {}, "covers less than"),
+        (OBLIQUE @ np.diag([0.6, 0.6, 0.9, 1]), {"description": "T1 SELLA"}, "of a part of the head, unlike"),
+        (SAGITTAL, {}, "in another plane than"),
+        (OBLIQUE, {"ImageType": ["DERIVED", "SECONDARY"]}, "derived, unlike"),
+    ],
+)
+def test_the_series_of_the_whole_head_like_the_others_of_its_study(affine, tags, why, tmp_path):
+    write(tmp_path, ("t1n", "t2w", "t2f"))
+    dicoms.write_series(tmp_path / "9", head(), affine, number=9, **tags)
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert scans.series["t1n"].number == 2
+    assert scans.left_out == {"series 9": f"another t1n, {why} series 2"}
+
+
 def test_map_names_series_by_their_descriptions(tmp_path):
     for number, description in enumerate(("mine a", "mine b", "no"), 1):
         dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, "?", number=number, description=description)

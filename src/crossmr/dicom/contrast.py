@@ -6,8 +6,9 @@ recognised by their description; series that neither tells are left out, with th
 
 import itertools
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 _NOT_ANATOMY = {
@@ -43,33 +44,153 @@ _NOT_ANATOMY = {
     "REAL": "part of a complex image",
     "IMAGINARY": "part of a complex image",
     "SCREEN SAVE": "a picture of a screen",
+    "ANGIO": "an angiogram",
+    "PCA": "a flow image",
+    "M_PCA": "a flow image",
+    "PHASE CONTRAST M": "a flow image",
+    "FAT": "the fat of a Dixon acquisition",
+    "F": "the fat of a Dixon acquisition",
+    "FAT_FRACTION": "the fat of a Dixon acquisition",
+    "FAT_PER_PCT": "the fat of a Dixon acquisition",
+    "OPP_PHASE": "the opposed phase of a Dixon acquisition",
+    "OUT_PHASE": "the opposed phase of a Dixon acquisition",
+    "OUT_OF_PHASE": "the opposed phase of a Dixon acquisition",
+    "OPPOSED_PHASE": "the opposed phase of a Dixon acquisition",
+    "OP": "the opposed phase of a Dixon acquisition",
+    "INV1": "one inversion of an MP2RAGE, not its UNI",
+    "INV2": "one inversion of an MP2RAGE, not its UNI",
 }
 """Value of Image Type → what such an image is; none of them is a contrast that crossmr uses."""
 
 _ACQUIRED = {"T1": "t1n", "T2": "t2w", "FLUID_ATTENUATED": "t2f", "PROTON_DENSITY": "pdw"}
 """Acquisition Contrast of enhanced images (DICOM PS3.3 C.8.13.3.1)."""
 
-_NO_AGENT = re.compile(
-    r"\s*(no[nt]?\b.*|none.*|nil|nein|kein.*|n\.?/?a?\.?|0+(\.0+)?( ?ml)?|-+|false|unknown|without.*|w/?o.*|"
-    r"ohne.*|sans.*|native?|unenhanced|pre.*)?\s*",
-    re.I,
+_NOT_WORDS = {
+    "a localiser or a calibration": r"locs?|\w*locali[sz]er\w*|\w*scout\w*|\w*survey\w*|(sense|coil)-?ref\w*|"
+    r"b1-?map\w*|3-?plane|cal|calib\w*|shim\w*|smartbrain|b0|b1|posdisp",
+    "an angiogram": r"\w*tof\d?|mra\w*|mrv\w*|\w*angio\w*|willis|cow|carotid\w*|veno(gr\w*|us)?|arter\w*|inhance|"
+    r"trance|twist|tricks|4d-trak|cemr[av]|pcmr\w*|pc-mr\w*|[23]d-?pc|pc-?[23]d|pca|venc\w*|phase-contrast|qiss",
+    "a flow image": r"\w*flow|4d-?flow|fluss|flusso|flujo",
+    "weighted by susceptibility": r"swi\w*|swan|venobold|qsm|t2star|hemo|hemosid\w*|flash2d-?t2star|megre|gre-?me|"
+    r"me-?gre|multi-?echo-?gre|multiecho|medic|merge",
+    "a diffusion image": r"dwi|dti|adc|trace\w*|diff\w*|ep2d|epi|noddi|hardi",
+    "a perfusion image": r"perf\w*|dsc|dce|asl|pcasl",
+    "one of several times": r"dyn\w*|time-?resolved|zeitaufgel\w*",
+    "a functional image": r"fmri|bold",
+    "a spectrum": r"spectro\w*|svs|csi",
+    "a projection or a subtraction": r"mip|minip|sub|subtr\w*",
+    "balanced steady state": r"ciss|fiesta|drive|truefisp|trufi",
+    "a phase image or a field map": r"phase|pha|phs|field|fieldmap|\w+fieldmap",
+    "of short or double inversion": r"stir|dir",
+    "one inversion of an MP2RAGE, not its UNI": r"inv-?[12]",
+    "an image with white matter nulled": r"\w*fgatir\w*|wmn|wmn-?mprage|wm-?null\w*|white-matter-null\w*|wmnull\w*",
+    "a map of relaxation times": r"t[12]-?maps?|r2star|r[12]-?maps?|mp2rage-t1-images",
+}
+"""What a series is → the words of the description, or adjacent words joined by -, that say so; none is one of ours."""
+_DIXON = re.compile(
+    r"\b(?:dixon|mdixon|ideal|flex|vibe|lava|thrive)\b.*"
+    r"\b(?:f|fat|opp|op|out|opposed|outphase|outofphase|ff)\b(?! ?(?:s\b|sat|sup))|"
+    r"^(?:fat|outphase|out phase|opp phase|opposed phase|out of phase)\b(?! ?(?:sat|sup))|"
+    r"\b(?:opposed|opp|out of|out) ?phase\b"
+)
+"""The fat or opposed phase of a Dixon acquisition, by a folded description."""
+
+_AGENT_WORDS = {
+    "English": (
+        r"gd|gad\w*|ce|contrast\w*|agent|enh\w*|inj\w*|post(?:c\w*|g\w*|km|k|inj\w*)?|pc|dotarem|multihance|magnevist|"
+        r"prohance|omniscan|clariscan|elucirem|vueway|optimark|eovist|primovist|feraheme",
+        "without|wo|w o|before|no|not|non|pre",
+        r"unenh\w*|plain|noncon\w*|noncm|pre(?:con\w*|gd|gad\w*|inj\w*|km)?",
+    ),
+    "German": (r"km|kontrast\w*|mitkm|nachkm", "ohne|vor|kein|keine", r"nativ\w*|ohnekm"),
+    "French": (r"inj\w*|gado\w*|apres|pdc|contraste", "sans|avant|non", r"native?s?"),
+    "Spanish": (r"contraste|contrastad\w*|civ|gadolinio", "sin|antes|previo|previa", r"simple|basal"),
+    "Portuguese": (r"contraste|pos|apos|gadolinio", "sem|antes|nao", ""),
+    "Italian": (r"mdc|contrasto|dopo", "senza|prima", r"basal[ei]|diretta"),
+    "Dutch": (r"contrast\w*|gado\w*", "zonder|voor|geen", "blanco"),
+    "Polish": (r"kontras[tc]\w*|srodek|srodk\w*", "bez|przed", r"natywn\w*"),
+    "Czech": (r"kl|kontrast\w*|postkontrast\w*", "bez|pred", r"nativ\w*"),
+    "Nordic": (r"kontrast\w*|tehost\w*|varjoaine\w*|jalkeen", "utan|uden|uten|fore|for|innan|ilman|ennen|ingen", ""),
+    "Russian": (
+        r"контраст\w*|ку|гад\w*|усил\w*|постконтраст\w*|магневист\w*|омнискан\w*",
+        "без|до|не",
+        r"натив\w*|бесконтраст\w*|неконтраст\w*|преконтраст\w*",
+    ),
+    "Turkish": (r"kontrast\w*|ivkm\w*|kontrastli", "", r"(?:kontrast|ivkm|km)siz|ivkm siz|km siz"),
+    "Chinese": (
+        r"增强\w*|增強\w*|造影\w*|钆\w*|釓\w*|打药\w*|注药\w*|顯影\w*",
+        "未|无|無|不|非|没",
+        r"平扫\w*|平掃\w*",
+    ),
+    "Japanese": (r"造影\w*|ガド\w*", "非|無|未", r"単純\w*|プレーン\w*"),
+}
+"""Language → words for an agent, words that deny one that follows, and words that deny one by themselves; folded."""
+_AFTER = r"oncesi|yok|前\w*|なし|無し|无|無"
+"""Words that deny an agent that they follow."""
+_FILLERS = (
+    r"de|del|di|do|da|la|el|il|le|iv|i|v|ev|w|any|the|medio|meio|mezzo|media|medium|produit|mittel|srodka|"
+    r"контрастного|contrastmiddel|в|внутривенного"
+)
+
+
+def _column(index: int) -> str:
+    return "|".join(dict.fromkeys(words[index] for words in _AGENT_WORDS.values() if words[index]))
+
+
+_AGENT = re.compile(rf"(?:{_column(0)})\Z")
+_DENIED = re.compile(
+    rf"\b(?:{_column(1)})(?: (?:{_FILLERS}))* ?(?:{_column(0)})\b(?:(?: (?:{_FILLERS}))* (?:{_column(0)})\b)*|"
+    rf"\b(?:{_column(0)}) (?:{_AFTER})(?!\w)|(?:造影|增强|增強|注药|打药)剤?(?:{_AFTER})|\b(?:{_column(2)})\b"
+)
+_ALONE = re.compile(rf"(?:{_column(1)})\Z")
+_NEVER_ALONE = frozenset(
+    (
+        *("no", "not", "non", "vor", "voor", "for", "fore", "kein", "keine", "geen", "ingen"),
+        *("до", "не", "未", "无", "無", "不", "非", "没"),
+    )
+)
+_OTHER_LACK = re.compile(
+    rf"\b(?:{_column(1)}) (?:fs|fat\w*|fett\w*|grasa|graisse|gordura|grasso|sat\w*|supp\w*|mtc?)\b"
+)
+_CJK = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
+_FOLDED = str.maketrans({"ı": "i", "ø": "o", "ł": "l", "ß": "ss", "đ": "d", "æ": "ae", "−": "-", "–": "-", "＋": "+"})
+
+_PLACEHOLDER = re.compile(
+    r".*(?:remov|anonym|anon\b|de ?-?identif|deid|redact|dummy|confidential|mask|delet|withheld|blank|cleared|"
+    r"scrub|pseudonym|unknown|undefined|unspecified|null|unbekannt|inconnu|desconocid|anonimiz|verwijderd|entfernt|"
+    r"supprime|eliminad|rimosso|usuniet|see |\bphi\b).*|(?:(\w)\1{2,})|[\W_]*[*?.#x]{2,}[\W_]*"
+)
+"""What de-identifiers and archives write in the place of an agent: it says nothing."""
+_NONE = re.compile(
+    r"(?:no[nt]?\b.*|none.*|nil|nein|kein.*|n|n ?a|0+(?: 0+)?(?: ?ml)?|false|off|"
+    r"ningun\w*|nenhum\w*|nao|nessun\w*|aucun\w*|"
+    r"geen.*|brak|zadn\w*|ingen.*|inget.*|ei|nie|nej|nei|нет|не .*|yok|hayir|无|無|なし|否|.*unenhanced.*|"
+    rf"(?:{_column(1)})(?:(?!\w).*|(?<=[\u3040-\u9fff]).*)|(?:{_column(2)}))?"
+)
+_AGENT_TAG = re.compile(
+    r"gad|\bgd|magnev|mangev|dotarem|dotagraf|clarisc|multih|prohan|omnisc|optimark|eovist|primov|ablavar|vasov|elucir|"
+    r"vueway|pixxo|cyclolux|artirem|magnegita|ferum|feraheme|teslas|dtpa|dota\b|bopta|contrast|kontrast|agent|bolus|"
+    r"\d ?ml|\d ?cc|mmol|\byes\b|\bja\b|\boui\b|\bsim?\b|\biv\b|\bi v\b|\bkm\b|\bmdc\b|^[1-9][\d ]*$|гадо|магнев|"
+    r"омнис|контраст|造影|增|钆|釓|ガド|マグネ|プロハンス|オムニ"
+)
+_OTHER_PARTS = re.compile(
+    r"[ctl]-?spine|[cdl]spine|\w*spinal?|spine|neck|knee|hip|abdomen|liver|pelvis|shoulder|breast|heart|cardiac|prostate|ankle|"
+    r"wrist|elbow|hand|foot|chest|thorax|[hbl]ws|wirbelsaeule|wirbelsaule|rachis|columna|coluna|colonna|lumbar|cervical|"
+    r"thoracic|dorsal|c-spine|t-spine|l-spine|kregoslup|позвоночник"
+)
+_PARTS_OF_HEAD = re.compile(
+    r"sell[ae]\w*|orbit\w*|pituit\w*|hypoph\w*|hipof\w*|ipof\w*|iacs?|iam|kgh|tmj|cpa|facial?|face|temporal|petrous|felsenbein|"
+    r"sinus\w*|nnh|optic\w*|cavernous|augen|tempor\w*|hippo\w*|trigem\w*|skull-?base|peaux|гипофиз\w*|орбит\w*"
 )
 _WORD = {
-    "not": r"locs?|\w*locali[sz]er\w*|\w*scout\w*|\w*survey\w*|(sense|coil)-?ref\w*|b1-?map\w*|3-?plane|tof|mra|mrv|"
-    r"angio\w*|swi\w*|swan|venobold|dwi|dti|adc|trace\w*|diff\w*|ep2d|epi|perf\w*|dsc|dce|asl|pcasl|fmri|bold|field|"
-    r"fieldmap|b0|b1|spectro\w*|svs|csi|mip|minip|sub|subtr\w*|t2star|hemo|ciss|fiesta|phase|pha|qsm|cal|calib\w*|"
-    r"shim\w*|smartbrain|stir|dir",
-    "t2f": r"flair|t2flair|tirm|darkfluid|dark-?fluid|fluid",
-    "t1n": r"t1w?|t1n|mprage|mpr|bravo|fspgr|spgr|ir-?fspgr|tfe|vibe|thrive|lava|mp2rage|ffe|st1\w*|t1-\w+",
+    "t2f": r"flair|t2flair|\w*flair|tirm|darkfluid|dark-?fluid|fluid",
+    "t1n": r"t1w?|t1n|mprage|memprage|mpr|bravo|fspgr|spgr|ir-?fspgr|tfe|vibe|thrive|lava|mp2rage|ffe|st1\w*|t1-\w+",
     "t2w": r"t2w?|st2\w*|t2-\w+",
     "pdw": r"pdw?|proton",
-    "agent": r"gd|gad\w*|post(c\w*|g\w*|km|inj\w*)?|ce|km|kontrast\w*|contrast\w*|dotarem|multihance|enh\w*|pc|"
-    r"inj\w*|apres",
-    "plain": r"pre|nativ?e?|ohne|sans|without|wo|w-o|noncon\w*|unenh\w*|plain|before|avant",
+    "uni": r"uni|uniden|uni-den|uni-images",
 }
-_WITHOUT = "non|no|not|vor|before|pre|ohne|sans|wo|without|avant"
-_AGENTS = r"contrast\w*|kontrast\w*|gad\w*|gd|km|ce|agent|inj\w*"
 _PATTERNS = {key: re.compile(rf"(?:{words})\Z") for key, words in _WORD.items()}
+_NOT_PATTERNS = {what: re.compile(rf"(?:{words})\Z") for what, words in _NOT_WORDS.items()}
 
 
 @dataclass(frozen=True)
@@ -85,6 +206,8 @@ class Acquisition:
     ti_ms: float | None = None
     agent: bool | None = None
     """Whether a contrast agent is named; None where the tags are missing or empty."""
+    unclear: bool = False
+    """Whether Contrast/Bolus Agent holds a word that is neither a known agent nor a placeholder."""
     acquired: str = ""
     """Acquisition Contrast of enhanced images."""
     kinds: frozenset[str] = frozenset()
@@ -92,6 +215,12 @@ class Acquisition:
     angiography: bool = False
     diffusion: bool = False
     """A b-value above zero."""
+    times: int = 1
+    """Number of Temporal Positions."""
+    echoes: int = 1
+    """Echo times of the series that it is a part of."""
+    part: str = ""
+    """Body Part Examined."""
     description: str = ""
     """Series description, or protocol name."""
 
@@ -108,14 +237,81 @@ class Verdict(NamedTuple):
 
 
 def names_agent(text: str) -> bool | None:
-    """Whether the text of Contrast/Bolus Agent names one; None of empty text."""
-    text = text.strip()
-    return None if not text else _NO_AGENT.fullmatch(text) is None
+    """Whether the text of Contrast/Bolus Agent names one; None of empty text, of a placeholder, of an unknown word."""
+    if not text.strip():
+        return None
+    if not (folded := _folded(text)):
+        return None if re.fullmatch(r"[\W_]*[*?.#]{2,}[\W_]*", text) else False  # "-"
+    if _PLACEHOLDER.fullmatch(folded):
+        return None
+    if _NONE.fullmatch(_DENIED.sub("unenhanced", folded)):
+        return False
+    return True if _AGENT_TAG.search(folded) else None
+
+
+def is_unclear(text: str) -> bool:
+    """Whether the text of Contrast/Bolus Agent is neither an agent that is known, nor a denial, nor a placeholder."""
+    folded = _folded(text)
+    return bool(folded) and names_agent(text) is None and _PLACEHOLDER.fullmatch(folded) is None
+
+
+def resolve_agents(acquisitions: Sequence[Acquisition]) -> list[Acquisition]:
+    """The acquisitions of one study, in the order of time, with what their agents' tags mean beside each other.
+
+    A word that is no known agent is one where other series lack it. An agent that every series names was typed in for
+    the examination: a T1 before the one whose description names the agent was acquired without it, and where no
+    description does, a T1 before the first T2, FLAIR or PD that another T1 follows.
+    """
+    bare = [recognise_contrast(replace(a, agent=None)).modality for a in acquisitions]
+    known = [k for k, modality in enumerate(bare) if modality is not None]
+    if not all(acquisitions[k].unclear for k in known):
+        acquisitions = [replace(a, agent=True, unclear=False) if a.unclear else a for a in acquisitions]
+    resolved = list(acquisitions)
+    t1 = [k for k in known if bare[k] in ("t1n", "t1c")]
+    others = [k for k in known if k not in t1]
+    if len(t1) < 2 or not others or not all(acquisitions[k].agent for k in known):
+        return resolved
+    said = {k: says_agent(acquisitions[k].description) for k in t1}
+    if any(said.values()):
+        first = min(k for k in t1 if said[k])
+    elif any(word is False for word in said.values()):
+        return resolved
+    else:
+        first = next((k for k in others if t1[0] < k < t1[-1]), t1[0])
+    for k in t1:
+        if k < first and said[k] is None:
+            resolved[k] = replace(acquisitions[k], agent=None)
+    return resolved
 
 
 def recognise_contrast(acquisition: Acquisition) -> Verdict:
     """The contrast of a series, or the reason for leaving it out."""
     words = _meanings(acquisition.description)
+    if what := _none_of_ours(acquisition, words):
+        return what
+    modality, why = _by_tags(acquisition, words)
+    by_tags = modality is not None
+    if not by_tags:
+        if why:
+            return Verdict(None, why, True)
+        modality = next((m for m in ("t2f", "pdw", "t2w", "t1n") if m in words), None)
+        if "t1n" in words and modality == "t2w":
+            modality = None  # the description names both
+        if {"t1n", "t2f"} <= words and "t2w" not in words and (acquisition.te_ms or 0) <= 40:
+            modality = "t1n"  # a T1-FLAIR
+        if modality is None:
+            return Verdict(
+                None, f"neither its tags ({_timing(acquisition)}) nor its description tell its contrast", False
+            )
+        why = "its description"
+    if modality == "t1n":
+        enhanced, evidence = _enhanced(acquisition, says_agent(acquisition.description))
+        return Verdict("t1c" if enhanced else "t1n", f"{why}; {evidence}", by_tags)
+    return Verdict(modality, why, by_tags)
+
+
+def _none_of_ours(acquisition: Acquisition, words: Collection[str]) -> Verdict | None:
+    """Why a series is nothing that crossmr uses, whatever its times are; None where it may be."""
     for kind in sorted(acquisition.kinds & _NOT_ANATOMY.keys()):
         return Verdict(None, _NOT_ANATOMY[kind], True)
     if acquisition.diffusion or acquisition.acquired == "DIFFUSION":
@@ -124,29 +320,19 @@ def recognise_contrast(acquisition: Acquisition) -> Verdict:
         return Verdict(None, "an angiogram", True)
     if "EP" in acquisition.families and "t2f" not in words:
         return Verdict(None, "echo-planar: diffusion, perfusion or function", True)
-    if "not" in words and "t2f" not in words:
-        return Verdict(None, "none of T1, T2, FLAIR and PD by its description", False)
-    modality, why = _by_tags(acquisition)
-    by_tags = modality is not None
-    if not by_tags:
-        if why:
-            return Verdict(None, why, True)
-        modality = next((m for m in ("t2f", "pdw", "t2w", "t1n") if m in words), None)
-        if "t1n" in words and modality == "t2w":
-            modality = None  # the description names both
-        if modality is None:
-            return Verdict(
-                None, f"neither its tags ({_timing(acquisition)}) nor its description tell its contrast", False
-            )
-        why = "its description"
-    if modality == "t1n":
-        enhanced, evidence = _enhanced(acquisition, words)
-        return Verdict("t1c" if enhanced else "t1n", f"{why}; {evidence}", by_tags)
-    return Verdict(modality, why, by_tags)
+    if acquisition.times > 1:
+        return Verdict(None, "one of several times", True)
+    for word in sorted(words):
+        if word.startswith("not: ") and "t2f" not in words:
+            return Verdict(None, f"{word.removeprefix('not: ')}, by its description", False)
+    return None
 
 
-def _by_tags(acquisition: Acquisition) -> tuple[str | None, str]:
-    """The contrast by the tags, t1n for any T1; or None and the reason, which is empty where tags are missing."""
+def _by_tags(acquisition: Acquisition, words: Collection[str]) -> tuple[str | None, str]:
+    """The contrast by the tags, t1n for any T1; or None and the reason, which is empty where tags do not tell.
+
+    `words`, what the description says, decides where the times are those of two contrasts.
+    """
     if acquisition.acquired in _ACQUIRED:
         return _ACQUIRED[acquisition.acquired], f"acquisition contrast {acquisition.acquired}"
     tr, te, families = acquisition.tr_ms, acquisition.te_ms, acquisition.families
@@ -155,33 +341,57 @@ def _by_tags(acquisition: Acquisition) -> tuple[str | None, str]:
     if ti is not None and ti >= 1500 and "GR" not in families and (te is None or te >= 60):
         return "t2f", why
     if "GR" in families and "SE" not in families:
-        if "SS" in acquisition.variants and not acquisition.variants & {"SP", "MP"}:
-            return None, f"balanced steady state ({why})"
-        if te is not None and te >= 12:
-            return None, f"weighted by T2* ({why})"
-        return ("t1n", why) if te is not None and te <= 8 and (tr is not None or ti is not None) else (None, "")
+        return _by_gradient_echo(acquisition, words)
     if not families or tr is None or te is None:
         return None, ""
     if ti is not None and ti < 300:
         return None, f"short inversion time ({why})"
     if te <= 40 and (tr <= 1300 or (ti is not None and ti <= 1300 and tr <= 3500)):
         return "t1n", why
-    if tr >= 1800 and te >= 60 and ti is None:
-        return "t2w", why
-    if tr >= 1800 and te <= 40 and ti is None:
-        return "pdw", why
-    return None, ""
+    if ti is not None or tr < 1800:
+        return None, ""
+    if "IR" in families:  # inverted, but the time is missing
+        if te >= 60 and tr >= 4000 and ("t2f" in words or "t2w" not in words):
+            return "t2f", why
+        return (None, "") if "t2f" in words or "t1n" in words else (None, f"inverted, without inversion time ({why})")
+    if te >= 60:
+        return ("t2f", f"{why}; FLAIR by its description") if "t2f" in words and tr >= 4000 else ("t2w", why)
+    return ("pdw", why) if te <= 40 else (None, "")
 
 
-def _enhanced(acquisition: Acquisition, words: Collection[str]) -> tuple[bool, str]:
-    """Whether a T1 was acquired with contrast agent, and the evidence."""
-    if acquisition.agent is not None and not (acquisition.agent and "plain" in words and "agent" not in words):
-        return acquisition.agent, "contrast agent named" if acquisition.agent else "no contrast agent by its tag"
-    if "agent" in words and "plain" not in words:
-        return True, "contrast agent by its description"
-    if acquisition.agent:  # the tag is of the whole examination; the description says that this series was before it
+def _by_gradient_echo(acquisition: Acquisition, words: Collection[str]) -> tuple[str | None, str]:
+    """As `_by_tags`, of a gradient echo: t1n, or why not."""
+    tr, te, ti, variants = acquisition.tr_ms, acquisition.te_ms, acquisition.ti_ms or None, acquisition.variants
+    why = _timing(acquisition)
+    if "SS" in variants and not variants & {"SP", "MP"}:
+        return None, f"balanced steady state ({why})"
+    if te is not None and te >= 12:
+        return None, f"weighted by T2* ({why})"
+    if te is None or te > 8 or (tr is None and ti is None):
+        return None, ""
+    uni = "uni" in words or "UNI" in acquisition.kinds
+    if ti is not None and tr is not None and not uni:
+        if 300 <= ti <= 550 and tr >= 1500:
+            return None, f"an image with white matter nulled, by its inversion time ({why})"
+        if ti >= 1500 or tr >= 4000:
+            return None, f"one inversion of an MP2RAGE, not its UNI ({why})"
+    if acquisition.echoes > 2 and ti is None and "MP" not in variants:
+        return None, f"one of {acquisition.echoes} gradient echoes ({why})"
+    if ti is None and tr is not None and 14 <= tr <= 60 and "MP" not in variants and "t1n" not in words:
+        return None, f"an angiogram or a susceptibility image by its times ({why}), and not called T1"
+    return "t1n", why
+
+
+def _enhanced(acquisition: Acquisition, said: bool | None) -> tuple[bool, str]:
+    """Whether a T1 was acquired with contrast agent, by its tag and by what its description says, and the evidence."""
+    if acquisition.agent and said is False:  # the tag is of the whole examination
         return False, "before the contrast agent, by its description"
-    return False, "no contrast agent named"
+    if acquisition.agent:
+        return True, "contrast agent named"
+    if said:
+        against = ", against its tag" if acquisition.agent is False else ""
+        return True, f"contrast agent by its description{against}"
+    return False, "no contrast agent by its tag" if acquisition.agent is False else "no contrast agent named"
 
 
 def _timing(acquisition: Acquisition) -> str:
@@ -191,14 +401,78 @@ def _timing(acquisition: Acquisition) -> str:
     return ", ".join(["/".join(sorted(acquisition.families)) or "no sequence", *times])
 
 
-def _meanings(description: str) -> frozenset[str]:
-    """The keys of `_WORD` whose patterns a word, or two adjacent words, of the description match."""
-    text = description.lower().replace("t2*", "t2star").replace("w/o", "wo")
-    text = re.sub(r"\+c\b|\bc\+", " gd ", text)
-    text = re.sub(r"[^a-z0-9]+", " ", text)
-    text = re.sub(r"\bpost ?op\w*", " ", text)
-    text = re.sub(rf"\b({_WITHOUT}) ?({_AGENTS})\b", " unenhanced ", text)
+def says_agent(description: str) -> bool | None:
+    """Whether a description says that a contrast agent was given, or not; None where it says neither or both."""
+    text = re.sub(r"(?<!\w)c/(?:c\b|contrast)", " gd ", _plain(description))
+    text = re.sub(r"(?<!\w)s/(?:c\b|contrast\w*|gd|gad\w*|km)", " unenhanced ", text)
+    text = re.sub(r"\+c\b|\bc\+|\bc ?\(\+\)", " gd ", text)
+    text = re.sub(r"\b(?:gd|gad|km|ce|c)(?:-(?![\w-])| ?\(-\))|(?:造影|增强|增強) ?\(?-\)?", " unenhanced ", text)
+    text = re.sub(r"\bpost? ?op\w*", " ", _spaced(text))
     text = re.sub(r"\bt1(ce|gd|c|km|post\w*)\b", "t1 gd", text)
+    text = _OTHER_LACK.sub(" ", text)
+    text, denials = _DENIED.subn(" unenhanced ", text)
     words = text.split()
-    terms = words + [f"{a}-{b}" for a, b in itertools.pairwise(words)]
-    return frozenset(key for key, pattern in _PATTERNS.items() if any(pattern.match(term) for term in terms))
+    named = any(_AGENT.match(word) for word in words)
+    if named or denials:
+        return None if named and denials else named
+    return (
+        False
+        if any(_ALONE.match(word) and word not in _NEVER_ALONE for word in words) or "unenhanced" in words
+        else None
+    )
+
+
+def means(kinds: Collection[str]) -> frozenset[str]:
+    """The values of Image Type that say what an image shows; the others tell how it was corrected or stored."""
+    return frozenset(kinds) & (_NOT_ANATOMY.keys() | {"W", "WATER", "IP", "IN_PHASE", "UNI"})
+
+
+def covers(part: str, description: str) -> int:
+    """What of the head a series shows, by its words: 2 the whole (or no word), 1 a part of it, 0 another body part.
+
+    The description counts more than Body Part Examined, which is often that of the whole examination.
+    """
+    whole = re.compile("brain|head|kopf|schadel|cerebro|craneo|cranio|crane|encephale|hjerne|hoofd")
+    for text in (description, part):
+        words = _folded(text).split()
+        terms = [*words, *("-".join(pair) for pair in itertools.pairwise(words))]
+        if any(whole.fullmatch(term) for term in terms):
+            return 2
+        if any(_PARTS_OF_HEAD.fullmatch(term) for term in terms):
+            return 1
+        if any(_OTHER_PARTS.fullmatch(term) for term in terms):
+            return 0
+    return 2
+
+
+def _meanings(description: str) -> frozenset[str]:
+    """Keys of `_WORD`, and what else the description says that a series is: values of `_NOT_WORDS`, after "not: "."""
+    text = _spaced(_plain(description).replace("t2*", "t2star"))
+    words = text.split()
+    terms = [*words, *("-".join(pair) for pair in itertools.pairwise(words))]
+    terms += ["-".join(three) for three in zip(words, words[1:], words[2:], strict=False)]
+    found = {key for key, pattern in _PATTERNS.items() if any(pattern.match(term) for term in terms)}
+    found |= {f"not: {what}" for what, pattern in _NOT_PATTERNS.items() if any(pattern.match(term) for term in terms)}
+    if _DIXON.search(text):
+        found = {f for f in found if not f.startswith("not: a phase")} | {
+            "not: fat or opposed phase of a Dixon acquisition"
+        }
+    elif re.search(r"\bin ?phase\b", text):
+        found -= {"not: a phase image or a field map"}
+    return frozenset(found)
+
+
+def _plain(text: str) -> str:
+    """Lower case, without accents and peculiar letters."""
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).lower().translate(_FOLDED))
+    text = "".join(letter for letter in text if not unicodedata.combining(letter) or letter in "\u3099\u309a")
+    return re.sub("т(?=[12])", "t", unicodedata.normalize("NFC", text)).replace("w/o", "wo")
+
+
+def _spaced(text: str) -> str:
+    """Words of letters and digits, each run of Chinese or Japanese letters a word, with one space between."""
+    return re.sub(r"[\W_]+", " ", _CJK.sub(r" \1 ", text)).strip()
+
+
+def _folded(text: str) -> str:
+    return _spaced(_plain(text))

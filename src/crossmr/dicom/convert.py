@@ -13,15 +13,19 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from crossmr.data.naming import in_usual_order
 from crossmr.data.volume import Volume, on_grid, read_volume, write_volume
-from crossmr.dicom.series import Series, find_series, import_pydicom
+from crossmr.dicom.contrast import covers
+from crossmr.dicom.series import TELLING, Series, find_series, import_pydicom
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
 from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, temporary_folder, write_json
@@ -29,6 +33,13 @@ from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, 
 FORMAT = "crossmr-scans"
 ALIKE = 1.2
 """Two series whose voxels differ by less than this factor count as equally fine, and the later one is taken."""
+
+MUCH = 2.0
+"""Slices that are thinner by more than this factor count more than the plane that most of the study shares."""
+HEAD_MM = 140.0
+"""What a series covers beyond this length, along any axis, counts for nothing."""
+COVERS = 0.8
+"""A series that covers less than this fraction of what another does is not taken before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,18 +140,19 @@ def choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, s
     for series in all_series:
         if series.modality is None:
             left_out[_unique_name(series, left_out)] = series.why
+    common = _common_planes(all_series)
     for modality in in_usual_order({s.modality for s in all_series if s.modality}):
         candidates = [s for s in all_series if s.modality == modality]
         # Of several T1, none of which is known to be enhanced, one may be: the agent is given last.
         unsure = modality == "t1n" and len(candidates) > 1 and not any(s.modality == "t1c" for s in all_series)
         best = candidates[0]
         for candidate in candidates[1:]:
-            if _preferred(candidate, best, earlier=unsure):
+            if _preferred(candidate, best, common, earlier=unsure):
                 best = candidate
         chosen[modality] = best
         for candidate in candidates:
             if candidate is not best:
-                why = f"another {modality}, {_difference(candidate, best)} {best.name}"
+                why = f"another {modality}, {_difference(candidate, best, common)} {best.name}"
                 left_out[_unique_name(candidate, left_out)] = why
         if unsure:
             listed = ", ".join(s.name for s in candidates)
@@ -151,26 +163,57 @@ def choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, s
     return chosen, left_out, notes
 
 
-def _preferred(series: Series, other: Series, *, earlier: bool) -> bool:
-    """Whether to take `series`: original before derived, then the finer, then the later, or, if asked, the earlier.
+def _preferred(series: Series, other: Series, common: Collection[int], *, earlier: bool) -> bool:
+    """Whether to take `series`: the first of `_ranks` in which they differ decides.
 
-    Where the earlier is wanted, one whose tags say that no agent was given comes before both.
+    `common` holds the axes along which most series of the study are sliced. Then the later counts, or, if asked, the
+    earlier. Where the earlier is wanted, one whose tags say that no agent was given comes before both.
     """
-    rank, other_rank = (series.original, _coarser(other, series)), (other.original, _coarser(series, other))
-    if rank != other_rank:
-        return rank > other_rank
+    for _, ours, others in _ranks(series, other, common):
+        if ours != others:
+            return ours > others
     if not earlier:
         return series.time >= other.time
     plain, other_plain = series.acquisition.agent is False, other.acquisition.agent is False
     return plain if plain != other_plain else series.time < other.time
 
 
-def _difference(series: Series, best: Series) -> str:
+def _ranks(series: Series, other: Series, common: Collection[int]) -> Iterator[tuple[str, int, int]]:
+    """In what an inferior series differs, and how both rank in it; the most important first."""
+    yield "of a part of the head, unlike", _shows(series), _shows(other)
+    yield "covers less than", not _covers_less(series, other), not _covers_less(other, series)
+    yield "derived, unlike", series.original, other.original
+    yield "coarser than", not _coarser(series, other, MUCH), not _coarser(other, series, MUCH)
+    yield "in another plane than", _plane(series) in common, _plane(other) in common
+    yield "coarser than", not _coarser(series, other), not _coarser(other, series)
+
+
+def _shows(series: Series) -> int:
+    return covers(series.acquisition.part, series.acquisition.description)
+
+
+def _covers_less(series: Series, other: Series) -> bool:
+    """Whether its box holds less of a head than another's."""
+    ours, others = (math.prod(min(side, HEAD_MM) for side in s.extent_mm) for s in (series, other))
+    return ours < COVERS * others
+
+
+def _plane(series: Series) -> int:
+    """The axis along which it is sliced: 0 sagittal, 1 coronal, 2 axial."""
+    return int(np.abs(np.cross(*series.orientation)).argmax())
+
+
+def _common_planes(all_series: Sequence[Series]) -> set[int]:
+    """The axes along which most series of known contrast are sliced."""
+    counts = Counter(_plane(series) for series in all_series if series.modality)
+    return {plane for plane, count in counts.items() if count == max(counts.values())}
+
+
+def _difference(series: Series, best: Series, common: Collection[int]) -> str:
     """In what a series is inferior to the one that was chosen."""
-    if series.original < best.original:
-        return "derived, unlike"
-    if _coarser(series, best):
-        return "coarser than"
+    for inferior, ours, others in _ranks(series, best, common):
+        if ours < others:
+            return inferior
     return "earlier than" if series.time <= best.time else "later than"
 
 
@@ -180,12 +223,12 @@ def _unique_name(series: Series, names: Collection[str]) -> str:
     return next(name for name in numbered if name not in names)
 
 
-def _coarser(a: Series, b: Series) -> bool:
-    """Whether a's voxels are longer than b's, or, where they are about as long, larger."""
+def _coarser(a: Series, b: Series, factor: float = ALIKE) -> bool:
+    """Whether a's voxels are longer than b's by more than a factor, or, where they are about as long, larger."""
     longest = max(a.voxel_mm), max(b.voxel_mm)
-    if max(longest) > ALIKE * min(longest):
+    if max(longest) > factor * min(longest):
         return longest[0] > longest[1]
-    return math.prod(a.voxel_mm) > ALIKE * math.prod(b.voxel_mm)
+    return factor == ALIKE and math.prod(a.voxel_mm) > factor * math.prod(b.voxel_mm)
 
 
 def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter: str, keep_names: bool) -> Scans:
@@ -279,8 +322,11 @@ def _convert_series(case: str, series: Series, path: Path, converter: str) -> No
         inside = temporary / "in"
         inside.mkdir()
         links = [inside / f"{index:05d}.dcm" for index in range(len(series.images))]
-        for image, link in zip(series.images, links, strict=True):
-            _link(image.path, link)
+        for k, (image, link) in enumerate(zip(series.images, links, strict=True)):
+            if series.places is None and not series.mixed:
+                _link(image.path, link)
+            else:
+                _join(series, k, link)
         volumes, complaint = _run(converter, inside, temporary / "out")
         if not volumes:  # such as deflated images, which pydicom can read
             for image, link in zip(series.images, links, strict=True):
@@ -345,6 +391,20 @@ def _unpack(case: str, series: Series, path: Path, unpacked: Path) -> None:
             f"{case}: {series.name} cannot be read by dcm2niix, nor by pydicom ({reason}). "
             "Export it again without compression, or leave it out of the folder."
         ) from error
+
+
+def _join(series: Series, index: int, path: Path) -> None:
+    """Write a copy of an image at its even place, and with those tags of the first that tell series apart."""
+    pydicom = import_pydicom()
+    image = pydicom.dcmread(series.images[index].path, force=True)
+    first = pydicom.dcmread(series.images[0].path, force=True, specific_tags=list(TELLING))
+    for keyword in TELLING:
+        if keyword in first:
+            image[keyword] = first[keyword]
+    if series.places is not None:
+        image.ImagePositionPatient = [f"{value:.6f}"[:16] for value in series.places[index]]
+        image.pop("SliceLocation", None)
+    image.save_as(path, enforce_file_format="TransferSyntaxUID" in image.file_meta)
 
 
 def _link(path: Path, link: Path) -> None:

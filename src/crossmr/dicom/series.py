@@ -4,10 +4,11 @@ pydicom is an extra (`pip install crossmr[dicom]`). contrast.py recognises the c
 """
 
 import fnmatch
+import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from crossmr.data.naming import BIDS_ROOT, is_nifti, mapping_key, recognise
-from crossmr.dicom.contrast import Acquisition, Verdict, names_agent, recognise_contrast
+from crossmr.dicom.contrast import (
+    Acquisition,
+    Verdict,
+    covers,
+    is_unclear,
+    means,
+    names_agent,
+    recognise_contrast,
+    resolve_agents,
+)
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
@@ -31,6 +41,8 @@ _TAGS = (
     *("ContrastBolusAgent", "ContrastBolusAgentSequence", "ContrastBolusVolume", "AcquisitionContrast"),
     *("DiffusionBValue", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns"),
     *("NumberOfFrames", "EchoPulseSequence", "InversionRecovery", "SamplesPerPixel", "ManufacturerModelName"),
+    *("PatientName", "FrameOfReferenceUID", "BodyPartExamined", "NumberOfTemporalPositions", "ContrastBolusStartTime"),
+    *("PhaseContrast", "TimeOfFlightContrast"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 _MR = frozenset(
@@ -40,9 +52,15 @@ _MR = frozenset(
         "1.2.840.10008.5.1.4.1.1.4.4",  # legacy converted enhanced MR
     }
 )
+TELLING = ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "EchoTime", "ImageType")
+"""Tags that differ between series, and should not differ within one."""
+SAME_ECHO = 1.01
+"""Echo times of one series that differ by less than this factor are one."""
 _ENHANCED = _MR - {"1.2.840.10008.5.1.4.1.1.4"}
 
 Floats = npt.NDArray[np.float64]
+File = tuple[Path, Any]
+"""A path and its tags."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,12 @@ class Series:
     original: bool
     """Image Type says ORIGINAL."""
     modality: str | None
+    extent_mm: tuple[float, ...]
+    """Of its box, along columns, rows and slices."""
+    places: Floats | None
+    """(N, 3) even positions of its images where theirs are rounded; None where theirs are good."""
+    mixed: bool
+    """Whether the tags that tell series apart differ between its images."""
     why: str
     """The tags by which its contrast was recognised, or why it was left out."""
 
@@ -133,7 +157,7 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
     """
     pydicom = import_pydicom()
     mapping = {mapping_key(key): glob for key, glob in mapping.items()} if mapping else None
-    groups: dict[tuple[Any, ...], list[tuple[Path, Any]]] = defaultdict(list)
+    files: list[File] = []
     instances: set[str] = set()
     with pydicom.config.disable_value_validation():
         for path in _files(folder, exclude):
@@ -143,43 +167,145 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
             if header.SOPInstanceUID in instances:  # the same image twice in one export
                 continue
             instances.add(str(header.SOPInstanceUID))
-            key = (
-                _study(header, path),
-                str(header.get("SeriesInstanceUID", header.get("SeriesNumber", path.parent))),
-                "" if header.SOPClassUID in _ENHANCED else str(_number(header, "EchoTime")),
-                "" if header.SOPClassUID in _ENHANCED else "\\".join(_texts(header, "ImageType")),
-            )
-            groups[key].append((path, header))
-        series = [_series(files, mapping) for files in groups.values()]
+            files.append((path, header))
+        series = []
+        for study, of_study in _studies(files).items():
+            groups = [(_without_copies(pydicom, group), echoes) for group, echoes in _groups(of_study)]
+            groups.sort(key=lambda item: (_time(item[0][0][1]), _number(item[0][0][1], "SeriesNumber") or 0))
+            acquisitions = resolve_agents([replace(_acquisition(g[0][1]), echoes=echoes) for g, echoes in groups])
+            series += [_series(study, g, a, mapping) for (g, _), a in zip(groups, acquisitions, strict=True)]
     return sorted(series, key=lambda s: (s.patient, s.date, s.study, s.number or 0, s.time, str(s.images[0].path)))
 
 
-def _series(files: Sequence[tuple[Path, Any]], mapping: Mapping[str, str] | None) -> Series:
+def _studies(files: Sequence[File]) -> dict[str, list[File]]:
+    """Study → its files: by its UID; by patient, date and so on where there is none; never of two patients."""
+    studies: dict[str, list[File]] = defaultdict(list)
+    for path, header in files:
+        studies[_study(header, path)].append((path, header))
+    for study, of_study in list(studies.items()):
+        patients = {patient for _, header in of_study if (patient := _patient(header))}
+        if len(patients) > 1:  # one UID of several patients' studies
+            del studies[study]
+            for path, header in of_study:
+                studies[f"{study} {_patient(header)}"].append((path, header))
+    return studies
+
+
+def _groups(files: Sequence[File]) -> Iterator[tuple[list[File], int]]:
+    """The series among the files of one study, and the number of echo times of the scanner's series."""
+    uids = Counter(_text(header, "SeriesInstanceUID") for _, header in files)
+    single = [
+        header for _, header in files if uids[_text(header, "SeriesInstanceUID")] == 1 and not _is_enhanced(header)
+    ]
+    numbers: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for header in single:
+        numbers[_looks(header)].append(_text(header, "SeriesNumber"))
+    # a UID for each slice says nothing, nor does a number for each
+    alone = {looks for looks, of_looks in numbers.items() if len(of_looks) > 1}
+    unnumbered = {looks for looks in alone if len(set(numbers[looks])) == len(numbers[looks])}
+    groups: dict[tuple[Any, ...], list[File]] = defaultdict(list)
+    for path, header in files:
+        uid, number, looks = _text(header, "SeriesInstanceUID"), _text(header, "SeriesNumber"), ()
+        if not _is_enhanced(header) and uids[uid] == 1 and _looks(header) in alone:
+            uid, looks = "", _looks(header)
+            number = "" if looks in unnumbered else number
+        place = "" if uid or number or looks else str(path.parent)
+        groups[(uid, number, *_sequence(header), looks, place)].append((path, header))
+    for group in groups.values():
+        if _is_enhanced(group[0][1]):
+            yield group, 1
+            continue
+        echoes = _by_echo(group)
+        for echo in echoes:
+            for part in _by_type(echo):
+                yield part, len(echoes)
+
+
+def _by_echo(files: Sequence[File]) -> list[list[File]]:
+    """The files by echo time; times within a hundredth are one."""
+    parts: list[list[File]] = []
+    latest: float | None = None
+    for time, file in sorted(((_number(f[1], "EchoTime"), f) for f in files), key=lambda item: item[0] or 0.0):
+        if not parts or (time or 0.0) > SAME_ECHO * (latest or 0.0) or (time is None) != (latest is None):
+            parts.append([])
+        parts[-1].append(file)
+        latest = time
+    order = {path: k for k, (path, _) in enumerate(files)}
+    return [sorted(part, key=lambda file: order[file[0]]) for part in parts]
+
+
+def _by_type(files: Sequence[File]) -> list[list[File]]:
+    """The files by Image Type; types that mean the same are one where their slices lie at different places."""
+    types: dict[tuple[str, ...], list[File]] = defaultdict(list)
+    for path, header in files:
+        types[tuple(_texts(header, "ImageType"))].append((path, header))
+    parts: dict[tuple[Any, ...], list[list[File]]] = defaultdict(list)
+    for kinds, part in types.items():
+        places = {_place(header) for _, header in part}
+        same = parts[(means(kinds), _looks(part[0][1]))]
+        for other in same:
+            if places.isdisjoint(_place(header) for _, header in other) and "" not in places:
+                other += part
+                break
+        else:
+            same.append(list(part))
+    return [part for same in parts.values() for part in same]
+
+
+def _without_copies(pydicom: Any, files: Sequence[File]) -> list[File]:
+    """The files without those that show the same pixels at the same place, as a study that was sent twice holds."""
+    places = Counter(_place(header) for _, header in files)
+    if _is_enhanced(files[0][1]) or max(places.values()) == 1 or "" in places:
+        return list(files)
+    kept: list[File] = []
+    seen: set[tuple[str, bytes]] = set()
+    for path, header in files:
+        if places[place := _place(header)] > 1:
+            pixels = pydicom.dcmread(path, force=True, specific_tags=["PixelData"]).get("PixelData") or b""
+            key = place, hashlib.sha256(pixels).digest()
+            if key in seen:
+                continue
+            seen.add(key)
+        kept.append((path, header))
+    return kept
+
+
+def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Series:
     """One series from the paths and tags of its files."""
-    first_path, first = files[0]
+    first = files[0][1]
     images, orientations, spacings = [], [], []
     for path, header in files:
         position, orientation, spacing = _geometry(header)
         images.append(DicomImage(path, str(header.SOPClassUID), str(header.SOPInstanceUID), position))
         orientations.append(orientation)
         spacings.append(spacing)
-    acquisition = _acquisition(first)
-    fault, slice_distance = _fault(images, orientations)
+    places = _evened(images, orientations)
+    even = images if places is None else [replace(i, position=p) for i, p in zip(images, places, strict=True)]
+    fault, slice_distance = _fault(even, orientations)
     verdict = _verdict(first, acquisition, mapping)
     if verdict.modality is not None and fault:
         verdict = Verdict(None, fault, True)
+    voxel_mm = tuple(float(side) for side in (*spacings[0], slice_distance))
+    counts = (
+        int(first.get("Rows") or 0),
+        int(first.get("Columns") or 0),
+        sum(len(np.atleast_2d(i.position)) for i in images),
+    )
     return Series(
         patient=str(first.get("PatientID", "")),
-        study=_study(first, first_path),
+        study=study,
         date=str(first.get("StudyDate", "")),
         number=None if (number := _number(first, "SeriesNumber")) is None else int(number),
-        time=str(first.get("AcquisitionTime", "") or first.get("SeriesTime", "")),
+        time=_time(first),
         images=tuple(images),
         orientation=orientations[0],
-        voxel_mm=tuple(float(side) for side in (*spacings[0], slice_distance)),
+        voxel_mm=voxel_mm,
         acquisition=acquisition,
         original="DERIVED" not in acquisition.kinds,
         modality=verdict.modality,
+        extent_mm=tuple(n * side for n, side in zip(counts, voxel_mm, strict=False)),
+        places=places,
+        mixed=len({tuple(str(header.get(keyword)) for keyword in TELLING) for _, header in files}) > 1,
         why=verdict.why,
     )
 
@@ -192,6 +318,8 @@ def _verdict(header: Any, acquisition: Acquisition, mapping: Mapping[str, str] |
     if description.upper().startswith("SYNTHETIC") or header.get("ManufacturerModelName") == "crossmr":
         return Verdict(None, "itself synthetic", True)
     verdict = recognise_contrast(acquisition)
+    if verdict.modality is not None and covers(acquisition.part, description) == 0:
+        verdict = Verdict(None, "of another part of the body than the head", False)
     for modality, glob in (mapping or {}).items():
         if fnmatch.fnmatchcase(description, glob):
             return Verdict(modality, "named so by --map", True)
@@ -201,8 +329,80 @@ def _verdict(header: Any, acquisition: Acquisition, mapping: Mapping[str, str] |
 
 
 def _study(header: Any, path: Path) -> str:
-    """The study's UID; where it was removed, patient, date and folder in its place."""
-    return str(header.get("StudyInstanceUID") or (header.get("PatientID"), header.get("StudyDate"), path.parent))
+    """The study's UID; where it was removed, patient and date, else the frame of reference, else the folder."""
+    patient, date = _text(header, "PatientID"), _text(header, "StudyDate")
+    if uid := _text(header, "StudyInstanceUID"):
+        return uid
+    if patient and date:
+        return str((patient, date))
+    return str((patient, date, _text(header, "FrameOfReferenceUID") or str(path.parent)))
+
+
+def _patient(header: Any) -> str:
+    """What tells patients apart within a study: the ID, or the name where there is none."""
+    return " ".join((_text(header, "PatientID") or _text(header, "PatientName")).upper().split())
+
+
+def _sequence(header: Any) -> tuple[str, ...]:
+    """What all images of a series share: description and scanning sequence."""
+    return _description(header), *_texts(header, "ScanningSequence")
+
+
+def _looks(header: Any) -> tuple[Any, ...]:
+    """Description, sequence and geometry, for images whose UIDs do not say of which series they are."""
+    _, orientation, spacing = _geometry(header)
+    shape = header.get("Rows"), header.get("Columns")
+    return (*_sequence(header), *shape, *(float(v) + 0.0 for v in np.round([*orientation.ravel(), *spacing], 2)))
+
+
+def _place(header: Any) -> str:
+    """Position to a hundredth of a mm, and direction; '' where they are missing."""
+    position, orientation, _ = _geometry(header)
+    return (
+        str((np.round([*np.atleast_2d(position)[0], *orientation.ravel()], 2) + 0.0).tolist()) if len(position) else ""
+    )
+
+
+def _is_enhanced(header: Any) -> bool:
+    return header.SOPClassUID in _ENHANCED
+
+
+def _text(header: Any, keyword: str) -> str:
+    return str(header.get(keyword) or "").strip()
+
+
+def _time(header: Any) -> str:
+    return str(header.get("AcquisitionTime", "") or header.get("SeriesTime", ""))
+
+
+def _description(header: Any) -> str:
+    return str(header.get("SeriesDescription") or header.get("ProtocolName") or "")
+
+
+def _evened(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> Floats | None:
+    """(N, 3) positions at even distances where those of the images are these, rounded coarsely; else None."""
+    if len(images) < FEWEST_SLICES or any(
+        o.shape != (2, 3) or not np.allclose(o, orientations[0], atol=1e-3) for o in orientations
+    ):
+        return None
+    positions = (
+        np.stack([image.position for image in images]) if all(i.position.shape == (3,) for i in images) else None
+    )
+    if positions is None:
+        return None
+    normal = np.cross(*orientations[0])
+    order = np.argsort(positions @ normal)
+    digits = next((d for d in (1.0, 0.5, 0.1) if np.allclose(positions, np.round(positions / d) * d, atol=1e-6)), None)
+    index = np.empty(len(images))
+    index[order] = np.arange(len(images))
+    slope, offset = np.polyfit(index, positions, 1)
+    step = float(slope @ normal)
+    even = offset + index[:, None] * (step * normal)
+    even += (positions - even).mean(axis=0)
+    steps = np.diff((positions @ normal)[order])
+    if digits is None or step < 4 * digits or np.abs(steps - step).max() <= UNEVEN * step:
+        return None
+    return even if np.abs(positions - even).max() <= 0.8 * digits else None
 
 
 def _fault(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> tuple[str, float]:
@@ -251,10 +451,15 @@ def _acquisition(header: Any) -> Acquisition:
         {"IR"} if _find(header, "InversionRecovery") == "YES" else set()
     )
     b_value = _number(header, "DiffusionBValue")
-    agent = names_agent(str(header.get("ContrastBolusAgent") or ""))
+    text = str(header.get("ContrastBolusAgent") or "")
+    agent = names_agent(text)
+    unclear = agent is None and is_unclear(text)
     injected = (_number(header, "ContrastBolusVolume") or 0) > 0
     if header.get("ContrastBolusAgentSequence") or (agent is None and injected):
         agent = True
+    start, begun = _number(header, "ContrastBolusStartTime"), _number(header, "AcquisitionTime")
+    if agent and start and begun and begun < start:  # injected after it was acquired
+        agent = False
     return Acquisition(
         families=frozenset(families),
         variants=frozenset(_texts(header, "SequenceVariant")),
@@ -262,11 +467,15 @@ def _acquisition(header: Any) -> Acquisition:
         te_ms=_first(_number(header, "EffectiveEchoTime"), _number(header, "EchoTime")),
         ti_ms=_first(_number(header, "InversionTime"), _number(header, "InversionTimes")),
         agent=agent,
+        unclear=unclear and agent is None,
         acquired=str(_find(header, "AcquisitionContrast") or ""),
         kinds=frozenset({*_texts(header, "ImageType"), *_texts(header, "FrameType")}),
-        angiography=header.get("AngioFlag") == "Y",
+        angiography=header.get("AngioFlag") == "Y"
+        or "YES" in (_find(header, "PhaseContrast"), _find(header, "TimeOfFlightContrast")),
+        times=int(_number(header, "NumberOfTemporalPositions") or 1),
+        part=_text(header, "BodyPartExamined"),
         diffusion=b_value is not None and b_value > 0,
-        description=str(header.get("SeriesDescription") or header.get("ProtocolName") or ""),
+        description=_description(header),
     )
 
 
