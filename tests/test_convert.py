@@ -130,6 +130,16 @@ def test_the_series_of_the_whole_head_like_the_others_of_its_study(affine, tags,
     assert scans.left_out == {"series 9": f"another t1n, {why} series 2"}
 
 
+@pytest.mark.parametrize(("description", "noted"), [("AX T1", True), ("AX T1 GD", False)])
+def test_an_agent_on_every_series_that_nothing_resolves_is_said(description, noted, tmp_path):
+    for number, (modality, text) in enumerate((("t1n", description), ("t2w", "AX T2")), 2):
+        tags = {"description": text, "ContrastBolusAgent": "Gadavist"}
+        dicoms.write_series(tmp_path / str(number), head(modality), OBLIQUE, modality, number=number, **tags)
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert list(scans.series) == ["t1c", "t2w"]
+    assert any("every series names a contrast agent" in note for note in scans.notes) == noted
+
+
 def test_map_names_series_by_their_descriptions(tmp_path):
     for number, description in enumerate(("mine a", "mine b", "no"), 1):
         dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, "?", number=number, description=description)

@@ -79,9 +79,9 @@ def niftis(rng: random.Random) -> Iterator[bytes]:
         if kind < 0.5:
             yield damage(content, rng, 352)
         elif kind < 0.8:
-            yield gzip.compress(damage(content, rng, 352), 1)
+            yield gzip.compress(damage(content, rng, 352), 1, mtime=0)
         else:
-            yield damage(gzip.compress(content, 1), rng, rng.choice((24, 4000)))
+            yield damage(gzip.compress(content, 1, mtime=0), rng, rng.choice((24, 4000)))
 
 
 def read_nifti(path: Path) -> None:

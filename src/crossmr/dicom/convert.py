@@ -24,7 +24,7 @@ import numpy as np
 
 from crossmr.data.naming import in_usual_order
 from crossmr.data.volume import Volume, on_grid, read_volume, write_volume
-from crossmr.dicom.contrast import covers
+from crossmr.dicom.contrast import covers, says_agent
 from crossmr.dicom.series import TELLING, Series, find_series, import_pydicom
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
@@ -160,7 +160,22 @@ def choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, s
                 f"{listed} are T1, and no tag says which was acquired with contrast agent; {best.name} was taken for "
                 "the one without. Name it with --map t1c='DESCRIPTION' if that is wrong."
             )
+    if note := _agent_everywhere(all_series, chosen):
+        notes.append(note)
     return chosen, left_out, notes
+
+
+def _agent_everywhere(all_series: Sequence[Series], chosen: Mapping[str, Series]) -> str:
+    """A note where every series names the agent and nothing tells which T1 was acquired without it; else ''."""
+    known = [series for series in all_series if series.modality]
+    if len(known) < 2 or "t1c" not in chosen or "t1n" in chosen or not all(s.acquisition.agent for s in known):
+        return ""
+    if says_agent(chosen["t1c"].acquisition.description):
+        return ""
+    return (
+        "every series names a contrast agent, which may have been typed in for the whole examination; "
+        f"{chosen['t1c'].name} was taken for T1ce. Name it with --map t1n='DESCRIPTION' if that is wrong."
+    )
 
 
 def _preferred(series: Series, other: Series, common: Collection[int], *, earlier: bool) -> bool:
