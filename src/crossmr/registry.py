@@ -45,9 +45,7 @@ class RegisteredModel:
 
 def models_folder() -> Path:
     """The folder of imported models: $CROSSMR_HOME/models, by default ~/.crossmr/models."""
-    home = os.path.expanduser(
-        "~"
-    )  # stays "~" where nobody says what it is: in a container, for a number without a name
+    home = os.path.expanduser("~")  # "~" itself for a user without a name, as in a container
     return Path(os.environ.get("CROSSMR_HOME") or os.path.join(home if home != "~" else os.sep, ".crossmr")) / "models"
 
 

@@ -57,7 +57,7 @@ class Settings:
     register: RegistrationMode = "never"
     """Whether a study's volumes are moved rigidly onto the first one's grid: 'if needed', those on another grid."""
     scale: Scale = "unit"
-    """Of completed studies: 'unit' for [0, 1], 'input' for intensities like those of the first source."""
+    """Of completed studies: 'unit' for [0, 1], 'input' for intensities like those of an acquired volume."""
 
     def __post_init__(self) -> None:
         if self.targets is not None:
