@@ -7,6 +7,7 @@ so that one patient never stops a cohort.
 
 import difflib
 import fnmatch
+import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, read
+from crossmr.data.words import LABEL, OTHER, Reading, describes, is_raw, spelt
+from crossmr.data.words import read as read_words
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
 from crossmr.paths import check_studies
@@ -25,25 +28,9 @@ MODALITIES = ("t1n", "t1c", "t2w", "t2f", "pdw")
 DISPLAY_NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
 """Names of the modalities for people to read."""
 
-_LABEL, _OTHER = "label", ""
-
-# What the last words of a file name mean, in lower case, with "-" for any separator between words.
-_WORDS = {
-    "t1n": "t1n t1 t1w t1pre t1-pre",
-    "t1c": "t1c t1ce t1gd t1post t1wce t1wgd t1-c t1-ce t1-gd t1-post t1w-ce t1w-gd t1w-post",
-    "t2w": "t2w t2",
-    "t2f": "t2f flair t2flair t2-flair t2w-flair",
-    "pdw": "pdw pd",
-    _LABEL: "seg segm segmentation dseg label labels lesion lesions mask roi tumor tumour "
-    "tumor-seg tumor-mask tumor-segmentation lesion-seg lesion-mask automated-approx-segm",
-    # A brain mask is not a segmentation of a disease, although its name ends as one.
-    _OTHER: "brain-mask brainmask brain-seg brain-segmentation",
-}
-_MEANING = {word: meaning for meaning, words in _WORDS.items() for word in words.split()}
-_LONGEST = max(word.count("-") for word in _MEANING) + 1
-
+_SPELLINGS = ("t1n", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2w", "t2", "t2f", "flair", "pdw", "pd")
+"""Spellings of modalities that a misspelt one is compared with."""
 _SEPARATORS = "-_. "
-_WORD = re.compile(r"[^-_. ]+")
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _BIDS_CASE = re.compile(r"sub-[A-Za-z0-9+]+(_ses-[A-Za-z0-9+]+)?(?=_|$)")
 _BIDS_FILE = re.compile(_BIDS_CASE.pattern + r"(?P<entities>(_[A-Za-z]+-[A-Za-z0-9+.]+)*)_(?P<suffix>[A-Za-z0-9]+)")
@@ -51,7 +38,15 @@ BIDS_ROOT = "dataset_description.json"
 _BIDS_EXCLUDED = frozenset({"derivatives", "sourcedata", "code", "stimuli"})
 """Folders of a BIDS dataset that hold no scans of its own."""
 # Folders named after the kind of their files, not after a patient, such as BIDS' anat/.
-_ANONYMOUS = frozenset({"anat", "nifti", "nii", "mri", "images"})
+_ANONYMOUS = frozenset(
+    {"anat", "nifti", "nii", "mri", "images", "scans", "resources", "files"}
+    | {"raw_data", "imagestr", "imagests", "labelstr", "labelsts"}
+)
+_NNUNET = "dataset.json"
+_CHANNEL = re.compile(r"(.+)_(\d{4})")
+
+Channels = Mapping[str, str]
+"""Number of a channel of nnU-Net, such as '0000' → the modality, '' where it is another."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,8 @@ class StudyFiles:
     """Segmentations (seg, lesion, mask …); `label()` refuses more than one."""
     unrecognised: tuple[Path, ...]
     """NIfTI files of this study whose names say no known modality."""
+    passed_over: tuple[Path, ...] = ()
+    """Further images of a modality, and masks, beside plainer ones: `T1_bet` beside `T1`. None of them is used."""
     confidence: Confidence = "sure"
     """How surely the name says who the patient is; see `visits`."""
     alike: str = ""
@@ -75,7 +72,7 @@ class StudyFiles:
 
     def files(self) -> list[tuple[str, tuple[Path, ...]]]:
         """What the files were recognised as, and the files."""
-        return [*self.candidates.items(), (_LABEL, self.labels), (_OTHER, self.unrecognised)]
+        return [*self.candidates.items(), (LABEL, self.labels), (OTHER, (*self.unrecognised, *self.passed_over))]
 
     def images(self) -> dict[str, Path]:
         """Modality → its file, in the order of `candidates`.
@@ -102,7 +99,7 @@ class StudyFiles:
     def paths(self) -> list[Path]:
         """Every file of the study."""
         images = [path for paths in self.candidates.values() for path in paths]
-        return [*images, *self.labels, *self.unrecognised]
+        return [*images, *self.labels, *self.unrecognised, *self.passed_over]
 
     def label(self) -> Path | None:
         """The segmentation, or None where there is none.
@@ -136,13 +133,12 @@ def modality_name(text: str, extra: Collection[str] = ()) -> str:
     """
     if text in extra:
         return text
-    meaning = _MEANING.get("-".join(_WORD.findall(text)).lower(), _OTHER)
+    meaning = spelt(text)
     if meaning in MODALITIES:
         return meaning
     known = [*MODALITIES, *extra]
-    spellings = [word for word, meaning in _MEANING.items() if meaning in MODALITIES] + list(extra)
-    close = difflib.get_close_matches(text.lower(), spellings, n=1)
-    hint = f" Did you mean {_MEANING.get(close[0], close[0])}?" if close else ""
+    close = difflib.get_close_matches(text.lower(), [*_SPELLINGS, *extra], n=1)
+    hint = f" Did you mean {spelt(close[0]) or close[0]}?" if close else ""
     raise ConfigError(
         f"{text!r} is not a modality: expected one of {', '.join(known)} (or T1, T1ce, T2, FLAIR, PD).{hint}"
     )
@@ -159,8 +155,8 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
     names = (given,) if isinstance(given, str) else tuple(given)
     if not names:
         raise ConfigError("No modality is named; name one, such as 't2f', or leave the setting out for all.")
-    spelt = {name: _MEANING.get("-".join(_WORD.findall(name)).lower(), name) for name in names}
-    return tuple(dict.fromkeys(meaning if meaning in MODALITIES else name for name, meaning in spelt.items()))
+    meanings = {name: spelt(name) for name in names}
+    return tuple(dict.fromkeys(meaning if meaning in MODALITIES else name for name, meaning in meanings.items()))
 
 
 def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:
@@ -178,10 +174,13 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
     root = Path(os.path.abspath(folder))
     paths: list[Path] = []
     others, excluded = 0, set[str]()
+    channels: dict[Path, Channels] = {}
     for place, folders, files in walk(root):
         derived = _BIDS_EXCLUDED & {*folders} if BIDS_ROOT in files else set[str]()
         excluded |= derived
         folders[:] = [name for name in folders if not name.endswith(".partial") and name not in derived]
+        if _NNUNET in files:
+            channels[Path(place)] = _read_channels(Path(place, _NNUNET))
         nifti = [name for name in files if is_nifti(name)]
         paths += [Path(place, name) for name in nifti]
         others += len(files) - len(nifti)
@@ -191,7 +190,17 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
             f"{folder}: no .nii or .nii.gz file in it or below ({others} other files{skipped}). "
             "Give the folder of the studies; convert DICOM with: crossmr convert FOLDER -o NIFTI."
         )
-    return recognise(paths, mapping, root)
+    return recognise(paths, mapping, root, channels)
+
+
+def _read_channels(path: Path) -> Channels:
+    """The modalities of the channels that a `dataset.json` of nnU-Net names; none where it is none."""
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+        names = text.get("channel_names", text.get("modality", {}))
+        return {f"{int(number):04d}": spelt(str(name)) for number, name in names.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def unmatched(studies: Iterable[StudyFiles], mapping: Mapping[str, str] | None) -> list[str]:
@@ -220,19 +229,33 @@ def study_of(files: Sequence[Path], mapping: Mapping[str, str] | None = None) ->
     names = {study.case for study in studies}
     case = names.pop() if len(names) == 1 else paths[0].parent.name or "study"
     patient = _Patient(studies[0].patient if len(studies) == 1 else case)
-    return _study(case, [(m, p) for one in studies for m, files in one.files() for p in files], patient)
+    together = _Names(paths, mapping, None)
+    return _study(case, together.readings, patient, together)
 
 
 def recognise(
-    paths: Iterable[Path], mapping: Mapping[str, str] | None = None, root: Path | None = None
+    paths: Iterable[Path],
+    mapping: Mapping[str, str] | None = None,
+    root: Path | None = None,
+    channels: Mapping[Path, Channels] | None = None,
 ) -> list[StudyFiles]:
     """Group NIfTI files into studies and tell their modalities and patients, from names only; sorted by case.
 
-    The modality is the last word (or words: `T2_FLAIR`, `T1_Gd`) of the file name, in upper or lower case; words are
-    separated by `-`, `_`, `.` and spaces. The text before it is the case; where there is none (`PATIENT1/t1.nii.gz`),
-    the case is the folder's name, preceded by as many of its parents as make it unique. BIDS names are read by their
-    entities: a `ce-` makes a T1w t1c, and the case is `sub-X[_ses-Y]`. Files of one case belong together, in whichever
-    folders they are.
+    1. A name is cut into words at `-`, `_`, `.`, spaces and brackets, and read from its end, as long as each word has a
+       role: contrast, agent, sequence (`TSE`, `MPRAGE`), plane, step of processing (`bet`, `n4`), copy (`1`), space
+       (`FLAIR_to_T1`, `rT1`), mask. `words` lists them, and glued ones (`3DT1GADO`, `CT1`) are cut. The text before is
+       the case. `T1_FLAIR` is a T1, `T2_FLAIR` a FLAIR. A time point after the contrast is part of the case.
+    2. Where the case's text is empty or a time point alone, the case begins with the folder's name, which includes
+       those above it below `root`, but none that says what its files are: their format, a step, one contrast. So it
+       does not depend on what lies beside. Without `root`, it is preceded by as many parents as make it unique.
+    3. The other files of the folder settle what a name leaves open: T2 in `P1_T2_FLAIR` is a visit beside `P1_T2_T1`,
+       `post` in `post_T1` beside `post_FLAIR`; 2 in `2_T1` is the patient's number where others share it; `P1_POST` is
+       T1ce beside `P1_FLAIR`; a file alone in a folder named after a contrast is that.
+    4. BIDS names are read by their entities (a `ce-` makes a T1w t1c, the case is `sub-X[_ses-Y]`), nnU-Net's `_0000`
+       by the `dataset.json` above: `channels` are its modalities, by its folder.
+    5. Of several files of one contrast the one is taken that lies with most others, is registered to one of them, and
+       has fewest words beside; the others are `passed_over`. Two alike are refused, by `StudyFiles.images()`.
+    6. Masks and segmentations make no case: they join that of their name or folder.
 
     A `mapping` from modality to a glob on the file name adds to these rules, for instance
     `{"t1n": "*_MPRAGE.nii.gz", "swi": "*_SWI*"}` (case-sensitive). A file that matches a glob is what the mapping says;
@@ -244,64 +267,235 @@ def recognise(
     Raises:
         ConfigError: a key of the mapping is not a name for a modality.
     """
-    readings = _readings(sorted(set(paths)), mapping)
-    folder_names = _folder_names({_case_folder(path) for path, case, meaning in readings if meaning and not case}, root)
-    named = [(path, case or folder_names[_case_folder(path)], meaning) for path, case, meaning in readings if meaning]
-    cases = {case for _, case, meaning in named if meaning != _LABEL}
-    cases_in_folder: dict[Path, set[str]] = defaultdict(set)  # of the images, not of the segmentations
-    for path, case, meaning in named:
-        if meaning != _LABEL:
-            cases_in_folder[path.parent].add(case)
+    names = _Names(sorted(set(paths)), mapping, root, channels)
+    named = [(path, names.case(path, reading), reading) for path, reading in names.readings if not _is_mask(reading)]
+    cases = {case for _, case, reading in named if reading.meaning}
+    in_folder: dict[Path, set[str]] = defaultdict(set)  # cases of the images, by folders of files and of cases
+    for path, case, reading in named:
+        if reading.meaning:
+            for folder in {path.parent, names.folder(path)}:
+                in_folder[folder].add(case)
 
-    studies: dict[str, list[tuple[str, Path]]] = defaultdict(list)
-    for path, case, meaning in named:
-        # A segmentation of another name in a study's own folder is that study's (BraTS20_Training_355).
-        own = _case_folder(path).name
-        unmatched = meaning == _LABEL and case not in cases and cases_in_folder[path.parent] == {own}
-        studies[own if unmatched else case].append((meaning, path))
-    for path, case, meaning in readings:
-        if not meaning:
-            assigned = case or _assign(path, cases, cases_in_folder[path.parent], folder_names)
-            studies[assigned].append((_OTHER, path))
-    patients = _patients(studies, {case: folder for folder, case in folder_names.items()}, root)
-    matched = {path for path, _, _ in readings if _matches(path, mapping)}
-    return [_study(case, _preferring(matched, studies[case]), patients[case]) for case in sorted(studies)]
-
-
-def _matches(path: Path, mapping: Mapping[str, str] | None) -> bool:
-    return any(fnmatch.fnmatchcase(path.name, glob) for glob in (mapping or {}).values())
+    studies: dict[str, list[_File]] = defaultdict(list)
+    for path, case, reading in named:
+        studies[case if reading.meaning else _assign(path, cases, in_folder, names)].append((path, reading))
+    for path, reading in names.readings:
+        if _is_mask(reading):
+            case = names.case(path, reading) if reading.meaning else ""
+            own = _assign(path, cases, in_folder, names)
+            own = case if case in cases or (case and own not in cases) else own
+            # A mask makes no case, except where there is nothing else, or where a mapping says what it is.
+            if own in cases or not named or path in names.mapped:
+                studies[own].append((path, reading))
+    patients = _patients(studies, names, root)
+    return [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
 
 
-def _preferring(matched: Collection[Path], files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """The files of a study, where what a mapping matched is preferred to what a name says."""
-    mapped = {meaning for meaning, path in files if path in matched}
-    return [(_OTHER if meaning in mapped and path not in matched else meaning, path) for meaning, path in files]
+def _is_mask(reading: Reading) -> bool:
+    return reading.mask or reading.meaning == LABEL
 
 
-def _readings(paths: Iterable[Path], mapping: Mapping[str, str] | None) -> list[tuple[Path, str, str]]:
-    """What each name says: (path, case, meaning), '' where it does not; a path comes once for each glob it matches."""
-    globs = [(mapping_key(key), glob) for key, glob in (mapping or {}).items()]
-    readings: list[tuple[Path, str, str]] = []
-    for path in paths:
-        matches = [(_glob_case(path.name, glob), key) for key, glob in globs if fnmatch.fnmatchcase(path.name, glob)]
-        readings += [(path, *match) for match in matches or [_read_name(path.name)]]
-    return readings
+_File = tuple[Path, Reading]
 
 
-def _study(case: str, files: list[tuple[str, Path]], patient: "_Patient") -> StudyFiles:
-    by_meaning: dict[str, list[Path]] = defaultdict(list)
-    for meaning, path in files:
-        by_meaning[meaning].append(path)
-    custom = sorted(by_meaning.keys() - {*MODALITIES, _LABEL, _OTHER})
+class _Names:
+    """What the names of all files say together: each name by itself, and where that is open, by those beside it."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        mapping: Mapping[str, str] | None,
+        root: Path | None,
+        channels: Mapping[Path, Channels] | None = None,
+    ) -> None:
+        self.root = root
+        self.mapped: set[Path] = set()
+        self._folders: dict[Path, Path] = {}
+        globs = [(mapping_key(key), glob) for key, glob in (mapping or {}).items()]
+        self.readings: list[_File] = []
+        beside: dict[Path, list[_File]] = defaultdict(list)
+        for path in paths:
+            matches = [Reading(_glob_case(path.name, g), meaning=key) for key, g in globs if _fits(path, g)]
+            if matches:
+                self.mapped.add(path)
+                self.readings += [(path, match) for match in matches]
+            else:
+                beside[path.parent].append((path, _channel(path, channels or {}) or _read_name(path.name)))
+        self._below = _below([file for files in beside.values() for file in files], self.mapped)
+        for files in beside.values():
+            self.readings += [(path, self._settled(path, reading, files)) for path, reading in files]
+        self.readings.sort(key=lambda file: file[0])
+        unnamed = {self.folder(path) for path, reading in self.readings if not reading.head}
+        self.names = (
+            {folder: "_".join(_parts(folder, root)) for folder in unnamed} if root else _folder_names(unnamed, None)
+        )
+
+    def _settled(self, path: Path, reading: Reading, files: Sequence[_File]) -> Reading:
+        """The reading that the other files of a folder leave of those that a name allows."""
+        if reading.doubt:
+            literal = read_words(_stem(path.name), literal=True)
+            heads = {other.head for _, other in files if other.contrasts and not other.doubt}
+            visit = reading.doubt != "number" and (literal.head in heads or literal.head == path.parent.name)
+            if visit or (reading.doubt == "number" and _numbers_patients(path, files)):
+                return literal
+        if reading.weak and not any(
+            other.contrasts and not other.mask and other.head == reading.head for _, other in files
+        ):
+            return Reading()
+        alone = not reading.meaning and not reading.mask and sum(not other.mask for _, other in files) == 1
+        if alone and path.parent.name and (said := self._said_by_folder(path)):
+            return Reading(meaning=said)
+        return reading
+
+    def _said_by_folder(self, path: Path) -> str:
+        """The contrast that a folder above is named after, if it holds nothing but this file: `scans/3-T2/NIFTI/x`."""
+        folder = path.parent
+        while folder.name.lower() in _ANONYMOUS and folder.parent.name:
+            folder = folder.parent
+        said = read_words(folder.name)
+        beneath = self._below.get(folder, [])
+        whole = not said.head and not said.visit and not said.weak and said.meaning in MODALITIES
+        return said.meaning if whole and len(beneath) == 1 and not _stem(path.name).startswith("sub-") else ""
+
+    def folder(self, path: Path) -> Path:
+        """The folder whose name is the case of a file whose own name says none."""
+        if path.parent not in self._folders:
+            folder = path.parent
+            while folder != self.root and folder.parent.name and self._says_no_case(folder):
+                folder = folder.parent
+            self._folders[path.parent] = folder
+        return self._folders[path.parent]
+
+    def _says_no_case(self, folder: Path) -> bool:
+        """Whether a folder is named after what its files are: their format, a step of processing, their contrast."""
+        if folder.name.lower() in _ANONYMOUS or describes(folder.name):
+            return True
+        siblings = [other for other in self._below if other.parent == folder.parent and other != folder]
+        if folder.name.lower() == "pre":
+            return any(is_raw(other.name) for other in siblings)
+        return self._of_one_contrast(folder) and not (
+            re.fullmatch("t[12]", folder.name.lower())
+            and any(
+                re.fullmatch(r"t\d+", other.name.lower()) and not self._of_one_contrast(other) for other in siblings
+            )
+        )
+
+    def _of_one_contrast(self, folder: Path) -> bool:
+        """Whether a folder is named after a contrast, and so are its files, or their names say nothing."""
+        said = read_words(folder.name)
+        if said.head or said.visit or said.weak or said.meaning not in MODALITIES:
+            return False
+        return {reading.meaning for _, reading in self._below[folder] if not reading.mask} <= {said.meaning, OTHER}
+
+    def case(self, path: Path, reading: Reading) -> str:
+        """The case of a file: what its name begins with, or else its folder; with the time point, if it says one."""
+        case = reading.head
+        if not case or (path not in self.mapped and not read(case).patient):
+            folder = self.folder(path)
+            own = (
+                self.names.get(folder) or "_".join(_parts(folder, self.root) if self.root else [folder.name]) or "study"
+            )
+            case = f"{own}_{case}" if case else own
+        return f"{case}_{reading.visit}" if reading.visit else case
+
+
+def _channel(path: Path, channels: Mapping[Path, Channels]) -> Reading | None:
+    """What the `dataset.json` above a file of nnU-Net says of it, if there is one."""
+    named = next((channels[folder] for folder in path.parents if folder in channels), None)
+    if not named:
+        return None
+    stem = _stem(path.name)
+    if path.parent.name.lower().startswith("labels"):
+        return Reading(stem, meaning=LABEL, mask=True)
+    found = _CHANNEL.fullmatch(stem)
+    meaning = named.get(found[2], OTHER) if found else OTHER
+    return Reading(found[1], meaning=meaning, contrasts=(meaning,)) if found and meaning in MODALITIES else None
+
+
+def _fits(path: Path, glob: str) -> bool:
+    return fnmatch.fnmatchcase(path.name, glob)
+
+
+def _below(files: Iterable[_File], mapped: Iterable[Path]) -> dict[Path, list[_File]]:
+    """Each folder → the files in it and below."""
+    below: dict[Path, list[_File]] = defaultdict(list)
+    for path, reading in [*files, *((path, Reading()) for path in mapped)]:
+        for folder in path.parents:
+            below[folder].append((path, reading))
+    return below
+
+
+def _numbers_patients(path: Path, files: Sequence[_File]) -> bool:
+    """Whether the number that a name begins with is its patient's, not its series': it is on several contrasts, or
+    each number has the same contrast.
+    """
+    numbered: dict[str, set[str]] = defaultdict(set)
+    for other, reading in files:
+        if reading.doubt == "number":
+            numbered[read_words(_stem(other.name), literal=True).head].add(reading.meaning)
+    if read_words(_stem(path.name), literal=True).head == path.parent.name:
+        return True
+    several = any(len(meanings) > 1 for meanings in numbered.values())
+    return several or (len(numbered) > 1 and len({one for meanings in numbered.values() for one in meanings}) == 1)
+
+
+def _study(case: str, files: list[_File], patient: "_Patient", names: _Names) -> StudyFiles:
+    mapped = {reading.meaning for path, reading in files if path in names.mapped}
+    by_meaning: dict[str, list[_File]] = defaultdict(list)
+    for path, reading in files:  # what a mapping matched is preferred to what a name says
+        beside = reading.meaning in mapped and path not in names.mapped
+        by_meaning[OTHER if beside else reading.meaning].append((path, reading))
+    custom = sorted(by_meaning.keys() - {*MODALITIES, LABEL, OTHER})
+    taken = {m: by_meaning[m] for m in (*MODALITIES, *custom) if m in by_meaning}
+    plain = {m for m, of in taken.items() if any(not reading.space for _, reading in of)}
+    together = Counter(folder for of in taken.values() for folder in {path.parent for path, _ in of})
+
+    def rank(file: _File, one_folder: bool) -> tuple[int, ...]:
+        path, reading = file
+        place = (-together[path.parent], int(is_raw(path.parent.name))) if one_folder else (0, 0)
+        return *place, int(reading.space not in plain), reading.extras
+
+    chosen = {}
+    for modality, of in taken.items():
+        one_folder = len({names.folder(path) for path, _ in of}) == 1
+        best = min(rank(file, one_folder) for file in of)
+        chosen[modality] = tuple(file[0] for file in of if rank(file, one_folder) == best)
+    labels = _labels(case, by_meaning.get(LABEL, []))
+    used = {path for paths in (*chosen.values(), labels) for path in paths}
+    others = [path for path, _ in by_meaning.get(OTHER, [])]
     return StudyFiles(
         case=case,
         patient=patient.name,
         confidence=patient.confidence,
         alike=patient.alike,
-        candidates={name: tuple(by_meaning[name]) for name in (*MODALITIES, *custom) if name in by_meaning},
-        labels=tuple(by_meaning.get(_LABEL, ())),
-        unrecognised=tuple(by_meaning.get(_OTHER, ())),
+        candidates=chosen,
+        labels=labels,
+        unrecognised=tuple(others),
+        passed_over=tuple(sorted({path for path, _ in files} - used - {*others})),
     )
+
+
+def _labels(case: str, files: Sequence[_File]) -> tuple[Path, ...]:
+    """The segmentation: of this very name, by a person, of no single contrast, with the fewest words beside.
+
+    Masks of several contrasts, such as `P1_T1_mask` and `P1_T2_mask`, are none: they are of the head.
+    """
+    if not files:
+        return ()
+
+    def rank(reading: Reading) -> tuple[int, ...]:
+        return (
+            int(reading.head not in ("", case)),
+            int(reading.automatic),
+            int(bool(reading.contrasts)),
+            reading.extras,
+        )
+
+    best = min(rank(reading) for _, reading in files)
+    chosen = [(path, reading) for path, reading in files if rank(reading) == best]
+    if len({reading.contrasts for _, reading in chosen}) > 1:
+        return ()
+    return tuple(path for path, _ in chosen)
 
 
 class _Patient(NamedTuple):
@@ -314,27 +508,32 @@ class _Patient(NamedTuple):
     """The patient's folder, where a folder named them."""
 
 
-def _patients(
-    studies: Mapping[str, list[tuple[str, Path]]], folders: Mapping[str, Path], root: Path | None
-) -> dict[str, _Patient]:
-    """Case → patient; `folders` are those after which cases are called.
+def _patients(studies: Mapping[str, list[_File]], names: _Names, root: Path | None) -> dict[str, _Patient]:
+    """Case → patient.
 
     Time points by which three or more studies, and no others, would all be of one patient are none, unless they are
     sure: `EORTC-26101-001` and so on may be the patients of one trial.
     """
+    folders = {case: folder for folder, case in names.names.items()}
     patients = {}
     for case, files in studies.items():
-        patients[case] = _patient(case, folders.get(case), files[0][1], root)
+        path, reading = next((file for file in files if file[1].meaning), files[0])
+        own = folders.get(case)
+        if (own is None and not reading.head and reading.visit) or (
+            case != reading.head and not read(reading.head).patient
+        ):
+            own = names.folder(path)
+        patients[case] = _patient(case, own, names.folder(path), root)
     if len(patients) > 2 and len({(p.name, p.folder) for p in patients.values()}) == 1:
         patients = {case: p if p.confidence == "sure" else _Patient(case) for case, p in patients.items()}
-    names = _folder_names({patient.folder for patient in patients.values() if patient.folder is not None}, root)
+    called = _folder_names({patient.folder for patient in patients.values() if patient.folder is not None}, root)
     return {
-        case: patient if patient.folder is None else patient._replace(name=names[patient.folder])
+        case: patient if patient.folder is None else patient._replace(name=called[patient.folder])
         for case, patient in patients.items()
     }
 
 
-def _patient(case: str, folder: Path | None, file: Path, root: Path | None) -> _Patient:
+def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | None) -> _Patient:
     """The patient that the case names, or else the folder that it is called after, or one above."""
 
     def below(place: Path) -> bool:
@@ -344,7 +543,7 @@ def _patient(case: str, folder: Path | None, file: Path, root: Path | None) -> _
         reading = read(case)
         if reading.patient:
             return _Patient(reading.patient, reading.confidence, look_alike(case))
-        confidence, folder = reading.confidence, _case_folder(file)
+        confidence, folder = reading.confidence, place_of_files
     elif below(folder):
         confidence = "sure"
     else:
@@ -366,26 +565,25 @@ def _patient(case: str, folder: Path | None, file: Path, root: Path | None) -> _
     return _Patient(case, alike=str(folder.parent) if below(folder) else "")
 
 
-def _read_name(name: str) -> tuple[str, str]:
-    """(case, meaning) of a file name, each '' where the name does not say it."""
+def _read_name(name: str) -> Reading:
+    """What a file name says by itself."""
     stem = _stem(name)
     if bids := _BIDS_FILE.fullmatch(stem):
-        return _bids_case(stem), _bids_meaning(bids["suffix"], bids["entities"])
-    words = list(_WORD.finditer(stem))
-    for count in range(min(_LONGEST, len(words)), 0, -1):
-        meaning = _MEANING.get("-".join(word[0] for word in words[-count:]).lower())
-        if meaning is not None:
-            return stem[: words[-count].start()].rstrip(_SEPARATORS) if meaning else "", meaning
-    return "", _OTHER
+        meaning = _bids_meaning(bids["suffix"], bids["entities"])
+        mask = meaning == LABEL or spelt(bids["suffix"]) == LABEL
+        return Reading(
+            _bids_case(stem), meaning=meaning, mask=mask, contrasts=(meaning,) if meaning in MODALITIES else ()
+        )
+    return read_words(stem)
 
 
 def _bids_meaning(suffix: str, entities: str) -> str:
-    meaning = _MEANING.get(suffix.lower(), _OTHER)
+    meaning = spelt(suffix)
     if "_desc-synthetic" in entities or "_part-phase" in entities:
-        return _OTHER
+        return OTHER
     if "_ce-" in entities:  # an enhanced T1w is t1c; no other enhanced image has a name here
-        return {"t1n": "t1c", "t1c": "t1c", _LABEL: _LABEL}.get(meaning, _OTHER)
-    return _OTHER if meaning == _LABEL and "_desc-brain" in entities else meaning
+        return {"t1n": "t1c", "t1c": "t1c", LABEL: LABEL}.get(meaning, OTHER)
+    return OTHER if meaning == LABEL and "_desc-brain" in entities else meaning
 
 
 def _bids_case(stem: str) -> str:
@@ -400,7 +598,7 @@ def mapping_key(key: str) -> str:
     Raises:
         ConfigError: a key that cannot name a modality.
     """
-    meaning = _MEANING.get(key.lower(), _OTHER)
+    meaning = spelt(key.lower())
     if meaning or re.fullmatch(r"[a-z0-9]+", key):
         return meaning or key
     raise ConfigError(
@@ -416,24 +614,19 @@ def _glob_case(name: str, glob: str) -> str:
     return _bids_case(match[1].rstrip(_SEPARATORS)) if match else ""
 
 
-def _assign(path: Path, cases: Collection[str], cases_in_folder: set[str], folder_names: Mapping[Path, str]) -> str:
-    """The study of an unrecognised file: the longest case that its name begins with, else its folder's."""
+def _assign(path: Path, cases: Collection[str], in_folder: Mapping[Path, set[str]], names: _Names) -> str:
+    """The study of a file whose name says no contrast: the longest case that it begins with, else its folder's."""
     stem = _stem(path.name)
     for end in range(len(stem), 0, -1):
         if (end == len(stem) or stem[end] in _SEPARATORS) and stem[:end] in cases:
             return stem[:end]
-    if len(cases_in_folder) == 1:
-        return next(iter(cases_in_folder))
-    folder = _case_folder(path)
-    return folder_names.get(folder, folder.name or "study")
-
-
-def _case_folder(path: Path) -> Path:
-    """The folder whose name is the case of a file whose own name says none."""
-    folder = path.parent
-    while folder.name.lower() in _ANONYMOUS and folder.parent.name:
-        folder = folder.parent
-    return folder
+    for folder in path.parents:
+        if len(in_folder.get(folder, ())) == 1:
+            return min(in_folder[folder])
+        if folder == names.root or folder in in_folder:
+            break
+    folder = names.folder(path)
+    return names.names.get(folder) or folder.name or "study"
 
 
 def _folder_names(folders: Collection[Path], root: Path | None) -> dict[Path, str]:

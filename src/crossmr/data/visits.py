@@ -85,6 +85,14 @@ def look_alike(name: str) -> str:
     return left if (short and _has_digit(left)) or _WEAK.fullmatch(last) else ""
 
 
+def trailing_visit(words: Sequence[str]) -> int:
+    """How many of the last words surely are a time point; `pre` and `post` alone may be of a contrast agent."""
+    found = _time_point([word.lower() for word in words]) if words else None
+    if found is None or found[1] != "sure" or words[-1].lower() in ("pre", "post"):
+        return 0
+    return found[0]
+
+
 def _time_point(words: Sequence[str]) -> tuple[int, Confidence] | None:
     """How many of the last words are a time point, and how surely; None where they are none."""
     rules: dict[Confidence, re.Pattern[str]] = {"sure": _SURE, "weak": _WEAK}

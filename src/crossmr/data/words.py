@@ -1,0 +1,332 @@
+"""What the words of a file's or folder's name say: contrast, agent, sequence, plane, step, copy, space, mask.
+
+A name is cut into words, and a word that is glued together (`3DT1GADO`, `rFLAIR`) into the pieces of `_VOCABULARY`. The
+name is read from its end for as long as each word has a role and no second contrast comes (`T1_FLAIR` and `T2_FLAIR`
+are one contrast each); the text before is the `head`, which names the patient. `naming.recognise` states the rules.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+from crossmr.data.visits import trailing_visit
+
+LABEL, OTHER = "label", ""
+"""Meanings that are no contrast: a segmentation of a disease, and whatever is unknown or no anatomical image."""
+
+Doubt = Literal["", "visit", "agent", "number"]
+
+_VOCABULARY = {
+    ("contrast", "t1"): "t1 t1w",
+    ("contrast", "t1n"): "t1n",
+    ("contrast", "t1c"): "t1c ct1",
+    ("contrast", "t2"): "t2 t2w",
+    ("contrast", "flair"): "flair",
+    ("contrast", "t2f"): "t2f",
+    ("contrast", "pd"): "pd pdw dp",
+    ("agent", "with"): "ce gd gad gado gadolinium post postcontrast postgd postgad contrast enhanced ks c",
+    ("agent", "without"): "pre precontrast noncontrast nocontrast nogd nogad unenhanced",
+    ("sequence", "t1"): "mprage rage bravo spgr fspgr",
+    ("sequence", ""): "2d 3d tse fse frfse tfe ffe ir cube vista space blade propeller tfl se gre fs iso mp 1mm "
+    "thin thick",
+    ("plane", ""): "ax axial tra trans transverse sag sagittal cor coronal",
+    ("step", ""): "bet hdbet synthstrip stripped skullstripped skullstrip unstripped strip n4 bfc unbiased corrected "
+    "biascorrected corr norm normalized normalised denoised noise reduced defaced deface cropped crop preproc "
+    "preprocessed processed pp orig original raw native final nii lin linear nonlin nonlinear affine rigid conform "
+    "reoriented extracted std masked copy r2s",
+    ("raw", ""): "raw orig original native",
+    ("registered", ""): "r reg registered coreg coregistered aligned resampled resliced warped r2s",
+    ("link", ""): "to 2 in on onto into",
+    ("space", ""): "mni mni152 mni305 sri24 sri atlas template standard middle common icbm",
+    (
+        "mask",
+        "",
+    ): "seg segm segmentation segmentations dseg label labels lesion lesions mask masks msk roi tumor tumour "
+    "gtv wmh consensus gt truth ground",
+    ("origin", "auto"): "automated automatic auto approx pred predicted prediction",
+    ("origin", ""): "manual expert",
+    ("tissue", ""): "brain skull head parenchyma wm gm csf tissue brainmask",
+    ("other", ""): "dwi adc swi asl dti dsc dce bold cbf cbv mtt tof mra map star t2star qsm",
+    ("noise", ""): "mr mri image img series nifti data files scans folder",
+}
+"""(role, value) → the words that have it, in lower case."""
+
+_ROLES: dict[str, list[tuple[str, str]]] = {}
+for _role, _words in _VOCABULARY.items():
+    for _one in _words.split():
+        _ROLES.setdefault(_one, []).append(_role)
+
+_NEVER_GLUED = frozenset({"c", "to", "in", "on", "mp", "gt", "r", "mr", "star", "map", "img", "data"})
+_ONLY_AFTER = frozenset({"c", "se", "ir", "fs", "iso", "ks", "mp", "pp", "r2s", "raw", "final", "std", "in", "on"})
+"""Words that count only after the contrast: before it they may be somebody's initials."""
+_KINDS = frozenset(["seg", "segm", "segmentation", "segmentations", "mask", "masks", "labels"])
+_WORD = re.compile(r"[^-_. ()\[\]+,]+")
+_ARCHIVE = re.compile(r"VSD\.Brain(_\dmore)?\.XX\.[A-Z]\.(?=(MR|OT)\b|(MR|OT)_)", re.IGNORECASE)
+"""How names of the Virtual Skeleton Database begin (BraTS 2013 to 2015, ISLES 2015): the same for every patient."""
+_GE_WITHOUT = re.compile(r"(?<![a-z])c-(?=[-_. ]|$)", re.IGNORECASE)
+
+
+class Piece(NamedTuple):
+    """A part of a word, and what it may be."""
+
+    text: str
+    roles: tuple[tuple[str, str], ...]
+
+    def value(self, role: str) -> str | None:
+        """Its value in a role, None where it has another."""
+        return next((value for name, value in self.roles if name == role), None)
+
+
+class Word(NamedTuple):
+    """A word of a name: its place in it, and its pieces, none where it has no role."""
+
+    text: str
+    start: int
+    pieces: tuple[Piece, ...]
+
+    def has(self, *roles: str) -> bool:
+        """Whether a piece of it has one of these roles."""
+        return any(role in roles for piece in self.pieces for role, _ in piece.roles)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a name says."""
+
+    head: str = ""
+    """The text before the words that have a role: the case, or nothing."""
+    visit: str = ""
+    """The time point that stands after the contrast: `FLAIR_baseline`."""
+    meaning: str = OTHER
+    """A modality, `LABEL` or `OTHER`."""
+    mask: bool = False
+    """Whether it is a mask of any kind: of a lesion, of the brain, of a tissue."""
+    contrasts: tuple[str, ...] = ()
+    """The contrasts that are named, of a mask, too."""
+    space: str = ""
+    """The modality to whose image this one was registered: `FLAIR_to_T1`."""
+    extras: int = 0
+    """How many words there are of sequence, plane, step and copy: the image of fewest is the plain one."""
+    automatic: bool = False
+    """Whether a program made it, not a person."""
+    weak: bool = False
+    """Whether an agent alone says the contrast (`P1_POST`): it counts beside other contrasts of that head."""
+    doubt: Doubt = ""
+    """What the first word that has a role may be instead; `literal` is then the other reading."""
+
+
+def read(stem: str, *, literal: bool = False) -> Reading:
+    """What the name of a file says, without its suffix.
+
+    `literal` leaves to the head what may be a visit or the patient: T2 in `P1_T2_FLAIR`, pre in `pre_T1`, 7 in `7_T1`.
+    """
+    stem = _ARCHIVE.sub("", stem)
+    words = _cut(_GE_WITHOUT.sub("pre", stem))
+    words, after, space = _at_link(words)
+    visit = ""
+    found = trailing_visit([word.text for word in words])
+    if found and not all(word.pieces for word in words[len(words) - found :]):  # "post_3D" is no visit
+        left = words[: len(words) - found]
+        if left and (left[-1].pieces or _number(left[-1])) and any(w.has("contrast", "mask", "sequence") for w in left):
+            visit = "_".join(word.text for word in words[len(left) :])
+            words = left
+    tail, doubt = _tail(words, literal)
+    said = _meaning([*tail, *after])
+    if said is None:
+        return Reading()
+    start = tail[0].start if tail else 0
+    moved = int(bool(space or after))
+    return replace(
+        said,
+        head=stem[:start].rstrip("-_. ([+,"),
+        visit=visit,
+        space=space,
+        extras=said.extras + moved,
+        doubt=doubt,
+    )
+
+
+def spelt(text: str) -> str:
+    """The modality or `LABEL` that a text spells and nothing more, else '': 'T1 Gd' is t1c."""
+    words = _cut(text)
+    if not words or not all(word.has("contrast", "agent", "mask", "tissue", "origin") for word in words):
+        return OTHER
+    reading = read(text)
+    return OTHER if reading.head or reading.weak or reading.space else reading.meaning
+
+
+def describes(name: str) -> bool:
+    """Whether a folder is named after what its files are: by steps of processing and spaces alone (`Raw_Data`), or, at
+    the end of a name without a number, by a kind of mask (`images_segm`).
+    """
+    words = _cut(name)
+    if words and words[-1].text.lower() in _KINDS and not re.search(r"\d", name):
+        return True
+    return any(word.has("step", "space", "registered") for word in words) and all(word.pieces for word in words)
+
+
+def is_raw(name: str) -> bool:
+    """Whether a folder is named after images as the scanner made them."""
+    return any(word.has("raw") for word in _cut(name))
+
+
+def _cut(stem: str) -> list[Word]:
+    return [Word(found[0], found.start(), _pieces(found[0].lower())) for found in _WORD.finditer(stem)]
+
+
+@lru_cache(maxsize=10_000)
+def _pieces(word: str) -> tuple[Piece, ...]:
+    """The pieces of a word in lower case; none where it has no role."""
+    if word in _ROLES:
+        return (Piece(word, tuple(_ROLES[word])),)
+    found = _glued(word)
+    if found and found[-1].text == "2":
+        return ()
+    contrasts = [piece.value("contrast") for piece in found if piece.value("contrast")]
+    linked = any(piece.text == "2" for piece in found)
+    if len(contrasts) > 1 and not linked and not (len(contrasts) == 2 and contrasts[1] == "flair"):
+        return ()
+    return found if contrasts or any(piece.value("mask") is not None for piece in found) else ()
+
+
+def _glued(word: str) -> tuple[Piece, ...]:
+    if not word:
+        return ()
+    if word.startswith("r") and (moved := _pieces(word[1:])) and moved[0].value("contrast"):
+        return (Piece("r", (("registered", ""),)), *moved)
+    for end in range(len(word), 1 if word[0] != "2" else 0, -1):
+        text, rest = word[:end], word[end:]
+        if text not in _ROLES or text in _NEVER_GLUED:
+            continue
+        piece = Piece(text, tuple(_ROLES[text]))
+        if not rest:
+            return (piece,)
+        if re.fullmatch(r"\d{1,2}", rest) and text[-1].isalpha():
+            return (piece, Piece(rest, (("copy", ""),)))
+        if following := _glued(rest):
+            return (piece, *following)
+    return ()
+
+
+def _number(word: Word) -> bool:
+    return re.fullmatch(r"\d{1,5}|run\d*|rep\d*", word.text.lower()) is not None
+
+
+def _implied(word: Word) -> bool:
+    """Whether its sequence says a T1: MPRAGE."""
+    return any(piece.value("sequence") == "t1" for piece in word.pieces)
+
+
+def _at_link(words: list[Word]) -> tuple[list[Word], list[Word], str]:
+    """The words before `to` in `FLAIR_to_T1`, those after, and the latter's modality; else all of them."""
+    for at, word in enumerate(words):
+        if len(word.pieces) > 2 and any(piece.text == "2" for piece in word.pieces):  # FLAIR2T1
+            cut = next(n for n, piece in enumerate(word.pieces) if piece.text == "2")
+            target = Word(word.text, word.start, word.pieces[cut + 1 :])
+            return [*words[:at], word._replace(pieces=word.pieces[:cut])], _steps(words[at + 1 :]), _target([target])
+        before, after = words[:at], words[at + 1 :]
+        linking = word.has("link") or (word.has("registered") and not word.has("contrast"))
+        if not linking or not before or not after or not all(w.pieces or _number(w) for w in after):
+            continue
+        if not any(w.has("contrast", "space") for w in after[:2]):
+            continue
+        visit = trailing_visit([w.text for w in before])
+        tail, _ = _tail(before[: len(before) - visit], literal=False)
+        if any(w.has("contrast", "mask") for w in tail):
+            return before, [word, *_steps(after)], _target(after)
+    return words, [], ""
+
+
+def _steps(words: Sequence[Word]) -> list[Word]:
+    """What the words after a link say of the image, not of the space."""
+    return [word for word in words if not word.has("contrast", "agent", "space")]
+
+
+def _target(words: Sequence[Word]) -> str:
+    said = _meaning([word for word in words if word.has("contrast", "agent")])
+    return said.meaning if said else ""
+
+
+def _tail(words: Sequence[Word], literal: bool) -> tuple[list[Word], Doubt]:
+    """The last words, as far as all have a role and belong to one contrast; and what the first may be instead."""
+    start, contrast = len(words), ""
+    doubt: Doubt = ""
+    for at in range(len(words) - 1, -1, -1):
+        word = words[at]
+        named = [value for piece in word.pieces if (value := piece.value("contrast"))]
+        if named and contrast:
+            admitted, first = contrast == "flair" and named[-1] in ("t1", "t2"), _visit_instead(word)
+        elif named:
+            admitted, first = True, ""
+        else:
+            admitted, first = _admits(word, words[at + 1 :], contrast, first=at == 0)
+        if not admitted or (literal and first):
+            break
+        if named:
+            contrast = "t2f" if contrast or len(named) > 1 else named[0]
+            contrast = "t1" if named[0] == "t1" else contrast
+        start, doubt = at, first or doubt
+    return list(words[start:]), doubt
+
+
+def _visit_instead(word: Word) -> Doubt:
+    return "visit" if word.text.lower() in ("t1", "t2") else ""
+
+
+def _admits(word: Word, said: Sequence[Word], contrast: str, *, first: bool) -> tuple[bool, Doubt]:
+    """Whether a word that names no contrast has a role before those of `said`, and what it may be instead."""
+    if (_number(word) and not word.pieces) or word.text == "2":
+        if not any(other.has("contrast", "mask", "agent") or _implied(other) for other in said):
+            return True, ""
+        return first and not any(other.has("mask") for other in said), "number"
+    if not word.pieces or not contrast:
+        return bool(word.pieces), ""
+    after_only = word.text.lower() in _ONLY_AFTER or word.has("link", "space")
+    if word.has("agent") and not after_only:
+        visit_word = word.text.lower() in ("pre", "post")
+        return contrast == "t1" or not visit_word, "agent" if visit_word else ""
+    return not after_only and (first or not word.has("noise", "other")), ""
+
+
+def _meaning(words: Sequence[Word]) -> Reading | None:
+    """What these words say together; None where they say nothing that is known."""
+    pieces = [piece for word in words for piece in word.pieces]
+    contrasts = [value for piece in pieces if (value := piece.value("contrast"))]
+    agents = {value for piece in pieces if (value := piece.value("agent"))}
+    mask = any(piece.value("mask") is not None or piece.text == "brainmask" for piece in pieces)
+    implied = any(piece.value("sequence") == "t1" for piece in pieces)
+    if not (contrasts or agents or mask or implied):
+        return None
+    if mask:
+        lesion = any(piece.text.startswith(("lesion", "tumo")) for piece in pieces)
+        tissue = any(piece.value("tissue") is not None for piece in pieces) and not lesion
+        meaning = OTHER if tissue else LABEL
+    else:
+        meaning = _modality(contrasts, agents)
+        if any(piece.value("other") is not None for piece in pieces):
+            meaning = OTHER
+    counted = ("sequence", "plane", "step", "registered", "copy", "tissue")
+    extras = [piece for piece in pieces if any(role in counted for role, _ in piece.roles)]
+    return Reading(
+        meaning=meaning,
+        mask=mask,
+        contrasts=tuple(contrasts),
+        extras=len(extras) + sum(_number(word) for word in words) + (contrasts == ["t1", "flair"]),
+        automatic=any(piece.value("origin") == "auto" for piece in pieces),
+        weak=not contrasts and not mask and not implied,
+    )
+
+
+def _modality(contrasts: Sequence[str], agents: set[str]) -> str:
+    """Contrast and agent in one; an enhanced image other than T1 has no name here."""
+    base = contrasts[0] if contrasts else "t1"
+    if base == "t2" and contrasts[-1] == "flair":
+        base = "flair"
+    enhanced = agents == {"with"}
+    if base in ("t1", "t1n"):
+        return "t1c" if enhanced else "t1n"
+    if base == "t1c":
+        return "t1c"
+    return OTHER if enhanced else {"t2": "t2w", "flair": "t2f", "t2f": "t2f", "pd": "pdw"}[base]
