@@ -325,6 +325,15 @@ def test_a_study_that_lacks_nothing_is_listed_as_complete(model, small, tmp_path
     assert not list((tmp_path / "out" / "Ann").glob("*.nii.gz"))
 
 
+def test_masks_make_no_case_and_are_not_read(model, small, tmp_path):
+    folder = next(small.rglob("Ann-t1n.nii.gz")).parent
+    for mask in ("Ann-seg", "Ann-mask", "mask_FLAIR", "Ann-t1n-mask", "Ann-brain-mask", "masks/Bob-seg"):
+        (folder / "masks").mkdir(exist_ok=True)
+        (folder / f"{mask}.nii.gz").write_bytes(b"nobody reads this")
+    result = complete_cohort(small, tmp_path / "out", model, SETTINGS)
+    assert ([*result.completed], result.failed) == (["Ann"], {})
+
+
 def test_a_case_is_the_same_in_any_order_and_any_cohort(model, cohort, completed, monkeypatch, tmp_path):
     out, _ = completed
     found = cohorts.find_studies(cohort)
@@ -351,8 +360,8 @@ def test_a_case_is_the_same_in_any_order_and_any_cohort(model, cohort, completed
 def test_one_study_is_read_ahead_and_no_more(monkeypatch, tmp_path):
     loading, studies = [], [StudyFiles(str(k), str(k), {}, (), ()) for k in range(4)]
 
-    def load(files, *, register):
-        assert register == "always"
+    def load(files, *, register, labels):
+        assert (register, labels) == ("always", False)
         loading.append(files.case)
         if files.case == "2":
             raise StudyError("the third")

@@ -308,6 +308,12 @@ def test_a_probability_map_is_no_label(tmp_path):
     refusal(VolumeError, lambda: from_folder(tmp_path), "P1: P1-seg.nii.gz", "not a segmentation", "Threshold")
 
 
+def test_the_segmentation_is_left_alone_on_request(tmp_path):
+    write_study(tmp_path, "P1", replace={"seg": np.full(SHAPE, 0.3, np.float32)})
+    (files,) = find_studies(tmp_path)
+    assert load_study(files, labels=False).labels is None
+
+
 # -------------------------------------------------------------------------------------------- synthetic
 
 

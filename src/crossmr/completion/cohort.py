@@ -282,7 +282,7 @@ def _read_ahead(studies: Sequence[StudyFiles], run: _Run) -> Iterator[tuple[Stud
         return (run.layout.folder(files.case) / "manifest.json").exists() and not run.options.overwrite
 
     def load(files: StudyFiles) -> Study | None:
-        return None if finished(files) else load_study(files, register=run.settings.register)
+        return None if finished(files) else load_study(files, register=run.settings.register, labels=False)
 
     def load_alone(files: StudyFiles) -> Study | None:
         if not finished(files) and (warning := check_memory(files.case, _images(files), run.model, run.settings)):
@@ -322,7 +322,7 @@ def _complete_case(
     if path.exists() and not run.options.overwrite:
         return _finished_before(run, files.case, files_now), True
     start = time.perf_counter()
-    loaded = study.result() or load_study(files, register=run.settings.register)
+    loaded = study.result() or load_study(files, register=run.settings.register, labels=False)
     run.layout.check(loaded)
     result = complete_study(loaded, run.model, run.settings, files_now, run.reference)
     manifest = dict(result.manifest)

@@ -165,7 +165,7 @@ def complete(
         if from_dicom and settings.register == "never":
             settings = replace(settings, register="if needed")
         check_memory(studies[0].case, studies[0].images(), model, settings)
-        loaded = load_study(studies[0], register=settings.register)
+        loaded = load_study(studies[0], register=settings.register, labels=False)
         return complete_study(loaded, model, settings, hashes(studies[0].images()), reference)
 
 
@@ -305,7 +305,7 @@ def read_reference(
     studies = find_studies(settings.reference, mapping)
     if len(studies) != 1:
         raise ConfigError(f"--reference {settings.reference} holds {len(studies)} studies; name one of them.")
-    study = load_study(studies[0], register=settings.register)
+    study = load_study(studies[0], register=settings.register, labels=False)
     targets = [target for target in model.config.targets if target in study.volumes]
     if not targets:
         raise ConfigError(

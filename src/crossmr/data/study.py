@@ -85,6 +85,7 @@ def load_study(
     *,
     allow: Sequence[str] | None = None,
     register: RegistrationMode = "never",
+    labels: bool = True,
 ) -> Study:
     """Read, check and normalise one study.
 
@@ -94,13 +95,14 @@ def load_study(
         case: name of the study, where `source` does not say.
         allow: the modalities to read; by default all.
         register: which volumes are registered to the first one; the notes say how far each was moved.
+        labels: whether the segmentation is read, and a study with several of them refused.
 
     Raises:
         NamingError, VolumeError, StudyError: one line that names the case, the volume and the remedy.
         ConfigError: a volume is to be registered, and SimpleITK is not installed.
     """
     if isinstance(source, StudyFiles):
-        case, patient, label = source.case, source.patient, source.label()
+        case, patient, label = source.case, source.patient, source.label() if labels else None
         images: Mapping[str, Any] = source.images()
     else:
         patient, label = case, None

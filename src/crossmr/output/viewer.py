@@ -84,7 +84,7 @@ def _acquired(
         studies = {files.case: files for files in find_studies(scans, mapping)}
         if case not in studies:
             raise OutputError(f"{scans} holds no study {case}; it has {', '.join([*studies][:8])}.")
-        return load_study(studies[case]), []
+        return load_study(studies[case], labels=False), []
     try:
         register = manifest.get("settings", {}).get("register", "never")
         return load_study(read_paths(out, case), case, register=register), []
