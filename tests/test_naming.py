@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from crossmr.data.naming import MODALITIES, StudyFiles, find_studies, modality_name, recognise, unmatched
 from crossmr.errors import ConfigError, NamingError
@@ -600,6 +602,12 @@ class TestWhatOtherFilesSay:
             ("P1/pre/T1.nii P1/post/T1.nii", "P1_pre P1_post"),
             ("P1/pre/T1.nii P1/orig/T1.nii", "P1"),
             ("S/scans/3-T2/NIFTI/x.nii S/scans/4-FLAIR/NIFTI/x.nii", "S"),
+            ("P1/baseline/P1_{T1,T2}.nii P1/followup/P1_T1.nii", "P1_baseline P1_followup"),
+            ("2019-03-01/P1_T1.nii 2020-03-01/anat/P1_T1.nii", "P1_2019-03-01 P1_2020-03-01"),
+            ("P1/T0/P1_T1.nii P1/T1/P1_T1.nii P1/T1/P1_T2.nii", "P1_T0 P1_T1"),
+            ("sub-1/ses-2/anat/sub-1_T1w.nii", "sub-1_ses-2"),
+            ("P1/baseline/P1_baseline_T1.nii", "P1_baseline"),
+            ("T1/P1_T1.nii T2/P1_T2.nii", "P1"),
             ("P1/P1_{T1_visit1,T1_visit2,T2_visit1}.nii", "P1_visit1 P1_visit2"),
         ],
     )
@@ -703,3 +711,19 @@ class TestNnUNet:
         (tmp_path / "dataset.json").write_text(text)
         (found,) = find_studies(tmp_path)
         assert names(found) == {"t1n": "P1_t1.nii.gz"}
+
+
+_WORDS = "P1 T1 T2 FLAIR T1ce pre post seg mask bet to 2 1 baseline T0 brain pd ax MNI r anat orig x sub-1 week-040 CT1"
+_NAMES = st.lists(st.sampled_from(_WORDS.split()), min_size=1, max_size=5).map("_".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(_NAMES, min_size=1, max_size=4).map("/".join), min_size=1, max_size=8, unique=True))
+def test_whatever_the_names_every_image_is_in_one_study_once(names: list[str]) -> None:
+    paths = [Path("c", f"{name}.nii.gz") for name in names]
+    found = recognise(paths, root=Path("c"))
+    listed = [path for study in found for path in study.paths()]
+    assert len({study.case for study in found}) == len(found)
+    assert len(set(listed)) == len(listed)
+    assert all(re.search("seg|mask", path.name) for path in {*paths} - {*listed})
+    assert recognise(paths[::-1], root=Path("c")) == found

@@ -245,7 +245,8 @@ def recognise(
        role: contrast, agent, sequence (`TSE`, `MPRAGE`), plane, step of processing (`bet`, `n4`), copy (`1`), space
        (`FLAIR_to_T1`, `rT1`), mask. `words` lists them, and glued ones (`3DT1GADO`, `CT1`) are cut. The text before is
        the case. `T1_FLAIR` is a T1, `T2_FLAIR` a FLAIR. A time point after the contrast is part of the case.
-    2. Where the case's text is empty or a time point alone, the case begins with the folder's name, which includes
+    2. Where the case's text says no time point, folders that are named after one follow: `P1/baseline/P1_T1` is of
+       `P1_baseline`. Where it is empty or a time point alone, the case begins with the folder's name, which includes
        those above it below `root`, but none that says what its files are: their format, a step, one contrast. So it
        does not depend on what lies beside. Without `root`, it is preceded by as many parents as make it unique.
     3. The other files of the folder settle what a name leaves open: T2 in `P1_T2_FLAIR` is a visit beside `P1_T2_T1`,
@@ -298,6 +299,23 @@ def _is_mask(reading: Reading) -> bool:
 _File = tuple[Path, Reading]
 
 
+class _Beside:
+    """What the files of one folder say of each other."""
+
+    def __init__(self, files: Sequence[_File]) -> None:
+        self.heads = {reading.head for _, reading in files if reading.contrasts and not reading.doubt}
+        self.imaged = {reading.head for _, reading in files if reading.contrasts and not reading.mask}
+        self.images = sum(not reading.mask for _, reading in files)
+        numbered: dict[str, set[str]] = defaultdict(set)
+        for path, reading in files:
+            if reading.doubt == "number":
+                numbered[read_words(_stem(path.name), literal=True).head].add(reading.meaning)
+        several = any(len(meanings) > 1 for meanings in numbered.values())
+        one = len({meaning for meanings in numbered.values() for meaning in meanings}) == 1
+        self.numbers_patients = several or (one and len(numbered) > 1)
+        """Whether the numbers before contrasts are patients': one is on several contrasts, or all are on one."""
+
+
 class _Names:
     """What the names of all files say together: each name by itself, and where that is open, by those beside it."""
 
@@ -322,27 +340,29 @@ class _Names:
             else:
                 beside[path.parent].append((path, _channel(path, channels or {}) or _read_name(path.name)))
         self._below = _below([file for files in beside.values() for file in files], self.mapped)
+        self._children: dict[Path, set[Path]] = defaultdict(set)
+        for folder in self._below:
+            self._children[folder.parent].add(folder)
         for files in beside.values():
-            self.readings += [(path, self._settled(path, reading, files)) for path, reading in files]
+            together = _Beside(files)
+            self.readings += [(path, self._settled(path, reading, together)) for path, reading in files]
         self.readings.sort(key=lambda file: file[0])
         unnamed = {self.folder(path) for path, reading in self.readings if not reading.head}
         self.names = (
             {folder: "_".join(_parts(folder, root)) for folder in unnamed} if root else _folder_names(unnamed, None)
         )
 
-    def _settled(self, path: Path, reading: Reading, files: Sequence[_File]) -> Reading:
+    def _settled(self, path: Path, reading: Reading, beside: "_Beside") -> Reading:
         """The reading that the other files of a folder leave of those that a name allows."""
         if reading.doubt:
             literal = read_words(_stem(path.name), literal=True)
-            heads = {other.head for _, other in files if other.contrasts and not other.doubt}
-            visit = reading.doubt != "number" and (literal.head in heads or literal.head == path.parent.name)
-            if visit or (reading.doubt == "number" and _numbers_patients(path, files)):
+            if literal.head == path.parent.name or (
+                beside.numbers_patients if reading.doubt == "number" else literal.head in beside.heads
+            ):
                 return literal
-        if reading.weak and not any(
-            other.contrasts and not other.mask and other.head == reading.head for _, other in files
-        ):
+        if reading.weak and reading.head not in beside.imaged:
             return Reading()
-        alone = not reading.meaning and not reading.mask and sum(not other.mask for _, other in files) == 1
+        alone = not reading.meaning and not reading.mask and beside.images == 1
         if alone and path.parent.name and (said := self._said_by_folder(path)):
             return Reading(meaning=said)
         return reading
@@ -370,7 +390,7 @@ class _Names:
         """Whether a folder is named after what its files are: their format, a step of processing, their contrast."""
         if folder.name.lower() in _ANONYMOUS or describes(folder.name):
             return True
-        siblings = [other for other in self._below if other.parent == folder.parent and other != folder]
+        siblings = self._children[folder.parent] - {folder}
         if folder.name.lower() == "pre":
             return any(is_raw(other.name) for other in siblings)
         return self._of_one_contrast(folder) and not (
@@ -396,7 +416,14 @@ class _Names:
                 self.names.get(folder) or "_".join(_parts(folder, self.root) if self.root else [folder.name]) or "study"
             )
             case = f"{own}_{case}" if case else own
+        elif self.root and path not in self.mapped and not reading.visit and read(case).patient == case:
+            case = "_".join([case, *self._visits_above(path)])
         return f"{case}_{reading.visit}" if reading.visit else case
+
+    def _visits_above(self, path: Path) -> list[str]:
+        """The folders below the root that are named after a time point alone: `P1/baseline/P1_T1`."""
+        within = [folder for folder in path.parents if self.root in folder.parents]
+        return [f.name for f in reversed(within) if not read(f.name).patient and not self._says_no_case(f)]
 
 
 def _channel(path: Path, channels: Mapping[Path, Channels]) -> Reading | None:
@@ -423,20 +450,6 @@ def _below(files: Iterable[_File], mapped: Iterable[Path]) -> dict[Path, list[_F
         for folder in path.parents:
             below[folder].append((path, reading))
     return below
-
-
-def _numbers_patients(path: Path, files: Sequence[_File]) -> bool:
-    """Whether the number that a name begins with is its patient's, not its series': it is on several contrasts, or
-    each number has the same contrast.
-    """
-    numbered: dict[str, set[str]] = defaultdict(set)
-    for other, reading in files:
-        if reading.doubt == "number":
-            numbered[read_words(_stem(other.name), literal=True).head].add(reading.meaning)
-    if read_words(_stem(path.name), literal=True).head == path.parent.name:
-        return True
-    several = any(len(meanings) > 1 for meanings in numbered.values())
-    return several or (len(numbered) > 1 and len({one for meanings in numbered.values() for one in meanings}) == 1)
 
 
 def _study(case: str, files: list[_File], patient: "_Patient", names: _Names) -> StudyFiles:
