@@ -387,7 +387,8 @@ def test_finished_studies_are_not_read(monkeypatch, tmp_path):
     monkeypatch.setattr(cohorts, "load_study", lambda files, **_: files.case)
     studies = [StudyFiles(case, case, {}, (), ()) for case in "01"]
     for options, read in ((CohortSettings(), [None, "1"]), (AGAIN, ["0", "1"])):
-        run = SimpleNamespace(model=None, layout=Layout(tmp_path), options=options, settings=SETTINGS)
+        settings = replace(SETTINGS, targets=("t1c",))  # without, files that may be a scan would be looked for
+        run = SimpleNamespace(model=None, layout=Layout(tmp_path), options=options, settings=settings)
         assert [study.result() for _, study in cohorts._read_ahead(studies, run)] == read
 
 

@@ -238,7 +238,14 @@ def complete(
     display = display.log_to(page.with_name(LOG))
     _say_summary(summary, display)
     display.say(f"report: {page}")
-    _finish(display, summary.counts, summary.failed, f"in {out}; research use only", asdict(summary))
+    _finish(
+        display,
+        summary.counts,
+        summary.failed,
+        f"in {out}; research use only",
+        asdict(summary),
+        doubtful=bool(summary.unread),
+    )
 
 
 def _finish_plan(display: "Display", planned: Sequence["PlannedCase"]) -> None:
@@ -248,7 +255,8 @@ def _finish_plan(display: "Display", planned: Sequence["PlannedCase"]) -> None:
     outcomes = ("would fail", "not to be synthesised", "to be synthesised", "already complete", "finished before")
     counts = {outcome: sum(case.outcome == outcome for case in planned) for outcome in outcomes}
     failures = {case.case: case.failed for case in planned if case.outcome == outcomes[0]}
-    _finish(display, counts, failures, "nothing was written", {"studies": [asdict(case) for case in planned]})
+    record = {"studies": [asdict(case) for case in planned]}
+    _finish(display, counts, failures, "nothing was written", record, doubtful=any(case.unread for case in planned))
 
 
 def _say_summary(summary: "CohortSummary", display: "Display") -> None:
@@ -696,10 +704,17 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
 
 
 def _finish(
-    display: "Display", counts: Mapping[str, int], failures: Mapping[str, str], where: str, record: Mapping[str, Any]
+    display: "Display",
+    counts: Mapping[str, int],
+    failures: Mapping[str, str],
+    where: str,
+    record: Mapping[str, Any],
+    *,
+    doubtful: bool = False,
 ) -> None:
     """Name each failure; say in one sentence what became of all studies, failures first; exit with 1 if there are any.
 
+    So it does where something is `doubtful`: what was not used may be what is missing.
     `counts` is outcome → number; the first outcome is that of `failures`. With --json all of it, and `record`, is one
     JSON object on the standard output.
     """
@@ -711,7 +726,7 @@ def _finish(
     display.say(f"{total} {'study' if total == 1 else 'studies'}: {told}; {where}")
     if messages.as_json:
         print(json.dumps({**record, "counts": dict(counts), word: dict(failures)}, indent=2, ensure_ascii=False))
-    if failures:
+    if failures or doubtful:
         raise typer.Exit(1)
 
 

@@ -75,6 +75,8 @@ class CohortSummary:
     """Case → why it could not be read, completed or written."""
     not_filled: dict[str, dict[str, str]] = field(default_factory=dict)
     """Case → modality → why the gap was left."""
+    unread: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """Case → modality that is not filled → files or series that may be it and were not used."""
     notes: dict[str, list[str]] = field(default_factory=dict)
     """Case → what a reader of the results should know about the input."""
 
@@ -90,6 +92,8 @@ class CohortSummary:
             self.notes[case] = manifest["notes"]
         if manifest["not_filled"]:
             self.not_filled[case] = manifest["not_filled"]
+        if manifest.get("unread"):
+            self.unread[case] = manifest["unread"]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -277,9 +281,15 @@ def _read_ahead(studies: Sequence[StudyFiles], run: _Run) -> Iterator[tuple[Stud
     A study is read while the one before it is completed, if there is memory for both; a study that takes more memory
     than there is fails with StudyError.
     """
+    known: dict[str, bool] = {}
 
     def finished(files: StudyFiles) -> bool:
-        return (run.layout.folder(files.case) / "manifest.json").exists() and not run.options.overwrite
+        if files.case not in known:
+            try:
+                known[files.case] = _is_finished(run, files) and not _arrived(run, files)
+            except CrossmrError:  # which is said when the case's turn comes
+                known[files.case] = True
+        return known[files.case]
 
     def load(files: StudyFiles) -> Study | None:
         return None if finished(files) else load_study(files, register=run.settings.register, labels=False)
@@ -319,12 +329,15 @@ def _complete_case(
     path = run.layout.folder(files.case) / "manifest.json"
     images = files.images()
     files_now = hashes(images)
-    if path.exists() and not run.options.overwrite:
-        return _finished_before(run, files.case, files_now), True
+    if _is_finished(run, files):
+        if not (arrived := _arrived(run, files)):
+            return _finished_before(run, files.case, files_now), True
+        run.display.say(f"{files.case}: finished before, and done again: {arrived}")
     start = time.perf_counter()
     loaded = study.result() or load_study(files, register=run.settings.register, labels=False)
     run.layout.check(loaded)
-    result = complete_study(loaded, run.model, run.settings, files_now, run.reference)
+    unread = run.inputs.unread(files, tuple(loaded.volumes), run.model)
+    result = complete_study(loaded, run.model, run.settings, files_now, run.reference, unread)
     manifest = dict(result.manifest)
     check_case(run.layout, files.case, run.model.config.targets, list(result.images), overwrite=True)
     earlier, picture = earlier_files(run.layout, files.case, run.model.config.targets), run.layout.picture(files.case)
@@ -343,6 +356,31 @@ def _complete_case(
         manifest["seconds"] = round(time.perf_counter() - start, 3)
         write_json(path, manifest)
     return manifest, False
+
+
+def _is_finished(run: _Run, files: StudyFiles) -> bool:
+    """Whether a case was finished before, and is not to be overwritten."""
+    return (run.layout.folder(files.case) / "manifest.json").exists() and not run.options.overwrite
+
+
+def _arrived(run: _Run, files: StudyFiles) -> str:
+    """Why a case that was finished before is not any more: a scan of what was synthesised has come, or may have come.
+
+    Or what was not filled, because of a file that may be it, is no longer in doubt. Empty where it stays as it is.
+    """
+    manifest = read_json(run.layout.folder(files.case) / "manifest.json", OutputError)
+    given, images, synthetic = manifest.get("given", {}), files.images(), manifest.get("synthetic", {})
+    acquired = hashes({m: image for m, image in images.items() if m in synthetic})
+    come = {m: entry["file"] for m, entry in acquired.items() if entry != given.get(m)}
+    known = [m for m in images if m in manifest.get("acquired", ()) or m in come]
+    unread = [] if run.settings.targets is not None else run.inputs.unread(files, known, run.model)
+    come |= {m: one.name for one in unread for m in sorted(one.may_be) if m in synthetic}
+    if come:
+        listed = ", ".join(f"{m} ({name})" for m, name in come.items())
+        return f"{listed} was synthesised and has arrived since, so the synthetic one goes"
+    doubted = [m for m in manifest.get("unread", {}) if not any(m in one.may_be for one in unread)]
+    wanted = [m for m in doubted if run.settings.targets is None or m in run.settings.targets]
+    return f"{', '.join(wanted)} is no longer in doubt" if wanted else ""
 
 
 def _finished_before(run: _Run, case: str, files_now: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,19 +2,22 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from crossmr.completion.layout import Layout
-from crossmr.completion.study import what_to_fill
-from crossmr.data.naming import StudyFiles, find_studies, study_of, unmatched
+from crossmr.completion.study import lacking, what_to_fill
+from crossmr.completion.unread import Unread, dicom_beside, files_beside, unread_files, unread_series
+from crossmr.data.naming import StudyFiles, find_studies, possible_contrasts, study_of, unmatched
 from crossmr.dicom.convert import choose, find_cases
 from crossmr.dicom.series import Series, holds_dicom
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, NamingError
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import CrossConditionedModel
+
+_BESIDE = "is not read; the terminal names it, its name may be the patient's: move it away, or complete it as NIfTI"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +29,20 @@ class Inputs:
     studies: Sequence[StudyFiles] = ()
     series: Mapping[str, Sequence[Series]] | None = None
     """Case → series of its study; None where the inputs are NIfTI."""
+    beside: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    """Case → files that lie by its own and are of no format that is read."""
+    dicom: Mapping[str, Sequence[Unread]] = field(default_factory=dict)
+    """Case → DICOM that lies by its NIfTI."""
+
+    def unread(self, files: StudyFiles, acquired: Sequence[str], model: CrossConditionedModel) -> list[Unread]:
+        """What of a study is not used and may be a contrast that it seems to lack."""
+        wanted, others = lacking(acquired, model), self.beside.get(files.case, ())
+        if self.series is not None:
+            found = [
+                replace(one, name="a file beside the DICOM", why=_BESIDE) for one in unread_files(files, others, wanted)
+            ]
+            return [*unread_series(self.series[files.case]), *found]
+        return [*unread_files(files, others, wanted), *self.dicom.get(files.case, ())]
 
 
 def find_inputs(
@@ -57,13 +74,31 @@ def find_inputs(
         for path in paths:
             for case, series in find_cases(path, mapping, keep_names=keep_names, exclude=exclude).items():
                 cases.setdefault(case, []).extend(series)
-        return Inputs(root, series=cases)
+        made = [_as_files(case, all_series) for case, all_series in cases.items()]
+        beside = {
+            case: found for path in paths for case, found in files_beside(path, made, exclude, nifti=True).items()
+        }
+        for file in (file for files_of_case in beside.values() for file in files_of_case):
+            if possible_contrasts(file.name):
+                display.say(f"{file.name} lies beside the DICOM, and is not read.")
+        return Inputs(root, series=cases, beside=beside)
     studies = [study for path in paths for study in find_studies(path, mapping)]
     names = [study.case for study in studies]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"The folders share study names ({', '.join(repeated[:3])}). Complete them separately.")
     _say_unmatched(studies, mapping, display)
-    return Inputs(root, studies)
+    nearby, series_nearby = dict[str, list[Path]](), dict[str, list[Unread]]()
+    for path in paths:
+        place = Path(os.path.abspath(path))
+        own = [study for study in studies if any(place in file.parents for file in study.paths())]
+        nearby |= files_beside(path, own, exclude)
+        series_nearby |= dicom_beside(path, own, mapping, exclude)
+    return Inputs(root, studies, beside=nearby, dicom=series_nearby)
+
+
+def _as_files(case: str, all_series: Sequence[Series]) -> StudyFiles:
+    """A study of DICOM as one of files, to see what lies by them."""
+    return StudyFiles(case, case, {"": tuple(image.path for series in all_series for image in series.images)}, (), ())
 
 
 def _say_unmatched(studies: Sequence[StudyFiles], mapping: Mapping[str, str] | None, display: Display) -> None:
@@ -84,6 +119,8 @@ class PlannedCase:
     """Contrasts that would be synthesised."""
     not_synthesised: Mapping[str, str] = field(default_factory=dict)
     """Contrast → why it would stay missing."""
+    unread: Sequence[str] = ()
+    """Those of them that a file or a series may be which is not used."""
     failed: str = ""
     """Why nothing can be done with the study, as far as names and tags say."""
     finished: bool = False
@@ -115,23 +152,27 @@ def plan(
 ) -> list[PlannedCase]:
     """What `complete_cohort` would do; images are not opened, so a study may still be refused for what it holds."""
     planned = []
-    for case, found in _found(inputs):
-        requested, lacking = what_to_fill([*found["acquired"]], model, settings)
-        finished = not overwrite and (layout.folder(case) / "manifest.json").exists()
+    for files, found in _found(inputs):
+        acquired = [*found["acquired"]]
+        unread = inputs.unread(files, acquired, model)
+        requested, reasons = what_to_fill(acquired, model, settings, unread)
+        finished = not overwrite and (layout.folder(files.case) / "manifest.json").exists()
         if found["failed"]:
-            requested, lacking = [], {}
-        planned.append(PlannedCase(case, synthesise=requested, not_synthesised=lacking, finished=finished, **found))
+            requested, reasons = [], {}
+        doubtful = [m for m in reasons if settings.targets is None and any(m in one.may_be for one in unread)]
+        found |= {"synthesise": requested, "not_synthesised": reasons, "unread": doubtful}
+        planned.append(PlannedCase(files.case, finished=finished, **found))
     return planned
 
 
-def _found(inputs: Inputs) -> list[tuple[str, dict[str, Any]]]:
-    """Case → what was recognised of it, as fields of `PlannedCase`."""
-    found: list[tuple[str, dict[str, Any]]] = []
+def _found(inputs: Inputs) -> list[tuple[StudyFiles, dict[str, Any]]]:
+    """Each study's files, and what was recognised of it, as fields of `PlannedCase`."""
+    found: list[tuple[StudyFiles, dict[str, Any]]] = []
     for case, all_series in (inputs.series or {}).items():
         chosen, excluded, _ = choose(all_series)
         acquired = {modality: f"{series.name} ({series.why})" for modality, series in chosen.items()}
         failed = "" if chosen else "none of its series is a contrast that crossmr knows"
-        found.append((case, {"acquired": acquired, "excluded": excluded, "failed": failed}))
+        found.append((_as_files(case, all_series), {"acquired": acquired, "excluded": excluded, "failed": failed}))
     for files in inputs.studies:
         excluded = {path.name: "its name says no contrast" for path in files.unrecognised}
         try:
@@ -139,5 +180,5 @@ def _found(inputs: Inputs) -> list[tuple[str, dict[str, Any]]]:
             fault = "" if acquired else "the names of its files say no contrast"
         except NamingError as error:
             acquired, fault = {}, str(error)
-        found.append((files.case, {"acquired": acquired, "excluded": excluded, "failed": fault}))
+        found.append((files, {"acquired": acquired, "excluded": excluded, "failed": fault}))
     return found

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from crossmr.completion.checks import check
 from crossmr.completion.layout import EXPECTED, FORMAT, Layout
+from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
 from crossmr.completion.writing import save_study
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, on_grid, read_header
 from crossmr.device import available_memory, choose_precision, gigabytes, reusable_memory
-from crossmr.dicom.convert import convert
+from crossmr.dicom.convert import convert_cases, find_cases
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import ConfigError, NamingError, StudyError
 from crossmr.files import temporary_folder
@@ -155,18 +156,24 @@ def complete(
         return complete_study(loaded, model, settings, hashes(images), reference)
     with contextlib.ExitStack() as stack:
         folder = Path(study)
-        if from_dicom := holds_dicom(folder):
+        cases = find_cases(folder) if holds_dicom(folder) else {}
+        if cases:
             folder = stack.enter_context(temporary_folder(f"{study} is converted"))
-            for refused in (one.refused for one in convert(Path(study), folder) if one.refused):
+            for refused in (one.refused for one in convert_cases(cases, folder) if one.refused):
                 raise StudyError(refused)
         studies = find_studies(folder)
         if len(studies) != 1:
             raise NamingError(f"{study} holds {len(studies)} studies; name one of them, or use complete_cohort.")
-        if from_dicom and settings.register == "never":
+        if cases and settings.register == "never":
             settings = replace(settings, register="if needed")
         check_memory(studies[0].case, studies[0].images(), model, settings)
         loaded = load_study(studies[0], register=settings.register, labels=False)
-        return complete_study(loaded, model, settings, hashes(studies[0].images()), reference)
+        if cases:
+            unread = unread_series(cases[studies[0].case])
+        else:
+            beside = files_beside(folder, studies).get(studies[0].case, ())
+            unread = unread_files(studies[0], beside, lacking(tuple(loaded.volumes), model))
+        return complete_study(loaded, model, settings, hashes(studies[0].images()), reference, unread)
 
 
 def complete_study(
@@ -175,13 +182,20 @@ def complete_study(
     settings: Settings,
     inputs: Mapping[str, Any] | None = None,
     reference: Reference | None = None,
+    unread: Sequence[Unread] = (),
 ) -> Completed:
-    """Complete a loaded study; `inputs` is what the manifest says of its files, `reference` see `read_reference`."""
+    """Complete a loaded study; `inputs` is what the manifest says of its files, `reference` see `read_reference`.
+
+    What `unread` may be is not synthesised, unless settings.targets names it.
+    """
     start = time.perf_counter()
     check_settings(model, settings)
-    requested, not_filled = what_to_fill(tuple(study.volumes), model, settings)
+    requested, not_filled = what_to_fill(tuple(study.volumes), model, settings, unread)
     sources = tuple(m for m in model.config.sources if m in study.volumes)
     notes = [*study.notes, *check(study, model.baselines, model.config.modalities, _trained_on(model))]
+    notes += [
+        f"{one.name} may be {m}, which was asked for by name." for m in requested for one in unread if m in one.may_be
+    ]
     images: dict[str, Any] = {}
     stds: dict[str, Any] = {}
     head, synthesis, maps = None, None, dict[str, dict[str, Any]]()
@@ -193,12 +207,18 @@ def complete_study(
             maps = {m: _fit_map(study, synthesis.images[n], _like(m, sources)) for n, m in enumerate(synthesis.targets)}
         images, stds = _as_images(study, synthesis, sources, maps)
         notes += _shortage(synthesis, model)
+    asked = settings.targets or ()
     warnings = {m: [DISCLAIMER, *([ENHANCEMENT] if m == "t1c" else [])] for m in images}
     manifest = {
         "format": FORMAT,
         "case": study.case,
         "synthetic": {m: {"from": list(sources), "warnings": warnings[m], "scale": maps.get(m)} for m in images},
         "not_filled": not_filled,
+        "unread": {
+            m: names
+            for m in not_filled
+            if m not in asked and (names := [one.name for one in unread if m in one.may_be])
+        },
         "acquired": list(study.volumes),
         "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},
         "given": dict(inputs or {}),
@@ -351,19 +371,29 @@ def check_memory(case: str, images: Mapping[str, Any], model: CrossConditionedMo
     raise StudyError(f"{what}. Give the job more, close other programs, or crop the volumes to the head.")
 
 
+def lacking(acquired: Sequence[str], model: CrossConditionedModel) -> list[str]:
+    """The contrasts of a complete study, and the model's targets, that were not acquired."""
+    return [m for m in dict.fromkeys((*EXPECTED, *model.config.targets)) if m not in acquired]
+
+
 def what_to_fill(
-    acquired: Sequence[str], model: CrossConditionedModel, settings: Settings
+    acquired: Sequence[str], model: CrossConditionedModel, settings: Settings, unread: Sequence[Unread] = ()
 ) -> tuple[list[str], dict[str, str]]:
-    """Which targets to synthesise, and for every other gap the reason why not."""
-    config = model.config
-    missing = [m for m in dict.fromkeys((*EXPECTED, *config.targets)) if m not in acquired]
+    """Which targets to synthesise, and for every other gap the reason why not.
+
+    What `unread` may be is not synthesised, unless settings.targets names it.
+    """
+    config, missing = model.config, lacking(acquired, model)
+    doubts = reasons(unread, missing) if settings.targets is None else {}
     if settings.targets is not None:
         missing = [m for m in missing if m in settings.targets]
-    lacking = [source for source in config.sources if source not in acquired]
-    enough = not lacking or (config.any_subset and len(lacking) < len(config.sources))
+    absent = [source for source in config.sources if source not in acquired]
+    enough = not absent or (config.any_subset and len(absent) < len(config.sources))
     requested, not_filled = [], {}
     for modality in missing:
-        if modality not in config.targets:
+        if modality in doubts:
+            not_filled[modality] = doubts[modality]
+        elif modality not in config.targets:
             not_filled[modality] = f"the model was trained for {', '.join(config.targets)} only"
         elif enough and not _learnt_together(model, [m for m in config.sources if m in acquired], modality):
             together = ", ".join(m for m in config.sources if m in acquired)
@@ -371,7 +401,7 @@ def what_to_fill(
         elif not enough and config.any_subset:
             not_filled[modality] = f"the model needs any of {', '.join(config.sources)}, and none is there"
         elif not enough:
-            not_filled[modality] = f"the model needs {', '.join(config.sources)}, and {', '.join(lacking)} is missing"
+            not_filled[modality] = f"the model needs {', '.join(config.sources)}, and {', '.join(absent)} is missing"
         else:
             requested.append(modality)
     return requested, not_filled

@@ -30,12 +30,33 @@ DISPLAY_NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw":
 
 _SPELLINGS = ("t1n", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2w", "t2", "t2f", "flair", "pdw", "pd")
 """Spellings of modalities that a misspelt one is compared with."""
+
+# Words, in lower case, by which a name that `recognise` does not know still says what the image may be.
+_SAYS = {
+    "t1": r".*(?<![a-z]r)t1.*|mprage|mpr|mp2rage|.*spgr|bravo|vibe|tfe|flash|unit1|orig|nu|norm|rawavg",
+    "t2w": r".*t2(?!star|\*|s$).*",
+    "t2f": r".*flair.*|tirm|.*darkfluid.*|spair",
+    "pdw": r"pd|pdw|pdt2|dp|proton.*",
+    "agent": r".*(gd|gado?).*|.*t1w?(c(?!or)|post|km|\+).*|ct1|ce|c|km|kontrast.*|contrast.*|post(?!op).*|enh.*|inj.*|"
+    r"apres|con|mit|avec",
+    "plain": r"pre|precontrast|nativ?e?|plain|unenh.*|non?con.*|ohne|sans|sin|sem|zonder|without|wo|uten|utan",
+    "copy": r"bet|brain|n4.*|bias|corrected|reg|registered|stripped|ss|skull.*|noreg|res|resampled|orig|nu|norm|rawavg",
+    "none": r"mask.*|.*mask|seg.*|.*segm?|.*segmentation.*|label.*|lesion.*|roi.*|tumou?r.*|aparc.*|parc.*|ribbon|"
+    r"wm.*|gm|csf|pve.*|prob.*|tissue.*|filled|.*field.*|warp.*|xfm|transform.*|jacobian.*|displacement.*|"
+    r"deformation.*|synthetic.*|ct|pet|suv.*|dose|spect|dwi.*|e?adc.*|dti.*|fa|md|ad|rd|l[123]|b\d+|bvals?|trace.*|"
+    r"colfa|dki|noddi|hardi|diff.*|swi.*|swan|venobold|qsm|phase|pha|magnitude|t2star.*|t2s|t2\*|r[12](star)?|"
+    r"t[12]map|.*locali[sz]er.*|loc|scout.*|survey.*|mi?n?ip|tof.*|mra|mrv|angio.*|bold.*|rest|func|fmri|epi.*|ep2d.*|"
+    r"sbref|p?c?asl.*|r?cb[fv]|mtt|tmax|ttp|ktrans|perf.*|dsc.*|dce.*|ph|psr|mrs|csi|svs|spectro.*|stir|dir|ciss|"
+    r"fiesta|cest|apt.*|mtr|inv\d*|subtr.*|template.*|atlas.*",
+}
+_PATTERNS = {key: re.compile(words) for key, words in _SAYS.items()}
+
 _SEPARATORS = "-_. "
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _BIDS_CASE = re.compile(r"sub-[A-Za-z0-9+]+(_ses-[A-Za-z0-9+]+)?(?=_|$)")
 _BIDS_FILE = re.compile(_BIDS_CASE.pattern + r"(?P<entities>(_[A-Za-z]+-[A-Za-z0-9+.]+)*)_(?P<suffix>[A-Za-z0-9]+)")
 BIDS_ROOT = "dataset_description.json"
-_BIDS_EXCLUDED = frozenset({"derivatives", "sourcedata", "code", "stimuli"})
+BIDS_EXCLUDED = frozenset({"derivatives", "sourcedata", "code", "stimuli"})
 """Folders of a BIDS dataset that hold no scans of its own."""
 # Folders named after the kind of their files, not after a patient, such as BIDS' anat/.
 _ANONYMOUS = frozenset(
@@ -159,6 +180,31 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(meaning if meaning in MODALITIES else name for name, meaning in meanings.items()))
 
 
+def possible_contrasts(name: str) -> set[str]:
+    """The modalities that an image of a name which `recognise` does not know may be; all where the name says nothing.
+
+    None where it says something else: a mask, a map, a diffusion image, an angiogram. A T1 may be enhanced, unless a
+    word says that it is a copy of another one, or was acquired without contrast agent.
+    """
+    words = [word.lower() for word in re.split(r"[^\w*+]+|_", _stem(name)) if word]
+    said = {key for key, pattern in _PATTERNS.items() if any(pattern.fullmatch(word) for word in words)}
+    if "none" in said:
+        return set()
+    found = said & {"t2w", "t2f", "pdw"}
+    if {"t2w", "t2f"} <= said and "t1" not in said:  # T2_FLAIR
+        found.remove("t2w")
+    if "t1" in said:
+        found |= {"t1c"} if "agent" in said else {"t1n"} if said & {"plain", "copy"} else {"t1n", "t1c"}
+        found |= {"t1n"} if {"agent", "plain"} <= said else set()
+    return found or ({"t1c"} if "agent" in said else {"t1n"} if "plain" in said else {*MODALITIES})
+
+
+def says_agent(text: str) -> bool | None:
+    """Whether words say that an image was acquired with contrast agent, or without; None where they say neither."""
+    said = possible_contrasts(f"t1 {text}") & {"t1n", "t1c"}
+    return None if len(said) != 1 else said == {"t1c"}
+
+
 def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:
     """The studies under a folder (at any depth), or the one study that the folder is; sorted by case.
 
@@ -176,7 +222,7 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
     others, excluded = 0, set[str]()
     channels: dict[Path, Channels] = {}
     for place, folders, files in walk(root):
-        derived = _BIDS_EXCLUDED & {*folders} if BIDS_ROOT in files else set[str]()
+        derived = BIDS_EXCLUDED & {*folders} if BIDS_ROOT in files else set[str]()
         excluded |= derived
         folders[:] = [name for name in folders if not name.endswith(".partial") and name not in derived]
         if _NNUNET in files:

@@ -135,6 +135,12 @@ def holds_dicom(
     return dicom is not None and not named
 
 
+def first_dicom(folder: Path, exclude: Path | None = None) -> Path | None:
+    """A file of DICOM in a folder or below, outside `exclude`; None where there is none."""
+    files = (path for path in _files(folder, exclude) if not is_nifti(path.name))
+    return next((path for path in files if _is_dicom(path)), None)
+
+
 def is_derived(folder: Path) -> bool:
     """Whether a folder holds nothing but images that crossmr derived, as `write_derived` does."""
     paths = list(folder.iterdir()) if folder.is_dir() else []

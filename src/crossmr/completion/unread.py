@@ -1,0 +1,241 @@
+"""What of a study was not read, and which contrasts it may be: none of these is replaced by a synthetic one.
+
+Files are judged by their names, by their headers, and where these leave it open by their voxels; series of DICOM by
+their tags. What can be no contrast that crossmr makes, such as a mask or a diffusion image, is passed over.
+"""
+
+import os
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from crossmr.data.naming import (
+    BIDS_EXCLUDED,
+    BIDS_ROOT,
+    DISPLAY_NAMES,
+    MODALITIES,
+    StudyFiles,
+    is_nifti,
+    possible_contrasts,
+    says_agent,
+)
+from crossmr.data.volume import is_synthetic, read_header, read_volume
+from crossmr.dicom.contrast import recognise_contrast
+from crossmr.dicom.convert import choose
+from crossmr.dicom.series import Series, find_series, first_dicom
+from crossmr.errors import ConfigError, VolumeError
+from crossmr.files import walk
+
+FEW_VALUES = 32
+"""A volume of so few values, all of them whole, is a segmentation."""
+_UNFINISHED = r"\.(part|partial|crdownload|download|filepart|tmp|aria2|opdownload)"
+_PACKED = r"\.(zip|tar|tgz|tar\.gz|tar\.bz2|tar\.xz|7z|rar)"
+_COMPRESSED = r"\.nii(\.gz)?\.(zip|bz2|xz|zst|lzma|7z|gpg)|\.nii\.z"
+_FORMATS = r"\.(mgz|mgh|mha|mhd|nrrd|nhdr|hdr|mnc|par|brik|brik\.gz)"
+_KINDS = {
+    re.compile(rf".*{_UNFINISHED}", re.I): "is a download that did not end; download it again",
+    re.compile(rf".*({_COMPRESSED})", re.I): "is not read as it is packed; unpack it to .nii or .nii.gz",
+    re.compile(rf".*{_PACKED}", re.I): "is an archive, which is not opened; unpack it",
+    re.compile(rf".*{_FORMATS}", re.I): "is of a format that is not read; convert it to .nii.gz",
+}
+_ENDING = re.compile(rf"(\.nii(\.gz)?)?({_UNFINISHED}|{_COMPRESSED}|{_PACKED}|{_FORMATS})$", re.I)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file or a series of a study that was not used, and may be a contrast that the study seems to lack."""
+
+    name: str
+    may_be: frozenset[str]
+    """Modalities."""
+    why: str
+    """Why it was not used, and what to do."""
+
+
+def unread_files(files: StudyFiles, others: Iterable[Path], lacking: Iterable[str]) -> list[Unread]:
+    """Of a study's files that are no known contrast, and of `others`, those that may be a modality that it lacks."""
+    wanted, found = frozenset(lacking), []
+    for path in (*files.unrecognised, *others):
+        may_be = wanted & _possible(path, files)
+        if may_be and not (is_nifti(path.name) and _is_no_scan(path)):
+            why = next((why for kind, why in _KINDS.items() if kind.fullmatch(path.name)), "")
+            example = f"--map {min(may_be)}='*{path.name.removeprefix(files.case)}'"
+            found.append(
+                Unread(
+                    path.name, may_be, why or f"has a name that says no contrast for sure; name it, such as {example}"
+                )
+            )
+    return found
+
+
+def _possible(path: Path, files: StudyFiles) -> set[str]:
+    """Which contrasts a file may be by its name without the case's; of an archive by what it holds."""
+    if path.suffix.lower() == ".zip" and not re.search(r"\.nii(\.gz)?\.zip$", path.name, re.I):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = {name.rsplit("/", 1)[-1] for name in archive.namelist() if not name.endswith("/")}
+        except (OSError, zipfile.BadZipFile):
+            members = {path.name}
+        members -= {known.name for known in files.paths()}
+        return {m for name in members if _is_image(name) for m in possible_contrasts(_own(name, files.case))}
+    found = possible_contrasts(_own(path.name, files.case))
+    of_freesurfer = path.suffix.lower() == ".mgz" and path.parent.name in ("mri", "orig")
+    return {"t1n"} if of_freesurfer and found == {*MODALITIES} else found
+
+
+def _own(name: str, case: str) -> str:
+    """What a file's name says beside its study's and its format."""
+    own = name[len(case) :] if name.lower().startswith(case.lower()) else name
+    return _ENDING.sub("", own)
+
+
+def _is_image(name: str) -> bool:
+    return is_nifti(name) or name.lower().endswith((".dcm", ".ima")) or any(kind.fullmatch(name) for kind in _KINDS)
+
+
+def _is_no_scan(path: Path) -> bool:
+    """Whether a volume is synthetic, of several images or colours, or a segmentation."""
+    header = read_header(path)
+    if header is None:
+        return False
+    if is_synthetic(path) or np.prod(header.get_data_shape()[3:], dtype=int) > 1 or header.get_data_dtype().names:
+        return True
+    try:
+        values = np.unique(read_volume(path).data)
+    except VolumeError:
+        return False
+    return len(values) <= FEW_VALUES and bool((values == np.round(values)).all())
+
+
+def files_beside(
+    root: Path, studies: Sequence[StudyFiles], exclude: Path | None = None, *, nifti: bool = False
+) -> dict[str, list[Path]]:
+    """Case → files under `root` of formats that are not read, archives and unfinished downloads, which lie by its own.
+
+    A file is the case's that its name begins with, else that of the only study in its folder, or in the next above.
+    `nifti` is for studies of DICOM, whose NIfTI is not read.
+    """
+    cases = sorted((study.case for study in studies), key=len, reverse=True)
+    owners = _owners(root, studies)
+    found: dict[str, list[Path]] = defaultdict(list)
+    for place, folders, names in walk(Path(os.path.abspath(root))):
+        left_out = BIDS_EXCLUDED if BIDS_ROOT in names else set[str]()
+        out = None if exclude is None else os.path.abspath(exclude)
+        folders[:] = [name for name in folders if name not in left_out and os.path.join(place, name) != out]
+        for name in names:
+            if not any(kind.fullmatch(name) for kind in _KINDS) and not (nifti and is_nifti(name)):
+                continue
+            path = Path(place, name)
+            begins = [case for case in cases if re.match(rf"{re.escape(case)}(?![A-Za-z0-9])", name)]
+            near = begins[:1] or _nearest(path, owners)
+            if len(near) == 1:
+                found[near[0]].append(path)
+    return found
+
+
+def _owners(root: Path, studies: Sequence[StudyFiles]) -> dict[Path, set[str]]:
+    """Folder, from `root` down, → the studies that have files in it or below."""
+    top = Path(os.path.abspath(root))
+    owners: dict[Path, set[str]] = defaultdict(set)
+    for study in studies:
+        for path in study.paths():
+            for folder in path.parents:
+                if folder == top or top in folder.parents:
+                    owners[folder].add(study.case)
+    return owners
+
+
+def _nearest(path: Path, owners: Mapping[Path, set[str]]) -> list[str]:
+    """The studies of the first folder above a file that has any."""
+    return sorted(next((owners[folder] for folder in path.absolute().parents if folder in owners), ()))
+
+
+def unread_series(all_series: Sequence[Series]) -> list[Unread]:
+    """Of a study's series, those that were left out for a doubt, and what they may be."""
+    found = [_left_out(series) for series in all_series if series.modality is None]
+    for modality, other in (("t1n", "t1c"), ("t1c", "t1n")):
+        alike = [series for series in all_series if series.modality == modality]
+        if len(alike) < 2 or any(series.modality == other for series in all_series):
+            continue
+        best = choose(all_series)[0][modality]
+        for series in alike:
+            if series is not best and _may_be_other(series):
+                why = (
+                    f"is a second T1 beside {best.name}, and nothing says which of them was acquired with contrast "
+                    f"agent; name it with --map {other}='DESCRIPTION'"
+                )
+                found.append(Unread(series.name, frozenset({other}), why))
+    return [unread for unread in found if unread.may_be]
+
+
+def _may_be_other(series: Series) -> bool:
+    """Whether neither the tag nor the description of a T1 settles whether it is enhanced."""
+    said = says_agent(series.acquisition.description)
+    return said is None and (series.modality == "t1c" or series.acquisition.agent is not False)
+
+
+def _left_out(series: Series) -> Unread:
+    """A series that was left out, and what it may be: nothing, unless it is a faulty or an unclear one."""
+    verdict = recognise_contrast(series.acquisition)
+    description, may_be = series.acquisition.description, set[str]()
+    decided = series.why.startswith(("not the ", "itself synthetic", "in colour"))  # by the user, or by what it is
+    if verdict.modality is not None and not decided:
+        several = "several directions" in series.why or "slices only" in series.why
+        if not several or (len(series.images) > 3 and verdict.modality in _said(description)):
+            may_be = {verdict.modality}
+    elif verdict.why.startswith("neither its tags") and not decided:
+        may_be = possible_contrasts(description) if description else {*MODALITIES}
+    remedy = "" if "Export" in series.why else "; export it again"
+    if verdict.modality is None:
+        remedy = f"; name it, such as --map {min(may_be, default='t1c')}='DESCRIPTION'"
+    return Unread(series.name, frozenset(may_be), f"was left out: {series.why}{remedy}")
+
+
+def _said(description: str) -> set[str]:
+    """The contrasts that a description names, none where it names none."""
+    found = possible_contrasts(description) if description else set[str]()
+    return set() if found == {*MODALITIES} else found
+
+
+def dicom_beside(
+    folder: Path, studies: Sequence[StudyFiles], mapping: Mapping[str, str] | None = None, exclude: Path | None = None
+) -> dict[str, list[Unread]]:
+    """Case → DICOM of a folder that is read as NIfTI; series go to the study that lies nearest, or to all."""
+    if (folder / BIDS_ROOT).exists() or (first := first_dicom(folder, exclude)) is None:
+        return {}
+    found: dict[str, list[Unread]] = defaultdict(list)
+    owners, why = (
+        _owners(folder, studies),
+        "is DICOM in a folder that is read as NIfTI; convert it with: crossmr convert",
+    )
+    try:
+        all_series = find_series(folder, mapping, exclude)
+    except ConfigError:  # without pydicom nobody can say what it is
+        for case in _nearest(first, owners):
+            found[case].append(Unread(f"DICOM ({first.name})", frozenset(MODALITIES), why))
+        return found
+    for series in all_series:
+        may_be = _left_out(series).may_be if series.modality is None else frozenset({series.modality})
+        for case in _nearest(series.images[0].path, owners) if may_be else ():
+            found[case].append(Unread(series.name, may_be, why))
+    return found
+
+
+def reasons(unread: Sequence[Unread], lacking: Iterable[str]) -> dict[str, str]:
+    """Modality → why it is not to be synthesised: what may be it was not used."""
+    found = {}
+    for modality in lacking:
+        by_why: dict[str, list[str]] = defaultdict(list)
+        for one in unread:
+            if modality in one.may_be:
+                by_why[one.why].append(one.name)
+        if by_why:
+            told = "; ".join(f"{', '.join(dict.fromkeys(names))} may be it and {why}" for why, names in by_why.items())
+            shown = DISPLAY_NAMES.get(modality, modality)
+            found[modality] = f"{told}. To synthesise {shown} all the same, pass --targets {modality}."
+    return found
