@@ -217,7 +217,7 @@ def complete_study(
         "unread": {
             m: names
             for m in not_filled
-            if m not in asked and (names := [one.name for one in unread if m in one.may_be])
+            if m not in asked and (names := sorted({one.name for one in unread if m in one.may_be}))
         },
         "acquired": list(study.volumes),
         "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},

@@ -7,7 +7,7 @@ their tags. What can be no contrast that crossmr makes, such as a mask or a diff
 import os
 import re
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from crossmr.data.naming import (
 from crossmr.data.volume import is_synthetic, read_header, read_volume
 from crossmr.dicom.contrast import recognise_contrast
 from crossmr.dicom.convert import choose
-from crossmr.dicom.series import Series, find_series, first_dicom
+from crossmr.dicom.series import FEWEST_SLICES, Series, find_series, first_dicom
 from crossmr.errors import ConfigError, VolumeError
 from crossmr.files import walk
 
@@ -157,7 +157,13 @@ def _nearest(path: Path, owners: Mapping[Path, set[str]]) -> list[str]:
 
 def unread_series(all_series: Sequence[Series]) -> list[Unread]:
     """Of a study's series, those that were left out for a doubt, and what they may be."""
-    found = [_left_out(series) for series in all_series if series.modality is None]
+    left_out = [series for series in all_series if series.modality is None]
+    images = Counter[
+        tuple[int | None, str]
+    ]()  # where each slice has a UID of its own, they are one series all the same
+    for series in left_out:
+        images[series.number, series.acquisition.description] += len(series.images)
+    found = [_left_out(series, images[series.number, series.acquisition.description]) for series in left_out]
     for modality, other in (("t1n", "t1c"), ("t1c", "t1n")):
         alike = [series for series in all_series if series.modality == modality]
         if len(alike) < 2 or any(series.modality == other for series in all_series):
@@ -179,14 +185,17 @@ def _may_be_other(series: Series) -> bool:
     return said is None and (series.modality == "t1c" or series.acquisition.agent is not False)
 
 
-def _left_out(series: Series) -> Unread:
-    """A series that was left out, and what it may be: nothing, unless it is a faulty or an unclear one."""
+def _left_out(series: Series, images: int) -> Unread:
+    """A series that was left out, and what it may be: nothing, unless it is a faulty or an unclear one.
+
+    `images` counts those of all series of its number and description.
+    """
     verdict = recognise_contrast(series.acquisition)
     description, may_be = series.acquisition.description, set[str]()
     decided = series.why.startswith(("not the ", "itself synthetic", "in colour"))  # by the user, or by what it is
     if verdict.modality is not None and not decided:
-        several = "several directions" in series.why or "slices only" in series.why
-        if not several or (len(series.images) > 3 and verdict.modality in _said(description)):
+        directions, few = "several directions" in series.why, "slices only" in series.why and images < FEWEST_SLICES
+        if not (directions or few) or (images > 3 and verdict.modality in _said(description)):
             may_be = {verdict.modality}
     elif verdict.why.startswith("neither its tags") and not decided:
         may_be = possible_contrasts(description) if description else {*MODALITIES}
@@ -220,7 +229,9 @@ def dicom_beside(
             found[case].append(Unread(f"DICOM ({first.name})", frozenset(MODALITIES), why))
         return found
     for series in all_series:
-        may_be = _left_out(series).may_be if series.modality is None else frozenset({series.modality})
+        may_be = (
+            _left_out(series, len(series.images)).may_be if series.modality is None else frozenset({series.modality})
+        )
         for case in _nearest(series.images[0].path, owners) if may_be else ():
             found[case].append(Unread(series.name, may_be, why))
     return found
