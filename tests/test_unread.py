@@ -309,24 +309,6 @@ def test_what_a_series_that_is_not_used_may_be(made, unread, tmp_path):
     assert series_of(tmp_path, *made) == unread
 
 
-def test_slices_with_a_uid_each_are_a_series_that_is_in_doubt(tmp_path):
-    """Few of them are a localiser."""
-    dicoms = pytest.importorskip("dicoms", reason="pip install crossmr[dicom]", exc_type=ImportError)
-    from pydicom import dcmread
-
-    from crossmr.dicom.series import find_series
-
-    paths = dicoms.write_series(tmp_path, dicoms.head(), dicoms.OBLIQUE, "t1c", number=5)
-    for number, path in enumerate(paths):
-        slice_ = dcmread(path)
-        slice_.SeriesInstanceUID = dicoms.uid("slice", number)
-        slice_.save_as(path)
-    assert {(one.name, *one.may_be) for one in unread_series(find_series(tmp_path))} == {("series 5", "t1c")}
-    for path in paths[3:]:
-        path.unlink()
-    assert unread_series(find_series(tmp_path)) == []
-
-
 def test_dicom_beside_nifti_belongs_to_the_nearest_study(tmp_path, model):
     dicoms = pytest.importorskip("dicoms", reason="pip install crossmr[dicom]", exc_type=ImportError)
     for case in ("P1", "P2"):

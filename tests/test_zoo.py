@@ -193,7 +193,11 @@ PATIENTS: list[tuple[str, Spoil, str]] = [
     ("one byte", bytes_of(lambda _: b"\x1f"), r"is not a NIfTI file.*Convert it"),
     ("text", bytes_of(lambda _: b"<html>404 Not Found</html>" * 40), r"is not a NIfTI file.*Convert it"),
     ("gzipped text", bytes_of(lambda _: gzip.compress(b"no image" * 400)), r"is not a NIfTI file.*Convert it"),
-    ("DICOM named nii", bytes_of(lambda _: bytes(128) + b"DICM" * 99), r"is DICOM, not NIfTI. Convert its folder"),
+    (
+        "DICOM under NIfTI's name",
+        bytes_of(lambda _: bytes(128) + b"DICM" * 99),
+        r"is DICOM, not NIfTI. Convert its folder",
+    ),
     ("gzip cut in the middle", bytes_of(lambda b: b[: len(b) // 2]), GZIP),
     ("gzip cut in the header", bytes_of(lambda b: b[:60]), GZIP),
     ("gzip without its end", bytes_of(lambda b: b[:-4]), GZIP),
@@ -256,7 +260,7 @@ PATIENTS: list[tuple[str, Spoil, str]] = [
     ("too small", voxels(lambda d: d[:4, :4]), r"t1n is 4×4×24 .* too small to be a scan.*Export the whole series"),
     ("one row", voxels(lambda d: d[:1, :1]), r"too small to be a scan of a head\. Export the whole series"),
     # the grids
-    ("cropped", voxels(lambda d: d[:, 1:]), r"t2w is 28×32×24 .*but t1n is 28×31×24.*" + GRID),
+    ("fewer voxels", voxels(lambda d: d[:, 1:]), r"t2w is 28×32×24 .*but t1n is 28×31×24.*" + GRID),
     ("other spacing", voxels(lambda d: d, np.diag([6, 6, 3.5, 1])), r"t1n is 28×32×24 at 6×6×3\.5 mm.*" + GRID),
     ("shifted", voxels(lambda d: d, SHIFTED), r"placed elsewhere \(by up to 2\.5 mm\).*" + GRID),
     ("turned", voxels(lambda d: d, TURNED), r"placed elsewhere.*" + GRID),
@@ -266,9 +270,11 @@ PATIENTS: list[tuple[str, Spoil, str]] = [
     ("plain and gzipped", beside("-t1n.nii", make_head()), r"2 files claim to be t1n: .* Keep one of them"),
     ("nothing recognised", renamed("scan"), NO_SCAN),
     ("unknown modalities", renamed("swi"), NO_SCAN),
-    # the label
+]
+
+LABELS: list[tuple[str, Spoil, str]] = [
     (
-        "two labels",
+        "labelled twice",
         lambda s: [beside(f"-{n}.nii.gz", np.ones(SHAPE, "u1"))(s) for n in ("seg", "mask")],
         r"2 files claim",
     ),
@@ -279,6 +285,7 @@ PATIENTS: list[tuple[str, Spoil, str]] = [
     ("label elsewhere", beside("-seg.nii.gz", np.ones(SHAPE, "u1"), SHIFTED), r"2\.5 mm elsewhere\. Resample"),
     ("label that is text", lambda s: (s / f"{s.name}-seg.nii.gz").write_text("text"), r"seg\.nii\.gz: is not a NIfTI"),
 ]
+"""Segmentations that 'prepare' refuses; 'complete' reads none."""
 
 
 def case_of(kind: str) -> str:
@@ -295,7 +302,7 @@ def model(tmp_path_factory) -> Path:
 def patients(tmp_path_factory) -> Path:
     """A cohort of every broken patient, and a healthy one."""
     folder = tmp_path_factory.mktemp("patients")
-    for kind, spoil, _ in PATIENTS:
+    for kind, spoil, _ in PATIENTS + LABELS:
         spoil(write_study(folder, case_of(kind), ("t1n", "t2w")))
     write_study(folder, HEALTHY, ("t1n", "t2w"))
     return folder
@@ -315,10 +322,10 @@ def runs(patients, model, tmp_path_factory) -> dict[str, tuple[Result, Path]]:
 
 
 def test_the_names_in_the_zoo_are_unique():
-    cases = [case_of(kind) for kind, _, _ in PATIENTS]
+    cases = [case_of(kind) for kind, _, _ in PATIENTS + LABELS]
     assert len(set(cases)) == len(cases)
     assert len({kind.name for kind in CALLS}) == len(CALLS)
-    assert len(PATIENTS) + len(CALLS) >= 70
+    assert len(PATIENTS + LABELS) + len(CALLS) >= 70
 
 
 @pytest.mark.parametrize(
@@ -335,8 +342,10 @@ def test_advice_is_known_by_its_place_not_by_a_word(advice, message):
     assert advises(message) == advice
 
 
-@pytest.mark.parametrize("verb", ["complete", "prepare"])
-@pytest.mark.parametrize(("kind", "_", "message"), PATIENTS, ids=[case_of(kind) for kind, _, _ in PATIENTS])
+REFUSED = [("complete", *one) for one in PATIENTS] + [("prepare", *one) for one in PATIENTS + LABELS]
+
+
+@pytest.mark.parametrize(("verb", "kind", "_", "message"), REFUSED, ids=[f"{case_of(r[1])}-{r[0]}" for r in REFUSED])
 def test_a_broken_patient(runs, verb, kind, _, message):
     result, out = runs[verb]
     case = case_of(kind)
@@ -356,11 +365,11 @@ def test_the_healthy_patient_is_finished(runs, verb):
     result, out = runs[verb]
     assert result.code == 1
     assert "Traceback" not in result.err + result.out
-    assert len(result.lines) == len(PATIENTS)
+    assert len(result.lines) == sum(of == verb for of, *_ in REFUSED)
     assert not leftovers(out)
     manifest = json.loads((out / "manifest.json").read_bytes())
     if verb == "complete":
-        assert list(manifest["completed"]) == [HEALTHY]
+        assert sorted(manifest["completed"]) == sorted([*(case_of(kind) for kind, _, _ in LABELS), HEALTHY])
         assert sorted(manifest["failed"]) == sorted(case_of(kind) for kind, _, _ in PATIENTS)
         wanted = [f"{HEALTHY}-{modality}_synthetic.nii.gz" for modality in ("t1c", "t2f")]
         assert sorted(p.name for p in (out / HEALTHY).iterdir()) == ["manifest.json", *wanted]

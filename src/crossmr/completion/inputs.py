@@ -9,7 +9,8 @@ from typing import Any
 from crossmr.completion.layout import Layout
 from crossmr.completion.study import lacking, what_to_fill
 from crossmr.completion.unread import Unread, dicom_beside, files_beside, unread_files, unread_series
-from crossmr.data.naming import StudyFiles, find_studies, possible_contrasts, study_of, unmatched
+from crossmr.data.naming import StudyFiles, find_studies, study_of, unmatched
+from crossmr.data.words import possible_contrasts
 from crossmr.dicom.convert import choose, find_cases
 from crossmr.dicom.series import Series, holds_dicom
 from crossmr.display import SILENT, Display

@@ -7,7 +7,7 @@ their tags. What can be no contrast that crossmr makes, such as a mask or a diff
 import os
 import re
 import zipfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,10 @@ from crossmr.data.naming import (
     MODALITIES,
     StudyFiles,
     is_nifti,
-    possible_contrasts,
-    says_agent,
 )
 from crossmr.data.volume import is_synthetic, read_header, read_volume
-from crossmr.dicom.contrast import recognise_contrast
+from crossmr.data.words import possible_contrasts
+from crossmr.dicom.contrast import recognise_contrast, says_agent
 from crossmr.dicom.convert import choose
 from crossmr.dicom.series import FEWEST_SLICES, Series, find_series, first_dicom
 from crossmr.errors import ConfigError, VolumeError
@@ -60,7 +59,7 @@ class Unread:
 def unread_files(files: StudyFiles, others: Iterable[Path], lacking: Iterable[str]) -> list[Unread]:
     """Of a study's files that are no known contrast, and of `others`, those that may be a modality that it lacks."""
     wanted, found = frozenset(lacking), []
-    for path in (*files.unrecognised, *others):
+    for path in (*files.unrecognised, *files.passed_over, *others):
         may_be = wanted & _possible(path, files)
         if may_be and not (is_nifti(path.name) and _is_no_scan(path)):
             why = next((why for kind, why in _KINDS.items() if kind.fullmatch(path.name)), "")
@@ -73,7 +72,7 @@ def unread_files(files: StudyFiles, others: Iterable[Path], lacking: Iterable[st
     return found
 
 
-def _possible(path: Path, files: StudyFiles) -> set[str]:
+def _possible(path: Path, files: StudyFiles) -> frozenset[str]:
     """Which contrasts a file may be by its name without the case's; of an archive by what it holds."""
     if path.suffix.lower() == ".zip" and not re.search(r"\.nii(\.gz)?\.zip$", path.name, re.I):
         try:
@@ -82,16 +81,16 @@ def _possible(path: Path, files: StudyFiles) -> set[str]:
         except (OSError, zipfile.BadZipFile):
             members = {path.name}
         members -= {known.name for known in files.paths()}
-        return {m for name in members if _is_image(name) for m in possible_contrasts(_own(name, files.case))}
+        return frozenset(m for name in members if _is_image(name) for m in possible_contrasts(_own(name, files.case)))
     found = possible_contrasts(_own(path.name, files.case))
     of_freesurfer = path.suffix.lower() == ".mgz" and path.parent.name in ("mri", "orig")
-    return {"t1n"} if of_freesurfer and found == {*MODALITIES} else found
+    return frozenset({"t1n"}) if of_freesurfer and found == {*MODALITIES} else found
 
 
 def _own(name: str, case: str) -> str:
     """What a file's name says beside its study's and its format."""
     own = name[len(case) :] if name.lower().startswith(case.lower()) else name
-    return _ENDING.sub("", own)
+    return re.sub(r"\.nii(\.gz)?$", "", _ENDING.sub("", own), flags=re.I)
 
 
 def _is_image(name: str) -> bool:
@@ -157,13 +156,7 @@ def _nearest(path: Path, owners: Mapping[Path, set[str]]) -> list[str]:
 
 def unread_series(all_series: Sequence[Series]) -> list[Unread]:
     """Of a study's series, those that were left out for a doubt, and what they may be."""
-    left_out = [series for series in all_series if series.modality is None]
-    images = Counter[
-        tuple[int | None, str]
-    ]()  # where each slice has a UID of its own, they are one series all the same
-    for series in left_out:
-        images[series.number, series.acquisition.description] += len(series.images)
-    found = [_left_out(series, images[series.number, series.acquisition.description]) for series in left_out]
+    found = [_left_out(series) for series in all_series if series.modality is None]
     for modality, other in (("t1n", "t1c"), ("t1c", "t1n")):
         alike = [series for series in all_series if series.modality == modality]
         if len(alike) < 2 or any(series.modality == other for series in all_series):
@@ -185,30 +178,28 @@ def _may_be_other(series: Series) -> bool:
     return said is None and (series.modality == "t1c" or series.acquisition.agent is not False)
 
 
-def _left_out(series: Series, images: int) -> Unread:
-    """A series that was left out, and what it may be: nothing, unless it is a faulty or an unclear one.
-
-    `images` counts those of all series of its number and description.
-    """
+def _left_out(series: Series) -> Unread:
+    """A series that was left out, and what it may be: nothing, unless it is a faulty or an unclear one."""
+    images = len(series.images)
     verdict = recognise_contrast(series.acquisition)
-    description, may_be = series.acquisition.description, set[str]()
+    description, may_be = series.acquisition.description, frozenset[str]()
     decided = series.why.startswith(("not the ", "itself synthetic", "in colour"))  # by the user, or by what it is
     if verdict.modality is not None and not decided:
         directions, few = "several directions" in series.why, "slices only" in series.why and images < FEWEST_SLICES
         if not (directions or few) or (images > 3 and verdict.modality in _said(description)):
-            may_be = {verdict.modality}
+            may_be = frozenset({verdict.modality})
     elif verdict.why.startswith("neither its tags") and not decided:
-        may_be = possible_contrasts(description) if description else {*MODALITIES}
+        may_be = possible_contrasts(description)
     remedy = "" if "Export" in series.why else "; export it again"
     if verdict.modality is None:
         remedy = f"; name it, such as --map {min(may_be, default='t1c')}='DESCRIPTION'"
-    return Unread(series.name, frozenset(may_be), f"was left out: {series.why}{remedy}")
+    return Unread(series.name, may_be, f"was left out: {series.why}{remedy}")
 
 
-def _said(description: str) -> set[str]:
+def _said(description: str) -> frozenset[str]:
     """The contrasts that a description names, none where it names none."""
-    found = possible_contrasts(description) if description else set[str]()
-    return set() if found == {*MODALITIES} else found
+    found = possible_contrasts(description)
+    return frozenset() if found == {*MODALITIES} else found
 
 
 def dicom_beside(
@@ -229,9 +220,7 @@ def dicom_beside(
             found[case].append(Unread(f"DICOM ({first.name})", frozenset(MODALITIES), why))
         return found
     for series in all_series:
-        may_be = (
-            _left_out(series, len(series.images)).may_be if series.modality is None else frozenset({series.modality})
-        )
+        may_be = _left_out(series).may_be if series.modality is None else frozenset({series.modality})
         for case in _nearest(series.images[0].path, owners) if may_be else ():
             found[case].append(Unread(series.name, may_be, why))
     return found

@@ -31,26 +31,6 @@ DISPLAY_NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw":
 _SPELLINGS = ("t1n", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2w", "t2", "t2f", "flair", "pdw", "pd")
 """Spellings of modalities that a misspelt one is compared with."""
 
-# Words, in lower case, by which a name that `recognise` does not know still says what the image may be.
-_SAYS = {
-    "t1": r".*(?<![a-z]r)t1.*|mprage|mpr|mp2rage|.*spgr|bravo|vibe|tfe|flash|unit1|orig|nu|norm|rawavg",
-    "t2w": r".*t2(?!star|\*|s$).*",
-    "t2f": r".*flair.*|tirm|.*darkfluid.*|spair",
-    "pdw": r"pd|pdw|pdt2|dp|proton.*",
-    "agent": r".*(gd|gado?).*|.*t1w?(c(?!or)|post|km|\+).*|ct1|ce|c|km|kontrast.*|contrast.*|post(?!op).*|enh.*|inj.*|"
-    r"apres|con|mit|avec",
-    "plain": r"pre|precontrast|nativ?e?|plain|unenh.*|non?con.*|ohne|sans|sin|sem|zonder|without|wo|uten|utan",
-    "copy": r"bet|brain|n4.*|bias|corrected|reg|registered|stripped|ss|skull.*|noreg|res|resampled|orig|nu|norm|rawavg",
-    "none": r"mask.*|.*mask|seg.*|.*segm?|.*segmentation.*|label.*|lesion.*|roi.*|tumou?r.*|aparc.*|parc.*|ribbon|"
-    r"wm.*|gm|csf|pve.*|prob.*|tissue.*|filled|.*field.*|warp.*|xfm|transform.*|jacobian.*|displacement.*|"
-    r"deformation.*|synthetic.*|ct|pet|suv.*|dose|spect|dwi.*|e?adc.*|dti.*|fa|md|ad|rd|l[123]|b\d+|bvals?|trace.*|"
-    r"colfa|dki|noddi|hardi|diff.*|swi.*|swan|venobold|qsm|phase|pha|magnitude|t2star.*|t2s|t2\*|r[12](star)?|"
-    r"t[12]map|.*locali[sz]er.*|loc|scout.*|survey.*|mi?n?ip|tof.*|mra|mrv|angio.*|bold.*|rest|func|fmri|epi.*|ep2d.*|"
-    r"sbref|p?c?asl.*|r?cb[fv]|mtt|tmax|ttp|ktrans|perf.*|dsc.*|dce.*|ph|psr|mrs|csi|svs|spectro.*|stir|dir|ciss|"
-    r"fiesta|cest|apt.*|mtr|inv\d*|subtr.*|template.*|atlas.*",
-}
-_PATTERNS = {key: re.compile(words) for key, words in _SAYS.items()}
-
 _SEPARATORS = "-_. "
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _BIDS_CASE = re.compile(r"sub-[A-Za-z0-9+]+(_ses-[A-Za-z0-9+]+)?(?=_|$)")
@@ -180,31 +160,6 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(meaning if meaning in MODALITIES else name for name, meaning in meanings.items()))
 
 
-def possible_contrasts(name: str) -> set[str]:
-    """The modalities that an image of a name which `recognise` does not know may be; all where the name says nothing.
-
-    None where it says something else: a mask, a map, a diffusion image, an angiogram. A T1 may be enhanced, unless a
-    word says that it is a copy of another one, or was acquired without contrast agent.
-    """
-    words = [word.lower() for word in re.split(r"[^\w*+]+|_", _stem(name)) if word]
-    said = {key for key, pattern in _PATTERNS.items() if any(pattern.fullmatch(word) for word in words)}
-    if "none" in said:
-        return set()
-    found = said & {"t2w", "t2f", "pdw"}
-    if {"t2w", "t2f"} <= said and "t1" not in said:  # T2_FLAIR
-        found.remove("t2w")
-    if "t1" in said:
-        found |= {"t1c"} if "agent" in said else {"t1n"} if said & {"plain", "copy"} else {"t1n", "t1c"}
-        found |= {"t1n"} if {"agent", "plain"} <= said else set()
-    return found or ({"t1c"} if "agent" in said else {"t1n"} if "plain" in said else {*MODALITIES})
-
-
-def says_agent(text: str) -> bool | None:
-    """Whether words say that an image was acquired with contrast agent, or without; None where they say neither."""
-    said = possible_contrasts(f"t1 {text}") & {"t1n", "t1c"}
-    return None if len(said) != 1 else said == {"t1c"}
-
-
 def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:
     """The studies under a folder (at any depth), or the one study that the folder is; sorted by case.
 
@@ -318,18 +273,24 @@ def recognise(
     named = [(path, names.case(path, reading), reading) for path, reading in names.readings if not _is_mask(reading)]
     cases = {case for _, case, reading in named if reading.meaning}
     in_folder: dict[Path, set[str]] = defaultdict(set)  # cases of the images, by folders of files and of cases
+    below: dict[Path, set[str]] = defaultdict(set)  # by these and all folders above
     for path, case, reading in named:
         if reading.meaning:
             for folder in {path.parent, names.folder(path)}:
                 in_folder[folder].add(case)
+            for folder in path.parents:
+                below[folder].add(case)
+    of_one = {
+        folder: min(here) if below[folder] == here and len(here) == 1 else None for folder, here in in_folder.items()
+    }
 
     studies: dict[str, list[_File]] = defaultdict(list)
     for path, case, reading in named:
-        studies[case if reading.meaning else _assign(path, cases, in_folder, names)].append((path, reading))
+        studies[case if reading.meaning else _assign(path, cases, of_one, names)].append((path, reading))
     for path, reading in names.readings:
         if _is_mask(reading):
             case = names.case(path, reading) if reading.meaning else ""
-            own = _assign(path, cases, in_folder, names)
+            own = _assign(path, cases, of_one, names)
             own = case if case in cases or (case and own not in cases) else own
             # A mask makes no case, except where there is nothing else, or where a mapping says what it is.
             if own in cases or not named or path in names.mapped:
@@ -461,7 +422,8 @@ class _Names:
             own = (
                 self.names.get(folder) or "_".join(_parts(folder, self.root) if self.root else [folder.name]) or "study"
             )
-            case = f"{own}_{case}" if case else own
+            said = case and own != case and not own.endswith(f"_{case}")  # week4/week4_T1 is of one week
+            case = f"{own}_{case}" if said else own
         elif self.root and path not in self.mapped and not reading.visit and read(case).patient == case:
             case = "_".join([case, *self._visits_above(path)])
         return f"{case}_{reading.visit}" if reading.visit else case
@@ -673,16 +635,16 @@ def _glob_case(name: str, glob: str) -> str:
     return _bids_case(match[1].rstrip(_SEPARATORS)) if match else ""
 
 
-def _assign(path: Path, cases: Collection[str], in_folder: Mapping[Path, set[str]], names: _Names) -> str:
+def _assign(path: Path, cases: Collection[str], of_one: Mapping[Path, str | None], names: _Names) -> str:
     """The study of a file whose name says no contrast: the longest case that it begins with, else its folder's."""
     stem = _stem(path.name)
     for end in range(len(stem), 0, -1):
         if (end == len(stem) or stem[end] in _SEPARATORS) and stem[:end] in cases:
             return stem[:end]
     for folder in path.parents:
-        if len(in_folder.get(folder, ())) == 1:
-            return min(in_folder[folder])
-        if folder == names.root or folder in in_folder:
+        if case := of_one.get(folder):
+            return case
+        if folder == names.root or folder in of_one:
             break
     folder = names.folder(path)
     return names.names.get(folder) or folder.name or "study"

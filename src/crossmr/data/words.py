@@ -58,6 +58,37 @@ for _role, _words in _VOCABULARY.items():
     for _one in _words.split():
         _ROLES.setdefault(_one, []).append(_role)
 
+_HINTS = {
+    "t1": r".*(?<![a-z]r)t1.*|mprage|mpr|mp2rage|.*spgr|vibe|tfe|flash|unit1|orig|nu|norm|rawavg",
+    "t2w": r".*t2(?!star|\*|s$).*",
+    "t2f": r".*flair.*|tirm|.*darkfluid.*|spair",
+    "pdw": r"pdt2|proton.*",
+    "with": r".*(gd|gado?).*|.*t1w?(c(?!or)|post|km|\+).*|km|kontrast.*|contrast.*|post(?!op).*|enh.*|inj.*|apres|con|"
+    r"mit|avec",
+    "without": r"nativ?e?|plain|unenh.*|non?con.*|ohne|sans|sin|sem|zonder|without|wo|uten|utan",
+    "copy": r"n4.*|bias|ss|skull.*|noreg|res|nu|norm|rawavg",
+    "none": r"mask.*|.*mask|seg.*|.*segm?|.*segmentation.*|label.*|lesion.*|tumou?r.*|aparc.*|parc.*|ribbon|wm.*|pve.*|"
+    r"prob.*|filled|.*field.*|warp.*|xfm|transform.*|jacobian.*|displacement.*|deformation.*|synthetic.*|ct|pet|suv.*|"
+    r"dose|spect|dwi.*|e?adc.*|fa|md|ad|rd|l[123]|b\d+|bvals?|trace.*|colfa|dki|noddi|hardi|diff.*|swi.*|swan|venobold|"
+    r"phase|pha|magnitude|t2star.*|t2s|t2\*|r[12](star)?|t[12]map|.*locali[sz]er.*|loc|scout.*|survey.*|mi?n?ip|tof.*|"
+    r"mrv|angio.*|bold.*|rest|func|fmri|epi.*|ep2d.*|sbref|p?c?asl.*|rcb[fv]|tmax|ttp|ktrans|perf.*|dsc.*|dce.*|ph|psr|"
+    r"mrs|csi|svs|spectro.*|stir|dir|ciss|fiesta|cest|apt.*|mtr|inv\d*|subtr.*|atlas.*",
+}
+"""What words that have no role hint at, whole words in lower case; see `possible_contrasts`."""
+_HINTS_OF = {hint: re.compile(words) for hint, words in _HINTS.items()}
+_HINTS_BY_ROLE = {
+    ("contrast", "t1"): ("t1",),
+    ("contrast", "t1n"): ("t1", "without"),
+    ("contrast", "t1c"): ("t1", "with"),
+    ("contrast", "pd"): ("pdw",),
+    ("contrast", "t2"): ("t2w",),
+    ("contrast", "t2f"): ("t2f",),
+    ("contrast", "flair"): ("t2f",),
+    ("sequence", "t1"): ("t1",),
+    ("agent", "with"): ("with",),
+    ("agent", "without"): ("without",),
+}
+
 _NEVER_GLUED = frozenset({"c", "to", "in", "on", "mp", "gt", "r", "mr", "star", "map", "img", "data"})
 _ONLY_AFTER = frozenset({"c", "se", "ir", "fs", "iso", "ks", "mp", "pp", "r2s", "raw", "final", "std", "in", "on"})
 """Words that count only after the contrast: before it they may be somebody's initials."""
@@ -155,6 +186,36 @@ def spelt(text: str) -> str:
         return OTHER
     reading = read(text)
     return OTHER if reading.head or reading.weak or reading.space else reading.meaning
+
+
+def possible_contrasts(name: str) -> frozenset[str]:
+    """The modalities that an image may be whose name `read` does not know; all where the name says nothing.
+
+    None where it says something else: a mask, a map, a diffusion image, an angiogram. A T1 may be enhanced, unless a
+    word says that it is a copy of another one, or was acquired without contrast agent.
+    """
+    said = {hint for word in re.split(r"[^\w*+]+|_", name.lower()) if word for hint in _hints(word)}
+    if "none" in said:
+        return frozenset()
+    found = said & {"t2w", "t2f", "pdw"}
+    if {"t2w", "t2f"} <= said and "t1" not in said:  # T2_FLAIR
+        found.remove("t2w")
+    if "t1" in said:
+        found |= {"t1c"} if "with" in said else {"t1n"} if said & {"without", "copy"} else {"t1n", "t1c"}
+        found |= {"t1n"} if {"with", "without"} <= said else set()
+    found = found or ({"t1c"} if "with" in said else {"t1n"} if "without" in said else set())
+    return frozenset(found or ("t1n", "t1c", "t2w", "t2f", "pdw"))
+
+
+def _hints(word: str) -> set[str]:
+    roles = {role for piece in _pieces(word) for role in piece.roles}
+    found = {hint for role in roles for hint in _HINTS_BY_ROLE.get(role, ())}
+    kinds = {kind for kind, _ in roles}
+    if kinds & {"step", "raw", "registered"} or ("tissue" in kinds and word in ("brain", "skull", "head")):
+        found.add("copy")
+    elif kinds & {"mask", "tissue", "other", "space"}:
+        found.add("none")
+    return found | {hint for hint, words in _HINTS_OF.items() if words.fullmatch(word)}
 
 
 def describes(name: str) -> bool:
