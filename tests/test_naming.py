@@ -210,7 +210,7 @@ def test_bids_sessions_are_studies_of_one_patient() -> None:
     [
         ("P/P_T1.nii.gz", "P/P_t1n.nii.gz"),
         ("P/P_t1.nii", "P/P_t1.nii.gz"),
-        ("P/anat/sub-1_run-1_T1w.nii.gz", "P/anat/sub-1_run-2_T1w.nii.gz"),
+        ("P/anat/sub-1_acq-ax_T1w.nii.gz", "P/anat/sub-1_acq-sag_T1w.nii.gz"),
         ("cohort_a/P/P-t1n.nii.gz", "cohort_b/P/P-t1n.nii.gz"),
     ],
 )

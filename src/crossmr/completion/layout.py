@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from crossmr.data.naming import BIDS_ROOT
+from crossmr.data.bids import ROOT as BIDS_ROOT
 from crossmr.data.study import Study
 from crossmr.data.volume import describe_grid
 from crossmr.errors import ConfigError, OutputError, StudyError

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from crossmr.data.bids import EXCLUDED as BIDS_EXCLUDED
+from crossmr.data.bids import ROOT as BIDS_ROOT
 from crossmr.data.naming import (
-    BIDS_EXCLUDED,
-    BIDS_ROOT,
     DISPLAY_NAMES,
     MODALITIES,
     StudyFiles,

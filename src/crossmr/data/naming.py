@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from crossmr.data.bids import EXCLUDED, ROOT, case_of, enhanced_by_sidecar, last_runs, read_bids
 from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, read
 from crossmr.data.words import LABEL, OTHER, Reading, describes, is_raw, spelt
 from crossmr.data.words import read as read_words
@@ -33,11 +34,6 @@ _SPELLINGS = ("t1n", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2w", "t2", "t2f", "fl
 
 _SEPARATORS = "-_. "
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-_BIDS_CASE = re.compile(r"sub-[A-Za-z0-9+]+(_ses-[A-Za-z0-9+]+)?(?=_|$)")
-_BIDS_FILE = re.compile(_BIDS_CASE.pattern + r"(?P<entities>(_[A-Za-z]+-[A-Za-z0-9+.]+)*)_(?P<suffix>[A-Za-z0-9]+)")
-BIDS_ROOT = "dataset_description.json"
-BIDS_EXCLUDED = frozenset({"derivatives", "sourcedata", "code", "stimuli"})
-"""Folders of a BIDS dataset that hold no scans of its own."""
 # Folders named after the kind of their files, not after a patient, such as BIDS' anat/.
 _ANONYMOUS = frozenset(
     {"anat", "nifti", "nii", "mri", "images", "scans", "resources", "files"}
@@ -174,16 +170,18 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
     check_studies(folder)
     root = Path(os.path.abspath(folder))
     paths: list[Path] = []
+    sidecars: set[Path] = set()
     others, excluded = 0, set[str]()
     channels: dict[Path, Channels] = {}
     for place, folders, files in walk(root):
-        derived = BIDS_EXCLUDED & {*folders} if BIDS_ROOT in files else set[str]()
+        derived = EXCLUDED & {*folders} if ROOT in files else set[str]()
         excluded |= derived
         folders[:] = [name for name in folders if not name.endswith(".partial") and name not in derived]
         if _NNUNET in files:
             channels[Path(place)] = _read_channels(Path(place, _NNUNET))
         nifti = [name for name in files if is_nifti(name)]
         paths += [Path(place, name) for name in nifti]
+        sidecars.update(Path(place, name) for name in files if name.endswith(".json"))
         others += len(files) - len(nifti)
     if not paths:
         skipped = f", {' and '.join(sorted(excluded))} passed over: name such a folder itself" if excluded else ""
@@ -191,7 +189,7 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
             f"{folder}: no .nii or .nii.gz file in it or below ({others} other files{skipped}). "
             "Give the folder of the studies; convert DICOM with: crossmr convert FOLDER -o NIFTI."
         )
-    return recognise(paths, mapping, root, channels)
+    return recognise(paths, mapping, root, channels, enhanced_by_sidecar(paths, sidecars, root))
 
 
 def _read_channels(path: Path) -> Channels:
@@ -239,6 +237,7 @@ def recognise(
     mapping: Mapping[str, str] | None = None,
     root: Path | None = None,
     channels: Mapping[Path, Channels] | None = None,
+    enhanced: Collection[Path] = (),
 ) -> list[StudyFiles]:
     """Group NIfTI files into studies and tell their modalities and patients, from names only; sorted by case.
 
@@ -253,10 +252,12 @@ def recognise(
     3. The other files of the folder settle what a name leaves open: T2 in `P1_T2_FLAIR` is a visit beside `P1_T2_T1`,
        `post` in `post_T1` beside `post_FLAIR`; 2 in `2_T1` is the patient's number where others share it; `P1_POST` is
        T1ce beside `P1_FLAIR`; a file alone in a folder named after a contrast is that.
-    4. BIDS names are read by their entities (a `ce-` makes a T1w t1c, the case is `sub-X[_ses-Y]`), nnU-Net's `_0000`
-       by the `dataset.json` above: `channels` are its modalities, by its folder.
-    5. Of several files of one contrast the one is taken that lies with most others, is registered to one of them, and
-       has fewest words beside; the others are `passed_over`. Two alike are refused, by `StudyFiles.images()`.
+    4. BIDS names are read by their entities (`bids.read_bids`; the case is `sub-X[_ses-Y]`), nnU-Net's `_0000` by the
+       `dataset.json` above: `channels` are its modalities, by its folder. A T1 in `enhanced` is a T1ce, unless another
+       file of the study is one by its name.
+    5. Of several files of one contrast the one is taken that lies with most others, is registered to one of them, has
+       fewest words beside, and is the last run; the others are `passed_over`. Two alike are refused, by
+       `StudyFiles.images()`.
     6. Masks and segmentations make no case: they join that of their name or folder.
 
     A `mapping` from modality to a glob on the file name adds to these rules, for instance
@@ -269,7 +270,7 @@ def recognise(
     Raises:
         ConfigError: a key of the mapping is not a name for a modality.
     """
-    names = _Names(sorted(set(paths)), mapping, root, channels)
+    names = _Names(sorted(set(paths)), mapping, root, channels, enhanced)
     named = [(path, names.case(path, reading), reading) for path, reading in names.readings if not _is_mask(reading)]
     cases = {case for _, case, reading in named if reading.meaning}
     in_folder: dict[Path, set[str]] = defaultdict(set)  # cases of the images, by folders of files and of cases
@@ -332,8 +333,10 @@ class _Names:
         mapping: Mapping[str, str] | None,
         root: Path | None,
         channels: Mapping[Path, Channels] | None = None,
+        enhanced: Collection[Path] = (),
     ) -> None:
         self.root = root
+        self.enhanced = enhanced
         self.mapped: set[Path] = set()
         self._folders: dict[Path, Path] = {}
         globs = [(mapping_key(key), glob) for key, glob in (mapping or {}).items()]
@@ -466,6 +469,10 @@ def _study(case: str, files: list[_File], patient: "_Patient", names: _Names) ->
     for path, reading in files:  # what a mapping matched is preferred to what a name says
         beside = reading.meaning in mapped and path not in names.mapped
         by_meaning[OTHER if beside else reading.meaning].append((path, reading))
+    if "t1c" not in by_meaning:
+        t1 = by_meaning.pop("t1n", [])
+        for path, reading in t1:
+            by_meaning["t1c" if path in names.enhanced else "t1n"].append((path, reading))
     custom = sorted(by_meaning.keys() - {*MODALITIES, LABEL, OTHER})
     taken = {m: by_meaning[m] for m in (*MODALITIES, *custom) if m in by_meaning}
     plain = {m for m, of in taken.items() if any(not reading.space for _, reading in of)}
@@ -480,7 +487,8 @@ def _study(case: str, files: list[_File], patient: "_Patient", names: _Names) ->
     for modality, of in taken.items():
         one_folder = len({names.folder(path) for path, _ in of}) == 1
         best = min(rank(file, one_folder) for file in of)
-        chosen[modality] = tuple(file[0] for file in of if rank(file, one_folder) == best)
+        alike = {path: reading.run for path, reading in of if rank((path, reading), one_folder) == best}
+        chosen[modality] = tuple(last_runs(alike))
     labels = _labels(case, by_meaning.get(LABEL, []))
     used = {path for paths in (*chosen.values(), labels) for path in paths}
     others = [path for path, _ in by_meaning.get(OTHER, [])]
@@ -589,28 +597,7 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
 def _read_name(name: str) -> Reading:
     """What a file name says by itself."""
     stem = _stem(name)
-    if bids := _BIDS_FILE.fullmatch(stem):
-        meaning = _bids_meaning(bids["suffix"], bids["entities"])
-        mask = meaning == LABEL or spelt(bids["suffix"]) == LABEL
-        return Reading(
-            _bids_case(stem), meaning=meaning, mask=mask, contrasts=(meaning,) if meaning in MODALITIES else ()
-        )
-    return read_words(stem)
-
-
-def _bids_meaning(suffix: str, entities: str) -> str:
-    meaning = spelt(suffix)
-    if "_desc-synthetic" in entities or "_part-phase" in entities:
-        return OTHER
-    if "_ce-" in entities:  # an enhanced T1w is t1c; no other enhanced image has a name here
-        return {"t1n": "t1c", "t1c": "t1c", LABEL: LABEL}.get(meaning, OTHER)
-    return OTHER if meaning == LABEL and "_desc-brain" in entities else meaning
-
-
-def _bids_case(stem: str) -> str:
-    """`sub-X` or `sub-X_ses-Y` of a BIDS name, any other name as it is."""
-    match = _BIDS_CASE.match(stem)
-    return match[0] if match else stem
+    return read_bids(stem) or read_words(stem)
 
 
 def mapping_key(key: str) -> str:
@@ -632,7 +619,7 @@ def _glob_case(name: str, glob: str) -> str:
     if not glob.startswith("*"):
         return ""
     match = re.match("(.*?)" + fnmatch.translate(glob[1:]), name, re.DOTALL)
-    return _bids_case(match[1].rstrip(_SEPARATORS)) if match else ""
+    return case_of(match[1].rstrip(_SEPARATORS)) if match else ""
 
 
 def _assign(path: Path, cases: Collection[str], of_one: Mapping[Path, str | None], names: _Names) -> str:

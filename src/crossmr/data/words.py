@@ -142,6 +142,8 @@ class Reading:
     """How many words there are of sequence, plane, step and copy: the image of fewest is the plain one."""
     automatic: bool = False
     """Whether a program made it, not a person."""
+    run: int = 0
+    """The run of a BIDS name, 0 where it says none, -1 where a later one replaced it."""
     weak: bool = False
     """Whether an agent alone says the contrast (`P1_POST`): it counts beside other contrasts of that head."""
     doubt: Doubt = ""
@@ -205,6 +207,12 @@ def possible_contrasts(name: str) -> frozenset[str]:
         found |= {"t1n"} if {"with", "without"} <= said else set()
     found = found or ({"t1c"} if "with" in said else {"t1n"} if "without" in said else set())
     return frozenset(found or ("t1n", "t1c", "t2w", "t2f", "pdw"))
+
+
+def agent_of_word(word: str) -> bool | None:
+    """Whether a word such as `postgad`, `T1Gd` or `pre` says that an agent was given; None where it does not."""
+    said = _hints(word.lower()) & {"with", "without"}
+    return None if len(said) != 1 else said == {"with"}
 
 
 def _hints(word: str) -> set[str]:

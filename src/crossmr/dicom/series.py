@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from crossmr.data.naming import BIDS_ROOT, is_nifti, mapping_key, recognise
+from crossmr.data.bids import ROOT as BIDS_ROOT
+from crossmr.data.naming import is_nifti, mapping_key, recognise
 from crossmr.dicom.contrast import (
     Acquisition,
     Verdict,
