@@ -540,12 +540,26 @@ LAYOUTS = {
             "cross_sectional_raw_patient02": "t1n t1c t2w t2f seg",
         },
     ),
+    "ADNI": (
+        "002_S_0295/MPRAGE/2006-04-18_08_20_30.0/I13722/"
+        "ADNI_002_S_0295_MR_MPRAGE_br_raw_20060418193713091_1_S13408_I13722.nii "
+        "002_S_0295/MPR__GradWarp__B1_Correction__N3__Scaled/2006-04-18_08_20_30.0/I45107/"
+        "ADNI_002_S_0295_MR_MPR__GradWarp__B1_Correction__N3__Scaled_Br_20070319113623975_S13408_I45107.nii "
+        "002_S_0295/Axial_PD_T2_FSE/2006-04-18_08_20_30.0/I13719/"
+        "ADNI_002_S_0295_MR_Axial_PD_T2_FSE_br_raw_20060418193538378_1_S13407_I13719.nii "
+        "002_S_0295/Axial_T2-FLAIR/2011-06-02_07_56_36.0/I239487/"
+        "ADNI_002_S_0295_MR_Axial_T2-FLAIR_br_raw_20110603120000123_1_S110476_I239487.nii "
+        "002_S_0295/Axial_T2_Star/2011-06-02_07_56_36.0/I239488/"
+        "ADNI_002_S_0295_MR_Axial_T2_Star_br_raw_20110603120000124_1_S110477_I239488.nii",
+        {"002_S_0295_2006-04-18": "t1n", "002_S_0295_2011-06-02": "t2f"},
+    ),
     "XNAT": (
         "S1/scans/2-T1/resources/NIFTI/files/scan.nii.gz S1/scans/3-T2/resources/NIFTI/files/scan.nii.gz",
         {"S1": "t1n t2w"},
     ),
 }
 PATIENTS = {  # of those layouts where a patient has several studies
+    "ADNI": "002_S_0295 002_S_0295",
     "BraTS 2024": "BraTS-GLI-00005 BraTS-GLI-00005",
     "UCSF-POSTOP-GLIOMA": "100010 100010",
     "LUMIERE": "Patient-001 Patient-001",

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from crossmr.data.bids import EXCLUDED, ROOT, case_of, enhanced_by_sidecar, last_runs, read_bids
 from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, read
-from crossmr.data.words import LABEL, OTHER, Reading, describes, is_raw, spelt
+from crossmr.data.words import LABEL, OTHER, Reading, describes, is_raw, possible_contrasts, spelt
 from crossmr.data.words import read as read_words
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
@@ -40,6 +40,7 @@ _ANONYMOUS = frozenset(
     | {"raw_data", "imagestr", "imagests", "labelstr", "labelsts"}
 )
 _NNUNET = "dataset.json"
+_ADNI = re.compile(r"ADNI_(?P<subject>\d{3}_S_\d{4,5})_M[RT]_(?P<what>.+?)(_[Bb]r)?(_raw)?_\d{14,}(_\d+)?_S\d+_I\d+")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 Channels = Mapping[str, str]
@@ -287,7 +288,9 @@ def recognise(
 
     studies: dict[str, list[_File]] = defaultdict(list)
     for path, case, reading in named:
-        studies[case if reading.meaning else _assign(path, cases, of_one, names)].append((path, reading))
+        studies[
+            case if reading.meaning or (reading.head and case in cases) else _assign(path, cases, of_one, names)
+        ].append((path, reading))
     for path, reading in names.readings:
         if _is_mask(reading):
             case = names.case(path, reading) if reading.meaning else ""
@@ -348,7 +351,9 @@ class _Names:
                 self.mapped.add(path)
                 self.readings += [(path, match) for match in matches]
             else:
-                beside[path.parent].append((path, _channel(path, channels or {}) or _read_name(path.name)))
+                beside[path.parent].append(
+                    (path, _channel(path, channels or {}) or _of_adni(path) or _read_name(path.name))
+                )
         self._below = _below([file for files in beside.values() for file in files], self.mapped)
         self._children: dict[Path, set[Path]] = defaultdict(set)
         for folder in self._below:
@@ -448,6 +453,20 @@ def _channel(path: Path, channels: Mapping[Path, Channels]) -> Reading | None:
     found = _CHANNEL.fullmatch(stem)
     meaning = named.get(found[2], OTHER) if found else OTHER
     return Reading(found[1], meaning=meaning, contrasts=(meaning,)) if found and meaning in MODALITIES else None
+
+
+def _of_adni(path: Path) -> Reading | None:
+    """What a file as ADNI's archive names it says; the day of the scan is the name of a folder above."""
+    found = _ADNI.fullmatch(_stem(path.name))
+    if not found:
+        return None
+    days = (re.match(r"(\d{4}-\d{2}-\d{2})_", folder.name) for folder in path.parents)
+    day = next((day[1] for day in days if day), "")
+    what = found["what"].replace("B1_Correction", "")
+    may_be = possible_contrasts(what) - {"t1c"}  # no agent is given there
+    meaning = min(may_be) if len(may_be) == 1 else OTHER
+    words = len(re.findall(r"[A-Za-z0-9]+", found["what"]))
+    return Reading("_".join(filter(None, (found["subject"], day))), meaning=meaning, extras=words)
 
 
 def _fits(path: Path, glob: str) -> bool:
