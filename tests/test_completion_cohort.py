@@ -65,6 +65,16 @@ def test_one_bad_patient_is_reported_and_the_others_finish(completed):
     ]
 
 
+def test_the_manifest_names_the_files_that_plainer_ones_replaced(completed, small, model, tmp_path):
+    shutil.copy(small / "Ann" / "Ann-t1n.nii.gz", small / "Ann" / "Ann-t1n_bet.nii.gz")
+    complete_cohort(small, tmp_path / "out", model, SETTINGS)
+    without, beside = (
+        json.loads((out / "Ann" / "manifest.json").read_text()) for out in (completed[0], tmp_path / "out")
+    )
+    assert beside["passed_over"] == ["Ann-t1n_bet.nii.gz"]
+    assert "passed_over" not in without
+
+
 def test_what_is_returned_is_what_the_manifest_says(completed, small, model, tmp_path):
     listed = {"format": "crossmr-completion", "finished": True, "profile": "labelled"}
     out, summary = completed

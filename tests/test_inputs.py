@@ -69,6 +69,9 @@ def test_a_plan_says_what_would_be_made_of_what_and_writes_nothing(model, tmp_pa
     (tmp_path / "out" / "Eve").mkdir(parents=True)
     (tmp_path / "out" / "Eve" / "manifest.json").write_text("{}")
     write_study(cohort, "Eve", ("t1n", "t2w"))
+    write_study(cohort, "Fay", ("t1n", "t2w"))
+    for name in ("t1n_bet", "scan"):
+        shutil.copy(cohort / "Fay" / "Fay-t1n.nii.gz", cohort / "Fay" / f"Fay-{name}.nii.gz")
     before = tree(tmp_path)
     planned = {case.case: case for case in plan_cohort(cohort, tmp_path / "out", model, SETTINGS)}
     assert tree(tmp_path) == before
@@ -78,6 +81,11 @@ def test_a_plan_says_what_would_be_made_of_what_and_writes_nothing(model, tmp_pa
         "Cem": "already complete",
         "Dan": "would fail",
         "Eve": "finished before",
+        "Fay": "not to be synthesised",
+    }
+    assert planned["Fay"].excluded == {
+        "Fay-scan.nii.gz": "its name says no contrast",
+        "Fay-t1n_bet.nii.gz": "a plainer file of its kind is used",
     }
     assert planned["Ann"].lines() == [
         "Ann: t1n is Ann-t1n.nii.gz",

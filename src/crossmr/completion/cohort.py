@@ -339,6 +339,8 @@ def _complete_case(
     unread = run.inputs.unread(files, tuple(loaded.volumes), run.model)
     result = complete_study(loaded, run.model, run.settings, files_now, run.reference, unread)
     manifest = dict(result.manifest)
+    if files.passed_over:
+        manifest["passed_over"] = sorted(path.name for path in files.passed_over)
     check_case(run.layout, files.case, run.model.config.targets, list(result.images), overwrite=True)
     earlier, picture = earlier_files(run.layout, files.case, run.model.config.targets), run.layout.picture(files.case)
     with whole_or_absent(path.parent) as written:

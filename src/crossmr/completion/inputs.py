@@ -176,6 +176,7 @@ def _found(inputs: Inputs) -> list[tuple[StudyFiles, dict[str, Any]]]:
         found.append((_as_files(case, all_series), {"acquired": acquired, "excluded": excluded, "failed": failed}))
     for files in inputs.studies:
         excluded = {path.name: "its name says no contrast" for path in files.unrecognised}
+        excluded |= {path.name: "a plainer file of its kind is used" for path in files.passed_over}
         try:
             acquired = {modality: path.name for modality, path in files.images().items()}
             fault = "" if acquired else "the names of its files say no contrast"
