@@ -16,6 +16,7 @@ What follows `sub-` is BIDS' name of the patient and never a time point.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Confidence = Literal["sure", "fair", "weak"]
@@ -51,6 +52,7 @@ class Reading:
     """Of the weakest rule that took something away."""
 
 
+@lru_cache(maxsize=100_000)
 def read(name: str) -> Reading:
     """The patient in the name of a study, or of a folder."""
     words = list(_WORD.finditer(name))
