@@ -128,11 +128,12 @@ def test_usual_names_are_not_doubtful(cases):
 def test_the_grouping_is_said_in_a_few_lines():
     found = studies(*(f"P{k}_visit{n}" for k in range(7) for n in (1, 2)), "Q1_T0", "Q1_T1", "R")
     patients = {study.case: study.patient for study in found} | {"R": "P0"}
-    several, shared, warning = grouping(found, patients, [["P0_visit1", "R"]])
+    several, named, shared, warning = grouping(found, patients, [["P0_visit1", "R"]])
     assert several.startswith(
         "patients with several studies: 8 (P0: P0_visit1, P0_visit2, R; P1: P1_visit1, P1_visit2;"
     )
     assert several.endswith("; …)")
+    assert named == "17 studies of 9 patients by their names; those that share a scan are joined"
     assert shared == "P0_visit1, R share a scan, so they are studies of one patient"
     assert warning.startswith(
         "warning: names leave open who is whose: Q1_T0, Q1_T1 are taken for studies of one patient"

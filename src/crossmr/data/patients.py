@@ -166,6 +166,9 @@ def grouping(studies: Sequence[StudyFiles], patients: Mapping[str, str], shared:
     if several:
         each = "; ".join(f"{patient}: {listed(cases)}" for patient, cases in [*several.items()][:SHOWN])
         lines.append(f"patients with several studies: {len(several)} ({each}{'; …' if len(several) > SHOWN else ''})")
+    if shared:
+        named = len({study.patient for study in studies})
+        lines.append(f"{len(studies)} studies of {named} patients by their names; those that share a scan are joined")
     lines += [f"{listed(cases)} share a scan, so they are studies of one patient" for cases in shared]
     if unsure := doubts(studies):
         more = f"; and {len(unsure) - SHOWN} more such groups" if len(unsure) > SHOWN else ""
