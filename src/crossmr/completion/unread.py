@@ -20,8 +20,8 @@ from crossmr.data.naming import (
     DISPLAY_NAMES,
     MODALITIES,
     StudyFiles,
-    is_nifti,
 )
+from crossmr.data.tree import is_nifti
 from crossmr.data.volume import is_synthetic, read_header, read_volume
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.contrast import recognise_contrast, says_agent

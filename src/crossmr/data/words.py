@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 
 from crossmr.data.visits import trailing_visit
 
+CONTRASTS = ("t1n", "t1c", "t2w", "t2f", "pdw")
+"""Names of the contrasts: T1, T1ce, T2, FLAIR, PD."""
 LABEL, OTHER = "label", ""
 """Meanings that are no contrast: a segmentation of a disease, and whatever is unknown or no anatomical image."""
 
@@ -206,7 +208,7 @@ def possible_contrasts(name: str) -> frozenset[str]:
         found |= {"t1c"} if "with" in said else {"t1n"} if said & {"without", "copy"} else {"t1n", "t1c"}
         found |= {"t1n"} if {"with", "without"} <= said else set()
     found = found or ({"t1c"} if "with" in said else {"t1n"} if "without" in said else set())
-    return frozenset(found or ("t1n", "t1c", "t2w", "t2f", "pdw"))
+    return frozenset(found or CONTRASTS)
 
 
 def agent_of_word(word: str) -> bool | None:

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from crossmr.data.bids import ROOT as BIDS_ROOT
-from crossmr.data.naming import is_nifti, mapping_key, recognise
+from crossmr.data.naming import recognise
+from crossmr.data.tree import is_nifti, mapping_key
 from crossmr.dicom.contrast import (
     Acquisition,
     Verdict,

@@ -1,0 +1,280 @@
+"""What the names of the files in a tree say: each by itself, and where that is open, by those that lie beside it.
+
+`words` and `bids` read single names; `naming` makes studies of what is found here.
+"""
+
+import fnmatch
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from crossmr.data.bids import case_of, read_bids
+from crossmr.data.visits import read
+from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, describes, is_raw, possible_contrasts, spelt
+from crossmr.data.words import read as read_words
+from crossmr.errors import ConfigError
+
+SEPARATORS = "-_. "
+_NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+# Folders named after the kind of their files, not after a patient, such as BIDS' anat/.
+_ANONYMOUS = frozenset(
+    {"anat", "nifti", "nii", "mri", "images", "scans", "resources", "files"}
+    | {"raw_data", "imagestr", "imagests", "labelstr", "labelsts"}
+)
+NNUNET = "dataset.json"
+_ADNI = re.compile(r"ADNI_(?P<subject>\d{3}_S_\d{4,5})_M[RT]_(?P<what>.+?)(_[Bb]r)?(_raw)?_\d{14,}(_\d+)?_S\d+_I\d+")
+_CHANNEL = re.compile(r"(.+)_(\d{4})")
+
+Channels = Mapping[str, str]
+"""Number of a channel of nnU-Net, such as '0000' → the modality, '' where it is another."""
+
+
+def is_nifti(name: str) -> bool:
+    """Whether a file's name ends as NIfTI's do."""
+    return _NIFTI.search(name) is not None
+
+
+def read_channels(path: Path) -> Channels:
+    """The modalities of the channels that a `dataset.json` of nnU-Net names; none where it is none."""
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+        names = text.get("channel_names", text.get("modality", {}))
+        return {f"{int(number):04d}": spelt(str(name)) for number, name in names.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def is_mask(reading: Reading) -> bool:
+    return reading.mask or reading.meaning == LABEL
+
+
+File = tuple[Path, Reading]
+
+
+class _Beside:
+    """What the files of one folder say of each other."""
+
+    def __init__(self, files: Sequence[File]) -> None:
+        self.heads = {reading.head for _, reading in files if reading.contrasts and not reading.doubt}
+        self.imaged = {reading.head for _, reading in files if reading.contrasts and not reading.mask}
+        self.images = sum(not reading.mask for _, reading in files)
+        numbered: dict[str, set[str]] = defaultdict(set)
+        for path, reading in files:
+            if reading.doubt == "number":
+                numbered[read_words(stem_of(path.name), literal=True).head].add(reading.meaning)
+        several = any(len(meanings) > 1 for meanings in numbered.values())
+        one = len({meaning for meanings in numbered.values() for meaning in meanings}) == 1
+        self.numbers_patients = several or (one and len(numbered) > 1)
+        """Whether the numbers before contrasts are patients': one is on several contrasts, or all are on one."""
+
+
+class NamesInTree:
+    """What the names of all files say together: each name by itself, and where that is open, by those beside it."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        mapping: Mapping[str, str] | None,
+        root: Path | None,
+        channels: Mapping[Path, Channels] | None = None,
+        enhanced: Collection[Path] = (),
+    ) -> None:
+        self.root = root
+        self.enhanced = enhanced
+        self.mapped: set[Path] = set()
+        self._folders: dict[Path, Path] = {}
+        globs = [(mapping_key(key), glob) for key, glob in (mapping or {}).items()]
+        self.readings: list[File] = []
+        beside: dict[Path, list[File]] = defaultdict(list)
+        for path in paths:
+            matches = [Reading(_glob_case(path.name, g), meaning=key) for key, g in globs if _fits(path, g)]
+            if matches:
+                self.mapped.add(path)
+                self.readings += [(path, match) for match in matches]
+            else:
+                beside[path.parent].append(
+                    (path, _channel(path, channels or {}) or _of_adni(path) or _read_name(path.name))
+                )
+        self._below = _below([file for files in beside.values() for file in files], self.mapped)
+        self._children: dict[Path, set[Path]] = defaultdict(set)
+        for folder in self._below:
+            self._children[folder.parent].add(folder)
+        for files in beside.values():
+            together = _Beside(files)
+            self.readings += [(path, self._settled(path, reading, together)) for path, reading in files]
+        self.readings.sort(key=lambda file: file[0])
+        unnamed = {self.folder(path) for path, reading in self.readings if not reading.head}
+        self.names = (
+            {folder: "_".join(parts(folder, root)) for folder in unnamed} if root else folder_names(unnamed, None)
+        )
+
+    def _settled(self, path: Path, reading: Reading, beside: "_Beside") -> Reading:
+        """The reading that the other files of a folder leave of those that a name allows."""
+        if reading.doubt:
+            literal = read_words(stem_of(path.name), literal=True)
+            if literal.head == path.parent.name or (
+                beside.numbers_patients if reading.doubt == "number" else literal.head in beside.heads
+            ):
+                return literal
+        if reading.weak and reading.head not in beside.imaged:
+            return Reading()
+        alone = not reading.meaning and not reading.mask and beside.images == 1
+        if alone and path.parent.name and (said := self._said_by_folder(path)):
+            return Reading(meaning=said)
+        return reading
+
+    def _said_by_folder(self, path: Path) -> str:
+        """The contrast that a folder above is named after, if it holds nothing but this file: `scans/3-T2/NIFTI/x`."""
+        folder = path.parent
+        while folder.name.lower() in _ANONYMOUS and folder.parent.name:
+            folder = folder.parent
+        said = read_words(folder.name)
+        beneath = self._below.get(folder, [])
+        whole = not said.head and not said.visit and not said.weak and said.meaning in CONTRASTS
+        return said.meaning if whole and len(beneath) == 1 and not stem_of(path.name).startswith("sub-") else ""
+
+    def folder(self, path: Path) -> Path:
+        """The folder whose name is the case of a file whose own name says none."""
+        if path.parent not in self._folders:
+            folder = path.parent
+            while folder != self.root and folder.parent.name and self._says_no_case(folder):
+                folder = folder.parent
+            self._folders[path.parent] = folder
+        return self._folders[path.parent]
+
+    def _says_no_case(self, folder: Path) -> bool:
+        """Whether a folder is named after what its files are: their format, a step of processing, their contrast."""
+        if folder.name.lower() in _ANONYMOUS or describes(folder.name):
+            return True
+        siblings = self._children[folder.parent] - {folder}
+        if folder.name.lower() == "pre":
+            return any(is_raw(other.name) for other in siblings)
+        return self._of_one_contrast(folder) and not (
+            re.fullmatch("t[12]", folder.name.lower())
+            and any(
+                re.fullmatch(r"t\d+", other.name.lower()) and not self._of_one_contrast(other) for other in siblings
+            )
+        )
+
+    def _of_one_contrast(self, folder: Path) -> bool:
+        """Whether a folder is named after a contrast, and so are its files, or their names say nothing."""
+        said = read_words(folder.name)
+        if said.head or said.visit or said.weak or said.meaning not in CONTRASTS:
+            return False
+        return {reading.meaning for _, reading in self._below[folder] if not reading.mask} <= {said.meaning, OTHER}
+
+    def case(self, path: Path, reading: Reading) -> str:
+        """The case of a file: what its name begins with, or else its folder; with the time point, if it says one."""
+        case = reading.head
+        if not case or (path not in self.mapped and not read(case).patient):
+            folder = self.folder(path)
+            own = (
+                self.names.get(folder) or "_".join(parts(folder, self.root) if self.root else [folder.name]) or "study"
+            )
+            said = case and own != case and not own.endswith(f"_{case}")  # week4/week4_T1 is of one week
+            case = f"{own}_{case}" if said else own
+        elif self.root and path not in self.mapped and not reading.visit and read(case).patient == case:
+            case = "_".join([case, *self._visits_above(path)])
+        return f"{case}_{reading.visit}" if reading.visit else case
+
+    def _visits_above(self, path: Path) -> list[str]:
+        """The folders below the root that are named after a time point alone: `P1/baseline/P1_T1`."""
+        within = [folder for folder in path.parents if self.root in folder.parents]
+        return [f.name for f in reversed(within) if not read(f.name).patient and not self._says_no_case(f)]
+
+
+def _channel(path: Path, channels: Mapping[Path, Channels]) -> Reading | None:
+    """What the `dataset.json` above a file of nnU-Net says of it, if there is one."""
+    named = next((channels[folder] for folder in path.parents if folder in channels), None)
+    if not named:
+        return None
+    stem = stem_of(path.name)
+    if path.parent.name.lower().startswith("labels"):
+        return Reading(stem, meaning=LABEL, mask=True)
+    found = _CHANNEL.fullmatch(stem)
+    meaning = named.get(found[2], OTHER) if found else OTHER
+    return Reading(found[1], meaning=meaning, contrasts=(meaning,)) if found and meaning in CONTRASTS else None
+
+
+def _of_adni(path: Path) -> Reading | None:
+    """What a file as ADNI's archive names it says; the day of the scan is the name of a folder above."""
+    found = _ADNI.fullmatch(stem_of(path.name))
+    if not found:
+        return None
+    days = (re.match(r"(\d{4}-\d{2}-\d{2})_", folder.name) for folder in path.parents)
+    day = next((day[1] for day in days if day), "")
+    what = found["what"].replace("B1_Correction", "")
+    may_be = possible_contrasts(what) - {"t1c"}  # no agent is given there
+    meaning = min(may_be) if len(may_be) == 1 else OTHER
+    words = len(re.findall(r"[A-Za-z0-9]+", found["what"]))
+    return Reading("_".join(filter(None, (found["subject"], day))), meaning=meaning, extras=words)
+
+
+def _fits(path: Path, glob: str) -> bool:
+    return fnmatch.fnmatchcase(path.name, glob)
+
+
+def _below(files: Iterable[File], mapped: Iterable[Path]) -> dict[Path, list[File]]:
+    """Each folder → the files in it and below."""
+    below: dict[Path, list[File]] = defaultdict(list)
+    for path, reading in [*files, *((path, Reading()) for path in mapped)]:
+        for folder in path.parents:
+            below[folder].append((path, reading))
+    return below
+
+
+def _read_name(name: str) -> Reading:
+    """What a file name says by itself."""
+    stem = stem_of(name)
+    return read_bids(stem) or read_words(stem)
+
+
+def mapping_key(key: str) -> str:
+    """The canonical name that a key of a mapping stands for.
+
+    Raises:
+        ConfigError: a key that cannot name a modality.
+    """
+    meaning = spelt(key.lower())
+    if meaning or re.fullmatch(r"[a-z0-9]+", key):
+        return meaning or key
+    raise ConfigError(
+        f"mapping: {key!r} cannot name a modality: expected one of {', '.join(CONTRASTS)}, 'seg', "
+        "or a new name in lower-case letters and digits, such as swi."
+    )
+
+
+def _glob_case(name: str, glob: str) -> str:
+    if not glob.startswith("*"):
+        return ""
+    match = re.match("(.*?)" + fnmatch.translate(glob[1:]), name, re.DOTALL)
+    return case_of(match[1].rstrip(SEPARATORS)) if match else ""
+
+
+def folder_names(folders: Collection[Path], root: Path | None) -> dict[Path, str]:
+    """Each folder's name, preceded by as many of its parents' names, below `root`, as make it unique."""
+    names: dict[Path, str] = {}
+    words = {folder: parts(folder, root) for folder in folders}
+    depth, left = 0, set(folders)
+    while left:
+        depth += 1
+        count = Counter(words[folder][-depth:] for folder in folders)
+        for folder in sorted(left):
+            if count[words[folder][-depth:]] == 1 or depth >= len(words[folder]):
+                names[folder] = "_".join(words[folder][-depth:]) or "study"
+        left -= names.keys()
+    return names
+
+
+def parts(folder: Path, root: Path | None) -> tuple[str, ...]:
+    """The names of a folder and of those above it that may become part of a study's name."""
+    if root is not None and (folder == root or root in folder.parents):
+        return folder.relative_to(root).parts or folder.parts[-1:]
+    return tuple(part for part in folder.parts if part != folder.anchor)
+
+
+def stem_of(name: str) -> str:
+    """A file's name without the suffixes of NIfTI."""
+    return _NIFTI.sub("", name)

@@ -1,0 +1,383 @@
+"""What names of files say together: layouts of public cohorts, masks, copies."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_naming import names, study, touch
+
+from crossmr.data.naming import find_studies, recognise
+from crossmr.data.tree import NamesInTree, folder_names, is_nifti, stem_of
+from crossmr.errors import NamingError
+
+# Layouts of public cohorts, by their raw file names: case → (patient, modality → file, segmentation).
+LAYOUTS = {
+    "BraTS 2013 to 2015": (
+        "HGG/pat0001_1/VSD.Brain.XX.O.MR_Flair.54512/VSD.Brain.XX.O.MR_Flair.54512.nii.gz "
+        "HGG/pat0001_1/VSD.Brain.XX.O.MR_T1.54513/VSD.Brain.XX.O.MR_T1.54513.nii.gz "
+        "HGG/pat0001_1/VSD.Brain.XX.O.MR_T1c.54514/VSD.Brain.XX.O.MR_T1c.54514.nii.gz "
+        "HGG/pat0001_1/VSD.Brain.XX.O.MR_T2.54515/VSD.Brain.XX.O.MR_T2.54515.nii.gz",
+        {"HGG_pat0001_1": "t1n t1c t2w t2f"},
+    ),
+    "BraTS 2017": (
+        "HGG/Brats17_2013_2_1/Brats17_2013_2_1_{t1,t1ce,t2,flair,seg}.nii.gz",
+        {"Brats17_2013_2_1": "t1n t1c t2w t2f seg"},
+    ),
+    "BraTS 2020": (
+        "BraTS20_Training_001/BraTS20_Training_001_{t1,t1ce,t2,flair,seg}.nii",
+        {"BraTS20_Training_001": "t1n t1c t2w t2f seg"},
+    ),
+    "BraTS 2024": (
+        "BraTS-GLI-00005-100/BraTS-GLI-00005-100-{t1n,t1c,t2w,t2f,seg}.nii.gz "
+        "BraTS-GLI-00005-101/BraTS-GLI-00005-101-{t1n,t1c,t2w,t2f,seg}.nii.gz",
+        {"BraTS-GLI-00005-100": "t1n t1c t2w t2f seg", "BraTS-GLI-00005-101": "t1n t1c t2w t2f seg"},
+    ),
+    "BraTS 2024, radiotherapy": (
+        "BraTS-MEN-RT-0001-1/BraTS-MEN-RT-0001-1_{t1c,gtv}.nii.gz",
+        {"BraTS-MEN-RT-0001-1": "t1c seg"},
+    ),
+    "BraTS 2023 to 2025, inpainting": (
+        "BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1n-voided,mask,mask-healthy,mask-unhealthy}.nii.gz",
+        {"BraTS-GLI-00000-000": "t1n seg"},
+    ),
+    "UPenn-GBM": (
+        "images_structural/UPENN-GBM-00001_11/UPENN-GBM-00001_11_{T1,T1GD,T2,FLAIR}.nii.gz "
+        "images_structural_unstripped/UPENN-GBM-00001_11/UPENN-GBM-00001_11_{T1,T1GD,T2,FLAIR}_unstripped.nii.gz "
+        "images_segm/UPENN-GBM-00001_11_segm.nii.gz automated_segm/UPENN-GBM-00001_11_automated_approx_segm.nii.gz",
+        {"UPENN-GBM-00001_11": "t1n t1c t2w t2f seg"},
+    ),
+    "UPenn-GBM, automated": (
+        "images_structural/UPENN-GBM-00002_21/UPENN-GBM-00002_21_{T1,T1GD,T2,FLAIR}.nii.gz "
+        "automated_segm/UPENN-GBM-00002_21_automated_approx_segm.nii.gz",
+        {"UPENN-GBM-00002_21": "t1n t1c t2w t2f seg"},
+    ),
+    "UCSF-PDGM": (
+        "UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_{T1,T1_bias,T1c,T1c_bias,T2,T2_bias,FLAIR,FLAIR_bias,DWI,DWI_bias,SWI,"
+        "SWI_bias,ADC,ASL,DTI_eddy_FA,DTI_eddy_noreg,brain_segmentation,brain_parenchyma_segmentation,"
+        "tumor_segmentation}.nii.gz",
+        {"UCSF-PDGM-0004": "t1n t1c t2w t2f seg"},
+    ),
+    "UCSF-BMSR": (
+        "UCSF_BrainMetastases_TRAIN/100101A/100101A_{T1pre,T1post,FLAIR,T2Synth,subtraction,seg,BraTS-seg}.nii.gz",
+        {"100101A": "t1n t1c t2f seg"},
+    ),
+    "UCSF-POSTOP-GLIOMA": (
+        "100010/100010_time1_{t1,t1ce,t2,flair,seg}.nii.gz 100010/100010_time2_{t1,t1ce,t2,flair,seg}.nii.gz",
+        {"100010_time1": "t1n t1c t2w t2f seg", "100010_time2": "t1n t1c t2w t2f seg"},
+    ),
+    "LUMIERE": (
+        "Patient-001/week-000-1/{T1,CT1,T2,FLAIR}.nii.gz Patient-001/week-044/{T1,CT1,FLAIR}.nii.gz "
+        "Patient-001/week-044/HD-GLIO-AUTO-segmentation/registered/{CT1_r2s_bet_reg,segmentation}.nii.gz "
+        "Patient-001/week-044/DeepBraTumIA-segmentation/atlas/skull_strip/{ct1,t1,flair}_skull_strip.nii.gz",
+        {"Patient-001_week-000-1": "t1n t1c t2w t2f", "Patient-001_week-044": "t1n t1c t2f seg"},
+    ),
+    "EGD": (
+        "EGD-0001/1_T1/NIFTI/T1.nii.gz EGD-0001/2_T1GD/NIFTI/T1GD.nii.gz EGD-0001/3_T2/NIFTI/T2.nii.gz "
+        "EGD-0001/4_FLAIR/NIFTI/FLAIR.nii.gz EGD-0001/5_MASK/NIFTI/MASK.nii.gz "
+        "EGD-0002/1_T1/NIFTI/T1.nii.gz EGD-0002/5_MASK/NIFTI/MASK.nii.gz",
+        {"EGD-0001": "t1n t1c t2w t2f seg", "EGD-0002": "t1n seg"},
+    ),
+    "MSLesSeg": (
+        "train/P1/T1/P1_T1_{T1,T2,FLAIR,MASK}.nii.gz train/P1/T2/P1_T2_{T1,T2,FLAIR,MASK}.nii.gz "
+        "train/P2/T1/P2_T1_{T1,T2,FLAIR,MASK}.nii.gz test/P54/P54_{T1,T2,FLAIR,MASK}.nii.gz",
+        {
+            "P1_T1": "t1n t2w t2f seg",
+            "P1_T2": "t1n t2w t2f seg",
+            "P2_T1": "t1n t2w t2f seg",
+            "P54": "t1n t2w t2f seg",
+        },
+    ),
+    "MSSEG 2016": (
+        "Center_01/Patient_01/Raw_Data/{3DFLAIR,3DT1,3DT1GADO,T2,DP}.nii.gz "
+        "Center_01/Patient_01/Preprocessed_Data/{FLAIR,T1,GADO,T2,DP}_preprocessed.nii.gz "
+        "Center_01/Patient_01/Masks/{Brain_Mask,Consensus,ManualSegmentation_1,ManualSegmentation_2}.nii.gz",
+        {"Center_01_Patient_01": "t1n t1c t2w t2f pdw seg"},
+    ),
+    "MSSEG-2 2021": (
+        "training/013/{flair_time01_on_middle_space,flair_time02_on_middle_space,ground_truth}.nii.gz",
+        {"training_013_time01": "t2f", "training_013_time02": "t2f"},
+    ),
+    "ISBI 2015": (
+        "training01/orig/training01_01_{flair,mprage,pd,t2}.nii.gz "
+        "training01/preprocessed/training01_01_{flair,mprage,pd,t2}_pp.nii "
+        "training01/preprocessed/training01_02_{flair,mprage,pd,t2}_pp.nii training01/masks/training01_01_mask1.nii",
+        {"training01_01": "t1n t2w t2f pdw seg", "training01_02": "t1n t2w t2f pdw"},
+    ),
+    "WMH 2017": (
+        "Utrecht/0/orig/{3DT1,3DT1_mask,FLAIR,T1}.nii.gz Utrecht/0/pre/{3DT1,FLAIR,T1}.nii.gz Utrecht/0/wmh.nii.gz",
+        {"Utrecht_0": "t1n t2f seg"},
+    ),
+    "MRBrainS 2018": (
+        "1/orig/{3DT1,3DT1_mask,FLAIR,IR,T1}.nii.gz 1/pre/{FLAIR,IR,reg_3DT1,reg_IR,reg_T1}.nii.gz 1/segm.nii.gz",
+        {"1": "t1n t2f seg"},
+    ),
+    "ISLES 2015": (
+        "1/VSD.Brain.XX.O.MR_DWI.70613/VSD.Brain.XX.O.MR_DWI.70613.nii "
+        "1/VSD.Brain.XX.O.MR_T1.70615/VSD.Brain.XX.O.MR_T1.70615.nii "
+        "1/VSD.Brain.XX.O.MR_Flair.70614/VSD.Brain.XX.O.MR_Flair.70614.nii",
+        {"1": "t1n t2f"},
+    ),
+    "ISLES 2022": (
+        "sub-strokecase0001/ses-0001/anat/sub-strokecase0001_ses-0001_FLAIR.nii.gz "
+        "sub-strokecase0001/ses-0001/dwi/sub-strokecase0001_ses-0001_{dwi,adc}.nii.gz "
+        "derivatives/sub-strokecase0001/ses-0001/sub-strokecase0001_ses-0001_msk.nii.gz",
+        {"sub-strokecase0001_ses-0001": "t2f seg"},
+    ),
+    "IXI": (
+        "IXI-T1/IXI002-Guys-0828-T1.nii.gz IXI-T2/IXI002-Guys-0828-T2.nii.gz IXI-PD/IXI002-Guys-0828-PD.nii.gz "
+        "IXI-MRA/IXI002-Guys-0828-MRA.nii.gz IXI-DTI/IXI002-Guys-0828-DTI-00.nii.gz",
+        {"IXI002-Guys-0828": "t1n t2w pdw"},
+    ),
+    "OASIS-3": (
+        "OAS30001_MR_d0129/anat2/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz "
+        "OAS30001_MR_d0129/anat3/sub-OAS30001_ses-d0129_T2w.nii.gz "
+        "OAS30001_MR_d0129/anat4/sub-OAS30001_ses-d0129_FLAIR.nii.gz",
+        {"sub-OAS30001_ses-d0129": "t1n t2w t2f"},
+    ),
+    "RSNA-MICCAI": (
+        "train/00000/FLAIR/scan.nii.gz train/00000/T1w/scan.nii.gz train/00000/T1wCE/scan.nii.gz "
+        "train/00000/T2w/scan.nii.gz train/00002/FLAIR/scan.nii.gz",
+        {"train_00000": "t1n t1c t2w t2f", "train_00002": "t2f"},
+    ),
+    "UK Biobank": (
+        "1000032_2_0/T1/{T1,T1_brain,T1_brain_mask,T1_unbiased,T1_unbiased_brain,T1_brain_to_MNI}.nii.gz "
+        "1000032_2_0/T1/T1_fast/{T1_brain_pve_0,T1_brain_seg}.nii.gz 1000032_2_0/lesions/final_mask.nii.gz "
+        "1000032_2_0/T2_FLAIR/{T2_FLAIR,T2_FLAIR_brain,T2_FLAIR_unbiased,T2_FLAIR_brain_to_MNI}.nii.gz",
+        {"1000032_2_0": "t1n t2f seg"},
+    ),
+    "Yale metastases": (
+        "YG_0BCZ/2012-03-01/YG_0BCZ_2012-03-01_{PRE,POST,T2,FLAIR}.nii.gz "
+        "YG_0BCZ/2012-06-01/YG_0BCZ_2012-06-01_{PRE,POST,T2,FLAIR}.nii.gz",
+        {"YG_0BCZ_2012-03-01": "t1n t1c t2w t2f", "YG_0BCZ_2012-06-01": "t1n t1c t2w t2f"},
+    ),
+    "Ljubljana MS": (
+        "cross_sectional/raw/patient01/{FLAIR,T1W,T1WKS,T2W,consensus_gt,brainmask}.nii.gz "
+        "cross_sectional/raw/patient02/{FLAIR,T1W,T1WKS,T2W,consensus_gt}.nii.gz",
+        {
+            "cross_sectional_raw_patient01": "t1n t1c t2w t2f seg",
+            "cross_sectional_raw_patient02": "t1n t1c t2w t2f seg",
+        },
+    ),
+    "ADNI": (
+        "002_S_0295/MPRAGE/2006-04-18_08_20_30.0/I13722/"
+        "ADNI_002_S_0295_MR_MPRAGE_br_raw_20060418193713091_1_S13408_I13722.nii "
+        "002_S_0295/MPR__GradWarp__B1_Correction__N3__Scaled/2006-04-18_08_20_30.0/I45107/"
+        "ADNI_002_S_0295_MR_MPR__GradWarp__B1_Correction__N3__Scaled_Br_20070319113623975_S13408_I45107.nii "
+        "002_S_0295/Axial_PD_T2_FSE/2006-04-18_08_20_30.0/I13719/"
+        "ADNI_002_S_0295_MR_Axial_PD_T2_FSE_br_raw_20060418193538378_1_S13407_I13719.nii "
+        "002_S_0295/Axial_T2-FLAIR/2011-06-02_07_56_36.0/I239487/"
+        "ADNI_002_S_0295_MR_Axial_T2-FLAIR_br_raw_20110603120000123_1_S110476_I239487.nii "
+        "002_S_0295/Axial_T2_Star/2011-06-02_07_56_36.0/I239488/"
+        "ADNI_002_S_0295_MR_Axial_T2_Star_br_raw_20110603120000124_1_S110477_I239488.nii",
+        {"002_S_0295_2006-04-18": "t1n", "002_S_0295_2011-06-02": "t2f"},
+    ),
+    "XNAT": (
+        "S1/scans/2-T1/resources/NIFTI/files/scan.nii.gz S1/scans/3-T2/resources/NIFTI/files/scan.nii.gz",
+        {"S1": "t1n t2w"},
+    ),
+}
+PATIENTS = {  # of those layouts where a patient has several studies
+    "ADNI": "002_S_0295 002_S_0295",
+    "BraTS 2024": "BraTS-GLI-00005 BraTS-GLI-00005",
+    "UCSF-POSTOP-GLIOMA": "100010 100010",
+    "LUMIERE": "Patient-001 Patient-001",
+    "MSLesSeg": "P1 P1 P2 P54",
+    "Yale metastases": "YG_0BCZ YG_0BCZ",
+}
+
+
+def expand(text: str) -> list[str]:
+    """Names with every {a,b} written out."""
+    found = []
+    for name in re.findall(r"(?:\{[^}]*\}|\S)+", text):
+        before, brace, rest = name.partition("{")
+        options, _, after = rest.partition("}")
+        found += [before + option + after for option in options.split(",")] if brace else [name]
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_public_cohorts(layout: str) -> None:
+    files, expected = LAYOUTS[layout]
+    found = recognise([Path("c", file) for file in expand(files)], root=Path("c"))
+    assert {s.case: " ".join([*s.images(), *(["seg"] if s.label() else [])]) for s in found} == expected
+    if layout in PATIENTS:
+        assert [s.patient for s in found] == PATIENTS[layout].split()
+
+
+def found_in(*files: str) -> dict[str, dict[str, str]]:
+    """Case → modality → the file's name, of files below a folder c."""
+    found = recognise([Path("c", file) for name in files for file in expand(name)], root=Path("c"))
+    return {study.case: names(study) for study in found}
+
+
+class TestWhatOtherFilesSay:
+    @pytest.mark.parametrize(
+        ("files", "cases"),
+        [
+            ("P1/P1_{T2,T1_FLAIR}.nii", "P1"),
+            ("P1/P1_{T1,T2,T2_FLAIR}.nii", "P1"),
+            ("P1/P1_{T1_T1,T1_FLAIR,T2_T2,T2_FLAIR}.nii", "P1_T1 P1_T2"),
+            ("P1/T1/P1_T1_FLAIR.nii P1/P1_T2/P1_T2_FLAIR.nii", "P1 P1_T2"),
+            ("P1/{pre_T1,post_T1,T2}.nii", "P1"),
+            ("P1/P1_{pre_T1,pre_FLAIR,post_T1,post_FLAIR}.nii", "P1_pre P1_post"),
+            ("P1/{pre_T1,pre_FLAIR,post_T1,post_FLAIR}.nii", "P1_pre P1_post"),
+            ("P1/{baseline_T1,baseline_T2,followup_T1}.nii P2/baseline_T1.nii", "P1_baseline P1_followup P2_baseline"),
+            ("P1/{2_T1,3_T2,4_FLAIR,5_T1ce}.nii", "P1"),
+            ("{1_T1,2_T1,3_T1}.nii", "1 2 3"),
+            ("{001_T1,001_FLAIR,002_T1,002_FLAIR}.nii", "001 002"),
+            ("7/7_T1.nii 8/8_T1.nii", "7 8"),
+            ("P1/1_T1/T1.nii P1/2_T2/T2.nii", "P1"),
+            ("P1/T1/T1.nii P1/T2/T2.nii", "P1"),
+            ("P1/T1/{T1,T2}.nii P1/T2/{T1,T2}.nii", "P1_T1 P1_T2"),
+            ("P1/T1/T1.nii P1/T0/T1.nii", "P1_T1 P1_T0"),
+            ("P1/pre/T1.nii P1/post/T1.nii", "P1_pre P1_post"),
+            ("P1/pre/T1.nii P1/orig/T1.nii", "P1"),
+            ("S/scans/3-T2/NIFTI/x.nii S/scans/4-FLAIR/NIFTI/x.nii", "S"),
+            ("P1/baseline/P1_{T1,T2}.nii P1/followup/P1_T1.nii", "P1_baseline P1_followup"),
+            ("2019-03-01/P1_T1.nii 2020-03-01/anat/P1_T1.nii", "P1_2019-03-01 P1_2020-03-01"),
+            ("P1/T0/P1_T1.nii P1/T1/P1_T1.nii P1/T1/P1_T2.nii", "P1_T0 P1_T1"),
+            ("sub-1/ses-2/anat/sub-1_T1w.nii", "sub-1_ses-2"),
+            ("P1/baseline/P1_baseline_T1.nii", "P1_baseline"),
+            ("T1/P1_T1.nii T2/P1_T2.nii", "P1"),
+            ("P1/P1_{T1_visit1,T1_visit2,T2_visit1}.nii", "P1_visit1 P1_visit2"),
+        ],
+    )
+    def test_cases(self, files: str, cases: str) -> None:
+        assert sorted(found_in(*files.split())) == sorted(cases.split())
+
+    def test_several_series_of_one_contrast_are_never_several_patients(self) -> None:
+        found = study("P1/2_T1.nii", "P1/3_T2.nii", "P1/7_T1.nii")
+        with pytest.raises(NamingError, match="2 files claim to be t1n"):
+            found.images()
+
+    def test_an_agent_alone_counts_beside_other_contrasts(self) -> None:
+        assert found_in("P1/P1_{PRE,POST,FLAIR}.nii") == {
+            "P1": {"t1n": "P1_PRE.nii", "t1c": "P1_POST.nii", "t2f": "P1_FLAIR.nii"}
+        }
+        assert found_in("P1/P1_{PRE,POST}.nii") == {"P1": {}}
+
+    def test_a_cases_name_does_not_depend_on_its_neighbours(self) -> None:
+        alone = found_in("site1/P1/T1.nii", "site1/P2/T1.nii")
+        assert found_in("site1/P1/T1.nii", "site1/P2/T1.nii", "site2/P1/T1.nii").keys() - alone.keys() == {"site2_P1"}
+        assert alone.keys() == {"site1_P1", "site1_P2"}
+
+
+class TestOneOfSeveral:
+    @pytest.mark.parametrize(
+        ("files", "taken", "passed_over"),
+        [
+            ("FLAIR FLAIR_bet FLAIR_n4_bet", "FLAIR", "FLAIR_bet FLAIR_n4_bet"),
+            ("FLAIR_bet FLAIR_n4_bet", "FLAIR_bet", "FLAIR_n4_bet"),
+            ("FLAIR (1)|FLAIR", "FLAIR", "FLAIR (1)"),
+            ("T1 FLAIR FLAIR_to_T1", "FLAIR_to_T1 T1", "FLAIR"),
+            ("T1 T1_to_MNI", "T1", "T1_to_MNI"),
+            ("T1 T1_FLAIR", "T1", "T1_FLAIR"),
+            ("orig/T1 orig/FLAIR pre/T1 pre/FLAIR", "pre/FLAIR pre/T1", "orig/FLAIR orig/T1"),
+            ("raw/T1 raw/T2 raw/FLAIR preprocessed/T1", "raw/FLAIR raw/T1 raw/T2", "preprocessed/T1"),
+        ],
+    )
+    def test_the_plainest_is_taken_and_the_others_are_listed(self, files: str, taken: str, passed_over: str) -> None:
+        paths = [f"P/{file}.nii" for file in (files.split("|") if "|" in files else files.split())]
+        found = study(*paths)
+        assert sorted(map(str, found.images().values())) == [f"P/{file}.nii" for file in taken.split()]
+        expected = [passed_over] if "|" in files else passed_over.split()
+        assert sorted(map(str, found.passed_over)) == [f"P/{file}.nii" for file in expected]
+        assert sorted(map(str, found.paths())) == sorted(paths)
+
+    @pytest.mark.parametrize("pair", ["FLAIR_SAG FLAIR_AX", "FLAIR_1 FLAIR_2", "orig_FLAIR FLAIR_bet"])
+    def test_two_alike_are_refused(self, pair: str) -> None:
+        with pytest.raises(NamingError, match="2 files claim to be t2f"):
+            study(*(f"P/{name}.nii" for name in pair.split())).images()
+
+
+def test_a_name_without_its_suffix():
+    assert [stem_of(name) for name in ("a.nii", "a.nii.gz", "a.NII.GZ", "a.b.nii", "a.json")] == [
+        *"aaa",
+        "a.b",
+        "a.json",
+    ]
+    assert [is_nifti(name) for name in ("a.nii", "a.NII.gz", "a.nii.zip", "nii", "a.nii.gz.part")] == [1, 1, 0, 0, 0]
+
+
+def test_folders_are_named_by_as_much_as_makes_them_unique():
+    folders = [Path(f"/c/{name}") for name in ("P1/a", "P2/a", "P2/b")]
+    assert folder_names(folders, Path("/c")) == dict(zip(folders, ("P1_a", "P2_a", "b"), strict=True))
+
+
+def test_each_name_is_read_once_with_its_folder():
+    names = NamesInTree([Path("/c/P1/T1.nii"), Path("/c/P1/P2_T1.nii")], None, Path("/c"))
+    assert [names.case(path, reading) for path, reading in names.readings] == ["P2", "P1"]
+
+
+class TestMasks:
+    @pytest.mark.parametrize(
+        "mask",
+        ["mask_FLAIR", "P1_FLAIR_lesion", "P1_T1_mask", "seg/other", "P1_brain_mask", "Brain_Mask", "masks/P1_T1_mask"],
+    )
+    def test_they_are_no_image_and_no_case(self, mask: str) -> None:
+        name = mask.replace("seg/other", "seg/other_mask")
+        found = found_in("P1/P1_{T1,T2}.nii", f"P1/{name}.nii", "P2/P2_T1.nii")
+        assert found == {"P1": {"t1n": "P1_T1.nii", "t2w": "P1_T2.nii"}, "P2": {"t1n": "P2_T1.nii"}}
+
+    def test_those_of_a_patient_without_images_are_left_out(self) -> None:
+        assert found_in("images/P1_T1.nii", "labels/P1_seg.nii", "labels/P2_seg.nii").keys() == {"P1"}
+
+    def test_one_for_each_contrast_is_of_the_head(self) -> None:
+        found = study(*(f"P1/P1_{c}{m}.nii" for c in ("T1", "T2", "FLAIR") for m in ("", "_mask")))
+        assert found.label() is None
+        assert len(found.images()) == 3
+
+    @pytest.mark.parametrize(
+        ("files", "label"),
+        [
+            ("a/P1_segm.nii b/P1_automated_approx_segm.nii", "P1_segm.nii"),
+            ("P1/P1_automated_approx_segm.nii", "P1_automated_approx_segm.nii"),
+            ("P1/P1_seg.nii P1/P1_BraTS-seg.nii", "P1_seg.nii"),
+            ("P1/Consensus.nii P1/ManualSegmentation_1.nii P1/ManualSegmentation_2.nii", "Consensus.nii"),
+            ("P1/P1_seg.nii P1/P1_T1_mask.nii", "P1_seg.nii"),
+        ],
+    )
+    def test_the_segmentation_of_several(self, files: str, label: str) -> None:
+        found = study("P1/P1_T1.nii", *files.split())
+        assert (found.label() or Path()).name == label
+
+
+class TestNnUNet:
+    @pytest.mark.parametrize("key", ["channel_names", "modality"])
+    def test_channels_are_read_from_dataset_json(self, tmp_path: Path, key: str) -> None:
+        touch(tmp_path, *(f"imagesTr/P1_000{n}.nii.gz" for n in range(4)), "imagesTs/P2_0001.nii.gz")
+        touch(tmp_path, "labelsTr/P1.nii.gz", "labelsTr/P9.nii.gz")
+        channels = {"0": "FLAIR", "1": "T1", "2": "T1ce", "3": "CT"}
+        (tmp_path / "dataset.json").write_text(json.dumps({key: channels, "labels": {"background": 0}}))
+        first, second = find_studies(tmp_path)
+        assert names(first) == {"t1n": "P1_0001.nii.gz", "t1c": "P1_0002.nii.gz", "t2f": "P1_0000.nii.gz"}
+        assert first.label() == tmp_path / "labelsTr/P1.nii.gz"
+        assert [path.name for path in first.unrecognised] == ["P1_0003.nii.gz"]
+        assert (second.case, names(second)) == ("P2", {"t1n": "P2_0001.nii.gz"})
+
+    @pytest.mark.parametrize("text", ["", "[]", '{"channel_names": {"a": 1}}', '{"channel_names": ["T1"]}'])
+    def test_a_dataset_json_of_something_else_says_nothing(self, tmp_path: Path, text: str) -> None:
+        touch(tmp_path, "P1_0000.nii.gz", "P1_t1.nii.gz")
+        (tmp_path / "dataset.json").write_text(text)
+        (found,) = find_studies(tmp_path)
+        assert names(found) == {"t1n": "P1_t1.nii.gz"}
+
+
+_WORDS = "P1 T1 T2 FLAIR T1ce pre post seg mask bet to 2 1 baseline T0 brain pd ax MNI r anat orig x sub-1 week-040 CT1"
+_NAMES = st.lists(st.sampled_from(_WORDS.split()), min_size=1, max_size=5).map("_".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(_NAMES, min_size=1, max_size=4).map("/".join), min_size=1, max_size=8, unique=True))
+def test_whatever_the_names_every_image_is_in_one_study_once(names: list[str]) -> None:
+    paths = [Path("c", f"{name}.nii.gz") for name in names]
+    found = recognise(paths, root=Path("c"))
+    listed = [path for study in found for path in study.paths()]
+    assert len({study.case for study in found}) == len(found)
+    assert len(set(listed)) == len(listed)
+    assert all(re.search("seg|mask", path.name) for path in {*paths} - {*listed})
+    assert recognise(paths[::-1], root=Path("c")) == found
