@@ -38,6 +38,7 @@ from crossmr.data.naming import find_studies, recognise
         ("echo-1_T2w", "t2w"),
         ("echo-2_MESE", ""),
         ("desc-synthetic_FLAIR", ""),
+        ("desc-syntheticstd_FLAIR", ""),
         ("space-T1w_desc-lesion_mask", "label"),
         ("desc-brain_mask", ""),
         ("T1w__dup-01", "t1n"),

@@ -51,7 +51,7 @@ def _meaning(suffix: str, entities: Mapping[str, str]) -> str:
     if suffix in ("PDT2", "MP2RAGE") or entities.get("part", "mag") != "mag" or "inv" in entities:
         return OTHER
     meaning = _SUFFIXES.get(suffix) or spelt(suffix)
-    if entities.get("desc") == "synthetic" or (meaning == LABEL and entities.get("desc") == "brain"):
+    if entities.get("desc", "").startswith("synthetic") or (meaning == LABEL and entities.get("desc") == "brain"):
         return OTHER
     acquisition = entities.get("acq", "")
     if meaning == "t2w" and _FLUID.fullmatch(acquisition):
