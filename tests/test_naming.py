@@ -116,7 +116,7 @@ def test_conventions(convention: str) -> None:
         ("CASE_T1_post.nii.gz", "CASE", "t1c"),
         ("my case T2 FLAIR.nii.gz", "my case", "t2f"),
         ("CASE-t1n-t2f.nii.gz", "CASE-t1n", "t2f"),
-        ("T2-study_pd.nii.gz", "T2-study", "pdw"),
+        ("T2-study7_pd.nii.gz", "T2-study7", "pdw"),
         ("T2-study/t1.nii.gz", "T2-study", "t1n"),
         ("W39_1998.09.19_T1.nii", "W39_1998.09.19", "t1n"),
         ("sub-T2_FLAIR.nii.gz", "sub-T2", "t2f"),

@@ -195,7 +195,7 @@ def expand(text: str) -> list[str]:
     for name in re.findall(r"(?:\{[^}]*\}|\S)+", text):
         before, brace, rest = name.partition("{")
         options, _, after = rest.partition("}")
-        found += [before + option + after for option in options.split(",")] if brace else [name]
+        found += expand(" ".join(before + option + after for option in options.split(","))) if brace else [name]
     return found
 
 
@@ -301,6 +301,30 @@ def test_a_name_without_its_suffix():
         "a.json",
     ]
     assert [is_nifti(name) for name in ("a.nii", "a.NII.gz", "a.nii.zip", "nii", "a.nii.gz.part")] == [1, 1, 0, 0, 0]
+
+
+class TestFoldersOfOneContrast:
+    @pytest.mark.parametrize(
+        ("files", "cases"),
+        [
+            ("{T1,T2,FLAIR}/{P1,P2}.nii", {"P1": "t1n t2w t2f", "P2": "t1n t2w t2f"}),
+            ("{t1,t1ce}/{001,002}.nii t2/001.nii", {"001": "t1n t1c t2w", "002": "t1n t1c"}),
+            ("P1/{T1,T2}/{scan1,scan2}.nii", {"P1_scan1": "t1n t2w", "P1_scan2": "t1n t2w"}),
+            ("T1/P1.nii T2/P2.nii", {"c": "t1n t2w"}),
+            ("P1/T1/scan.nii P1/T2/scan.nii P2/T1/scan.nii", {"P1": "t1n t2w", "P2": "t1n"}),
+        ],
+    )
+    def test_files_of_the_same_name_in_them_are_of_one_patient(self, files: str, cases: dict[str, str]) -> None:
+        assert {case: " ".join(images) for case, images in found_in(*files.split()).items()} == cases
+
+
+def test_of_two_planes_the_one_of_most_files_is_taken() -> None:
+    found = study(*(f"P1/{name}.nii" for name in ("SAG_T1", "AX_T1_POST", "AX_T2", "COR_T2", "AX_FLAIR")))
+    assert names(found)["t2w"] == "AX_T2.nii"
+    assert [path.name for path in found.passed_over] == ["COR_T2.nii"]
+    found = study("P1/AX_T2.nii", "P1/COR_T2.nii")
+    with pytest.raises(NamingError, match="2 files claim to be t2w"):
+        found.images()
 
 
 def test_folders_are_named_by_as_much_as_makes_them_unique():

@@ -49,7 +49,7 @@ def doubted(cohort):
 @pytest.mark.parametrize(
     ("name", "may_be"),
     [
-        ("P1_T1_KM.nii.gz", "t1c"),
+        ("P1_T1_Gdbolus.nii.gz", "t1c"),
         ("P1_T1_AX.nii.gz", "t1c"),
         ("P1_weird.nii.gz", "t1c t2f"),
         ("P1_FLAIR_something.nii.gz", "t2f"),
@@ -140,13 +140,13 @@ def test_derivatives_of_bids_are_not_searched(tmp_path):
 
 
 def test_it_is_not_filled_and_the_manifest_names_it(cohort, model, tmp_path):
-    scan(cohort / "P1" / "P1_T1_KM.nii.gz")
+    scan(cohort / "P1" / "P1_T1_Gdbolus.nii.gz")
     summary = complete_cohort(cohort, tmp_path / "out", model, SETTINGS)
     assert summary.completed == {"P1": ["t2f"]}
-    assert summary.unread == {"P1": {"t1c": ["P1_T1_KM.nii.gz"]}}
+    assert summary.unread == {"P1": {"t1c": ["P1_T1_Gdbolus.nii.gz"]}}
     assert summary.not_filled["P1"]["t1c"] == (
-        "P1_T1_KM.nii.gz may be it and has a name that says no contrast for sure; name it, such as --map "
-        "t1c='*_T1_KM.nii.gz'. To synthesise T1ce all the same, pass --targets t1c."
+        "P1_T1_Gdbolus.nii.gz may be it and has a name that says no contrast for sure; name it, such as --map "
+        "t1c='*_T1_Gdbolus.nii.gz'. To synthesise T1ce all the same, pass --targets t1c."
     )
     manifest = json.loads((tmp_path / "out" / "P1" / "manifest.json").read_text())
     assert manifest["unread"] == summary.unread["P1"]
@@ -160,14 +160,14 @@ def test_it_is_not_filled_and_the_manifest_names_it(cohort, model, tmp_path):
 
 
 def test_targets_that_name_it_are_synthesised_and_it_is_said(cohort, model, tmp_path):
-    scan(cohort / "P1" / "P1_T1_KM.nii.gz")
+    scan(cohort / "P1" / "P1_T1_Gdbolus.nii.gz")
     complete_cohort(cohort, tmp_path / "out", model, SETTINGS)
     asked = Settings(ddim_steps=2, device="cpu", precision="float32", targets=("t1c",))
     summary = complete_cohort(cohort, tmp_path / "out", model, asked)  # done again: it was in doubt
     assert summary.completed == {"P1": ["t1c"]}
     assert summary.unread == {}
-    assert summary.notes["P1"] == ["P1_T1_KM.nii.gz may be t1c, which was asked for by name."]
-    named = CohortSettings({"t1c": "*_T1_KM*"}, overwrite=True)
+    assert summary.notes["P1"] == ["P1_T1_Gdbolus.nii.gz may be t1c, which was asked for by name."]
+    named = CohortSettings({"t1c": "*_T1_Gdbolus*"}, overwrite=True)
     summary = complete_cohort(cohort, tmp_path / "out", model, SETTINGS, named)
     assert summary.completed == {"P1": ["t2f"]}
     assert summary.unread == {}

@@ -14,6 +14,25 @@ from crossmr.data.words import LABEL, describes, is_raw, read, spelt
         ("T2 T2_TSE T2TSE T2_FSE_AX axial_T2 Sag_3D_T2_SPACE T2_to_T1 rT2 T2_bet", "", "t2w"),
         ("FLAIR 3DFLAIR T2_FLAIR T2FLAIR FLAIR_SAG FLAIR_cor FLAIR_CUBE", "", "t2f"),
         ("DP PD PDw PD_TSE pd_pp", "", "pdw"),
+        # names that converters make of a scanner's protocols
+        (
+            "t1_mprage_sag_p2_iso 3_t1_mprage_sag_p2_iso T1_VIBE T1_MPR T1_FLASH t1_se_tra_fl2d T1_no_contrast",
+            "",
+            "t1n",
+        ),
+        (
+            "T1_ohne_KM t1_nativ T1_sans_injection T1_sin_contraste T1_sem_contraste T1w_without T1_wo_contrast",
+            "",
+            "t1n",
+        ),
+        (
+            "5_t1_mprage_sag_p2_iso_KM t1_km T1_mit_KM T1_MPR_GD T1_VIBE_POST T1w_GADOVIST T1_fat_sat_post_gad",
+            "",
+            "t1c",
+        ),
+        ("T1_with_contrast T1_con_contraste T1_mdc T1_avec_gadolinium T1_contrast_agent T1_iv_contrast", "", "t1c"),
+        ("4_t2_tse_tra_448_p2 T2_HASTE t2_tse_fs_tra_3mm T2_hires T2_fat_sat", "", "t2w"),
+        ("6_t2_tirm_tra_dark-fluid t2_spc_flair T2_darkfluid FLAIR_fat_sat", "", "t2f"),
         # steps, copies and spaces
         ("P1_FLAIR_bet P1_FLAIR_n4 P1_FLAIR_brain P1_FLAIR_1 P1-FLAIR_run2 P1_FLAIR_N4_noise_reduced", "P1", "t2f"),
         ("P1_FLAIR_(1) P1_FLAIR_copy P1_FLAIR_defaced P1_FLAIR_SAG_3D_bet_1 P1_FLAIR_r2s_bet_reg", "P1", "t2f"),
@@ -31,6 +50,10 @@ from crossmr.data.words import LABEL, describes, is_raw, read, spelt
         # initials are no words of a sequence, nor an agent, where they stand before the contrast
         ("SE_T1", "SE", "t1n"),
         ("P1_C_T2", "P1_C", "t2w"),
+        ("P1_KM_T1", "P1_KM", "t1n"),
+        ("P2_T1", "P2", "t1n"),
+        ("NO_T1", "NO", "t1n"),
+        ("T2_P1_FLAIR", "T2_P1", "t2f"),
         # segmentations
         ("P1_seg P1_mask_FLAIR P1_FLAIR_lesion P1_T1_mask P1_consensus_gt P1_tumor_segmentation P1_mask1", "P1", LABEL),
         ("mask_FLAIR wmh MASK ManualSegmentation_1 ground_truth lesion_T2 FLAIR_to_T1_mask", "", LABEL),
@@ -48,7 +71,8 @@ def test_names(names: str, head: str, meaning: str) -> None:
     [
         "T1_bias T2starw mt1 scan7 P_0000 P1_T2_star P1_T2s P1_T1map P1_T1_map T12 T11 PDT2",
         "FLAIR_gd P1_post_contrast_FLAIR P1_FLAIR_post T2_gd",  # enhanced, and not a T1
-        "P1_t2f_synthetic P1_T2Synth P1_T1_pred2 P1_T1_fast P1_T1_brain_pve_0 P1_T1_KM P1_SWI P1_ADC P1_DWI",
+        "t2_xyz_flair T1_what_ever_T2 flair_xyz_mask",  # a contrast and words that are not known name no patient
+        "P1_t2f_synthetic P1_T2Synth P1_T1_pred2 P1_T1_fast P1_T1_brain_pve_0 P1_T1_Gdbolus P1_SWI P1_ADC P1_DWI",
         "P1_brain_mask brainmask T1_brain_mask head_mask P1_brain_parenchyma_segmentation csf_seg",
     ],
 )

@@ -238,8 +238,8 @@ def recognise(
        `dataset.json` above: `channels` are its modalities, by its folder. A T1 in `enhanced` is a T1ce, unless another
        file of the study is one by its name.
     5. Of several files of one contrast the one is taken that lies with most others, is registered to one of them, has
-       fewest words beside, and is the last run; the others are `passed_over`. Two alike are refused, by
-       `StudyFiles.images()`.
+       fewest words beside, lies in the plane of most files, and is the last run; the others are `passed_over`. Two
+       alike are refused, by `StudyFiles.images()`.
     6. Masks and segmentations make no case: they join that of their name or folder.
 
     A `mapping` from modality to a glob on the file name adds to these rules, for instance
@@ -308,8 +308,11 @@ def _study(case: str, files: list[File], patient: "_Patient", names: NamesInTree
     for modality, of in taken.items():
         one_folder = len({names.folder(path) for path, _ in of}) == 1
         best = min(rank(file, one_folder) for file in of)
-        alike = {path: reading.run for path, reading in of if rank((path, reading), one_folder) == best}
-        chosen[modality] = tuple(last_runs(alike))
+        alike = [file for file in of if rank(file, one_folder) == best]
+        planes = Counter(reading.plane for others in taken.values() for _, reading in others)
+        most = max(planes[reading.plane] for _, reading in alike)
+        in_plane = {path: reading.run for path, reading in alike if planes[reading.plane] == most}
+        chosen[modality] = tuple(last_runs(in_plane))
     labels = _labels(case, by_meaning.get(LABEL, []))
     used = {path for paths in (*chosen.values(), labels) for path in paths}
     others = [path for path, _ in by_meaning.get(OTHER, [])]

@@ -120,20 +120,34 @@ class NamesInTree:
                 return literal
         if reading.weak and reading.head not in beside.imaged:
             return Reading()
+        if not reading.meaning and not reading.mask and (said := self._said_by_folders_alike(path)):
+            return Reading(stem_of(path.name), meaning=said)
         alone = not reading.meaning and not reading.mask and beside.images == 1
         if alone and path.parent.name and (said := self._said_by_folder(path)):
             return Reading(meaning=said)
         return reading
+
+    def _said_by_folders_alike(self, path: Path) -> str:
+        """The contrast of a folder whose files are named after patients: `T1/P1.nii` beside `T2/P1.nii`.
+
+        One of these folders holds several files, none says a contrast by its name, and another has this file, too.
+        """
+        said = _contrast_of_folder(path.parent.name)
+        if not said or any(reading.meaning for _, reading in self._below[path.parent]):
+            return ""
+        others = self._children[path.parent.parent] - {path.parent}
+        alike = [[file for file, _ in self._below[o]] for o in others if _contrast_of_folder(o.name) not in ("", said)]
+        several = len(self._below[path.parent]) > 1 or any(len(files) > 1 for files in alike)
+        same = any(file.name == path.name for files in alike for file in files)
+        return said if several and same else ""
 
     def _said_by_folder(self, path: Path) -> str:
         """The contrast that a folder above is named after, if it holds nothing but this file: `scans/3-T2/NIFTI/x`."""
         folder = path.parent
         while folder.name.lower() in _ANONYMOUS and folder.parent.name:
             folder = folder.parent
-        said = read_words(folder.name)
-        beneath = self._below.get(folder, [])
-        whole = not said.head and not said.visit and not said.weak and said.meaning in CONTRASTS
-        return said.meaning if whole and len(beneath) == 1 and not stem_of(path.name).startswith("sub-") else ""
+        alone = len(self._below.get(folder, [])) == 1
+        return _contrast_of_folder(folder.name) if alone and not stem_of(path.name).startswith("sub-") else ""
 
     def folder(self, path: Path) -> Path:
         """The folder whose name is the case of a file whose own name says none."""
@@ -160,10 +174,9 @@ class NamesInTree:
 
     def _of_one_contrast(self, folder: Path) -> bool:
         """Whether a folder is named after a contrast, and so are its files, or their names say nothing."""
-        said = read_words(folder.name)
-        if said.head or said.visit or said.weak or said.meaning not in CONTRASTS:
-            return False
-        return {reading.meaning for _, reading in self._below[folder] if not reading.mask} <= {said.meaning, OTHER}
+        said = _contrast_of_folder(folder.name)
+        read_in_it = {reading.meaning for _, reading in self._below[folder] if not reading.mask}
+        return bool(said) and read_in_it <= {said, OTHER}
 
     def case(self, path: Path, reading: Reading) -> str:
         """The case of a file: what its name begins with, or else its folder; with the time point, if it says one."""
@@ -183,6 +196,12 @@ class NamesInTree:
         """The folders below the root that are named after a time point alone: `P1/baseline/P1_T1`."""
         within = [folder for folder in path.parents if self.root in folder.parents]
         return [f.name for f in reversed(within) if not read(f.name).patient and not self._says_no_case(f)]
+
+
+def _contrast_of_folder(name: str) -> str:
+    """The contrast that a folder's name says and nothing else, else ''."""
+    said = read_words(name)
+    return "" if said.head or said.visit or said.weak or said.meaning not in CONTRASTS else said.meaning
 
 
 def _channel(path: Path, channels: Mapping[Path, Channels]) -> Reading | None:

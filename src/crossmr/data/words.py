@@ -25,15 +25,21 @@ _VOCABULARY = {
     ("contrast", "t1n"): "t1n",
     ("contrast", "t1c"): "t1c ct1",
     ("contrast", "t2"): "t2 t2w",
-    ("contrast", "flair"): "flair",
+    ("contrast", "flair"): "flair fluid darkfluid",
     ("contrast", "t2f"): "t2f",
     ("contrast", "pd"): "pd pdw dp",
-    ("agent", "with"): "ce gd gad gado gadolinium post postcontrast postgd postgad contrast enhanced ks c",
-    ("agent", "without"): "pre precontrast noncontrast nocontrast nogd nogad unenhanced",
-    ("sequence", "t1"): "mprage rage bravo spgr fspgr",
-    ("sequence", ""): "2d 3d tse fse frfse tfe ffe ir cube vista space blade propeller tfl se gre fs iso mp 1mm "
-    "thin thick",
-    ("plane", ""): "ax axial tra trans transverse sag sagittal cor coronal",
+    ("agent", "with"): "ce gd gad gado gadolinium post postcontrast postgd postgad contrast enhanced ks c "
+    "km mitkm kontrast kontrastmittel contraste contrasto gadolinio mdc injection injected gadovist gadavist magnevist "
+    "dotarem multihance prohance omniscan clariscan elucirem vueway",
+    ("agent", "without"): "pre precontrast noncontrast nocontrast nogd nogad unenhanced nativ native ohnekm plain",
+    ("denial", ""): "without wo no non ohne sans sin sem senza bez zonder utan uden",
+    ("filler", ""): "with mit avec con com iv agent medium",
+    ("sequence", "t1"): "mprage rage bravo spgr fspgr mpr vibe flash",
+    ("sequence", ""): "2d 3d tse fse frfse tfe ffe ir cube vista space blade propeller tfl se gre fs iso mp 1mm 2mm "
+    "3mm thin thick tirm spc dark haste hires hr fat sat fatsat fatsup supp suppressed fl2d fl3d p2 p3 p4",
+    ("plane", "ax"): "ax axial tra trans transverse",
+    ("plane", "sag"): "sag sagittal",
+    ("plane", "cor"): "cor coronal",
     ("step", ""): "bet hdbet synthstrip stripped skullstripped skullstrip unstripped strip n4 bfc unbiased corrected "
     "biascorrected corr norm normalized normalised denoised noise reduced defaced deface cropped crop preproc "
     "preprocessed processed pp orig original raw native final nii lin linear nonlin nonlinear affine rigid conform "
@@ -91,8 +97,19 @@ _HINTS_BY_ROLE = {
     ("agent", "without"): ("without",),
 }
 
-_NEVER_GLUED = frozenset({"c", "to", "in", "on", "mp", "gt", "r", "mr", "star", "map", "img", "data"})
-_ONLY_AFTER = frozenset({"c", "se", "ir", "fs", "iso", "ks", "mp", "pp", "r2s", "raw", "final", "std", "in", "on"})
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_NEVER_GLUED = _set(
+    "c to in on mp gt r mr star map img data no non wo sin sem con com iv mit with hr fat sat p2 p3 p4 bez dark fluid "
+    "plain"
+)
+_ONLY_AFTER = _set(
+    "c se ir fs iso ks mp pp r2s raw final std in on km hr fat sat p2 p3 p4 no non wo sin sem con com iv mit with "
+    "plain agent medium mdc bez"
+)
 """Words that count only after the contrast: before it they may be somebody's initials."""
 _KINDS = frozenset(["seg", "segm", "segmentation", "segmentations", "mask", "masks", "labels"])
 _WORD = re.compile(r"[^-_. ()\[\]+,]+")
@@ -140,6 +157,8 @@ class Reading:
     """The contrasts that are named, of a mask, too."""
     space: str = ""
     """The modality to whose image this one was registered: `FLAIR_to_T1`."""
+    plane: str = ""
+    """The plane that is named: ax, sag or cor."""
     extras: int = 0
     """How many words there are of sequence, plane, step and copy: the image of fewest is the plain one."""
     automatic: bool = False
@@ -172,6 +191,9 @@ def read(stem: str, *, literal: bool = False) -> Reading:
     if said is None:
         return Reading()
     start = tail[0].start if tail else 0
+    before = [word for word in words if word.start < start]
+    if len(before) > 1 and before[0].has("contrast") and not any(re.search(r"\d", word.text) for word in before[1:]):
+        return Reading()  # "t2_xyz_flair" is of no patient called t2_xyz
     moved = int(bool(space or after))
     return replace(
         said,
@@ -366,6 +388,8 @@ def _meaning(words: Sequence[Word]) -> Reading | None:
     pieces = [piece for word in words for piece in word.pieces]
     contrasts = [value for piece in pieces if (value := piece.value("contrast"))]
     agents = {value for piece in pieces if (value := piece.value("agent"))}
+    if any(piece.value("denial") is not None for piece in pieces) and agents:
+        agents = {"without"}
     mask = any(piece.value("mask") is not None or piece.text == "brainmask" for piece in pieces)
     implied = any(piece.value("sequence") == "t1" for piece in pieces)
     if not (contrasts or agents or mask or implied):
@@ -378,12 +402,13 @@ def _meaning(words: Sequence[Word]) -> Reading | None:
         meaning = _modality(contrasts, agents)
         if any(piece.value("other") is not None for piece in pieces):
             meaning = OTHER
-    counted = ("sequence", "plane", "step", "registered", "copy", "tissue")
+    counted = ("sequence", "plane", "step", "registered", "copy", "tissue", "denial")
     extras = [piece for piece in pieces if any(role in counted for role, _ in piece.roles)]
     return Reading(
         meaning=meaning,
         mask=mask,
         contrasts=tuple(contrasts),
+        plane=next((value for piece in pieces if (value := piece.value("plane"))), ""),
         extras=len(extras) + sum(_number(word) for word in words) + (contrasts == ["t1", "flair"]),
         automatic=any(piece.value("origin") == "auto" for piece in pieces),
         weak=not contrasts and not mask and not implied,
