@@ -388,7 +388,10 @@ def _meaning(words: Sequence[Word]) -> Reading | None:
     pieces = [piece for word in words for piece in word.pieces]
     contrasts = [value for piece in pieces if (value := piece.value("contrast"))]
     agents = {value for piece in pieces if (value := piece.value("agent"))}
-    if any(piece.value("denial") is not None for piece in pieces) and agents:
+    roles = {role for piece in pieces for role, _ in piece.roles}
+    if any(piece.text == "km" for piece in pieces) and not roles & {"sequence", "plane", "denial", "filler"}:
+        return None  # in a scanner's protocol it is German for an agent, alone it may be somebody's initials
+    if "denial" in roles and agents:
         agents = {"without"}
     mask = any(piece.value("mask") is not None or piece.text == "brainmask" for piece in pieces)
     implied = any(piece.value("sequence") == "t1" for piece in pieces)
