@@ -32,6 +32,7 @@ from crossmr.evaluation.measures import KEPT, STD
 from crossmr.evaluation.tables import BASELINE
 from crossmr.files import digest, write_json
 from crossmr.networks.model import load_model, save_model
+from crossmr.networks.trained_on import PatientList, names_of, remember
 from crossmr.phantom import write_cohort
 from crossmr.registry import find_model
 from crossmr.training.recipes import RECIPES, recipe_of
@@ -150,7 +151,23 @@ def print_table(title: str, rows: list[dict[str, str]], *, by_sources: bool) -> 
         print("|", " | ".join(cells), "|")
 
 
-def ship(folder: Path, study: Path, display: Display) -> None:
+def patients_in(prepared: Path) -> PatientList:
+    """The patients of a set on whom weights are trained and validated; phantoms, which anybody can make, are none."""
+    cases = PreparedDataset(prepared).manifest["cases"].values()
+    known = [entry for entry in cases if not entry["patient"].startswith("PHANTOM-")]
+    train, val = (
+        [
+            name
+            for entry in known
+            if entry["part"] == part
+            for name in names_of(entry["patient"], entry["scans"].values())
+        ]
+        for part in ("train", "val")
+    )
+    return remember(train, val)
+
+
+def ship(folder: Path, study: Path, patients: PatientList, display: Display) -> None:
     """Put a finished model into the package in half precision, if it is small enough, and say what that changes."""
     model = load_model(folder)
     whole = complete(study, model)
@@ -158,7 +175,7 @@ def ship(folder: Path, study: Path, display: Display) -> None:
         network.half()
     with tempfile.TemporaryDirectory() as temporary:
         half = Path(temporary) / "default"
-        save_model(half, model, model.record["training"], model.patients)
+        save_model(half, model, model.record["training"], [patients])
         size = sum(path.stat().st_size for path in half.iterdir()) / 2**20
         if size > LARGEST_MIB:
             raise SystemExit(f"{folder} has {size:.1f} MiB; wanted at most {LARGEST_MIB:g}.")
@@ -207,7 +224,7 @@ def main() -> None:
         card(out / "evaluation")
     if options.ship:
         write_cohort(out / "one", 1, seed=99, shape=SHAPE, spacing_mm=SPACING_MM, missing={0: ("t1c", "t2f")})
-        ship(model, next((out / "one").iterdir()), display)
+        ship(model, next((out / "one").iterdir()), patients_in(out / "set"), display)
 
 
 if __name__ == "__main__":
