@@ -472,15 +472,14 @@ def train(
     from dataclasses import replace
 
     from crossmr.config import with_settings
-    from crossmr.networks.model import load_model
-    from crossmr.registry import find_model
+    from crossmr.registry import load_model
     from crossmr.training.recipes import RECIPES, recipe_of
     from crossmr.training.run import TrainingSettings
     from crossmr.training.run import train as run
 
     if recipe is not None and recipe not in RECIPES:
         raise ConfigError(f"--recipe is '{recipe}'; expected one of {', '.join(RECIPES)}.")
-    initial_model = None if start is None else load_model(find_model(start))
+    initial_model = None if start is None else load_model(start, "cpu")
     chosen = RECIPES[recipe or "standard"] if recipe is not None or initial_model is None else recipe_of(initial_model)
     open_settings = tuple(name for name in chosen.by_set if name not in changes)
     training = TrainingSettings(
@@ -531,15 +530,12 @@ def list_models(context: typer.Context) -> None:
 def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by default all.")] = None) -> None:
     """Check all hashes and weights of a model, or of every registered one."""
     from crossmr.display import Display
-    from crossmr.registry import find_model, known_models
+    from crossmr.registry import known_models, load_model
 
     broken = {}
     for one in [name] if name else list(known_models()):
         try:
-            folder = find_model(one)
-            from crossmr.networks.model import load_model
-
-            record = load_model(folder).record
+            record = load_model(one, "cpu").record
             Display().say(f"{one}: whole, {record['sha256'][:12]}")
         except CrossmrError as error:
             broken[one] = str(error)

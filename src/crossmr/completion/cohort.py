@@ -149,7 +149,8 @@ def complete_cohort(
     settings, options = settings or Settings(), options or CohortSettings()
     layout = Layout(Path(out), options.profile)
     with layout.locked():
-        model = _loaded(model, settings)
+        model = load_model(model, settings.device)
+        check_settings(model, settings)
         reference = read_reference(settings, model, options.mapping)
         inputs = _inputs(cohort, layout, options, display)
         if inputs.series is not None and settings.register == "never":
@@ -185,17 +186,10 @@ def plan_cohort(
     """What `complete_cohort` would do with these arguments; nothing is written."""
     settings, options = settings or Settings(), options or CohortSettings()
     layout = Layout(Path(out), options.profile)
-    model = _loaded(model, settings)
+    model = load_model(model, settings.device)
+    check_settings(model, settings)
     inputs = _inputs(cohort, layout, options, display)
     return plan(inputs, layout, model, settings, overwrite=options.overwrite)
-
-
-def _loaded(model: CrossConditionedModel | Path | str | None, settings: Settings) -> CrossConditionedModel:
-    """The model, loaded if it is not yet, which can do what the settings ask for."""
-    if not isinstance(model, CrossConditionedModel):
-        model = load_model(model, settings.device)
-    check_settings(model, settings)
-    return model
 
 
 def _inputs(

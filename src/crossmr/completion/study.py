@@ -146,8 +146,7 @@ def complete(
     settings = settings or Settings()
     if targets is not None:
         settings = replace(settings, targets=targets)
-    if not isinstance(model, CrossConditionedModel):
-        model = load_model(model, settings.device)
+    model = load_model(model, settings.device)
     reference = read_reference(settings, model)
     if isinstance(study, Mapping):
         images = _by_modality(study, model.config.modalities)

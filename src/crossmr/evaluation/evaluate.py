@@ -200,7 +200,12 @@ def evaluate(
             memory: in what is returned with paths, in what is written with the names of files only.
     """
     out = Path(out)
-    predictors = find_predictors(_loaded(model, settings), settings.inference, settings.guidances, settings.against)
+    model = load_model(model, settings.inference.device)
+    if settings.every_subset and not model.config.any_subset:
+        raise ConfigError(
+            "--every-subset is for models of any subset; this one always needs its sources, so leave it out."
+        )
+    predictors = find_predictors(model, settings.inference, settings.guidances, settings.against)
     source = settings.mapping, settings.inference.register, settings.patients
     subjects = find_subjects(Path(data), settings.split, *source)
     measured = Measurements()
@@ -241,16 +246,6 @@ def _refuse_foreign(out: Path, names: Sequence[str], targets: Sequence[str]) -> 
         refuse_foreign(out / f"{name}.csv", partial(is_table, kind=kind))
     for name, target in itertools.product(names, targets):
         refuse_foreign(out / f"pictures/{name}-{target}.webp", is_picture)
-
-
-def _loaded(model: CrossConditionedModel | Path | str, settings: EvaluationSettings) -> CrossConditionedModel:
-    if not isinstance(model, CrossConditionedModel):
-        model = load_model(model, settings.inference.device)
-    if settings.every_subset and not model.config.any_subset:
-        raise ConfigError(
-            "--every-subset is for models of any subset; this one always needs its sources, so leave it out."
-        )
-    return model
 
 
 def measure_subject(

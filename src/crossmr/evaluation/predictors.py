@@ -18,8 +18,8 @@ from crossmr.networks.inference import (
     samples_drawn,
     synthesise,
 )
-from crossmr.networks.model import CrossConditionedModel, Guidance, ModelConfig, load_model
-from crossmr.registry import find_model
+from crossmr.networks.model import CrossConditionedModel, Guidance, ModelConfig
+from crossmr.registry import find_model, load_model
 
 AGAINST = "against: "
 """What the second model's name begins with in tables and files."""

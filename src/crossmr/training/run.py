@@ -120,7 +120,7 @@ def train(
     with locked(folder):
         _refuse_foreign(folder)
         dataset = PreparedDataset(prepared)
-        initial = load_model(initial_model, "cpu") if isinstance(initial_model, (str, Path)) else initial_model
+        initial = None if initial_model is None else load_model(initial_model, "cpu")
         training = _training(folder, dataset, settings, initial, display, budget)
         chosen = _chosen_stages(training.config, settings)
         identity = _identity(training, dataset, initial)
