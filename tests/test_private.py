@@ -131,7 +131,7 @@ def test_the_search_itself_finds_what_is_hidden(tmp_path):
     assert mentions(tmp_path, "DOE") == {"a.gz", "b.zip", "c.html", "d.html", "DOE"}
 
 
-def test_a_training_keeps_no_names_of_folders(archive, tmp_path):
+def test_a_training_keeps_no_names_of_folders(archive, tmp_path, capsys):
     whole = tmp_path / PATIENT
     for case in ("P1", "P2", "P3"):
         shutil.copytree(archive / case, whole / case)
@@ -139,7 +139,12 @@ def test_a_training_keeps_no_names_of_folders(archive, tmp_path):
     tiny = ("--recipe", "tiny", "--steps", "1", "--set", "crop=32,32")
     small = ("--set", "synthesis.channels=4", "--set", "synthesis.multipliers=1,2")
     assert crossmr("train", tmp_path / "out" / "set", "-o", tmp_path / "out" / "run", *tiny, *small) == 0
-    (tmp_path / "out" / "set" / LOG).unlink()  # not for sharing
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"model: {tmp_path / 'out' / 'run' / 'model'}"
+    assert last in (tmp_path / "out" / "run" / LOG).read_text()
+    for log in (tmp_path / "out" / "set" / LOG, tmp_path / "out" / "run" / LOG):
+        assert "not for sharing" in log.read_text().splitlines()[0]
+        log.unlink()
     assert mentions(tmp_path / "out", PATIENT, str(tmp_path)) == set()
 
 

@@ -407,6 +407,7 @@ def train(
     from dataclasses import replace
 
     from crossmr.config import with_settings
+    from crossmr.display import LOG
     from crossmr.registry import load_model
     from crossmr.training.recipes import RECIPES, recipe_of
     from crossmr.training.run import TrainingSettings
@@ -429,7 +430,8 @@ def train(
         seed=seed,
     )
     model = run(prepared, out, training, initial_model=initial_model, display=display)
-    display.say(f"model: {model}" if (model / "config.json").exists() else f"no model yet: {model} needs every stage")
+    found = f"model: {model}" if (model / "config.json").exists() else f"no model yet: {model} needs every stage"
+    display.log_to(out / LOG).say(found)
 
 
 models = typer.Typer(help="List, verify, import, export and remove registered models.")
