@@ -17,9 +17,8 @@ import pytest
 import torch
 from conftest import image, make_head, sha256, tree, voxels, write_images
 
-from crossmr import files
+from crossmr import files, main_memory
 from crossmr.completion import cohort as cohorts
-from crossmr.completion import study as completion_study
 from crossmr.completion import writing
 from crossmr.completion.cohort import CohortSettings, CohortSummary, complete_cohort
 from crossmr.completion.layout import Layout
@@ -427,7 +426,7 @@ def test_a_study_that_cannot_fit_is_refused_by_its_headers_and_the_others_go_on(
 
 
 def memory_of(monkeypatch, available):
-    for module in (cohorts, completion_study):
+    for module in (cohorts, main_memory):
         monkeypatch.setattr(module, "available_memory", lambda: available)
         monkeypatch.setattr(module, "reusable_memory", lambda: 0)
 

@@ -32,12 +32,13 @@ from crossmr.completion.writing import whole_or_absent, write_volumes
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume
-from crossmr.device import available_memory, ends_the_run, reusable_memory
+from crossmr.device import ends_the_run
 from crossmr.dicom.convert import Scans, check_scans, convert_cases, taken
 from crossmr.dicom.series import Series
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, remove, write_json
+from crossmr.main_memory import available_memory, reusable_memory
 from crossmr.networks.inference import HeadVolumes, Settings, Synthesis, check_settings
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.picture import Array, Kind, Panel, middle, save_panels

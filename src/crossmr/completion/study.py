@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossmr import main_memory
 from crossmr.completion.checks import check
 from crossmr.completion.layout import EXPECTED, FORMAT, Layout
 from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
@@ -22,7 +23,7 @@ from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, on_grid, read_header
-from crossmr.device import available_memory, choose_precision, gigabytes, reusable_memory
+from crossmr.device import choose_precision
 from crossmr.dicom.convert import convert_cases, find_cases
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import ConfigError, NamingError, StudyError
@@ -361,13 +362,7 @@ def check_memory(case: str, images: Mapping[str, Any], model: CrossConditionedMo
     Raises:
         StudyError: it takes more than all.
     """
-    needed, available = memory_needed(images, model, settings), available_memory() + reusable_memory()
-    if needed <= available / 2:
-        return None
-    what = f"{case}: needs about {gigabytes(needed)} of memory, {gigabytes(available)} are available"
-    if needed <= available:
-        return f"{what}; close other programs"
-    raise StudyError(f"{what}. Give the job more, close other programs, or crop the volumes to the head.")
+    return main_memory.check_memory(case, memory_needed(images, model, settings))
 
 
 def lacking(acquired: Sequence[str], model: CrossConditionedModel) -> list[str]:
