@@ -591,10 +591,13 @@ def demo(out: Out, seed: Seed = 0) -> None:
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed: it would map every layer's output anew, and the system clear it page by page."""
+    """Let glibc keep what is freed: it would map every layer's output anew, and the system clear it page by page.
+
+    All threads share it: what the threads that read a study have freed would be lost to all others.
+    """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-            mallopt(option, KEPT)
+        for option, value in ((-1, KEPT), (-3, KEPT), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
+            mallopt(option, value)
 
 
 def main() -> None:
