@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import gzip
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import image, make_head, sha256, tree, voxels, write_images
+from conftest import header_alone, image, make_head, sha256, tree, voxels, write_images
 
 from crossmr import files, main_memory
 from crossmr.completion import cohort as cohorts
@@ -402,15 +401,6 @@ def test_finished_studies_are_not_read(monkeypatch, tmp_path):
 
 
 # Memory
-
-
-def header_alone(path, side):
-    """A file that announces a volume of side³ voxels, and ends there."""
-    header = nib.Nifti1Header()
-    header.set_data_shape((side,) * 3)
-    header.set_data_dtype(np.int16)
-    header["vox_offset"] = 352
-    path.write_bytes(gzip.compress(header.binaryblock + bytes(2048)))
 
 
 def test_a_study_that_cannot_fit_is_refused_by_its_headers_and_the_others_go_on(model, small, tmp_path):

@@ -30,7 +30,7 @@ from crossmr.evaluation.measures import (
     measure_uncertainty,
 )
 from crossmr.evaluation.overlap import Overlap, find_overlap, say_overlap
-from crossmr.evaluation.predictors import AGAINST, Predictions, Predictor, find_predictors, predict
+from crossmr.evaluation.predictors import AGAINST, Predictions, Predictor, find_predictors, memory_needed, predict
 from crossmr.evaluation.statistics import (
     CalibrationSummary,
     ContrastSummary,
@@ -44,6 +44,7 @@ from crossmr.evaluation.statistics import (
 from crossmr.evaluation.subjects import Array, Subject, find_subjects, open_prepared, patterns
 from crossmr.evaluation.tables import is_table, write_csv
 from crossmr.files import REPORT, is_page, is_record, locked, refuse_foreign, write_json
+from crossmr.main_memory import check_memory
 from crossmr.networks.inference import Settings, chosen_guidance, samples_drawn
 from crossmr.networks.model import CrossConditionedModel, Guidance
 from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_most, window
@@ -213,9 +214,13 @@ def evaluate(
         _refuse_foreign(out, [one.name for one in subjects], predictors[0].model.config.targets)
         write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
         with display.logged(out / LOG) as logging, logging.task("evaluate", len(subjects)) as task:
-            for number, (name, read, _) in enumerate(subjects, 1):
+            for number, found in enumerate(subjects, 1):
+                name = found.name
                 try:
-                    measured.add(measure_subject(read(), predictors, out, every_subset=settings.every_subset))
+                    needed = memory_needed(found, predictors, every_subset=settings.every_subset)
+                    if warning := check_memory(name, needed):
+                        logging.say(warning)
+                    measured.add(measure_subject(found.read(), predictors, out, every_subset=settings.every_subset))
                 except CrossmrError as error:
                     measured.failed[name] = str(error)
                 except Exception as error:  # nobody foresaw it: the other patients go on all the same
