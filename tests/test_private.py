@@ -8,6 +8,7 @@ import shutil
 import sys
 import zipfile
 
+import dicoms
 import nibabel as nib
 import numpy as np
 import pytest
@@ -146,6 +147,32 @@ def test_a_training_keeps_no_names_of_folders(archive, tmp_path, capsys):
         assert "not for sharing" in log.read_text().splitlines()[0]
         log.unlink()
     assert mentions(tmp_path / "out", PATIENT, str(tmp_path)) == set()
+
+
+def test_nothing_made_of_dicom_names_folder_or_patient(model, tmp_path, capsys):
+    """Neither convert nor complete, but for the derived series, which are the patient's: names lie in tags as well."""
+    archive = tmp_path / PATIENT
+    dicoms.write(archive / "good", ("t1n", "t2w"), description="DOE JOHN head")
+    dicoms.write(archive / "more", ("t1n",), patient="MRN-1", description="DOE JOHN again")
+    dicoms.write_series(archive / "no head", np.ones((32, 32, 3), int), dicoms.OBLIQUE, patient="MRN-2")
+    (archive / "DOE.dcm").write_bytes(bytes(128) + b"DICM" + b"\x08\x00")
+    converted, completed = tmp_path / "out" / "converted", tmp_path / "out" / "completed"
+    assert crossmr("convert", archive, "-o", converted) == 1
+    assert crossmr("complete", archive, "-o", completed, "--model", model) == 1
+    capsys.readouterr()
+    assert len(list(converted.glob("*/series.json"))) == 2
+    series = list(completed.glob("*/*_dicom"))
+    assert len(series) == 2
+    for folder in series:
+        assert "0001.dcm" in mentions(folder, "MRN-0042")  # of the patient's own record
+        shutil.rmtree(folder)
+    next(completed.rglob(NAME)).unlink()
+    for log in (converted / LOG, completed / LOG):
+        assert "not for sharing" in log.read_text().splitlines()[0]
+        log.unlink()
+    words = ("DOE JOHN", "DOE.dcm", "Doe^", "Roe^", "MRN-", "19700101", "20240131", "2.25.", "no head")
+    for word in (PATIENT, PATIENT.split(", ")[1], *words, str(tmp_path)):
+        assert mentions(tmp_path / "out", word) == set(), word
 
 
 # The one file that says where scans lie
