@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle thread
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the processor
 
+import gzip
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -154,6 +155,15 @@ def page(browser):
     yield opened
     context.close()
     assert not wrong
+
+
+def header_alone(path, side):
+    """A file that announces a volume of side³ voxels, and ends there."""
+    header = nib.Nifti1Header()
+    header.set_data_shape((side,) * 3)
+    header.set_data_dtype(np.int16)
+    header["vox_offset"] = 352
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(2048)))
 
 
 def voxels(path):

@@ -90,7 +90,7 @@ def test_a_run_keeps_what_was_chosen_when_it_goes_on(tmp_path):
         synthesis=replace(STANDARD.synthesis, channels=8, multipliers=(1, 2)),
     )
     lines = []
-    display = type("Lines", (), {**vars(type(SILENT)), "say": lambda self, text: lines.append(text)})(quiet=True)
+    display = type("Lines", (type(SILENT),), {"say": lambda self, text: lines.append(text)})(quiet=True)
     settings = TrainingSettings(recipe=small, sources=("t1n", "t2w"), targets=("t2f",), minutes=0.05)
     train(tmp_path / "set", tmp_path / "run", settings, display=display)
     kept = read_json(tmp_path / "run" / "run.json")["recipe"]

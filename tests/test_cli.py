@@ -554,9 +554,9 @@ def test_a_damaged_set(tmp_path):
     not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="no glibc"
 )
 def test_freed_memory_is_kept_for_the_next_layer():
-    def faults(first: str) -> int:
+    def faults(first: str, warm: str = "np.ones(2**23)") -> int:
         code = (
-            f"import resource, numpy as np; from crossmr.cli import keep_memory; {first}; np.ones(2**23)\n"
+            f"import resource, numpy as np; from crossmr.cli import keep_memory; {first}; {warm}\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "for _ in range(5): np.ones(2**23)\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
@@ -564,6 +564,8 @@ def test_freed_memory_is_kept_for_the_next_layer():
         return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
     assert faults("keep_memory()") < 0.1 * faults("None")
+    in_thread = "from threading import Thread; t = Thread(target=lambda: np.ones(2**23)); t.start(); t.join()"
+    assert faults("keep_memory()", in_thread) < 0.1 * faults("None")  # another's memory, too
 
 
 @pytest.mark.filterwarnings("default")

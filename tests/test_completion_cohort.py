@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import gzip
 import json
 import re
 import shutil
@@ -15,11 +14,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import image, make_head, sha256, tree, voxels, write_images
+from conftest import header_alone, image, make_head, sha256, tree, voxels, write_images
 
-from crossmr import files
+from crossmr import files, main_memory
 from crossmr.completion import cohort as cohorts
-from crossmr.completion import study as completion_study
 from crossmr.completion import writing
 from crossmr.completion.cohort import CohortSettings, CohortSummary, complete_cohort
 from crossmr.completion.layout import Layout
@@ -405,15 +403,6 @@ def test_finished_studies_are_not_read(monkeypatch, tmp_path):
 # Memory
 
 
-def header_alone(path, side):
-    """A file that announces a volume of side³ voxels, and ends there."""
-    header = nib.Nifti1Header()
-    header.set_data_shape((side,) * 3)
-    header.set_data_dtype(np.int16)
-    header["vox_offset"] = 352
-    path.write_bytes(gzip.compress(header.binaryblock + bytes(2048)))
-
-
 def test_a_study_that_cannot_fit_is_refused_by_its_headers_and_the_others_go_on(model, small, tmp_path):
     (small / "Big").mkdir()
     for modality in ("t1n", "t2w"):
@@ -427,7 +416,7 @@ def test_a_study_that_cannot_fit_is_refused_by_its_headers_and_the_others_go_on(
 
 
 def memory_of(monkeypatch, available):
-    for module in (cohorts, completion_study):
+    for module in (cohorts, main_memory):
         monkeypatch.setattr(module, "available_memory", lambda: available)
         monkeypatch.setattr(module, "reusable_memory", lambda: 0)
 

@@ -10,12 +10,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import SHAPE, ellipsoid, image, make_head, write_study
+from conftest import SHAPE, ellipsoid, header_alone, image, make_head, write_study
 from nibabel.orientations import inv_ornt_aff
 from scipy import ndimage
 
 from crossmr.data.naming import find_studies
-from crossmr.data.study import Study, load_study
+from crossmr.data.study import ALLOCATED, Study, StudyMemory, load_study, study_memory
 from crossmr.errors import CrossmrError, NamingError, StudyError, VolumeError
 
 SCANS = Path(__file__).parents[2] / "shared" / "data"
@@ -395,3 +395,32 @@ def test_a_volume_is_normalised_in_little_more_memory_than_it_takes():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.2 * normalised.nbytes
+
+
+def test_memory_is_estimated_by_the_headers_of_files_and_images_alike(tmp_path):
+    files = {m: tmp_path / f"{m}.nii.gz" for m in ("t1n", "t2w")}
+    for path in files.values():
+        header_alone(path, 500)
+    memory = study_memory(files)
+    assert memory.shape == (500, 500, 500)
+    assert 8 < memory.kept < memory.reading < 40
+    assert memory.bytes() == ALLOCATED * 500**3 * memory.reading
+    assert memory.bytes(memory.kept) == memory.bytes() < memory.bytes(100) == ALLOCATED * 500**3 * 100
+    images = {m: nib.Nifti1Image(np.broadcast_to(np.int16(0), (500,) * 3), np.eye(4)) for m in files}
+    assert study_memory(images) == memory
+    assert study_memory(files, "if needed").bytes() > memory.bytes() > study_memory({"t1n": files["t1n"]}).bytes()
+    files["t1n"].write_bytes(b"no image")
+    nothing = study_memory({"t1n": files["t1n"], "t2w": tmp_path / "none"})
+    assert nothing == StudyMemory()
+    assert nothing.bytes(100) == 0
+
+
+def test_a_study_is_read_within_the_estimate():
+    shape = (128, 128, 96)
+    images = {m: image(make_head(m, shape=shape).astype(np.int16)) for m in ("t1n", "t2w", "t2f")}
+    tracemalloc.start()
+    load_study(images)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    estimate = study_memory(images)
+    assert 0.5 * estimate.bytes() < peak < estimate.bytes()

@@ -3,25 +3,28 @@
 import csv
 import json
 import math
+import re
 import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, image, make_head, save_untrained, tree, write_study
+from conftest import SHAPE, header_alone, image, make_head, save_untrained, tree, write_study
 from PIL import Image
 
+from crossmr import main_memory
 from crossmr.baselines import BASELINES, fit_baselines
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.display import Display
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
 from crossmr.evaluation import predictors as module
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate, overlap_warnings
 from crossmr.evaluation.measures import METRICS, measure, measure_contrasts
-from crossmr.evaluation.predictors import find_predictors, predict
-from crossmr.evaluation.subjects import subject_of_files
+from crossmr.evaluation.predictors import find_predictors, memory_needed, predict
+from crossmr.evaluation.subjects import find_subjects, subject_of_files
 from crossmr.evaluation.tables import read_scores, tables, uncertainty_table
 from crossmr.networks.inference import Settings, Synthesis
 from crossmr.networks.model import load_model
@@ -530,6 +533,25 @@ def test_failing_cases_are_listed_and_the_others_go_on(bare, cohort, tmp_path):
     for case in body["failed"]:
         shutil.rmtree(mixed / case)
     assert evaluate(bare, mixed, tmp_path / "alone", SETTINGS)["summary"] == body["summary"]
+
+
+def test_a_study_that_cannot_fit_is_refused_by_its_headers_and_one_that_takes_much_is_said(
+    bare, cohort, tmp_path, monkeypatch
+):
+    shutil.copytree(cohort / "B2", tmp_path / "cohort" / "B2")
+    (tmp_path / "cohort" / "Big").mkdir()
+    for modality in ALL:
+        header_alone(tmp_path / "cohort" / "Big" / f"Big-{modality}.nii.gz", 20_000)
+    (found, _) = find_subjects(tmp_path / "cohort", "test")
+    needed = memory_needed(found, find_predictors(bare, SETTINGS.inference))
+    monkeypatch.setattr(main_memory, "available_memory", lambda: int(1.5 * needed))
+    monkeypatch.setattr(main_memory, "reusable_memory", lambda: 0)
+    said, display = [], Display(quiet=True)
+    monkeypatch.setattr(Display, "say", lambda _, text: said.append(text))
+    body = evaluate(bare, tmp_path / "cohort", tmp_path / "out", SETTINGS, display=display)
+    assert body["cases"] == ["B2"]
+    assert re.match(r"Big: needs about \d+\.\d GB of memory, 0\.0 GB are available\. Give", body["failed"]["Big"])
+    assert sum(line.startswith("B2: needs about 0.0 GB of memory, 0.0 GB are") for line in said) == 1
 
 
 def test_what_nobody_foresaw_is_listed_too_and_leaves_no_half_study(bare, cohort, tmp_path, monkeypatch):

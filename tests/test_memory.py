@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from crossmr.data.prepare import PrepareSettings, Split, prepare
-from crossmr.device import available_memory
 from crossmr.errors import ModelError
+from crossmr.main_memory import available_memory
 from crossmr.networks.unet import Decoder, Encoder, Form
 from crossmr.phantom import write_cohort
 from crossmr.training import memory

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import save_untrained, write_study
+from conftest import header_alone, save_untrained, write_study
 
 from crossmr.baselines import BASELINES, fit_baselines, predict_baselines
 from crossmr.data.naming import find_studies
 from crossmr.errors import ConfigError, ModelError
 from crossmr.evaluation import predictors as module
-from crossmr.evaluation.predictors import find_predictors, predict
-from crossmr.evaluation.subjects import subject_of_files
+from crossmr.evaluation.predictors import find_predictors, memory_needed, predict
+from crossmr.evaluation.subjects import find_subjects, subject_of_files
 from crossmr.networks.inference import HeadVolumes, Settings, synthesise
 from crossmr.networks.model import load_model
 
@@ -259,3 +259,26 @@ def test_the_second_model_is_loaded_to_the_first_one_s_device(model, folders, mo
     monkeypatch.setattr(module, "load_model", spy)
     find_predictors(model, SETTINGS, (), folders["plain"])
     assert devices == [model.device]
+
+
+def test_memory_is_estimated_by_headers_models_and_targets(folders, tmp_path):
+    (tmp_path / "P").mkdir()
+    for modality in ALL:
+        header_alone(tmp_path / "P" / f"P-{modality}.nii.gz", 300)
+    (found,) = find_subjects(tmp_path, "test")
+
+    def needed(name, found=found, *, every_subset=False, device="cpu", **others):
+        model = load_model(folders[name])
+        model.to(device)
+        return memory_needed(found, find_predictors(model, SETTINGS, **others), every_subset=every_subset)
+
+    assert 100 * 300**3 < needed("main") < 300 * 300**3
+    assert needed("main") < needed("main", against=folders["plain"])  # its images are kept, too
+    assert needed("any") < needed("any", every_subset=True)  # three targets at once
+    assert needed("main", device="meta") < needed("main")  # features are elsewhere
+    (tmp_path / "P" / "P-t1c.nii.gz").unlink()
+    (fewer,) = find_subjects(tmp_path, "test")
+    assert needed("main", fewer) < needed("main")
+    for path in (tmp_path / "P").iterdir():
+        path.write_bytes(b"no image")
+    assert needed("main", fewer) == 0

@@ -1,6 +1,7 @@
 """A cohort becomes a prepared set: complete, repeatable, and nobody else's files are touched."""
 
 import os
+import re
 import shutil
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import image, make_head, write_study
+from conftest import header_alone, image, make_head, write_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ from crossmr.data.prepare import (
     prepare,
     prepare_case,
 )
-from crossmr.data.study import load_study
+from crossmr.data.study import load_study, study_memory
 from crossmr.data.volume import content_sha256
 from crossmr.display import Display
 from crossmr.errors import ConfigError, NamingError, OutputError, SetError
@@ -697,3 +698,59 @@ def test_a_process_that_is_killed_ends_the_preparation_in_words(tmp_path, monkey
     monkeypatch.setattr(module, "prepare_case", killed)
     with pytest.raises(OutputError, match=r"a process was killed, .*--workers 1; what is prepared is kept"):
         prepare(tmp_path / "cohort", tmp_path / "set")
+
+
+# Memory
+
+
+def test_a_study_that_cannot_fit_is_refused_by_its_headers_and_the_others_go_on(tmp_path):
+    write_study(tmp_path / "cohort", "A")
+    (tmp_path / "cohort" / "Big").mkdir()
+    header_alone(tmp_path / "cohort" / "Big" / "Big-t1n.nii.gz", 20_000)
+    said = []
+    manifest = prepare(tmp_path / "cohort", tmp_path / "set", display=listening(said))
+    assert list(manifest["cases"]) == ["A"]
+    (refused,) = manifest["refused"]
+    assert re.match(r"Big: needs about \d+\.\d GB of memory, \d+\.\d GB are available\. Give", refused["reason"])
+    assert not [line for line in said if "prepared at once" in line]  # what is refused holds nobody up
+
+
+@pytest.mark.parametrize(
+    ("share", "asked", "processes", "said"),
+    [
+        (9, 3, 3, None),
+        (2.5, 3, 2, "2 studies are"),
+        (1.5, 3, 1, "1 study is"),
+        (1.5, 1, 1, "1 study is"),
+        (3, 1, 1, None),
+    ],
+)
+def test_as_many_studies_are_prepared_at_once_as_fit(share, asked, processes, said, tmp_path, monkeypatch):
+    for case in ("A", "B", "Done"):
+        write_study(tmp_path / "cohort", case, ("t1n",))
+    (tmp_path / "set" / "cases" / "Done").mkdir(parents=True)
+    for folder, side in (("A", 300), ("B", 500), ("Done", 700)):
+        header_alone(tmp_path / "cohort" / folder / f"{folder}-t1n.nii.gz", side)
+    (tmp_path / "set" / "cases" / "Done" / "case.json").write_text("{}")  # needs no memory any more
+    studies = find_studies(tmp_path / "cohort")
+    needed = study_memory(studies[1].images()).bytes()
+    monkeypatch.setattr(module, "PROCESS", 0)
+    monkeypatch.setattr(module, "reusable_memory", lambda: needed)
+    monkeypatch.setattr(module, "available_memory", lambda: int((share - 1) * needed))
+    lines = []
+    settings = PrepareSettings(workers=asked)
+    assert module._processes(studies, tmp_path / "set", settings, listening(lines)) == processes
+    expected = f"B: needs about 1.9 GB of memory, {share * needed / 1e9:.1f} GB are available: {said} prepared at once"
+    assert lines == [expected] * (said is not None)
+
+
+def test_what_is_prepared_is_written_in_one_copy(tmp_path):
+    """Images are cut one after the other, and what is hashed is what is written."""
+    (study,) = find_studies(write_study(tmp_path, "A"))
+    record = prepare_case(study, tmp_path / "set")
+    for name, stored in record["files"].items():
+        path = tmp_path / "set" / "cases" / "A" / name
+        assert digest(path.read_bytes()) == stored
+        array = np.load(path, allow_pickle=False)
+        np.save(tmp_path / "again.npy", array)
+        assert (tmp_path / "again.npy").read_bytes() == path.read_bytes()  # as NumPy writes it

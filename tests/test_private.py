@@ -8,6 +8,7 @@ import shutil
 import sys
 import zipfile
 
+import dicoms
 import nibabel as nib
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_the_search_itself_finds_what_is_hidden(tmp_path):
     assert mentions(tmp_path, "DOE") == {"a.gz", "b.zip", "c.html", "d.html", "DOE"}
 
 
-def test_a_training_keeps_no_names_of_folders(archive, tmp_path):
+def test_a_training_keeps_no_names_of_folders(archive, tmp_path, capsys):
     whole = tmp_path / PATIENT
     for case in ("P1", "P2", "P3"):
         shutil.copytree(archive / case, whole / case)
@@ -139,8 +140,39 @@ def test_a_training_keeps_no_names_of_folders(archive, tmp_path):
     tiny = ("--recipe", "tiny", "--steps", "1", "--set", "crop=32,32")
     small = ("--set", "synthesis.channels=4", "--set", "synthesis.multipliers=1,2")
     assert crossmr("train", tmp_path / "out" / "set", "-o", tmp_path / "out" / "run", *tiny, *small) == 0
-    (tmp_path / "out" / "set" / LOG).unlink()  # not for sharing
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"model: {tmp_path / 'out' / 'run' / 'model'}"
+    assert last in (tmp_path / "out" / "run" / LOG).read_text()
+    for log in (tmp_path / "out" / "set" / LOG, tmp_path / "out" / "run" / LOG):
+        assert "not for sharing" in log.read_text().splitlines()[0]
+        log.unlink()
     assert mentions(tmp_path / "out", PATIENT, str(tmp_path)) == set()
+
+
+def test_nothing_made_of_dicom_names_folder_or_patient(model, tmp_path, capsys):
+    """Neither convert nor complete, but for the derived series, which are the patient's: names lie in tags as well."""
+    archive = tmp_path / PATIENT
+    dicoms.write(archive / "good", ("t1n", "t2w"), description="DOE JOHN head")
+    dicoms.write(archive / "more", ("t1n",), patient="MRN-1", description="DOE JOHN again")
+    dicoms.write_series(archive / "no head", np.ones((32, 32, 3), int), dicoms.OBLIQUE, patient="MRN-2")
+    (archive / "DOE.dcm").write_bytes(bytes(128) + b"DICM" + b"\x08\x00")
+    converted, completed = tmp_path / "out" / "converted", tmp_path / "out" / "completed"
+    assert crossmr("convert", archive, "-o", converted) == 1
+    assert crossmr("complete", archive, "-o", completed, "--model", model) == 1
+    capsys.readouterr()
+    assert len(list(converted.glob("*/series.json"))) == 2
+    series = list(completed.glob("*/*_dicom"))
+    assert len(series) == 2
+    for folder in series:
+        assert "0001.dcm" in mentions(folder, "MRN-0042")  # of the patient's own record
+        shutil.rmtree(folder)
+    next(completed.rglob(NAME)).unlink()
+    for log in (converted / LOG, completed / LOG):
+        assert "not for sharing" in log.read_text().splitlines()[0]
+        log.unlink()
+    words = ("DOE JOHN", "DOE.dcm", "Doe^", "Roe^", "MRN-", "19700101", "20240131", "2.25.", "no head")
+    for word in (PATIENT, PATIENT.split(", ")[1], *words, str(tmp_path)):
+        assert mentions(tmp_path / "out", word) == set(), word
 
 
 # The one file that says where scans lie

@@ -151,6 +151,7 @@ def test_a_model_is_loaded_once_by_name_or_folder_for_many_studies(folder, tmp_p
     assert {model.record["sha256"] for model in loaded} == {load_model(folder).record["sha256"]}
     once = crossmr.complete(tmp_path / "P1", "mine", Settings(precision="float32", device="cpu"))
     monkeypatch.setattr("crossmr.networks.model.load_model", None)  # nothing is read from here on
+    assert all(crossmr.load_model(model, device="meta") is model for model in loaded)
     for number in range(2):
         result = crossmr.complete(tmp_path / f"P{number}", model=loaded[1], settings=Settings(precision="float32"))
     assert {m: i.to_bytes() for m, i in result.images.items()} == {m: i.to_bytes() for m, i in once.images.items()}

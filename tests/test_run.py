@@ -21,7 +21,7 @@ from conftest import sha256, tree, write_study
 from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.prepare import PrepareSettings, Split, prepare
-from crossmr.display import SILENT, Display
+from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, ModelError, OutputError, SetError
 from crossmr.networks.inference import HeadVolumes, Settings, synthesise
 from crossmr.networks.model import load_model
@@ -122,6 +122,30 @@ def any_run(prepared, tmp_path_factory) -> Path:
 
 
 # What comes out
+
+
+def test_a_run_keeps_what_was_said_and_unforeseen_errors_in_its_log(trained, prepared, tmp_path, monkeypatch):
+    again = Path(shutil.copytree(trained, tmp_path / "run"))
+    train(prepared, again, seed=5, display=Display(quiet=True))
+    first, *said = (again / LOG).read_text().splitlines()
+    assert "not for sharing" in first
+    assert [line.partition("  ")[0].split(maxsplit=2)[2] for line in said] == [
+        *(f"{stage}: finished before" for stage in STAGES),
+        "calibration of the uncertainty on validation patients",
+    ]
+
+    def fail(*_):
+        raise ZeroDivisionError("nobody foresaw it")
+
+    monkeypatch.setattr(run, "save_model", fail)
+    with pytest.raises(ZeroDivisionError):
+        train(prepared, again, seed=5)
+    assert "ZeroDivisionError: nobody foresaw it" in (again / LOG).read_text()
+    with pytest.raises(ConfigError, match="another seed"):
+        train(prepared, again, seed=6, display=Display(quiet=True))
+    with pytest.raises(ConfigError, match="both source and target"):
+        train(prepared, tmp_path / "new", targets=("t1n",), display=Display(quiet=True))
+    assert not (tmp_path / "new").exists()  # what is refused leaves nothing
 
 
 def test_one_command_trains_every_stage(trained):

@@ -30,7 +30,7 @@ def cohort(tmp_path_factory):
 
 
 def test_a_study_is_cropped_to_its_head_and_normalised(cohort):
-    subjects = {name: read() for name, read, _ in find_subjects(cohort, "test")}
+    subjects = {name: read() for name, read, *_ in find_subjects(cohort, "test")}
     assert list(subjects) == ["Ann", "Bob", "Cem", "Dan"]
     ann = subjects["Ann"]
     assert (ann.name, ann.patient, ann.spacing_mm, ann.masked_background) == ("Ann", "Ann", (7.0, 6.0, 6.0), False)
@@ -58,7 +58,7 @@ def test_the_enhancing_part_has_the_last_labels(tmp_path):
     write_study(tmp_path / "cohort", "P", ALL, replace={"seg": labels})
     prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1.0, 0.0, 0.0)))
     for folder in ("cohort", "set"):
-        ((_, read, _),) = find_subjects(tmp_path / folder, "train")
+        ((_, read, *_),) = find_subjects(tmp_path / folder, "train")
         subject = read()
         assert (subject.tumour.sum(), subject.enhancing.sum()) == (4 * 24, 2 * 24)
         assert subject.enhancing[..., np.flatnonzero(subject.tumour.any((0, 1)))[-4:]].sum() == 2 * 24
@@ -66,9 +66,9 @@ def test_the_enhancing_part_has_the_last_labels(tmp_path):
 
 def test_a_prepared_dataset_and_its_cohort_give_the_same_subjects(cohort, tmp_path):
     manifest = prepare(cohort, tmp_path / "set", PrepareSettings(split=Split(0.5, 0.0, 0.5, seed=0)))
-    of_cohort = {name: read() for name, read, _ in find_subjects(cohort, "test")}
+    of_cohort = {name: read() for name, read, *_ in find_subjects(cohort, "test")}
     for split in ("train", "test"):
-        of_set = {name: read() for name, read, _ in find_subjects(tmp_path / "set", split)}
+        of_set = {name: read() for name, read, *_ in find_subjects(tmp_path / "set", split)}
         assert 0 < len(of_set) < len(of_cohort)
         assert list(of_set) == manifest["split"][split]
         for name, subject in of_set.items():
@@ -87,7 +87,7 @@ def test_a_prepared_dataset_and_its_cohort_give_the_same_subjects(cohort, tmp_pa
 def test_a_mapping_names_the_files(tmp_path):
     for modality, name in {"t1n": "MPRAGE", "t2w": "TSE"}.items():
         nib.save(image(make_head(modality)), tmp_path / f"P_{name}.nii.gz")
-    ((name, read, _),) = find_subjects(tmp_path, "test", {"t1n": "*_MPRAGE*", "t2w": "*_TSE*"})
+    ((name, read, *_),) = find_subjects(tmp_path, "test", {"t1n": "*_MPRAGE*", "t2w": "*_TSE*"})
     assert name == "P"
     assert set(read().volumes) == {"t1n", "t2w"}
 
@@ -137,6 +137,6 @@ def test_a_synthetic_volume_is_no_truth(tmp_path):
     write_study(tmp_path, "P", ("t1n", "t2w"))
     fake = image(make_head("t2f"), description="SYNTHETIC t2f by crossmr")
     nib.save(fake, tmp_path / "P" / "P-t2f.nii.gz")
-    ((_, read, _),) = find_subjects(tmp_path, "test")
+    ((_, read, *_),) = find_subjects(tmp_path, "test")
     with pytest.raises(StudyError, match="it has none of t1c, t2f"):
         patterns(FIXED, read())

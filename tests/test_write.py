@@ -246,6 +246,32 @@ def test_report_and_view_know_the_scans(completed):
     assert "not shown" not in result.output
 
 
+def test_dicom_of_intensities_like_the_scans_says_what_the_nifti_says(completed):
+    """--scale input: pixels are intensities of the scans, of volume and standard deviation, and the window fits."""
+    folder, _, _ = completed
+    model = save_untrained(folder / "certain", guidance="none", uncertainty=True)
+    arguments = ["complete", folder / "in" / "one", "-o", folder / "like", "--model", model, "--scale", "input"]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    ((case, place),) = [(path.name, path) for path in (folder / "like").iterdir() if (path / "manifest.json").exists()]
+    manifest = read_json(place / "manifest.json")
+    for modality, entry in manifest["synthetic"].items():
+        assert entry["scale"]["like"] == {"t1c": "t1n", "t2f": "t2w"}[modality]
+        scan = read_volume(folder / "like" / "scans" / case / f"{case}-{entry['scale']['like']}.nii.gz").data
+        made = read_volume(place / entry["file"]).data
+        inside = made != 0
+        assert np.median(made[inside]) == pytest.approx(np.median(scan[inside]), rel=0.05)
+        for kind in ("", "std"):
+            written = read_volume(place / f"{case}-{modality}_{kind or 'synthetic'}.nii.gz").data
+            series = [pydicom.dcmread(p) for p in (place / f"{case}-{modality}_synthetic{kind}_dicom").iterdir()]
+            slope = float(series[0].RealWorldValueMappingSequence[0].RealWorldValueSlope)
+            stored = np.sort(np.concatenate([image.pixel_array.ravel() for image in series]))
+            np.testing.assert_allclose(stored * slope, np.sort(written.clip(0).ravel()), atol=0.51 * slope)
+            black, white = window(written)
+            assert float(series[0].WindowWidth) * slope == pytest.approx(white - black, rel=0.01)
+            assert float(series[0].WindowCenter) * slope == pytest.approx((white + black) / 2, rel=0.01)
+
+
 def test_one_study_is_completed_in_memory(completed):
     folder, model, _ = completed
     completed_study = complete(folder / "in" / "one", model, Settings(guidance="unconditional"))

@@ -8,8 +8,8 @@ import platform
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from crossmr.command import (
+    EXPERT,
+    DdimSteps,
+    Device,
+    KeepNames,
+    Names,
+    Out,
+    Patients,
+    Precision,
+    Register,
+    Samples,
+    Seed,
+    Summary,
+    Targets,
+    check_paths,
+    mapping_of,
+    messages,
+    modalities_of,
+    pairs,
+    speaks,
+)
 from crossmr.errors import ConfigError, CrossmrError, CrossmrWarning, Interrupted
-from crossmr.paths import check_completed, check_output, check_prepared, check_studies
+from crossmr.paths import check_completed, check_prepared
 
 if TYPE_CHECKING:
     from crossmr.completion.cohort import CohortSummary
@@ -32,24 +53,6 @@ ORDER = ("complete", "view", "evaluate", "prepare", "train", "models", "convert"
 
 CONTINUED = ("complete", "prepare", "train", "convert")
 """The commands that keep what is finished, so that the same command goes on after it was stopped."""
-
-
-@dataclass
-class Messages:
-    """How one call speaks to who called it."""
-
-    debug: bool = False
-    as_json: bool = False
-
-    def display(self, quiet: bool, debug: bool, as_json: bool = False) -> "Display":
-        """Take over a command's options; returns where its messages go."""
-        from crossmr.display import Display
-
-        self.debug, self.as_json = debug, as_json
-        return Display(quiet=quiet, debug=debug, stderr=as_json)
-
-
-messages = Messages()
 
 
 class Verbs(TyperGroup):
@@ -84,55 +87,6 @@ app = typer.Typer(
 
 KEPT = 2**30
 """Bytes: freed memory up to this is kept, and blocks up to this come from it."""
-DICOM, EXPERT, MESSAGES = "DICOM", "Expert", "Messages"
-"""Panels of the help."""
-
-Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder.")]
-Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.")]
-Targets = Annotated[
-    str | None, typer.Option(help="Contrasts to synthesise, e.g. t1c,t2f or T1ce,FLAIR; by default every one.")
-]
-Names = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--map",
-        metavar="CONTRAST=GLOB",
-        help="Say which file names are a contrast, e.g. --map t1n='*_MPRAGE.nii.gz'; repeatable.",
-    ),
-]
-Register = Annotated[
-    bool, typer.Option("--register", help="Register each study's volumes rigidly to its first one (SimpleITK).")
-]
-Patients = Annotated[
-    Path | None,
-    typer.Option(metavar="CSV", help="Whose each study is: columns case, patient and, to fix the splits, part."),
-]
-KeepNames = Annotated[
-    bool,
-    typer.Option(
-        "--keep-names", help="Name cases by patient ID and date instead of pseudonyms.", rich_help_panel=DICOM
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but failures.", rich_help_panel=MESSAGES)]
-Debug = Annotated[
-    bool, typer.Option("--debug", help="Print the traceback of every error, too.", rich_help_panel=MESSAGES)
-]
-AsJson = Annotated[
-    bool,
-    typer.Option("--json", help="Print a summary as JSON; all other text goes to stderr.", rich_help_panel=MESSAGES),
-]
-Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", rich_help_panel=EXPERT)]
-Precision = Annotated[
-    str,
-    typer.Option(help="auto (bfloat16 if the hardware has it), bfloat16 or float32.", rich_help_panel=EXPERT),
-]
-Samples = Annotated[
-    int | None,
-    typer.Option(help="Number of guided syntheses to average, with --guidance sample.", rich_help_panel=EXPERT),
-]
-DdimSteps = Annotated[
-    int, typer.Option("--ddim-steps", help="DDIM steps that sample the guidance.", rich_help_panel=EXPERT)
-]
 
 
 def _say_version(asked: bool) -> None:
@@ -154,6 +108,7 @@ def _common(
 
 
 @app.command()
+@speaks()
 def complete(
     study_or_cohort: Annotated[
         list[Path],
@@ -198,20 +153,13 @@ def complete(
     profile: Annotated[
         str, typer.Option(help="Layout of OUT: labelled, challenge (BraSyn's flat folder) or bids (a BIDS derivative).")
     ] = "labelled",
-    quiet: Quiet = False,
-    debug: Debug = False,
-    as_json: AsJson = False,
-) -> None:
+    *,
+    display: "Display",
+) -> Summary:
     """Synthesise the missing contrasts of one study or many. The same command again goes on where it stopped."""
-    display = messages.display(quiet, debug, as_json)
-    for path in study_or_cohort:
-        if not os.path.isfile(path):  # unlike Path.is_file, of a name that is too long as well
-            check_studies(path)
-    if reference is not None:
-        check_studies(reference)
-    check_output(out)
-    _check_model(model)
-    wanted, names = _modalities(targets), _mapping(mapping)
+    folders = [path for path in study_or_cohort if not os.path.isfile(path)]  # of a too long name, unlike Path.is_file
+    check_paths(out=out, studies=[*folders, reference], models=[model])
+    wanted, names = modalities_of(targets), mapping_of(mapping)
     from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
     from crossmr.display import LOG
     from crossmr.networks.inference import Settings
@@ -226,57 +174,52 @@ def complete(
         seed=seed,
         device=device,
         precision=precision,
-        register=_register(register),
+        register="always" if register else "never",
         scale=scale,  # type: ignore[arg-type]
     )
     options = CohortSettings(names, overwrite, profile, keep_names)  # type: ignore[arg-type]
     if dry_run:
-        _finish_plan(display, plan_cohort(study_or_cohort, out, model, settings, options, display=display))
-        return
+        return _planned(plan_cohort(study_or_cohort, out, model, settings, options, display=display))
     summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
     page = report_completion(out)
-    display = display.log_to(page.with_name(LOG))
-    _say_summary(summary, display)
-    display.say(f"report: {page}")
-    _finish(
-        display,
+    return Summary(
         summary.counts,
         summary.failed,
         f"in {out}; research use only",
         asdict(summary),
+        lines=[*_outcomes(summary), f"report: {page}"],
+        log=page.with_name(LOG),
         doubtful=bool(summary.unread),
     )
 
 
-def _finish_plan(display: "Display", planned: Sequence["PlannedCase"]) -> None:
-    """Say what would become of each study, and count."""
-    for line in (line for case in planned for line in case.lines()):
-        display.say(line)
+def _planned(planned: Sequence["PlannedCase"]) -> Summary:
+    """What would become of each study."""
     outcomes = ("would fail", "not to be synthesised", "to be synthesised", "already complete", "finished before")
     counts = {outcome: sum(case.outcome == outcome for case in planned) for outcome in outcomes}
     failures = {case.case: case.failed for case in planned if case.outcome == outcomes[0]}
     record = {"studies": [asdict(case) for case in planned]}
-    _finish(display, counts, failures, "nothing was written", record, doubtful=any(case.unread for case in planned))
+    lines = [line for case in planned for line in case.lines()]
+    doubtful = any(case.unread for case in planned)
+    return Summary(counts, failures, "nothing was written", record, lines, doubtful=doubtful)
 
 
-def _say_summary(summary: "CohortSummary", display: "Display") -> None:
-    """What became of each case that did not fail."""
+def _outcomes(summary: "CohortSummary") -> Iterator[str]:
+    """What became of each case that did not fail, line by line."""
     from crossmr.completion.study import ENHANCEMENT
 
     for case, modalities in summary.completed.items():
-        display.say(f"{case}: synthesised {', '.join(modalities)}")
+        yield f"{case}: synthesised {', '.join(modalities)}"
     for case, notes in summary.notes.items():
         for note in notes:
-            display.say(f"{case}: warning: {note}")
+            yield f"{case}: warning: {note}"
     for case, reasons in summary.not_filled.items():
         for modality, reason in reasons.items():
-            display.say(f"{case}: {modality} not synthesised: {reason}")
+            yield f"{case}: {modality} not synthesised: {reason}"
     if summary.skipped:
-        display.say(
-            f"Studies that were finished before are skipped ({len(summary.skipped)}); --overwrite replaces them."
-        )
+        yield (f"Studies that were finished before are skipped ({len(summary.skipped)}); --overwrite replaces them.")
     if any("t1c" in modalities for modalities in summary.completed.values()):
-        display.say(f"Note: {ENHANCEMENT}")
+        yield f"Note: {ENHANCEMENT}"
 
 
 @app.command()
@@ -292,9 +235,8 @@ def view(
 ) -> None:
     """Show a completed study in a browser: acquired and synthetic volumes, and the truth where it is known."""
     check_completed(out)
-    if scans is not None:
-        check_studies(scans)
-    names = _mapping(mapping)
+    check_paths(studies=[scans])
+    names = mapping_of(mapping)
     import webbrowser
 
     from crossmr.display import Display
@@ -309,6 +251,7 @@ def view(
 
 
 @app.command()
+@speaks()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a trained model, or the name of a registered one.")],
     data: Annotated[Path, typer.Argument(metavar="SET_OR_COHORT", help="A prepared set, or a folder of studies.")],
@@ -335,18 +278,12 @@ def evaluate(
     mapping: Names = None,
     register: Register = False,
     patients: Patients = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-    as_json: AsJson = False,
-) -> None:
+    *,
+    display: "Display",
+) -> Summary:
     """Measure a model: hide each target, synthesise it, and compare it with the truth and with baselines."""
-    display = messages.display(quiet, debug, as_json)
-    _check_model(model)
-    if against is not None:
-        _check_model(against)
-    check_studies(data)
-    check_output(out)
-    names = _mapping(mapping)
+    check_paths(out=out, studies=[data], models=[model, against])
+    names = mapping_of(mapping)
     from crossmr.display import LOG
     from crossmr.evaluation.evaluate import EvaluationSettings, overlap_warnings
     from crossmr.evaluation.evaluate import evaluate as run
@@ -360,7 +297,7 @@ def evaluate(
         seed=seed,
         device=device,
         precision=precision,
-        register=_register(register),
+        register="always" if register else "never",
     )
     settings = EvaluationSettings(
         split=part,
@@ -372,19 +309,17 @@ def evaluate(
         patients=patients,
     )
     result = run(model, data, out, settings, display=display)
-    display = display.log_to(out / LOG)
     display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
     if result["uncertainty"]:
         display.print_tables([uncertainty_table(result["uncertainty"])])
-    for warning in overlap_warnings(result):
-        display.say(f"Warning: {warning}")
-    display.say(f"report: {report_evaluation(out)}")
+    lines = [*(f"Warning: {text}" for text in overlap_warnings(result)), f"report: {report_evaluation(out)}"]
     counts = {"failed": len(result["failed"]), "measured": len(result["cases"])}
     record = {key: result[key] for key in ("summary", "contrasts", "uncertainty", "overlap", "model_sha256")}
-    _finish(display, counts, result["failed"], f"every number is in {out}", record)
+    return Summary(counts, result["failed"], f"every number is in {out}", record, lines, out / LOG)
 
 
 @app.command()
+@speaks()
 def prepare(
     cohort: Annotated[
         list[Path], typer.Argument(help="Folders of studies, named as in BraTS, UPenn-GBM, IXI or BIDS.")
@@ -399,35 +334,38 @@ def prepare(
         bool, typer.Option("--prune", help="Delete prepared cases that are not in the cohorts any more.")
     ] = False,
     patients: Patients = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-    as_json: AsJson = False,
-) -> None:
+    *,
+    display: "Display",
+) -> Summary:
     """Check, normalise and crop a cohort into a prepared dataset. The same command again goes on where it stopped."""
-    display = messages.display(quiet, debug, as_json)
-    for folder in cohort:
-        check_studies(folder)
-    check_output(out)
-    names = _mapping(mapping)
+    check_paths(out=out, studies=cohort)
+    names = mapping_of(mapping)
     from crossmr.data.prepare import PrepareSettings, Split, default_workers
     from crossmr.data.prepare import prepare as run
     from crossmr.display import LOG
 
     settings = PrepareSettings(
-        names, Split.parse(split, seed), _register(register), workers or default_workers(), prune, patients
+        names,
+        Split.parse(split, seed),
+        "always" if register else "never",
+        workers or default_workers(),
+        prune,
+        patients,
     )
     manifest = run(cohort, out, settings, display=display)
-    display = display.log_to(out / LOG)
     found, parts = manifest["fingerprint"], manifest["split"]
     counts = ", ".join(f"{part} {len(parts[part])}" for part in ("train", "val", "test"))
-    display.say(f"{found['studies']} studies of {found['patients']} patients ({counts})")
-    display.say("contrasts: " + ", ".join(f"{m} {n}" for m, n in found["modalities"].items()))
+    lines = (
+        f"{found['studies']} studies of {found['patients']} patients ({counts})",
+        "contrasts: " + ", ".join(f"{m} {n}" for m, n in found["modalities"].items()),
+    )
     failed = {entry["case"]: entry["reason"] for entry in manifest["refused"]}
-    record = {"fingerprint": found, "split": parts}
-    _finish(display, {"failed": len(failed), "prepared": found["studies"]}, failed, f"in {out}", record)
+    outcomes = {"failed": len(failed), "prepared": found["studies"]}
+    return Summary(outcomes, failed, f"in {out}", {"fingerprint": found, "split": parts}, lines, out / LOG)
 
 
 @app.command()
+@speaks("quiet", "debug")
 def train(
     prepared: Annotated[Path, typer.Argument(metavar="SET", help="Dataset that 'crossmr prepare' wrote.")],
     out: Out,
@@ -457,30 +395,27 @@ def train(
     device: Device = "auto",
     precision: Precision = "auto",
     seed: Seed = 0,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    *,
+    display: "Display",
 ) -> None:
     """Train a model. The same command again goes on where it stopped."""
-    display = messages.display(quiet, debug)
     check_prepared(prepared)
-    check_output(out)
-    if start is not None:
-        _check_model(start)
-    task, changes = (_modalities(sources), _modalities(targets)), _pairs(settings, "--set", "synthesis.channels=32")
+    check_paths(out=out, models=[start])
+    task, changes = (modalities_of(sources), modalities_of(targets)), pairs(settings, "--set", "synthesis.channels=32")
 
     display.say(f"training on {prepared} in {out}")  # PyTorch takes seconds to load
     from dataclasses import replace
 
     from crossmr.config import with_settings
-    from crossmr.networks.model import load_model
-    from crossmr.registry import find_model
+    from crossmr.display import LOG
+    from crossmr.registry import load_model
     from crossmr.training.recipes import RECIPES, recipe_of
     from crossmr.training.run import TrainingSettings
     from crossmr.training.run import train as run
 
     if recipe is not None and recipe not in RECIPES:
         raise ConfigError(f"--recipe is '{recipe}'; expected one of {', '.join(RECIPES)}.")
-    initial_model = None if start is None else load_model(find_model(start))
+    initial_model = None if start is None else load_model(start, "cpu")
     chosen = RECIPES[recipe or "standard"] if recipe is not None or initial_model is None else recipe_of(initial_model)
     open_settings = tuple(name for name in chosen.by_set if name not in changes)
     training = TrainingSettings(
@@ -495,7 +430,8 @@ def train(
         seed=seed,
     )
     model = run(prepared, out, training, initial_model=initial_model, display=display)
-    display.say(f"model: {model}" if (model / "config.json").exists() else f"no model yet: {model} needs every stage")
+    found = f"model: {model}" if (model / "config.json").exists() else f"no model yet: {model} needs every stage"
+    display.log_to(out / LOG).say(found)
 
 
 models = typer.Typer(help="List, verify, import, export and remove registered models.")
@@ -531,15 +467,12 @@ def list_models(context: typer.Context) -> None:
 def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by default all.")] = None) -> None:
     """Check all hashes and weights of a model, or of every registered one."""
     from crossmr.display import Display
-    from crossmr.registry import find_model, known_models
+    from crossmr.registry import known_models, load_model
 
     broken = {}
     for one in [name] if name else list(known_models()):
         try:
-            folder = find_model(one)
-            from crossmr.networks.model import load_model
-
-            record = load_model(folder).record
+            record = load_model(one, "cpu").record
             Display().say(f"{one}: whole, {record['sha256'][:12]}")
         except CrossmrError as error:
             broken[one] = str(error)
@@ -591,6 +524,7 @@ def remove(name: Annotated[str, typer.Argument(help="An imported model.")]) -> N
 
 
 @app.command()
+@speaks()
 def convert(
     folder: Annotated[Path, typer.Argument(help="Folder of DICOM, of any number of patients.")],
     out: Out,
@@ -603,31 +537,24 @@ def convert(
             help="Say which series descriptions are a contrast, e.g. --map t1c='*GD*'; repeatable.",
         ),
     ] = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-    as_json: AsJson = False,
-) -> None:
+    *,
+    display: "Display",
+) -> Summary:
     """Sort DICOM and convert it to studies of NIfTI for the other commands; 'complete' also takes DICOM itself."""
-    display = messages.display(quiet, debug, as_json)
-    check_studies(folder)
-    check_output(out)
-    names = _mapping(mapping)
+    check_paths(out=out, studies=[folder])
+    names = mapping_of(mapping)
     from crossmr.dicom.convert import convert as run
     from crossmr.display import LOG
 
     found = run(folder, out, mapping=names, keep_names=keep_names, display=display)
-    display = display.log_to(out / LOG)
-    for scans in found:
-        for line in scans.lines():
-            display.say(line)
-        for note in scans.notes:
-            display.say(f"{scans.case}: warning: {note}")
-    failed = {scans.case: scans.refused for scans in found if scans.refused}
+    lines = [line for one in found for line in (*one.lines(), *(f"{one.case}: warning: {note}" for note in one.notes))]
+    failed = {one.case: one.refused for one in found if one.refused}
     counts = {"failed": len(failed), "converted": len(found) - len(failed)}
-    _finish(display, counts, failed, f"in {out}", {"studies": {scans.case: scans.record for scans in found}})
+    return Summary(counts, failed, f"in {out}", {"studies": {one.case: one.record for one in found}}, lines, out / LOG)
 
 
 @app.command()
+@speaks()
 def nnunet(
     cohort: Annotated[Path, typer.Argument(help="Folder of the studies that were completed.")],
     completed: Annotated[Path, typer.Argument(help="Folder that 'crossmr complete' wrote.")],
@@ -637,31 +564,26 @@ def nnunet(
         typer.Option(help="Contrasts that become channels, in this order; by default all that any case has."),
     ] = None,
     mapping: Names = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-    as_json: AsJson = False,
-) -> None:
+    *,
+    display: "Display",
+) -> Summary:
     """Write acquired and synthetic volumes as a dataset for nnU-Net."""
-    display = messages.display(quiet, debug, as_json)
-    check_studies(cohort)
     check_completed(completed)
-    check_output(out)
-    wanted, names = _modalities(modalities), _mapping(mapping)
+    check_paths(out=out, studies=[cohort])
+    wanted, names = modalities_of(modalities), mapping_of(mapping)
     from crossmr.output.nnunet import export_nnunet
 
     record = export_nnunet(cohort, completed, out, modalities=wanted, mapping=names)
     filled = sum(bool(channels) for channels in record["synthetic"].values())
-    channels = ", ".join(record["channels"])
-    excluded = record["left_out"]
-    display.say(f"channels: {channels}; {filled} cases have synthetic ones")
-    counts = {"excluded": len(excluded), "written": len(record["synthetic"])}
-    _finish(display, counts, excluded, f"in {out}", record)
+    lines = [f"channels: {', '.join(record['channels'])}; {filled} cases have synthetic ones"]
+    counts = {"excluded": len(record["left_out"]), "written": len(record["synthetic"])}
+    return Summary(counts, record["left_out"], f"in {out}", record, lines)
 
 
 @app.command()
 def demo(out: Out, seed: Seed = 0) -> None:
     """Try everything on phantoms in minutes: complete one, then prepare, train, complete and evaluate."""
-    check_output(out)
+    check_paths(out=out)
     from crossmr.demo import demo as run
     from crossmr.display import Display
 
@@ -669,10 +591,13 @@ def demo(out: Out, seed: Seed = 0) -> None:
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed: it would map every layer's output anew, and the system clear it page by page."""
+    """Let glibc keep what is freed: it would map every layer's output anew, and the system clear it page by page.
+
+    All threads share it: what the threads that read a study have freed would be lost to all others.
+    """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-            mallopt(option, KEPT)
+        for option, value in ((-1, KEPT), (-3, KEPT), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
+            mallopt(option, value)
 
 
 def main() -> None:
@@ -681,7 +606,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would spin against neighbours
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a file's name may be no Unicode
-    messages.debug = messages.as_json = False
+    messages.quiet = messages.debug = messages.as_json = False
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -701,61 +626,3 @@ def _show_warning(usual: Callable[..., None], message: Warning | str, category: 
         print(f"warning: {message}", file=sys.stderr)
     else:
         usual(message, category, *rest)
-
-
-def _finish(
-    display: "Display",
-    counts: Mapping[str, int],
-    failures: Mapping[str, str],
-    where: str,
-    record: Mapping[str, Any],
-    *,
-    doubtful: bool = False,
-) -> None:
-    """Name each failure; say in one sentence what became of all studies, failures first; exit with 1 if there are any.
-
-    So it does where something is `doubtful`: what was not used may be what is missing.
-    `counts` is outcome → number; the first outcome is that of `failures`. With --json all of it, and `record`, is one
-    JSON object on the standard output.
-    """
-    word, *others = counts
-    for case, reason in failures.items():
-        display.say_failure(f"{case} {word}: {reason}")
-    told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in (word, *(o for o in others if counts[o])))
-    total = sum(counts.values())
-    display.say(f"{total} {'study' if total == 1 else 'studies'}: {told}; {where}")
-    if messages.as_json:
-        print(json.dumps({**record, "counts": dict(counts), word: dict(failures)}, indent=2, ensure_ascii=False))
-    if failures or doubtful:
-        raise typer.Exit(1)
-
-
-def _check_model(model: Path | None) -> None:
-    """Refuse a name or folder that is not a model, before PyTorch is imported."""
-    from crossmr.registry import find_model
-
-    find_model(model)
-
-
-def _pairs(items: list[str] | None, option: str, example: str) -> dict[str, str]:
-    pairs = {}
-    for item in items or ():
-        key, separator, value = item.partition("=")
-        if not separator or not key or not value:
-            raise ConfigError(f"{option} is '{item}'; expected KEY=VALUE, such as {example}.")
-        pairs[key.strip()] = value.strip()
-    return pairs
-
-
-def _mapping(items: list[str] | None) -> dict[str, str] | None:
-    return _pairs(items, "--map", "t1n='*_MPRAGE.nii.gz'") or None
-
-
-def _modalities(text: str | None) -> tuple[str, ...] | None:
-    from crossmr.data.naming import modality_name
-
-    return None if text is None else tuple(modality_name(part.strip()) for part in text.split(","))
-
-
-def _register(register: bool) -> Any:
-    return "always" if register else "never"

@@ -93,11 +93,14 @@ def find_model(model: Path | str | None = None) -> Path:
     return Path(model)
 
 
-def load_model(model: Path | str | None = None, device: "torch.device | str" = "auto") -> "CrossConditionedModel":
+def load_model(
+    model: "CrossConditionedModel | Path | str | None" = None, device: "torch.device | str" = "auto"
+) -> "CrossConditionedModel":
     """Load a model once, to complete or evaluate as many studies with it as there are.
 
     Args:
-        model: the name of a registered model, such as "default", or the folder of one; None for the default.
+        model: the name of a registered model, such as "default", or the folder of one; None for the default. A model
+            that is loaded already is returned as it is, on its own device.
         device: where it runs: 'auto' (a GPU, if there is one), 'cpu', 'cuda', 'cuda:1' or 'mps'.
 
     Returns:
@@ -106,6 +109,8 @@ def load_model(model: Path | str | None = None, device: "torch.device | str" = "
     Raises:
         ModelError: no such model, or one that is damaged or of another version. ConfigError: no such device.
     """
+    if not (model is None or isinstance(model, (Path, str))):
+        return model
     folder = find_model(model)
     from crossmr.device import choose_device
     from crossmr.networks.model import load_model as load_folder

@@ -32,12 +32,13 @@ from crossmr.completion.writing import whole_or_absent, write_volumes
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume
-from crossmr.device import available_memory, ends_the_run, reusable_memory
+from crossmr.device import ends_the_run
 from crossmr.dicom.convert import Scans, check_scans, convert_cases, taken
 from crossmr.dicom.series import Series
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, remove, write_json
+from crossmr.main_memory import available_memory, reusable_memory
 from crossmr.networks.inference import HeadVolumes, Settings, Synthesis, check_settings
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.picture import Array, Kind, Panel, middle, save_panels
@@ -149,7 +150,8 @@ def complete_cohort(
     settings, options = settings or Settings(), options or CohortSettings()
     layout = Layout(Path(out), options.profile)
     with layout.locked():
-        model = _loaded(model, settings)
+        model = load_model(model, settings.device)
+        check_settings(model, settings)
         reference = read_reference(settings, model, options.mapping)
         inputs = _inputs(cohort, layout, options, display)
         if inputs.series is not None and settings.register == "never":
@@ -185,17 +187,10 @@ def plan_cohort(
     """What `complete_cohort` would do with these arguments; nothing is written."""
     settings, options = settings or Settings(), options or CohortSettings()
     layout = Layout(Path(out), options.profile)
-    model = _loaded(model, settings)
+    model = load_model(model, settings.device)
+    check_settings(model, settings)
     inputs = _inputs(cohort, layout, options, display)
     return plan(inputs, layout, model, settings, overwrite=options.overwrite)
-
-
-def _loaded(model: CrossConditionedModel | Path | str | None, settings: Settings) -> CrossConditionedModel:
-    """The model, loaded if it is not yet, which can do what the settings ask for."""
-    if not isinstance(model, CrossConditionedModel):
-        model = load_model(model, settings.device)
-    check_settings(model, settings)
-    return model
 
 
 def _inputs(

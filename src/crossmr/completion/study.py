@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossmr import main_memory
 from crossmr.completion.checks import check
 from crossmr.completion.layout import EXPECTED, FORMAT, Layout
 from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
 from crossmr.completion.writing import save_study
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import find_studies, modality_name
-from crossmr.data.study import Study, load_study
-from crossmr.data.volume import content_sha256, on_grid, read_header
-from crossmr.device import available_memory, choose_precision, gigabytes, reusable_memory
+from crossmr.data.study import Study, load_study, study_memory
+from crossmr.data.volume import content_sha256, on_grid
+from crossmr.device import choose_precision
 from crossmr.dicom.convert import convert_cases, find_cases
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import ConfigError, NamingError, StudyError
@@ -59,12 +60,6 @@ ENHANCEMENT = (
     "absence or presence of enhancement in this synthetic T1ce is no finding."
 )
 DISCLAIMER = "Synthetic, for research use only; crossmr is not a medical device."
-
-
-HEAD = 0.6
-"""Fraction of a scan's voxels that the box around its head holds, as a rule."""
-ALLOCATED = 1.25
-"""What arrays take in fact, as a factor: the allocator leaves gaps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +141,7 @@ def complete(
     settings = settings or Settings()
     if targets is not None:
         settings = replace(settings, targets=targets)
-    if not isinstance(model, CrossConditionedModel):
-        model = load_model(model, settings.device)
+    model = load_model(model, settings.device)
     reference = read_reference(settings, model)
     if isinstance(study, Mapping):
         images = _by_modality(study, model.config.modalities)
@@ -341,19 +335,14 @@ def memory_needed(images: Mapping[str, Any], model: CrossConditionedModel, setti
 
     The larger of two moments: all volumes are searched for the head; the first synthetic one is written.
     """
-    headers = [header for image in images.values() if (header := read_header(image)) is not None]
-    if not headers:
+    study = study_memory(images, settings.register)
+    if not study.shape:
         return 0
-    shape = max((header.get_data_shape()[:3] for header in headers), key=math.prod)
     targets = len(what_to_fill(tuple(images), model, settings)[0])
-    reading = sum(
-        4 + header.get_data_dtype().itemsize + 6 for header in headers
-    )  # float32, as stored, copies and masks
-    kept = len(headers) * (4 + 4 * HEAD) + 1  # float32, as the networks read them, the mask
-    writing = targets * (8 * HEAD + 8) + 12  # image and standard deviation of the head, of the grid; compressed copies
-    registering = 0 if settings.register == "never" else 16
-    features = passing_memory(model.config, shape) if targets and model.device.type == "cpu" else 0
-    return int(ALLOCATED * math.prod(shape) * (max(reading, kept + writing) + registering)) + features
+    read = 4 * study.head * len(images)  # as the networks read them
+    writing = targets * (8 * study.head + 8) + 12  # image and standard deviation, of head and grid; compressed copies
+    features = passing_memory(model.config, study.shape) if targets and model.device.type == "cpu" else 0
+    return study.bytes(study.kept + read + writing) + features
 
 
 def check_memory(case: str, images: Mapping[str, Any], model: CrossConditionedModel, settings: Settings) -> str | None:
@@ -362,13 +351,7 @@ def check_memory(case: str, images: Mapping[str, Any], model: CrossConditionedMo
     Raises:
         StudyError: it takes more than all.
     """
-    needed, available = memory_needed(images, model, settings), available_memory() + reusable_memory()
-    if needed <= available / 2:
-        return None
-    what = f"{case}: needs about {gigabytes(needed)} of memory, {gigabytes(available)} are available"
-    if needed <= available:
-        return f"{what}; close other programs"
-    raise StudyError(f"{what}. Give the job more, close other programs, or crop the volumes to the head.")
+    return main_memory.check_memory(case, memory_needed(images, model, settings))
 
 
 def lacking(acquired: Sequence[str], model: CrossConditionedModel) -> list[str]:

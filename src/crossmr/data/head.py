@@ -130,7 +130,8 @@ def largest_component(mask: Mask) -> Mask:
     components, count = ndimage.label(mask)
     if count <= 1:
         return mask
-    sizes = np.bincount(components.ravel())
+    counts = [np.bincount(plane.ravel(), minlength=count + 1) for plane in components]  # of all, it would copy them
+    sizes = np.sum(counts, axis=0)
     sizes[0] = 0
     largest: Mask = components == sizes.argmax()
     return largest

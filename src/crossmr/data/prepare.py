@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,11 +29,12 @@ from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import StudyFiles, find_studies, unmatched
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
 from crossmr.data.registration import RegistrationMode
-from crossmr.data.study import Study, load_study
+from crossmr.data.study import Study, load_study, study_memory
 from crossmr.data.volume import content_sha256, voxels_sha256
 from crossmr.display import LOG, SILENT, Display, is_log
-from crossmr.errors import ConfigError, CrossmrError, OutputError, SetError, VolumeError, names_only
+from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, SetError, VolumeError, names_only
 from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_atomically, write_json
+from crossmr.main_memory import available_memory, check_memory, gigabytes, reusable_memory
 
 FORMAT = "crossmr-set"
 FORMAT_VERSION = 4
@@ -44,6 +45,8 @@ NORMALISATION = (
 )
 MARGIN = 4
 """Voxels of background kept around the head's bounding box."""
+PROCESS = 120 * 10**6
+"""Bytes that a process takes before it reads anything: Python and the libraries."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +342,7 @@ def _prepare_all(
     """
     cases: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
+    settings = replace(settings, workers=_processes(studies, out, settings, display))
     with display.task("prepare", len(studies)) as task:
         for study, outcome in _each(studies, out, settings):
             try:
@@ -360,6 +364,36 @@ def _prepare_all(
                 cases[study.case] = result
             task.advance(study.case)
     return cases, refused
+
+
+def _processes(studies: Sequence[StudyFiles], out: Path, settings: PrepareSettings, display: Display) -> int:
+    """How many studies are prepared at once: as many as are asked for, as far as the largest of these fit.
+
+    One that is alone too large does not count, since it is refused; nor does one that was begun or prepared before.
+    """
+    new = [study for study in studies if not (out / "cases" / study.case / "case.json").exists()]
+    available = available_memory() + reusable_memory()
+    needed = {study.case: _memory(study, settings.register) for study in new}
+    needed = {case: number for case, number in needed.items() if number <= available}
+    if not needed:
+        return settings.workers
+    case = max(needed, key=lambda case: needed[case])
+    fitting = max(1, available // (needed[case] + PROCESS))
+    if fitting < settings.workers or needed[case] > available / 2:
+        number = min(settings.workers, fitting)
+        display.say(
+            f"{case}: needs about {gigabytes(needed[case])} of memory, {gigabytes(available)} are available: "
+            f"{number} {'study is' if number == 1 else 'studies are'} prepared at once"
+        )
+    return min(settings.workers, fitting)
+
+
+def _memory(files: StudyFiles, register: RegistrationMode) -> int:
+    """About how many bytes it takes to prepare a study; 0 where that is said when its turn comes."""
+    try:
+        return study_memory(files.images(), register).bytes()
+    except NamingError:
+        return 0
 
 
 def _each(
@@ -412,6 +446,7 @@ def prepare_case(files: StudyFiles, out: Path, register: RegistrationMode = "nev
         finished = _finished(folder, signature)
         if finished is not None:
             return finished
+        check_memory(files.case, study_memory(files.images(), register).bytes())
         return _write_case(load_study(files, register=register), files, signature, folder)
     except OutputError:
         raise
@@ -456,7 +491,9 @@ def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -
     """Write the arrays, then case.json; returns the record that it holds."""
     z, y, x = box = study.box(MARGIN)
     modalities = list(study.volumes)
-    images = np.stack([study.normalised(m, box) for m in modalities], axis=1).astype(np.float16)
+    images = np.empty((z.stop - z.start, len(modalities), y.stop - y.start, x.stop - x.start), np.float16)
+    for index, modality in enumerate(modalities):  # one after the other: memory
+        images[:, index] = study.normalised(modality, box)
     labels = np.zeros_like(study.mask, np.uint8) if study.labels is None else study.labels
     masks = np.stack([study.mask[box].astype(np.uint8), labels[box]], axis=1)
     write_json(folder / "case.json", {"signature": "", "files": dict.fromkeys(ARRAYS, "")})  # begun, and ours
@@ -494,9 +531,9 @@ def _statistics(image: np.ndarray, mask: np.ndarray) -> dict[str, float]:
 
 def _write_array(path: Path, array: np.ndarray) -> str:
     """Write an .npy file; returns its SHA-256."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    content = buffer.getvalue()
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    content = b"".join([header.getvalue(), array.data])
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
 

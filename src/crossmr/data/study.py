@@ -1,9 +1,10 @@
 """One patient's study: volumes on one grid, checked, with a head mask and intensities scaled to [0, 1]."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,15 @@ from crossmr.data.head import (
 )
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, in_usual_order
 from crossmr.data.registration import RegistrationMode, register_rigidly
-from crossmr.data.volume import Volume, describe_grid, displacement_mm, read_labels, read_volume, same_grid
+from crossmr.data.volume import (
+    Volume,
+    describe_grid,
+    displacement_mm,
+    read_header,
+    read_labels,
+    read_volume,
+    same_grid,
+)
 from crossmr.errors import StudyError, VolumeError
 
 EVERYTHING: Box = (slice(None), slice(None), slice(None))
@@ -31,6 +40,40 @@ LARGEST = 1e15
 """Largest intensity that is taken for one: some programs mark missing voxels with larger numbers."""
 NOTED = 0.01
 """Of the head: where more of it is NaN in one volume, the note says how much."""
+
+
+HEAD = 0.8
+"""Fraction of a scan's voxels that the box around its head holds, at most as a rule."""
+ALLOCATED = 1.25
+"""What arrays take in fact, as a factor: the allocator leaves gaps."""
+
+
+class StudyMemory(NamedTuple):
+    """About how much main memory a study takes, in bytes per voxel, by the headers of its volumes."""
+
+    shape: tuple[int, ...] = ()
+    """(X, Y, Z) of the largest volume; empty where no header can be read."""
+    reading: int = 0
+    """The most while its volumes are read, searched for the head, and registered."""
+    kept: int = 0
+    """Once it is loaded: every volume, float32, and the mask."""
+    head: float = HEAD
+    """Fraction of the voxels that lie in the box around the head."""
+
+    def bytes(self, later: float = 0.0) -> int:
+        """What it takes in all; `later` is the most that a voxel takes after it was loaded."""
+        return int(ALLOCATED * math.prod(self.shape) * max(self.reading, later)) if self.shape else 0
+
+
+def study_memory(images: Mapping[str, Any], register: RegistrationMode = "never") -> StudyMemory:
+    """Estimate the memory of a study, modality → path or nibabel image, from the headers alone."""
+    headers = [header for image in images.values() if (header := read_header(image)) is not None]
+    if not headers:
+        return StudyMemory()
+    reading = sum(4 + header.get_data_dtype().itemsize + 6 for header in headers)  # float32, stored; copies and masks
+    registering = 0 if register == "never" else 20 + 4 * len(headers)  # ITK's copies; each volume as it was
+    shape = max((header.get_data_shape()[:3] for header in headers), key=math.prod)
+    return StudyMemory(tuple(shape), reading + registering, 4 * len(headers) + 1 + registering)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from crossmr.evaluation.measures import (
     measure_uncertainty,
 )
 from crossmr.evaluation.overlap import Overlap, find_overlap, say_overlap
-from crossmr.evaluation.predictors import AGAINST, Predictions, Predictor, find_predictors, predict
+from crossmr.evaluation.predictors import AGAINST, Predictions, Predictor, find_predictors, memory_needed, predict
 from crossmr.evaluation.statistics import (
     CalibrationSummary,
     ContrastSummary,
@@ -44,6 +44,7 @@ from crossmr.evaluation.statistics import (
 from crossmr.evaluation.subjects import Array, Subject, find_subjects, open_prepared, patterns
 from crossmr.evaluation.tables import is_table, write_csv
 from crossmr.files import REPORT, is_page, is_record, locked, refuse_foreign, write_json
+from crossmr.main_memory import check_memory
 from crossmr.networks.inference import Settings, chosen_guidance, samples_drawn
 from crossmr.networks.model import CrossConditionedModel, Guidance
 from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_most, window
@@ -200,7 +201,12 @@ def evaluate(
             memory: in what is returned with paths, in what is written with the names of files only.
     """
     out = Path(out)
-    predictors = find_predictors(_loaded(model, settings), settings.inference, settings.guidances, settings.against)
+    model = load_model(model, settings.inference.device)
+    if settings.every_subset and not model.config.any_subset:
+        raise ConfigError(
+            "--every-subset is for models of any subset; this one always needs its sources, so leave it out."
+        )
+    predictors = find_predictors(model, settings.inference, settings.guidances, settings.against)
     source = settings.mapping, settings.inference.register, settings.patients
     subjects = find_subjects(Path(data), settings.split, *source)
     measured = Measurements()
@@ -208,9 +214,13 @@ def evaluate(
         _refuse_foreign(out, [one.name for one in subjects], predictors[0].model.config.targets)
         write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
         with display.logged(out / LOG) as logging, logging.task("evaluate", len(subjects)) as task:
-            for number, (name, read, _) in enumerate(subjects, 1):
+            for number, found in enumerate(subjects, 1):
+                name = found.name
                 try:
-                    measured.add(measure_subject(read(), predictors, out, every_subset=settings.every_subset))
+                    needed = memory_needed(found, predictors, every_subset=settings.every_subset)
+                    if warning := check_memory(name, needed):
+                        logging.say(warning)
+                    measured.add(measure_subject(found.read(), predictors, out, every_subset=settings.every_subset))
                 except CrossmrError as error:
                     measured.failed[name] = str(error)
                 except Exception as error:  # nobody foresaw it: the other patients go on all the same
@@ -241,16 +251,6 @@ def _refuse_foreign(out: Path, names: Sequence[str], targets: Sequence[str]) -> 
         refuse_foreign(out / f"{name}.csv", partial(is_table, kind=kind))
     for name, target in itertools.product(names, targets):
         refuse_foreign(out / f"pictures/{name}-{target}.webp", is_picture)
-
-
-def _loaded(model: CrossConditionedModel | Path | str, settings: EvaluationSettings) -> CrossConditionedModel:
-    if not isinstance(model, CrossConditionedModel):
-        model = load_model(model, settings.inference.device)
-    if settings.every_subset and not model.config.any_subset:
-        raise ConfigError(
-            "--every-subset is for models of any subset; this one always needs its sources, so leave it out."
-        )
-    return model
 
 
 def measure_subject(

@@ -7,22 +7,27 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from crossmr.baselines import predict_baselines
+from crossmr.baselines import BASELINES, predict_baselines
 from crossmr.errors import ConfigError
-from crossmr.evaluation.subjects import Array, Subject
+from crossmr.evaluation.subjects import Array, Found, Subject
 from crossmr.networks.inference import (
     HeadVolumes,
     Settings,
     check_settings,
     chosen_guidance,
+    passing_memory,
     samples_drawn,
     synthesise,
 )
-from crossmr.networks.model import CrossConditionedModel, Guidance, ModelConfig, load_model
-from crossmr.registry import find_model
+from crossmr.networks.model import CrossConditionedModel, Guidance, ModelConfig
+from crossmr.registry import find_model, load_model
 
 AGAINST = "against: "
 """What the second model's name begins with in tables and files."""
+
+
+MASKS, MEASURING = 3, 110
+"""Bytes per voxel of the head's box: of a subject's masks, and of what similarity and wavelets take of one image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +108,23 @@ def _same_task(first: ModelConfig, second: ModelConfig) -> bool:
 
 def _task(config: ModelConfig) -> str:
     return f"{', '.join(config.targets)} from {'any of ' * config.any_subset}{', '.join(config.sources)}"
+
+
+def memory_needed(found: Found, predictors: Sequence[Predictor], *, every_subset: bool = False) -> int:
+    """About how many bytes of main memory it takes to measure a study, by the headers of its files; 0 if unreadable.
+
+    The larger of two moments: it is read, or its largest set of predictions is measured.
+    """
+    study, own = found.memory(), predictors[0].model
+    if not study.shape:
+        return 0
+    acquired = [m for m in found.modalities() if m in own.config.modalities]
+    hidden = len(acquired) - 1 if every_subset else 1
+    targets = hidden if own.config.any_subset else len(set(own.config.targets) & set(acquired))
+    volumes = len(acquired) + targets * (len(predictors) + len(BASELINES) + 1)  # with the standard deviation
+    on_cpu = [predictor.model.config for predictor in predictors if predictor.model.device.type == "cpu"]
+    features = max((passing_memory(config, study.shape) for config in on_cpu), default=0)
+    return study.bytes(study.head * (4 * volumes + MASKS + MEASURING)) + features
 
 
 def predict(subject: Subject, sources: Sequence[str], predictors: Sequence[Predictor]) -> Predictions:

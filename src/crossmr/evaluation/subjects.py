@@ -14,7 +14,7 @@ from crossmr.data.dataset import ENHANCING, Case, PreparedDataset
 from crossmr.data.naming import StudyFiles, find_studies
 from crossmr.data.patients import assign, read_patients
 from crossmr.data.registration import RegistrationMode
-from crossmr.data.study import load_study
+from crossmr.data.study import StudyMemory, load_study, study_memory
 from crossmr.data.volume import voxels_sha256
 from crossmr.errors import ConfigError, StudyError
 from crossmr.networks.model import ModelConfig
@@ -51,6 +51,10 @@ class Found(NamedTuple):
     read: Callable[[], Subject]
     paths: Sequence[Path]
     """Its files and folders, as an error may name them."""
+    modalities: Callable[[], Sequence[str]]
+    """What it has, by the names of its files; raises NamingError where two have one modality."""
+    memory: Callable[[], StudyMemory]
+    """What it takes, by the headers of its files."""
 
 
 def open_prepared(data: Path) -> PreparedDataset | None:
@@ -76,11 +80,26 @@ def find_subjects(
     if dataset is not None and patients is not None:
         raise ConfigError("--patients is for a folder of studies: a prepared set knows whose its studies are.")
     if dataset is not None:
-        return [Found(case.name, partial(subject_of_case, case), [case.folder]) for case in dataset.split(split)]
+        return [_found_case(case) for case in dataset.split(split)]
     studies = find_studies(data, mapping)
     if patients is not None:
         studies = assign(studies, read_patients(patients), patients)
-    return [Found(files.case, partial(subject_of_files, files, register), files.paths()) for files in studies]
+    return [_found_files(files, register) for files in studies]
+
+
+def _found_case(case: Case) -> Found:
+    memory = StudyMemory(case.shape[::-1], head=1.0)  # it is cropped, and its arrays stay on the disk
+    return Found(case.name, partial(subject_of_case, case), [case.folder], lambda: case.modalities, lambda: memory)
+
+
+def _found_files(files: StudyFiles, register: RegistrationMode) -> Found:
+    return Found(
+        files.case,
+        partial(subject_of_files, files, register),
+        files.paths(),
+        lambda: tuple(files.images()),
+        lambda: study_memory(files.images(), register),
+    )
 
 
 def subject_of_case(case: Case) -> Subject:

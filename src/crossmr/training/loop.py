@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader
 
 from crossmr.checkpoint import load_checkpoint, save_checkpoint
 from crossmr.data.prepare import default_workers
-from crossmr.device import autocast, available_memory, out_of_memory
+from crossmr.device import autocast, out_of_memory
 from crossmr.display import Task
 from crossmr.errors import Interrupted, ModelError
 from crossmr.files import append_line, write_atomically
+from crossmr.main_memory import available_memory
 from crossmr.tensors import seeded
 from crossmr.training.memory import explain, micro_batches, step_memory
 from crossmr.training.plan import VALIDATIONS, Budget, Clock, Plan, write_plan

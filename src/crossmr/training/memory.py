@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from crossmr.device import available_memory, gigabytes
 from crossmr.errors import ModelError
+from crossmr.main_memory import available_memory, gigabytes
 from crossmr.networks.unet import FEATURES_ALIVE
 
 WORKSPACE = 1.4

@@ -6,6 +6,7 @@ RUN/
 ├── stages/STAGE/  the two newest checkpoints
 ├── metrics.jsonl  losses and validation
 ├── pictures/      source, prediction, truth and error on validation patients
+├── crossmr.log    what was said; it names paths, and is not for sharing
 └── model/         the result; see networks/model.py
 """
 
@@ -26,7 +27,7 @@ from crossmr.config import to_dict
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.naming import in_usual_order, modality_names
 from crossmr.device import choose_device, choose_precision, set_numerics
-from crossmr.display import SILENT, Display
+from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError
 from crossmr.files import is_record, locked, read_json, refuse_foreign, write_json
 from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, save_model
@@ -120,18 +121,30 @@ def train(
     with locked(folder):
         _refuse_foreign(folder)
         dataset = PreparedDataset(prepared)
-        initial = load_model(initial_model, "cpu") if isinstance(initial_model, (str, Path)) else initial_model
-        training = _training(folder, dataset, settings, initial, display, budget)
+        initial = None if initial_model is None else load_model(initial_model, "cpu")
+        recipe, reasons = _recipe(folder, dataset, settings, initial)
+        training = _training(folder, dataset, replace(settings, recipe=recipe), initial, display, budget)
         chosen = _chosen_stages(training.config, settings)
         identity = _identity(training, dataset, initial)
         steps, budget.minutes = _check_identity(folder, identity, settings)  # all else makes sense: a run keeps it
-        model = _first_model(training, initial)
-        if _train_stages(training, model, chosen, steps):
-            if model.config.uncertainty:
-                display.say("calibration of the uncertainty on validation patients")
-                model.calibration = calibration(training, model, None if initial is None else initial.calibration)
-            save_model(folder / "model", model, _record(training, initial), _patients(training, initial))
+        with display.logged(folder / LOG) as logging:
+            for reason in reasons:
+                logging.say(f"chosen by the set: {reason}")
+            training = replace(training, compute=replace(training.compute, display=logging))
+            _train_model(training, initial, chosen, steps)
     return folder / "model"
+
+
+def _train_model(
+    training: Training, initial: CrossConditionedModel | None, chosen: Sequence[str], steps: int | None
+) -> None:
+    """Train the chosen stages, and write the model if all stages are finished."""
+    model = _first_model(training, initial)
+    if _train_stages(training, model, chosen, steps):
+        if model.config.uncertainty:
+            training.compute.display.say("calibration of the uncertainty on validation patients")
+            model.calibration = calibration(training, model, None if initial is None else initial.calibration)
+        save_model(training.folder / "model", model, _record(training, initial), _patients(training, initial))
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -154,6 +167,16 @@ def _is_run(path: Path) -> bool:
     return path.is_file() and {"recipe", "set", "budget", "versions"} <= read_json(path).keys()
 
 
+def _recipe(
+    folder: Path, dataset: PreparedDataset, settings: TrainingSettings, initial: CrossConditionedModel | None
+) -> tuple[Recipe, Sequence[str]]:
+    """By which recipe, and why so, where the set chooses."""
+    recipe = settings.recipe or (STANDARD if initial is None else recipe_of(initial))
+    if not recipe.by_set:
+        return recipe, ()
+    return choose(recipe, dataset.split("train"), choose_device(settings.device).type, _minutes(folder, settings))
+
+
 def _training(
     folder: Path,
     dataset: PreparedDataset,
@@ -163,12 +186,8 @@ def _training(
     budget: Budget,
 ) -> Training:
     """What is trained on what, and where; refuses what makes no sense."""
-    recipe = settings.recipe or (STANDARD if initial is None else recipe_of(initial))
+    recipe = settings.recipe or STANDARD
     device = choose_device(settings.device)
-    if recipe.by_set:
-        recipe, said = choose(recipe, dataset.split("train"), device.type, _minutes(folder, settings))
-        for line in said:
-            display.say(f"chosen by the set: {line}")
     config = recipe.model_config(*_modalities(dataset, recipe, settings, initial))
     if initial is not None:
         _check_initial(initial, config)
