@@ -72,7 +72,8 @@ def test_names(names: str, head: str, meaning: str) -> None:
         "T1_bias T2starw mt1 scan7 P_0000 P1_T2_star P1_T2s P1_T1map P1_T1_map T12 T11 PDT2",
         "FLAIR_gd P1_post_contrast_FLAIR P1_FLAIR_post T2_gd",  # enhanced, and not a T1
         "t2_xyz_flair T1_what_ever_T2 flair_xyz_mask",  # a contrast and words that are not known name no patient
-        "P1_t2f_synthetic P1_T2Synth P1_T1_pred2 P1_T1_fast P1_T1_brain_pve_0 P1_T1_Gdbolus P1_T1_KM P1_SWI P1_ADC P1_DWI",
+        "P1_t2f_synthetic P1_T2Synth P1_T1_pred2 P1_T1_fast P1_T1_brain_pve_0 P1_SWI P1_ADC P1_DWI",
+        "P1_T1_Gdbolus P1_T1_KM",
         "P1_brain_mask brainmask T1_brain_mask head_mask P1_brain_parenchyma_segmentation csf_seg",
     ],
 )

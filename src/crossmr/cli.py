@@ -610,7 +610,7 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
-            app()
+            app(prog_name="crossmr")
     except CrossmrError as error:
         if messages.debug:
             traceback.print_exc()
