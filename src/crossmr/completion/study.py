@@ -18,10 +18,11 @@ from crossmr.completion.checks import check
 from crossmr.completion.layout import EXPECTED, FORMAT, Layout
 from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
 from crossmr.completion.writing import save_study
+from crossmr.data.formats import content_sha256
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study
-from crossmr.data.volume import content_sha256, on_grid, read_header
+from crossmr.data.volume import on_grid, read_header
 from crossmr.device import available_memory, choose_precision, gigabytes, reusable_memory
 from crossmr.dicom.convert import convert_cases, find_cases
 from crossmr.dicom.series import holds_dicom

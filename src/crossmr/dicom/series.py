@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from crossmr.data.bids import ROOT as BIDS_ROOT
+from crossmr.data.formats import is_volume
 from crossmr.data.naming import recognise
-from crossmr.data.tree import is_nifti, mapping_key
+from crossmr.data.tree import mapping_key
 from crossmr.dicom.contrast import (
     Acquisition,
     Verdict,
@@ -124,7 +125,7 @@ def holds_dicom(
     nifti: list[Path] = []
     others: list[Path] = []
     for path in _files(folder, exclude):
-        (nifti if is_nifti(path.name) else others).append(path)
+        (nifti if is_volume(path.name) else others).append(path)
     named = [study.case for study in recognise(nifti, mapping) if study.candidates]
     if named and (folder / BIDS_ROOT).exists():  # any DICOM in it is its source data: not worth a search, nor a message
         return False
@@ -139,7 +140,7 @@ def holds_dicom(
 
 def first_dicom(folder: Path, exclude: Path | None = None) -> Path | None:
     """A file of DICOM in a folder or below, outside `exclude`; None where there is none."""
-    files = (path for path in _files(folder, exclude) if not is_nifti(path.name))
+    files = (path for path in _files(folder, exclude) if not is_volume(path.name))
     return next((path for path in files if _is_dicom(path)), None)
 
 
