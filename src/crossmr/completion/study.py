@@ -291,7 +291,7 @@ def _on_grid(study: Study, cropped: Tensor, description: str) -> Any:
     full = np.zeros(study.mask.shape, np.float32)
     full[study.box()] = cropped.numpy()
     full[~study.mask] = 0
-    return on_grid(full, study.reference, description=description, display_range=window(full))
+    return on_grid(full, study.reference, description=description, display_range=window(full), copy=False)
 
 
 def _trained_on(model: CrossConditionedModel) -> Mapping[str, int]:
@@ -351,7 +351,7 @@ def memory_needed(images: Mapping[str, Any], model: CrossConditionedModel, setti
         4 + header.get_data_dtype().itemsize + 6 for header in headers
     )  # float32, as stored, copies and masks
     kept = len(headers) * (4 + 4 * HEAD) + 1  # float32, as the networks read them, the mask
-    writing = targets * (8 * HEAD + 8) + 12  # image and standard deviation of the head, of the grid; compressed copies
+    writing = targets * (8 * HEAD + 8) + 8 * HEAD  # image and standard deviation of the head, of the grid; copies
     registering = 0 if settings.register == "never" else 16
     features = passing_memory(model.config, shape) if targets and model.device.type == "cpu" else 0
     return int(ALLOCATED * math.prod(shape) * (max(reading, kept + writing) + registering)) + features

@@ -8,13 +8,14 @@ what is no NIfTI.
 
 import gzip
 import hashlib
+import io
 import logging
 import math
 import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -165,13 +166,14 @@ def on_grid(
     description: str,
     display_range: tuple[float, float] | None = None,
     dtype: npt.DTypeLike = np.float32,
+    copy: bool = True,
 ) -> nib.Nifti1Image:
     """An image of a canonical (Z, Y, X) array on the reference's grid, byte order and NIfTI version.
 
     Shape, orientation, sform and qform with their codes, pixdim and units are the reference's, bit for bit;
-    the voxels are of `dtype` with slope 1 and intercept 0. Extensions, intent and texts of the reference are
-    dropped, since they may identify the patient; `descrip` is the description, cal_min and cal_max the
-    `display_range`.
+    the voxels are of `dtype` with slope 1 and intercept 0; without `copy` in the array's own memory, if they can be.
+    Extensions, intent and texts of the reference are dropped, since they may identify the patient; `descrip` is the
+    description, cal_min and cal_max the `display_range`.
 
     Raises:
         ValueError: the array has another shape, or the description is not ASCII of at most 79 characters.
@@ -191,7 +193,8 @@ def on_grid(
         header[relic] = b""
     header.set_intent("none")
     header.extensions.clear()
-    return _with_header(_as_stored(np.array(array, dtype=dtype), reference), reference.image.affine, header)
+    voxels = np.array(array, dtype=dtype) if copy else np.asarray(array, dtype=dtype)
+    return _with_header(_as_stored(voxels, reference), reference.image.affine, header)
 
 
 class DicomSlices(NamedTuple):
@@ -227,15 +230,50 @@ def as_dicom_slices(array: np.ndarray, reference: Volume) -> DicomSlices:
 def write_volume(image: nib.Nifti1Image, path: Path) -> None:
     """Write an image whole or not at all: `.nii`, or `.nii.gz` whose bytes depend on nothing but the image.
 
-    Missing folders are made.
+    Missing folders are made. Beside the image, memory holds one slice.
 
     Raises:
         OutputError: another suffix, or the disk is full, read-only and so on.
     """
     if not path.name.endswith((".nii", ".nii.gz")):
         raise OutputError(f"{path}: cannot be written as NIfTI. Give a name that ends in .nii or .nii.gz.")
-    content = image.to_bytes()
-    write_atomically(path, gzip.compress(content, _GZIP_LEVEL, mtime=0) if path.suffix == ".gz" else content)
+
+    def write(file: BinaryIO) -> None:
+        if path.suffix == ".gz":
+            packer = _Packer(file)
+            image.to_stream(packer)
+            packer.finish()
+        else:
+            image.to_stream(file)
+
+    write_atomically(path, write)
+
+
+class _Packer(io.RawIOBase):
+    """A file that packs what is written to it, slice by slice; the same bytes as `gzip.compress` of all at once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self.file, self.place = file, 0
+        self.packer = zlib.compressobj(_GZIP_LEVEL, wbits=31)  # without name or time
+
+    def write(self, data: Any) -> int:
+        self.file.write(self.packer.compress(data))
+        self.place += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        """Go forward over zeros."""
+        if whence or place < self.place:
+            raise OSError("what is packed cannot be written twice")
+        self.write(bytes(place - self.place))
+        return self.place
+
+    def finish(self) -> None:
+        self.file.write(self.packer.flush())
 
 
 def compact(image: nib.Nifti1Image) -> bytes:
