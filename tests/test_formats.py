@@ -5,15 +5,18 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
 from conftest import SHAPE, image, make_head, save_untrained, voxels, write_study
+from dicoms import write as write_dicom
 from test_tree import LAYOUTS
 
 from crossmr.completion.cohort import complete_cohort
+from crossmr.completion.inputs import find_inputs
 from crossmr.completion.study import complete
 from crossmr.data.formats import content_sha256, header_of, is_volume, parts, stem_of, without_images_of_pairs
 from crossmr.data.naming import find_studies, recognise, study_of
@@ -28,7 +31,8 @@ from crossmr.data.volume import (
     same_grid,
     write_volume,
 )
-from crossmr.errors import StudyError, VolumeError
+from crossmr.dicom.series import holds_dicom
+from crossmr.errors import NamingError, StudyError, VolumeError
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
 
@@ -482,3 +486,28 @@ def test_gzip_of_a_pair_is_unpacked(tmp_path):
     refused(tmp_path / "a.hdr.gz", "gzip data is truncated or damaged")
     path.write_bytes(gzip.compress(bytes(9)))
     refused(tmp_path / "a.hdr.gz", "is truncated: 9 bytes once unpacked")
+
+
+def test_a_study_that_is_an_archive_is_said(tmp_path):
+    for case in ("Ann", "Bob"):
+        write_study(tmp_path / "in", case, ("t1n", "t2w"))
+    (tmp_path / "in" / "Cem").mkdir()
+    for name in ("Cem.zip", "Cem-t1n.nii.gz.part", "Cem-t1n.json"):
+        (tmp_path / "in" / "Cem" / name).write_bytes(b"PK")
+    said = []
+    display = SimpleNamespace(say=said.append)
+    assert len(find_inputs([tmp_path / "in"], display=display).studies) == 2
+    assert [line.rsplit("/", 1)[1] for line in said] == [
+        "Cem-t1n.nii.gz.part belongs to no study that was found: it is a download that did not end; download it again.",
+        "Cem.zip belongs to no study that was found: it is an archive, which is not opened; unpack it.",
+    ]
+    with pytest.raises(NamingError, match=r"3 other files; unpack archives such as Cem\.zip"):
+        find_studies(tmp_path / "in" / "Cem")
+
+
+def test_other_formats_hide_no_dicom(tmp_path):
+    write_dicom(tmp_path, ("t1n",))
+    write(tmp_path / "fs" / "mri" / "T1.mgz", numbered(), np.eye(4))
+    assert holds_dicom(tmp_path)
+    write(tmp_path / "P1_T1.nii.gz", numbered(), np.eye(4))
+    assert not holds_dicom(tmp_path)

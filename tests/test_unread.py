@@ -126,8 +126,9 @@ def test_whose_a_file_is(tmp_path):
         found = files_beside(folder, find_studies(folder))
         return {case: [path.name for path in paths] for case, paths in found.items()}
 
-    assert beside(tmp_path / "tree") == {"P1": ["T1ce.mnc", "P1_T2.mnc"]}  # P3's, and nobody's, are not P1's nor P2's
-    assert beside(tmp_path / "flat") == {"P2": ["P2_T1ce.mnc"]}
+    nobodys = ["T1ce.mnc", "T1ce.mnc"]  # P3's, of which nothing can be read, and one beside them all
+    assert beside(tmp_path / "tree") == {"P1": ["T1ce.mnc", "P1_T2.mnc"], "": nobodys}
+    assert beside(tmp_path / "flat") == {"P2": ["P2_T1ce.mnc"], "": ["P22_T1ce.mnc"]}
 
 
 def test_derivatives_of_bids_are_not_searched(tmp_path):

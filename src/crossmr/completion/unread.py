@@ -71,7 +71,7 @@ def unread_files(files: StudyFiles, others: Iterable[Path], lacking: Iterable[st
     for path in (*files.unrecognised, *files.passed_over, *others):
         may_be = wanted & _possible(path, files)
         if may_be and not (is_volume(path.name) and _is_no_scan(path)):
-            why = next((why for kind, why in _KINDS.items() if kind.fullmatch(path.name)), "")
+            why = why_unread(path)
             example = f"--map {min(may_be)}='*{path.name.removeprefix(files.case)}'"
             found.append(
                 Unread(
@@ -125,7 +125,8 @@ def files_beside(
 ) -> dict[str, list[Path]]:
     """Case → files under `root` of formats that are not read, archives and unfinished downloads, which lie by its own.
 
-    A file is the case's that its name begins with, else that of the only study in its folder, or in the next above.
+    A file is the case's that its name begins with, else that of the only study in its folder, or in the next above;
+    where there are several, it is nobody's: ''.
     `nifti` is for studies of DICOM, whose NIfTI is not read.
     """
     cases = sorted((study.case for study in studies), key=len, reverse=True)
@@ -141,9 +142,13 @@ def files_beside(
             path = Path(place, name)
             begins = [case for case in cases if re.match(rf"{re.escape(case)}(?![A-Za-z0-9])", name)]
             near = begins[:1] or _nearest(path, owners)
-            if len(near) == 1:
-                found[near[0]].append(path)
+            found[near[0] if len(near) == 1 else ""].append(path)
     return found
+
+
+def why_unread(path: Path) -> str:
+    """Why a file of `files_beside` is not read, and what to do."""
+    return next((why for kind, why in _KINDS.items() if kind.fullmatch(path.name)), "")
 
 
 def _owners(root: Path, studies: Sequence[StudyFiles]) -> dict[Path, set[str]]:

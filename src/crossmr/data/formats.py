@@ -78,6 +78,11 @@ def is_volume(name: str) -> bool:
     return _ENDING.search(name) is not None
 
 
+def is_archive(name: str) -> bool:
+    """Whether a file's name ends as that of an archive does, or of what is packed by another program than gzip."""
+    return re.search(r"\.(zip|tar|tgz|tar\.\w+|7z|rar|bz2|xz|zst)$", name, re.I) is not None
+
+
 def is_nifti(name: str) -> bool:
     """Whether a file's name ends as NIfTI's do."""
     return _NIFTI.search(name) is not None

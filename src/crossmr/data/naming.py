@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crossmr.data.bids import EXCLUDED, ROOT, enhanced_by_sidecar, last_runs
-from crossmr.data.formats import header_of, is_nifti, is_volume, stem_of, without_images_of_pairs
+from crossmr.data.formats import header_of, is_archive, is_nifti, is_volume, stem_of, without_images_of_pairs
 from crossmr.data.tree import (
     NNUNET,
     SEPARATORS,
@@ -162,7 +162,7 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
     root = Path(os.path.abspath(folder))
     paths: list[Path] = []
     sidecars: set[Path] = set()
-    others, excluded = 0, set[str]()
+    others, packed, excluded = 0, "", set[str]()
     channels: dict[Path, Channels] = {}
     for place, folders, files in walk(root):
         derived = EXCLUDED & {*folders} if ROOT in files else set[str]()
@@ -174,10 +174,11 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
         paths += [Path(place, name) for name in volumes]
         sidecars.update(Path(place, name) for name in files if name.endswith(".json"))
         others += len(without_images_of_pairs(files)) - len(volumes)
+        packed = packed or next((f"; unpack archives such as {name}" for name in files if is_archive(name)), "")
     if not paths:
-        skipped = f", {' and '.join(sorted(excluded))} passed over: name such a folder itself" if excluded else ""
+        beside = f", {' and '.join(sorted(excluded))} passed over: name such a folder itself" if excluded else packed
         raise NamingError(
-            f"{folder}: no volume (.nii.gz, .mgz, .hdr, .mha, .nrrd …) in it or below ({others} other files{skipped}). "
+            f"{folder}: no volume (.nii.gz, .mgz, .hdr, .mha, .nrrd …) in it or below ({others} other files{beside}). "
             "Give the folder of the studies; convert DICOM with: crossmr convert FOLDER -o NIFTI."
         )
     return recognise(paths, mapping, root, channels, enhanced_by_sidecar(paths, sidecars, root))

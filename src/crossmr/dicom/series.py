@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crossmr.data.bids import ROOT as BIDS_ROOT
-from crossmr.data.formats import is_volume
+from crossmr.data.formats import is_nifti, is_volume
 from crossmr.data.naming import recognise
 from crossmr.data.tree import mapping_key
 from crossmr.dicom.contrast import (
@@ -132,7 +132,7 @@ def holds_dicom(
     nifti: list[Path] = []
     others: list[Path] = []
     for path in _files(folder, exclude):
-        (nifti if is_volume(path.name) else others).append(path)
+        (nifti if is_nifti(path.name) else others).append(path)
     named = [study.case for study in recognise(nifti, mapping) if study.candidates]
     if named and (folder / BIDS_ROOT).exists():  # any DICOM in it is its source data: not worth a search, nor a message
         return False
