@@ -2,7 +2,7 @@
 
 Inside crossmr an image is float32 (Z, Y, X): the closest RAS+ axes, slowest first. So `data[z]` is an axial
 slice (inferior -> superior), its rows run posterior -> anterior and its columns left -> right. Files are read
-into that frame by flips and transpositions, never resampled, and written back on their own grid. `formats` reads
+into that frame by flips and transpositions, never resampled, and written back on their own grid. `foreign` reads
 what is no NIfTI.
 """
 
@@ -25,19 +25,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 from scipy.optimize import linear_sum_assignment
 
-from crossmr.data.formats import (
-    Stored,
-    as_nifti,
-    fault_of,
-    first_bytes,
-    header_of,
-    is_nifti,
-    is_volume,
-    parts,
-    read_foreign,
-    read_foreign_header,
-    unreadable,
-)
+from crossmr.data.foreign import Stored, as_nifti, read_foreign, read_foreign_header
+from crossmr.data.formats import fault_of, first_bytes, header_of, is_nifti, is_volume, parts, unreadable
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import write_atomically
 
@@ -74,7 +63,7 @@ class Volume:
 def read_volume(source: Path | str | nib.Nifti1Image | tuple[Any, Any], *, name: str | None = None) -> Volume:
     """Read a NIfTI-1 or -2 file (plain or gzipped, of any name and byte order), an in-memory image, or an array.
 
-    Pairs of `.hdr` and `.img` and the other formats of `formats` are read by their names; what is written on their
+    Pairs of `.hdr` and `.img` and the other formats of `foreign` are read by their names; what is written on their
     grids is NIfTI. An array comes with its affine, as a pair: real numbers (x, y, z), and (4, 4) from voxel indices to
     mm in RAS+.
 
