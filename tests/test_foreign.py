@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from test_formats import AFFINES, numbered, refused, write
 
-from crossmr.data.volume import read_header, read_volume
+from crossmr.data.foreign import read_foreign_header
+from crossmr.data.volume import read_volume
 from crossmr.errors import VolumeError
 
 
@@ -22,7 +23,7 @@ def test_damaged_headers_are_read_or_refused_in_one_line(ending, tmp_path):
         place = int(rng.integers(min(len(whole), 350)))
         damaged[place : place + 4] = rng.choice([b"\xff\xff\xff\x7f", bytes(4), b"nan ", b"-1 -", b"1e99", b"9999"])
         path.write_bytes(damaged[: int(rng.integers(200, len(whole)))] if rng.random() < 0.2 else damaged)
-        read_header(path)
+        read_foreign_header(path)
         try:
             read_volume(path)
         except VolumeError as error:

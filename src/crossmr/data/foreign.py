@@ -27,6 +27,9 @@ from crossmr.data.formats import ending_of, fault_of, first_bytes, half, parts, 
 from crossmr.errors import VolumeError
 
 _ITK = {".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO"}
+_AXES = (b"2", b"3", b"4")
+_PER_AXIS = (b"DimSize", b"ElementSpacing", b"ElementSize", b"Offset", b"Position", b"Origin", b"CenterOfRotation")
+_PER_MATRIX = (b"TransformMatrix", b"Rotation", b"Orientation")
 _BEST_PACKED = 1100
 """No deflated file is of more bytes than so many times its own."""
 _MGH_HEADER, _MGH_OFFSET = 90, 284
@@ -186,6 +189,8 @@ def _handedness(image: Any, name: str) -> str:
 def _by_itk(path: Path, name: str, *, voxels: bool) -> Stored:
     """A file that SimpleITK reads; with `voxels` False its header alone."""
     itk = _simpleitk(path, name)
+    if path.suffix.lower() in (".mha", ".mhd"):
+        _check_metaimage(path, name)
     reader = itk.ImageFileReader()
     shown = itk.ProcessObject.GetGlobalWarningDisplay()
     itk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -212,6 +217,29 @@ def _by_itk(path: Path, name: str, *, voxels: bool) -> Stored:
     if notes:  # so that a synthetic volume stays marked
         header["descrip"] = notes[0].encode("ascii", "replace")[:79]
     return Stored(header, stored, None)
+
+
+def _check_metaimage(path: Path, name: str) -> None:
+    """Refuse a header in which numbers are missing or too many: ITK would write beyond its memory."""
+    start = first_bytes(path).split(b"ElementDataFile", 1)[0]
+    said = dict(re.findall(rb"^(\w+)[ \t]*=[ \t]*([^\r\n]*)", start, re.M))
+    axes = said.get(b"NDims", b"").strip()
+    wanted = (
+        {key: int(axes) for key in _PER_AXIS} | {key: int(axes) ** 2 for key in _PER_MATRIX} if axes in _AXES else {}
+    )
+    faulty = [key.decode() for key, count in wanted.items() if key in said and not _are_numbers(said[key], count)]
+    if not wanted or faulty or not start.isascii():
+        raise VolumeError(
+            f"{name}: cannot be read as {ending_of(path.name)}: {', '.join(faulty) or 'NDims'} in its header makes no "
+            "sense. Copy the file again, or convert it to .nii.gz."
+        )
+
+
+def _are_numbers(text: bytes, count: int) -> bool:
+    try:
+        return len([float(word) for word in text.split()]) == count
+    except ValueError:
+        return False
 
 
 def _affine_of(reader: Any) -> np.ndarray:

@@ -396,7 +396,7 @@ def _refuse_damaged(name: str, series: Series) -> None:
     if lost := _cut_off(series):
         raise StudyError(
             f"{name} has {len(series.images)} images, of which {len(lost)} {'is' if len(lost) == 1 else 'are'} cut off"
-            f"{listed(lost)}. Copy or export the whole series again, or leave it out of the folder."
+            f"{listed(lost)}. Export it again, or leave it out of the folder."
         )
 
 
