@@ -445,9 +445,9 @@ def test_bad_images(study, model, tmp_path, spoil, wanted, verb):
 
 def test_empty_and_missing_folders(model, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(crossmr("complete", tmp_path / "empty", "-o", tmp_path / "o", "--model", model), "no .nii or .nii.gz")
+    refused(crossmr("complete", tmp_path / "empty", "-o", tmp_path / "o", "--model", model), "no volume (.nii.gz,")
     refused(crossmr("complete", tmp_path / "gone", "-o", tmp_path / "o", "--model", model), "does not exist")
-    refused(crossmr("prepare", tmp_path / "empty", "-o", tmp_path / "o"), "no .nii or .nii.gz")
+    refused(crossmr("prepare", tmp_path / "empty", "-o", tmp_path / "o"), "no volume (.nii.gz,")
     assert not (tmp_path / "o").exists()
 
 

@@ -298,7 +298,7 @@ def test_mapping_and_model_folder_are_passed_on(model_folder, tmp_path):
     result = complete_cohort(tmp_path / "cohort", tmp_path / "out", Path(model_folder), SETTINGS, options)
     assert result.completed == {"P": ["t1c", "t2f"]}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(NamingError, match=r"no \.nii"):
+    with pytest.raises(NamingError, match=r"no volume"):
         complete_cohort(tmp_path / "empty", tmp_path / "new", model_folder, SETTINGS)
     assert not (tmp_path / "new").exists()
 

@@ -234,7 +234,7 @@ def test_a_full_tmpdir_refuses_the_study_and_the_others_go_on(tmp_path, monkeypa
 def test_space_that_dcm2niix_lacked_is_named_and_nothing_else_is_taken_for_it(tmp_path, monkeypatch, leaves, free):
     write(tmp_path / "in", ("t1n",))
 
-    def run(_, __, outside):
+    def run(_, __, outside, ___):
         outside.mkdir(exist_ok=True)
         (outside / "volume.nii").write_bytes(nib.Nifti1Image(head("t1n").astype(np.float32), OBLIQUE).to_bytes()[:999])
         return ([] if leaves == "nothing" else [outside / "volume.nii"]), "Error: cannot write"

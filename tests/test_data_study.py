@@ -279,7 +279,9 @@ def test_an_unpacked_file_that_is_too_short_is_refused(tmp_path):
 def test_a_text_file_is_refused(tmp_path):
     path = write_study(tmp_path, "P1") / "P1-t1c.nii.gz"
     path.write_text("<html>404 Not Found</html>" * 40)
-    refusal(VolumeError, lambda: from_folder(tmp_path), "P1: P1-t1c.nii.gz", "not a NIfTI file", "Convert")
+    refusal(
+        VolumeError, lambda: from_folder(tmp_path), "P1: P1-t1c.nii.gz", "a web page, not a volume", "Download it again"
+    )
 
 
 def test_two_files_of_one_modality_are_refused(tmp_path):

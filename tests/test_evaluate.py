@@ -597,7 +597,7 @@ def test_nothing_of_another_s_is_replaced(evaluated, bare, cohort, tmp_path):
 def test_what_cannot_work_is_refused_before_anything_is_written(bare, cohort, tmp_path):
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
-    with pytest.raises(NamingError, match=r"no \.nii"):
+    with pytest.raises(NamingError, match=r"no volume"):
         evaluate(bare, tmp_path / "empty", out, SETTINGS)
     with pytest.raises(ModelError, match="is not a model"):
         evaluate(tmp_path / "empty", cohort, out, SETTINGS)

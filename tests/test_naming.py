@@ -360,7 +360,7 @@ class TestFindStudies:
             find_studies(tmp_path / "nowhere")
         with pytest.raises(NamingError, match="is a file, not a folder"):
             find_studies(tmp_path / "dicom" / "1.dcm")
-        with pytest.raises(NamingError, match=r"no \.nii or \.nii\.gz file in it or below \(2 other files\)"):
+        with pytest.raises(NamingError, match=r"no volume \(.*\) in it or below \(2 other files\)"):
             find_studies(tmp_path)
 
     @pytest.mark.skipif(not SCANS.is_dir(), reason=f"needs the development scans in {SCANS}")

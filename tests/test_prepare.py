@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import crossmr.data.prepare as module
 from crossmr.data.dataset import PreparedDataset
+from crossmr.data.formats import content_sha256
 from crossmr.data.head import DARKEST
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import (
@@ -29,7 +30,6 @@ from crossmr.data.prepare import (
     prepare_case,
 )
 from crossmr.data.study import load_study, study_memory
-from crossmr.data.volume import content_sha256
 from crossmr.display import Display
 from crossmr.errors import ConfigError, NamingError, OutputError, SetError
 from crossmr.files import digest, read_json
@@ -166,7 +166,7 @@ def test_what_is_refused_is_listed_while_the_others_go_on(cohort, tmp_path):
     reasons = {refusal["case"]: refusal["reason"] for refusal in manifest["refused"]}
     assert list(reasons) == ["P-00000-000", "P-00004-000", "P-00009-000"]
     assert "t2f is all zero" in reasons["P-00000-000"]
-    assert "cannot be read" in reasons["P-00004-000"]
+    assert "is a link to a file that is not there" in reasons["P-00004-000"]
     assert "27×32×24" in reasons["P-00009-000"]
     for case, reason in reasons.items():
         assert reason.startswith(f"{case}: ")
@@ -179,7 +179,7 @@ def test_nothing_prepared_is_an_error(tmp_path):
         prepare(tmp_path / "cohort", tmp_path / "set")
     assert not (tmp_path / "set").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(NamingError, match=r"no \.nii"):
+    with pytest.raises(NamingError, match=r"no volume"):
         prepare(tmp_path / "empty", tmp_path / "set")
 
 
@@ -284,7 +284,7 @@ def test_a_prepared_case_that_can_only_not_be_read_today_is_kept(cohort, tmp_pat
     (tmp_path / "set" / "crossmr.log").unlink()
     assert tree(tmp_path / "set") == before
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "cannot be read (No such file or directory)" in said
+    assert "is a link to a file that is not there" in said
     assert "It was prepared before, and is kept." in said
     new = prepare(cohort, tmp_path / "new")
     assert [refusal["case"] for refusal in new["refused"]] == [CASES[0]]

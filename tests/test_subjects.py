@@ -104,7 +104,7 @@ def test_volumes_on_other_grids_are_registered_only_if_asked(tmp_path):
 
 
 def test_a_folder_without_studies_is_refused(tmp_path):
-    with pytest.raises(NamingError, match=r"no \.nii"):
+    with pytest.raises(NamingError, match=r"no volume"):
         find_subjects(tmp_path, "test")
 
 

@@ -53,23 +53,23 @@ def doubted(cohort):
         ("P1_T1_AX.nii.gz", "t1c"),
         ("P1_weird.nii.gz", "t1c t2f"),
         ("P1_FLAIR_something.nii.gz", "t2f"),
-        ("P1_T1ce.mgz", "t1c"),
-        ("P1_T1ce.mha", "t1c"),
-        ("P1_T1ce.nrrd", "t1c"),
-        ("P1_T1ce.hdr", "t1c"),
-        ("T1ce/T1Gd.mgz", "t1c"),
+        ("P1_T1ce.mnc", "t1c"),
+        ("P1_T1ce.mif.gz", "t1c"),
+        ("P1_T1ce.gipl", "t1c"),
+        ("P1_T1ce.img", "t1c"),
+        ("T1ce/T1Gd.mnc", "t1c"),
         ("P1_FLAIR.nii.gz.part", "t2f"),
         ("P1_FLAIR.nii.gz.crdownload", "t2f"),
         ("P1_FLAIR.nii.xz", "t2f"),
         ("P1_FLAIR.nii.bz2", "t2f"),
         ("FLAIR.tar.gz", "t2f"),
         ("P1_T1_bet.nii.gz", ""),
-        ("P1_T1_pre.mgz", ""),
+        ("P1_T1_pre.mnc", ""),
         ("P1_T2_SAG.nii.gz", ""),
         ("P1_SWI.nii.gz", ""),
         ("P1_DTI_eddy_FA.nii.gz", ""),
-        ("P1_ADC.mha", ""),
-        ("P1_brainmask.mgz", ""),
+        ("P1_ADC.mif", ""),
+        ("P1_brainmask.mnc", ""),
         ("aseg.mgz", ""),
         ("mri/brain.finalsurfs.mgz", ""),
         ("P1_T1ce_mask.nrrd", ""),
@@ -117,22 +117,23 @@ def test_whose_a_file_is(tmp_path):
     for case in ("P1", "P2"):
         write_study(tmp_path / "tree", case, ("t1n",))
         shutil.copytree(tmp_path / "tree" / case, tmp_path / "flat", dirs_exist_ok=True)
-    for name in ("P1/mri/T1ce.mgz", "P2/P1_T2.mgz", "P3/T1ce.mgz", "T1ce.mgz"):
+    for name in ("P1/mri/T1ce.mnc", "P2/P1_T2.mnc", "P3/T1ce.mnc", "T1ce.mnc"):
         scan(tmp_path / "tree" / name)
-    for name in ("P2_T1ce.mgz", "P22_T1ce.mgz"):
+    for name in ("P2_T1ce.mnc", "P22_T1ce.mnc"):
         scan(tmp_path / "flat" / name)
 
     def beside(folder):
         found = files_beside(folder, find_studies(folder))
         return {case: [path.name for path in paths] for case, paths in found.items()}
 
-    assert beside(tmp_path / "tree") == {"P1": ["T1ce.mgz", "P1_T2.mgz"]}  # P3's, and nobody's, are not P1's nor P2's
-    assert beside(tmp_path / "flat") == {"P2": ["P2_T1ce.mgz"]}
+    nobodys = ["T1ce.mnc", "T1ce.mnc"]  # P3's, of which nothing can be read, and one beside them all
+    assert beside(tmp_path / "tree") == {"P1": ["T1ce.mnc", "P1_T2.mnc"], "": nobodys}
+    assert beside(tmp_path / "flat") == {"P2": ["P2_T1ce.mnc"], "": ["P22_T1ce.mnc"]}
 
 
 def test_derivatives_of_bids_are_not_searched(tmp_path):
     scan(tmp_path / "sub-01" / "anat" / "sub-01_T1w.nii.gz", "t1n")
-    scan(tmp_path / "derivatives" / "tool" / "sub-01" / "sub-01_T1ce.mgz")
+    scan(tmp_path / "derivatives" / "tool" / "sub-01" / "sub-01_T1ce.mnc")
     (study,) = find_studies(tmp_path)
     assert list(files_beside(tmp_path, [study])) == ["sub-01"]
     (tmp_path / "dataset_description.json").write_text("{}")
@@ -178,16 +179,16 @@ def test_the_exit_code_is_1_and_terminal_and_report_name_it(dry, cohort, model_f
     command = ["complete", str(cohort), "-o", str(tmp_path / "out"), "--model", str(model_folder), "--device", "cpu"]
     command += ["--ddim-steps", "2", *dry]
     assert CliRunner().invoke(app, command).exit_code == 0
-    scan(cohort / "P1" / "P1_T1ce.mgz")
+    scan(cohort / "P1" / "P1_T1ce.mnc")
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     said = " ".join(result.output.split())
-    assert "P1: t1c not synthesised: P1_T1ce.mgz may be it and is of a format that is not read; convert it" in said
+    assert "P1: t1c not synthesised: P1_T1ce.mnc may be it and is of a format that is not read; convert it" in said
     if not dry:
-        assert "P1: finished before, and done again: t1c (P1_T1ce.mgz) was synthesised and has arrived since" in said
-        assert "P1_T1ce.mgz may be it" in (tmp_path / "out" / "report.html").read_text()
+        assert "P1: finished before, and done again: t1c (P1_T1ce.mnc) was synthesised and has arrived since" in said
+        assert "P1_T1ce.mnc may be it" in (tmp_path / "out" / "report.html").read_text()
         assert not list((tmp_path / "out" / "P1").glob("*t1c*"))
-        (cohort / "P1" / "P1_T1ce.mgz").unlink()
+        (cohort / "P1" / "P1_T1ce.mnc").unlink()
         result = CliRunner().invoke(app, command)
         assert "done again: t1c is no longer in doubt" in " ".join(result.output.split())
         assert result.exit_code == 0
@@ -198,7 +199,7 @@ def test_what_no_model_can_make_is_no_failure(cohort, model_folder, tmp_path):
     """Nothing that the user could do; and a study that lacks nothing may have anything beside."""
     (cohort / "P1" / "P1-t2w.nii.gz").unlink()
     write_study(cohort, "P2", ALL)
-    scan(cohort / "P2" / "P2_T1ce.mgz")
+    scan(cohort / "P2" / "P2_T1ce.mnc")
     scan(cohort / "P2" / "P2_weird.nii.gz")
     command = ["complete", str(cohort), "-o", str(tmp_path / "out"), "--model", str(model_folder), "--device", "cpu"]
     result = CliRunner().invoke(app, command)

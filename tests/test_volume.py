@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.orientations import aff2axcodes
 
+from crossmr.data.formats import content_sha256
 from crossmr.data.volume import (
     Volume,
-    content_sha256,
     describe_grid,
     displacement_mm,
     on_grid,
@@ -292,7 +292,7 @@ class TestBrokenInputs:
     @pytest.mark.parametrize(
         ("content", "pattern"),
         [
-            (b"", "not a NIfTI"),
+            (b"", r"is empty \(0 bytes\)"),
             (b"this is a text file\n" * 99, "not a NIfTI"),
             (gzip.compress(b"\0\0\0\1" * 200, mtime=0), "not a NIfTI"),
             (gzip.compress(b"short", mtime=0), "not a NIfTI"),
@@ -306,9 +306,7 @@ class TestBrokenInputs:
         refused(tmp_path / "a.nii.gz", f"^a.nii.gz: .*{pattern}")
 
     def test_other_images(self) -> None:
-        refused(
-            nib.MGHImage(np.zeros(SHAPE, np.float32), np.eye(4)), "got MGHImage, expected a NIfTI file, a NIfTI image"
-        )
+        refused(nib.GiftiImage(), "got GiftiImage, expected a file, an image of nibabel, or")
         refused(np.zeros(SHAPE), r"got ndarray, expected .*\(array, affine\)")
 
     def test_arrays_that_are_no_volume(self) -> None:
@@ -467,6 +465,29 @@ class TestWrite:
             write_volume(on_grid(reference.data, reference, description="x"), tmp_path / name)
         assert content_sha256(tmp_path / "a.nii.gz") == content_sha256(tmp_path / "b.nii.gz")
         assert not list(tmp_path.glob("*.partial"))
+
+    @pytest.mark.parametrize("endianness", "<>")
+    @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+    def test_the_bytes_are_those_of_the_image_packed_at_once(
+        self, tmp_path: Path, kind: type[nib.Nifti1Image], endianness: str
+    ) -> None:
+        header = kind.header_class(endianness=endianness)
+        header.set_data_dtype(np.float32)
+        data = np.random.default_rng(0).normal(size=(70, 60, 50)).astype(np.float32)
+        image = on_grid(data.T, read_volume(kind(data, affine_of(np.eye(3)), header)), description="x")
+        write_volume(image, tmp_path / "a.nii")
+        write_volume(image, tmp_path / "a.nii.gz")
+        assert (tmp_path / "a.nii").read_bytes() == image.to_bytes()
+        assert (tmp_path / "a.nii.gz").read_bytes() == gzip.compress(image.to_bytes(), 1, mtime=0)
+
+    def test_beside_the_image_a_slice_is_in_memory(self, tmp_path: Path) -> None:
+        image = nib.Nifti1Image(np.ones((128, 128, 64), np.float32), np.eye(4))
+        tracemalloc.start()
+        try:
+            write_volume(image, tmp_path / "a.nii.gz")
+            assert tracemalloc.get_traced_memory()[1] < 128 * 128 * 64  # a quarter of the image
+        finally:
+            tracemalloc.stop()
 
     def test_it_replaces_and_makes_folders(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "folder" / "a.nii"

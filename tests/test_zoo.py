@@ -38,8 +38,8 @@ HEALTHY = "zz-healthy"
 """The last of its folder, so that it comes after every failure."""
 ADVICE = re.compile(
     r"(?:^|: |, (?:and|or|so) )(?:add|check|choose|compare|complete|convert|copy|correct|did you mean|do not use|"
-    r"export|give|keep|leave|look|make|measure|name|narrow|prepare|register|rename|repair|resample|run|split|stack|"
-    r"threshold|train|update|use)\b|use recipe 'any'|\bexpected |"
+    r"download|export|fetch|give|keep|leave|look|make|measure|name|narrow|prepare|register|rename|repair|resample|run|split|"
+    r"stack|threshold|train|unpack|update|use)\b|use recipe 'any'|\bexpected |"
     r"^(?:it has|it may be|it was trained for|settings look like|the models are|these are)\b|"
     r"(?:are positive|are counts of at least 1|have only: \w+)\.$",
     re.IGNORECASE,
@@ -189,9 +189,9 @@ NO_SCAN = r"no acquired volume to work from.*name them with --map"
 
 PATIENTS: list[tuple[str, Spoil, str]] = [
     # the file
-    ("empty file", bytes_of(lambda _: b""), r"is not a NIfTI file.*Convert it"),
+    ("empty file", bytes_of(lambda _: b""), r"is empty \(0 bytes\)"),
     ("one byte", bytes_of(lambda _: b"\x1f"), r"is not a NIfTI file.*Convert it"),
-    ("text", bytes_of(lambda _: b"<html>404 Not Found</html>" * 40), r"is not a NIfTI file.*Convert it"),
+    ("text", bytes_of(lambda _: b"<html>404 Not Found</html>" * 40), r"is a web page, not a volume"),
     ("gzipped text", bytes_of(lambda _: gzip.compress(b"no image" * 400)), r"is not a NIfTI file.*Convert it"),
     (
         "DICOM under NIfTI's name",
@@ -207,10 +207,10 @@ PATIENTS: list[tuple[str, Spoil, str]] = [
     ("plain cut short", bytes_of(lambda b: gzip.decompress(b)[:-9]), r"is truncated: \d+ bytes, but.*Copy the file"),
     ("unpacked too short", bytes_of(lambda b: gzip.compress(gzip.decompress(b)[:-9])), r"truncated: \d+ bytes once"),
     ("header alone", bytes_of(lambda b: gzip.decompress(b)[:352]), r"is truncated: 352 bytes.*Copy the file again"),
-    ("dangling link", dangling, r"t1n\.nii\.gz:? cannot be read \(No such file.*Check the path"),
+    ("dangling link", dangling, r"t1n\.nii\.gz: is a link to a file that is not there"),
     # the header
-    ("hdr of a pair", pair, r"header of a \.hdr/\.img pair\. Convert it"),
-    ("wrong magic", nifti(magic=b"abc"), r"header of a \.hdr/\.img pair\. Convert it|is not a NIfTI file"),
+    ("hdr of a pair", pair, r"header of a \.hdr/\.img pair.*convert it"),
+    ("wrong magic", nifti(magic=b"abc"), r"header of a \.hdr/\.img pair.*convert it|is not a NIfTI file"),
     ("2D", voxels(lambda d: d[:, :, 12]), r"is 2D \(28×32\), expected a 3D volume\. Stack its slices"),
     ("1D", voxels(lambda d: d[:, 0, 0]), r"is 1D \(28\), expected a 3D volume"),
     ("4D", voxels(lambda d: np.stack([d, d], -1)), r"28×32×24×2: 2 volumes, expected one\. Split it"),
@@ -957,14 +957,14 @@ CALLS: list[Kind] = [
     # the folder of the scans
     Kind("no folder", lambda b: b.complete(cohort=b.folder / "gone"), r"gone: does not exist\. Expected a folder"),
     Kind("file for a folder", with_file("a.txt", "", lambda b: b.complete(cohort=b.folder / "a.txt")),
-         r"is not a \.nii or \.nii\.gz file\. Give NIfTI"),
-    Kind("empty folder", emptied_folder("complete"), r"empty: no \.nii or \.nii\.gz file .*Give the folder"),
-    Kind("empty folder to prepare", emptied_folder("prepare"), r"empty: no \.nii or \.nii\.gz file .*Give the folder"),
-    Kind("texts alone", text_only, r"no \.nii or \.nii\.gz file in it or below \(1 other files\)\. Give the folder"),
+         r"is no volume .*Give volumes"),
+    Kind("empty folder", emptied_folder("complete"), r"empty: no volume .*Give the folder"),
+    Kind("empty folder to prepare", emptied_folder("prepare"), r"empty: no volume .*Give the folder"),
+    Kind("texts alone", text_only, r"no volume \(.*\) in it or below \(1 other files\)\. Give the folder"),
     Kind("name too long", lambda b: b.complete(cohort=b.folder / LONG), r"a: (does not exist|cannot).*a folder"),
     Kind("name that is no Unicode", called("P\udcff1"), r"P\\udcff1: t1n is all zero: .*Export it again", "healthy"),
     Kind("name of a line break", called("P\n1"), r"P 1: t1n is all zero: .*Export it again", "healthy"),
-    Kind("BIDS derivatives alone", bids_derivatives, r"no \.nii .*derivatives.*name such a folder itself"),
+    Kind("BIDS derivatives alone", bids_derivatives, r"no volume .*derivatives.*name such a folder itself"),
     Kind("BIDS of synthetic volumes alone", bids_synthetic, NO_SCAN, "begun"),
     Kind("BIDS has no such name", bids_unnamed, r"P1: BIDS has no name for swi\. Use --profile labelled", "begun"),
     Kind("challenge on another grid", lambda b: b.complete("--profile", "challenge", cohort=b.cohort() / "P1"),

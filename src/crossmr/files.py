@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from crossmr.errors import CrossmrError, CrossmrWarning, ModelError, NamingError, OutputError, StudyError
 
@@ -265,8 +265,10 @@ def is_page(path: Path) -> bool:
         return b'<meta name="generator" content="crossmr ' in file.read(8192)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a mixture.
+
+    The content is bytes, or a function that writes them to the open file.
 
     Raises:
         OutputError: the folder is missing, read-only or full, or another crossmr's; nothing is left behind.
@@ -277,7 +279,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         _enter(path.parent)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=unfinished_name(path), suffix=PARTIAL)
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

@@ -62,7 +62,7 @@ def window(volume: Array) -> tuple[float, float]:
     inside = volume[volume != 0]
     if not inside.size:
         return 0.0, 1.0
-    black, white = (float(p) for p in np.percentile(inside, (DARK, BRIGHT)))
+    black, white = (float(p) for p in np.percentile(inside, (DARK, BRIGHT), overwrite_input=True))
     return black, white if white > black else black + 1
 
 

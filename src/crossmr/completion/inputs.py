@@ -8,7 +8,7 @@ from typing import Any
 
 from crossmr.completion.layout import Layout
 from crossmr.completion.study import lacking, what_to_fill
-from crossmr.completion.unread import Unread, dicom_beside, files_beside, unread_files, unread_series
+from crossmr.completion.unread import Unread, dicom_beside, files_beside, unread_files, unread_series, why_unread
 from crossmr.data.naming import StudyFiles, find_studies, study_of, unmatched
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.convert import choose, find_cases
@@ -92,7 +92,10 @@ def find_inputs(
     for path in paths:
         place = Path(os.path.abspath(path))
         own = [study for study in studies if any(place in file.parents for file in study.paths())]
-        nearby |= files_beside(path, own, exclude)
+        found = files_beside(path, own, exclude)
+        for file in (file for file in found.pop("", ()) if possible_contrasts(file.name)):
+            display.say(f"{file} belongs to no study that was found: it {why_unread(file)}.")
+        nearby |= found
         series_nearby |= dicom_beside(path, own, mapping, exclude)
     return Inputs(root, studies, beside=nearby, dicom=series_nearby)
 

@@ -19,10 +19,11 @@ from crossmr.completion.checks import check
 from crossmr.completion.layout import EXPECTED, FORMAT, Layout
 from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
 from crossmr.completion.writing import save_study
+from crossmr.data.formats import content_sha256
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study, study_memory
-from crossmr.data.volume import content_sha256, on_grid
+from crossmr.data.volume import on_grid
 from crossmr.device import choose_precision
 from crossmr.dicom.convert import convert_cases, find_cases
 from crossmr.dicom.series import holds_dicom
@@ -284,7 +285,7 @@ def _on_grid(study: Study, cropped: Tensor, description: str) -> Any:
     full = np.zeros(study.mask.shape, np.float32)
     full[study.box()] = cropped.numpy()
     full[~study.mask] = 0
-    return on_grid(full, study.reference, description=description, display_range=window(full))
+    return on_grid(full, study.reference, description=description, display_range=window(full), copy=False)
 
 
 def _trained_on(model: CrossConditionedModel) -> Mapping[str, int]:
@@ -340,7 +341,7 @@ def memory_needed(images: Mapping[str, Any], model: CrossConditionedModel, setti
         return 0
     targets = len(what_to_fill(tuple(images), model, settings)[0])
     read = 4 * study.head * len(images)  # as the networks read them
-    writing = targets * (8 * study.head + 8) + 12  # image and standard deviation, of head and grid; compressed copies
+    writing = targets * (8 * study.head + 8) + 8 * study.head  # image and standard deviation, of head and grid; copies
     features = passing_memory(model.config, study.shape) if targets and model.device.type == "cpu" else 0
     return study.bytes(study.kept + read + writing) + features
 

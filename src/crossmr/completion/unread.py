@@ -16,12 +16,12 @@ import numpy as np
 
 from crossmr.data.bids import EXCLUDED as BIDS_EXCLUDED
 from crossmr.data.bids import ROOT as BIDS_ROOT
+from crossmr.data.formats import is_volume, without_images_of_pairs
 from crossmr.data.naming import (
     DISPLAY_NAMES,
     MODALITIES,
     StudyFiles,
 )
-from crossmr.data.tree import is_nifti
 from crossmr.data.volume import is_synthetic, read_header, read_volume
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.contrast import recognise_contrast, says_agent
@@ -35,14 +35,23 @@ FEW_VALUES = 32
 _UNFINISHED = r"\.(part|partial|crdownload|download|filepart|tmp|aria2|opdownload)"
 _PACKED = r"\.(zip|tar|tgz|tar\.gz|tar\.bz2|tar\.xz|7z|rar)"
 _COMPRESSED = r"\.nii(\.gz)?\.(zip|bz2|xz|zst|lzma|7z|gpg)|\.nii\.z"
-_FORMATS = r"\.(mgz|mgh|mha|mhd|nrrd|nhdr|hdr|mnc|par|brik|brik\.gz)"
+_FORMATS = r"\.(mnc|par|brik|brik\.gz|mif|mif\.gz|gipl|gipl\.gz)"
+_POINTER = r"\.(dvc|lnk|url|webloc)"
+_HALF = r"\.img(\.gz)?"
+_LONGER = r"\.(nii(\.gz)?|mgz|mha|nrrd)(\?.*|~|\.(\d+|bak|old|orig))|\.nii\.gz\.gz"
 _KINDS = {
     re.compile(rf".*{_UNFINISHED}", re.I): "is a download that did not end; download it again",
     re.compile(rf".*({_COMPRESSED})", re.I): "is not read as it is packed; unpack it to .nii or .nii.gz",
     re.compile(rf".*{_PACKED}", re.I): "is an archive, which is not opened; unpack it",
     re.compile(rf".*{_FORMATS}", re.I): "is of a format that is not read; convert it to .nii.gz",
+    re.compile(rf".*{_POINTER}", re.I): "points to a file elsewhere; fetch that, such as by dvc pull",
+    re.compile(rf".*{_HALF}", re.I): "is half of a pair without the .hdr beside it; copy both",
+    re.compile(rf".*({_LONGER})", re.I): "has more after its format's ending; rename it to end in that",
 }
-_ENDING = re.compile(rf"(\.nii(\.gz)?)?({_UNFINISHED}|{_COMPRESSED}|{_PACKED}|{_FORMATS})$", re.I)
+_ENDING = re.compile(
+    rf"(\.nii(\.gz)?|\.mgz|\.mha|\.nrrd)?({_UNFINISHED}|{_COMPRESSED}|{_PACKED}|{_FORMATS}|{_POINTER}|{_HALF}|{_LONGER})$",
+    re.I,
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +70,8 @@ def unread_files(files: StudyFiles, others: Iterable[Path], lacking: Iterable[st
     wanted, found = frozenset(lacking), []
     for path in (*files.unrecognised, *files.passed_over, *others):
         may_be = wanted & _possible(path, files)
-        if may_be and not (is_nifti(path.name) and _is_no_scan(path)):
-            why = next((why for kind, why in _KINDS.items() if kind.fullmatch(path.name)), "")
+        if may_be and not (is_volume(path.name) and _is_no_scan(path)):
+            why = why_unread(path)
             example = f"--map {min(may_be)}='*{path.name.removeprefix(files.case)}'"
             found.append(
                 Unread(
@@ -94,7 +103,7 @@ def _own(name: str, case: str) -> str:
 
 
 def _is_image(name: str) -> bool:
-    return is_nifti(name) or name.lower().endswith((".dcm", ".ima")) or any(kind.fullmatch(name) for kind in _KINDS)
+    return is_volume(name) or name.lower().endswith((".dcm", ".ima")) or any(kind.fullmatch(name) for kind in _KINDS)
 
 
 def _is_no_scan(path: Path) -> bool:
@@ -116,7 +125,8 @@ def files_beside(
 ) -> dict[str, list[Path]]:
     """Case → files under `root` of formats that are not read, archives and unfinished downloads, which lie by its own.
 
-    A file is the case's that its name begins with, else that of the only study in its folder, or in the next above.
+    A file is the case's that its name begins with, else that of the only study in its folder, or in the next above;
+    where there are several, it is nobody's: ''.
     `nifti` is for studies of DICOM, whose NIfTI is not read.
     """
     cases = sorted((study.case for study in studies), key=len, reverse=True)
@@ -126,15 +136,19 @@ def files_beside(
         left_out = BIDS_EXCLUDED if BIDS_ROOT in names else set[str]()
         out = None if exclude is None else os.path.abspath(exclude)
         folders[:] = [name for name in folders if name not in left_out and os.path.join(place, name) != out]
-        for name in names:
-            if not any(kind.fullmatch(name) for kind in _KINDS) and not (nifti and is_nifti(name)):
+        for name in without_images_of_pairs(names):
+            if not any(kind.fullmatch(name) for kind in _KINDS) and not (nifti and is_volume(name)):
                 continue
             path = Path(place, name)
             begins = [case for case in cases if re.match(rf"{re.escape(case)}(?![A-Za-z0-9])", name)]
             near = begins[:1] or _nearest(path, owners)
-            if len(near) == 1:
-                found[near[0]].append(path)
+            found[near[0] if len(near) == 1 else ""].append(path)
     return found
+
+
+def why_unread(path: Path) -> str:
+    """Why a file of `files_beside` is not read, and what to do."""
+    return next((why for kind, why in _KINDS.items() if kind.fullmatch(path.name)), "")
 
 
 def _owners(root: Path, studies: Sequence[StudyFiles]) -> dict[Path, set[str]]:
@@ -191,7 +205,7 @@ def _left_out(series: Series) -> Unread:
     elif verdict.why.startswith("neither its tags") and not decided:
         may_be = possible_contrasts(description)
     remedy = "" if "Export" in series.why else "; export it again"
-    if verdict.modality is None:
+    if verdict.modality is None and not series.unreadable:
         remedy = f"; name it, such as --map {min(may_be, default='t1c')}='DESCRIPTION'"
     return Unread(series.name, may_be, f"was left out: {series.why}{remedy}")
 

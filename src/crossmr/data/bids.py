@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from crossmr.data.formats import stem_of
 from crossmr.data.words import LABEL, OTHER, Reading, agent_of_word, possible_contrasts, spelt
 
 ROOT = "dataset_description.json"
@@ -97,7 +98,7 @@ def enhanced_by_sidecar(paths: Iterable[Path], sidecars: Collection[Path], root:
         by_folder[sidecar.parent].append(sidecar)
     found = set()
     for path in paths if sidecars else ():
-        stem = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+        stem = stem_of(path.name)
         named = stem[len(case_of(stem)) :] if _FILE.fullmatch(stem) else stem
         if not {"t1n", "t1c"} <= possible_contrasts(named):
             continue

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crossmr.data.bids import EXCLUDED, ROOT, enhanced_by_sidecar, last_runs
+from crossmr.data.formats import header_of, is_archive, is_nifti, is_volume, stem_of, without_images_of_pairs
 from crossmr.data.tree import (
     NNUNET,
     SEPARATORS,
@@ -24,12 +25,10 @@ from crossmr.data.tree import (
     NamesInTree,
     folder_names,
     is_mask,
-    is_nifti,
     read_channels,
-    stem_of,
 )
 from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, read
-from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, is_raw, spelt
+from crossmr.data.words import CONTRASTS, LABEL, OTHER, is_raw, spelt
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
 from crossmr.paths import check_studies
@@ -56,7 +55,7 @@ class StudyFiles:
     labels: tuple[Path, ...]
     """Segmentations (seg, lesion, mask …); `label()` refuses more than one."""
     unrecognised: tuple[Path, ...]
-    """NIfTI files of this study whose names say no known modality."""
+    """Volumes of this study whose names say no known modality."""
     passed_over: tuple[Path, ...] = ()
     """Further images of a modality, and masks, beside plainer ones: `T1_bet` beside `T1`. None of them is used."""
     confidence: Confidence = "sure"
@@ -151,19 +150,19 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
 def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:
     """The studies under a folder (at any depth), or the one study that the folder is; sorted by case.
 
-    Takes `.nii` and `.nii.gz`, and follows links. Skips hidden files and folders, folders ending in `.partial`, and the
-    derivatives and sourcedata of a BIDS dataset, unless `folder` is such a folder itself. Returned paths are absolute.
-    `mapping` is as in `recognise`.
+    Takes the volumes of every format that `formats` reads, and follows links. Skips hidden files and folders, folders
+    ending in `.partial`, and the derivatives and sourcedata of a BIDS dataset, unless `folder` is such a folder itself.
+    Returned paths are absolute. `mapping` is as in `recognise`.
 
     Raises:
-        NamingError: the folder is missing, not a folder, not readable, or holds no NIfTI at all.
+        NamingError: the folder is missing, not a folder, not readable, or holds no volume at all.
         ConfigError: a key of the mapping is not a name for a modality.
     """
     check_studies(folder)
     root = Path(os.path.abspath(folder))
     paths: list[Path] = []
     sidecars: set[Path] = set()
-    others, excluded = 0, set[str]()
+    others, packed, excluded = 0, "", set[str]()
     channels: dict[Path, Channels] = {}
     for place, folders, files in walk(root):
         derived = EXCLUDED & {*folders} if ROOT in files else set[str]()
@@ -171,14 +170,15 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
         folders[:] = [name for name in folders if not name.endswith(".partial") and name not in derived]
         if NNUNET in files:
             channels[Path(place)] = read_channels(Path(place, NNUNET))
-        nifti = [name for name in files if is_nifti(name)]
-        paths += [Path(place, name) for name in nifti]
+        volumes = [name for name in files if is_volume(name)]
+        paths += [Path(place, name) for name in volumes]
         sidecars.update(Path(place, name) for name in files if name.endswith(".json"))
-        others += len(files) - len(nifti)
+        others += len(without_images_of_pairs(files)) - len(volumes)
+        packed = packed or next((f"; unpack archives such as {name}" for name in files if is_archive(name)), "")
     if not paths:
-        skipped = f", {' and '.join(sorted(excluded))} passed over: name such a folder itself" if excluded else ""
+        beside = f", {' and '.join(sorted(excluded))} passed over: name such a folder itself" if excluded else packed
         raise NamingError(
-            f"{folder}: no .nii or .nii.gz file in it or below ({others} other files{skipped}). "
+            f"{folder}: no volume (.nii.gz, .mgz, .hdr, .mha, .nrrd …) in it or below ({others} other files{beside}). "
             "Give the folder of the studies; convert DICOM with: crossmr convert FOLDER -o NIFTI."
         )
     return recognise(paths, mapping, root, channels, enhanced_by_sidecar(paths, sidecars, root))
@@ -198,12 +198,14 @@ def study_of(files: Sequence[Path], mapping: Mapping[str, str] | None = None) ->
     """The one study that these files are; its case is theirs if their names agree, else that of their folder.
 
     Raises:
-        NamingError: a file that is no NIfTI, or whose name says no contrast. ConfigError: see `recognise`.
+        NamingError: a file that is no volume by its name, or whose name says no contrast. ConfigError: see `recognise`.
     """
-    paths = [Path(os.path.abspath(path)) for path in files]
+    paths = [*dict.fromkeys(header_of(Path(os.path.abspath(path))) for path in files)]
     for path in paths:
-        if not is_nifti(path.name):
-            raise NamingError(f"{path}: is not a .nii or .nii.gz file. Give NIfTI files, or the folder of the DICOM.")
+        if not is_volume(path.name):
+            raise NamingError(
+                f"{path}: is no volume (.nii.gz, .mgz, .hdr, .mha, .nrrd …). Give volumes, or the folder of the DICOM."
+            )
     studies = recognise(paths, mapping)
     for path in (path for study in studies for path in study.unrecognised):
         raise NamingError(f"{path}: its name says no contrast. Name it with --map, such as t1n='{path.name}'.")
@@ -221,7 +223,7 @@ def recognise(
     channels: Mapping[Path, Channels] | None = None,
     enhanced: Collection[Path] = (),
 ) -> list[StudyFiles]:
-    """Group NIfTI files into studies and tell their modalities and patients, from names only; sorted by case.
+    """Group files of volumes into studies and tell their modalities and patients, from names only; sorted by case.
 
     1. A name is cut into words at `-`, `_`, `.`, spaces and brackets, and read from its end, as long as each word has a
        role: contrast, agent, sequence (`TSE`, `MPRAGE`), plane, step of processing (`bet`, `n4`), copy (`1`), space
@@ -238,8 +240,8 @@ def recognise(
        `dataset.json` above: `channels` are its modalities, by its folder. A T1 in `enhanced` is a T1ce, unless another
        file of the study is one by its name.
     5. Of several files of one contrast the one is taken that lies with most others, is registered to one of them, has
-       fewest words beside, lies in the plane of most files, and is the last run; the others are `passed_over`. Two
-       alike are refused, by `StudyFiles.images()`.
+       fewest words beside, lies in the plane of most files, is the last run, and is NIfTI; the others are
+       `passed_over`. Two alike are refused, by `StudyFiles.images()`.
     6. Masks and segmentations make no case: they join that of their name or folder.
 
     A `mapping` from modality to a glob on the file name adds to these rules, for instance
@@ -302,7 +304,7 @@ def _study(case: str, files: list[File], patient: "_Patient", names: NamesInTree
     def rank(file: File, one_folder: bool) -> tuple[int, ...]:
         path, reading = file
         place = (-together[path.parent], int(is_raw(path.parent.name))) if one_folder else (0, 0)
-        return *place, int(reading.space not in plain), reading.extras
+        return *place, int(reading.space not in plain), reading.extras, int(not is_nifti(path.name))
 
     chosen = {}
     for modality, of in taken.items():
@@ -336,16 +338,18 @@ def _labels(case: str, files: Sequence[File]) -> tuple[Path, ...]:
     if not files:
         return ()
 
-    def rank(reading: Reading) -> tuple[int, ...]:
+    def rank(file: File) -> tuple[int, ...]:
+        path, reading = file
         return (
             int(reading.head not in ("", case)),
             int(reading.automatic),
             int(bool(reading.contrasts)),
             reading.extras,
+            int(not is_nifti(path.name)),
         )
 
-    best = min(rank(reading) for _, reading in files)
-    chosen = [(path, reading) for path, reading in files if rank(reading) == best]
+    best = min(rank(file) for file in files)
+    chosen = [file for file in files if rank(file) == best]
     if len({reading.contrasts for _, reading in chosen}) > 1:
         return ()
     return tuple(path for path, _ in chosen)

@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
+from crossmr.data.formats import content_sha256, parts, unreadable
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import StudyFiles, find_studies, unmatched
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
 from crossmr.data.registration import RegistrationMode
 from crossmr.data.study import Study, load_study, study_memory
-from crossmr.data.volume import content_sha256, voxels_sha256
+from crossmr.data.volume import voxels_sha256
 from crossmr.display import LOG, SILENT, Display, is_log
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, SetError, VolumeError, names_only
 from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_atomically, write_json
@@ -477,14 +478,19 @@ def _signature(files: StudyFiles, register: RegistrationMode) -> str:
     stats = []
     for role, path in (*files.images().items(), *([] if label is None else [("seg", label)])):
         try:
-            stat = path.stat()
-        except OSError as error:
-            raise VolumeError(
-                f"{files.case}: {path} cannot be read ({error.strerror}). Check the path and permissions."
-            ) from error
-        stats.append((role, path.name, stat.st_size, stat.st_mtime_ns))
+            for part in parts(path):
+                stats.append((role, part.name, *_size_and_time(part)))
+        except VolumeError as error:
+            raise VolumeError(f"{files.case}: {error}") from error.__cause__ or error
     registration = {} if register == "never" else {"registered": True if register == "always" else register}
     return digest({"version": FORMAT_VERSION, "margin": MARGIN, "files": sorted(stats), **registration})
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        return path.stat().st_size, path.stat().st_mtime_ns
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -> dict[str, Any]:

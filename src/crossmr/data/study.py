@@ -156,6 +156,7 @@ def load_study(
     )
     volumes = {m: volume for m, volume in read.items() if not volume.synthetic}
     notes = [f"{m} is itself synthetic, so it was not used as an input." for m in read if m not in volumes]
+    notes += [f"{DISPLAY_NAMES.get(m, m)} {volume.remark}" for m, volume in volumes.items() if volume.remark]
     if not volumes:
         raise StudyError(
             f"{case}: no acquired volume to work from. Expected at least one of T1, T1ce, T2, FLAIR{_hint(source)}."

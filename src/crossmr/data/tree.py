@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from crossmr.data.bids import case_of, read_bids
+from crossmr.data.formats import stem_of
 from crossmr.data.visits import read
 from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, describes, is_raw, possible_contrasts, spelt
 from crossmr.data.words import read as read_words
 from crossmr.errors import ConfigError
 
 SEPARATORS = "-_. "
-_NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 # Folders named after the kind of their files, not after a patient, such as BIDS' anat/.
 _ANONYMOUS = frozenset(
     {"anat", "nifti", "nii", "mri", "images", "scans", "resources", "files"}
@@ -29,11 +29,6 @@ _CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 Channels = Mapping[str, str]
 """Number of a channel of nnU-Net, such as '0000' → the modality, '' where it is another."""
-
-
-def is_nifti(name: str) -> bool:
-    """Whether a file's name ends as NIfTI's do."""
-    return _NIFTI.search(name) is not None
 
 
 def read_channels(path: Path) -> Channels:
@@ -292,8 +287,3 @@ def parts(folder: Path, root: Path | None) -> tuple[str, ...]:
     if root is not None and (folder == root or root in folder.parents):
         return folder.relative_to(root).parts or folder.parts[-1:]
     return tuple(part for part in folder.parts if part != folder.anchor)
-
-
-def stem_of(name: str) -> str:
-    """A file's name without the suffixes of NIfTI."""
-    return _NIFTI.sub("", name)

@@ -1,19 +1,21 @@
-"""NIfTI in and out: the one place where orientation exists.
+"""Volumes in, NIfTI out: the one place where orientation exists.
 
 Inside crossmr an image is float32 (Z, Y, X): the closest RAS+ axes, slowest first. So `data[z]` is an axial
 slice (inferior -> superior), its rows run posterior -> anterior and its columns left -> right. Files are read
-into that frame by flips and transpositions, never resampled, and written back on their own grid.
+into that frame by flips and transpositions, never resampled, and written back on their own grid. `foreign` reads
+what is no NIfTI.
 """
 
 import gzip
 import hashlib
+import io
 import logging
 import math
 import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -23,6 +25,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 from scipy.optimize import linear_sum_assignment
 
+from crossmr.data.foreign import Stored, as_nifti, read_foreign, read_foreign_header
+from crossmr.data.formats import fault_of, first_bytes, header_of, is_nifti, is_volume, parts, unreadable
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import write_atomically
 
@@ -52,29 +56,33 @@ class Volume:
     """For messages: the file's name."""
     synthetic: bool
     """Whether its header says that it was synthesised: `descrip` starts with SYNTHETIC."""
+    remark: str = ""
+    """What a reader should know of how the file was read."""
 
 
 def read_volume(source: Path | str | nib.Nifti1Image | tuple[Any, Any], *, name: str | None = None) -> Volume:
     """Read a NIfTI-1 or -2 file (plain or gzipped, of any name and byte order), an in-memory image, or an array.
 
-    An array comes with its affine, as a pair: real numbers (x, y, z), and (4, 4) from voxel indices to mm in RAS+.
+    Pairs of `.hdr` and `.img` and the other formats of `foreign` are read by their names; what is written on their
+    grids is NIfTI. An array comes with its affine, as a pair: real numbers (x, y, z), and (4, 4) from voxel indices to
+    mm in RAS+.
 
     Scaling (scl_slope, scl_inter) is applied. Trailing axes of length one are dropped, so that every image is 3D. The
     affine is the sform, else the qform, else the one that nibabel derives from the spacing; units other than mm are
     taken for mm, as nibabel does. Values may be NaN, infinite or constant.
 
     Raises:
-        VolumeError: missing, unreadable, truncated, not NIfTI, not 3D, empty, complex or RGB, or with a
+        VolumeError: missing, unreadable, truncated, of no format that is read, not 3D, empty, complex or RGB, or with a
             spacing or an affine that makes no sense.
     """
     if isinstance(source, (str, Path)):
         name = name or Path(source).name
-        header, stored, scaling = _read_file(Path(source), name)
+        header, stored, scaling, remark = _read_file(header_of(Path(source)), name)
     else:
         name = name or Path(getattr(source, "get_filename", str)() or "in-memory image").name
         image = _image_of_pair(*source, name) if isinstance(source, tuple) and len(source) == 2 else source
         header, stored = _read_image(image, name)
-        scaling = None
+        scaling, remark = None, ""
 
     affine = _affine(header, name)
     orientation = _orientation(affine)
@@ -89,29 +97,28 @@ def read_volume(source: Path | str | nib.Nifti1Image | tuple[Any, Any], *, name:
         image=_with_header(np.broadcast_to(np.float32(0), shape), affine, header),
         name=name,
         synthetic=_says_synthetic(header),
+        remark=remark,
     )
 
 
 def is_synthetic(path: Path) -> bool:
-    """Whether a file is a NIfTI volume whose header says that it was synthesised; the rest of it is not read."""
+    """Whether a file is a volume whose header says that it was synthesised; the rest of it is not read."""
     header = read_header(path)
     return header is not None and _says_synthetic(header)
 
 
 def read_header(source: Path | str | nib.Nifti1Image) -> Any | None:
-    """The header, as nibabel has it, of a NIfTI volume, from the file's first bytes; None of anything else."""
+    """The header of a volume, as nibabel has that of NIfTI, from the file's first bytes; None of anything else."""
     if isinstance(source, nib.Nifti1Image):
         return source.header
     if not isinstance(source, (str, Path)) or not os.path.isfile(source):  # where nobody may look, there is none
         return None
-    path = Path(source)
+    path = header_of(Path(source))
     try:
-        with path.open("rb") as file:
-            start = file.read(65536)
-        if start.startswith(b"\x1f\x8b"):
-            start = zlib.decompressobj(wbits=31).decompress(start, 1024)
-        return _parse_header(start, path.name)
-    except (OSError, zlib.error, VolumeError):
+        if _is_foreign(path):
+            return read_foreign_header(path)
+        return _parse_header(first_bytes(path), path.name, of_pair=is_volume(path.name) and not is_nifti(path.name))
+    except VolumeError:
         return None
 
 
@@ -148,13 +155,14 @@ def on_grid(
     description: str,
     display_range: tuple[float, float] | None = None,
     dtype: npt.DTypeLike = np.float32,
+    copy: bool = True,
 ) -> nib.Nifti1Image:
     """An image of a canonical (Z, Y, X) array on the reference's grid, byte order and NIfTI version.
 
     Shape, orientation, sform and qform with their codes, pixdim and units are the reference's, bit for bit;
-    the voxels are of `dtype` with slope 1 and intercept 0. Extensions, intent and texts of the reference are
-    dropped, since they may identify the patient; `descrip` is the description, cal_min and cal_max the
-    `display_range`.
+    the voxels are of `dtype` with slope 1 and intercept 0; without `copy` in the array's own memory, if they can be.
+    Extensions, intent and texts of the reference are dropped, since they may identify the patient; `descrip` is the
+    description, cal_min and cal_max the `display_range`.
 
     Raises:
         ValueError: the array has another shape, or the description is not ASCII of at most 79 characters.
@@ -174,7 +182,8 @@ def on_grid(
         header[relic] = b""
     header.set_intent("none")
     header.extensions.clear()
-    return _with_header(_as_stored(np.array(array, dtype=dtype), reference), reference.image.affine, header)
+    voxels = np.array(array, dtype=dtype) if copy else np.asarray(array, dtype=dtype)
+    return _with_header(_as_stored(voxels, reference), reference.image.affine, header)
 
 
 class DicomSlices(NamedTuple):
@@ -210,15 +219,50 @@ def as_dicom_slices(array: np.ndarray, reference: Volume) -> DicomSlices:
 def write_volume(image: nib.Nifti1Image, path: Path) -> None:
     """Write an image whole or not at all: `.nii`, or `.nii.gz` whose bytes depend on nothing but the image.
 
-    Missing folders are made.
+    Missing folders are made. Beside the image, memory holds one slice.
 
     Raises:
         OutputError: another suffix, or the disk is full, read-only and so on.
     """
     if not path.name.endswith((".nii", ".nii.gz")):
         raise OutputError(f"{path}: cannot be written as NIfTI. Give a name that ends in .nii or .nii.gz.")
-    content = image.to_bytes()
-    write_atomically(path, gzip.compress(content, _GZIP_LEVEL, mtime=0) if path.suffix == ".gz" else content)
+
+    def write(file: BinaryIO) -> None:
+        if path.suffix == ".gz":
+            packer = _Packer(file)
+            image.to_stream(packer)
+            packer.finish()
+        else:
+            image.to_stream(file)
+
+    write_atomically(path, write)
+
+
+class _Packer(io.RawIOBase):
+    """A file that packs what is written to it, slice by slice; the same bytes as `gzip.compress` of all at once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self.file, self.place = file, 0
+        self.packer = zlib.compressobj(_GZIP_LEVEL, wbits=31)  # without name or time
+
+    def write(self, data: Any) -> int:
+        self.file.write(self.packer.compress(data))
+        self.place += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        """Go forward over zeros."""
+        if whence or place < self.place:
+            raise OSError("what is packed cannot be written twice")
+        self.write(bytes(place - self.place))
+        return self.place
+
+    def finish(self) -> None:
+        self.file.write(self.packer.flush())
 
 
 def compact(image: nib.Nifti1Image) -> bytes:
@@ -260,19 +304,6 @@ def describe_grid(volume: Volume) -> str:
     return f"{_times(volume.image.shape)} at {_times(np.round(spacing, 3))} mm"
 
 
-def content_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal.
-
-    Raises:
-        VolumeError: the file is missing or unreadable.
-    """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise VolumeError(f"{path}: cannot be read ({_reason(error)}). Check the path and permissions.") from error
-
-
 def voxels_sha256(volume: Volume) -> str:
     """SHA-256, in hex, of a volume's shape and intensities: the same whatever its file's name, header or packing."""
     content = hashlib.sha256(repr(volume.data.shape).encode())
@@ -292,30 +323,47 @@ def _scaled(stored: np.ndarray, scaling: tuple[float, float] | None) -> np.ndarr
     return data
 
 
-def _read_file(path: Path, name: str) -> tuple[Any, np.ndarray, tuple[float, float] | None]:
-    """The header of a file, its voxels (x, y, z) as stored, and slope and intercept where there are any."""
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is of another format than NIfTI by its name; a pair's header by its content."""
+    if not is_volume(path.name) or is_nifti(path.name):
+        return False
+    start = first_bytes(path)
+    return start[344:348] != b"ni1\0" and start[4:8] != b"ni2\0"
+
+
+def _read_file(path: Path, name: str) -> Stored:
+    """The header of a file, and its voxels (x, y, z) as stored."""
+    if _is_foreign(path):
+        if (header := read_foreign_header(path)) is not None:
+            _check_header(header, name)  # before the voxels are read
+        found = read_foreign(path, name)
+        return found._replace(voxels=found.voxels.reshape(found.voxels.shape[:3]))
+    image = parts(path)[-1]
+    of_pair = image != path
     try:
-        content = path.read_bytes()
+        content = image.read_bytes()
     except OSError as error:
-        raise VolumeError(f"{path}: cannot be read ({_reason(error)}). Check the path and permissions.") from error
+        raise unreadable(path, error) from error
+    if fault := fault_of(content[:1024], image):
+        raise VolumeError(f"{name}: {fault}.")
     try:
         if gzipped := content.startswith(b"\x1f\x8b"):
             stream = zlib.decompressobj(wbits=31)
             start = stream.decompress(content[:65536], 1024)
             if len(start) < 1024 and not stream.eof:
                 raise EOFError("it ends within the header")
-            header = _parse_header(start, name)
+            header = _parse_header(first_bytes(path) if of_pair else start, name, of_pair=of_pair)
             _check_header(header, name)  # before the rest is unpacked: a functional series may be huge
             content = gzip.decompress(content)
         else:
-            header = _parse_header(content[:1024], name)
+            header = _parse_header(first_bytes(path) if of_pair else content[:1024], name, of_pair=of_pair)
             _check_header(header, name)
     except (OSError, EOFError, zlib.error) as error:
         raise VolumeError(
             f"{name}: the gzip data is truncated or damaged ({_reason(error)}). Copy the file again."
         ) from error
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
-    count, offset = math.prod(shape), max(int(header["vox_offset"]), header.single_vox_offset)
+    count, offset = math.prod(shape), max(int(header["vox_offset"]), 0 if of_pair else header.single_vox_offset)
     length = offset + dtype.itemsize * count
     if len(content) < length:
         raise VolumeError(
@@ -326,14 +374,20 @@ def _read_file(path: Path, name: str) -> tuple[Any, np.ndarray, tuple[float, flo
     slope, inter = header.get_slope_inter()
     scaling = None if slope is None or (slope, inter) == (1, 0) else (slope, inter)
     header["vox_offset"] = 0  # of this file only; the header is used for others
-    return header, stored, scaling
+    if of_pair:
+        kind = nib.Nifti2Header if isinstance(header, nib.Nifti2Header) else nib.Nifti1Header
+        header = kind(header.binaryblock, header.endianness, check=False)
+        header["magic"] = kind()["magic"]
+    return Stored(header, stored, scaling)
 
 
 def _read_image(image: Any, name: str) -> tuple[Any, np.ndarray]:
     """The header and the scaled voxels (x, y, z) of an in-memory image, as stored."""
+    if isinstance(image, nib.spatialimages.SpatialImage) and not isinstance(image, nib.Nifti1Image):
+        image = as_nifti(image, name)
     if not isinstance(image, nib.Nifti1Image):
         raise VolumeError(
-            f"{name}: got {type(image).__name__}, expected a NIfTI file, a NIfTI image of nibabel, or (array, affine). "
+            f"{name}: got {type(image).__name__}, expected a file, an image of nibabel, or (array, affine). "
             "Convert it first."
         )
     header = image.header.copy()
@@ -366,16 +420,21 @@ def _image_of_pair(array: Any, affine: Any, name: str) -> nib.Nifti1Image:
     return image
 
 
-def _parse_header(start: bytes, name: str) -> Any:
+def _parse_header(start: bytes, name: str, *, of_pair: bool = False) -> Any:
     if len(start) >= 132 and start[128:132] == b"DICM":
         raise VolumeError(f"{name}: is DICOM, not NIfTI. Convert its folder with: crossmr convert FOLDER -o NIFTI.")
-    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+    for kind, half in (
+        (nib.Nifti1Header, nib.nifti1.Nifti1PairHeader),
+        (nib.Nifti2Header, nib.nifti2.Nifti2PairHeader),
+    ):
         size = kind.template_dtype.itemsize
         if len(start) >= size and kind.may_contain_header(start):
             header = kind(start[:size], check=False)
             if bytes(header["magic"].item())[:3] in (b"n+1", b"n+2"):
                 return _repaired(header, name)
-            raise VolumeError(f"{name}: is the header of a .hdr/.img pair. Convert it to one .nii.gz file first.")
+            if of_pair:
+                return _repaired(half(start[:size], check=False), name)
+            raise VolumeError(f"{name}: is the header of a .hdr/.img pair. Name it .hdr, or convert it to .nii.gz.")
     raise VolumeError(f"{name}: is not a NIfTI file, whatever its name. Convert it to .nii.gz first.")
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from crossmr.data.naming import in_usual_order
 from crossmr.data.volume import Volume, on_grid, read_volume, write_volume
 from crossmr.dicom.contrast import covers, says_agent
-from crossmr.dicom.series import TELLING, Series, find_series, import_pydicom
+from crossmr.dicom.series import TELLING, Series, find_series, import_pydicom, listed
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
 from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, temporary_folder, write_json
@@ -38,6 +38,8 @@ MUCH = 2.0
 """Slices that are thinner by more than this factor count more than the plane that most of the study shares."""
 HEAD_MM = 140.0
 """What a series covers beyond this length, along any axis, counts for nothing."""
+PATIENCE, BYTES_PER_SECOND, FILES_PER_SECOND = 300.0, 1e6, 2.0
+"""Seconds that dcm2niix may take for any series, and what it gets through at the least: a hundredth of the usual."""
 COVERS = 0.8
 """A series that covers less than this fraction of what another does is not taken before it."""
 
@@ -54,11 +56,15 @@ class Scans:
     refused: str = ""
     """Why nothing of the study was converted; empty where it was."""
     notes: Sequence[str] = field(default_factory=tuple)
+    unreadable: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    """Name of a series → files that may be of it and cannot be read; not for sharing."""
 
     def lines(self) -> list[str]:
         """What a user reads of it: which series was taken for which contrast, and why the others were not."""
         said = [f"{series.name} is {modality} ({series.why})" for modality, series in self.series.items()]
         said += [f"{name} excluded: {why}" for name, why in self.left_out.items()]
+        lost = [(name, path) for name, paths in self.unreadable.items() for path in paths]
+        said += [f"{path} cannot be read, or not to its end: {name} may lack it" for name, path in lost]
         return [f"{self.case}: {line}" for line in said]
 
     @property
@@ -250,6 +256,7 @@ def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter
     """Convert one study; its faults are returned, not raised."""
     chosen, left_out, notes = choose(all_series)
     folder = out / case
+    unreadable = {series.name: series.unreadable for series in all_series if series.unreadable}
     if not chosen:
         _clear(folder, case)
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
@@ -257,6 +264,7 @@ def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter
             case,
             {},
             left_out,
+            unreadable=unreadable,
             refused=f"{case}: no T1, T1ce, T2, FLAIR or PD among its {len(all_series)} series ({reasons}). "
             "Export the series that are missing, or name one with --map t1n='DESCRIPTION'.",
         )
@@ -268,7 +276,7 @@ def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter
         "left_out": left_out,
         "notes": notes,
     }
-    scans = Scans(case, chosen, left_out, notes=notes)
+    scans = Scans(case, chosen, left_out, notes=notes, unreadable=unreadable)
     paths = {m: folder / f"{case}-{m}.nii.gz" for m in chosen}
     if _is_done(folder / "series.json", record, paths.values()):
         return scans
@@ -282,9 +290,11 @@ def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter
             raise
         except CrossmrError as error:
             faults.append(str(error))
+            if cut := _cut_off(series):
+                unreadable[series.name] = cut
     if faults:  # without one of its scans the study would look incomplete, and the scan would be synthesised
         _clear(folder, case)
-        return replace(scans, series={}, refused="; ".join(faults))
+        return replace(scans, series={}, refused="; ".join(faults), unreadable=unreadable)
     write_json(folder / "series.json", record)
     return scans
 
@@ -342,12 +352,14 @@ def _convert_series(case: str, series: Series, path: Path, converter: str) -> No
                 _link(image.path, link)
             else:
                 _join(series, k, link)
-        volumes, complaint = _run(converter, inside, temporary / "out")
+        name = f"{case}: {series.name}"
+        volumes, complaint = _run(converter, inside, temporary / "out", name)
         if not volumes:  # such as deflated images, which pydicom can read
+            _refuse_damaged(name, series)
             for image, link in zip(series.images, links, strict=True):
                 link.unlink()
                 _unpack(case, series, image.path, link)
-            volumes, complaint = _run(converter, inside, temporary / "out")
+            volumes, complaint = _run(converter, inside, temporary / "out", name)
         try:
             volume = _read_converted(case, series, volumes, complaint.replace(str(temporary), ""))
         except CrossmrError:
@@ -365,17 +377,67 @@ def _read_converted(case: str, series: Series, volumes: Sequence[Path], complain
             f"{case}: {series.name} became {len(volumes) or 'no'} volumes, expected one{hint}. "
             "Export it again, or leave it out of the folder."
         )
-    return read_volume(volumes[0], name=f"{case}: {series.name}")
+    volume = read_volume(volumes[0], name=f"{case}: {series.name}")
+    images = sum(len(np.atleast_2d(image.position)) for image in series.images)
+    if (slices := volume.image.shape[2]) != images:
+        raise StudyError(
+            f"{case}: {series.name} has {images} images, of which dcm2niix made {slices} slices. "
+            "Export it again, or leave it out of the folder."
+        )
+    return volume
 
 
-def _run(converter: str, inside: Path, outside: Path) -> tuple[list[Path], str]:
+def _refuse_damaged(name: str, series: Series) -> None:
+    """Refuse a series with images whose voxels are cut off.
+
+    Raises:
+        StudyError: the names of the files, in one line.
+    """
+    if lost := _cut_off(series):
+        raise StudyError(
+            f"{name} has {len(series.images)} images, of which {len(lost)} {'is' if len(lost) == 1 else 'are'} cut off"
+            f"{listed(lost)}. Export it again, or leave it out of the folder."
+        )
+
+
+def _cut_off(series: Series) -> tuple[Path, ...]:
+    return tuple(image.path for image in series.images if _is_cut_off(image.path))
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a file's voxels are fewer than its tags announce; of compressed ones, whether there are any."""
+    try:
+        image = import_pydicom().dcmread(path, force=True)
+        voxels = image.get("PixelData")
+        if not voxels or getattr(image.file_meta, "TransferSyntaxUID", None) is None:
+            return not voxels
+        if image.file_meta.TransferSyntaxUID.is_encapsulated:
+            return False
+        frames, samples = int(image.get("NumberOfFrames") or 1), int(image.get("SamplesPerPixel") or 1)
+        return len(voxels) < int(image.Rows) * int(image.Columns) * frames * samples * int(image.BitsAllocated) // 8
+    except Exception:  # pydicom raises whatever its parsing runs into
+        return True
+
+
+def patience(paths: Sequence[Path]) -> float:
+    """Seconds that dcm2niix may take for these files: many times what it does on a slow disk."""
+    return PATIENCE + sum(path.stat().st_size for path in paths) / BYTES_PER_SECOND + len(paths) / FILES_PER_SECOND
+
+
+def _run(converter: str, inside: Path, outside: Path, name: str) -> tuple[list[Path], str]:
     """Run dcm2niix on a folder that holds one series; returns the volumes and its first error or warning."""
     outside.mkdir(exist_ok=True)
     # no rotation, no cropping, no defaults of the user; scaled for display; slices merged to one volume
     options = ["-g", "i", "-b", "n", "-z", "n", "-x", "i", "-p", "n", "-m", "y", "-w", "1", "-d", "0", "-f", "volume"]
     command: list[str | Path] = [converter, *options, "-o", outside, inside]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        seconds = patience(list(inside.iterdir()))
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise StudyError(
+            f"{name} was not converted by dcm2niix within {seconds:.0f} s, and it was stopped. Copy the series to a "
+            "local disk, export it again, or leave it out of the folder."
+        ) from error
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise

@@ -6,6 +6,7 @@ pydicom is an extra (`pip install crossmr[dicom]`). contrast.py recognises the c
 import fnmatch
 import hashlib
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from crossmr.data.bids import ROOT as BIDS_ROOT
+from crossmr.data.formats import is_nifti, is_volume
 from crossmr.data.naming import recognise
-from crossmr.data.tree import is_nifti, mapping_key
+from crossmr.data.tree import mapping_key
 from crossmr.dicom.contrast import (
     Acquisition,
     Verdict,
@@ -58,6 +60,10 @@ TELLING = ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "EchoTime", 
 """Tags that differ between series, and should not differ within one."""
 SAME_ECHO = 1.01
 """Echo times of one series that differ by less than this factor are one."""
+_ENDINGS = (".dcm", ".ima", ".dicom")
+_WORDS = "im|img|image|slice|mr|i|e|s|se|ser|series|dcm|ima|dicom"
+_IMPERSONAL = re.compile(rf"([-_. ]|\d|(?<![a-z])({_WORDS})(?![a-z]))+", re.I)
+"""A name of numbers and words of this kind alone."""
 _ENHANCED = _MR - {"1.2.840.10008.5.1.4.1.1.4"}
 
 Floats = npt.NDArray[np.float64]
@@ -102,6 +108,8 @@ class Series:
     """Whether the tags that tell series apart differ between its images."""
     why: str
     """The tags by which its contrast was recognised, or why it was left out."""
+    unreadable: tuple[Path, ...] = ()
+    """Files that lie by its images, may be some of them, and cannot be read."""
 
     @cached_property
     def name(self) -> str:
@@ -139,7 +147,7 @@ def holds_dicom(
 
 def first_dicom(folder: Path, exclude: Path | None = None) -> Path | None:
     """A file of DICOM in a folder or below, outside `exclude`; None where there is none."""
-    files = (path for path in _files(folder, exclude) if not is_nifti(path.name))
+    files = (path for path in _files(folder, exclude) if not is_volume(path.name))
     return next((path for path in files if _is_dicom(path)), None)
 
 
@@ -166,11 +174,15 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
     pydicom = import_pydicom()
     mapping = {mapping_key(key): glob for key, glob in mapping.items()} if mapping else None
     files: list[File] = []
+    unreadable: list[Path] = []
     instances: set[str] = set()
     with pydicom.config.disable_value_validation():
         for path in _files(folder, exclude):
             header = _header(pydicom, path)
-            if header is None or str(header.get("Modality", "MR")) != "MR" or header.SOPClassUID not in _MR:
+            if header is None or (header.SOPClassUID in _MR and "Rows" not in header):  # cut off within the tags
+                unreadable.append(path)
+                continue
+            if str(header.get("Modality", "MR")) != "MR" or header.SOPClassUID not in _MR:
                 continue
             if header.SOPInstanceUID in instances:  # the same image twice in one export
                 continue
@@ -182,7 +194,97 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
             groups.sort(key=lambda item: (_time(item[0][0][1]), _number(item[0][0][1], "SeriesNumber") or 0))
             acquisitions = resolve_agents([replace(_acquisition(g[0][1]), echoes=echoes) for g, echoes in groups])
             series += [_series(study, g, a, mapping) for (g, _), a in zip(groups, acquisitions, strict=True)]
+    series = _without_lost(series, unreadable)
     return sorted(series, key=lambda s: (s.patient, s.date, s.study, s.number or 0, s.time, str(s.images[0].path)))
+
+
+def _without_lost(all_series: Sequence[Series], unreadable: Sequence[Path]) -> list[Series]:
+    """The series, of which those are left out whose images may be among the files that cannot be read.
+
+    A file may be an image by its ending, or if but for digits it is called like one beside it. It is of the series in
+    its folder; of several, of those that lack a slice, or else of its neighbours in the order of names. Where a folder
+    holds no readable image, its files are a series of their own of the study that lies nearest.
+    """
+    of_folder: dict[Path, list[tuple[Path, int]]] = defaultdict(list)
+    for index, series in enumerate(all_series):
+        for image in series.images:
+            of_folder[image.path.parent].append((image.path, index))
+    kinds = {folder: {_without_digits(path) for path, _ in of} for folder, of in of_folder.items()}
+    lost: dict[int, list[Path]] = defaultdict(list)
+    alone: dict[Path, list[Path]] = defaultdict(list)
+    for path in unreadable:
+        beside = of_folder.get(path.parent, [])
+        alike = path.suffix.lower() in _ENDINGS or _without_digits(path) in kinds.get(path.parent, ())
+        if not alike or path.name.upper().startswith("DICOMDIR"):
+            continue
+        if not beside:
+            alone[path.parent].append(path)
+        for index in _may_lack(path, beside, all_series):
+            lost[index].append(path)
+    whole = [_left_out(series, lost[k]) if k in lost else series for k, series in enumerate(all_series)]
+    return [*whole, *(unread for folder, paths in alone.items() if (unread := _unread(folder, paths, all_series)))]
+
+
+def _may_lack(path: Path, beside: Sequence[tuple[Path, int]], all_series: Sequence[Series]) -> set[int]:
+    """Which of the series in a folder a file may belong to."""
+    found = {index for _, index in beside}
+    if gaps := {index for index in found if "some are missing" in all_series[index].why}:
+        return gaps
+    names = sorted(beside, key=lambda item: _natural(item[0].name))
+    before = [index for other, index in names if _natural(other.name) < _natural(path.name)]
+    after = [index for other, index in names if _natural(other.name) > _natural(path.name)]
+    return {*before[-1:], *after[:1]}
+
+
+def _without_digits(path: Path) -> str:
+    return re.sub(r"\d+", "#", path.name)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key by which names are sorted, numbers in them by their value."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _left_out(series: Series, lost: Sequence[Path]) -> Series:
+    """A series that may lack images; one that was left out before keeps its reason."""
+    count = "a file" if len(lost) == 1 else f"{len(lost)} files"
+    what = f"{count} beside its images cannot be read and may be of them{listed(lost)}"
+    if series.modality is None:
+        why = series.why.replace("some are missing", f"some are missing, and {what}")
+    else:
+        why = f"{what}. Export the whole series"
+    return replace(series, modality=None, why=why, unreadable=tuple(lost))
+
+
+def _unread(folder: Path, lost: Sequence[Path], all_series: Sequence[Series]) -> Series | None:
+    """A series of which no image can be read, of the one study that lies nearest; None where there are several."""
+    for place in folder.parents:
+        near = [series for series in all_series if place in series.images[0].path.parents]
+        if not near:
+            continue
+        if len({series.study for series in near}) > 1:
+            return None
+        count = f"its {len(lost)} files" if len(lost) > 1 else "its file"
+        return replace(
+            near[0],
+            number=None,
+            images=tuple(DicomImage(path, "", "", np.zeros(0)) for path in lost),
+            acquisition=Acquisition(description=folder.name),
+            modality=None,
+            places=None,
+            mixed=False,
+            why=f"none of {count} can be read as DICOM{listed(lost)}. Export the series again, or delete it",
+            unreadable=tuple(lost),
+        )
+    return None
+
+
+def listed(lost: Sequence[Path]) -> str:
+    """Up to three names, if they cannot be a person's, in brackets; the terminal has all."""
+    names = [path.name for path in lost[:3]]
+    if not all(_IMPERSONAL.fullmatch(name) for name in names):
+        return " (the terminal has their names, which may be the patient's)"
+    return f" ({', '.join(names)}{', …' if len(lost) > 3 else ''})"
 
 
 def _studies(files: Sequence[File]) -> dict[str, list[File]]:
@@ -416,8 +518,14 @@ def _evened(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> Flo
 def _fault(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> tuple[str, float]:
     """Why these images are no volume, '' if they are one, and the distance of the slices in mm."""
     first = orientations[0]
-    if any(o.shape != (2, 3) for o in orientations):
-        return "its images do not say where they lie", 0.0
+    if unplaced := sum(o.shape != (2, 3) for o in orientations):
+        lost = [image.path for image, o in zip(images, orientations, strict=True) if o.shape != (2, 3)]
+        if unplaced == len(images):
+            return "its images do not say where they lie", 0.0
+        return (
+            f"{unplaced} of its {len(images)} images do not say where they lie, and may be damaged{listed(lost)}. "
+            "Export the whole series"
+        ), 0.0
     if any(not np.allclose(o, first, atol=1e-3) for o in orientations):
         return "its slices lie in several directions, as a localiser's", 0.0
     normal = np.cross(*first)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from crossmr.completion.layout import records_of
+from crossmr.data.formats import is_nifti
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies, in_usual_order
 from crossmr.data.volume import describe_grid, on_grid, read_labels, read_volume, same_grid, write_volume
 from crossmr.errors import CrossmrError, OutputError, StudyError, names_only
@@ -130,8 +131,9 @@ def _write_case(out: Path, case: str, paths: Sequence[Path], label: Path | None)
     split = "Ts" if label is None else "Tr"
     targets = [out / f"images{split}" / f"{case}_{number:04d}.nii.gz" for number in range(len(paths))]
     values: set[int] = set()
-    reference, *others = (read_volume(path) for path in paths)
-    for other in others:
+    volumes = [read_volume(path) for path in paths]
+    reference = volumes[0]
+    for other in volumes[1:]:
         if not same_grid(other, reference):
             raise StudyError(
                 f"{case}: {other.name} is {describe_grid(other)}, but {reference.name} is {describe_grid(reference)}, "
@@ -145,8 +147,10 @@ def _write_case(out: Path, case: str, paths: Sequence[Path], label: Path | None)
             values = {int(value) for value in np.unique(segmentation)}
             targets.append(out / "labelsTr" / f"{case}.nii.gz")
             write_volume(on_grid(segmentation, reference, description="labels", dtype=np.uint8), targets[-1])
-        for path, target in zip(paths, targets, strict=False):
-            if path.name.endswith(".gz"):
+        for path, volume, target in zip(paths, volumes, targets, strict=False):
+            if not is_nifti(path.name):
+                write_volume(on_grid(volume.data, volume, description="acquired"), target)
+            elif path.name.lower().endswith(".gz"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
             else:
