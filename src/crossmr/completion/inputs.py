@@ -73,7 +73,8 @@ def find_inputs(
     if dicom:
         cases: dict[str, list[Series]] = {}
         for path in paths:
-            for case, series in find_cases(path, mapping, keep_names=keep_names, exclude=exclude).items():
+            found = find_cases(path, mapping, keep_names=keep_names, exclude=exclude, display=display)
+            for case, series in found.items():
                 cases.setdefault(case, []).extend(series)
         made = [_as_files(case, all_series) for case, all_series in cases.items()]
         beside = {

@@ -23,7 +23,7 @@ from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import content_sha256, on_grid, read_header
 from crossmr.device import available_memory, choose_precision, gigabytes, reusable_memory
-from crossmr.dicom.convert import convert_cases, find_cases
+from crossmr.dicom.convert import Scans, convert_cases, find_cases
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import ConfigError, NamingError, StudyError
 from crossmr.files import temporary_folder
@@ -155,11 +155,12 @@ def complete(
         loaded = load_study(images, case, register=settings.register)
         return complete_study(loaded, model, settings, hashes(images), reference)
     with contextlib.ExitStack() as stack:
-        folder = Path(study)
+        folder, scans = Path(study), list[Scans]()
         cases = find_cases(folder) if holds_dicom(folder) else {}
         if cases:
             folder = stack.enter_context(temporary_folder(f"{study} is converted"))
-            for refused in (one.refused for one in convert_cases(cases, folder) if one.refused):
+            scans = convert_cases(cases, folder)
+            for refused in (one.refused for one in scans if one.refused):
                 raise StudyError(refused)
         studies = find_studies(folder)
         if len(studies) != 1:
@@ -169,6 +170,7 @@ def complete(
         check_memory(studies[0].case, studies[0].images(), model, settings)
         loaded = load_study(studies[0], register=settings.register, labels=False)
         if cases:
+            loaded = replace(loaded, notes=[*scans[0].notes, *loaded.notes])
             unread = unread_series(cases[studies[0].case])
         else:
             beside = files_beside(folder, studies).get(studies[0].case, ())

@@ -56,6 +56,7 @@ _MR = frozenset(
 )
 TELLING = ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "EchoTime", "ImageType")
 """Tags that differ between series, and should not differ within one."""
+BY_USER = "named so by --map"
 SAME_ECHO = 1.01
 """Echo times of one series that differ by less than this factor are one."""
 _ENHANCED = _MR - {"1.2.840.10008.5.1.4.1.1.4"}
@@ -102,6 +103,10 @@ class Series:
     """Whether the tags that tell series apart differ between its images."""
     why: str
     """The tags by which its contrast was recognised, or why it was left out."""
+    compared: bool = False
+    """Whether its voxels were compared with another T1's, as nothing else says which was acquired with agent."""
+    told: str = ""
+    """What they told, and how sure that is."""
 
     @cached_property
     def name(self) -> str:
@@ -330,7 +335,7 @@ def _verdict(header: Any, acquisition: Acquisition, mapping: Mapping[str, str] |
         verdict = Verdict(None, "of another part of the body than the head", False)
     for modality, glob in (mapping or {}).items():
         if fnmatch.fnmatchcase(description, glob):
-            return Verdict(modality, "named so by --map", True)
+            return Verdict(modality, BY_USER, True)
     if mapping and verdict.modality in mapping:
         return Verdict(None, f"not the {verdict.modality} that --map names", True)
     return verdict
