@@ -8,10 +8,10 @@ from conftest import image
 from scipy import ndimage
 
 from crossmr.data import enhancement
-from crossmr.data.enhancement import compare, compare_within
+from crossmr.data.enhancement import compare, compare_within, doubtful_files, tell_apart
 from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
-from crossmr.data.volume import read_volume
+from crossmr.data.volume import on_grid, read_volume, write_volume
 from crossmr.phantom import write_cohort
 
 SPACING = (5.0, 2.6, 2.6)
@@ -98,6 +98,61 @@ def test_stripped_brains_and_brains_too_small(volumes):
     assert compare_within(t1n, t1c, brain & False, SPACING, True) == enhancement.UNKNOWN
     brain[: int(np.flatnonzero(brain.any((1, 2)))[-1])] = False  # one slice is left
     assert compare_within(t1n, t1c, brain, SPACING, True) == enhancement.UNKNOWN
+
+
+def study_of(folder, tmp_path, **names):
+    """Files of these names with the volumes of the phantom."""
+    (tmp_path / "P1").mkdir()
+    images = find_studies(folder)[0].images()
+    for name, modality in names.items():
+        volume = read_volume(images[modality])
+        write_volume(on_grid(volume.data, volume, description="acquired"), tmp_path / "P1" / f"P1_{name}.nii.gz")
+    (files,) = find_studies(tmp_path)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("names", "t1n", "t1c"),
+    [
+        ({"T1_1": "t1n", "T1_2": "t1c"}, "T1_1", "T1_2"),
+        ({"T1_1": "t1c", "T1_2": "t1n"}, "T1_2", "T1_1"),
+        ({"T1": "t1n", "T1_AX": "t1c"}, "T1", "T1_AX"),
+        ({"T1": "t1c", "T1_AX": "t1n"}, "T1_AX", "T1"),
+        ({"T1_a": "t1n", "T1_b": "t1c"}, "T1_a", "T1_b"),
+        ({"T1_SE": "t1n", "T1_MPRAGE": "t1c", "T1_TSE": "t2w"}, "T1_SE", "T1_MPRAGE"),
+    ],
+)
+def test_files_that_no_word_tells_apart(names, t1n, t1c, folder, tmp_path):
+    told = tell_apart(study_of(folder, tmp_path, **names))
+    assert {m: path.name for m, path in told.images().items()} == {"t1n": f"P1_{t1n}.nii.gz", "t1c": f"P1_{t1c}.nii.gz"}
+    (note,) = told.notes
+    assert note.startswith(f"P1_{t1c}.nii.gz was taken for T1ce: vessels brighter than in P1_{t1n}.nii.gz")
+    assert note in load_study(told).notes or len(names) == 3
+    assert len({*told.passed_over} & {*told.images().values()}) == 0
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"T1_1": "t1n", "T1_2": "t1n"},
+        {"T1_1": "t1n", "T1_2": "t2w"},
+        {"T1_1": "t1n", "T1_2": "t1c", "T1_3": "t1c"},
+        {"T1": "t1n", "T1_bet": "t1c"},
+        {"T1": "t1n", "T1_AX": "t1c", "T1ce": "t1c"},
+    ],
+)
+def test_what_stays_as_the_names_say(names, folder, tmp_path):
+    files = study_of(folder, tmp_path, **names)
+    assert tell_apart(files) == files
+
+
+def test_nothing_is_read_where_names_tell_and_what_cannot_be_read_tells_nothing(folder, tmp_path):
+    (files,) = find_studies(folder)
+    assert doubtful_files(files) == []
+    files = study_of(folder, tmp_path, T1_1="t1n", T1_2="t1c")
+    assert [path.name for path in doubtful_files(files)] == ["P1_T1_1.nii.gz", "P1_T1_2.nii.gz"]
+    (tmp_path / "P1" / "P1_T1_2.nii.gz").write_bytes(b"\0" * 400)
+    assert tell_apart(files) == files
 
 
 def test_a_head_that_is_empty_or_flat_is_no_pair():

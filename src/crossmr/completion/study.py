@@ -18,6 +18,7 @@ from crossmr.completion.checks import check
 from crossmr.completion.layout import EXPECTED, FORMAT, Layout
 from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
 from crossmr.completion.writing import save_study
+from crossmr.data.enhancement import tell_apart
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study
@@ -162,7 +163,7 @@ def complete(
             scans = convert_cases(cases, folder)
             for refused in (one.refused for one in scans if one.refused):
                 raise StudyError(refused)
-        studies = find_studies(folder)
+        studies = [tell_apart(files) for files in find_studies(folder)]
         if len(studies) != 1:
             raise NamingError(f"{study} holds {len(studies)} studies; name one of them, or use complete_cohort.")
         if cases and settings.register == "never":

@@ -5,7 +5,9 @@ are voxels that one volume shows much brighter than its other voxels of the same
 the other way round. Measured on real scans (docs/checks.md).
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +15,11 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from crossmr.data.head import Array, Mask, bounding_box, fill_slices, foreground, largest_component
-from crossmr.data.volume import Volume
+from crossmr.data.naming import StudyFiles, in_usual_order
+from crossmr.data.tree import stem_of
+from crossmr.data.volume import Volume, read_volume
+from crossmr.data.words import possible_contrasts
+from crossmr.errors import VolumeError
 
 Floats = npt.NDArray[np.float64]
 
@@ -129,6 +135,53 @@ def compare_arrays(
     skewed = (brightest + darkest - 2 * median) / max(float(brightest - darkest), 1e-6)
     brighter = (a > np.percentile(a, FLUID)) & (b > np.percentile(b, FLUID))  # there, FLAIR is reversed
     return Comparison(float(standing_out + skewed / 2), min(_correlation(a, b), _correlation(a[brighter], b[brighter])))
+
+
+def doubtful_files(files: StudyFiles) -> list[Path]:
+    """The T1 of a study that has several, and no T1ce, by their names; [] of any other.
+
+    Files that were passed over, or whose names say too little, count, unless a word says that they are copies.
+    """
+    others = [
+        path
+        for path in (*files.passed_over, *files.unrecognised)
+        if possible_contrasts(stem_of(path.name).removeprefix(files.case)) == {"t1n", "t1c"}
+    ]
+    paths = [*files.candidates.get("t1n", ()), *others]
+    return paths if len(paths) > 1 and "t1c" not in files.candidates else []
+
+
+def tell_apart(files: StudyFiles) -> StudyFiles:
+    """A study with one of its `doubtful_files` as T1ce, where the voxels are sure which.
+
+    It must be enhanced beside the T1, and none of the others may be beside any.
+    """
+    paths = doubtful_files(files)[:MOST]
+    try:
+        volumes = [read_volume(path) for path in paths]
+    except VolumeError:  # which is said when the study is read
+        return files
+    enhanced, plain = set[Path](), set[Path]()
+    for i, k in itertools.combinations(range(len(paths)), 2):
+        answer = compare(volumes[i], volumes[k]).enhanced
+        if answer != "neither":
+            enhanced.add(paths[i] if answer == "first" else paths[k])
+            plain.add(paths[k] if answer == "first" else paths[i])
+    by_name = [path for path in files.candidates.get("t1n", ()) if path in plain]
+    t1n = by_name or [path for path in paths if path in plain]
+    if len(enhanced) != 1 or len(t1n) != 1 or enhanced & plain:
+        return files
+    (t1c,) = enhanced
+    found: dict[str, tuple[Path, ...]] = {**files.candidates, "t1n": (t1n[0],), "t1c": (t1c,)}
+    note = f"{t1c.name} was taken for T1ce: vessels brighter than in {t1n[0].name}, {SURENESS}. "
+    note += f"If that is wrong, name it with --map t1n='*{t1c.name.removeprefix(files.case)}'."
+    return replace(
+        files,
+        candidates={m: found[m] for m in in_usual_order(found)},
+        unrecognised=tuple(path for path in files.unrecognised if path not in (t1n[0], t1c)),
+        passed_over=tuple(sorted({*files.candidates.get("t1n", ()), *files.passed_over} - {t1n[0], t1c})),
+        notes=(note,),
+    )
 
 
 def compare_within(

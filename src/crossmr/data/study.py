@@ -112,7 +112,8 @@ def load_study(
         {m: image for m, image in images.items() if allow is None or m in allow},
     )
     volumes = {m: volume for m, volume in read.items() if not volume.synthetic}
-    notes = [f"{m} is itself synthetic, so it was not used as an input." for m in read if m not in volumes]
+    notes = [*source.notes] if isinstance(source, StudyFiles) else []
+    notes += [f"{m} is itself synthetic, so it was not used as an input." for m in read if m not in volumes]
     if not volumes:
         raise StudyError(
             f"{case}: no acquired volume to work from. Expected at least one of T1, T1ce, T2, FLAIR{_hint(source)}."
