@@ -1,5 +1,7 @@
 """The checks of a study's input: each finds what it is made for, and keeps quiet about sound studies."""
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from conftest import image, make_head
 
 from crossmr.baselines import fit_baselines
 from crossmr.completion import checks
+from crossmr.data.enhancement import within_skull
 from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
 from crossmr.phantom import write_cohort
@@ -112,17 +115,25 @@ def test_few_grey_values_and_those_cut_off():
     ]
 
 
-def test_a_t1ce_without_enhancement(volumes):
-    """Vessels that are brighter after than before say that contrast was given; the other way round that it was not."""
-    rng = np.random.default_rng(0)
-    head = np.zeros((10, 60, 60), bool)
-    head[:, 5:55, 5:55] = True
-    plain = np.where(head, rng.normal(0.25, 0.01, head.shape), 0).astype(np.float32)
-    enhanced = plain + np.where(rng.random(head.shape) < 0.01, 0.3, 0).astype(np.float32) * head
-    assert checks.unenhanced(plain, enhanced, head, (3, 2, 2)) == []
-    (said,) = checks.unenhanced(enhanced, plain, head, (3, 2, 2))
-    assert said.startswith("T1ce shows no enhancement")
-    assert checks.unenhanced(plain, enhanced, head & False, (3, 2, 2)) == []
+def test_vessels_that_are_brighter_in_t1_than_in_t1ce(studies):
+    """With skull and without, where names are exchanged; nothing is said where they are right, or both are one."""
+    for study, stripped in itertools.product(studies, (False, True)):
+        t1n, t1c = (study.volumes[m].data for m in ("t1n", "t1c"))
+        spacing = study.reference.spacing_mm
+        head = within_skull(t1n, t1c, study.mask, spacing) if stripped else study.mask
+        assert checks.unenhanced(t1n, t1c, head, spacing, stripped) == []
+        assert checks.unenhanced(t1n, t1n, head, spacing, stripped) == []
+        (said,) = checks.unenhanced(t1c, t1n, head, spacing, stripped)
+        assert said.startswith("T1 shows vessels that T1ce does not")
+        assert checks.unenhanced(t1c, t1n, head & False, spacing, stripped) == []
+
+
+def test_a_study_whose_t1_and_t1ce_are_swapped_is_warned_of(studies):
+    volumes = studies[0].volumes
+    swapped = replace(studies[0], volumes={"t1n": volumes["t1c"], "t1c": volumes["t1n"]})
+    assert [said.split(":")[0] for said in checks.check(swapped, {}, MODALITIES)] == [
+        "T1 shows vessels that T1ce does not"
+    ]
 
 
 def test_a_study_s_warnings_come_in_order(tmp_path):

@@ -8,6 +8,9 @@ from conftest import image, make_head, save_untrained, tree, write_study
 
 from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
 from crossmr.completion.inputs import find_inputs
+from crossmr.completion.study import complete
+from crossmr.data import enhancement
+from crossmr.display import Display
 from crossmr.errors import ConfigError, NamingError
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
@@ -32,6 +35,34 @@ def test_files_make_one_study(model, tmp_path):
     summary = complete_cohort(files, tmp_path / "out", model, SETTINGS)
     assert summary.completed == {"P7": ["t1c", "t2f"]}  # their names disagree, so the folder names the study
     assert list(json.loads((tmp_path / "out" / "P7" / "manifest.json").read_text())["inputs"]) == ["t1n", "t2w"]
+
+
+@pytest.mark.parametrize("score", [1.0, -1.0, 0.1])
+def test_two_t1_that_no_name_tells_apart(score, model, tmp_path, monkeypatch, capsys):
+    """The voxels tell them apart where they are sure; a mapping of either goes before."""
+    case = write_study(tmp_path / "in", "P7", ("t1n", "t1c", "t2w"))
+    files = [(case / f"P7-t1{c}.nii.gz").rename(case / f"P7-T1_{n}.nii.gz") for c, n in (("n", 1), ("c", 2))]
+    monkeypatch.setattr(enhancement, "compare", lambda *_: enhancement.Comparison(score, 0.9))
+    plain, bright = (files[1], files[0]) if score < 0 else files[:2]
+    summary = complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
+    if abs(score) < enhancement.SURE:
+        assert "2 files claim to be t1n" in summary.failed["P7"]
+    else:
+        manifest = json.loads((tmp_path / "out" / "P7" / "manifest.json").read_text())
+        assert {m: entry["file"] for m, entry in manifest["inputs"].items() if m != "t2w"} == {
+            "t1n": plain.name,
+            "t1c": bright.name,
+        }
+        assert list(manifest["synthetic"]) == ["t2f"]
+        assert manifest["notes"][0].startswith(
+            f"{bright.name} was taken for T1ce: vessels brighter than in {plain.name}"
+        )
+        assert list(complete(case, model, SETTINGS).manifest["synthetic"]) == ["t2f"]
+    find_inputs([tmp_path / "in"], display=Display())
+    assert (f"P7: {bright.name} was taken for T1ce" in capsys.readouterr().out) == (abs(score) > enhancement.SURE)
+    (study,) = find_inputs([tmp_path / "in"], {"T1": "*-T1_1*"}).studies
+    assert study.candidates["t1n"] == (files[0],)
+    assert "t1c" not in study.candidates
 
 
 def test_a_mapping_names_files(tmp_path):

@@ -9,6 +9,7 @@ from scipy import fft, ndimage
 from torch import Tensor
 
 from crossmr.baselines import linear_weights
+from crossmr.data.enhancement import compare_within
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.study import Study
 
@@ -28,8 +29,8 @@ VOXELS = 40_000
 """Of the head, from which names are judged."""
 SAME = 0.995
 """Correlation within the head from which on two volumes are one image."""
-UNENHANCED = -1.0
-"""Skewness of T1ce - T1 within a brain below which nothing enhances: vessels make it positive."""
+SUSPECT = 0.3
+"""Score of T1 as the enhanced one, beside T1ce, from which on that is said: lower than what decides without names."""
 
 
 def check(
@@ -44,7 +45,7 @@ def check(
 
     Grey values: eight bits, cut off at the top. Geometry: slices of the head that a volume lacks, volumes that are
     shifted against one another. Names: one image under two names, two contrasts that fit better the other way round,
-    and in brains without skull a T1ce without enhancement (where there is a skull, suppressed fat looks like that).
+    and vessels that are brighter in T1 than in T1ce.
     """
     box = study.box(0)
     head = study.mask[box]
@@ -58,8 +59,11 @@ def check(
     found += _shifts_of_thinned(thinned, sides)  # unmasked: the mask's edge is the same in all
     found += same_images(volumes, head)
     found += swaps(volumes, head, baselines, modalities)
-    if study.masked_background and {"t1n", "t1c"} <= volumes.keys():
-        found += unenhanced(volumes["t1n"], volumes["t1c"], head, study.reference.spacing_mm)
+    if {"t1n", "t1c"} <= volumes.keys():
+        both = study.mask_of("t1n")[box] & study.mask_of("t1c")[box] & (volumes["t1n"] > 0) & (volumes["t1c"] > 0)
+        stripped = study.masked_background or not study.stripped.keys().isdisjoint(("t1n", "t1c"))
+        t1n, t1c = (study.volumes[m].data[box] for m in ("t1n", "t1c"))
+        found += unenhanced(t1n, t1c, both, study.reference.spacing_mm, stripped)
     return found
 
 
@@ -203,17 +207,10 @@ def _error_of_regressions(voxels: Sequence[Array], named: Sequence[int], baselin
     return total
 
 
-def unenhanced(t1n: Array, t1c: Array, head: npt.NDArray[np.bool_], spacing_mm: Sequence[float]) -> list[str]:
-    """A T1ce that is nowhere brighter than T1, but in places darker."""
-    within = max(1, round(12 / spacing_mm[1]))
-    core = np.stack([ndimage.binary_erosion(plane, iterations=within) for plane in head])
-    core &= (t1n > 0) & (t1c > 0)
-    if core.sum() < 1000:
+def unenhanced(
+    t1n: Array, t1c: Array, head: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float], stripped: bool = True
+) -> list[str]:
+    """A T1 with vessels that are bright beside the T1ce, and not the other way round."""
+    if compare_within(t1n, t1c, head, spacing_mm, stripped).at(SUSPECT) != "first":
         return []
-    before, after = t1n[core].astype(np.float64), t1c[core].astype(np.float64)
-    change = after / np.median(after) - before / np.median(before)
-    change -= change.mean()
-    skewness = float((change * change * change).mean() / max(change.std(), 1e-6) ** 3)
-    if skewness > UNENHANCED:
-        return []
-    return ["T1ce shows no enhancement that T1 does not, vessels included: it may be unenhanced, or swapped with T1."]
+    return ["T1 shows vessels that T1ce does not: they seem to be swapped. Compare them before using anything."]

@@ -1,4 +1,7 @@
-"""Which studies there are, and what would be synthesised of which: from names and tags alone, nothing is written."""
+"""Which studies there are, and what would be synthesised of which: nothing is written.
+
+Names and tags say it; voxels are read of studies with several T1 that neither tells apart.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +12,9 @@ from typing import Any
 from crossmr.completion.layout import Layout
 from crossmr.completion.study import lacking, what_to_fill
 from crossmr.completion.unread import Unread, dicom_beside, files_beside, unread_files, unread_series, why_unread
+from crossmr.data.enhancement import doubtful_files, tell_apart
 from crossmr.data.naming import StudyFiles, find_studies, study_of, unmatched
+from crossmr.data.tree import mapping_key
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.convert import choose, find_cases
 from crossmr.dicom.series import Series, holds_dicom
@@ -63,7 +68,7 @@ def find_inputs(
     if files and len(files) < len(paths):
         raise ConfigError("Give files, which make one study, or folders, but not both.")
     if files:
-        studies = [study_of(files, mapping)]
+        studies = _told_apart([study_of(files, mapping)], mapping, display)
         _say_unmatched(studies, mapping, display)
         return Inputs(files[0].absolute().parent, studies)
     root = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.absolute() for path in paths]))
@@ -73,21 +78,16 @@ def find_inputs(
     if dicom:
         cases: dict[str, list[Series]] = {}
         for path in paths:
-            for case, series in find_cases(path, mapping, keep_names=keep_names, exclude=exclude).items():
+            in_path = find_cases(path, mapping, keep_names=keep_names, exclude=exclude, display=display)
+            for case, series in in_path.items():
                 cases.setdefault(case, []).extend(series)
-        made = [_as_files(case, all_series) for case, all_series in cases.items()]
-        beside = {
-            case: found for path in paths for case, found in files_beside(path, made, exclude, nifti=True).items()
-        }
-        for file in (file for files_of_case in beside.values() for file in files_of_case):
-            if possible_contrasts(file.name):
-                display.say(f"{file.name} lies beside the DICOM, and is not read.")
-        return Inputs(root, series=cases, beside=beside)
+        return _with_files_beside(Inputs(root, series=cases), paths, exclude, display)
     studies = [study for path in paths for study in find_studies(path, mapping)]
     names = [study.case for study in studies]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"The folders share study names ({', '.join(repeated[:3])}). Complete them separately.")
     _say_unmatched(studies, mapping, display)
+    studies = _told_apart(studies, mapping, display)
     nearby, series_nearby = dict[str, list[Path]](), dict[str, list[Unread]]()
     for path in paths:
         place = Path(os.path.abspath(path))
@@ -98,6 +98,32 @@ def find_inputs(
         nearby |= found
         series_nearby |= dicom_beside(path, own, mapping, exclude)
     return Inputs(root, studies, beside=nearby, dicom=series_nearby)
+
+
+def _with_files_beside(inputs: Inputs, paths: Sequence[Path], exclude: Path | None, display: Display) -> Inputs:
+    """Inputs of DICOM with the files by its images that are not read, which are said."""
+    made = [_as_files(case, all_series) for case, all_series in (inputs.series or {}).items()]
+    beside = {case: found for path in paths for case, found in files_beside(path, made, exclude, nifti=True).items()}
+    for file in (file for files_of_case in beside.values() for file in files_of_case):
+        if possible_contrasts(file.name):
+            display.say(f"{file.name} lies beside the DICOM, and is not read.")
+    return replace(inputs, beside=beside)
+
+
+def _told_apart(studies: Sequence[StudyFiles], mapping: Mapping[str, str] | None, display: Display) -> list[StudyFiles]:
+    """The studies, those of several T1 and no T1ce by their names as their voxels say, unless a mapping says it."""
+    by_user = {mapping_key(key) for key in mapping or {}} & {"t1n", "t1c"}
+    doubtful = [study for study in studies if not by_user and doubtful_files(study)]
+    told: dict[str, StudyFiles] = {}
+    if doubtful:
+        with display.task("compare T1", len(doubtful)) as task:
+            for study in doubtful:
+                told[study.case] = tell_apart(study)
+                task.advance(study.case)
+        for study in told.values():
+            for note in study.notes:
+                display.say(f"{study.case}: {note}")
+    return [told.get(study.case, study) for study in studies]
 
 
 def _as_files(case: str, all_series: Sequence[Series]) -> StudyFiles:
@@ -154,7 +180,10 @@ class PlannedCase:
 def plan(
     inputs: Inputs, layout: Layout, model: CrossConditionedModel, settings: Settings, *, overwrite: bool = False
 ) -> list[PlannedCase]:
-    """What `complete_cohort` would do; images are not opened, so a study may still be refused for what it holds."""
+    """What `complete_cohort` would do; images are not opened, so a study may still be refused for what it holds.
+
+    `find_inputs` opened those T1 that neither names nor tags tell apart.
+    """
     planned = []
     for files, found in _found(inputs):
         acquired = [*found["acquired"]]

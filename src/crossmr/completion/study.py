@@ -19,13 +19,14 @@ from crossmr.completion.checks import check
 from crossmr.completion.layout import EXPECTED, FORMAT, Layout
 from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
 from crossmr.completion.writing import save_study
+from crossmr.data.enhancement import tell_apart
 from crossmr.data.formats import content_sha256
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import find_studies, modality_name
 from crossmr.data.study import Study, load_study, study_memory
 from crossmr.data.volume import on_grid
 from crossmr.device import choose_precision
-from crossmr.dicom.convert import convert_cases, find_cases
+from crossmr.dicom.convert import Scans, convert_cases, find_cases
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import ConfigError, NamingError, StudyError
 from crossmr.files import temporary_folder
@@ -150,13 +151,14 @@ def complete(
         loaded = load_study(images, case, register=settings.register)
         return complete_study(loaded, model, settings, hashes(images), reference)
     with contextlib.ExitStack() as stack:
-        folder = Path(study)
+        folder, scans = Path(study), list[Scans]()
         cases = find_cases(folder) if holds_dicom(folder) else {}
         if cases:
             folder = stack.enter_context(temporary_folder(f"{study} is converted"))
-            for refused in (one.refused for one in convert_cases(cases, folder) if one.refused):
+            scans = convert_cases(cases, folder)
+            for refused in (one.refused for one in scans if one.refused):
                 raise StudyError(refused)
-        studies = find_studies(folder)
+        studies = [tell_apart(files) for files in find_studies(folder)]
         if len(studies) != 1:
             raise NamingError(f"{study} holds {len(studies)} studies; name one of them, or use complete_cohort.")
         if cases and settings.register == "never":
@@ -164,6 +166,7 @@ def complete(
         check_memory(studies[0].case, studies[0].images(), model, settings)
         loaded = load_study(studies[0], register=settings.register, labels=False)
         if cases:
+            loaded = replace(loaded, notes=[*scans[0].notes, *loaded.notes])
             unread = unread_series(cases[studies[0].case])
         else:
             beside = files_beside(folder, studies).get(studies[0].case, ())

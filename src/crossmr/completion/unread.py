@@ -24,7 +24,8 @@ from crossmr.data.naming import (
 )
 from crossmr.data.volume import is_synthetic, read_header, read_volume
 from crossmr.data.words import possible_contrasts
-from crossmr.dicom.contrast import recognise_contrast, says_agent
+from crossmr.dicom.agents import OTHER, may_be_other, undecided
+from crossmr.dicom.contrast import recognise_contrast
 from crossmr.dicom.convert import choose
 from crossmr.dicom.series import FEWEST_SLICES, Series, find_series, first_dicom
 from crossmr.errors import ConfigError, VolumeError
@@ -171,25 +172,18 @@ def _nearest(path: Path, owners: Mapping[Path, set[str]]) -> list[str]:
 def unread_series(all_series: Sequence[Series]) -> list[Unread]:
     """Of a study's series, those that were left out for a doubt, and what they may be."""
     found = [_left_out(series) for series in all_series if series.modality is None]
-    for modality, other in (("t1n", "t1c"), ("t1c", "t1n")):
-        alike = [series for series in all_series if series.modality == modality]
-        if len(alike) < 2 or any(series.modality == other for series in all_series):
-            continue
-        best = choose(all_series)[0][modality]
+    if alike := undecided(all_series):
+        modality = str(alike[0].modality)
+        best, other = choose(all_series)[0][modality], OTHER[modality]
         for series in alike:
-            if series is not best and _may_be_other(series):
+            if series is not best and may_be_other(series):
+                volumes = ", nor do their volumes" if series.compared else ""
                 why = (
                     f"is a second T1 beside {best.name}, and nothing says which of them was acquired with contrast "
-                    f"agent; name it with --map {other}='DESCRIPTION'"
+                    f"agent{volumes}; name it with --map {other}='DESCRIPTION'"
                 )
                 found.append(Unread(series.name, frozenset({other}), why))
     return [unread for unread in found if unread.may_be]
-
-
-def _may_be_other(series: Series) -> bool:
-    """Whether neither the tag nor the description of a T1 settles whether it is enhanced."""
-    said = says_agent(series.acquisition.description)
-    return said is None and (series.modality == "t1c" or series.acquisition.agent is not False)
 
 
 def _left_out(series: Series) -> Unread:

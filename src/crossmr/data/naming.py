@@ -62,6 +62,8 @@ class StudyFiles:
     """How surely the name says who the patient is; see `visits`."""
     alike: str = ""
     """What the names of other studies of this patient may begin with, where the name leaves that open; else ''."""
+    notes: tuple[str, ...] = ()
+    """What the voxels said of the files, where their names left it open."""
 
     def files(self) -> list[tuple[str, tuple[Path, ...]]]:
         """What the files were recognised as, and the files."""

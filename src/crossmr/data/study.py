@@ -155,7 +155,8 @@ def load_study(
         {m: image for m, image in images.items() if allow is None or m in allow},
     )
     volumes = {m: volume for m, volume in read.items() if not volume.synthetic}
-    notes = [f"{m} is itself synthetic, so it was not used as an input." for m in read if m not in volumes]
+    notes = [*source.notes] if isinstance(source, StudyFiles) else []
+    notes += [f"{m} is itself synthetic, so it was not used as an input." for m in read if m not in volumes]
     notes += [f"{DISPLAY_NAMES.get(m, m)} {volume.remark}" for m, volume in volumes.items() if volume.remark]
     if not volumes:
         raise StudyError(

@@ -24,6 +24,7 @@ import numpy as np
 
 from crossmr.data.naming import in_usual_order
 from crossmr.data.volume import Volume, on_grid, read_volume, write_volume
+from crossmr.dicom.agents import tell_apart, undecided
 from crossmr.dicom.contrast import covers, says_agent
 from crossmr.dicom.series import TELLING, Series, find_series, import_pydicom, listed
 from crossmr.display import LOG, SILENT, Display
@@ -101,16 +102,21 @@ def convert(
             or something else has the name of what would be written.
     """
     with locked(out):
-        cases = find_cases(folder, mapping, keep_names=keep_names, exclude=exclude or out)
+        cases = find_cases(folder, mapping, keep_names=keep_names, exclude=exclude or out, display=display)
         check_scans(cases, out)
         with display.logged(out / LOG) as logging:
             return convert_cases(cases, out, keep_names=keep_names, display=logging)
 
 
 def find_cases(
-    folder: Path, mapping: Mapping[str, str] | None = None, *, keep_names: bool = False, exclude: Path | None = None
+    folder: Path,
+    mapping: Mapping[str, str] | None = None,
+    *,
+    keep_names: bool = False,
+    exclude: Path | None = None,
+    display: Display = SILENT,
 ) -> dict[str, list[Series]]:
-    """Case → the series of its study; see `convert`."""
+    """Case → the series of its study, its T1 told apart by their voxels where nothing else does; see `convert`."""
     all_series = find_series(folder, mapping, exclude)
     if not all_series:
         raise NamingError(f"{folder}: no MR image in it or below. Give the folder of the studies' DICOM files.")
@@ -118,6 +124,11 @@ def find_cases(
     cases: dict[str, list[Series]] = {name: [] for name in sorted(names.values())}
     for series in all_series:
         cases[names[series.study]].append(series)
+    if doubtful := [case for case in cases if undecided(cases[case])]:
+        with display.task("compare T1", len(doubtful)) as task:
+            for case in doubtful:
+                cases[case] = tell_apart(cases[case], partial(_read_series, case))
+                task.advance(case)
     return cases
 
 
@@ -125,10 +136,11 @@ def convert_cases(
     cases: Mapping[str, Sequence[Series]], out: Path, *, keep_names: bool = False, display: Display = SILENT
 ) -> list[Scans]:
     """Convert what `find_cases` found into a locked folder that `check_scans` has nothing against; see `convert`."""
-    converter, converted = _converter(), []
+    converted: list[Scans] = []
+    _converter()
     with display.task("convert", len(cases)) as task:
         for case, all_series in cases.items():
-            converted.append(_convert_study(case, all_series, out, converter, keep_names))
+            converted.append(_convert_study(case, all_series, out, keep_names))
             task.advance(case)
     return converted
 
@@ -166,6 +178,9 @@ def choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, s
                 f"{listed} are T1, and no tag says which was acquired with contrast agent; {best.name} was taken for "
                 "the one without. Name it with --map t1c='DESCRIPTION' if that is wrong."
             )
+    if "t1c" in chosen and chosen["t1c"].told:
+        taken_for, told = chosen["t1c"].name, chosen["t1c"].told
+        notes.append(f"{taken_for} was taken for T1ce: {told}. Name it with --map if that is wrong.")
     if note := _agent_everywhere(all_series, chosen):
         notes.append(note)
     return chosen, left_out, notes
@@ -252,7 +267,7 @@ def _coarser(a: Series, b: Series, factor: float = ALIKE) -> bool:
     return factor == ALIKE and math.prod(a.voxel_mm) > factor * math.prod(b.voxel_mm)
 
 
-def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter: str, keep_names: bool) -> Scans:
+def _convert_study(case: str, all_series: Sequence[Series], out: Path, keep_names: bool) -> Scans:
     """Convert one study; its faults are returned, not raised."""
     chosen, left_out, notes = choose(all_series)
     folder = out / case
@@ -285,7 +300,7 @@ def _convert_study(case: str, all_series: Sequence[Series], out: Path, converter
     faults = []
     for modality, series in chosen.items():
         try:
-            _convert_series(case, series, paths[modality], converter)
+            _convert_series(case, series, paths[modality])
         except OutputError:
             raise
         except CrossmrError as error:
@@ -341,8 +356,15 @@ def _described(series: Series, keep_names: bool) -> dict[str, Any]:
     return {**entry, "description": series.acquisition.description} if keep_names else entry
 
 
-def _convert_series(case: str, series: Series, path: Path, converter: str) -> None:
+def _convert_series(case: str, series: Series, path: Path) -> None:
     """Convert one series to one NIfTI file, without the texts that dcm2niix writes into its header."""
+    volume = _read_series(case, series)
+    write_volume(on_grid(volume.data, volume, description="acquired"), path)
+
+
+def _read_series(case: str, series: Series) -> Volume:
+    """The volume that dcm2niix makes of a series."""
+    converter = _converter()
     with temporary_folder(f"{case}: {series.name} is converted") as temporary:
         inside = temporary / "in"
         inside.mkdir()
@@ -361,12 +383,11 @@ def _convert_series(case: str, series: Series, path: Path, converter: str) -> No
                 _unpack(case, series, image.path, link)
             volumes, complaint = _run(converter, inside, temporary / "out", name)
         try:
-            volume = _read_converted(case, series, volumes, complaint.replace(str(temporary), ""))
+            return _read_converted(case, series, volumes, complaint.replace(str(temporary), ""))
         except CrossmrError:
             if shutil.disk_usage(temporary).free < sum(link.stat().st_size for link in links):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None  # dcm2niix does not say so
             raise
-        write_volume(on_grid(volume.data, volume, description="acquired"), path)
 
 
 def _read_converted(case: str, series: Series, volumes: Sequence[Path], complaint: str) -> Volume:

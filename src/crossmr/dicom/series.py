@@ -58,6 +58,7 @@ _MR = frozenset(
 )
 TELLING = ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "EchoTime", "ImageType")
 """Tags that differ between series, and should not differ within one."""
+BY_USER = "named so by --map"
 SAME_ECHO = 1.01
 """Echo times of one series that differ by less than this factor are one."""
 _ENDINGS = (".dcm", ".ima", ".dicom")
@@ -110,6 +111,10 @@ class Series:
     """The tags by which its contrast was recognised, or why it was left out."""
     unreadable: tuple[Path, ...] = ()
     """Files that lie by its images, may be some of them, and cannot be read."""
+    compared: bool = False
+    """Whether its voxels were compared with another T1's, as nothing else says which was acquired with agent."""
+    told: str = ""
+    """What they told, and how sure that is."""
 
     @cached_property
     def name(self) -> str:
@@ -432,7 +437,7 @@ def _verdict(header: Any, acquisition: Acquisition, mapping: Mapping[str, str] |
         verdict = Verdict(None, "of another part of the body than the head", False)
     for modality, glob in (mapping or {}).items():
         if fnmatch.fnmatchcase(description, glob):
-            return Verdict(modality, "named so by --map", True)
+            return Verdict(modality, BY_USER, True)
     if mapping and verdict.modality in mapping:
         return Verdict(None, f"not the {verdict.modality} that --map names", True)
     return verdict

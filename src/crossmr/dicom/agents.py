@@ -1,0 +1,86 @@
+"""Which T1 series of a study were acquired with contrast agent, where no tag tells: their voxels are compared."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from crossmr.data.enhancement import MOST, SURE, SURENESS, compare
+from crossmr.data.volume import Volume
+from crossmr.dicom.contrast import says_agent
+from crossmr.dicom.series import BY_USER, Series
+from crossmr.errors import CrossmrError
+
+OTHER = {"t1n": "t1c", "t1c": "t1n"}
+UNLIKE = 1.0
+"""Score from which on series of unlike sequences are told apart: blood that flows in is bright in some, agent or no."""
+
+
+def undecided(all_series: Sequence[Series]) -> list[Series]:
+    """The T1 series of a study where all of several are taken for T1, or all for T1ce, and some may be the other."""
+    for modality, other in OTHER.items():
+        alike = [series for series in all_series if series.modality == modality]
+        if len(alike) > 1 and not any(series.modality == other for series in all_series):
+            return alike if any(may_be_other(series) for series in alike) else []
+    return []
+
+
+def may_be_other(series: Series) -> bool:
+    """Whether neither the tag nor the description of a T1, nor the user, settles whether it is enhanced."""
+    said = says_agent(series.acquisition.description)
+    return (
+        series.why != BY_USER and said is None and (series.modality == "t1c" or series.acquisition.agent is not False)
+    )
+
+
+def tell_apart(all_series: Sequence[Series], read: Callable[[Series], Volume]) -> list[Series]:
+    """The series of a study, its T1 told apart by their voxels where nothing else tells.
+
+    Each is compared with each. One that is surely enhanced beside another, and beside none surely not, is T1ce, and the
+    other way round T1; what is left then is used for neither. Where nothing is sure, none changes but in `compared`.
+    """
+    alike = undecided(all_series)[:MOST]
+    beside = _compared(alike, read)
+    if not beside:
+        return list(all_series)
+    verdicts = {series: next(iter(found)) for series, found in beside.items() if len(found) == 1}
+    against = any(verdicts.get(s, s.modality) != s.modality and not may_be_other(s) for s in alike)
+    if against or set(verdicts.values()) != set(OTHER):
+        return [replace(series, compared=True) if series in alike else series for series in all_series]
+    return [_told(s, verdicts.get(s), beside[s]) if s in beside else s for s in all_series]
+
+
+def _compared(alike: Sequence[Series], read: Callable[[Series], Volume]) -> dict[Series, dict[str, Series]]:
+    """Series → what it surely is, "t1n" or "t1c", beside which other; {} where fewer than two can be read."""
+    volumes: dict[Series, Volume] = {}
+    for series in alike:
+        try:
+            volumes[series] = read(series)
+        except CrossmrError:  # which is said when the series is converted
+            continue
+    beside: dict[Series, dict[str, Series]] = {series: {} for series in alike} if len(volumes) > 1 else {}
+    for first, second in itertools.combinations(volumes, 2):
+        limit = SURE if _sequence(first) == _sequence(second) else UNLIKE
+        if (enhanced := compare(volumes[first], volumes[second]).at(limit)) != "neither":
+            bright, plain = (first, second) if enhanced == "first" else (second, first)
+            beside[bright].setdefault("t1c", plain)
+            beside[plain].setdefault("t1n", bright)
+    return beside
+
+
+def _told(series: Series, modality: str | None, beside: Mapping[str, Series]) -> Series:
+    """A series that its voxels told to be T1 or T1ce, or not."""
+    if modality is None and not may_be_other(series):
+        return series
+    if modality is None:
+        return replace(series, modality=None, compared=True, why="a T1, with contrast agent or without: nothing tells")
+    relation = "brighter" if modality == "t1c" else "darker"
+    told = f"vessels {relation} than in {beside[modality].name}, {SURENESS}"
+    timing = series.why.split(";")[0]
+    return replace(series, modality=modality, compared=True, told=told, why=f"{timing}; {told}")
+
+
+def _sequence(series: Series) -> tuple[frozenset[str], bool]:
+    """The kind of sequence: spin or gradient echo, and whether it is inverted."""
+    acquisition = series.acquisition
+    inverted = bool(acquisition.ti_ms) or "IR" in acquisition.families or "MP" in acquisition.variants
+    return acquisition.families & {"SE", "GR"}, inverted
