@@ -17,6 +17,7 @@ import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scans import COHORTS, cohort_of, lgg, unpacked
@@ -30,8 +31,9 @@ from crossmr.display import Display
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.measures import KEPT, STD
 from crossmr.evaluation.tables import BASELINE
-from crossmr.files import digest, write_json
+from crossmr.files import digest, read_json, write_json
 from crossmr.networks.model import load_model, save_model
+from crossmr.networks.trained_on import count_seen
 from crossmr.phantom import write_cohort
 from crossmr.registry import find_model
 from crossmr.training.recipes import RECIPES, recipe_of
@@ -150,7 +152,15 @@ def print_table(title: str, rows: list[dict[str, str]], *, by_sources: bool) -> 
         print("|", " | ".join(cells), "|")
 
 
-def ship(folder: Path, study: Path, display: Display) -> None:
+def seen(prepared: Path) -> dict[str, Any]:
+    """What the record of the weights says of the studies that they were trained on."""
+    cases = read_json(prepared / "manifest.json")["cases"].items()
+    return count_seen(
+        (name, entry["modalities"], entry["masked_background"]) for name, entry in cases if entry["part"] == "train"
+    )
+
+
+def ship(folder: Path, study: Path, counts: dict[str, Any], display: Display) -> None:
     """Put a finished model into the package in half precision, if it is small enough, and say what that changes."""
     model = load_model(folder)
     whole = complete(study, model)
@@ -158,7 +168,7 @@ def ship(folder: Path, study: Path, display: Display) -> None:
         network.half()
     with tempfile.TemporaryDirectory() as temporary:
         half = Path(temporary) / "default"
-        save_model(half, model, model.record["training"], model.patients)
+        save_model(half, model, {**model.record["training"], "seen": counts}, model.patients)
         size = sum(path.stat().st_size for path in half.iterdir()) / 2**20
         if size > LARGEST_MIB:
             raise SystemExit(f"{folder} has {size:.1f} MiB; wanted at most {LARGEST_MIB:g}.")
@@ -207,7 +217,7 @@ def main() -> None:
         card(out / "evaluation")
     if options.ship:
         write_cohort(out / "one", 1, seed=99, shape=SHAPE, spacing_mm=SPACING_MM, missing={0: ("t1c", "t2f")})
-        ship(model, next((out / "one").iterdir()), display)
+        ship(model, next((out / "one").iterdir()), seen(out / "set"), display)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from crossmr.networks.c_unet import CUNet, SynthesisConfig
 from crossmr.networks.distribution import DistributionConfig, DistributionNetwork
 from crossmr.networks.masked_autoencoder import MaskedAutoencoder, RepresentationConfig, z_score
 from crossmr.networks.scale import RANGE, on_unit_scale, standardise
-from crossmr.networks.trained_on import FILE, PatientList, read_list, write_list
+from crossmr.networks.trained_on import FILE, PatientList, is_seen, read_list, write_list
 from crossmr.paths import check_model
 from crossmr.tensors import seeded
 
@@ -380,7 +380,7 @@ def _check_record(folder: Path, data: Mapping[str, Any]) -> None:
         )
     if missing := {"config", "training"} - set(data):
         raise ModelError(f"{folder / 'config.json'} has no '{min(missing)}'. Copy or train the model again.")
-    if not (isinstance(data["training"], dict) and isinstance(data["training"].get("seen", {}), dict)):
+    if not (isinstance(data["training"], dict) and is_seen(data["training"].get("seen", {}))):
         raise ModelError(f"{folder / 'config.json'}: 'training' is not a record of one. Copy or train the model again.")
 
 

@@ -32,7 +32,7 @@ from crossmr.files import is_record, locked, read_json, refuse_foreign, write_js
 from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, save_model
 from crossmr.networks.trained_on import FILE as PATIENTS
 from crossmr.networks.trained_on import FORMAT as PATIENTS_FORMAT
-from crossmr.networks.trained_on import PatientList, names_of, remember
+from crossmr.networks.trained_on import PatientList, add_seen, count_seen, names_of, remember
 from crossmr.registry import load_model
 from crossmr.training.calibration import calibration
 from crossmr.training.choices import choose
@@ -350,10 +350,9 @@ def _train_stage(training: Training, model: CrossConditionedModel, name: str, st
 def _record(training: Training, initial: CrossConditionedModel | None) -> dict[str, Any]:
     """What a model keeps of its training."""
     folder = training.folder
-    seen = {"studies": len(training.train), "without_skull": sum(case.masked_background for case in training.train)}
+    seen = count_seen((case.name, case.modalities, case.masked_background) for case in training.train)
     if initial is not None:
-        earlier = initial.record["training"].get("seen", {})
-        seen = {key: count + earlier.get(key, 0) for key, count in seen.items()}
+        seen = add_seen(seen, initial.record["training"].get("seen", {}))
     run = {key: value for key, value in read_json(folder / "run.json").items() if key != "patients"}  # of old runs
     return {**run, "plan": read_json(folder / "plan.json"), "seen": seen}
 
