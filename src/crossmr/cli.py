@@ -82,6 +82,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+NAMED = 8
+"""Cases of a verdict that the terminal names; status.csv has them all."""
 KEPT = 2**30
 """Bytes: freed memory up to this is kept, and blocks up to this come from it."""
 DICOM, EXPERT, MESSAGES = "DICOM", "Expert", "Messages"
@@ -244,7 +246,7 @@ def complete(
         summary.failed,
         f"in {out}; research use only",
         asdict(summary),
-        doubtful=bool(summary.unread),
+        doubtful="refuse" in summary.verdicts.values(),
     )
 
 
@@ -277,6 +279,12 @@ def _say_summary(summary: "CohortSummary", display: "Display") -> None:
         )
     if any("t1c" in modalities for modalities in summary.completed.values()):
         display.say(f"Note: {ENHANCEMENT}")
+    for verdict in ("refuse", "look"):
+        if cases := [case for case, its in summary.verdicts.items() if its == verdict]:
+            more = f" and {len(cases) - NAMED} more" if len(cases) > NAMED else ""
+            display.say(f"verdict {verdict}: {', '.join(cases[:NAMED])}{more}; status.csv has the reasons")
+    if used := [*summary.verdicts.values()].count("use"):
+        display.say(f"verdict use: {used} {'study' if used == 1 else 'studies'}")
 
 
 @app.command()
@@ -714,7 +722,7 @@ def _finish(
 ) -> None:
     """Name each failure; say in one sentence what became of all studies, failures first; exit with 1 if there are any.
 
-    So it does where something is `doubtful`: what was not used may be what is missing.
+    So it does where something is `doubtful`: a contrast that was wanted was refused.
     `counts` is outcome → number; the first outcome is that of `failures`. With --json all of it, and `record`, is one
     JSON object on the standard output.
     """

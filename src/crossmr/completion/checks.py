@@ -1,7 +1,9 @@
-"""What may be wrong with a study, in plain words: warnings, not refusals, measured on real scans (docs/checks.md)."""
+"""What may be wrong with a study, in plain words, and how much it matters; measured on real scans (docs/checks.md)."""
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,15 +12,19 @@ from torch import Tensor
 
 from crossmr.baselines import linear_weights
 from crossmr.data.naming import DISPLAY_NAMES
-from crossmr.data.study import Study
+from crossmr.data.study import Study, skull_note
 
 Array = npt.NDArray[np.float32]
+Severity = Literal["note", "look", "refuse"]
+"""What follows from a finding: nothing, a look at the images, or that nothing is made from such scans."""
 GREYS = 256
 """Grey values of an image of eight bits."""
 SATURATED = 0.01
 """Fraction of the head at one brightest value, from which on it is cut off."""
 SHIFT_MM, GAIN = 3.0, 1.05
 """A volume lies elsewhere where its edges fit another's so much better when moved so far."""
+FAR_MM = 5.0
+"""From this distance on nothing is made from volumes that lie apart."""
 FARTHEST_MM = 25.0
 GRID_MM = 2.0
 """What volumes are thinned to before they are moved about."""
@@ -32,15 +38,28 @@ UNENHANCED = -1.0
 """Skewness of T1ce - T1 within a brain below which nothing enhances: vessels make it positive."""
 
 
+@dataclass(frozen=True)
+class Finding:
+    """Something that a check found."""
+
+    kind: str
+    """One or two words, the same for all findings of a check."""
+    severity: Severity
+    words: str
+    """A sentence or two, for whoever uses the images."""
+    contrasts: tuple[str, ...] = ()
+    """The synthetic contrasts that it concerns; none where it concerns all of them."""
+
+
 def check(
     study: Study,
     baselines: Mapping[str, Tensor],
     modalities: Sequence[str],
-    trained_on: Mapping[str, int] | None = None,
-) -> list[str]:
-    """Warnings on a study; `baselines` and `modalities` are the model's (`fit_baselines`), {} where it has none.
+    seen: Mapping[str, Any] | None = None,
+) -> list[Finding]:
+    """What is found in a study; `baselines` and `modalities` are the model's (`fit_baselines`), {} where it has none.
 
-    `trained_on` says how many studies it was trained on, and how many of these were without skull.
+    `seen` says what the model was trained on; see `trained_on.count_seen`.
 
     Grey values: eight bits, cut off at the top. Geometry: slices of the head that a volume lacks, volumes that are
     shifted against one another. Names: one image under two names, two contrasts that fit better the other way round,
@@ -49,7 +68,8 @@ def check(
     box = study.box(0)
     head = study.mask[box]
     volumes = {m: study.normalised(m, box) for m in study.volumes}
-    found = skull(trained_on or {}, stripped=study.masked_background)
+    found = skull(seen or {}, stripped=study.masked_background)
+    found += [Finding("skull", "look", words) for words in skull_note(study.volumes, study.stripped)]
     for modality, volume in study.volumes.items():
         found += grey_values(modality, volume.data[study.mask_of(modality)])
         found += missing_slices(modality, volumes[modality], study.mask_of(modality)[box])
@@ -63,38 +83,44 @@ def check(
     return found
 
 
-def skull(trained_on: Mapping[str, int], *, stripped: bool) -> list[str]:
+def skull(seen: Mapping[str, Any], *, stripped: bool) -> list[Finding]:
     """A head where the model has seen brains alone, or the other way round."""
-    studies, without = trained_on.get("studies", 0), trained_on.get("without_skull", 0)
+    studies, without = seen.get("studies", 0), seen.get("without_skull", 0)
     if studies and stripped and without == 0:
-        return ["The skull is stripped, or the background masked, and the model was trained on whole heads alone."]
+        words = "The skull is stripped, or the background masked, and the model was trained on whole heads alone."
+        return [Finding("skull", "look", words)]
     if studies and not stripped and without == studies:
-        return ["The skull is there, and the model was trained on stripped brains alone: strip it first."]
+        words = "The skull is there, and the model was trained on stripped brains alone: strip it first."
+        return [Finding("skull", "look", words)]
     return []
 
 
-def grey_values(modality: str, values: Array) -> list[str]:
+def grey_values(modality: str, values: Array) -> list[Finding]:
     """Few grey values, or many voxels at the brightest one."""
     name, found = DISPLAY_NAMES.get(modality, modality), []
     some = values[:: max(1, len(values) // VOXELS)]
     if len(np.unique(some)) <= GREYS and len(some) > 8 * GREYS:
-        found.append(f"{name} has eight bits, or as few grey values: fine differences are lost.")
+        words = f"{name} has eight bits, or as few grey values: fine differences are lost."
+        found.append(Finding("grey values", "note", words))
     if (share := float((values == values.max()).mean())) > SATURATED:
-        found.append(f"{name} is cut off: {share:.0%} of the head have the same, brightest value.")
+        words = f"{name} is cut off: {share:.0%} of the head have the same, brightest value."
+        found.append(Finding("cut off", "look", words))
     return found
 
 
-def missing_slices(modality: str, volume: Array, head: npt.NDArray[np.bool_]) -> list[str]:
+def missing_slices(modality: str, volume: Array, head: npt.NDArray[np.bool_]) -> list[Finding]:
     """Slices of the head in which a volume is one value: not acquired, or lost."""
     area = head.sum((1, 2))
     useful = area >= 0.1 * area.max()
     empty = useful & (np.ptp(volume.reshape(len(volume), -1), axis=1) == 0)
     if not empty.any():
         return []
-    return [f"{DISPLAY_NAMES.get(modality, modality)} is empty in {empty.sum()} of the head's {useful.sum()} slices."]
+    name = DISPLAY_NAMES.get(modality, modality)
+    words = f"{name} is empty in {empty.sum()} of the head's {useful.sum()} slices."
+    return [Finding("empty slices", "look", words)]
 
 
-def shifts(volumes: Mapping[str, Array], spacing_mm: Sequence[float]) -> list[str]:
+def shifts(volumes: Mapping[str, Array], spacing_mm: Sequence[float]) -> list[Finding]:
     """Volumes whose edges fit the first one's better when they are moved."""
     voxels, sides = _thinning(spacing_mm)
     return _shifts_of_thinned({m: volume[voxels] for m, volume in volumes.items()}, sides)
@@ -107,17 +133,18 @@ def _thinning(spacing_mm: Sequence[float]) -> tuple[tuple[slice, ...], list[floa
     return tuple(slice(None, None, step) for step in steps), sides
 
 
-def _shifts_of_thinned(volumes: Mapping[str, Array], sides: Sequence[float]) -> list[str]:
+def _shifts_of_thinned(volumes: Mapping[str, Array], sides: Sequence[float]) -> list[Finding]:
     first, *others = volumes
     found = []
     edges = {m: _edges(volume) for m, volume in volumes.items()}
     for other in others:
         distance, gain = best_shift(edges[first], edges[other], sides)
         if distance >= SHIFT_MM and gain > GAIN:
-            found.append(
+            words = (
                 f"{DISPLAY_NAMES.get(other, other)} seems to lie {distance:.0f} mm away from "
                 f"{DISPLAY_NAMES.get(first, first)}: they may not be registered."
             )
+            found.append(Finding("not registered", "refuse" if distance >= FAR_MM else "look", words))
     return found
 
 
@@ -144,7 +171,7 @@ def best_shift(fixed: Array, moving: Array, spacing_mm: Sequence[float]) -> tupl
     return float(np.linalg.norm(moved)), float(near.max()) / still if still > 0 else np.inf
 
 
-def same_images(volumes: Mapping[str, Array], head: npt.NDArray[np.bool_]) -> list[str]:
+def same_images(volumes: Mapping[str, Array], head: npt.NDArray[np.bool_]) -> list[Finding]:
     """Two volumes that are one image, perhaps scaled."""
     found = []
     inside = np.flatnonzero(head)[:: max(1, int(head.sum()) // VOXELS)]
@@ -152,7 +179,8 @@ def same_images(volumes: Mapping[str, Array], head: npt.NDArray[np.bool_]) -> li
         pair = volumes[one].ravel()[inside], volumes[other].ravel()[inside]
         if min(values.std() for values in pair) > 0 and np.corrcoef(*pair)[0, 1] > SAME:
             names = " and ".join(DISPLAY_NAMES.get(m, m) for m in (one, other))
-            found.append(f"{names} are the same image, or nearly: one of them is under a wrong name.")
+            words = f"{names} are the same image, or nearly: one of them is under a wrong name."
+            found.append(Finding("the same image", "refuse", words))
     return found
 
 
@@ -161,7 +189,7 @@ def swaps(
     head: npt.NDArray[np.bool_],
     baselines: Mapping[str, Tensor],
     modalities: Sequence[str],
-) -> list[str]:
+) -> list[Finding]:
     """Two contrasts of three or more that fit the model's linear regressions far better with their names exchanged."""
     known = sorted((m for m in volumes if m in modalities), key=modalities.index)
     if len(known) < 3 or "present" not in baselines or not _together(baselines, [modalities.index(m) for m in known]):
@@ -184,7 +212,8 @@ def swaps(
     if pair is None or best > SWAPPED * before:
         return []
     names = " and ".join(DISPLAY_NAMES.get(m, m) for m in pair)
-    return [f"{names} may be swapped: they look like each other's contrast. Compare them before using anything."]
+    words = f"{names} may be swapped: they look like each other's contrast. Compare them before using anything."
+    return [Finding("swapped", "refuse", words)]
 
 
 def _together(baselines: Mapping[str, Tensor], known: Sequence[int]) -> bool:
@@ -203,7 +232,7 @@ def _error_of_regressions(voxels: Sequence[Array], named: Sequence[int], baselin
     return total
 
 
-def unenhanced(t1n: Array, t1c: Array, head: npt.NDArray[np.bool_], spacing_mm: Sequence[float]) -> list[str]:
+def unenhanced(t1n: Array, t1c: Array, head: npt.NDArray[np.bool_], spacing_mm: Sequence[float]) -> list[Finding]:
     """A T1ce that is nowhere brighter than T1, but in places darker."""
     within = max(1, round(12 / spacing_mm[1]))
     core = np.stack([ndimage.binary_erosion(plane, iterations=within) for plane in head])
@@ -216,4 +245,5 @@ def unenhanced(t1n: Array, t1c: Array, head: npt.NDArray[np.bool_], spacing_mm: 
     skewness = float((change * change * change).mean() / max(change.std(), 1e-6) ** 3)
     if skewness > UNENHANCED:
         return []
-    return ["T1ce shows no enhancement that T1 does not, vessels included: it may be unenhanced, or swapped with T1."]
+    words = "T1ce shows no enhancement that T1 does not, vessels included: it may be unenhanced, or swapped with T1."
+    return [Finding("no enhancement", "look", words)]
