@@ -156,7 +156,7 @@ def test_brasyn_s_folder_holds_its_files_and_nothing_else(model, tmp_path):
     assert records_of(out) == records
     assert files(records) == {
         *("manifest.json", "report.html", "BraTS-GLI-1/manifest.json", "pictures/BraTS-GLI-1.webp"),
-        "private_paths.json",
+        *("private_paths.json", "status.csv"),
     }
     manifest = json.loads((records / "BraTS-GLI-1" / "manifest.json").read_text())["synthetic"]["t1c"]
     assert (records / "BraTS-GLI-1" / manifest["file"]).resolve() == out / "BraTS-GLI-1-t1c.nii.gz"

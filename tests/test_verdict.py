@@ -114,18 +114,18 @@ def test_what_was_never_learnt_of_such_heads(sources, targets, stripped, severit
 
 
 def test_t2_of_a_head_with_skull_is_refused_unless_it_is_asked_for(any_model):
-    made = complete(heads("t1n", "t1c"), any_model, SETTINGS)
-    assert list(made.images) == ["t2f"]
+    made = complete(heads("t1n", "t2f"), any_model, SETTINGS)
+    assert list(made.images) == ["t1c"]
     assert made.manifest["verdict"] == "refuse"
     assert made.manifest["refused"] == ["t2w"]
-    assert made.manifest["synthetic"]["t2f"]["verdict"] == "use"
+    assert made.manifest["synthetic"]["t1c"]["verdict"] == "use"
     assert made.manifest["not_filled"]["t2w"].startswith("the model has never learnt T2 of a head with skull.")
-    asked = complete(heads("t1n", "t1c"), any_model, SETTINGS, targets="T2")
+    asked = complete(heads("t1n", "t2f"), any_model, SETTINGS, targets="T2")
     assert list(asked.images) == ["t2w"]
     assert (asked.manifest["verdict"], asked.manifest["refused"]) == ("look", [])
     assert asked.manifest["synthetic"]["t2w"]["verdict"] == "look"
-    brain = complete(heads("t1n", "t1c", air=False), any_model, SETTINGS)
-    assert list(brain.images) == ["t2w", "t2f"]
+    brain = complete(heads("t1n", "t2f", air=False), any_model, SETTINGS)
+    assert list(brain.images) == ["t1c", "t2w"]
 
 
 # What follows from it
@@ -183,18 +183,18 @@ def test_the_exit_code_the_terminal_and_the_page_say_it(folder, tmp_path, monkey
 
 
 def test_what_was_refused_is_tried_again_when_something_has_changed(any_model, tmp_path):
-    write_study(tmp_path / "in", "same", replace=twice("t1n", "t1c"), modalities=())
+    write_study(tmp_path / "in", "same", replace=twice("t1n", "t2f"), modalities=())
     out = tmp_path / "out"
     assert complete_cohort(tmp_path / "in", out, any_model, SETTINGS).verdicts == {"same": "refuse"}
     assert complete_cohort(tmp_path / "in", out, any_model, SETTINGS).skipped == ["same"]
-    asked = Settings(precision="float32", targets=("t2f",))
-    assert complete_cohort(tmp_path / "in", out, any_model, asked).completed == {"same": ["t2f"]}
+    asked = Settings(precision="float32", targets=("t2w",))
+    assert complete_cohort(tmp_path / "in", out, any_model, asked).completed == {"same": ["t2w"]}
     (out / "same" / "manifest.json").unlink()
     complete_cohort(tmp_path / "in", out, any_model, SETTINGS)
-    write_study(tmp_path / "in", "same", ("t1n", "t1c"), air=False)  # the right scans
+    write_study(tmp_path / "in", "same", ("t1n", "t2f"), air=False)  # the right scans
     again = complete_cohort(tmp_path / "in", out, any_model, SETTINGS)
     assert again.verdicts == {"same": "use"}
-    assert again.completed == {"same": ["t2w", "t2f"]}
+    assert again.completed == {"same": ["t1c", "t2w"]}
 
 
 def test_a_page_of_a_manifest_without_a_verdict(any_model, tmp_path):

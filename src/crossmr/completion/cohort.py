@@ -40,7 +40,7 @@ from crossmr.dicom.series import Series
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, remove, write_json
-from crossmr.networks.inference import HeadVolumes, Settings, Synthesis, check_settings
+from crossmr.networks.inference import Settings, check_settings
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.picture import Array, Kind, Panel, middle, save_panels
 from crossmr.registry import load_model
@@ -368,8 +368,8 @@ def _complete_case(
             _write_dicom(run, loaded, scans, result, manifest, written)
         inputs = [image for modality, image in images.items() if modality in manifest["acquired"]]
         written += run.layout.finish(files.case, manifest, run.inputs.root, inputs)
-        if result.head is not None and result.synthesis is not None:
-            panels = save_panels(picture, _panels(loaded, result.head, result.synthesis), loaded.reference.spacing_mm)
+        if shown := _panels(loaded, result):
+            panels = save_panels(picture, shown, loaded.reference.spacing_mm)
             manifest["picture"] = {"file": f"{PICTURES}/{picture.name}", "panels": panels}
             written.append(picture)
         manifest["seconds"] = round(time.perf_counter() - start, 3)
@@ -466,10 +466,13 @@ def _write_dicom(
         entry["dicom"] = run.layout.dicom(study.case, modality).name
 
 
-def _panels(study: Study, head: HeadVolumes, synthesis: Synthesis) -> list[Panel]:
-    """The acquired and the synthetic volumes, cut in three through the middle of the head."""
+def _panels(study: Study, result: Completed) -> list[Panel]:
+    """The acquired and the synthetic volumes, cut in three where there is most to see."""
+    head, synthesis = result.head, result.synthesis
+    if head is None or synthesis is None:
+        return []
     mask = study.mask[study.box()]
-    at = middle(mask)
+    at = result.look_at or middle(mask)
     volumes: list[tuple[str, Kind, Array]] = [(m, "acquired", volume) for m, volume in head.volumes.items()]
     for index, modality in enumerate(synthesis.targets):
         volumes.append((modality, "synthetic", synthesis.images[index].numpy()))

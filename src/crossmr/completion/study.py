@@ -17,6 +17,7 @@ from torch import Tensor
 
 from crossmr.completion.checks import Finding, check
 from crossmr.completion.layout import EXPECTED, FORMAT, Layout
+from crossmr.completion.lesions import Voxel, find_lesions, most_uncertain
 from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
 from crossmr.completion.verdict import despite, is_refusal, judge, refusals, unlearnt, verdict_on
 from crossmr.completion.writing import save_study
@@ -41,7 +42,7 @@ from crossmr.networks.inference import (
     synthesise,
 )
 from crossmr.networks.model import CrossConditionedModel
-from crossmr.picture import window
+from crossmr.picture import middle, window
 from crossmr.registry import load_model
 
 INTENSITY = {
@@ -84,6 +85,9 @@ class Completed:
     """The sources as the networks read them; None where nothing was synthesised."""
     synthesis: Synthesis | None = None
     """The arrays that the images hold, cropped to the head."""
+    look_at: Voxel | None = None
+    """Where pictures and pages open, (Z, Y, X) of these arrays: the lesion, or where the standard deviation is largest;
+    None where nothing was synthesised."""
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
         """Write what the command line writes of this study into FOLDER/CASE, and return that folder.
@@ -205,6 +209,8 @@ def complete_study(
     not_filled |= refused
     requested = [m for m in requested if m not in refused]
     made = _make(study, model, settings, sources, requested, reference)
+    lost, at, why = _what_to_look_at(study, made)
+    findings += lost
     judged = judge(findings, refused, requested, not_filled)
     manifest = {
         "format": FORMAT,
@@ -220,6 +226,7 @@ def complete_study(
         "intensity": LIKE_INPUT if made.maps else INTENSITY,
         "std": _std_record(model) if made.stds else None,
         "skull_stripped": study.masked_background,
+        "look_at": {"mm": _in_mm(study, at), "why": why},
         "notes": list(
             dict.fromkeys((*study.notes, *(one.words for one in findings if one.words not in refused), *made.notes))
         ),
@@ -228,7 +235,7 @@ def complete_study(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("crossmr", "torch", "monai", "nibabel")},
     }
-    return Completed(made.images, made.stds, manifest, made.head, made.synthesis)
+    return Completed(made.images, made.stds, manifest, made.head, made.synthesis, at)
 
 
 class _Made(NamedTuple):
@@ -262,6 +269,27 @@ def _make(
         maps = {m: _fit_map(study, synthesis.images[n], _like(m, sources)) for n, m in enumerate(synthesis.targets)}
     images, stds = _as_images(study, synthesis, sources, maps)
     return _Made(images, stds, maps, _shortage(synthesis, model), head, synthesis)
+
+
+def _what_to_look_at(study: Study, made: _Made) -> tuple[list[Finding], Voxel, str]:
+    """What the synthetic volumes may have lost, and the voxel of the head's box to look at first, with the reason."""
+    head, spacing, stripped = study.mask[study.box()], study.reference.spacing_mm, study.masked_background
+    centre = middle(head)
+    if made.head is None or made.synthesis is None:
+        return [], centre, "the middle of the head"
+    volumes = dict(zip(made.synthesis.targets, made.synthesis.images.numpy(), strict=True))
+    found, at = find_lesions(made.head.volumes, head, spacing, volumes, stripped=stripped)
+    if at is not None:
+        return found, at, "the largest bright area of the acquired scans"
+    if made.synthesis.stds is not None:
+        at = most_uncertain(made.synthesis.stds.numpy().max(0), head, spacing, stripped=stripped)
+    return (found, centre, "the middle of the head") if at is None else (found, at, "the largest standard deviation")
+
+
+def _in_mm(study: Study, at: Voxel) -> list[float]:
+    """A voxel (Z, Y, X) of the head's box in the mm of the study's grid, RAS+."""
+    z, y, x = (place + side.start for place, side in zip(at, study.box(), strict=True))
+    return [round(float(mm), 1) for mm in (study.reference.affine @ (x, y, z, 1))[:3]]
 
 
 def _asked_for(requested: Sequence[str], unread: Sequence[Unread]) -> list[Finding]:
