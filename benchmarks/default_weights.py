@@ -25,6 +25,7 @@ from scans import COHORTS, cohort_of, lgg, unpacked
 from crossmr.completion.study import complete
 from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
+from crossmr.data.head import bounding_box
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.prepare import PrepareSettings, default_workers, prepare
 from crossmr.display import Display
@@ -32,12 +33,13 @@ from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.measures import KEPT, STD
 from crossmr.evaluation.tables import BASELINE
 from crossmr.files import digest, read_json, write_json
-from crossmr.networks.model import load_model, save_model
-from crossmr.networks.trained_on import count_seen
+from crossmr.networks.model import CrossConditionedModel, load_model, save_model
+from crossmr.networks.trained_on import PHANTOM, count_seen
 from crossmr.phantom import write_cohort
 from crossmr.registry import find_model
 from crossmr.training.recipes import RECIPES, recipe_of
 from crossmr.training.run import TrainingSettings, train
+from crossmr.typical import describe, summarise
 
 TEST = (
     *("Brats18_2013_23_1", "Brats18_CBICA_AME_1", "Brats18_TCIA02_135_1", "Brats18_TCIA03_265_1", "BraTS2021_00002"),
@@ -160,15 +162,30 @@ def seen(prepared: Path) -> dict[str, Any]:
     )
 
 
-def ship(folder: Path, study: Path, counts: dict[str, Any], display: Display) -> None:
+def typical(prepared: Path, model: CrossConditionedModel) -> dict[str, Any]:
+    """What the patients that the weights were trained on look like; see `crossmr.typical`."""
+    described = []
+    for name, entry in read_json(prepared / "manifest.json")["cases"].items():
+        if entry["part"] == "train" and not name.startswith(PHANTOM):
+            images, masks = (np.load(prepared / "cases" / name / f"{what}.npy") for what in ("images", "masks"))
+            head = masks[:, 0] > 0
+            box = bounding_box(head, 0)
+            volumes = {m: images[:, channel].astype(np.float32)[box] for channel, m in enumerate(entry["modalities"])}
+            numbers = describe(volumes, head[box], entry["spacing_mm"], model.baselines, model.config.modalities)
+            described.append((entry["masked_background"], numbers))
+    return summarise(described)
+
+
+def ship(folder: Path, study: Path, prepared: Path, display: Display) -> None:
     """Put a finished model into the package in half precision, if it is small enough, and say what that changes."""
     model = load_model(folder)
+    record = {**model.record["training"], "seen": seen(prepared), "typical": typical(prepared, model)}
     whole = complete(study, model)
     for network in model.networks().values():
         network.half()
     with tempfile.TemporaryDirectory() as temporary:
         half = Path(temporary) / "default"
-        save_model(half, model, {**model.record["training"], "seen": counts}, model.patients)
+        save_model(half, model, record, model.patients)
         size = sum(path.stat().st_size for path in half.iterdir()) / 2**20
         if size > LARGEST_MIB:
             raise SystemExit(f"{folder} has {size:.1f} MiB; wanted at most {LARGEST_MIB:g}.")
@@ -217,7 +234,7 @@ def main() -> None:
         card(out / "evaluation")
     if options.ship:
         write_cohort(out / "one", 1, seed=99, shape=SHAPE, spacing_mm=SPACING_MM, missing={0: ("t1c", "t2f")})
-        ship(model, next((out / "one").iterdir()), seen(out / "set"), display)
+        ship(model, next((out / "one").iterdir()), out / "set", display)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor
 from crossmr.baselines import linear_weights
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.study import Study, skull_note
+from crossmr.typical import describe, deviations
 
 Array = npt.NDArray[np.float32]
 Severity = Literal["note", "look", "refuse"]
@@ -23,7 +24,7 @@ SATURATED = 0.01
 """Fraction of the head at one brightest value, from which on it is cut off."""
 SHIFT_MM, GAIN = 3.0, 1.05
 """A volume lies elsewhere where its edges fit another's so much better when moved so far."""
-FAR_MM = 5.0
+FAR_MM = 4.0
 """From this distance on nothing is made from volumes that lie apart."""
 FARTHEST_MM = 25.0
 GRID_MM = 2.0
@@ -34,6 +35,20 @@ VOXELS = 40_000
 """Of the head, from which names are judged."""
 SAME = 0.995
 """Correlation within the head from which on two volumes are one image."""
+FARTHEST = 4.5
+"""Robust standard deviations from the training's median from which on a volume is noisy or uneven."""
+STRANGE_SHAPE, STRANGE_EDGES = 2.5, 2.5
+"""The same, of the head's shape (root mean square) and of a volume's edges (mean over the other volumes)."""
+UNLIKE = {
+    "smooth": "is noisier than the scans that the model was trained on.",
+    "even": "is brighter in one region than in others, unlike the scans that the model was trained on: correct its "
+    "bias field first.",
+}
+OTHER_SHAPE = (
+    "The head has another shape than those that the model was trained on: it may be cut, turned or upside down, "
+    "or its field of view is another."
+)
+TWO_EDGES = "One of them may be another patient's, turned, moved or blurred."
 UNENHANCED = -1.0
 """Skewness of T1ce - T1 within a brain below which nothing enhances: vessels make it positive."""
 
@@ -55,11 +70,12 @@ def check(
     study: Study,
     baselines: Mapping[str, Tensor],
     modalities: Sequence[str],
-    seen: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> list[Finding]:
     """What is found in a study; `baselines` and `modalities` are the model's (`fit_baselines`), {} where it has none.
 
-    `seen` says what the model was trained on; see `trained_on.count_seen`.
+    `training` is the record of the model's: what it has 'seen' (`trained_on.count_seen`), and what is 'typical' of it
+    (`typical.summarise`).
 
     Grey values: eight bits, cut off at the top. Geometry: slices of the head that a volume lacks, volumes that are
     shifted against one another. Names: one image under two names, two contrasts that fit better the other way round,
@@ -68,7 +84,8 @@ def check(
     box = study.box(0)
     head = study.mask[box]
     volumes = {m: study.normalised(m, box) for m in study.volumes}
-    found = skull(seen or {}, stripped=study.masked_background)
+    training = training or {}
+    found = skull(training.get("seen", {}), stripped=study.masked_background)
     found += [Finding("skull", "look", words) for words in skull_note(study.volumes, study.stripped)]
     for modality, volume in study.volumes.items():
         found += grey_values(modality, volume.data[study.mask_of(modality)])
@@ -80,6 +97,27 @@ def check(
     found += swaps(volumes, head, baselines, modalities)
     if study.masked_background and {"t1n", "t1c"} <= volumes.keys():
         found += unenhanced(volumes["t1n"], volumes["t1c"], head, study.reference.spacing_mm)
+    if "typical" in training:
+        numbers = describe(volumes, head, study.reference.spacing_mm, baselines, modalities)
+        found += unlike(deviations(numbers, training["typical"], without_skull=study.masked_background))
+    return found
+
+
+def unlike(below: Mapping[str, float]) -> list[Finding]:
+    """In what a study is unlike those of the training, from `typical.deviations`."""
+    found = []
+    for what, words in UNLIKE.items():
+        for modality in [name.split()[1] for name, far in below.items() if name.startswith(what) and far > FARTHEST]:
+            found.append(Finding(what, "look", f"{DISPLAY_NAMES.get(modality, modality)} {words}"))
+    if below.get("shape", 0) > STRANGE_SHAPE:
+        found.append(Finding("shape", "look", OTHER_SHAPE))
+    pairs = {tuple(name.split()[1:]): far for name, far in below.items() if name.startswith("edges")}
+    means = {m: float(np.mean([far for pair, far in pairs.items() if m in pair])) for pair in pairs for m in pair}
+    if len(means) > 1 and max(means.values()) > STRANGE_EDGES:
+        odd = max(means, key=lambda m: means[m])
+        name = DISPLAY_NAMES.get(odd, odd) if len(means) > 2 else " and ".join(DISPLAY_NAMES.get(m, m) for m in means)
+        words = f"{name} shows other edges than the other scans: another patient's, turned, moved or blurred."
+        found.append(Finding("edges", "look", words if len(means) > 2 else f"{name} show other edges. {TWO_EDGES}"))
     return found
 
 

@@ -197,10 +197,11 @@ def complete_study(
     start = time.perf_counter()
     check_settings(model, settings)
     requested, not_filled = what_to_fill(tuple(study.volumes), model, settings, unread)
-    sources, seen = tuple(m for m in model.config.sources if m in study.volumes), _seen(model)
+    sources = tuple(m for m in model.config.sources if m in study.volumes)
+    training: Mapping[str, Any] = model.record.get("training", {})
     findings = [
-        *check(study, model.baselines, model.config.modalities, seen),
-        *unlearnt(seen, sources, requested, stripped=study.masked_background),
+        *check(study, model.baselines, model.config.modalities, training),
+        *unlearnt(training.get("seen", {}), sources, requested, stripped=study.masked_background),
         *_asked_for(requested, unread),
     ]
     refused = {m: why for m, why in not_filled.items() if is_refusal(why, m)}
@@ -378,12 +379,6 @@ def _on_grid(study: Study, cropped: Tensor, description: str) -> Any:
     full[study.box()] = cropped.numpy()
     full[~study.mask] = 0
     return on_grid(full, study.reference, description=description, display_range=window(full))
-
-
-def _seen(model: CrossConditionedModel) -> Mapping[str, Any]:
-    """What the model was trained on, as far as it says; see `count_seen`."""
-    counts: Mapping[str, Any] = model.record.get("training", {}).get("seen", {})
-    return counts
 
 
 def _std_record(model: CrossConditionedModel) -> dict[str, Any]:
