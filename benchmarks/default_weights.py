@@ -17,6 +17,7 @@ import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scans import COHORTS, cohort_of, lgg, unpacked
@@ -24,19 +25,21 @@ from scans import COHORTS, cohort_of, lgg, unpacked
 from crossmr.completion.study import complete
 from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
+from crossmr.data.head import bounding_box
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.prepare import PrepareSettings, default_workers, prepare
 from crossmr.display import Display
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.measures import KEPT, STD
 from crossmr.evaluation.tables import BASELINE
-from crossmr.files import digest, write_json
-from crossmr.networks.model import load_model, save_model
-from crossmr.networks.trained_on import PatientList, names_of, remember
+from crossmr.files import digest, read_json, write_json
+from crossmr.networks.model import CrossConditionedModel, load_model, save_model
+from crossmr.networks.trained_on import PHANTOM, PatientList, count_seen, names_of, remember
 from crossmr.phantom import write_cohort
 from crossmr.registry import find_model
 from crossmr.training.recipes import RECIPES, recipe_of
 from crossmr.training.run import TrainingSettings, train
+from crossmr.typical import describe, summarise
 
 TEST = (
     *("Brats18_2013_23_1", "Brats18_CBICA_AME_1", "Brats18_TCIA02_135_1", "Brats18_TCIA03_265_1", "BraTS2021_00002"),
@@ -154,7 +157,7 @@ def print_table(title: str, rows: list[dict[str, str]], *, by_sources: bool) -> 
 def patients_in(prepared: Path) -> PatientList:
     """The patients of a set on whom weights are trained and validated; phantoms, which anybody can make, are none."""
     cases = PreparedDataset(prepared).manifest["cases"].values()
-    known = [entry for entry in cases if not entry["patient"].startswith("PHANTOM-")]
+    known = [entry for entry in cases if not entry["patient"].startswith(PHANTOM)]
     train, val = (
         [
             name
@@ -167,15 +170,38 @@ def patients_in(prepared: Path) -> PatientList:
     return remember(train, val)
 
 
-def ship(folder: Path, study: Path, patients: PatientList, display: Display) -> None:
+def seen(prepared: Path) -> dict[str, Any]:
+    """What the record of the weights says of the studies that they were trained on."""
+    cases = read_json(prepared / "manifest.json")["cases"].items()
+    return count_seen(
+        (name, entry["modalities"], entry["masked_background"]) for name, entry in cases if entry["part"] == "train"
+    )
+
+
+def typical(prepared: Path, model: CrossConditionedModel) -> dict[str, Any]:
+    """What the patients that the weights were trained on look like; see `crossmr.typical`."""
+    described = []
+    for name, entry in read_json(prepared / "manifest.json")["cases"].items():
+        if entry["part"] == "train" and not name.startswith(PHANTOM):
+            images, masks = (np.load(prepared / "cases" / name / f"{what}.npy") for what in ("images", "masks"))
+            head = masks[:, 0] > 0
+            box = bounding_box(head, 0)
+            volumes = {m: images[:, channel].astype(np.float32)[box] for channel, m in enumerate(entry["modalities"])}
+            numbers = describe(volumes, head[box], entry["spacing_mm"], model.baselines, model.config.modalities)
+            described.append((entry["masked_background"], numbers))
+    return summarise(described)
+
+
+def ship(folder: Path, study: Path, prepared: Path, display: Display) -> None:
     """Put a finished model into the package in half precision, if it is small enough, and say what that changes."""
     model = load_model(folder)
+    record = {**model.record["training"], "seen": seen(prepared), "typical": typical(prepared, model)}
     whole = complete(study, model)
     for network in model.networks().values():
         network.half()
     with tempfile.TemporaryDirectory() as temporary:
         half = Path(temporary) / "default"
-        save_model(half, model, model.record["training"], [patients])
+        save_model(half, model, record, [patients_in(prepared)])
         size = sum(path.stat().st_size for path in half.iterdir()) / 2**20
         if size > LARGEST_MIB:
             raise SystemExit(f"{folder} has {size:.1f} MiB; wanted at most {LARGEST_MIB:g}.")
@@ -224,7 +250,7 @@ def main() -> None:
         card(out / "evaluation")
     if options.ship:
         write_cohort(out / "one", 1, seed=99, shape=SHAPE, spacing_mm=SPACING_MM, missing={0: ("t1c", "t2f")})
-        ship(model, next((out / "one").iterdir()), patients_in(out / "set"), display)
+        ship(model, next((out / "one").iterdir()), out / "set", display)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 BRATS = Path(__file__).parents[2] / "shared" / "data" / "brats" / "BraTS-GLI-00000-000"
 
 
+def words(findings):
+    """What is said of them."""
+    return [one.words for one in findings]
+
+
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
     """Four phantoms in float."""
@@ -54,7 +59,17 @@ def test_of_a_sound_study_nothing_is_said(studies, baselines):
 def test_a_volume_that_is_moved_is_named_with_its_distance(volumes, axis, voxels, mm):
     images, _, spacing = volumes
     images["t2w"] = np.roll(images["t2w"], voxels, axis)
-    assert checks.shifts(images, spacing) == [f"T2 seems to lie {mm} mm away from T1: they may not be registered."]
+    (found,) = checks.shifts(images, spacing)
+    assert found.words == f"T2 seems to lie {mm} mm away from T1: they may not be registered."
+    assert (found.kind, found.severity) == ("not registered", "refuse")
+
+
+def test_a_volume_that_is_moved_a_little_is_to_be_looked_at(volumes):
+    images, _, _ = volumes
+    images["t2w"] = np.roll(images["t2w"], 2, 1)
+    (found,) = checks.shifts(images, (1.7, 1.7, 2.0))
+    assert found.words.startswith("T2 seems to lie 3 mm away from T1")
+    assert found.severity == "look"
 
 
 @pytest.mark.parametrize("pair", [("t1n", "t2w"), ("t1c", "t2f"), ("t2w", "t2f")])
@@ -63,9 +78,10 @@ def test_exchanged_names_are_found_out(volumes, baselines, pair):
     assert checks.swaps(images, head, baselines, MODALITIES) == []
     a, b = pair
     images[a], images[b] = images[b], images[a]
-    (said,) = checks.swaps(images, head, baselines, MODALITIES)
+    (found,) = checks.swaps(images, head, baselines, MODALITIES)
     names = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR"}
-    assert said.startswith(f"{names[a]} and {names[b]} may be swapped")
+    assert found.words.startswith(f"{names[a]} and {names[b]} may be swapped")
+    assert found.severity == "refuse"
 
 
 def test_names_are_not_judged_without_enough_to_go_by(volumes, baselines):
@@ -83,22 +99,24 @@ def test_one_image_under_two_names(volumes):
     images, head, _ = volumes
     assert checks.same_images(images, head) == []
     images["t1c"] = 0.9 * images["t1n"] + np.float32(0.01)
-    (said,) = checks.same_images(images, head)
-    assert said.startswith("T1 and T1ce are the same image")
+    (found,) = checks.same_images(images, head)
+    assert found.words.startswith("T1 and T1ce are the same image")
+    assert found.severity == "refuse"
 
 
 def test_slices_that_are_not_there(volumes):
     images, head, _ = volumes
     images["t2f"][8:11] = 0
     useful = int((head.sum((1, 2)) >= 0.1 * head.sum((1, 2)).max()).sum())
-    assert checks.missing_slices("t2f", images["t2f"], head) == [f"FLAIR is empty in 3 of the head's {useful} slices."]
+    (found,) = checks.missing_slices("t2f", images["t2f"], head)
+    assert (found.severity, found.words) == ("look", f"FLAIR is empty in 3 of the head's {useful} slices.")
     assert checks.missing_slices("t1n", images["t1n"], head) == []
 
 
 def test_a_skull_that_the_model_has_not_seen():
     brains, heads, both = ({"studies": 9, "without_skull": n} for n in (9, 0, 4))
-    assert "trained on whole heads alone" in checks.skull(heads, stripped=True)[0]
-    assert "trained on stripped brains alone" in checks.skull(brains, stripped=False)[0]
+    assert "trained on whole heads alone" in checks.skull(heads, stripped=True)[0].words
+    assert "trained on stripped brains alone" in checks.skull(brains, stripped=False)[0].words
     for seen, stripped in ((brains, True), (heads, False), (both, True), (both, False), ({}, True)):
         assert checks.skull(seen, stripped=stripped) == []
 
@@ -106,13 +124,12 @@ def test_a_skull_that_the_model_has_not_seen():
 def test_few_grey_values_and_those_cut_off():
     values = np.random.default_rng(0).gamma(4, 100, 20_000).astype(np.float32)
     assert checks.grey_values("t1n", values) == []
-    assert checks.grey_values("t1n", np.rint(values / values.max() * 255)) == [
-        "T1 has eight bits, or as few grey values: fine differences are lost."
-    ]
+    (few,) = checks.grey_values("t1n", np.rint(values / values.max() * 255))
+    assert few.words == "T1 has eight bits, or as few grey values: fine differences are lost."
+    assert few.severity == "note"
     limit = float(np.percentile(values, 95))
-    assert checks.grey_values("t1n", np.minimum(values, limit)) == [
-        "T1 is cut off: 5% of the head have the same, brightest value."
-    ]
+    (cut,) = checks.grey_values("t1n", np.minimum(values, limit))
+    assert (cut.severity, cut.words) == ("look", "T1 is cut off: 5% of the head have the same, brightest value.")
 
 
 def test_vessels_that_are_brighter_in_t1_than_in_t1ce(studies):
@@ -124,14 +141,14 @@ def test_vessels_that_are_brighter_in_t1_than_in_t1ce(studies):
         assert checks.unenhanced(t1n, t1c, head, spacing, stripped) == []
         assert checks.unenhanced(t1n, t1n, head, spacing, stripped) == []
         (said,) = checks.unenhanced(t1c, t1n, head, spacing, stripped)
-        assert said.startswith("T1 shows vessels that T1ce does not")
+        assert said.words.startswith("T1 shows vessels that T1ce does not")
         assert checks.unenhanced(t1c, t1n, head & False, spacing, stripped) == []
 
 
 def test_a_study_whose_t1_and_t1ce_are_swapped_is_warned_of(studies):
     volumes = studies[0].volumes
     swapped = replace(studies[0], volumes={"t1n": volumes["t1c"], "t1c": volumes["t1n"]})
-    assert [said.split(":")[0] for said in checks.check(swapped, {}, MODALITIES)] == [
+    assert [said.words.split(":")[0] for said in checks.check(swapped, {}, MODALITIES)] == [
         "T1 shows vessels that T1ce does not"
     ]
 
@@ -140,7 +157,7 @@ def test_a_study_s_warnings_come_in_order(tmp_path):
     """Read from files: eight bits, a volume moved by two voxels of 6 mm."""
     moved = np.roll(make_head("t2w", air=False), 2, axis=0)
     given = {"t1n": image(make_head("t1n", air=False)), "t2w": image(np.rint(moved))}
-    said = checks.check(load_study(given, "P"), {}, MODALITIES)
+    said = words(checks.check(load_study(given, "P"), {}, MODALITIES))
     assert [note.split()[0] for note in said] == ["T2", "T2"]
     assert "eight bits" in said[0]
     assert "12 mm away from T1" in said[1]
@@ -154,6 +171,6 @@ def test_a_real_study_is_quiet_until_a_volume_is_moved():
     box = study.box(0)
     images = {m: study.normalised(m)[box] for m in study.volumes}
     images["t1c"] = np.roll(images["t1c"], 6, 1)
-    assert checks.shifts(images, study.reference.spacing_mm) == [
+    assert words(checks.shifts(images, study.reference.spacing_mm)) == [
         "T1ce seems to lie 6 mm away from T1: they may not be registered."
     ]

@@ -54,7 +54,12 @@ def test_one_bad_patient_is_reported_and_the_others_finish(completed):
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     volumes = {"Ann/Ann-t1c_synthetic.nii.gz", "Ann/Ann-t2f_synthetic.nii.gz", "Bob/Bob-t2f_synthetic.nii.gz"}
     manifests = {"manifest.json", *(f"{case}/manifest.json" for case in ("Ann", "Bob", "Cem", "Eve"))}
-    assert written == volumes | manifests | {"pictures/Ann.webp", "pictures/Bob.webp", "private_paths.json"}
+    assert written == volumes | manifests | {
+        "pictures/Ann.webp",
+        "pictures/Bob.webp",
+        "private_paths.json",
+        "status.csv",
+    }
     picture = json.loads((out / "Ann" / "manifest.json").read_text())["picture"]
     assert picture["file"] == "pictures/Ann.webp"
     assert [(panel["modality"], panel["kind"]) for panel in picture["panels"]] == [
@@ -100,7 +105,7 @@ def test_manifest_tells_everything(cohort, completed, model_folder):
     assert set(manifest["synthetic"]) == {"t1c", "t2f"}
     for modality, entry in manifest["synthetic"].items():
         assert (out / "Ann" / entry["file"]).exists()
-        assert set(entry) == {"file", "std", "from", "warnings", "scale"}
+        assert set(entry) == {"file", "std", "from", "verdict", "warnings", "scale"}
         assert entry["std"] is None
         assert entry["from"] == ["t1n", "t2w"]
         assert DISCLAIMER in entry["warnings"]
@@ -249,8 +254,9 @@ def test_completing_in_place_adds_to_the_cohort_and_can_be_repeated(model, cohor
     assert manifest["acquired"] == ["t1n", "t2w"]
     assert set(manifest["inputs"]) == {"t1n", "t2w"}
     assert manifest["notes"] == []  # what was synthesised is known by its name
-    assert {k: v for k, v in tree(place).items() if not k.endswith("manifest.json")} == {
-        k: v for k, v in after.items() if not k.endswith("manifest.json")
+    timed = ("manifest.json", "status.csv")  # which say how many seconds it took
+    assert {k: v for k, v in tree(place).items() if not k.endswith(timed)} == {
+        k: v for k, v in after.items() if not k.endswith(timed)
     }
 
 

@@ -491,7 +491,7 @@ def test_the_std_lies_beside_the_image_of_a_model_with_uncertainty(last_folder, 
     reference = nib.load(small / "Ann" / "Ann-t1n.nii.gz")
     assert set(manifest["synthetic"]) == {"t1c", "t2f"}
     for modality, entry in manifest["synthetic"].items():
-        assert set(entry) == {"file", "std", "from", "warnings", "scale"}
+        assert set(entry) == {"file", "std", "from", "verdict", "warnings", "scale"}
         made, std = (nib.load(out / "Ann" / entry[key]) for key in ("file", "std"))
         assert entry["std"] == f"Ann-{modality}_std.nii.gz"
         assert std.shape == reference.shape
@@ -757,8 +757,13 @@ def test_what_no_training_patient_had_together_is_not_synthesised(any_model):
     try:
         requested, reasons = what_to_fill(["t1n", "t1c"], any_model, SETTINGS)
         assert requested == ["t2f"]
-        assert reasons == {"t2w": "no training patient had t2w together with t1n, t1c"}
+        assert [*reasons] == ["t2w"]
+        assert reasons["t2w"].startswith(
+            "no training patient had t2w together with t1n, t1c. To synthesise T2 all the "
+        )
         assert what_to_fill(["t1c"], any_model, SETTINGS)[0] == ["t1n", "t2w", "t2f"]
+        asked = replace(SETTINGS, targets=("t2w",))
+        assert what_to_fill(["t1n", "t1c"], any_model, asked) == (["t2w"], {})
     finally:
         any_model.baselines = {}
 

@@ -135,11 +135,11 @@ def test_any_name_becomes_a_bids_name(model, tmp_path):
 
 def test_brasyn_s_folder_holds_its_files_and_nothing_else(model, tmp_path):
     shape = (240, 240, 155)
-    head = np.zeros(shape, np.float32)
-    head[90:150, 90:150, 60:68] = make_head("t2w", air=False, shape=(60, 60, 8)) + 1
     (tmp_path / "in" / "BraTS-GLI-1").mkdir(parents=True)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    for modality in ("t1n", "t2f", "t2w"):
+    for seed, modality in enumerate(("t1n", "t2f", "t2w")):  # three images, not one
+        head, noise = np.zeros(shape, np.float32), np.random.default_rng(seed).random((60, 60, 8))
+        head[90:150, 90:150, 60:68] = make_head("t2w", air=False, shape=(60, 60, 8)) + 1 + 30 * noise
         nib.save(nib.Nifti1Image(head, affine), tmp_path / "in" / "BraTS-GLI-1" / f"BraTS-GLI-1-{modality}.nii.gz")
     (tmp_path / "in" / "small").mkdir()
     nib.save(image(make_head("t1n")), tmp_path / "in" / "small" / "small-t1n.nii.gz")
@@ -156,7 +156,7 @@ def test_brasyn_s_folder_holds_its_files_and_nothing_else(model, tmp_path):
     assert records_of(out) == records
     assert files(records) == {
         *("manifest.json", "report.html", "BraTS-GLI-1/manifest.json", "pictures/BraTS-GLI-1.webp"),
-        "private_paths.json",
+        *("private_paths.json", "status.csv"),
     }
     manifest = json.loads((records / "BraTS-GLI-1" / "manifest.json").read_text())["synthetic"]["t1c"]
     assert (records / "BraTS-GLI-1" / manifest["file"]).resolve() == out / "BraTS-GLI-1-t1c.nii.gz"

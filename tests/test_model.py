@@ -666,7 +666,10 @@ def test_a_config_that_lacks_a_part_is_refused(folder, key):
     refused(folder, f"has no '{key}'|this crossmr reads crossmr-model 9")
 
 
-@pytest.mark.parametrize("value", [3, None, [], {"seen": ["a"]}])
+@pytest.mark.parametrize(
+    "value",
+    [3, None, [], {"seen": ["a"]}, {"seen": {"contrasts": {"with_skull": 3}}}, {"typical": {"a": {"b": [1.0]}}}],
+)
 def test_a_record_of_training_that_is_none_is_refused(folder, value):
     resave(folder, lambda _, data: data.update(training=value))
     refused(folder, "'training' is not a record of one")

@@ -7,7 +7,19 @@ import pytest
 
 from crossmr.errors import ModelError
 from crossmr.networks import trained_on
-from crossmr.networks.trained_on import FILE, PatientList, find, names_of, read_list, remember, write_list
+from crossmr.networks.trained_on import (
+    FILE,
+    PatientList,
+    add_seen,
+    count_seen,
+    find,
+    is_learnt,
+    is_seen,
+    names_of,
+    read_list,
+    remember,
+    write_list,
+)
 
 
 def listed(train, val=()):
@@ -72,3 +84,54 @@ def test_another_file_or_a_changed_one_is_refused(tmp_path, change):
     (tmp_path / FILE).write_text(json.dumps({**body, "sha256": trained_on.digest(body)}))
     with pytest.raises(ModelError, match=r"patients\.json (is not a list of patients|.*of another version)"):
         read_list(tmp_path)
+
+
+# What it was trained on, as counts
+
+HEAD, BRAIN = ("A", ("t1n", "t2f"), False), ("B", ("t1n", "t2w"), True)
+PHANTOM = ("PHANTOM-00000-000", ("t1n", "t2w"), False)
+
+
+def test_studies_are_counted_by_contrast_and_skull_and_phantoms_are_no_patients():
+    seen = count_seen([HEAD, BRAIN, PHANTOM])
+    assert seen == {
+        "studies": 3,
+        "without_skull": 1,
+        "contrasts": {
+            "with_skull": {"t1n": 1, "t2f": 1, "t2w": 0},
+            "without_skull": {"t1n": 1, "t2f": 0, "t2w": 1},
+        },
+    }
+    assert is_seen(seen)
+    assert not is_learnt(seen, "t2w", without_skull=False)
+    assert is_learnt(seen, "t2w", without_skull=True)
+    assert not is_learnt(seen, "pdw", without_skull=True)
+    assert is_learnt(count_seen([PHANTOM]), "t2w", without_skull=False)  # a model of phantoms is for phantoms
+
+
+def test_a_model_that_does_not_say_what_it_learnt_has_learnt_everything():
+    earlier = {"studies": 9, "without_skull": 2}
+    assert is_learnt(earlier, "t2w", without_skull=False)
+    assert is_learnt({}, "t2w", without_skull=True)
+    assert add_seen(count_seen([HEAD]), earlier) == {"studies": 10, "without_skull": 2}
+
+
+def test_counts_of_the_initial_model_are_added():
+    summed = add_seen(count_seen([HEAD]), count_seen([BRAIN]))
+    assert summed == count_seen([HEAD, BRAIN])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        [],
+        {"studies": "9"},
+        {"contrasts": 3},
+        {"contrasts": {"with_skull": {}}},
+        {"contrasts": {"with_skull": {"t1n": "x"}, "without_skull": {}}},
+    ],
+)
+def test_counts_that_are_none_are_recognised(record):
+    assert not is_seen(record)
+    assert is_seen({})

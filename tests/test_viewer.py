@@ -73,6 +73,32 @@ def test_a_page_holds_what_was_acquired_and_what_was_made(completed):
     assert "Copyright (c) 2021, Niivue" in text
 
 
+def test_true_and_synthetic_volumes_of_a_contrast_share_a_window(completed):
+    out, truth = completed
+    for scans, real in ((None, "acquired"), (truth, "truth")):
+        text = view_case(out, "Ann", scans=scans)[0].read_text()
+        held = json.loads(text.partition('<script id="volumes" type="application/json">')[2].partition("</script>")[0])
+        windows = {(v["modality"], v["kind"]): (v["black"], v["white"]) for v in held}
+        assert windows["t1n", "acquired"] != windows["t2f", "synthetic"]
+        if real == "truth":
+            assert windows["t2f", "truth"] == windows["t2f", "synthetic"]
+            assert windows["t1c", "truth"] == windows["t1c", "synthetic"]
+        assert windows["t2f", "standard deviation"] == (0, 0.2)
+
+
+def test_a_page_says_the_verdict_and_where_it_opens(completed):
+    out, _ = completed
+    manifest = json.loads((out / "Ann" / "manifest.json").read_text())
+    text = view_case(out, "Ann")[0].read_text()
+    assert f'<script id="look-at" type="application/json">{json.dumps(manifest["look_at"]["mm"])}</script>' in text
+    path = out / "Ann" / "manifest.json"
+    before = path.read_text()
+    reason = {"verdict": "look", "kind": "lost lesion", "contrasts": ["t2f"], "text": "It is gone."}
+    path.write_text(json.dumps({**manifest, "verdict": "look", "reasons": [reason]}))
+    assert '<div class="warning">look: It is gone.</div>' in view_case(out, "Ann")[0].read_text()
+    path.write_text(before)
+
+
 def test_with_the_scans_of_all_the_truth_stands_beside(completed):
     out, truth = completed
     volumes = shown(view_case(out, "Ann", scans=truth)[0])
@@ -128,6 +154,10 @@ def test_it_draws_and_obeys_in_a_browser_with_the_network_off(completed, page):
     page.wait_for_selector("body[data-ready=yes]", timeout=60_000)
     titles = page.locator("[aria-pressed=true]").all_text_contents()
     assert titles == ["all planes", "2 T1ce truth", "5 T1ce synthetic"]
+    place = json.loads((out / "Ann" / "manifest.json").read_text())["look_at"]["mm"]
+    shown_at = page.evaluate("panes.map((pane) => [...pane.nv.frac2mm(pane.nv.scene.crosshairPos)].slice(0, 3))")
+    for position in shown_at:
+        assert position == pytest.approx(place, abs=0.1)
 
     def settled():
         page.evaluate("Promise.all(panes.map((pane) => pane.busy))")

@@ -85,6 +85,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+NAMED = 8
+"""Cases of a verdict that the terminal names; status.csv has them all."""
 KEPT = 2**30
 """Bytes: freed memory up to this is kept, and blocks up to this come from it."""
 
@@ -189,7 +191,7 @@ def complete(
         asdict(summary),
         lines=[*_outcomes(summary), f"report: {page}"],
         log=page.with_name(LOG),
-        doubtful=bool(summary.unread),
+        doubtful="refuse" in summary.verdicts.values(),
     )
 
 
@@ -220,6 +222,12 @@ def _outcomes(summary: "CohortSummary") -> Iterator[str]:
         yield (f"Studies that were finished before are skipped ({len(summary.skipped)}); --overwrite replaces them.")
     if any("t1c" in modalities for modalities in summary.completed.values()):
         yield f"Note: {ENHANCEMENT}"
+    for verdict in ("refuse", "look"):
+        if cases := [case for case, its in summary.verdicts.items() if its == verdict]:
+            more = f" and {len(cases) - NAMED} more" if len(cases) > NAMED else ""
+            yield f"verdict {verdict}: {', '.join(cases[:NAMED])}{more}; status.csv has the reasons"
+    if used := [*summary.verdicts.values()].count("use"):
+        yield f"verdict use: {used} {'study' if used == 1 else 'studies'}"
 
 
 @app.command()

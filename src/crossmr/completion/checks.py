@@ -1,7 +1,9 @@
-"""What may be wrong with a study, in plain words: warnings, not refusals, measured on real scans (docs/checks.md)."""
+"""What may be wrong with a study, in plain words, and how much it matters; measured on real scans (docs/checks.md)."""
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +13,20 @@ from torch import Tensor
 from crossmr.baselines import linear_weights
 from crossmr.data.enhancement import compare_within
 from crossmr.data.naming import DISPLAY_NAMES
-from crossmr.data.study import Study
+from crossmr.data.study import Study, skull_note
+from crossmr.typical import describe, deviations
 
 Array = npt.NDArray[np.float32]
+Severity = Literal["note", "look", "refuse"]
+"""What follows from a finding: nothing, a look at the images, or that nothing is made from such scans."""
 GREYS = 256
 """Grey values of an image of eight bits."""
 SATURATED = 0.01
 """Fraction of the head at one brightest value, from which on it is cut off."""
 SHIFT_MM, GAIN = 3.0, 1.05
 """A volume lies elsewhere where its edges fit another's so much better when moved so far."""
+FAR_MM = 4.0
+"""From this distance on nothing is made from volumes that lie apart."""
 FARTHEST_MM = 25.0
 GRID_MM = 2.0
 """What volumes are thinned to before they are moved about."""
@@ -31,17 +38,45 @@ SAME = 0.995
 """Correlation within the head from which on two volumes are one image."""
 SUSPECT = 0.3
 """Score of T1 as the enhanced one, beside T1ce, from which on that is said: lower than what decides without names."""
+FARTHEST = 4.5
+"""Robust standard deviations from the training's median from which on a volume is noisy or uneven."""
+STRANGE_SHAPE, STRANGE_EDGES = 2.5, 2.5
+"""The same, of the head's shape (root mean square) and of a volume's edges (mean over the other volumes)."""
+UNLIKE = {
+    "smooth": "is noisier than the scans that the model was trained on.",
+    "even": "is brighter in one region than in others, unlike the scans that the model was trained on: correct its "
+    "bias field first.",
+}
+OTHER_SHAPE = (
+    "The head has another shape than those that the model was trained on: it may be cut, turned or upside down, "
+    "or its field of view is another."
+)
+TWO_EDGES = "One of them may be another patient's, turned, moved or blurred."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a check found."""
+
+    kind: str
+    """One or two words, the same for all findings of a check."""
+    severity: Severity
+    words: str
+    """A sentence or two, for whoever uses the images."""
+    contrasts: tuple[str, ...] = ()
+    """The synthetic contrasts that it concerns; none where it concerns all of them."""
 
 
 def check(
     study: Study,
     baselines: Mapping[str, Tensor],
     modalities: Sequence[str],
-    trained_on: Mapping[str, int] | None = None,
-) -> list[str]:
-    """Warnings on a study; `baselines` and `modalities` are the model's (`fit_baselines`), {} where it has none.
+    training: Mapping[str, Any] | None = None,
+) -> list[Finding]:
+    """What is found in a study; `baselines` and `modalities` are the model's (`fit_baselines`), {} where it has none.
 
-    `trained_on` says how many studies it was trained on, and how many of these were without skull.
+    `training` is the record of the model's: what it has 'seen' (`trained_on.count_seen`), and what is 'typical' of it
+    (`typical.summarise`).
 
     Grey values: eight bits, cut off at the top. Geometry: slices of the head that a volume lacks, volumes that are
     shifted against one another. Names: one image under two names, two contrasts that fit better the other way round,
@@ -50,7 +85,9 @@ def check(
     box = study.box(0)
     head = study.mask[box]
     volumes = {m: study.normalised(m, box) for m in study.volumes}
-    found = skull(trained_on or {}, stripped=study.masked_background)
+    training = training or {}
+    found = skull(training.get("seen", {}), stripped=study.masked_background)
+    found += [Finding("skull", "look", words) for words in skull_note(study.volumes, study.stripped)]
     for modality, volume in study.volumes.items():
         found += grey_values(modality, volume.data[study.mask_of(modality)])
         found += missing_slices(modality, volumes[modality], study.mask_of(modality)[box])
@@ -64,41 +101,68 @@ def check(
         stripped = study.masked_background or not study.stripped.keys().isdisjoint(("t1n", "t1c"))
         t1n, t1c = (study.volumes[m].data[box] for m in ("t1n", "t1c"))
         found += unenhanced(t1n, t1c, both, study.reference.spacing_mm, stripped)
+    if "typical" in training:
+        numbers = describe(volumes, head, study.reference.spacing_mm, baselines, modalities)
+        found += unlike(deviations(numbers, training["typical"], without_skull=study.masked_background))
     return found
 
 
-def skull(trained_on: Mapping[str, int], *, stripped: bool) -> list[str]:
+def unlike(below: Mapping[str, float]) -> list[Finding]:
+    """In what a study is unlike those of the training, from `typical.deviations`."""
+    found = []
+    for what, words in UNLIKE.items():
+        for modality in [name.split()[1] for name, far in below.items() if name.startswith(what) and far > FARTHEST]:
+            found.append(Finding(what, "look", f"{DISPLAY_NAMES.get(modality, modality)} {words}"))
+    if below.get("shape", 0) > STRANGE_SHAPE:
+        found.append(Finding("shape", "look", OTHER_SHAPE))
+    pairs = {tuple(name.split()[1:]): far for name, far in below.items() if name.startswith("edges")}
+    means = {m: float(np.mean([far for pair, far in pairs.items() if m in pair])) for pair in pairs for m in pair}
+    if len(means) > 1 and max(means.values()) > STRANGE_EDGES:
+        odd = max(means, key=lambda m: means[m])
+        name = DISPLAY_NAMES.get(odd, odd) if len(means) > 2 else " and ".join(DISPLAY_NAMES.get(m, m) for m in means)
+        words = f"{name} shows other edges than the other scans: another patient's, turned, moved or blurred."
+        found.append(Finding("edges", "look", words if len(means) > 2 else f"{name} show other edges. {TWO_EDGES}"))
+    return found
+
+
+def skull(seen: Mapping[str, Any], *, stripped: bool) -> list[Finding]:
     """A head where the model has seen brains alone, or the other way round."""
-    studies, without = trained_on.get("studies", 0), trained_on.get("without_skull", 0)
+    studies, without = seen.get("studies", 0), seen.get("without_skull", 0)
     if studies and stripped and without == 0:
-        return ["The skull is stripped, or the background masked, and the model was trained on whole heads alone."]
+        words = "The skull is stripped, or the background masked, and the model was trained on whole heads alone."
+        return [Finding("skull", "look", words)]
     if studies and not stripped and without == studies:
-        return ["The skull is there, and the model was trained on stripped brains alone: strip it first."]
+        words = "The skull is there, and the model was trained on stripped brains alone: strip it first."
+        return [Finding("skull", "look", words)]
     return []
 
 
-def grey_values(modality: str, values: Array) -> list[str]:
+def grey_values(modality: str, values: Array) -> list[Finding]:
     """Few grey values, or many voxels at the brightest one."""
     name, found = DISPLAY_NAMES.get(modality, modality), []
     some = values[:: max(1, len(values) // VOXELS)]
     if len(np.unique(some)) <= GREYS and len(some) > 8 * GREYS:
-        found.append(f"{name} has eight bits, or as few grey values: fine differences are lost.")
+        words = f"{name} has eight bits, or as few grey values: fine differences are lost."
+        found.append(Finding("grey values", "note", words))
     if (share := float((values == values.max()).mean())) > SATURATED:
-        found.append(f"{name} is cut off: {share:.0%} of the head have the same, brightest value.")
+        words = f"{name} is cut off: {share:.0%} of the head have the same, brightest value."
+        found.append(Finding("cut off", "look", words))
     return found
 
 
-def missing_slices(modality: str, volume: Array, head: npt.NDArray[np.bool_]) -> list[str]:
+def missing_slices(modality: str, volume: Array, head: npt.NDArray[np.bool_]) -> list[Finding]:
     """Slices of the head in which a volume is one value: not acquired, or lost."""
     area = head.sum((1, 2))
     useful = area >= 0.1 * area.max()
     empty = useful & (np.ptp(volume.reshape(len(volume), -1), axis=1) == 0)
     if not empty.any():
         return []
-    return [f"{DISPLAY_NAMES.get(modality, modality)} is empty in {empty.sum()} of the head's {useful.sum()} slices."]
+    name = DISPLAY_NAMES.get(modality, modality)
+    words = f"{name} is empty in {empty.sum()} of the head's {useful.sum()} slices."
+    return [Finding("empty slices", "look", words)]
 
 
-def shifts(volumes: Mapping[str, Array], spacing_mm: Sequence[float]) -> list[str]:
+def shifts(volumes: Mapping[str, Array], spacing_mm: Sequence[float]) -> list[Finding]:
     """Volumes whose edges fit the first one's better when they are moved."""
     voxels, sides = _thinning(spacing_mm)
     return _shifts_of_thinned({m: volume[voxels] for m, volume in volumes.items()}, sides)
@@ -111,17 +175,18 @@ def _thinning(spacing_mm: Sequence[float]) -> tuple[tuple[slice, ...], list[floa
     return tuple(slice(None, None, step) for step in steps), sides
 
 
-def _shifts_of_thinned(volumes: Mapping[str, Array], sides: Sequence[float]) -> list[str]:
+def _shifts_of_thinned(volumes: Mapping[str, Array], sides: Sequence[float]) -> list[Finding]:
     first, *others = volumes
     found = []
     edges = {m: _edges(volume) for m, volume in volumes.items()}
     for other in others:
         distance, gain = best_shift(edges[first], edges[other], sides)
         if distance >= SHIFT_MM and gain > GAIN:
-            found.append(
+            words = (
                 f"{DISPLAY_NAMES.get(other, other)} seems to lie {distance:.0f} mm away from "
                 f"{DISPLAY_NAMES.get(first, first)}: they may not be registered."
             )
+            found.append(Finding("not registered", "refuse" if distance >= FAR_MM else "look", words))
     return found
 
 
@@ -148,7 +213,7 @@ def best_shift(fixed: Array, moving: Array, spacing_mm: Sequence[float]) -> tupl
     return float(np.linalg.norm(moved)), float(near.max()) / still if still > 0 else np.inf
 
 
-def same_images(volumes: Mapping[str, Array], head: npt.NDArray[np.bool_]) -> list[str]:
+def same_images(volumes: Mapping[str, Array], head: npt.NDArray[np.bool_]) -> list[Finding]:
     """Two volumes that are one image, perhaps scaled."""
     found = []
     inside = np.flatnonzero(head)[:: max(1, int(head.sum()) // VOXELS)]
@@ -156,7 +221,8 @@ def same_images(volumes: Mapping[str, Array], head: npt.NDArray[np.bool_]) -> li
         pair = volumes[one].ravel()[inside], volumes[other].ravel()[inside]
         if min(values.std() for values in pair) > 0 and np.corrcoef(*pair)[0, 1] > SAME:
             names = " and ".join(DISPLAY_NAMES.get(m, m) for m in (one, other))
-            found.append(f"{names} are the same image, or nearly: one of them is under a wrong name.")
+            words = f"{names} are the same image, or nearly: one of them is under a wrong name."
+            found.append(Finding("the same image", "refuse", words))
     return found
 
 
@@ -165,7 +231,7 @@ def swaps(
     head: npt.NDArray[np.bool_],
     baselines: Mapping[str, Tensor],
     modalities: Sequence[str],
-) -> list[str]:
+) -> list[Finding]:
     """Two contrasts of three or more that fit the model's linear regressions far better with their names exchanged."""
     known = sorted((m for m in volumes if m in modalities), key=modalities.index)
     if len(known) < 3 or "present" not in baselines or not _together(baselines, [modalities.index(m) for m in known]):
@@ -188,7 +254,8 @@ def swaps(
     if pair is None or best > SWAPPED * before:
         return []
     names = " and ".join(DISPLAY_NAMES.get(m, m) for m in pair)
-    return [f"{names} may be swapped: they look like each other's contrast. Compare them before using anything."]
+    words = f"{names} may be swapped: they look like each other's contrast. Compare them before using anything."
+    return [Finding("swapped", "refuse", words)]
 
 
 def _together(baselines: Mapping[str, Tensor], known: Sequence[int]) -> bool:
@@ -209,8 +276,9 @@ def _error_of_regressions(voxels: Sequence[Array], named: Sequence[int], baselin
 
 def unenhanced(
     t1n: Array, t1c: Array, head: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float], stripped: bool = True
-) -> list[str]:
+) -> list[Finding]:
     """A T1 with vessels that are bright beside the T1ce, and not the other way round."""
     if compare_within(t1n, t1c, head, spacing_mm, stripped).at(SUSPECT) != "first":
         return []
-    return ["T1 shows vessels that T1ce does not: they seem to be swapped. Compare them before using anything."]
+    words = "T1 shows vessels that T1ce does not: they seem to be swapped. Compare them before using anything."
+    return [Finding("vessels", "look", words)]

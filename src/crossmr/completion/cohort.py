@@ -17,6 +17,7 @@ from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan
 from crossmr.completion.layout import FORMAT, PICTURES, Layout, Profile
 from crossmr.completion.ownership import check_case, check_output, earlier_files
 from crossmr.completion.private import write_paths
+from crossmr.completion.status import reasons_of, write_status
 from crossmr.completion.study import (
     Completed,
     Reference,
@@ -28,6 +29,7 @@ from crossmr.completion.study import (
     settings_record,
     what_to_fill,
 )
+from crossmr.completion.verdict import with_doubts
 from crossmr.completion.writing import whole_or_absent, write_volumes
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies
 from crossmr.data.study import Study, load_study
@@ -39,7 +41,7 @@ from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, remove, write_json
 from crossmr.main_memory import available_memory, reusable_memory
-from crossmr.networks.inference import HeadVolumes, Settings, Synthesis, check_settings
+from crossmr.networks.inference import Settings, check_settings
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.picture import Array, Kind, Panel, middle, save_panels
 from crossmr.registry import load_model
@@ -78,6 +80,10 @@ class CohortSummary:
     """Case → modality → why the gap was left."""
     unread: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """Case → modality that is not filled → files or series that may be it and were not used."""
+    verdicts: dict[str, str] = field(default_factory=dict)
+    """Case → 'use', 'look' or 'refuse'; see verdict.py. A case that failed is refused."""
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+    """Case → why it is not 'use'."""
     notes: dict[str, list[str]] = field(default_factory=dict)
     """Case → what a reader of the results should know about the input."""
 
@@ -95,6 +101,14 @@ class CohortSummary:
             self.not_filled[case] = manifest["not_filled"]
         if manifest.get("unread"):
             self.unread[case] = manifest["unread"]
+        self.verdicts[case] = manifest.get("verdict", "look")
+        if reasons := [reason["text"] for reason in reasons_of(manifest)]:
+            self.reasons[case] = reasons
+
+    def fail(self, reasons: Mapping[str, str]) -> None:
+        """Count cases that could not be completed, each with its reason."""
+        self.failed |= reasons
+        self.verdicts |= dict.fromkeys(reasons, "refuse")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -159,9 +173,12 @@ def complete_cohort(
         run = _Run(inputs, layout, model, settings, options, reference, display)
         summary = CohortSummary()
         studies, scans = _find(run, summary)
-        with display.logged(layout.records / LOG) as logging:
-            run = replace(run, display=logging)
-            _complete_all(run, studies, scans, summary)
+        try:
+            with display.logged(layout.records / LOG) as logging:
+                run = replace(run, display=logging)
+                _complete_all(run, studies, scans, summary)
+        finally:
+            write_status(layout.records, _shareable(run, summary, studies))
         body = {"format": FORMAT, "finished": True, "profile": options.profile, **asdict(summary)}
         body["failed"] = _shareable(run, summary, studies)
         write_json(layout.records / "manifest.json", {**body, "settings": run.record})
@@ -212,12 +229,12 @@ def _complete_all(run: _Run, studies: Sequence[StudyFiles], scans: Mapping[str, 
                 manifest, skipped = _complete_case(run, files, study, scans.get(files.case))
                 summary.add(files.case, manifest, skipped=skipped)
             except CrossmrError as error:
-                summary.failed[files.case] = str(error)
+                summary.fail({files.case: str(error)})
             except Exception as error:  # nobody foresaw it: the other patients go on all the same
-                summary.failed[files.case] = f"{files.case}: {run.display.unforeseen(error)}"
+                summary.fail({files.case: f"{files.case}: {run.display.unforeseen(error)}"})
                 if reason := ends_the_run(error):
                     left = [other.case for other in studies[studies.index(files) + 1 :]]
-                    summary.failed |= {case: f"{case}: not tried, because {reason}" for case in left}
+                    summary.fail({case: f"{case}: not tried, because {reason}" for case in left})
                     return
             task.advance(files.case)
             del study  # before the next one is read
@@ -229,7 +246,7 @@ def _find(run: _Run, summary: CohortSummary) -> tuple[list[StudyFiles], dict[str
     if run.inputs.series is not None:
         return _find_dicom(run, run.inputs.series, summary)
     studies = list(run.inputs.studies)
-    summary.failed = run.layout.clashes([files.case for files in studies])
+    summary.fail(run.layout.clashes([files.case for files in studies]))
     studies = [files for files in studies if files.case not in summary.failed]
     for files in studies:
         with suppress(NamingError):  # which is said when the case's turn comes
@@ -251,7 +268,7 @@ def _find_dicom(
     converted = convert_cases(cases, place, keep_names=options.keep_names, display=run.display)
     for line in (line for one in converted for line in one.lines()):
         run.display.say(line)
-    summary.failed = {one.case: one.refused for one in converted if one.refused}
+    summary.fail({one.case: one.refused for one in converted if one.refused})
     scans = {one.case: one for one in converted if not one.refused}
     found = find_studies(place) if scans else []
     found = [files for files in found if files.case in scans]
@@ -346,8 +363,8 @@ def _complete_case(
             _write_dicom(run, loaded, scans, result, manifest, written)
         inputs = [image for modality, image in images.items() if modality in manifest["acquired"]]
         written += run.layout.finish(files.case, manifest, run.inputs.root, inputs)
-        if result.head is not None and result.synthesis is not None:
-            panels = save_panels(picture, _panels(loaded, result.head, result.synthesis), loaded.reference.spacing_mm)
+        if shown := _panels(loaded, result):
+            panels = save_panels(picture, shown, loaded.reference.spacing_mm)
             manifest["picture"] = {"file": f"{PICTURES}/{picture.name}", "panels": panels}
             written.append(picture)
         manifest["seconds"] = round(time.perf_counter() - start, 3)
@@ -375,9 +392,25 @@ def _arrived(run: _Run, files: StudyFiles) -> str:
     if come:
         listed = ", ".join(f"{m} ({name})" for m, name in come.items())
         return f"{listed} was synthesised and has arrived since, so the synthetic one goes"
+    if why := _tried_again(run, manifest, images):
+        return why
     doubted = [m for m in manifest.get("unread", {}) if not any(m in one.may_be for one in unread)]
     wanted = [m for m in doubted if run.settings.targets is None or m in run.settings.targets]
     return f"{', '.join(wanted)} is no longer in doubt" if wanted else ""
+
+
+def _tried_again(run: _Run, manifest: Mapping[str, Any], images: Mapping[str, Path]) -> str:
+    """Why what was refused before may be synthesised now; empty where nothing has changed."""
+    if not (refused := manifest.get("refused", ())):
+        return ""
+    before, now = manifest.get("settings", {}), run.record
+    changed = [
+        name for name, key in (("model", "model_sha256"), ("--register", "register")) if before.get(key) != now[key]
+    ]
+    changed += ["scans"] if manifest.get("given") != hashes(images) else []
+    asked = [m for m in refused if m in (run.settings.targets or ())]
+    changed += [f"--targets {','.join(asked)}"] if asked else []
+    return f"{', '.join(refused)} was refused, with other {' and '.join(changed)}" if changed else ""
 
 
 def _finished_before(run: _Run, case: str, files_now: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -400,6 +433,7 @@ def _write_dicom(
     from crossmr.dicom.write import DerivedSeries, choose_steps, write_derived
 
     manifest["notes"] = [*scans.notes, *manifest["notes"]]
+    manifest |= with_doubts(manifest, scans.notes)
     manifest["series"] = {
         "taken": {m: {"series": series.number, "why": series.why} for m, series in scans.series.items()},
         "left_out": dict(scans.left_out),
@@ -427,10 +461,13 @@ def _write_dicom(
         entry["dicom"] = run.layout.dicom(study.case, modality).name
 
 
-def _panels(study: Study, head: HeadVolumes, synthesis: Synthesis) -> list[Panel]:
-    """The acquired and the synthetic volumes, cut in three through the middle of the head."""
+def _panels(study: Study, result: Completed) -> list[Panel]:
+    """The acquired and the synthetic volumes, cut in three where there is most to see."""
+    head, synthesis = result.head, result.synthesis
+    if head is None or synthesis is None:
+        return []
     mask = study.mask[study.box()]
-    at = middle(mask)
+    at = result.look_at or middle(mask)
     volumes: list[tuple[str, Kind, Array]] = [(m, "acquired", volume) for m, volume in head.volumes.items()]
     for index, modality in enumerate(synthesis.targets):
         volumes.append((modality, "synthetic", synthesis.images[index].numpy()))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from crossmr.completion import private
+from crossmr.completion import private, status
 from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, Layout, is_generated
 from crossmr.data.volume import is_synthetic
 from crossmr.dicom.series import is_derived
@@ -21,12 +21,13 @@ def check_output(layout: Layout, scans: Path) -> None:
     """Refuse an output folder that is another's.
 
     Raises:
-        OutputError: the manifest, report or private file in it is not crossmr's; with 'challenge' the folder of the
-            records holds something else; with 'bids' OUT is another's dataset, is or holds the input, or lies in it
-            outside its derivatives.
+        OutputError: the manifest, report, status.csv or private file in it is not crossmr's; with 'challenge' the
+            folder of the records holds something else; with 'bids' OUT is another's dataset, is or holds the input, or
+            lies in it outside its derivatives.
     """
     refuse_foreign(layout.records / "manifest.json", is_manifest)
     refuse_foreign(layout.records / REPORT, is_page)
+    refuse_foreign(layout.records / status.NAME, status.is_status)
     refuse_foreign(layout.records / private.NAME, partial(is_record, kind=private.FORMAT))
     if layout.profile == "challenge":
         names = {path.name for path in layout.records.iterdir()} - {LOCK}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from crossmr import main_memory
-from crossmr.completion.checks import check
+from crossmr.completion.checks import Finding, check
 from crossmr.completion.layout import EXPECTED, FORMAT, Layout
+from crossmr.completion.lesions import Voxel, find_lesions, most_uncertain
 from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
+from crossmr.completion.verdict import despite, is_refusal, judge, refusals, unlearnt, verdict_on
 from crossmr.completion.writing import save_study
 from crossmr.data.enhancement import tell_apart
 from crossmr.data.formats import content_sha256
@@ -42,7 +45,7 @@ from crossmr.networks.inference import (
     synthesise,
 )
 from crossmr.networks.model import CrossConditionedModel
-from crossmr.picture import window
+from crossmr.picture import middle, window
 from crossmr.registry import load_model
 
 INTENSITY = {
@@ -74,11 +77,14 @@ class Completed:
     """Modality → how far each voxel may be off, a standard deviation on the image's scale; empty where the model has no
     network for it and draws one sample."""
     manifest: Mapping[str, Any]
-    """Inputs with hashes, model, seed, guidance, scale, what could not be filled and why."""
+    """Verdict and reasons, inputs with hashes, model, seed, guidance, scale, what could not be filled and why."""
     head: HeadVolumes | None = None
     """The sources as the networks read them; None where nothing was synthesised."""
     synthesis: Synthesis | None = None
     """The arrays that the images hold, cropped to the head."""
+    look_at: Voxel | None = None
+    """Where pictures and pages open, (Z, Y, X) of these arrays: the lesion, or where the standard deviation is largest;
+    None where nothing was synthesised."""
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
         """Write what the command line writes of this study into FOLDER/CASE, and return that folder.
@@ -190,47 +196,129 @@ def complete_study(
     check_settings(model, settings)
     requested, not_filled = what_to_fill(tuple(study.volumes), model, settings, unread)
     sources = tuple(m for m in model.config.sources if m in study.volumes)
-    notes = [*study.notes, *check(study, model.baselines, model.config.modalities, _trained_on(model))]
-    notes += [
-        f"{one.name} may be {m}, which was asked for by name." for m in requested for one in unread if m in one.may_be
+    training: Mapping[str, Any] = model.record.get("training", {})
+    findings = [
+        *check(study, model.baselines, model.config.modalities, training),
+        *unlearnt(training.get("seen", {}), sources, requested, stripped=study.masked_background),
+        *_asked_for(requested, unread),
     ]
-    images: dict[str, Any] = {}
-    stds: dict[str, Any] = {}
-    head, synthesis, maps = None, None, dict[str, dict[str, Any]]()
-    if requested:
-        head = _head_volumes(study, sources)
-        wish = replace(settings, targets=tuple(requested))
-        synthesis = synthesise(model, head, study.case, wish, reference and reference.head)
-        if settings.scale == "input":
-            maps = {m: _fit_map(study, synthesis.images[n], _like(m, sources)) for n, m in enumerate(synthesis.targets)}
-        images, stds = _as_images(study, synthesis, sources, maps)
-        notes += _shortage(synthesis, model)
-    asked = settings.targets or ()
-    warnings = {m: [DISCLAIMER, *([ENHANCEMENT] if m == "t1c" else [])] for m in images}
+    refused = {m: why for m, why in not_filled.items() if is_refusal(why, m)}
+    if settings.targets is None:
+        refused |= refusals(findings, requested)
+    not_filled |= refused
+    requested = [m for m in requested if m not in refused]
+    made = _make(study, model, settings, sources, requested, reference)
+    lost, at, why = _what_to_look_at(study, made)
+    findings += lost
+    judged = judge(findings, refused, requested, not_filled)
     manifest = {
         "format": FORMAT,
         "case": study.case,
-        "synthetic": {m: {"from": list(sources), "warnings": warnings[m], "scale": maps.get(m)} for m in images},
+        **judged,
+        "synthetic": _synthetic_record(made, sources, judged["reasons"]),
         "not_filled": not_filled,
-        "unread": {
-            m: names
-            for m in not_filled
-            if m not in asked and (names := sorted({one.name for one in unread if m in one.may_be}))
-        },
+        "unread": _unread_record(unread, not_filled, settings),
         "acquired": list(study.volumes),
         "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},
         "given": dict(inputs or {}),
         "normalisation": {m: asdict(n) for m, n in study.normalisation.items()},
-        "intensity": LIKE_INPUT if maps else INTENSITY,
-        "std": _std_record(model) if stds else None,
+        "intensity": LIKE_INPUT if made.maps else INTENSITY,
+        "std": _std_record(model) if made.stds else None,
         "skull_stripped": study.masked_background,
-        "notes": notes,
+        "look_at": {"mm": _in_mm(study, at), "why": why},
+        "notes": list(
+            dict.fromkeys((*study.notes, *(one.words for one in findings if one.words not in refused), *made.notes))
+        ),
         "settings": settings_record(model, settings, reference),
         "seconds": round(time.perf_counter() - start, 3),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("crossmr", "torch", "monai", "nibabel")},
     }
-    return Completed(images, stds, manifest, head, synthesis)
+    return Completed(made.images, made.stds, manifest, made.head, made.synthesis, at)
+
+
+class _Made(NamedTuple):
+    """What was synthesised of a study, and what is recorded of it."""
+
+    images: Mapping[str, Any]
+    stds: Mapping[str, Any]
+    maps: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """Modality → the linear map from [0, 1] to the scale of the input."""
+    notes: Sequence[str] = ()
+    head: HeadVolumes | None = None
+    synthesis: Synthesis | None = None
+
+
+def _make(
+    study: Study,
+    model: CrossConditionedModel,
+    settings: Settings,
+    sources: Sequence[str],
+    requested: Sequence[str],
+    reference: Reference | None,
+) -> _Made:
+    """Synthesise what is requested."""
+    if not requested:
+        return _Made({}, {})
+    head = _head_volumes(study, sources)
+    wish = replace(settings, targets=tuple(requested))
+    synthesis = synthesise(model, head, study.case, wish, reference and reference.head)
+    maps = dict[str, dict[str, Any]]()
+    if settings.scale == "input":
+        maps = {m: _fit_map(study, synthesis.images[n], _like(m, sources)) for n, m in enumerate(synthesis.targets)}
+    images, stds = _as_images(study, synthesis, sources, maps)
+    return _Made(images, stds, maps, _shortage(synthesis, model), head, synthesis)
+
+
+def _what_to_look_at(study: Study, made: _Made) -> tuple[list[Finding], Voxel, str]:
+    """What the synthetic volumes may have lost, and the voxel of the head's box to look at first, with the reason."""
+    head, spacing, stripped = study.mask[study.box()], study.reference.spacing_mm, study.masked_background
+    centre = middle(head)
+    if made.head is None or made.synthesis is None:
+        return [], centre, "the middle of the head"
+    volumes = dict(zip(made.synthesis.targets, made.synthesis.images.numpy(), strict=True))
+    found, at = find_lesions(made.head.volumes, head, spacing, volumes, stripped=stripped)
+    if at is not None:
+        return found, at, "the largest bright area of the acquired scans"
+    if made.synthesis.stds is not None:
+        at = most_uncertain(made.synthesis.stds.numpy().max(0), head, spacing, stripped=stripped)
+    return (found, centre, "the middle of the head") if at is None else (found, at, "the largest standard deviation")
+
+
+def _in_mm(study: Study, at: Voxel) -> list[float]:
+    """A voxel (Z, Y, X) of the head's box in the mm of the study's grid, RAS+."""
+    z, y, x = (place + side.start for place, side in zip(at, study.box(), strict=True))
+    return [round(float(mm), 1) for mm in (study.reference.affine @ (x, y, z, 1))[:3]]
+
+
+def _asked_for(requested: Sequence[str], unread: Sequence[Unread]) -> list[Finding]:
+    """What may be a contrast that is synthesised all the same, because it was asked for by name."""
+    return [
+        Finding("not read", "look", f"{one.name} may be {m}, which was asked for by name.", (m,))
+        for m in requested
+        for one in unread
+        if m in one.may_be
+    ]
+
+
+def _synthetic_record(made: _Made, sources: Sequence[str], reasons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of each synthetic volume."""
+    return {
+        m: {
+            "from": list(sources),
+            "verdict": verdict_on(m, reasons),
+            "warnings": [DISCLAIMER, *([ENHANCEMENT] if m == "t1c" else [])],
+            "scale": made.maps.get(m),
+        }
+        for m in made.images
+    }
+
+
+def _unread_record(unread: Sequence[Unread], not_filled: Mapping[str, str], settings: Settings) -> dict[str, list[str]]:
+    """What stays missing without being asked for by name → what was not read and may be it."""
+    missing = [m for m in not_filled if m not in (settings.targets or ())]
+    found = {m: sorted({one.name for one in unread if m in one.may_be}) for m in missing}
+    return {m: names for m, names in found.items() if names}
 
 
 def _shortage(synthesis: Synthesis, model: CrossConditionedModel) -> list[str]:
@@ -289,12 +377,6 @@ def _on_grid(study: Study, cropped: Tensor, description: str) -> Any:
     full[study.box()] = cropped.numpy()
     full[~study.mask] = 0
     return on_grid(full, study.reference, description=description, display_range=window(full), copy=False)
-
-
-def _trained_on(model: CrossConditionedModel) -> Mapping[str, int]:
-    """How many studies the model was trained on, and how many of these without skull, as far as it says."""
-    counts: Mapping[str, int] = model.record.get("training", {}).get("seen", {})
-    return counts
 
 
 def _std_record(model: CrossConditionedModel) -> dict[str, Any]:
@@ -368,10 +450,11 @@ def what_to_fill(
 ) -> tuple[list[str], dict[str, str]]:
     """Which targets to synthesise, and for every other gap the reason why not.
 
-    What `unread` may be is not synthesised, unless settings.targets names it.
+    What `unread` may be, and what no training patient had together with the sources, is not synthesised, unless
+    settings.targets names it.
     """
-    config, missing = model.config, lacking(acquired, model)
-    doubts = reasons(unread, missing) if settings.targets is None else {}
+    config, missing, asked = model.config, lacking(acquired, model), settings.targets is not None
+    doubts = {} if asked else reasons(unread, missing)
     if settings.targets is not None:
         missing = [m for m in missing if m in settings.targets]
     absent = [source for source in config.sources if source not in acquired]
@@ -382,9 +465,11 @@ def what_to_fill(
             not_filled[modality] = doubts[modality]
         elif modality not in config.targets:
             not_filled[modality] = f"the model was trained for {', '.join(config.targets)} only"
-        elif enough and not _learnt_together(model, [m for m in config.sources if m in acquired], modality):
+        elif (
+            enough and not asked and not _learnt_together(model, [m for m in config.sources if m in acquired], modality)
+        ):
             together = ", ".join(m for m in config.sources if m in acquired)
-            not_filled[modality] = f"no training patient had {modality} together with {together}"
+            not_filled[modality] = despite(f"no training patient had {modality} together with {together}.", modality)
         elif not enough and config.any_subset:
             not_filled[modality] = f"the model needs any of {', '.join(config.sources)}, and none is there"
         elif not enough:

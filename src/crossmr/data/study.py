@@ -168,7 +168,7 @@ def load_study(
     for m, (volume, nan) in checked.items():
         if nan is not None:
             notes.append(_nan_note(m, nan, stripped.get(m, mask) if volumes[m] is volume else None))
-    notes += _skull_note(volumes, stripped)
+    notes += skull_note(volumes, stripped)
     return Study(
         case=case,
         patient=patient,
@@ -288,7 +288,7 @@ def _nan_note(modality: str, nan: Mask, head: Mask | None) -> str:
     return note + (f" They are {share:.0%} of what other volumes show of the head." if share > NOTED else "")
 
 
-def _skull_note(volumes: Mapping[str, Volume], stripped: Mapping[str, Mask]) -> list[str]:
+def skull_note(volumes: Mapping[str, Volume], stripped: Mapping[str, Mask]) -> list[str]:
     """What is to be said where some volumes have a skull and others have none."""
     if not stripped:
         return []

@@ -29,9 +29,10 @@ from crossmr.networks.c_unet import CUNet, SynthesisConfig
 from crossmr.networks.distribution import DistributionConfig, DistributionNetwork
 from crossmr.networks.masked_autoencoder import MaskedAutoencoder, RepresentationConfig, z_score
 from crossmr.networks.scale import RANGE, on_unit_scale, standardise
-from crossmr.networks.trained_on import FILE, PatientList, read_list, write_list
+from crossmr.networks.trained_on import FILE, PatientList, is_seen, read_list, write_list
 from crossmr.paths import check_model
 from crossmr.tensors import seeded
+from crossmr.typical import is_typical
 
 FORMAT = "crossmr-model"
 FORMAT_VERSION = 9
@@ -380,7 +381,8 @@ def _check_record(folder: Path, data: Mapping[str, Any]) -> None:
         )
     if missing := {"config", "training"} - set(data):
         raise ModelError(f"{folder / 'config.json'} has no '{min(missing)}'. Copy or train the model again.")
-    if not (isinstance(data["training"], dict) and isinstance(data["training"].get("seen", {}), dict)):
+    record = data["training"]
+    if not (isinstance(record, dict) and is_seen(record.get("seen", {})) and is_typical(record.get("typical", {}))):
         raise ModelError(f"{folder / 'config.json'}: 'training' is not a record of one. Copy or train the model again.")
 
 

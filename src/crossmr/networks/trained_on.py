@@ -1,4 +1,6 @@
-"""On whom a model was trained: a list of hashes beside it, patients.json, which tells whoever has a patient already.
+"""On whom a model was trained: counts in its record, and a list of hashes beside it, patients.json.
+
+The list tells whoever has a patient already.
 
 A hash is salted, with another salt for every training, and slow, so that nobody finds patients by trying all names or
 record numbers: one try costs some 5 ms of a processor, a check of a thousand patients seconds, all record numbers of
@@ -28,6 +30,9 @@ COST = 2**11
 LENGTH = 8
 """Bytes of a hash."""
 Part = Literal["train", "val"]
+PHANTOM = "PHANTOM-"
+"""What the names of crossmr's phantoms begin with."""
+WITH_SKULL, WITHOUT_SKULL = "with_skull", "without_skull"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,53 @@ class PatientList:
     """Those that the networks learnt from."""
     val: tuple[str, ...] = ()
     """Those on whom training was validated and standard deviations were calibrated."""
+
+
+def count_seen(studies: Iterable[tuple[str, Sequence[str], bool]]) -> dict[str, Any]:
+    """What the record of a training says of its studies; each is (name, modalities, whether without skull).
+
+    'studies', and how many of them are 'without_skull'; and in 'contrasts', with_skull or without_skull → modality →
+    how many patients had it. Phantoms are no patients, and count there only where a model saw nothing else.
+    """
+    known = list(studies)
+    patients = [study for study in known if not study[0].startswith(PHANTOM)] or known
+    modalities = sorted({m for _, had, _ in known for m in had})
+    contrasts = {
+        part: {
+            m: sum(m in had and without == (part == WITHOUT_SKULL) for _, had, without in patients) for m in modalities
+        }
+        for part in (WITH_SKULL, WITHOUT_SKULL)
+    }
+    return {"studies": len(known), WITHOUT_SKULL: sum(study[2] for study in known), "contrasts": contrasts}
+
+
+def is_seen(record: Any) -> bool:
+    """Whether what a model's record says of its studies are such counts, as far as it says anything."""
+    if not isinstance(record, dict) or not isinstance(parts := record.get("contrasts", {}), dict):
+        return False
+    counts = [record.get("studies", 0), record.get(WITHOUT_SKULL, 0)]
+    if parts and not all(isinstance(parts.get(part), dict) for part in (WITH_SKULL, WITHOUT_SKULL)):
+        return False
+    return all(isinstance(count, int) for count in (*counts, *(n for part in parts.values() for n in part.values())))
+
+
+def add_seen(own: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The counts of a training and of the model that it started from; per contrast only where both are known."""
+    total = {key: own[key] + earlier.get(key, 0) for key in ("studies", WITHOUT_SKULL)}
+    if "contrasts" not in earlier:
+        return total
+    parts = {part: {**earlier["contrasts"][part], **own["contrasts"][part]} for part in (WITH_SKULL, WITHOUT_SKULL)}
+    summed = {
+        part: {m: sum(one["contrasts"][part].get(m, 0) for one in (own, earlier)) for m in modalities}
+        for part, modalities in parts.items()
+    }
+    return {**total, "contrasts": summed}
+
+
+def is_learnt(seen: Mapping[str, Any], modality: str, *, without_skull: bool) -> bool:
+    """Whether a model had a contrast of any patient whose skull is there, or not there, as far as its record says."""
+    counts = seen.get("contrasts", {}).get(WITHOUT_SKULL if without_skull else WITH_SKULL)
+    return counts is None or counts.get(modality, 0) > 0
 
 
 def names_of(patient: str, scans: Iterable[str]) -> list[str]:

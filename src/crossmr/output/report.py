@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, cast
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from crossmr.completion.layout import records_of
+from crossmr.completion.status import reasons_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
+from crossmr.completion.verdict import VERDICTS
 from crossmr.data.naming import DISPLAY_NAMES, in_usual_order
 from crossmr.errors import OutputError
 from crossmr.evaluation.evaluate import Evaluation, Picture, overlap_warnings
@@ -105,11 +107,22 @@ def report_completion(out: Path) -> Path:
             "already complete": sum(not case["synthetic"] and not case["not_filled"] for case in cases),
         },
         "warnings": [DISCLAIMER, *([ENHANCEMENT] if "t1c" in synthesised else [])],
+        "verdicts": _verdicts(cases, cohort["failed"]),
         "cases": cases,
         "cohort": cohort,
         "picture": _reader(out, (case.get("picture", {}).get("file") for case in cases)),
     }
     return _write(out, "completion.html.j2", body)
+
+
+def _verdicts(cases: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> dict[str, dict[str, list[Any]]]:
+    """Verdict, from the worst to the best → its cases → their reasons."""
+    found: dict[str, dict[str, list[Any]]] = {verdict: {} for verdict in reversed(VERDICTS)}
+    for case, reason in failed.items():
+        found["refuse"][case] = [{"contrasts": [], "text": reason}]
+    for manifest in cases:
+        found[manifest.get("verdict", "look")][manifest["case"]] = reasons_of(manifest)
+    return found
 
 
 def report_evaluation(out: Path) -> Path:

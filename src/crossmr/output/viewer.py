@@ -1,7 +1,7 @@
 """A page to view a completed study: one HTML file with NiiVue and all volumes, without network or server."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from crossmr.completion.layout import FORMAT, records_of
 from crossmr.completion.private import read_paths
+from crossmr.completion.status import reasons_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.data.naming import DISPLAY_NAMES, find_studies
 from crossmr.data.study import Study, load_study
@@ -51,7 +52,10 @@ def view_case(
     pages = Environment(loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     page = pages.get_template("view.html.j2").render(
         case=case,
-        volumes=volumes,
+        volumes=_in_one_window(volumes),
+        look_at=manifest.get("look_at", {}).get("mm"),
+        verdict=manifest.get("verdict", "look"),
+        reasons=[reason["text"] for reason in reasons_of(manifest)],
         warnings=[DISCLAIMER, *([ENHANCEMENT] if "t1c" in manifest["synthetic"] else [])],
         niivue=(PAGES / "niivue.umd.js").read_text().replace("</script", "<\\/script"),
         licence=(PAGES / "niivue.LICENSE").read_text(),
@@ -111,6 +115,15 @@ def _synthetic_entries(folder: Path, manifest: Mapping[str, Any]) -> list[dict[s
                 data = _on_unit_scale(volume.data, kind, record.get("scale"))
                 entries.append(_entry(modality, kind, data, volume))
     return entries
+
+
+def _in_one_window(volumes: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The volumes with one window per contrast: that of the real one, where there is one, else of the synthetic one."""
+    windows = {v["modality"]: (v["black"], v["white"]) for v in reversed(volumes) if v["kind"] not in MAPS}
+    for volume in volumes:
+        if volume["kind"] not in MAPS:
+            volume["black"], volume["white"] = windows[volume["modality"]]
+    return volumes
 
 
 def _on_unit_scale(data: Array, kind: Kind, scale: Mapping[str, Any] | None) -> Array:

@@ -25,6 +25,7 @@ from crossmr.baselines import fit_baselines
 from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
 from crossmr.config import to_dict
 from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.head import bounding_box
 from crossmr.data.naming import in_usual_order, modality_names
 from crossmr.device import choose_device, choose_precision, set_numerics
 from crossmr.display import LOG, SILENT, Display
@@ -33,7 +34,7 @@ from crossmr.files import is_record, locked, read_json, refuse_foreign, write_js
 from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, save_model
 from crossmr.networks.trained_on import FILE as PATIENTS
 from crossmr.networks.trained_on import FORMAT as PATIENTS_FORMAT
-from crossmr.networks.trained_on import PatientList, names_of, remember
+from crossmr.networks.trained_on import PHANTOM, PatientList, add_seen, count_seen, names_of, remember
 from crossmr.registry import load_model
 from crossmr.training.calibration import calibration
 from crossmr.training.choices import choose
@@ -42,8 +43,11 @@ from crossmr.training.plan import Budget, Plan, read_plan, write_plan
 from crossmr.training.recipes import STANDARD, Recipe, recipe_of
 from crossmr.training.shared import Compute, Training
 from crossmr.training.stages import STAGES
+from crossmr.typical import describe, summarise
 
 PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
+DESCRIBED = 100
+"""Studies of a training that are looked at for what is typical, at most."""
 WRITTEN: dict[str, Callable[[Path], bool]] = {
     **dict.fromkeys(("plan.json", "metrics.jsonl"), Path.is_file),
     **dict.fromkeys(("stages", "pictures", "model"), Path.is_dir),
@@ -301,8 +305,23 @@ def _baselines(training: Training) -> dict[str, Tensor]:
     if not (place / "baselines.json").exists():
         training.compute.display.say(f"baselines: reading {len(training.train)} training studies")
         fitted = fit_baselines([_reader(case) for case in training.train], training.config.modalities)
+        write_json(place / "typical.json", _typical(training, fitted))
         save_bundle(place, {"baselines": fitted}, {}, "baselines")
     return load_bundle(place, "baselines")[0]["baselines"]
+
+
+def _typical(training: Training, baselines: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the training's patients look like, of some of them; phantoms count only where there is nothing else."""
+    cases = [case for case in training.train if not case.name.startswith(PHANTOM)] or training.train
+    some = cases[:: math.ceil(len(cases) / DESCRIBED)]
+    return summarise((case.masked_background, _described(case, training, baselines)) for case in some)
+
+
+def _described(case: Case, training: Training, baselines: Mapping[str, Tensor]) -> dict[str, float]:
+    head = case.masks()[:, 0] > 0
+    box = bounding_box(head, 0)
+    volumes = {m: case.volume(m)[box] for m in case.modalities}
+    return describe(volumes, head[box], case.spacing_mm, baselines, training.config.modalities)
 
 
 def _reader(case: Case) -> Callable[[], dict[str, Any]]:
@@ -369,12 +388,17 @@ def _train_stage(training: Training, model: CrossConditionedModel, name: str, st
 def _record(training: Training, initial: CrossConditionedModel | None) -> dict[str, Any]:
     """What a model keeps of its training."""
     folder = training.folder
-    seen = {"studies": len(training.train), "without_skull": sum(case.masked_background for case in training.train)}
+    seen = count_seen((case.name, case.modalities, case.masked_background) for case in training.train)
     if initial is not None:
-        earlier = initial.record["training"].get("seen", {})
-        seen = {key: count + earlier.get(key, 0) for key, count in seen.items()}
+        seen = add_seen(seen, initial.record["training"].get("seen", {}))
     run = {key: value for key, value in read_json(folder / "run.json").items() if key != "patients"}  # of old runs
-    return {**run, "plan": read_json(folder / "plan.json"), "seen": seen}
+    return {**run, "plan": read_json(folder / "plan.json"), "seen": seen, **_described_in(folder)}
+
+
+def _described_in(folder: Path) -> dict[str, Any]:
+    """What is typical of the training; nothing of runs that began before this was looked at."""
+    path = folder / "stages" / "baselines" / "typical.json"
+    return {"typical": read_json(path)} if path.exists() else {}
 
 
 def _patients(training: Training, initial: CrossConditionedModel | None) -> list[PatientList]:

@@ -1,0 +1,66 @@
+"""status.csv: one line for each case of an output, with what may be used, why, and what was filled from what."""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from crossmr.completion.layout import FORMAT
+from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.errors import OutputError
+from crossmr.files import is_record, read_json, write_atomically
+
+NAME = "status.csv"
+COLUMNS = ("case", "verdict", "reasons", "filled", "seconds")
+_HEAD = ",".join(COLUMNS).encode() + b"\r\n"
+
+
+def is_status(path: Path) -> bool:
+    """Whether a file is a table of this kind, by its first line."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_HEAD)) == _HEAD
+
+
+def write_status(records: Path, failed: Mapping[str, str]) -> None:
+    """Write the table anew, from the manifests of all cases that were ever finished here, and those that failed now.
+
+    Args:
+        records: the folder of the manifests.
+        failed: case → why it failed, in words that may be shared.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    paths = [path for path in records.glob("*/manifest.json") if is_record(path, FORMAT)]
+    lines = {path.parent.name: _line(read_json(path, OutputError)) for path in paths}
+    lines |= {case: (case, "refuse", reason, "", "") for case, reason in failed.items()}
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(COLUMNS)
+    writer.writerows(lines[case] for case in sorted(lines))
+    write_atomically(records / NAME, table.getvalue().encode(errors="replace"))
+
+
+def _line(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    filled = [f"{_shown([target])} from {_shown(entry['from'])}" for target, entry in manifest["synthetic"].items()]
+    reasons = (f"{_shown(r['contrasts'])}: {r['text']}" if r["contrasts"] else r["text"] for r in reasons_of(manifest))
+    words = (manifest["case"], manifest.get("verdict", "look"), " | ".join(reasons), "; ".join(filled))
+    return (*words, str(manifest["seconds"]))
+
+
+def reasons_of(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Why a case got its verdict; a manifest of an earlier version has none."""
+    earlier = {
+        "verdict": "look",
+        "kind": "unknown",
+        "contrasts": [],
+        "text": "It was completed before there were verdicts.",
+    }
+    return list(manifest["reasons"] if "verdict" in manifest else [earlier])
+
+
+def _shown(modalities: Any) -> str:
+    return " + ".join(DISPLAY_NAMES.get(m, m) for m in modalities)
