@@ -570,7 +570,7 @@ def test_freed_memory_is_kept_for_the_next_layer():
 
 @pytest.mark.filterwarnings("default")
 def test_a_warning_of_crossmr_s_is_one_line(monkeypatch, capsys):
-    def warn():
+    def warn(**_):
         warnings.warn("no locks here", CrossmrWarning, stacklevel=1)
         with pytest.warns(UserWarning, match="of a library"):
             warnings.warn("of a library", UserWarning, stacklevel=1)
