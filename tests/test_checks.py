@@ -1,5 +1,6 @@
 """The checks of a study's input: each finds what it is made for, and keeps quiet about sound studies."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,20 @@ def test_names_are_not_judged_without_enough_to_go_by(volumes, baselines):
     assert len(checks.swaps(exchanged, head, baselines, MODALITIES)) == 1
     apart = {**baselines, "present": torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])}  # never all of them in one patient
     assert checks.swaps(exchanged, head, apart, MODALITIES) == []
+
+
+@pytest.mark.parametrize(("smooth", "severity"), [(0.0, "refuse"), (9.0, "look")])
+def test_exchanged_names_are_only_to_be_looked_at_where_the_images_are_unlike_the_training_s(
+    studies, baselines, smooth, severity
+):
+    study = studies[3]
+    volumes, normalisation = dict(study.volumes), dict(study.normalisation)
+    for known in (volumes, normalisation):
+        known["t1n"], known["t2w"] = known["t2w"], known["t1n"]
+    exchanged = replace(study, volumes=volumes, normalisation=normalisation)
+    typical = {"with_skull": {"smooth t1n": [smooth, 0.1]}, "without_skull": {}}
+    found = checks.check(exchanged, baselines, MODALITIES, {"typical": typical})
+    assert {one.severity for one in found if one.kind == "swapped"} == {severity}
 
 
 def test_one_image_under_two_names(volumes):
