@@ -58,7 +58,7 @@ def with_volumes(study: Study, changed: Mapping[str, Array], mask: npt.NDArray[n
 def broken(study: Study, stranger: Study) -> Iterator[tuple[str, Study]]:
     """What is done to a study of which one contrast is hidden, and the result."""
     real = {m: volume.data for m, volume in study.volumes.items()}
-    first, one, *_ = real
+    first, one, last = real
     data, head = real[one], study.mask
     shape = data.shape
     _, y, x = np.ogrid[tuple(slice(-1, 1, n * 1j) for n in shape)]
@@ -68,7 +68,8 @@ def broken(study: Study, stranger: Study) -> Iterator[tuple[str, Study]]:
         return with_volumes(study, {**real, one: np.asarray(change, np.float32)})
 
     yield "nothing", study
-    yield "two contrasts exchanged", with_volumes(study, {**real, first: data, one: real[first]})
+    yield "first two contrasts exchanged", with_volumes(study, {**real, first: data, one: real[first]})
+    yield "first and last contrast exchanged", with_volumes(study, {**real, first: real[last], last: real[first]})
     yield "one moved by 5 mm", of_one(np.roll(data, 5, 1))
     yield "one moved by 10 mm", of_one(np.roll(data, 10, 1))
     lost = data.copy()

@@ -95,6 +95,20 @@ def test_names_are_not_judged_without_enough_to_go_by(volumes, baselines):
     assert checks.swaps(exchanged, head, apart, MODALITIES) == []
 
 
+@pytest.mark.parametrize(("smooth", "severity"), [(0.0, "refuse"), (9.0, "look")])
+def test_exchanged_names_are_only_to_be_looked_at_where_the_images_are_unlike_the_training_s(
+    studies, baselines, smooth, severity
+):
+    study = studies[3]
+    volumes, normalisation = dict(study.volumes), dict(study.normalisation)
+    for known in (volumes, normalisation):
+        known["t1n"], known["t2w"] = known["t2w"], known["t1n"]
+    exchanged = replace(study, volumes=volumes, normalisation=normalisation)
+    typical = {"with_skull": {"smooth t1n": [smooth, 0.1]}, "without_skull": {}}
+    found = checks.check(exchanged, baselines, MODALITIES, {"typical": typical})
+    assert {one.severity for one in found if one.kind == "swapped"} == {severity}
+
+
 def test_one_image_under_two_names(volumes):
     images, head, _ = volumes
     assert checks.same_images(images, head) == []

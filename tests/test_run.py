@@ -168,6 +168,8 @@ def test_the_record_says_what_was_trained_on_whom(prepared, trained):
     assert record["seed"] == 5
     opened = PreparedDataset(prepared)
     assert record["seen"]["studies"] == len(opened.split("train"))
+    assert set(record["seen"]["contrasts"]) == {"with_skull", "without_skull"}
+    assert set(record["typical"]) <= {"with_skull", "without_skull"}
     assert record["set"] == opened.fingerprint
 
 

@@ -3,7 +3,8 @@
 shape   How much head each eighth of its box holds, along each axis: another where the head is upside down, turned, cut,
         or another part of the body.
 smooth  How alike neighbouring voxels are, in each axial slice: low where there is noise, or ghosts.
-even    How little the brightness of large regions differs from that of the average head: low under a strong bias field.
+even    How little the brightness of large regions differs from that of the average head, against the differences within
+        them: low under a strong bias field.
 edges   Correlation of the edges of two contrasts: low where they are of two patients, or one has moved or is blurred.
 
 Of all training studies, with skull or without, a model keeps median and robust standard deviation of each number.
@@ -128,11 +129,14 @@ def _correlation(a: Array, b: Array) -> float:
 
 
 def _unevenness(small: Array, average: Array) -> float:
-    """Standard deviation of the smoothed difference from the average head, within the head."""
+    """Standard deviation of the smoothed difference from the average head, over that of what is not smooth."""
     inside = small > 0
-    weight = ndimage.gaussian_filter(inside.astype(np.float32), LOW_PASS)
-    difference = ndimage.gaussian_filter(np.where(inside, small - average, np.float32(0)), LOW_PASS)
-    return float((difference[inside] / weight[inside]).std()) if inside.any() else 0.0
+    if not inside.any():
+        return 0.0
+    weight = np.maximum(ndimage.gaussian_filter(inside.astype(np.float32), LOW_PASS), 1e-3)
+    smooth, usual = (ndimage.gaussian_filter(np.where(inside, v, np.float32(0)), LOW_PASS) for v in (small, average))
+    q25, q75 = np.percentile((small - smooth / weight)[inside], (25, 75))
+    return float(((smooth - usual) / weight)[inside].std() / max((q75 - q25) / 1.349, 1e-6))
 
 
 def _smoothness(volume: Array) -> float:
