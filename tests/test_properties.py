@@ -198,8 +198,9 @@ def arrays(completed: Completed) -> dict[str, np.ndarray]:
 @given(grid=grids(), study=studies(), air=st.booleans())
 def test_what_is_written_lies_on_the_reference_grid_bit_for_bit(model, folder, grid, study, air):
     given_files = scans(folder, grid, study, air)
-    result = complete(model, given_files)
-    assert set(result.images) == set(MODALITIES) - set(study)
+    missing = sorted(set(MODALITIES) - set(study))
+    result = complete(model, given_files, targets=missing)  # named, since noise may look like one image twice
+    assert set(result.images) == set(missing)
     first = next(m for m in MODALITIES if m in study)
     reference = nib.load(given_files[first])
     for modality, image in result.images.items():

@@ -313,7 +313,7 @@ def _baselines(training: Training) -> dict[str, Tensor]:
 def _typical(training: Training, baselines: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the training's patients look like, of some of them; phantoms count only where there is nothing else."""
     cases = [case for case in training.train if not case.name.startswith(PHANTOM)] or training.train
-    some = cases[:: math.ceil(len(cases) / DESCRIBED)]
+    some = cases[:: max(1, math.ceil(len(cases) / DESCRIBED))]
     return summarise((case.masked_background, _described(case, training, baselines)) for case in some)
 
 
