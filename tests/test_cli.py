@@ -186,9 +186,14 @@ def test_ctrl_c_says_whether_the_same_command_goes_on(verb, cohort, tmp_path, mo
     refused(result, f"crossmr: {verb} was stopped; the same command {goes_on}.", code=130)
 
 
-def test_prepare_stopped_by_ctrl_c_in_a_terminal_goes_on(tmp_path):
+def test_prepare_stopped_by_ctrl_c_in_a_terminal_says_so_once(tmp_path):
     """The signal reaches the processes that prepare studies too; none of them complains."""
-    write_cohort(tmp_path / "cohort", 6, seed=2, **GRID)
+    write_cohort(tmp_path / "phantoms", 1, seed=2, **GRID)
+    for case in (f"P{number}" for number in range(60)):  # so many that they are not all ready when the signal comes
+        (tmp_path / "cohort" / case).mkdir(parents=True)
+        for modality in ("t1n", "t1c", "t2w", "t2f"):
+            (scan,) = (tmp_path / "phantoms").rglob(f"*-{modality}.nii.gz")
+            (tmp_path / "cohort" / case / f"{case}-{modality}.nii.gz").symlink_to(scan)
     command = [sys.executable, "-c", "from crossmr.cli import main; main()", "prepare", "cohort", "-o", "set"]
     command += ["--workers", "2"]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -197,6 +202,7 @@ def test_prepare_stopped_by_ctrl_c_in_a_terminal_goes_on(tmp_path):
     os.killpg(running.pid, signal.SIGINT)
     assert running.communicate()[1] == "crossmr: prepare was stopped; the same command goes on where it stopped.\n"
     assert running.returncode == 130
+    assert 0 < len(list(tmp_path.glob("set/cases/*/case.json"))) < 60
     assert not (tmp_path / "set" / "manifest.json").exists()
 
 
