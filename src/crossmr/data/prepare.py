@@ -14,7 +14,7 @@ import io
 import os
 import signal
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -344,8 +344,9 @@ def _prepare_all(
     cases: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
     settings = replace(settings, workers=_processes(studies, out, settings, display))
-    with display.task("prepare", len(studies)) as task:
-        for study, outcome in _each(studies, out, settings):
+    prepared = contextlib.closing(_each(studies, out, settings))  # at once, when Ctrl-C stops what goes through it
+    with prepared as outcomes, display.task("prepare", len(studies)) as task:
+        for study, outcome in outcomes:
             try:
                 result = outcome()
             except (CrossmrError, MemoryError):
@@ -399,7 +400,7 @@ def _memory(files: StudyFiles, register: RegistrationMode) -> int:
 
 def _each(
     studies: list[StudyFiles], out: Path, settings: PrepareSettings
-) -> Iterator[tuple[StudyFiles, Callable[[], Prepared]]]:
+) -> Generator[tuple[StudyFiles, Callable[[], Prepared]]]:
     """Each study with what prepares it, or waits for the process that does, in the order in which they finish."""
     if settings.workers <= 1:
         yield from ((study, partial(prepare_case, study, out, settings.register)) for study in studies)
@@ -413,7 +414,8 @@ def _each(
             for future in as_completed(futures):
                 yield futures[future], future.result
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:  # shutdown(cancel_futures=True) forgets that when the pool is left, now and then
+                future.cancel()
             raise
 
 
