@@ -194,7 +194,8 @@ def test_prepare_stopped_by_ctrl_c_in_a_terminal_says_so_once(tmp_path):
         for modality in ("t1n", "t1c", "t2w", "t2f"):
             (scan,) = (tmp_path / "phantoms").rglob(f"*-{modality}.nii.gz")
             (tmp_path / "cohort" / case / f"{case}-{modality}.nii.gz").symlink_to(scan)
-    command = [sys.executable, "-c", "from crossmr.cli import main; main()", "prepare", "cohort", "-o", "set"]
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job ignores it
+    command = [sys.executable, "-c", f"{code}; from crossmr.cli import main; main()", "prepare", "cohort", "-o", "set"]
     command += ["--workers", "2"]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list(tmp_path.glob("set/cases/*/case.json")) and running.poll() is None:
