@@ -28,6 +28,7 @@ import numpy as np
 from crossmr.cli import keep_memory
 from crossmr.completion.cohort import complete_cohort
 from crossmr.display import Display
+from crossmr.networks.inference import Settings
 from crossmr.output.report import report_completion
 from crossmr.phantom import write_cohort
 
@@ -111,7 +112,8 @@ def measure(cohort: Path, out: Path, count: int, answer: Any) -> None:
     keep_memory()
     watch = Watch(count)
     start = time.perf_counter()
-    summary = complete_cohort(cohort, out, display=watch)
+    named = Settings(targets=("t1n", "t1c", "t2w", "t2f"))  # T2 of a head with skull is refused unless it is named
+    summary = complete_cohort(cohort, out, settings=named, display=watch)
     seconds = time.perf_counter() - start
     report_completion(out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -36,10 +36,11 @@ from crossmr.cli import keep_memory
 from crossmr.completion.checks import check
 from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import complete_study
+from crossmr.data.formats import content_sha256
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import PrepareSettings, Split, prepare, prepare_case
 from crossmr.data.study import Study, load_study
-from crossmr.data.volume import content_sha256, write_volume
+from crossmr.data.volume import write_volume
 from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.metrics import psnr
 from crossmr.networks.c_unet import synthesis_error
@@ -253,7 +254,7 @@ def preparing(folder: Path, rounds: int) -> None:
 def published(rounds: int) -> None:
     """The published form and size, untrained: what its guidance costs beside its C-UNet, on a volume of 146 slices."""
     model = CrossConditionedModel(RECIPES["paper"].model_config(*PUBLISHED)).eval()
-    images, y_0 = torch.rand(4, 2, 184, 144), model.draw([seeded("speed")]).expand(4, -1)
+    images, y_0 = torch.rand(4, model.synthesis.inputs, 184, 144), model.draw([seeded("speed")]).expand(4, -1)
     calls = {
         "MDN": inferring(lambda: model.draw([seeded("speed")])),
         "unguided": inferring(lambda: model.synthesis(images)),
