@@ -5,7 +5,6 @@ completed by the shipped weights. Each cohort runs in a process of its own. What
 should be linear in both.
 
 python benchmarks/growth.py -o runs/growth --counts 1 10 100 1000 --sizes 0.25 0.5 0.75 1 1.25
-python benchmarks/growth.py -o runs/growth --figure docs/growth.png        # of what was measured; needs matplotlib
 python benchmarks/growth.py -o runs/growth --counts --sizes --head 512 512 200   # one study of so many voxels, then two
 """
 
@@ -136,58 +135,15 @@ def completed(cohort: Path, out: Path, count: int) -> tuple[dict[str, Any], list
     return cost
 
 
-def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Seconds and peak memory against studies and against voxels, with the straight line through each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn, axes = pyplot.subplots(2, 2, figsize=(9, 6), sharex="col")
-    panels = (
-        ([row for row in rows if "voxels" not in row], "studies", lambda row: row["studies"], "seconds"),
-        (
-            [row for row in rows if "voxels" in row],
-            "million voxels of a study",
-            lambda row: row["voxels"] / 1e6,
-            "seconds a further study",
-        ),
-    )
-    for column, (own, label, place, seconds) in enumerate(panels):
-        x = [place(row) for row in own]
-        for axis, key in zip(axes[:, column], (seconds, "peak MiB"), strict=True):
-            y = [row[key] for row in own]
-            axis.plot(x, y, "o-", color="tab:blue")
-            axis.set_ylabel(key)
-            axis.grid(alpha=0.3)
-            if key == seconds:
-                slope = sum(a * b for a, b in zip(x, y, strict=True)) / sum(a * a for a in x)
-                unit = "study" if label == "studies" else "million voxels"
-                axis.plot(x, [slope * a for a in x], "--", color="0.5", label=f"{slope:.2g} s a {unit}")
-                axis.legend(frameon=False)
-                if max(x) > 500 * min(x):
-                    axis.set_xscale("log")
-                    axis.set_yscale("log")
-            else:
-                axis.set_ylim(0, 1.1 * max(y))
-        axes[1, column].set_xlabel(label)
-    drawn.tight_layout()
-    drawn.savefig(path, dpi=90)
-
-
 def main() -> None:
-    """Print a row a cohort, and memory along the longest; or draw what an earlier call left."""
+    """Print a row a cohort, and memory along the longest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/growth"))
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 10, 100, 1000])
     parser.add_argument("--sizes", type=float, nargs="*", default=[0.25, 0.5, 0.75, 1.0, 1.25])
     parser.add_argument("--head", type=int, nargs=3, metavar=("X", "Y", "Z"))
-    parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     log = options.out / "growth.json"
-    if options.figure is not None:
-        figure(json.loads(log.read_text()), options.figure)
-        return
     rows: list[dict[str, Any]] = []
     along: list[dict[str, int]] = []
     for count in options.counts:

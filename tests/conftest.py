@@ -16,6 +16,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from crossmr.display import Display
+
 SHAPE = (28, 32, 24)
 """(X, Y, Z) of a tiny head."""
 SEMI_AXES = (10.0, 12.0, 9.0)
@@ -155,6 +157,17 @@ def page(browser):
     yield opened
     context.close()
     assert not wrong
+
+
+class Listener(Display):
+    """Keeps what is said."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
 
 
 def header_alone(path, side):

@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import header_alone, image, make_head, sha256, tree, voxels, write_images
+from conftest import Listener, header_alone, image, make_head, sha256, tree, voxels, write_images
 
 from crossmr import files, main_memory
 from crossmr.completion import cohort as cohorts
@@ -32,15 +32,6 @@ from crossmr.networks.model import load_model
 SHAPE = (26, 28, 22)
 SETTINGS = Settings(ddim_steps=3, device="cpu", precision="float32")
 AGAIN = CohortSettings(overwrite=True)
-
-
-class Listener(Display):
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.said = []
-
-    def say(self, text):
-        self.said.append(text)
 
 
 def test_one_bad_patient_is_reported_and_the_others_finish(completed):

@@ -7,7 +7,7 @@ import zipfile
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import SHAPE, image, make_head, voxels, write_study
+from conftest import SHAPE, Listener, image, make_head, voxels, write_study
 from typer.testing import CliRunner
 
 from crossmr.cli import app
@@ -16,7 +16,6 @@ from crossmr.completion.inputs import find_inputs
 from crossmr.completion.study import complete
 from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
 from crossmr.data.naming import find_studies
-from crossmr.display import Display
 from crossmr.errors import ConfigError
 from crossmr.networks.inference import Settings
 
@@ -205,15 +204,6 @@ def test_what_no_model_can_make_is_no_failure(cohort, model_folder, tmp_path):
     result = CliRunner().invoke(app, command)
     assert "t2f not synthesised: the model needs t1n, t2w" in result.output
     assert result.exit_code == 0
-
-
-class Listener(Display):
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.said = []
-
-    def say(self, text):
-        self.said.append(text)
 
 
 def test_a_scan_that_arrives_later_replaces_what_was_synthesised(cohort, model, tmp_path):

@@ -219,7 +219,7 @@ def _outcomes(summary: "CohortSummary") -> Iterator[str]:
         for modality, reason in reasons.items():
             yield f"{case}: {modality} not synthesised: {reason}"
     if summary.skipped:
-        yield (f"Studies that were finished before are skipped ({len(summary.skipped)}); --overwrite replaces them.")
+        yield f"Studies that were finished before are skipped ({len(summary.skipped)}); --overwrite replaces them."
     if any("t1c" in modalities for modalities in summary.completed.values()):
         yield f"Note: {ENHANCEMENT}"
     for verdict in ("refuse", "look"):
