@@ -209,14 +209,28 @@ def test_prepare_stopped_by_ctrl_c_in_a_terminal_says_so_once(tmp_path):
 
 def test_commands_are_listed_in_the_order_of_use():
     listed = re.findall(r"^│ ([a-z]+) ", crossmr("--help").stdout.partition("Commands")[2], flags=re.MULTILINE)
-    assert listed == ["complete", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo"]
+    assert listed == [
+        "complete",
+        "status",
+        "report",
+        "view",
+        "evaluate",
+        "prepare",
+        "train",
+        "models",
+        "convert",
+        "nnunet",
+        "demo",
+    ]
 
 
 @pytest.mark.parametrize("verb", ["complete", "evaluate", "train"])
 def test_expert_options_have_a_panel_of_their_own(verb):
     basic, _, rest = crossmr(verb, "--help").stdout.partition("─ Expert ─")
     expert, _, messages = rest.partition("─ Messages ─")
+    expert, _, machines = expert.partition("─ Many machines ─")
     assert "--debug" in messages
+    assert ("--part" in machines) == (verb == "complete")
     expected = {
         "complete": {"guidance", "reference", "ddim-steps", "samples", "seed", "precision"},
         "evaluate": {"guidance", "ddim-steps", "samples", "seed", "precision"},
@@ -332,7 +346,7 @@ def test_a_dry_run_of_files_says_what_would_be_made_and_writes_nothing(cohort, m
 def test_an_unforeseen_error_of_one_study_leaves_its_traceback_in_the_log(verb, cohort, model, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     first, _ = write_cohort(whole, 2, seed=3, missing={} if verb == "evaluate" else {0: ["t2f"], 1: ["t2f"]}, **GRID)
-    module = {"complete": "crossmr.completion.cohort.complete_study", "evaluate": "crossmr.evaluation.evaluate.predict"}
+    module = {"complete": "crossmr.completion.case.complete_study", "evaluate": "crossmr.evaluation.evaluate.predict"}
     place, name = module[verb].rsplit(".", 1)
     original = getattr(sys.modules.get(place) or importlib.import_module(place), name)
 
@@ -353,7 +367,8 @@ def test_an_unforeseen_error_of_one_study_leaves_its_traceback_in_the_log(verb, 
 
 @pytest.mark.parametrize(("error", "stops"), [("CUDA error: an illegal memory access", True), ("a shape", False)])
 def test_an_error_of_the_device_stops_the_run_and_names_what_was_not_tried(error, stops, cohort, tmp_path, monkeypatch):
-    from crossmr.completion import cohort as completion
+    from crossmr.completion import case
+    from crossmr.completion.cohort import complete_cohort
     from crossmr.networks.model import load_model
     from crossmr.registry import find_model
 
@@ -364,8 +379,8 @@ def test_an_error_of_the_device_stops_the_run_and_names_what_was_not_tried(error
         raise RuntimeError(error)
 
     write_cohort(tmp_path / "three", 3, seed=3, missing={i: ["t2f"] for i in range(3)}, **GRID)
-    monkeypatch.setattr(completion, "complete_study", fail)
-    summary = completion.complete_cohort(tmp_path / "three", tmp_path / "out", load_model(find_model(None)))
+    monkeypatch.setattr(case, "complete_study", fail)
+    summary = complete_cohort(tmp_path / "three", tmp_path / "out", load_model(find_model(None)))
     assert len(calls) == (1 if stops else 3)
     assert len(summary.failed) == 3
     assert sum("not tried, because the device failed" in reason for reason in summary.failed.values()) == 2 * stops

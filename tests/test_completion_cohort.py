@@ -1,14 +1,11 @@
 """Cohorts: one bad patient stops nobody, nothing is half-written, what is finished is kept, no order matters."""
 
 import errno
-import gc
 import json
 import re
 import shutil
-import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,15 +13,13 @@ import pytest
 import torch
 from conftest import Listener, header_alone, image, make_head, sha256, tree, voxels, write_images
 
-from crossmr import files, main_memory
-from crossmr.completion import cohort as cohorts
-from crossmr.completion import writing
+from crossmr import files
+from crossmr.completion import case as cases
+from crossmr.completion import inputs, writing
 from crossmr.completion.cohort import CohortSettings, CohortSummary, complete_cohort
-from crossmr.completion.layout import Layout
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT, complete, memory_needed
-from crossmr.data.naming import StudyFiles, find_studies
+from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
-from crossmr.display import Display
 from crossmr.errors import NamingError, OutputError, StudyError
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
@@ -156,30 +151,6 @@ def test_finished_cases_are_skipped_and_overwrite_redoes_them(model, small, tmp_
     assert {path: path.read_bytes() for path in first} == first
 
 
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"guidance": "unconditional"}, {"targets": ("t1c",)}, {"ddim_steps": 4}]
-)
-def test_other_settings_are_noticed_and_said(model, small, tmp_path, change):
-    complete_cohort(small, tmp_path / "out", model, SETTINGS)
-    before = tree(tmp_path / "out" / "Ann")
-    listener = Listener()
-    result = complete_cohort(small, tmp_path / "out", model, replace(SETTINGS, **change), display=listener)
-    assert result.skipped == ["Ann"]
-    assert [line for line in listener.said if "Ann: finished before with other settings" in line]
-    assert tree(tmp_path / "out" / "Ann") == before
-
-
-def test_overwriting_leaves_nothing_that_the_new_manifest_does_not_name(model, small, tmp_path):
-    out = tmp_path / "out"
-    complete_cohort(small, out, model, SETTINGS)
-    complete_cohort(small, out, model, replace(SETTINGS, targets=("t1c",)), AGAIN)
-    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t1c_synthetic.nii.gz", "manifest.json"}
-    # a scan that has been acquired in the meantime closes its gap
-    nib.save(image(make_head("t1c", shape=SHAPE)), small / "Ann" / "Ann-t1c.nii.gz")
-    complete_cohort(small, out, model, SETTINGS, AGAIN)
-    assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t2f_synthetic.nii.gz", "manifest.json"}
-
-
 @pytest.mark.parametrize("failing", ["second volume", "manifest"])
 @pytest.mark.parametrize("again", [False, True], ids=["first-time", "overwriting"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OutputError("disk full")])
@@ -209,7 +180,7 @@ def test_ctrl_c_stops_the_cohort_and_leaves_no_volume_without_manifest(model, sm
 
 
 def break_writing(monkeypatch, failing, error):
-    write_volume, write_json = writing.write_volume, cohorts.write_json
+    write_volume, write_json = writing.write_volume, cases.write_json
 
     def volume(made, path):
         if failing == "second volume" and "t2f" in path.name:
@@ -222,7 +193,7 @@ def break_writing(monkeypatch, failing, error):
         write_json(path, data)
 
     monkeypatch.setattr(writing, "write_volume", volume)
-    monkeypatch.setattr(cohorts, "write_json", manifest)
+    monkeypatch.setattr(cases, "write_json", manifest)
 
 
 def test_completing_in_place_adds_to_the_cohort_and_can_be_repeated(model, cohort, tmp_path):
@@ -300,16 +271,6 @@ def test_mapping_and_model_folder_are_passed_on(model_folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_finished_case_whose_inputs_changed_is_kept_and_said(model, small, tmp_path, capsys):
-    complete_cohort(small, tmp_path / "out", model, SETTINGS)
-    (changed,) = small.rglob("Ann-t1n.nii.gz")
-    image = nib.load(changed)
-    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * 2, image.affine, image.header), changed)
-    again = complete_cohort(small, tmp_path / "out", model, SETTINGS, display=Display())
-    assert again.skipped == ["Ann"]
-    assert "Ann: finished before with other input files, and kept; --overwrite" in capsys.readouterr().out
-
-
 def test_somebody_else_s_manifest_is_never_replaced(model, small, tmp_path):
     (tmp_path / "manifest.json").write_text('{"mine": true}')
     with pytest.raises(OutputError, match=r"manifest\.json is not crossmr's, so it is not replaced\. Name another"):
@@ -341,8 +302,8 @@ def test_masks_make_no_case_and_are_not_read(model, small, tmp_path):
 
 def test_a_case_is_the_same_in_any_order_and_any_cohort(model, cohort, completed, monkeypatch, tmp_path):
     out, _ = completed
-    found = cohorts.find_studies(cohort)
-    monkeypatch.setattr(cohorts, "find_studies", lambda *_: found[::-1])
+    found = find_studies(cohort)
+    monkeypatch.setattr(inputs, "find_studies", lambda *_: found[::-1])
     complete_cohort(cohort, tmp_path / "reversed", model, SETTINGS)
     monkeypatch.undo()
     write_images(tmp_path / "other", "Aaa", ("t1n", "t2w"), seed=9)
@@ -362,41 +323,6 @@ def test_a_case_is_the_same_in_any_order_and_any_cohort(model, cohort, completed
         assert (tmp_path / "reversed" / path).read_bytes() == (out / path).read_bytes()
 
 
-def test_one_study_is_read_ahead_and_no_more(monkeypatch, tmp_path):
-    loading, studies = [], [StudyFiles(str(k), str(k), {}, (), ()) for k in range(4)]
-
-    def load(files, *, register, labels):
-        assert (register, labels) == ("always", False)
-        loading.append(files.case)
-        if files.case == "2":
-            raise StudyError("the third")
-        return files.case
-
-    monkeypatch.setattr(cohorts, "load_study", load)
-    settings = replace(SETTINGS, register="always")
-    run = SimpleNamespace(model=None, layout=Layout(tmp_path), options=CohortSettings(), settings=settings)
-    for number, (found, study) in enumerate(cohorts._read_ahead(studies, run)):
-        assert found is studies[number]
-        if number == 2:
-            with pytest.raises(StudyError, match="the third"):
-                study.result()
-        else:
-            assert study.result() == str(number)
-        assert len(loading) <= number + 2
-    assert loading == ["0", "1", "2", "3"]
-
-
-def test_finished_studies_are_not_read(monkeypatch, tmp_path):
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0" / "manifest.json").write_text("{}")
-    monkeypatch.setattr(cohorts, "load_study", lambda files, **_: files.case)
-    studies = [StudyFiles(case, case, {}, (), ()) for case in "01"]
-    for options, read in ((CohortSettings(), [None, "1"]), (AGAIN, ["0", "1"])):
-        settings = replace(SETTINGS, targets=("t1c",))  # without, files that may be a scan would be looked for
-        run = SimpleNamespace(model=None, layout=Layout(tmp_path), options=options, settings=settings)
-        assert [study.result() for _, study in cohorts._read_ahead(studies, run)] == read
-
-
 # Memory
 
 
@@ -410,40 +336,6 @@ def test_a_study_that_cannot_fit_is_refused_by_its_headers_and_the_others_go_on(
     assert re.match(f"Big: {numbers}", summary.failed["Big"])
     with pytest.raises(StudyError, match=numbers):
         complete(small / "Big", model, SETTINGS)
-
-
-def memory_of(monkeypatch, available):
-    for module in (cohorts, main_memory):
-        monkeypatch.setattr(module, "available_memory", lambda: available)
-        monkeypatch.setattr(module, "reusable_memory", lambda: 0)
-
-
-@pytest.mark.parametrize(("share", "said"), [(1.5, 1), (2.5, 0)])
-def test_a_study_that_takes_more_than_half_of_the_memory_is_said(model, small, tmp_path, monkeypatch, share, said):
-    needed = memory_needed(find_studies(small)[0].images(), model, SETTINGS)
-    memory_of(monkeypatch, int(share * needed))
-    listener = Listener()
-    assert complete_cohort(small, tmp_path / "out", model, SETTINGS, display=listener).completed
-    assert sum(line.startswith("Ann: needs about 0.0 GB of memory, 0.0 GB are") for line in listener.said) == said
-
-
-@pytest.mark.parametrize(("room", "together"), [(1.6, 0), (2.5, 1)])
-def test_two_studies_are_in_memory_only_if_both_fit(model, small, tmp_path, monkeypatch, room, together):
-    for case in ("Bea", "Cal"):
-        write_images(small, case, ("t1n", "t2w"))
-    memory_of(monkeypatch, int(room * memory_needed(find_studies(small)[0].images(), model, SETTINGS)))
-    before, alive = [], []
-
-    def load(files, **settings):
-        gc.collect()
-        alive.append(sum(study() is not None for study in before))
-        study = load_study(files, **settings)
-        before.append(weakref.ref(study))
-        return study
-
-    monkeypatch.setattr(cohorts, "load_study", load)
-    assert len(complete_cohort(small, tmp_path / "out", model, SETTINGS).completed) == 3
-    assert alive == [0, together, together]
 
 
 def test_memory_is_estimated_by_the_headers_of_files_and_images_alike(model, tmp_path):

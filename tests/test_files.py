@@ -326,11 +326,11 @@ def test_a_lock_that_its_holder_deletes_is_locked_anew(tmp_path, monkeypatch):
     """Who opened it before it was deleted holds a file that nobody else will meet."""
     usual, path = files._lock, tmp_path / files.LOCK
 
-    def lock(descriptor):
+    def lock(descriptor, **how):
         if not (tmp_path / "deleted").exists():
             (tmp_path / "deleted").touch()
             path.unlink()
-        usual(descriptor)
+        usual(descriptor, **how)
 
     monkeypatch.setattr(files, "_lock", lock)
     with locked(tmp_path):

@@ -58,10 +58,10 @@ def test_a_run_that_was_stopped_has_a_line_for_each_finished_case(small, model, 
         made.append(usual(*given))
         return made[-1]
 
-    from crossmr.completion import cohort
+    from crossmr.completion import case
 
-    usual = cohort.complete_study
-    monkeypatch.setattr(cohort, "complete_study", stop)
+    usual = case.complete_study
+    monkeypatch.setattr(case, "complete_study", stop)
     with pytest.raises(KeyboardInterrupt):
         complete_cohort(small, tmp_path / "out", model, SETTINGS)
     assert [*table(tmp_path / "out")] == ["Ann"]

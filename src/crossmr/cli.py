@@ -20,14 +20,17 @@ from typer.core import TyperGroup
 
 from crossmr.command import (
     EXPERT,
+    MESSAGES,
     DdimSteps,
     Device,
     KeepNames,
     Names,
     Out,
+    PartOption,
     Patients,
     Precision,
     Register,
+    RetryFailed,
     Samples,
     Seed,
     Summary,
@@ -37,6 +40,7 @@ from crossmr.command import (
     messages,
     modalities_of,
     pairs,
+    part_of,
     speaks,
 )
 from crossmr.errors import ConfigError, CrossmrError, CrossmrWarning, Interrupted
@@ -47,7 +51,7 @@ if TYPE_CHECKING:
     from crossmr.completion.inputs import PlannedCase
     from crossmr.display import Display
 
-ORDER = ("complete", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo")
+ORDER = ("complete", "status", "report", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo")
 """The commands as the help lists them: in the order in which they are used."""
 
 
@@ -155,14 +159,18 @@ def complete(
     profile: Annotated[
         str, typer.Option(help="Layout of OUT: labelled, challenge (BraSyn's flat folder) or bids (a BIDS derivative).")
     ] = "labelled",
+    part: PartOption = None,
+    retry_failed: RetryFailed = False,
     *,
     display: "Display",
 ) -> Summary:
     """Synthesise the missing contrasts of one study or many. The same command again goes on where it stopped."""
     folders = [path for path in study_or_cohort if not os.path.isfile(path)]  # of a too long name, unlike Path.is_file
     check_paths(out=out, studies=[*folders, reference], models=[model])
-    wanted, names = modalities_of(targets), mapping_of(mapping)
+    wanted, names, own = modalities_of(targets), mapping_of(mapping), part_of(part)
     from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
+    from crossmr.completion.layout import Layout
+    from crossmr.completion.work import find_run
     from crossmr.display import LOG
     from crossmr.networks.inference import Settings
     from crossmr.output.report import report_completion
@@ -179,18 +187,22 @@ def complete(
         register="always" if register else "never",
         scale=scale,  # type: ignore[arg-type]
     )
-    options = CohortSettings(names, overwrite, profile, keep_names)  # type: ignore[arg-type]
+    options = CohortSettings(names, overwrite, profile, keep_names, own, retry_failed)  # type: ignore[arg-type]
     if dry_run:
         return _planned(plan_cohort(study_or_cohort, out, model, settings, options, display=display))
     summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
-    page = report_completion(out)
+    records = Layout(out, options.profile).records
+    if find_run(out) is not None:
+        last = f"part {own} has ended; others work, or have not begun: crossmr status {out}"
+    else:
+        last = f"report: {report_completion(out)}"
     return Summary(
         summary.counts,
         summary.failed,
         f"in {out}; research use only",
         asdict(summary),
-        lines=[*_outcomes(summary), f"report: {page}"],
-        log=page.with_name(LOG),
+        lines=[*_outcomes(summary), last],
+        log=records / LOG,
         doubtful="refuse" in summary.verdicts.values(),
     )
 
@@ -228,6 +240,43 @@ def _outcomes(summary: "CohortSummary") -> Iterator[str]:
             yield f"verdict {verdict}: {', '.join(cases[:NAMED])}{more}; status.csv has the reasons"
     if used := [*summary.verdicts.values()].count("use"):
         yield f"verdict use: {used} {'study' if used == 1 else 'studies'}"
+
+
+@app.command()
+def status(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that 'crossmr complete' writes or wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.", rich_help_panel=MESSAGES)] = False,
+) -> None:
+    """Say how far a cohort is: done, running, failed with reasons, left. Nothing is written."""
+    from crossmr.completion.work import read_progress
+    from crossmr.display import Display
+
+    progress = read_progress(out)
+    if as_json:
+        print(json.dumps({**asdict(progress), "left": progress.left}, indent=2, ensure_ascii=False))
+        return
+    for line in progress.lines():
+        Display().say(line)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that 'crossmr complete' or 'evaluate' wrote.")],
+) -> None:
+    """Write report.html anew, and of a cohort status.csv; of one that is not finished, what there is."""
+    from crossmr.completion.cohort import finish_cohort
+    from crossmr.completion.work import find_run
+    from crossmr.display import Display
+    from crossmr.output.report import report_completion, report_evaluation
+
+    if (out / "metrics.json").exists():
+        page = report_evaluation(out)
+    else:
+        check_completed(out)
+        if (layout := find_run(out)) is not None:
+            finish_cohort(layout)
+        page = report_completion(out)
+    Display().say(f"report: {page}")
 
 
 @app.command()

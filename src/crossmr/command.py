@@ -16,8 +16,9 @@ from crossmr.registry import find_model
 
 if TYPE_CHECKING:
     from crossmr.display import Display
+    from crossmr.parts import Part
 
-DICOM, EXPERT, MESSAGES = "DICOM", "Expert", "Messages"
+DICOM, EXPERT, MACHINES, MESSAGES = "DICOM", "Expert", "Many machines", "Messages"
 """Panels of the help."""
 
 
@@ -74,6 +75,23 @@ Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", rich_help
 Precision = Annotated[
     str,
     typer.Option(help="auto (bfloat16 if the hardware has it), bfloat16 or float32.", rich_help_panel=EXPERT),
+]
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="K/N",
+        help="Do the K-th of N parts; any number of processes may share OUT this way, on any number of machines.",
+        rich_help_panel=MACHINES,
+    ),
+]
+RetryFailed = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed",
+        help="With --part, try again what failed before in this run; without, that is always done.",
+        rich_help_panel=MACHINES,
+    ),
 ]
 Samples = Annotated[
     int | None,
@@ -190,6 +208,17 @@ def pairs(items: Sequence[str] | None, option: str, example: str) -> dict[str, s
 def mapping_of(items: Sequence[str] | None) -> dict[str, str] | None:
     """Contrast → pattern, as --map gives them."""
     return pairs(items, "--map", "t1n='*_MPRAGE.nii.gz'") or None
+
+
+def part_of(text: str | None) -> "Part | None":
+    """The part in '3/100'; of nothing, None.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    from crossmr.parts import Part
+
+    return None if text is None else Part.parse(text)
 
 
 def modalities_of(text: str | None) -> tuple[str, ...] | None:

@@ -25,13 +25,14 @@ from crossmr.errors import CrossmrError, CrossmrWarning, ModelError, NamingError
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(descriptor: int) -> None:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    def _lock(descriptor: int, *, shared: bool = False) -> None:
+        if not shared:  # there is no shared one: those who share go without
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
 
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def _lock(descriptor: int, *, shared: bool = False) -> None:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 LOCK = ".crossmr.lock"
@@ -68,8 +69,8 @@ _session: ContextVar[_Session | None] = ContextVar("session", default=None)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a folder, if need be, and let no other crossmr write to it.
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Make a folder, if need be, and let no other crossmr write to it, or, if shared, none that does not share it.
 
     A folder is refused, too, if another crossmr has locked a folder above it, or one directly in it. Of those that lie
     deeper each one is refused when `write_atomically` comes to it, so nothing is searched. The system releases the
@@ -84,7 +85,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         refuse_foreign(lock, _is_lock)
-        descriptor = _acquire(lock)
+        descriptor = _acquire(lock, shared=shared)
     except BlockingIOError as error:
         raise _in_use(folder) from error
     except OSError as error:
@@ -95,7 +96,7 @@ def locked(folder: Path) -> Iterator[None]:
             ) from error
         raise _not_written(folder, error) from error
     outer = _session.get()
-    if descriptor is None and outer is None:
+    if descriptor is None and outer is None and not shared:
         warnings.warn(
             f"{folder} is on a file system without locks: let no other crossmr write to it meanwhile.",
             CrossmrWarning,
@@ -105,7 +106,7 @@ def locked(folder: Path) -> Iterator[None]:
     token = _session.set(session)
     session.folders.append(place)
     try:
-        for other in (*place.parents, *_folders_in(place)):
+        for other in place.parents if shared else (*place.parents, *_folders_in(place)):
             if _held_by_another(other):
                 raise _in_use(other)
         yield
@@ -113,6 +114,8 @@ def locked(folder: Path) -> Iterator[None]:
         session.folders.remove(place)
         _session.reset(token)
         with contextlib.suppress(OSError):
+            if shared and descriptor is not None:
+                _lock(descriptor)  # which fails if others share it still: theirs must stay the one that all find
             lock.unlink()
         if descriptor is not None:
             os.close(descriptor)  # which releases it
@@ -121,7 +124,7 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _acquire(path: Path, *, create: bool = True) -> int | None:
+def _acquire(path: Path, *, create: bool = True, shared: bool = False) -> int | None:
     """Lock a file; returns its descriptor, or None on a file system without locks.
 
     Raises:
@@ -130,7 +133,7 @@ def _acquire(path: Path, *, create: bool = True) -> int | None:
     for attempt in itertools.count(1):
         descriptor = _open(path, create=create)
         try:
-            _lock(descriptor)
+            _lock(descriptor, shared=shared)
         except OSError as error:
             os.close(descriptor)
             if error.errno in _HELD:

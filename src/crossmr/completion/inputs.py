@@ -39,6 +39,13 @@ class Inputs:
     """Case → files that lie by its own and are of no format that is read."""
     dicom: Mapping[str, Sequence[Unread]] = field(default_factory=dict)
     """Case → DICOM that lies by its NIfTI."""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """Case → why the output has no place for it."""
+
+    @property
+    def cases(self) -> list[str]:
+        """The names of the studies."""
+        return [*self.series] if self.series is not None else [files.case for files in self.studies]
 
     def unread(self, files: StudyFiles, acquired: Sequence[str], model: CrossConditionedModel) -> list[Unread]:
         """What of a study is not used and may be a contrast that it seems to lack."""

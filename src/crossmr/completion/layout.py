@@ -28,6 +28,8 @@ Profile = Literal["labelled", "challenge", "bids"]
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 CHALLENGE_GRID = "240×240×155 at 1×1×1 mm"
 BIDS_VERSION = "1.10.0"
+WORK = ".crossmr"
+"""The folder of the records that holds what is left to do, while a run lasts; see work.py."""
 PICTURES = "pictures"
 """The folder of the records that holds one picture per case."""
 SUFFIXES = {"t1n": "T1w", "t1c": "T1w", "t2w": "T2w", "t2f": "FLAIR", "pdw": "PDw"}
@@ -55,11 +57,11 @@ class Layout:
         }[self.profile]
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, shared: bool = False) -> Iterator[None]:
         """Lock the output folder, and that of the records where it lies elsewhere; see `files.locked`."""
-        with locked(self.out):
+        with locked(self.out, shared=shared):
             if self.profile == "challenge":
-                with locked(self.records):
+                with locked(self.records, shared=shared):
                     yield
             else:
                 yield

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from crossmr.completion import private, status
-from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, Layout, is_generated
+from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, WORK, Layout, is_generated
 from crossmr.data.volume import is_synthetic
 from crossmr.dicom.series import is_derived
 from crossmr.errors import OutputError
@@ -30,7 +30,7 @@ def check_output(layout: Layout, scans: Path) -> None:
     refuse_foreign(layout.records / status.NAME, status.is_status)
     refuse_foreign(layout.records / private.NAME, partial(is_record, kind=private.FORMAT))
     if layout.profile == "challenge":
-        names = {path.name for path in layout.records.iterdir()} - {LOCK}
+        names = {path.name for path in layout.records.iterdir()} - {LOCK, WORK}
         if names and "manifest.json" not in names:
             raise OutputError(
                 f"{layout.records} holds {min(names)}, which is not crossmr's; the records of this output go there. "

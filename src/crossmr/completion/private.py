@@ -13,6 +13,8 @@ from crossmr.files import read_json, write_json
 
 NAME = "private_paths.json"
 FORMAT = "crossmr-paths"
+SCANS = "scans"
+"""The folder of an output that holds what DICOM was converted to."""
 NOTE = "NOT FOR SHARING: where the scans of each case lie, seen from this folder. Only 'crossmr view' reads this file."
 
 
@@ -23,6 +25,8 @@ def write_paths(records: Path, studies: Sequence[StudyFiles]) -> None:
         OutputError: it cannot be written.
     """
     path = records / NAME
+    if not studies:
+        return
     cases = read_json(path, OutputError).get("cases", {}) if os.path.exists(path) else {}
     for files in studies:
         try:
@@ -39,6 +43,9 @@ def read_paths(records: Path, case: str) -> dict[str, Path]:
     Raises:
         OutputError: nobody knows where they lie.
     """
+    if os.path.exists(converted := records / SCANS / case / "series.json"):
+        taken = read_json(converted, OutputError).get("taken", {})
+        return {modality: converted.with_name(f"{case}-{modality}.nii.gz") for modality in taken}
     cases = read_json(records / NAME, OutputError).get("cases")
     if not isinstance(cases, dict) or not isinstance(cases.get(case), dict):
         raise OutputError(f"{records / NAME} does not say where the scans of {case} lie.")

@@ -2,17 +2,21 @@
 
 import csv
 import io
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from crossmr.completion.layout import FORMAT
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.errors import OutputError
-from crossmr.files import is_record, read_json, write_atomically
+from crossmr.files import read_json, write_atomically
 
 NAME = "status.csv"
 COLUMNS = ("case", "verdict", "reasons", "filled", "seconds")
+Line = tuple[str, ...]
+"""What a line says, in the order of COLUMNS."""
 _HEAD = ",".join(COLUMNS).encode() + b"\r\n"
 
 
@@ -34,9 +38,23 @@ def write_status(records: Path, failed: Mapping[str, str]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    paths = [path for path in records.glob("*/manifest.json") if is_record(path, FORMAT)]
-    lines = {path.parent.name: _line(read_json(path, OutputError)) for path in paths}
-    lines |= {case: (case, "refuse", reason, "", "") for case, reason in failed.items()}
+    write_lines(records, {path.parent.name: line_of(manifest) for path, manifest in read_manifests(records)}, failed)
+
+
+def read_manifests(records: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Every manifest of a case that was finished here, by case."""
+    with os.scandir(records) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    for name in names:
+        path = records / name / "manifest.json"
+        with suppress(OutputError):
+            if (manifest := read_json(path, OutputError)).get("format") == FORMAT:
+                yield path, manifest
+
+
+def write_lines(records: Path, lines: Mapping[str, Line], failed: Mapping[str, str]) -> None:
+    """Write the table: a line for each case that was finished, and for each that failed."""
+    lines = {**lines, **{case: (case, "refuse", reason, "", "") for case, reason in failed.items()}}
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(COLUMNS)
@@ -44,7 +62,8 @@ def write_status(records: Path, failed: Mapping[str, str]) -> None:
     write_atomically(records / NAME, table.getvalue().encode(errors="replace"))
 
 
-def _line(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+def line_of(manifest: Mapping[str, Any]) -> Line:
+    """A finished case's line."""
     filled = [f"{_shown([target])} from {_shown(entry['from'])}" for target, entry in manifest["synthetic"].items()]
     reasons = (f"{_shown(r['contrasts'])}: {r['text']}" if r["contrasts"] else r["text"] for r in reasons_of(manifest))
     words = (manifest["case"], manifest.get("verdict", "look"), " | ".join(reasons), "; ".join(filled))

@@ -140,7 +140,7 @@ def convert_cases(
     _converter()
     with display.task("convert", len(cases)) as task:
         for case, all_series in cases.items():
-            converted.append(_convert_study(case, all_series, out, keep_names))
+            converted.append(convert_case(case, all_series, out, keep_names=keep_names))
             task.advance(case)
     return converted
 
@@ -267,8 +267,8 @@ def _coarser(a: Series, b: Series, factor: float = ALIKE) -> bool:
     return factor == ALIKE and math.prod(a.voxel_mm) > factor * math.prod(b.voxel_mm)
 
 
-def _convert_study(case: str, all_series: Sequence[Series], out: Path, keep_names: bool) -> Scans:
-    """Convert one study; its faults are returned, not raised."""
+def convert_case(case: str, all_series: Sequence[Series], out: Path, *, keep_names: bool = False) -> Scans:
+    """Convert one study into a folder that `check_scans` has nothing against; its faults are returned, not raised."""
     chosen, left_out, notes = choose(all_series)
     folder = out / case
     unreadable = {series.name: series.unreadable for series in all_series if series.unreadable}

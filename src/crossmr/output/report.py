@@ -28,7 +28,10 @@ from crossmr.files import REPORT, is_page, read_json, refuse_foreign, write_atom
 from crossmr.picture import BRIGHT, BRIGHTEST, COLOURS, DARK
 
 MOST_PICTURES = 200
-"""Pictures of a page at most; its tables hold all cases."""
+"""Pictures of a page at most; the tables of an evaluation hold all cases."""
+CASES_PER_PAGE = MOST_PICTURES
+MOST_ROWS = 500
+"""Cases of a verdict that the first page names; status.csv has them all."""
 
 
 class Point(NamedTuple):
@@ -84,45 +87,64 @@ class SubsetTable:
 
 
 def report_completion(out: Path) -> Path:
-    """Write report.html of a completed cohort: its cases, their pictures, and where all of it comes from.
+    """Write report.html of a cohort: its cases, their pictures, and where all of it comes from; returns the first page.
 
-    It lies in OUT, or among the records of another profile.
+    It lies in OUT, or among the records of another profile, with the further pages in the folder report beside it. Of
+    a run that is not finished it holds what `finish_cohort` found.
 
     Raises:
         OutputError: OUT holds no completed cohort, or cannot be written.
     """
     out = records_of(out)
     cohort = read_json(out / "manifest.json", OutputError)
-    if not cohort.get("finished"):
+    if "completed" not in cohort:
         raise OutputError(f"{out} holds no completed cohort. Run crossmr complete again.")
-    names = {*cohort["completed"], *cohort["skipped"], *cohort["complete"], *cohort["not_filled"]}
-    cases = [read_json(out / case / "manifest.json", OutputError) for case in sorted(names)]
-    synthesised = {modality for case in cases for modality in case["synthetic"]}
-    body = {
-        "title": "Completed studies",
-        "counts": {
-            "failed": len(cohort["failed"]),
-            "not synthesised": sum(bool(case["not_filled"]) and not case["synthetic"] for case in cases),
-            "synthesised": sum(bool(case["synthetic"]) for case in cases),
-            "already complete": sum(not case["synthetic"] and not case["not_filled"] for case in cases),
-        },
-        "warnings": [DISCLAIMER, *([ENHANCEMENT] if "t1c" in synthesised else [])],
-        "verdicts": _verdicts(cases, cohort["failed"]),
-        "cases": cases,
-        "cohort": cohort,
-        "picture": _reader(out, (case.get("picture", {}).get("file") for case in cases)),
-    }
-    return _write(out, "completion.html.j2", body)
+    names = sorted({*cohort["completed"], *cohort["skipped"], *cohort["complete"], *cohort["not_filled"]})
+    pages = [names[k : k + CASES_PER_PAGE] for k in range(0, len(names), CASES_PER_PAGE)] or [[]]
+    links = [("report.html", pages[0]), *((f"report/{k}.html", page) for k, page in enumerate(pages[1:], 2))]
+    counts = dict.fromkeys(("failed", "not synthesised", "synthesised", "already complete"), 0)
+    counts["failed"] = len(cohort["failed"])
+    verdicts, where, synthesised = _no_verdicts(cohort["failed"]), dict[str, str](), set[str]()
+    for number, (link, page) in reversed([*enumerate(links)]):  # the first one last, which counts them all
+        cases = [read_json(out / case / "manifest.json", OutputError) for case in page]
+        for case in cases:
+            outcome = (
+                "synthesised" if case["synthetic"] else "not synthesised" if case["not_filled"] else "already complete"
+            )
+            counts[outcome] += 1
+            verdicts[case.get("verdict", "look")][case["case"]] = reasons_of(case)
+            where[case["case"]] = f"{link if number else ''}#{case['case']}"
+            synthesised |= {*case["synthetic"]}
+        body = {
+            "title": "Completed studies",
+            "counts": {} if number else counts,
+            "warnings": [DISCLAIMER, *([ENHANCEMENT] if "t1c" in synthesised else [])],
+            "cases": cases,
+            "picture": _reader(out, (case.get("picture", {}).get("file") for case in cases)),
+            "number": number,
+            "pages": [(("../" if number else "") + to, names[0], names[-1]) for to, names in links if names],
+            "left": cohort.get("left", 0),
+        }
+        if number == 0:
+            body |= {"verdicts": {v: dict(sorted(its.items())) for v, its in verdicts.items()}, "where": where}
+            body |= {"failed": cohort["failed"], "most_rows": MOST_ROWS}
+        written = _write(out / link, "completion.html.j2", body)
+    _remove_pages(out / "report", len(links))
+    return written
 
 
-def _verdicts(cases: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> dict[str, dict[str, list[Any]]]:
-    """Verdict, from the worst to the best → its cases → their reasons."""
+def _no_verdicts(failed: Mapping[str, str]) -> dict[str, dict[str, list[Any]]]:
+    """Verdict, from the worst to the best → its cases → their reasons; of those that failed."""
     found: dict[str, dict[str, list[Any]]] = {verdict: {} for verdict in reversed(VERDICTS)}
-    for case, reason in failed.items():
-        found["refuse"][case] = [{"contrasts": [], "text": reason}]
-    for manifest in cases:
-        found[manifest.get("verdict", "look")][manifest["case"]] = reasons_of(manifest)
+    found["refuse"] = {case: [{"contrasts": [], "text": reason}] for case, reason in failed.items()}
     return found
+
+
+def _remove_pages(folder: Path, last: int) -> None:
+    """Delete the pages that an earlier report had beyond the last one."""
+    for page in folder.glob("*.html"):
+        if page.stem.isdigit() and int(page.stem) > last and is_page(page):
+            page.unlink()
 
 
 def report_evaluation(out: Path) -> Path:
@@ -160,10 +182,10 @@ def report_evaluation(out: Path) -> Path:
         "by_case": by_case,
         "picture": _reader(out, (picture["file"] for picture in result["pictures"])),
     }
-    return _write(out, "evaluation.html.j2", body)
+    return _write(out / REPORT, "evaluation.html.j2", body)
 
 
-def _write(out: Path, template: str, body: Mapping[str, Any]) -> Path:
+def _write(path: Path, template: str, body: Mapping[str, Any]) -> Path:
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "pages"),
         autoescape=True,
@@ -181,9 +203,9 @@ def _write(out: Path, template: str, body: Mapping[str, Any]) -> Path:
         brightest=BRIGHTEST,
         colours=", ".join(f"rgb{colour}" for colour in COLOURS),
     )
-    refuse_foreign(out / REPORT, is_page)
-    write_atomically(out / REPORT, page.encode(errors="replace"))
-    return out / REPORT
+    refuse_foreign(path, is_page)
+    write_atomically(path, page.encode(errors="replace"))
+    return path
 
 
 def _display_name(modality: str) -> str:

@@ -1,0 +1,269 @@
+"""One case of a cohort: whether it is finished, completed, written with its pictures, and kept as it is."""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossmr.completion.inputs import Inputs
+from crossmr.completion.layout import PICTURES, Layout, Profile
+from crossmr.completion.ownership import check_case, earlier_files
+from crossmr.completion.study import (
+    Completed,
+    Reference,
+    complete_study,
+    hashes,
+    settings_record,
+)
+from crossmr.completion.verdict import with_doubts
+from crossmr.completion.work import Work
+from crossmr.completion.writing import whole_or_absent, write_volumes
+from crossmr.data.naming import DISPLAY_NAMES, StudyFiles
+from crossmr.data.study import Study, load_study
+from crossmr.data.volume import read_volume
+from crossmr.dicom.convert import Scans
+from crossmr.display import Display
+from crossmr.errors import NamingError, OutputError, names_only
+from crossmr.files import read_json, remove, write_json
+from crossmr.networks.inference import Settings
+from crossmr.networks.model import CrossConditionedModel
+from crossmr.parts import Claim, Part
+from crossmr.picture import Array, Kind, Panel, middle, save_panels
+
+
+@dataclass(frozen=True)
+class CohortSettings:
+    """What is read of a folder of studies, and how the output is laid out."""
+
+    mapping: Mapping[str, str] | None = None
+    """Modality → pattern of file names, or, of DICOM, of series descriptions."""
+    overwrite: bool = False
+    """Whether finished cases are completed again."""
+    profile: Profile = "labelled"
+    """How OUT is laid out; see layout.py."""
+    keep_names: bool = False
+    """Whether cases of DICOM are called by patient ID and date, rather than by hashes."""
+    part: Part | None = None
+    """Which part of the cohort, where several processes share it, and OUT; None for all of it, and OUT alone."""
+    retry_failed: bool = False
+    """With a part: whether to try again what failed before in this run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What all cases of one call share."""
+
+    inputs: Inputs
+    layout: Layout
+    work: Work
+    model: CrossConditionedModel
+    settings: Settings
+    options: CohortSettings
+    reference: Reference | None
+    display: Display
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Everything that decides the voxels, for the manifests."""
+        return settings_record(self.model, self.settings, self.reference)
+
+    def without_folders(self, case: str, why: str) -> str:
+        """Why a case failed, without the folders of its files."""
+        own = next((files.paths() for files in self.inputs.studies if files.case == case), [])
+        return names_only(why, [*own, self.inputs.root, self.layout.out, self.layout.records])
+
+
+def images_of(files: StudyFiles) -> Mapping[str, Any]:
+    """The study's images; none where two have one modality, which is said when they are read."""
+    try:
+        return files.images()
+    except NamingError:
+        return {}
+
+
+def complete_case(
+    run: Run, files: StudyFiles, study: Future[Study | None], scans: Scans | None, claim: Claim | None
+) -> tuple[Mapping[str, Any], bool]:
+    """Complete one case of a cohort and write it; returns its manifest, and whether it was finished before.
+
+    Raises:
+        Lost: another process has taken it over. CrossmrError: it cannot be completed.
+    """
+    if (manifest := kept(run, files)) is not None:
+        return manifest, True
+    start = time.perf_counter()
+    files_now = hashes(files.images())
+    loaded = study.result() or read_case(run, files)
+    result = synthesise_case(run, files, loaded, files_now)
+    if claim is not None:
+        claim.check()
+    return write_case(run, files, loaded, result, scans, start), False
+
+
+def kept(run: Run, files: StudyFiles) -> Mapping[str, Any] | None:
+    """The manifest of a case that was finished before and stays as it is; None of one that is to be completed."""
+    if not is_finished(run, files):
+        return None
+    if arrived := why_again(run, files):
+        run.display.say(f"{files.case}: finished before, and done again: {arrived}")
+        return None
+    return _finished_before(run, files)
+
+
+def read_case(run: Run, files: StudyFiles) -> Study:
+    """The volumes of a case."""
+    return load_study(files, register=run.settings.register, labels=False)
+
+
+def synthesise_case(run: Run, files: StudyFiles, study: Study, files_now: Mapping[str, Any]) -> Completed:
+    """What is synthesised of a case that was read; `files_now` is what the manifest says of its files."""
+    run.layout.check(study)
+    unread = run.inputs.unread(files, tuple(study.volumes), run.model)
+    return complete_study(study, run.model, run.settings, files_now, run.reference, unread)
+
+
+def write_case(
+    run: Run, files: StudyFiles, study: Study, result: Completed, scans: Scans | None, start: float
+) -> Mapping[str, Any]:
+    """Write a completed case whole, in place of an earlier one, and return its manifest.
+
+    `start` is by `time.perf_counter`, for the seconds that the case took.
+    """
+    manifest, path = dict(result.manifest), run.layout.folder(files.case) / "manifest.json"
+    if files.passed_over:
+        manifest["passed_over"] = sorted(other.name for other in files.passed_over)
+    check_case(run.layout, files.case, run.model.config.targets, list(result.images), overwrite=True)
+    earlier, picture = earlier_files(run.layout, files.case, run.model.config.targets), run.layout.picture(files.case)
+    with whole_or_absent(path.parent) as written:
+        for old in (path, picture, *earlier):
+            remove(old)
+        write_volumes(run.layout, result.images, result.stds, manifest, written)
+        if scans is not None:
+            _write_dicom(run, study, scans, result, manifest, written)
+        inputs = [image for modality, image in files.images().items() if modality in manifest["acquired"]]
+        written += run.layout.finish(files.case, manifest, run.inputs.root, inputs)
+        if shown := _panels(study, result):
+            panels = save_panels(picture, shown, study.reference.spacing_mm)
+            manifest["picture"] = {"file": f"{PICTURES}/{picture.name}", "panels": panels}
+            written.append(picture)
+        manifest["seconds"] = round(time.perf_counter() - start, 3)
+        write_json(path, manifest)
+    return manifest
+
+
+def is_finished(run: Run, files: StudyFiles) -> bool:
+    """Whether a case was finished before, and is not to be overwritten; what this run finished never is."""
+    path = run.layout.folder(files.case) / "manifest.json"
+    return run.work.is_of_this_run(path) if run.options.overwrite else path.exists()
+
+
+def why_again(run: Run, files: StudyFiles) -> str:
+    """Why a case that was finished before is not any more: a scan of what was synthesised has come, or may have come.
+
+    Or what was not filled, because of a file that may be it, is no longer in doubt. Empty where it stays as it is.
+    """
+    manifest = read_json(run.layout.folder(files.case) / "manifest.json", OutputError)
+    given, images, synthetic = manifest.get("given", {}), files.images(), manifest.get("synthetic", {})
+    acquired = hashes({m: image for m, image in images.items() if m in synthetic})
+    come = {m: entry["file"] for m, entry in acquired.items() if entry != given.get(m)}
+    known = [m for m in images if m in manifest.get("acquired", ()) or m in come]
+    unread = [] if run.settings.targets is not None else run.inputs.unread(files, known, run.model)
+    come |= {m: one.name for one in unread for m in sorted(one.may_be) if m in synthetic}
+    if come:
+        listed = ", ".join(f"{m} ({name})" for m, name in come.items())
+        return f"{listed} was synthesised and has arrived since, so the synthetic one goes"
+    if why := _tried_again(run, manifest, images):
+        return why
+    doubted = [m for m in manifest.get("unread", {}) if not any(m in one.may_be for one in unread)]
+    wanted = [m for m in doubted if run.settings.targets is None or m in run.settings.targets]
+    return f"{', '.join(wanted)} is no longer in doubt" if wanted else ""
+
+
+def _tried_again(run: Run, manifest: Mapping[str, Any], images: Mapping[str, Path]) -> str:
+    """Why what was refused before may be synthesised now; empty where nothing has changed."""
+    if not (refused := manifest.get("refused", ())):
+        return ""
+    before, now = manifest.get("settings", {}), run.record
+    changed = [
+        name for name, key in (("model", "model_sha256"), ("--register", "register")) if before.get(key) != now[key]
+    ]
+    changed += ["scans"] if manifest.get("given") != hashes(images) else []
+    asked = [m for m in refused if m in (run.settings.targets or ())]
+    changed += [f"--targets {','.join(asked)}"] if asked else []
+    return f"{', '.join(refused)} was refused, with other {' and '.join(changed)}" if changed else ""
+
+
+def _finished_before(run: Run, files: StudyFiles) -> Mapping[str, Any]:
+    """The manifest of a case that is kept as it is, after saying what has changed since.
+
+    Files are read only if one of them is newer than the manifest.
+    """
+    path, images = run.layout.folder(files.case) / "manifest.json", files.images()
+    manifest, written = read_json(path, OutputError), path.stat().st_mtime
+    if manifest.pop("paths", None) is not None:  # earlier versions said where the scans lie
+        write_json(path, manifest)
+    changed = ["other settings"] if manifest.get("settings") != run.record else []
+    given = manifest.get("given", {})
+    same = {m: image.name for m, image in images.items()} == {m: entry.get("file") for m, entry in given.items()}
+    if not same or (any(image.stat().st_mtime > written for image in images.values()) and given != hashes(images)):
+        changed.append("other input files")
+    if changed:
+        what = " and ".join(changed)
+        run.display.say(f"{files.case}: finished before with {what}, and kept; --overwrite does it again")
+    return manifest
+
+
+def _write_dicom(
+    run: Run, study: Study, scans: Scans, result: Completed, manifest: dict[str, Any], written: list[Path]
+) -> None:
+    """Write each synthetic volume, and its standard deviation, as a derived series; name them like `_write_volumes`."""
+    from crossmr.dicom.write import DerivedSeries, choose_steps, write_derived
+
+    manifest["notes"] = [*scans.notes, *manifest["notes"]]
+    manifest |= with_doubts(manifest, scans.notes)
+    manifest["series"] = {
+        "taken": {m: {"series": series.number, "why": series.why} for m, series in scans.series.items()},
+        "left_out": dict(scans.left_out),
+    }
+    settings = " ".join(str(manifest["settings"][key]) for key in ("model_sha256", "guidance", "samples", "seed"))
+    for modality, entry in manifest["synthetic"].items():
+        sources = ", ".join(DISPLAY_NAMES.get(m, m) for m in entry["from"])
+        for kind, image in (("", result.images[modality]), ("std", result.stds.get(modality))):
+            if image is None:
+                continue
+            what = f"{'Standard deviation of the error of s' if kind else 'S'}ynthetic "
+            what += f"{DISPLAY_NAMES.get(modality, modality)} by crossmr {version('crossmr')} from {sources}."
+            series = DerivedSeries(
+                modality=modality,
+                like=scans.series[next(iter(study.volumes))],
+                sources={m: scans.series[m] for m in entry["from"]},
+                description=f"{what} {' '.join(entry['warnings'])}",
+                settings=settings,
+                created=datetime.fromisoformat(manifest["created"]),
+                kind=kind,
+                steps=None if entry["scale"] is None else choose_steps(read_volume(result.images[modality]).data),
+            )
+            folder = run.layout.dicom(study.case, modality, kind)
+            written.append(write_derived(folder, read_volume(image).data, study.reference, series))
+        entry["dicom"] = run.layout.dicom(study.case, modality).name
+
+
+def _panels(study: Study, result: Completed) -> list[Panel]:
+    """The acquired and the synthetic volumes, cut in three where there is most to see."""
+    head, synthesis = result.head, result.synthesis
+    if head is None or synthesis is None:
+        return []
+    mask = study.mask[study.box()]
+    at = result.look_at or middle(mask)
+    volumes: list[tuple[str, Kind, Array]] = [(m, "acquired", volume) for m, volume in head.volumes.items()]
+    for index, modality in enumerate(synthesis.targets):
+        volumes.append((modality, "synthetic", synthesis.images[index].numpy()))
+        if synthesis.stds is not None:
+            volumes.append((modality, "standard deviation", synthesis.stds[index].numpy()))
+    return [Panel.of(modality, kind, np.where(mask, volume, np.float32(0)), at) for modality, kind, volume in volumes]

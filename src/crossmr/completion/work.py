@@ -1,0 +1,280 @@
+"""What is left to do of a run, as several processes see it that complete one cohort into one output.
+
+It lies in the hidden folder `.crossmr` of the records while the run lasts: run.json, the lists of studies, the claims
+of those who work, what failed, and which parts are done. Whoever finishes last deletes it; manifest.json has it all.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crossmr.completion.inputs import Inputs
+from crossmr.completion.layout import FORMAT, PROFILES, WORK, Layout, records_of
+from crossmr.completion.listing import read_cases, read_listing, write_listing
+from crossmr.errors import OutputError
+from crossmr.files import is_record, read_json, remove, write_json
+from crossmr.parts import Claims, Holder, Part
+
+RUN = "crossmr-run"
+ATTEMPTS = 3
+"""A study with which so many processes died has failed."""
+POLL_SECONDS = 2.0
+_LISTING, FINISH = ".list", ".finish"
+"""What is claimed beside the cases."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    finished: bool
+    studies: int
+    done: int
+    failed: dict[str, str]
+    """Case → why."""
+    running: list[Holder]
+    """Who works on which case."""
+    dead: list[Holder]
+    """Cases whose process is gone; another one takes them over."""
+    per_hour: float
+    """Studies that were done per hour since the run began; 0 where nothing is known."""
+
+    @property
+    def left(self) -> int:
+        """Studies that nobody has begun."""
+        return max(0, self.studies - self.done - len(self.failed) - len(self.running))
+
+    def lines(self) -> list[str]:
+        """What a user reads of it."""
+        told = f"{self.done} done, {len(self.running)} running, {len(self.failed)} failed, {self.left} left"
+        left = self.left + len(self.running)
+        if left and self.per_hour:
+            told += f"; {self.per_hour:.3g} per hour, about {_span(left / self.per_hour)} left"
+        said = [f"{self.studies} {'study' if self.studies == 1 else 'studies'}: {told}"]
+        said += [f"{case} failed: {reason}" for case, reason in self.failed.items()]
+        said += [
+            f"{one.item} is running on {one.host}, process {one.process}, for {one.seconds:.0f} s"
+            for one in self.running
+        ]
+        said += [
+            f"{one.item}: its process {one.process} on {one.host} is gone; the next one takes it" for one in self.dead
+        ]
+        if not self.finished and not self.running:
+            said.append("Nobody works on it. The same command goes on where it stopped.")
+        return said
+
+
+def _span(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+
+
+def find_run(out: Path) -> Layout | None:
+    """The layout of an output where a run has begun and not finished."""
+    for profile in PROFILES:
+        layout = Layout(out, profile)
+        run = layout.records / WORK / "run.json"
+        if run.exists() and read_json(run, OutputError).get("profile") == profile:
+            return layout
+    return None
+
+
+def read_progress(out: Path) -> Progress:
+    """How far the run of an output is; nothing is written, and nobody is waited for.
+
+    Raises:
+        OutputError: `complete` did not write it.
+    """
+    if (layout := find_run(out)) is not None:
+        return Work(layout).progress()
+    records = records_of(out)
+    if not is_record(records / "manifest.json", FORMAT):
+        raise OutputError(
+            f"{out} is not an output of 'crossmr complete': it has no manifest.json. Name another folder."
+        )
+    told = read_json(records / "manifest.json", OutputError)
+    failed, done = told.get("failed", {}), {*told.get("verdicts", {})} - {*told.get("failed", {})}
+    return Progress(bool(told.get("finished")), len(done) + len(failed), len(done), dict(failed), [], [], 0.0)
+
+
+class Work:
+    """The work of one process, and what the others of its run have done and left."""
+
+    def __init__(self, layout: Layout, part: Part | None = None, *, overwrite: bool = False) -> None:
+        self.part = part
+        self._overwrites = overwrite
+        self._layout = layout
+        self._folder = layout.records / WORK
+        self.claims = Claims(self._folder / "claims")
+        self._run, self._began = "", 0.0
+        if (self._folder / "run.json").exists():
+            self._remember()
+
+    # The run
+
+    def begin(self, inputs: Inputs) -> None:
+        """Begin a run of one process, in an output that is locked; what an earlier one left is forgotten.
+
+        Raises:
+            OutputError: other processes are at work there, where the file system has no locks.
+        """
+        if alive := [holder for holder in self.claims.holders() if holder.alive]:
+            raise _in_use(self._layout.out, alive)
+        remove(self._folder)
+        self._start("", inputs)
+
+    def join(self, key: str, find: Callable[[], Inputs]) -> Inputs:
+        """The studies of this process's part, of a run that others may have begun.
+
+        Whoever comes first lists all studies, by `find`, and begins the run; the others wait for the list.
+
+        Args:
+            key: what all processes of a run have in common: the cohort and the options.
+            find: lists the studies.
+
+        Raises:
+            OutputError: other processes work here on another cohort, or with other options.
+        """
+        part = self.part or Part(1, 1)
+        while True:
+            if self._is_begun(key):
+                self._remember()
+                return read_listing(self._listing(), part)
+            claim = self.claims.take(_LISTING)
+            if claim is None:
+                time.sleep(POLL_SECONDS)
+                continue
+            try:
+                if not self._is_begun(key):
+                    if alive := [holder for holder in self.claims.holders() if holder.alive]:
+                        raise _in_use(self._layout.out, alive)
+                    self._start(key, find())
+            finally:
+                self.claims.give_back(claim)
+
+    def _start(self, key: str, inputs: Inputs) -> None:
+        for path in (self._folder / "run.json", *self._folder.glob("studies*.jsonl")):
+            remove(path)
+        for name in ("failed", "parts"):
+            remove(self._folder / name)
+        write_listing(self._listing(), inputs)
+        write_json(self._layout.records / "manifest.json", {"format": FORMAT, "finished": False})
+        self._layout.start(inputs.root)
+        identity = {"format": RUN, "key": key, "id": f"{time.time_ns():x}"}
+        options = {"profile": self._layout.profile, "overwrite": self._overwrites}
+        write_json(self._folder / "run.json", {**identity, **options})
+        self._remember()
+
+    def _remember(self) -> None:
+        path = self._folder / "run.json"
+        run = read_json(path, OutputError)
+        self._run, self._overwrites, self._began = run["id"], run["overwrite"], path.stat().st_mtime
+
+    def _is_begun(self, key: str) -> bool:
+        """Whether a run of this kind has begun and not finished."""
+        manifest, run = self._layout.records / "manifest.json", self._folder / "run.json"
+        if not (run.exists() and manifest.exists() and self._listing().exists()) or read_json(
+            manifest, OutputError
+        ).get("finished"):
+            return False
+        return bool(read_json(run, OutputError).get("key") == key)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether others have finished the run meanwhile, or begun another."""
+        path = self._folder / "run.json"
+        return not path.exists() or read_json(path, OutputError).get("id") != self._run
+
+    def is_of_this_run(self, manifest: Path) -> bool:
+        """Whether a case was finished since the run began."""
+        return manifest.exists() and manifest.stat().st_mtime >= self._began
+
+    # Its cases
+
+    def record_failure(self, case: str, reason: str) -> None:
+        """Note why a case failed, in words that may be shared."""
+        write_json(self._folder / "failed" / f"{case}.json", {"case": case, "reason": reason})
+
+    def failure(self, case: str, since: float = 0.0) -> str:
+        """Why a case failed in this run, '' if it did not, or before `since`."""
+        path = self._folder / "failed" / f"{case}.json"
+        if not path.exists() or path.stat().st_mtime < since:
+            return ""
+        return str(read_json(path, OutputError)["reason"])
+
+    def forget_failure(self, case: str) -> None:
+        """Of a case that is completed now."""
+        remove(self._folder / "failed" / f"{case}.json")
+
+    # Its end
+
+    def progress(self) -> Progress:
+        """How far the run is; see `read_progress`."""
+        cases, failed, again = self.cases(), self.failures(), self._overwrites
+        paths = {case: self._layout.folder(case) / "manifest.json" for case in cases - failed.keys()}
+        now = {case for case, path in paths.items() if self.is_of_this_run(path)}
+        done = now if again else {case for case, path in paths.items() if path.exists()}
+        holders = [one for one in self.claims.holders() if one.item in cases - done - failed.keys()]
+        hours = max(1e-9, (time.time() - self._began) / 3600)
+        return Progress(
+            finished=False,
+            studies=len(cases),
+            done=len(done),
+            failed=failed,
+            running=[one for one in holders if one.alive],
+            dead=[one for one in holders if not one.alive],
+            per_hour=len(now) / hours,
+        )
+
+    def is_last(self) -> bool:
+        """Note that this part is done; whether it is the last one, and nobody works any more."""
+        if self.is_over:
+            return False
+        part, folder = self.part or Part(1, 1), self._folder / "parts"
+        try:
+            write_json(folder / f"{part.number}-of-{part.of}.json", {})
+        except OutputError:
+            if not self.is_over:
+                raise
+        if self.is_over:  # just now
+            if not (self._folder / "run.json").exists():
+                remove(folder)
+            return False
+        done = {path.stem for path in folder.glob("*.json")}
+        if any(f"{k}-of-{part.of}" not in done for k in range(1, part.of + 1)):
+            return False
+        return not any(holder.alive for holder in self.claims.holders())
+
+    def cases(self) -> set[str]:
+        """All cases of the run."""
+        return {case for path in self._folder.glob("studies*.jsonl") for case in read_cases(path)}
+
+    def failures(self) -> dict[str, str]:
+        """Case → why it failed."""
+        folder = self._folder / "failed"
+        entries = (read_json(path, OutputError) for path in sorted(folder.glob("*.json")))
+        return {str(entry["case"]): str(entry["reason"]) for entry in entries}
+
+    def end(self) -> None:
+        """Delete what only matters while the run lasts."""
+        remove(self._folder)
+
+    def close(self) -> None:
+        """Give back what this process has claimed."""
+        self.claims.close()
+        for folder in (self._folder / "claims", self._folder):  # which others may have deleted before
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+
+    def _listing(self) -> Path:
+        return self._folder / "studies.jsonl"
+
+
+def _in_use(out: Path, holders: Sequence[Holder]) -> OutputError:
+    where = f"process {holders[0].process} on {holders[0].host}"
+    return OutputError(
+        f"{out} is being written to by other processes of crossmr ({where} and {len(holders) - 1} more), with another "
+        "cohort or other options. Wait for them, or name another folder."
+    )
