@@ -271,7 +271,7 @@ def finish_cohort(layout: Layout) -> None:
     """
     with closing(Work(layout)) as work:
         claim = work.claims.take(FINISH)
-        if claim is None or work.is_over:
+        if claim is None or work.is_over():
             return
         cases, failed = work.cases(), work.failures()
         summary, lines, settings = CohortSummary(), dict[str, Line](), dict[str, Any]()

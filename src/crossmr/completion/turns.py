@@ -60,7 +60,7 @@ class Turns:
                     self.left.append(case)
             if not self.left or not patient:
                 return None
-            if self.run.work.is_over:
+            if self.run.work.is_over():
                 self.left.clear()
             else:
                 time.sleep(POLL_SECONDS)

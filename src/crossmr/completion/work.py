@@ -228,15 +228,15 @@ class Work:
 
     def is_last(self) -> bool:
         """Note that this part is done; whether it is the last one, and nobody works any more."""
-        if self.is_over:
+        if self.is_over():
             return False
         part, folder = self.part or Part(1, 1), self._folder / "parts"
         try:
             write_json(folder / f"{part.number}-of-{part.of}.json", {})
         except OutputError:
-            if not self.is_over:
+            if not self.is_over():
                 raise
-        if self.is_over:  # just now
+        if self.is_over():  # just now
             if not (self._folder / "run.json").exists():
                 remove(folder)
             return False
