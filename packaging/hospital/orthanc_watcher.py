@@ -9,7 +9,7 @@ the study, so neither a study that is sent twice nor the derived series that arr
 
     orthanc_watcher.py --state /var/lib/crossmr --to ORTHANC@127.0.0.1:4242 -- crossmr-mercure
     orthanc_watcher.py --state /var/lib/crossmr --to PACS@pacs:104 -- podman run --rm --network none \
-        -v {in}:/in:ro -v {out}:/out -e MERCURE_IN_DIR=/in -e MERCURE_OUT_DIR=/out crossmr crossmr-mercure
+        -v {in}:/in:ro -v {out}:/out -e MERCURE_IN_DIR=/in -e MERCURE_OUT_DIR=/out --entrypoint crossmr-mercure crossmr
 
 It needs Python 3.11 and dcmtk, nothing else. The log has Orthanc's identifiers of studies and counts, no patient data.
 A study that fails leaves a note in STATE/notes; delete the note, and the study is tried again. Research use only.
@@ -33,6 +33,7 @@ import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,7 @@ class Watcher:
 
     def _handle(self, study: str, images: dict[str, str], derived: set[str], mark: str) -> bool:
         """Complete a study, send what was derived and mark it; whether it need not wait any longer."""
+        shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(mode=0o700)
         try:
             outgoing, result = self._run(study, images)
@@ -346,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that folders are removed and the module is stopped
     orthanc, options, given = parse(arguments)
     watcher = Watcher(orthanc, options)
-    started = False
+    started, fault = False, ""
     while True:
         try:
             if not started:
@@ -354,8 +356,12 @@ def main(arguments: list[str] | None = None) -> None:
                 started = True
                 log(f"watching, after change {watcher.state['since']}, {len(watcher.state['waiting'])} waiting")
             watcher.round()
-        except (OSError, ValueError, KeyError) as error:  # among them URLError: Orthanc restarts
-            log(f"Orthanc or the state could not be read or written, and is tried again: {type(error).__name__}")
+            if fault:
+                log("Orthanc answers again")
+            fault = ""
+        except (OSError, ValueError, KeyError, HTTPException) as error:  # among them URLError: Orthanc restarts
+            if fault != (fault := type(error).__name__):
+                log(f"Orthanc, or the folder {options.state}, fails ({fault}); it is tried again until it does not")
         time.sleep(options.every)
 
 
