@@ -45,10 +45,8 @@ class Archive:
         self.http, self.dicom = free_ports(2)
         settings = {"Name": "test", "StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db")}
         settings |= {"HttpPort": self.http, "DicomPort": self.dicom, "DicomAet": "ORTHANC", "StableAge": stable}
-        settings |= {
-            "RemoteAccessAllowed": False,
-            "OverwriteInstances": True,
-        }  # each arrival counts as new: the hard case
+        settings |= {"RemoteAccessAllowed": False, "DicomAlwaysAllowFind": True}
+        settings |= {"OverwriteInstances": True}  # each arrival counts as new: the hard case
         (folder / "orthanc.json").write_text(json.dumps(settings))
         self.url = f"http://127.0.0.1:{self.http}"
         self.start()
