@@ -8,7 +8,7 @@ A study whose acquired images were handled before is not handled again: Orthanc 
 the study, so neither a study that is sent twice nor the derived series that arrive start anything.
 
     orthanc_watcher.py --state /var/lib/crossmr --to ORTHANC@127.0.0.1:4242 -- crossmr-mercure
-    orthanc_watcher.py --state /var/lib/crossmr --to PACS@pacs:104 -- podman run --rm --network none \
+    orthanc_watcher.py --state /var/lib/crossmr --to PACS@pacs:104 -- podman run --rm --network none --user 0 \
         -v {in}:/in:ro -v {out}:/out -e MERCURE_IN_DIR=/in -e MERCURE_OUT_DIR=/out --entrypoint crossmr-mercure crossmr
 
 It needs Python 3.11 and dcmtk, nothing else. The log has Orthanc's identifiers of studies and counts, no patient data.
@@ -32,7 +32,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,8 @@ class Options:
     settings: dict[str, Any]
     minutes: float = 60.0
     every: float = 5.0
+    quiet: float = 60.0
+    """Seconds without a new image after which a study is whole; Orthanc's own measure is lost when it restarts."""
     pause: float = 10.0
     """Seconds before images are sent again, the first time."""
 
@@ -178,7 +180,7 @@ class Watcher:
         try:
             if (found := self.orthanc.find(f"/studies/{study}")) is None:
                 return True  # deleted
-            if not json.loads(found)["IsStable"]:
+            if not self._is_whole(json.loads(found)):
                 return False
             images, derived, mark = self._images(study)
             before = (self.orthanc.find(f"/studies/{study}/metadata/{MARK}") or b"").decode()
@@ -193,6 +195,11 @@ class Watcher:
             log(f"{study}: Orthanc answers {error.code}, for the {self.errors[study]}. time")
             why = f"Orthanc cannot give its images: it answers {error.code}. See Orthanc's log."
             return self.errors[study] >= ATTEMPTS and self._fail(study, why, mark)
+
+    def _is_whole(self, study: dict[str, Any]) -> bool:
+        """Whether no image of a study has arrived for a while."""
+        latest = datetime.strptime(study["LastUpdate"], "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
+        return study["IsStable"] is True and (datetime.now(UTC) - latest).total_seconds() >= self.options.quiet
 
     def _handle(self, study: str, images: dict[str, str], derived: set[str], mark: str) -> bool:
         """Complete a study, send what was derived and mark it; whether it need not wait any longer."""
@@ -326,6 +333,7 @@ def parse(arguments: list[str] | None) -> tuple[Orthanc, Options, argparse.Names
     parser.add_argument("--settings", type=Path, help="JSON file with the module's settings")
     parser.add_argument("--minutes", type=float, default=60, help="that the module may take for a study")
     parser.add_argument("--every", type=float, default=5, help="seconds between questions to Orthanc")
+    parser.add_argument("--quiet", type=float, default=60, help="seconds without a new image: the study is whole")
     parser.add_argument("--pause", type=float, default=10, help="seconds before series are sent again")
     parser.add_argument("--from-beginning", action="store_true", help="the first time: all studies of the archive")
     parser.add_argument(
@@ -338,7 +346,8 @@ def parse(arguments: list[str] | None) -> tuple[Orthanc, Options, argparse.Names
     credentials = given.credentials.read_text().strip() if given.credentials else None
     settings = json.loads(given.settings.read_text()) if given.settings else {}
     command = tuple(given.command)
-    options = Options(given.state, given.to, command, settings, given.minutes, given.every, given.pause)
+    seconds = {"every": given.every, "quiet": given.quiet, "pause": given.pause}
+    options = Options(given.state, given.to, command, settings, given.minutes, **seconds)
     return Orthanc(given.orthanc, credentials), options, given
 
 
