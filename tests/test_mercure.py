@@ -15,7 +15,7 @@ from conftest import tree
 
 from crossmr import mercure
 from crossmr.errors import ConfigError
-from crossmr.mercure import IN, NOTIFICATION, OUT, ModuleSettings, impersonal, main, read_settings
+from crossmr.mercure import IN, NOTIFICATION, OUT, ROUTING, ModuleSettings, impersonal, main, read_settings
 
 PERSONAL = ("Doe", "Jane", "MRN", "0042", "19700101", "A123", "2.25.")
 """Of the patient in dicoms.py; and the start of every UID there."""
@@ -86,6 +86,7 @@ def test_a_study_is_completed_into_flat_labelled_series(task, tmp_path):
             assert image[keyword].value == scan[keyword].value
     listed = {series["series_uid"]: series["images"] for series in result["studies"][0]["series"]}
     assert listed == dict.fromkeys({path.name.partition("#")[0] for path in sent}, dicoms.SHAPE[2])
+    assert ROUTING not in result
     message = result[NOTIFICATION]
     assert message["text"].startswith("Sent: SYNTHETIC T1ce (crossmr), SYNTHETIC FLAIR (crossmr); verdict use.")
     assert "not a medical device" in message["text"]
@@ -118,6 +119,7 @@ def test_a_complete_study_sends_nothing_and_its_own_series_are_no_scans(task, tm
     task.receive(tmp_path / "rest")
     code, result, sent, _ = task.run()
     assert (code, result["status"], sent) == (0, "complete", [])
+    assert result[ROUTING] == {"discard": True}
     assert result[NOTIFICATION] == {
         "text": f"Nothing sent: no contrast is missing. {mercure.LABEL}",
         "requested": False,
@@ -132,6 +134,7 @@ def test_a_refused_study_is_held_back_unless_the_settings_say_so(task, tmp_path)
     broken.write_bytes(broken.read_bytes()[:300])
     code, result, sent, printed = task.run()
     assert (code, result["status"], sent) == (0, "held back", [])
+    assert result[ROUTING] == {"discard": True}
     study = result["studies"][0]
     assert (study["verdict"], study["synthetic"], study["series"]) == ("refuse", ["t2f"], [])
     text = result[NOTIFICATION]["text"]

@@ -167,6 +167,9 @@ def waiting(state):
     return read(state)["waiting"]
 
 
+COMMAND = ("module", "-v", "{in}:/in:ro", "{out}")
+
+
 class FalseArchive(watcher.Orthanc):
     """An archive of studies of one series, in memory; `lost` images cannot be read."""
 
@@ -174,12 +177,13 @@ class FalseArchive(watcher.Orthanc):
         super().__init__("http://127.0.0.1:1")
         self.changes, self.studies, self.marks, self.lost = [], {}, {}, set()
 
-    def arrive(self, study, *images, stable=True, maker="ACME"):
+    def arrive(self, study, *images, stable=True, maker="ACME", description=""):
         if study not in self.studies:
             self.change("NewStudy", study)
         series = {"ID": f"{study}-{maker}", "Instances": list(images)}
         tags = {"Modality": "MR", "Manufacturer": maker, "SeriesInstanceUID": f"1.2.{len(self.changes)}"}
         stored = self.studies.setdefault(study, {"series": [], "latest": "20200101T000000"})
+        stored["described"] = {"StudyDescription": description} if description else {}
         stored["series"].append(series | {"MainDicomTags": tags})
         stored["stable"] = stable
         if stable:
@@ -209,7 +213,8 @@ class FalseArchive(watcher.Orthanc):
             if rest and name in self.marks:
                 return self.marks[name].encode()
             if not rest:
-                return json.dumps({"IsStable": study["stable"], "LastUpdate": study["latest"]}).encode()
+                found = {"IsStable": study["stable"], "LastUpdate": study["latest"]}
+                return json.dumps(found | {"MainDicomTags": study["described"]}).encode()
         code = 500 if kind == "instances" else 404
         raise urllib.error.HTTPError(path, code, "", None, None)
 
@@ -226,7 +231,7 @@ def desk(tmp_path, monkeypatch):
         for name, body in (("module", f"{module}"), ("storescu", storescu)):
             (programs / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {calls}\n{body}\n')
             (programs / name).chmod(0o755)
-        settings = watcher.Options(tmp_path / "state", "PACS@host:104", ("module",), {"std": False}, pause=0, **options)
+        settings = watcher.Options(tmp_path / "state", "PACS@host:104", COMMAND, {"std": False}, pause=0, **options)
         while open_ones and not together:
             open_ones.pop().close()
         made = watcher.Watcher(archive, settings)
@@ -274,6 +279,15 @@ def test_a_study_waits_until_it_is_stable_and_a_deleted_one_is_forgotten(desk):
     archive.studies["one"]["latest"] = f"{datetime.now(UTC) - timedelta(seconds=61):%Y%m%dT%H%M%S}"
     made.round()
     assert (called(), waiting(state)) == (["module", "storescu"], [])
+
+
+def test_only_the_studies_that_are_meant_are_handled(desk):
+    archive, make, called, state = desk
+    made = make(description="*Brain*")
+    for study, description in (("one", "MRI BRAIN W/O"), ("two", "MRI KNEE"), ("three", "")):
+        archive.arrive(study, "a", description=description)
+    made.round()
+    assert (called(), waiting(state), list(archive.marks)) == (["module", "storescu"], [], ["one"])
 
 
 def test_images_that_arrive_meanwhile_or_later_count(desk):
@@ -381,11 +395,14 @@ def test_one_watcher_at_a_time_in_a_folder_of_its_own(desk):
 def test_the_module_gets_its_folders_and_the_settings(desk):
     archive, make, _, state = desk
     keep = state.parent / "kept"
-    script = f'exec > {keep}; stat -c %a "$MERCURE_IN_DIR" "$TMPDIR"; cd "$MERCURE_IN_DIR"; ls; cat task.json'
+    script = (
+        f'exec > {keep}; echo "$*"; stat -c %a "$MERCURE_IN_DIR" "$TMPDIR"; cd "$MERCURE_IN_DIR"; ls; cat task.json'
+    )
     made = make(module=script)
     archive.arrive("one", "a")
     made.round()
-    *lines, task = keep.read_text().splitlines()
+    words, *lines, task = keep.read_text().splitlines()
+    assert words == f"-v {state}/work/in:/in:ro {state}/work/out"
     assert lines == ["700", "700", "one-ACME#a.dcm", "task.json"]
     assert json.loads(task)["process"] == {"settings": {"std": False}}
 

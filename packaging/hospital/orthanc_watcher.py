@@ -19,6 +19,7 @@ import argparse
 import base64
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
@@ -100,6 +101,8 @@ class Options:
     every: float = 5.0
     quiet: float = 60.0
     """Seconds without a new image after which a study is whole; Orthanc's own measure is lost when it restarts."""
+    description: str = "*"
+    """Pattern of the descriptions of the studies that are meant, in any case."""
     pause: float = 10.0
     """Seconds before images are sent again, the first time."""
 
@@ -180,6 +183,9 @@ class Watcher:
         try:
             if (found := self.orthanc.find(f"/studies/{study}")) is None:
                 return True  # deleted
+            described = str(json.loads(found)["MainDicomTags"].get("StudyDescription", "")).lower()
+            if not fnmatch.fnmatchcase(described, self.options.description.lower()):
+                return True
             if not self._is_whole(json.loads(found)):
                 return False
             images, derived, mark = self._images(study)
@@ -331,6 +337,7 @@ def parse(arguments: list[str] | None) -> tuple[Orthanc, Options, argparse.Names
     parser.add_argument("--to", required=True, metavar="TITLE@HOST:PORT", help="DICOM node of the derived series")
     parser.add_argument("--state", required=True, type=Path, help="folder of this program alone")
     parser.add_argument("--settings", type=Path, help="JSON file with the module's settings")
+    parser.add_argument("--description", default="*", metavar="GLOB", help="only studies of such a StudyDescription")
     parser.add_argument("--minutes", type=float, default=60, help="that the module may take for a study")
     parser.add_argument("--every", type=float, default=5, help="seconds between questions to Orthanc")
     parser.add_argument("--quiet", type=float, default=60, help="seconds without a new image: the study is whole")
@@ -347,7 +354,7 @@ def parse(arguments: list[str] | None) -> tuple[Orthanc, Options, argparse.Names
     settings = json.loads(given.settings.read_text()) if given.settings else {}
     command = tuple(given.command)
     seconds = {"every": given.every, "quiet": given.quiet, "pause": given.pause}
-    options = Options(given.state, given.to, command, settings, given.minutes, **seconds)
+    options = Options(given.state, given.to, command, settings, given.minutes, description=given.description, **seconds)
     return Orthanc(given.orthanc, credentials), options, given
 
 

@@ -9,7 +9,9 @@ MERCURE_IN_DIR   images of one series, or of a study, flat, named SERIES_UID#IMA
                  process.settings are the settings of the module, with those of the rule over them
 MERCURE_OUT_DIR  images to be sent on, flat, named alike; and result.json, an object that mercure keeps and shows
 result.json      "__mercure_notification" in it is {"text", "requested"}: the text goes into the rule's messages, and
-                 `requested` sends one where the rule notifies only on request
+                 `requested` sends one where the rule notifies only on request. "__mercure_routing" {"discard": true}
+                 tells a rule with dynamic routing that nothing is to be sent on; to any other, an empty folder is an
+                 error, since dcmsend finds no image in it (app/dispatch/target_types/builtin.py)
 exit code        0: what is in MERCURE_OUT_DIR is sent on. Any other: nothing is, the folder moves to mercure's errors
 
 Messages leave the hospital by e-mail and web hooks, and what a module prints is stored: neither names a patient, nor a
@@ -36,7 +38,7 @@ from crossmr.files import read_json, temporary_folder, write_json
 
 IN, OUT = "MERCURE_IN_DIR", "MERCURE_OUT_DIR"
 TASK, RESULT = "task.json", "result.json"
-NOTIFICATION = "__mercure_notification"
+NOTIFICATION, ROUTING = "__mercure_notification", "__mercure_routing"
 LABEL = "Series whose description begins with SYNTHETIC were not acquired. Research use only; not a medical device."
 _UID = re.compile(r"\b\d+(\.\d+){4,}\b")
 """A UID, or the better part of one."""
@@ -99,7 +101,8 @@ def run(incoming: Path, outgoing: Path) -> dict[str, Any]:
         if summary.failed:
             raise StudyError(impersonal(" ".join(summary.failed.values()), [place]))
         studies = [_study(layout, case, settings, outgoing) for case in summary.verdicts]
-    return {"status": _worst_status(studies), "studies": studies, **_program(), **_notification(studies)}
+    routing = {} if any(study["series"] for study in studies) else {ROUTING: {"discard": True}}
+    return {"status": _worst_status(studies), "studies": studies, **_program(), **_notification(studies), **routing}
 
 
 def link_images(incoming: Path, place: Path) -> None:
