@@ -16,7 +16,7 @@ import pydicom
 import pytest
 from test_orthanc import watcher
 
-from crossmr.mercure import ModuleSettings
+from crossmr.mercure import ModuleSettings, main
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "packaging" / "hospital"
@@ -43,7 +43,7 @@ def test_every_file_is_named_on_the_page():
 def test_mercures_image_starts_a_command_that_the_wheel_has():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     entry = re.search(r"^ENTRYPOINT (.+)$", (FILES / "mercure.Containerfile").read_text(), flags=re.MULTILINE)
-    assert json.loads(entry[1])[0] in scripts
+    assert scripts[json.loads(entry[1])[0]] == f"{main.__module__}:{main.__name__}"
 
 
 def test_the_service_starts_the_watcher(tmp_path):

@@ -152,7 +152,7 @@ class Watcher:
         for study in list(self.state["waiting"]):
             if self._try(study):
                 self.state["waiting"].remove(study)
-                self.save()
+        self.save()  # after a kill, those that were handled are found marked
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
@@ -234,6 +234,7 @@ class Watcher:
         log(f"{study}: failed; see {self._note(study)}")
         self._leave_note(study, f"{why}\nTo try it again, delete this file.")
         self.state["failed"][study] = mark
+        self.save()
         return True
 
     def _settle(self, study: str) -> None:
