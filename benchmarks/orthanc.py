@@ -115,7 +115,7 @@ def run(archive: Archive, sent: dict[str, Path], extra: Path, out: Path) -> dict
         eventually(lambda: not waiting(state) and quiet(archive, state), 600)
         seen["after its mark was lost"] = {patient: len(of) for patient, of in archive.series().items()}
         archive.send(extra)
-        eventually(lambda: "earlier derived series" in log.read_text(), 1800)
+        eventually(lambda: any("was handled again" in note.read_text() for note in (state / "notes").iterdir()), 1800)
         eventually(lambda: quiet(archive, state), 600)
     seen["folders left"] = (state / "work").exists()
     seen["notes"] = {path.stem: path.read_text().splitlines()[2:] for path in (state / "notes").iterdir()}

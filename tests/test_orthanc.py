@@ -281,6 +281,19 @@ def test_a_study_waits_until_it_is_stable_and_a_deleted_one_is_forgotten(desk):
     assert (called(), waiting(state)) == (["module", "storescu"], [])
 
 
+def test_what_was_held_back_is_noted(desk):
+    archive, make, called, state = desk
+    said = '{"status": "held back", "__mercure_notification": {"requested": true, "text": "Nothing sent: refused."}}'
+    made = make(module=f"echo '{said}' > \"$MERCURE_OUT_DIR/result.json\"")
+    archive.arrive("one", "a")
+    made.round()
+    note = state / "notes" / "one.txt"
+    assert "Nothing sent: refused." in note.read_text()
+    note.unlink()
+    made.round()
+    assert called() == ["module"]
+
+
 def test_only_the_studies_that_are_meant_are_handled(desk):
     archive, make, called, state = desk
     made = make(description="*Brain*")

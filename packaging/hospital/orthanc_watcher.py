@@ -124,7 +124,10 @@ class Watcher:
             raise SystemExit(f"Another watcher runs with {options.state}.") from None
         shutil.rmtree(self.work, ignore_errors=True)  # of one that was killed
         path = options.state / "state.json"
-        self.state = json.loads(path.read_text()) if path.exists() else {"since": None, "waiting": [], "failed": {}}
+        state = json.loads(path.read_text()) if path.exists() else {}
+        self.since: int | None = state.get("since")
+        self.waiting = dict.fromkeys(state.get("waiting", ()))
+        self.failed: dict[str, str] = state.get("failed", {})
 
     def close(self) -> None:
         """Let another watcher use the folder."""
@@ -133,32 +136,31 @@ class Watcher:
     def start(self, *, from_beginning: bool) -> None:
         """The first time: begin with what arrives from now on, unless all of the archive is wanted."""
         last = self.orthanc.json("/changes?last")["Last"]
-        since = self.state["since"]
-        if since is None:
-            self.state["since"] = 0 if from_beginning else last
-        elif last < since:
-            log(f"Orthanc's index is another one than before: only what arrives from now on is handled (was {since})")
-            self.state["since"] = last
+        if self.since is None:
+            self.since = 0 if from_beginning else last
+        elif last < self.since:
+            log("Orthanc's index is another one than before: only what arrives from now on is handled")
+            self.since = last
         self.save()
 
     def round(self) -> None:
         """See what has arrived, and handle each study that is stable; one that is not, or fails to answer, waits."""
         self._listen()
-        for study in [study for study in self.state["failed"] if not self._note(study).exists()]:
+        for study in [study for study in self.failed if not self._note(study).exists()]:
             log(f"{study}: its note was deleted, so it is tried again")
-            del self.state["failed"][study]
-            self._wait_for(study)
+            del self.failed[study]
+            self.waiting[study] = None
         self.save()
-        for study in list(self.state["waiting"]):
+        for study in list(self.waiting):
             if self._try(study):
-                self.state["waiting"].remove(study)
+                del self.waiting[study]
         self.save()  # after a kill, those that were handled are found marked
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
         temporary = self.options.state / "state.json.partial"
         with temporary.open("w") as file:
-            json.dump(self.state, file)
+            json.dump({"since": self.since, "waiting": list(self.waiting), "failed": self.failed}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.options.state / "state.json")
@@ -166,16 +168,12 @@ class Watcher:
     def _listen(self) -> None:
         done = False
         while not done:
-            answer = self.orthanc.json(f"/changes?since={self.state['since']}&limit={AT_ONCE}")
+            answer = self.orthanc.json(f"/changes?since={self.since}&limit={AT_ONCE}")
             for change in answer["Changes"]:
-                self.state["since"] = change["Seq"]
+                self.since = change["Seq"]
                 if change["ChangeType"] in ARRIVED:
-                    self._wait_for(change["ID"])
+                    self.waiting[change["ID"]] = None
             done = answer["Done"] or not answer["Changes"]
-
-    def _wait_for(self, study: str) -> None:
-        if study not in self.state["waiting"]:
-            self.state["waiting"].append(study)
 
     def _try(self, study: str) -> bool:
         """Whether a study need not wait any longer: it was handled, or has failed."""
@@ -190,7 +188,7 @@ class Watcher:
                 return False
             images, derived, mark = self._images(study)
             before = (self.orthanc.find(f"/studies/{study}/metadata/{MARK}") or b"").decode()
-            if not images or mark in (before, self.state["failed"].get(study)):
+            if not images or mark in (before, self.failed.get(study)):
                 return True
             log(f"{study}: {len(images)} images")
             return self._handle(study, images, derived, mark)
@@ -224,23 +222,28 @@ class Watcher:
         self.orthanc.ask(f"/studies/{study}/metadata/{MARK}", put=mark)
         log(f"{study}: {result.get('status', 'done')}; {len(series)} series sent")
         self._settle(study)
+        message, notes = result.get("__mercure_notification", {}), []
+        if message.get("requested") and not series:
+            notes.append(message["text"])
         if outdated := derived - series:
-            log(f"{study}: {len(outdated)} earlier derived series in it; see {self._note(study)}")
-            self._leave_note(study, f"It was handled again, for images have arrived. {OUTDATED} {', '.join(outdated)}.")
+            notes.append(f"It was handled again, for images have arrived. {OUTDATED} {', '.join(sorted(outdated))}.")
+        if notes:
+            log(f"{study}: there is something to know; see {self._note(study)}")
+            self._leave_note(study, "\n".join(notes))
         return True
 
     def _fail(self, study: str, why: str, mark: str) -> bool:
         """Leave a note of a study that failed, which then need not wait any longer."""
         log(f"{study}: failed; see {self._note(study)}")
         self._leave_note(study, f"{why}\nTo try it again, delete this file.")
-        self.state["failed"][study] = mark
+        self.failed[study] = mark
         self.save()
         return True
 
     def _settle(self, study: str) -> None:
         """Forget earlier failures of a study, and its note."""
         self.errors.pop(study, None)
-        self.state["failed"].pop(study, None)
+        self.failed.pop(study, None)
         with contextlib.suppress(FileNotFoundError):
             self._note(study).unlink()
 
@@ -371,13 +374,13 @@ def main(arguments: list[str] | None = None) -> None:
             if not started:
                 watcher.start(from_beginning=given.from_beginning)
                 started = True
-                log(f"watching, after change {watcher.state['since']}, {len(watcher.state['waiting'])} waiting")
+                log(f"watching, after change {watcher.since}, {len(watcher.waiting)} waiting")
             watcher.round()
             if fault:
                 log("Orthanc answers again")
             fault = ""
         except (OSError, ValueError, KeyError, HTTPException) as error:  # among them URLError: Orthanc restarts
-            if fault != (fault := type(error).__name__):
+            if fault != (fault := f"{type(error).__name__} {getattr(error, 'code', '')}".strip()):
                 log(f"Orthanc, or the folder {options.state}, fails ({fault}); it is tried again until it does not")
         time.sleep(options.every)
 
