@@ -129,9 +129,11 @@ def test_studies_come_in_and_derived_series_go_back_once(archive, model_folder, 
         image.save_as(path)
     state, log, settings = tmp_path / "state", tmp_path / "log", {"model": str(model_folder), "device": "cpu"}
     archive.send(tmp_path / "Ann", tmp_path / "Cem")
-    with watching(archive, state, settings, log):
-        eventually(lambda: list(state.glob("work/in/task.json")))
+    with watching(archive, state, settings, log) as first:
+        eventually(lambda: list(state.glob("work/in/task.json")) and modules(first))
+        (module,) = modules(first)
         assert stat.S_IMODE((state / "work").stat().st_mode) == 0o700
+    eventually(lambda: not is_running(module), 3)
     assert (state / "work").exists()
     with watching(archive, state, settings, log):
         eventually(lambda: sorted(len(of) for of in archive.series().values()) == [2, 4] and not waiting(state))
@@ -157,6 +159,16 @@ def test_studies_come_in_and_derived_series_go_back_once(archive, model_folder, 
     said = log.read_text()
     assert said.count("sent; 2 series sent") == 1
     assert not [word for word in (*PERSONAL, "Ann", "Cem") if word in said + note.read_text()]
+
+
+def modules(process):
+    """The children of a process."""
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def is_running(number):
+    status = Path(f"/proc/{number}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def read(state):

@@ -18,6 +18,7 @@ A study that fails leaves a note in STATE/notes; delete the note, and the study 
 import argparse
 import base64
 import contextlib
+import ctypes
 import fcntl
 import fnmatch
 import hashlib
@@ -297,7 +298,12 @@ class Watcher:
         """The exit code of a command, None if it took too long; what it prints may name patients and is dropped."""
         try:
             process = subprocess.Popen(
-                words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+                words,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         except OSError as error:
             raise Failed(f"{words[0]} cannot be run: {error.strerror}.") from None
@@ -321,6 +327,11 @@ class Watcher:
     def _leave_note(self, study: str, text: str) -> None:
         address = f"{self.orthanc.url}/app/explorer.html#study?uuid={study}"
         self._note(study).write_text(f"{now()}\nThe study: {address}\n{text}\n")
+
+
+def die_with_parent() -> None:
+    """Have Linux end this process, a module, when the watcher is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def now() -> str:
