@@ -179,7 +179,6 @@ class Work:
             return False
         return bool(read_json(run, OutputError).get("key") == key)
 
-    @property
     def is_over(self) -> bool:
         """Whether others have finished the run meanwhile, or begun another."""
         path = self._folder / "run.json"
