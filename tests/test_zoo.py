@@ -1115,7 +1115,7 @@ CALLS: list[Kind] = [
     Kind("set of damaged cases", set_entry(lambda b: b.update(cases={"P1": {}})),
          r"manifest\.json .*Run prepare again"),
     Kind("set with nobody to train on", set_entry(emptied("train")), r"No study of the set can serve", "begun"),
-    Kind("set without the part", lambda b: b.evaluate("--part", "bogus"),
+    Kind("set without the split", lambda b: b.evaluate("--split", "bogus"),
          r"'bogus' is not a split of a .*; expected one of"),
     Kind("array missing", arrays(lambda _, p: p.unlink()), r"images\.npy is missing or damaged.*Run prepare", "begun"),
     Kind("array cut short", arrays(lambda _, p: p.write_bytes(p.read_bytes()[:-99])),

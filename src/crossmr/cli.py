@@ -313,7 +313,7 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a trained model, or the name of a registered one.")],
     data: Annotated[Path, typer.Argument(metavar="SET_OR_COHORT", help="A prepared set, or a folder of studies.")],
     out: Out,
-    part: Annotated[str, typer.Option(help="Split of a prepared set: train, val or test.")] = "test",
+    split: Annotated[str, typer.Option(help="Split of a prepared set: train, val or test.")] = "test",
     every_subset: Annotated[
         bool,
         typer.Option(
@@ -335,12 +335,13 @@ def evaluate(
     mapping: Names = None,
     register: Register = False,
     patients: Patients = None,
+    part: PartOption = None,
     *,
     display: "Display",
 ) -> Summary:
     """Measure a model: hide each target, synthesise it, and compare it with the truth and with baselines."""
     check_paths(out=out, studies=[data], models=[model, against])
-    names = mapping_of(mapping)
+    names, own = mapping_of(mapping), part_of(part)
     from crossmr.display import LOG
     from crossmr.evaluation.evaluate import EvaluationSettings, overlap_warnings
     from crossmr.evaluation.evaluate import evaluate as run
@@ -357,7 +358,8 @@ def evaluate(
         register="always" if register else "never",
     )
     settings = EvaluationSettings(
-        split=part,
+        split=split,
+        part=own,
         every_subset=every_subset,
         guidances=tuple(guidance or ()),  # type: ignore[arg-type]
         against=against,
@@ -369,7 +371,8 @@ def evaluate(
     display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
     if result["uncertainty"]:
         display.print_tables([uncertainty_table(result["uncertainty"])])
-    lines = [*(f"Warning: {text}" for text in overlap_warnings(result)), f"report: {report_evaluation(out)}"]
+    last = f"report: {report_evaluation(out)}" if result["finished"] else f"part {own} is measured; others are not yet"
+    lines = [*(f"Warning: {text}" for text in overlap_warnings(result)), last]
     counts = {"failed": len(result["failed"]), "measured": len(result["cases"])}
     record = {key: result[key] for key in ("summary", "contrasts", "uncertainty", "overlap", "model_sha256")}
     return Summary(counts, result["failed"], f"every number is in {out}", record, lines, out / LOG)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crossmr.errors import ConfigError, OutputError
-from crossmr.files import digest
+from crossmr.files import digest, write_json
 
 T = TypeVar("T")
 
@@ -52,7 +52,8 @@ class Part:
         """
         found = re.fullmatch(r"(\d+)/(\d+)", text.strip(), re.ASCII)
         if found is None:
-            raise ConfigError(f"--part is '{text}'; expected K/N, such as 3/100.")
+            hint = f" The split is --split {text}." if text in ("train", "val", "test") else ""
+            raise ConfigError(f"--part is '{text}'; expected K/N, such as 3/100.{hint}")
         return cls(int(found[1]), int(found[2]))
 
     def take(self, items: Sequence[T]) -> list[T]:
@@ -96,6 +97,17 @@ class Claim:
         """
         if os.path.lexists(self.next) or not os.path.lexists(self.path):
             raise Lost(f"{self.item}: another process has taken it over, as this one was not heard of for long.")
+
+
+def note_done(folder: Path, part: Part) -> bool:
+    """Note in a folder that a part is done; whether all parts are.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_json(folder / f"{part.number}-of-{part.of}.json", {})
+    done = {path.stem for path in folder.glob("*.json")}
+    return all(f"{number}-of-{part.of}" in done for number in range(1, part.of + 1))
 
 
 class Claims:

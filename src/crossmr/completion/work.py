@@ -14,7 +14,7 @@ from crossmr.completion.layout import FORMAT, PROFILES, WORK, Layout, records_of
 from crossmr.completion.listing import read_cases, read_listing, write_listing
 from crossmr.errors import OutputError
 from crossmr.files import is_record, read_json, remove, write_json
-from crossmr.parts import Claims, Holder, Part
+from crossmr.parts import Claims, Holder, Part, note_done
 
 RUN = "crossmr-run"
 ATTEMPTS = 3
@@ -229,9 +229,9 @@ class Work:
         """Note that this part is done; whether it is the last one, and nobody works any more."""
         if self.is_over():
             return False
-        part, folder = self.part or Part(1, 1), self._folder / "parts"
+        folder, all_done = self._folder / "parts", False
         try:
-            write_json(folder / f"{part.number}-of-{part.of}.json", {})
+            all_done = note_done(folder, self.part or Part(1, 1))
         except OutputError:
             if not self.is_over():
                 raise
@@ -239,10 +239,7 @@ class Work:
             if not (self._folder / "run.json").exists():
                 remove(folder)
             return False
-        done = {path.stem for path in folder.glob("*.json")}
-        if any(f"{k}-of-{part.of}" not in done for k in range(1, part.of + 1)):
-            return False
-        return not any(holder.alive for holder in self.claims.holders())
+        return all_done and not any(holder.alive for holder in self.claims.holders())
 
     def cases(self) -> set[str]:
         """All cases of the run."""

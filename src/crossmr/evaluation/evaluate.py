@@ -9,21 +9,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import numpy as np
 
-from crossmr.data.patients import merge
 from crossmr.device import choose_precision, ends_the_run
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError, names_only
+from crossmr.evaluation.measurements import PARTS, TABLES, Measurements, Outcome, Picture, read_parts, write_part
 from crossmr.evaluation.measures import (
     PROTOCOL,
-    CalibrationPoint,
-    ContrastScore,
-    Row,
-    Score,
-    UncertaintyScore,
     measure,
     measure_calibration,
     measure_contrasts,
@@ -41,24 +36,17 @@ from crossmr.evaluation.statistics import (
     summarise_contrasts,
     summarise_uncertainty,
 )
-from crossmr.evaluation.subjects import Array, Subject, find_subjects, open_prepared, patterns
+from crossmr.evaluation.subjects import Array, Found, Subject, find_subjects, open_prepared, patterns
 from crossmr.evaluation.tables import is_table, write_csv
-from crossmr.files import REPORT, is_page, is_record, locked, refuse_foreign, write_json
+from crossmr.files import REPORT, digest, is_page, is_record, locked, refuse_foreign, remove, write_json
 from crossmr.main_memory import check_memory
 from crossmr.networks.inference import Settings, chosen_guidance, samples_drawn
 from crossmr.networks.model import CrossConditionedModel, Guidance
+from crossmr.parts import Part
 from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_most, window
 from crossmr.registry import load_model
 
 FORMAT = "crossmr-evaluation"
-TABLES: dict[str, type[Row]] = {
-    "metrics": Score,
-    "contrasts": ContrastScore,
-    "uncertainty": UncertaintyScore,
-    "calibration": CalibrationPoint,
-}
-"""Table → what its rows are."""
-R = TypeVar("R", Score, ContrastScore, UncertaintyScore, CalibrationPoint)
 
 
 @dataclass(frozen=True)
@@ -77,6 +65,8 @@ class EvaluationSettings:
     """The model's own guidance, and seed, steps, device and precision of all."""
     mapping: Mapping[str, str] | None = None
     """See `find_studies`."""
+    part: Part | None = None
+    """Which part of the studies, where several processes share them, and OUT; None for all of them."""
     patients: Path | None = None
     """Of a folder of studies: table of whose each is, see `data.patients`; None goes by names."""
 
@@ -85,16 +75,6 @@ class EvaluationSettings:
             raise ConfigError("An evaluation knows no reference; measure sample, unconditional or none.")
         if self.inference.targets is not None:
             raise ConfigError("An evaluation measures every target that the model knows; name none.")
-
-
-class Picture(TypedDict):
-    """A picture of one target, and what its panels show."""
-
-    case: str
-    sources: list[str]
-    target: str
-    file: str
-    panels: Sequence[Mapping[str, str]]
 
 
 class SecondModel(TypedDict):
@@ -131,56 +111,6 @@ class Evaluation(TypedDict):
     versions: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Measurements:
-    """All that was measured."""
-
-    scores: list[Score] = field(default_factory=list)
-    contrasts: list[ContrastScore] = field(default_factory=list)
-    uncertainty: list[UncertaintyScore] = field(default_factory=list)
-    calibration: list[CalibrationPoint] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    patients: dict[str, str] = field(default_factory=dict)
-    """Case → patient."""
-    scans: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Case → SHA-256 of the voxels of each volume."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Case → reason."""
-
-    def rows(self) -> dict[str, Sequence[Row]]:
-        """File → its rows, of those files that have any."""
-        measured: tuple[Sequence[Row], ...] = (self.scores, self.contrasts, self.uncertainty, self.calibration)
-        return {name: rows for name, rows in zip(TABLES, measured, strict=True) if rows}
-
-    def add(self, other: "Measurements") -> None:
-        """Append what was measured of another study."""
-        self.scores.extend(other.scores)
-        self.contrasts.extend(other.contrasts)
-        self.uncertainty.extend(other.uncertainty)
-        self.calibration.extend(other.calibration)
-        self.pictures.extend(other.pictures)
-        self.patients.update(other.patients)
-        self.scans.update(other.scans)
-
-    def by_patient(self) -> "Measurements":
-        """The same, where cases that share a scan are of one patient."""
-        patients, shared = merge(self.patients, self.scans)
-        if not shared:
-            return self
-
-        def renamed(rows: Sequence[R]) -> list[R]:
-            return [replace(row, patient=patients[row.case]) for row in rows]
-
-        return replace(
-            self,
-            patients=patients,
-            scores=renamed(self.scores),
-            contrasts=renamed(self.contrasts),
-            uncertainty=renamed(self.uncertainty),
-            calibration=renamed(self.calibration),
-        )
-
-
 def evaluate(
     model: CrossConditionedModel | Path | str,
     data: Path | str,
@@ -200,7 +130,7 @@ def evaluate(
             A study that fails is listed under 'failed', and so are all further ones after an error of the device or of
             memory: in what is returned with paths, in what is written with the names of files only.
     """
-    out = Path(out)
+    out, part = Path(out), settings.part
     model = load_model(model, settings.inference.device)
     if settings.every_subset and not model.config.any_subset:
         raise ConfigError(
@@ -209,38 +139,66 @@ def evaluate(
     predictors = find_predictors(model, settings.inference, settings.guidances, settings.against)
     source = settings.mapping, settings.inference.register, settings.patients
     subjects = find_subjects(Path(data), settings.split, *source)
-    measured = Measurements()
-    with locked(out):
-        _refuse_foreign(out, [one.name for one in subjects], predictors[0].model.config.targets)
-        write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
-        with display.logged(out / LOG) as logging, logging.task("evaluate", len(subjects)) as task:
-            for number, found in enumerate(subjects, 1):
-                name = found.name
-                try:
-                    needed = memory_needed(found, predictors, every_subset=settings.every_subset)
-                    if warning := check_memory(name, needed):
-                        logging.say(warning)
-                    measured.add(measure_subject(found.read(), predictors, out, every_subset=settings.every_subset))
-                except CrossmrError as error:
-                    measured.failed[name] = str(error)
-                except Exception as error:  # nobody foresaw it: the other patients go on all the same
-                    measured.failed[name] = f"{name}: {logging.unforeseen(error)}"
-                    if reason := ends_the_run(error):
-                        left = [other.name for other in subjects[number:]]
-                        measured.failed.update((other, f"{other}: not tried, because {reason}") for other in left)
-                        break
-                task.advance(name)
-        if not measured.scores:
+    own = subjects if part is None else part.take(subjects)
+    with locked(out, shared=part is not None):
+        _refuse_foreign(out, [one.name for one in own], predictors[0].model.config.targets)
+        if part is None:
+            write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
+        with display.logged(out / LOG) as logging:
+            outcomes = _measure_all(own, predictors, out, settings, logging)
+        paths = {one.name: [*one.paths, Path(data), out] for one in own}
+        shareable = {one.name: names_only(one.failed, paths[one.name]) for one in outcomes if one.failed}
+        if part is not None:
+            key = digest({"studies": [one.name for one in subjects], "settings": repr(replace(settings, part=None))})
+            write_part(out, part, key, [replace(one, failed=shareable.get(one.name, "")) for one in outcomes])
+            if all_outcomes := read_parts(out, part.of, key):
+                outcomes = all_outcomes
+                shareable = {one.name: one.failed for one in outcomes if one.failed}
+        complete = len(outcomes) == len(subjects)
+        measured = Measurements.of(outcomes)
+        if not measured.scores and complete:
             reason = next(iter(measured.failed.values()), f"the split '{settings.split}' is empty")
             raise StudyError(f"No study of {data} could be measured: {reason}")
         measured = measured.by_patient()
         evaluation = summarise_all(measured, predictors, _set_and_split(Path(data), settings))
-        for name, rows in measured.rows().items():
-            write_csv(out / f"{name}.csv", rows)
-        paths = {one.name: [*one.paths, Path(data), out] for one in subjects}
-        failed = {name: names_only(why, paths[name]) for name, why in measured.failed.items()}
-        write_json(out / "metrics.json", {**evaluation, "failed": failed})
+        evaluation["finished"] = complete
+        if complete:
+            for name, rows in measured.rows().items():
+                write_csv(out / f"{name}.csv", rows)
+            write_json(out / "metrics.json", {**evaluation, "failed": shareable})
+            remove(out / PARTS)
     return evaluation
+
+
+def _measure_all(
+    subjects: Sequence[Found],
+    predictors: Sequence[Predictor],
+    out: Path,
+    settings: EvaluationSettings,
+    display: Display,
+) -> list[Outcome]:
+    """What became of each study."""
+    outcomes = list[Outcome]()
+    with display.task("evaluate", len(subjects)) as task:
+        for number, found in enumerate(subjects, 1):
+            name = found.name
+            try:
+                needed = memory_needed(found, predictors, every_subset=settings.every_subset)
+                if warning := check_memory(name, needed):
+                    display.say(warning)
+                subject = found.read()
+                measured = measure_subject(subject, predictors, out, every_subset=settings.every_subset)
+                outcomes.append(Outcome(name, measured))
+                del subject, measured
+            except CrossmrError as error:
+                outcomes.append(Outcome(name, failed=str(error)))
+            except Exception as error:  # nobody foresaw it: the other patients go on all the same
+                outcomes.append(Outcome(name, failed=f"{name}: {display.unforeseen(error)}"))
+                if reason := ends_the_run(error):
+                    left = (other.name for other in subjects[number:])
+                    return [*outcomes, *(Outcome(one, failed=f"{one}: not tried, because {reason}") for one in left)]
+            task.advance(name)
+    return outcomes
 
 
 def _refuse_foreign(out: Path, names: Sequence[str], targets: Sequence[str]) -> None:
