@@ -25,6 +25,7 @@ from crossmr.data.volume import read_volume, same_grid
 from crossmr.dicom.convert import convert
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
+from crossmr.parts import WORK, Part
 
 
 def truth(modality, affine=OBLIQUE):
@@ -403,3 +404,41 @@ def test_the_output_may_lie_within_the_input(tmp_path):
     assert holds_dicom(tmp_path, exclude=tmp_path / "out")
     assert not holds_dicom(tmp_path)
     assert [s.case for s in convert(tmp_path, tmp_path / "out")] == [s.case for s in first]
+
+
+# Parts
+
+
+def test_parts_convert_what_one_process_converts(tmp_path):
+    for number in range(3):
+        write(tmp_path / "in" / "export" / f"p{number}", ("t1n", "t2f"), patient=f"MRN-{number}")
+    (tmp_path / "in" / "export" / "empty").mkdir()
+    convert(tmp_path / "in", tmp_path / "alone")
+    first = convert(tmp_path / "in", tmp_path / "out", part=Part(1, 2))
+    assert (tmp_path / "out" / WORK).exists()
+    second = convert(tmp_path / "in", tmp_path / "out", part=Part(2, 2))
+    assert len(first) + len(second) == 3
+    assert not any(one.refused for one in (*first, *second))
+    assert conftest.tree(tmp_path / "out") == conftest.tree(tmp_path / "alone")
+    assert [one.case for one in convert(tmp_path / "in", tmp_path / "out", part=Part(1, 1))] == sorted(
+        path.name for path in (tmp_path / "out").iterdir() if path.is_dir()
+    )
+
+
+def test_a_patient_in_two_parts_is_refused_by_the_second(tmp_path):
+    for folder in ("a", "b"):
+        write(tmp_path / "in" / folder, ("t1n",) if folder == "a" else ("t2f",))
+    (first,) = convert(tmp_path / "in", tmp_path / "out", part=Part(1, 2))
+    assert not first.refused
+    (second,) = convert(tmp_path / "in", tmp_path / "out", part=Part(2, 2))
+    assert "its patient lies in several folders of" in second.refused
+    assert "of part 1/2 and of 2/2" in second.refused
+
+
+def test_dicom_beside_the_folders_of_parts_is_refused(tmp_path):
+    write(tmp_path / "in" / "a", ("t1n",))
+    (tmp_path / "in" / "b").mkdir()
+    shutil.copy(next((tmp_path / "in" / "a").rglob("*.dcm")), tmp_path / "in" / "loose")
+    with pytest.raises(ConfigError, match=r"lies beside the folders that --part shares out"):
+        convert(tmp_path / "in", tmp_path / "out", part=Part(1, 2))
+    assert not (tmp_path / "out").exists()

@@ -8,9 +8,9 @@ from conftest import tree, write_study
 
 from crossmr.errors import OutputError
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
-from crossmr.evaluation.measurements import PARTS, Measurements, Outcome, read_parts, write_part
+from crossmr.evaluation.measurements import Measurements, Outcome, read_parts, write_part
 from crossmr.networks.inference import Settings
-from crossmr.parts import Part
+from crossmr.parts import WORK, Part
 
 ALL = ("t1n", "t1c", "t2w", "t2f")
 INFERENCE = Settings(ddim_steps=2, precision="float32")
@@ -60,6 +60,6 @@ def test_a_damaged_part_is_named(tmp_path):
     write_part(tmp_path, Part(2, 2), "key", [Outcome("B", failed="b")])
     assert [one.name for one in read_parts(tmp_path, 2, "key")] == ["A", "B", "C"]
     assert read_parts(tmp_path, 2, "other") == read_parts(tmp_path, 3, "key") == []
-    (tmp_path / PARTS / "2-of-2.json").write_text("{")
+    (tmp_path / WORK / "2-of-2.json").write_text("{")
     with pytest.raises(OutputError, match=r"2-of-2\.json is damaged .* Delete it, and run this part again"):
         read_parts(tmp_path, 2, "key")

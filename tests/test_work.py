@@ -4,11 +4,13 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import dicoms
 import pytest
 from conftest import Listener, write_images
 
@@ -294,3 +296,24 @@ def test_the_pages_of_a_report(model, cohort, tmp_path, monkeypatch):
     report_completion(out)
     with contextlib.suppress(FileNotFoundError):
         assert os.listdir(out / "report") == []
+
+
+def test_parts_of_dicom_share_its_folders(model, tmp_path):
+    for number in range(3):
+        dicoms.write(tmp_path / "in" / f"p{number}", ("t1n", "t2w"), patient=f"MRN-{number}")
+    dicoms.write(tmp_path / "in" / "o", ("t1n",), patient="MRN-0")  # who lies in a folder of each part
+    complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS, part(1, 2))
+    assert read_progress(tmp_path / "out").studies == 2
+    complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS, part(2, 2))
+    shutil.rmtree(tmp_path / "in" / "o")
+    alone = complete_cohort(tmp_path / "in", tmp_path / "alone", model, SETTINGS)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    ((failed, why),) = manifest["failed"].items()
+    assert manifest["completed"] == {case: made for case, made in alone.completed.items() if case != failed}
+    assert "its patient lies in several folders" in why
+    assert str(tmp_path) not in why
+    shutil.rmtree(tmp_path / "alone" / failed)
+    shutil.rmtree(tmp_path / "alone" / "scans" / failed)
+    shutil.rmtree(tmp_path / "out" / "scans" / failed)
+    assert volumes(tmp_path / "out") == volumes(tmp_path / "alone")
+    assert len([*(tmp_path / "out").glob("*/*_dicom")]) == 4

@@ -597,16 +597,17 @@ def convert(
             help="Say which series descriptions are a contrast, e.g. --map t1c='*GD*'; repeatable.",
         ),
     ] = None,
+    part: PartOption = None,
     *,
     display: "Display",
 ) -> Summary:
     """Sort DICOM and convert it to studies of NIfTI for the other commands; 'complete' also takes DICOM itself."""
     check_paths(out=out, studies=[folder])
-    names = mapping_of(mapping)
+    names, own = mapping_of(mapping), part_of(part)
     from crossmr.dicom.convert import convert as run
     from crossmr.display import LOG
 
-    found = run(folder, out, mapping=names, keep_names=keep_names, display=display)
+    found = run(folder, out, mapping=names, keep_names=keep_names, part=own, display=display)
     lines = [line for one in found for line in (*one.lines(), *(f"{one.case}: warning: {note}" for note in one.notes))]
     failed = {one.case: one.refused for one in found if one.refused}
     counts = {"failed": len(failed), "converted": len(found) - len(failed)}

@@ -22,8 +22,12 @@ from crossmr.files import digest, write_json
 
 T = TypeVar("T")
 
+WORK = ".crossmr"
+"""The folder of an output that holds what is left to do, while several processes share it."""
 BEAT_SECONDS = 20.0
 """A holder touches its claims this often."""
+POLL_SECONDS = 2.0
+"""Who waits for what another process has looks this often."""
 STALE_SECONDS = 300.0
 """A claim of another machine that was not touched for so long has no holder any more."""
 
@@ -149,6 +153,12 @@ class Claims:
                 return None
             attempt += 1
 
+    def wait_for(self, item: str) -> Claim:
+        """Claim an item as soon as nobody else has it."""
+        while (claim := self.take(item)) is None:
+            time.sleep(POLL_SECONDS)
+        return claim
+
     def give_back(self, claim: Claim) -> None:
         """Let others have the item; those who look will find what became of it, which is written before."""
         with self._guard:
@@ -165,6 +175,10 @@ class Claims:
         if self._beating is not None:
             self._beating.set()
             self._beating = None
+        with contextlib.suppress(OSError):  # they stay unless they are empty
+            self._folder.rmdir()
+            if self._folder.parent.name == WORK:
+                self._folder.parent.rmdir()
 
     def holders(self) -> list[Holder]:
         """Who has which item, the living and the dead; of each item the last."""

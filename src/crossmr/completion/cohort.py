@@ -20,13 +20,14 @@ from crossmr.completion.study import read_reference, what_to_fill
 from crossmr.completion.turns import Turns, read_ahead
 from crossmr.completion.work import FINISH, Work
 from crossmr.device import ends_the_run
-from crossmr.dicom.convert import check_scans, taken
+from crossmr.dicom.convert import cases_of_part, check_scans, taken
+from crossmr.dicom.series import Series, begins_with_dicom
 from crossmr.display import LOG, SILENT, Display
-from crossmr.errors import CrossmrError, NamingError
+from crossmr.errors import ConfigError, CrossmrError, NamingError
 from crossmr.files import digest, write_json
 from crossmr.networks.inference import Settings, check_settings
 from crossmr.networks.model import CrossConditionedModel
-from crossmr.parts import Lost
+from crossmr.parts import Lost, Part
 from crossmr.registry import load_model
 
 
@@ -195,13 +196,35 @@ def _joined(
     paths = [Path(path).absolute() for path in ([cohort] if isinstance(cohort, (str, Path)) else cohort)]
     what = {"cohort": [*map(str, paths)], "mapping": dict(options.mapping or {}), "keep_names": options.keep_names}
     key = digest({**what, "profile": options.profile, "overwrite": options.overwrite})
+    if work.part is not None and any(begins_with_dicom(path, layout.out) for path in paths if path.is_dir()):
+        return _joined_dicom(work, paths, key, layout, options, display)
 
     def find() -> Inputs:
         inputs = _inputs(cohort, layout, options, display)
+        if inputs.series is not None:
+            raise ConfigError(f"{paths[0]} holds DICOM among many other files. Complete it without --part.")
         write_paths(layout.records, inputs.studies)
         return inputs
 
     return work.join(key, find)
+
+
+def _joined_dicom(
+    work: Work, paths: Sequence[Path], key: str, layout: Layout, options: CohortSettings, display: Display
+) -> Inputs:
+    """The studies of DICOM of one part, which lists them alone; see `cases_of_part`."""
+    given: Any = {"keep_names": options.keep_names, "exclude": layout.out, "display": display}
+    cases: dict[str, Sequence[Series]] = {}
+    faults: dict[str, str] = {}
+    check_output(layout, paths[0])
+    work.join_alone(key, paths[0])
+    for path in paths:
+        found, refused = cases_of_part(path, layout.records, work.part or Part(1, 1), options.mapping, **given)
+        faults |= {one.case: one.refused for one in refused}
+        cases |= found | {one.case: () for one in refused}
+    inputs = Inputs(paths[0], series=cases, faults=faults)
+    work.add(inputs)
+    return inputs
 
 
 def _check_all(run: Run) -> None:
@@ -210,7 +233,8 @@ def _check_all(run: Run) -> None:
     if run.inputs.series is not None:
         check_scans(run.inputs.series, run.layout.records / SCANS)
         for case, series in run.inputs.series.items():
-            _check_case(run, case, taken(series))
+            if case not in run.inputs.faults:
+                _check_case(run, case, taken(series))
     for files in run.inputs.studies:
         if files.case not in run.inputs.faults:
             with suppress(NamingError):  # which is said when the case's turn comes

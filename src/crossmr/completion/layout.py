@@ -28,8 +28,6 @@ Profile = Literal["labelled", "challenge", "bids"]
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 CHALLENGE_GRID = "240×240×155 at 1×1×1 mm"
 BIDS_VERSION = "1.10.0"
-WORK = ".crossmr"
-"""The folder of the records that holds what is left to do, while a run lasts; see work.py."""
 PICTURES = "pictures"
 """The folder of the records that holds one picture per case."""
 SUFFIXES = {"t1n": "T1w", "t1c": "T1w", "t2w": "T2w", "t2f": "FLAIR", "pdw": "PDw"}

@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 
 from crossmr.completion import private, status
-from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, WORK, Layout, is_generated
+from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, Layout, is_generated
 from crossmr.data.volume import is_synthetic
 from crossmr.dicom.series import is_derived
 from crossmr.errors import OutputError
 from crossmr.files import LOCK, REPORT, is_page, is_record, refuse_foreign
+from crossmr.parts import WORK
 from crossmr.picture import is_picture
 
 is_manifest = partial(is_record, kind=FORMAT)

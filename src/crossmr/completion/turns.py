@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from crossmr.completion.case import Run, images_of, is_finished, read_case, why_again
 from crossmr.completion.private import SCANS
 from crossmr.completion.study import check_memory, memory_needed
-from crossmr.completion.work import ATTEMPTS, POLL_SECONDS
+from crossmr.completion.work import ATTEMPTS
 from crossmr.data.naming import StudyFiles, recognise
 from crossmr.data.study import Study
 from crossmr.dicom.convert import Scans, convert_case
 from crossmr.errors import CrossmrError
 from crossmr.main_memory import available_memory, reusable_memory
-from crossmr.parts import Claim
+from crossmr.parts import POLL_SECONDS, Claim
 
 
 @dataclass(eq=False)

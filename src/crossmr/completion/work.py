@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crossmr.completion.inputs import Inputs
-from crossmr.completion.layout import FORMAT, PROFILES, WORK, Layout, records_of
+from crossmr.completion.layout import FORMAT, PROFILES, Layout, records_of
 from crossmr.completion.listing import read_cases, read_listing, write_listing
 from crossmr.errors import OutputError
 from crossmr.files import is_record, read_json, remove, write_json
-from crossmr.parts import Claims, Holder, Part, note_done
+from crossmr.parts import POLL_SECONDS, WORK, Claims, Holder, Part, note_done
 
 RUN = "crossmr-run"
 ATTEMPTS = 3
 """A study with which so many processes died has failed."""
-POLL_SECONDS = 2.0
 _LISTING, FINISH = ".list", ".finish"
 """What is claimed beside the cases."""
 
@@ -135,11 +134,20 @@ class Work:
         Raises:
             OutputError: other processes work here on another cohort, or with other options.
         """
+        self._join(key, find)
+        return read_listing(self._listing(), self.part or Part(1, 1))
+
+    def join_alone(self, key: str, root: Path) -> None:
+        """Join a run of which every part lists its own studies, or begin it; see `add`."""
+        self._join(key, lambda: Inputs(root))
+
+    def add(self, inputs: Inputs) -> None:
+        """List the studies of this part alone."""
         part = self.part or Part(1, 1)
-        while True:
-            if self._is_begun(key):
-                self._remember()
-                return read_listing(self._listing(), part)
+        write_listing(self._folder / f"studies-{part.number}-of-{part.of}.jsonl", inputs)
+
+    def _join(self, key: str, find: Callable[[], Inputs]) -> None:
+        while not self._is_begun(key):
             claim = self.claims.take(_LISTING)
             if claim is None:
                 time.sleep(POLL_SECONDS)
@@ -151,11 +159,12 @@ class Work:
                     self._start(key, find())
             finally:
                 self.claims.give_back(claim)
+        self._remember()
 
     def _start(self, key: str, inputs: Inputs) -> None:
         for path in (self._folder / "run.json", *self._folder.glob("studies*.jsonl")):
             remove(path)
-        for name in ("failed", "parts"):
+        for name in ("failed", "parts", "patients"):
             remove(self._folder / name)
         write_listing(self._listing(), inputs)
         write_json(self._layout.records / "manifest.json", {"format": FORMAT, "finished": False})
@@ -258,11 +267,6 @@ class Work:
     def close(self) -> None:
         """Give back what this process has claimed."""
         self.claims.close()
-        for folder in (self._folder / "claims", self._folder):  # which others may have deleted before
-            try:
-                folder.rmdir()
-            except OSError:
-                break
 
     def _listing(self) -> Path:
         return self._folder / "studies.jsonl"

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +27,20 @@ from crossmr.data.naming import in_usual_order
 from crossmr.data.volume import Volume, on_grid, read_volume, write_volume
 from crossmr.dicom.agents import tell_apart, undecided
 from crossmr.dicom.contrast import covers, says_agent
-from crossmr.dicom.series import TELLING, Series, find_series, import_pydicom, listed
+from crossmr.dicom.series import TELLING, Series, find_series, folders_of_part, import_pydicom, listed
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
-from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, temporary_folder, write_json
+from crossmr.files import (
+    digest,
+    is_record,
+    locked,
+    read_json,
+    refuse_foreign,
+    remove,
+    temporary_folder,
+    write_json,
+)
+from crossmr.parts import WORK, Claims, Part, note_done
 
 FORMAT = "crossmr-scans"
 ALIKE = 1.2
@@ -82,6 +93,7 @@ def convert(
     mapping: Mapping[str, str] | None = None,
     keep_names: bool = False,
     exclude: Path | None = None,
+    part: Part | None = None,
     display: Display = SILENT,
 ) -> list[Scans]:
     """Convert every study of a folder of DICOM into OUT/CASE/CASE-MODALITY.nii.gz, on the series' own grids.
@@ -95,17 +107,73 @@ def convert(
         mapping: modality → glob on the series' description, for what tags cannot tell.
         keep_names: name cases after patient ID and date, not after hashes of UIDs (`sub-1f0c…_ses-77ab…`).
         exclude: a folder that is not searched; by default `out`.
+        part: which of the folders in `folder`, where several processes share them, and OUT; see `cases_of_part`.
         display: where progress is shown.
 
     Raises:
         ConfigError: pydicom or dcm2niix is not installed. NamingError: no MR image. OutputError: OUT cannot be written,
             or something else has the name of what would be written.
     """
-    with locked(out):
-        cases = find_cases(folder, mapping, keep_names=keep_names, exclude=exclude or out, display=display)
+    given: Any = {"keep_names": keep_names, "exclude": exclude or out, "display": display}
+    with locked(out, shared=part is not None), closing(Claims(out / WORK / "claims")) as claims:
+        if part is None:
+            cases, refused = find_cases(folder, mapping, **given), list[Scans]()
+        else:
+            cases, refused = cases_of_part(folder, out, part, mapping, **given)
         check_scans(cases, out)
         with display.logged(out / LOG) as logging:
-            return convert_cases(cases, out, keep_names=keep_names, display=logging)
+            converted = convert_cases(
+                cases, out, keep_names=keep_names, claims=claims if part else None, display=logging
+            )
+        if part is not None and note_done(out / WORK / "parts", part):
+            remove(out / WORK)
+        return [*converted, *refused]
+
+
+def cases_of_part(
+    folder: Path,
+    out: Path,
+    part: Part,
+    mapping: Mapping[str, str] | None = None,
+    *,
+    keep_names: bool = False,
+    exclude: Path | None = None,
+    display: Display = SILENT,
+) -> tuple[dict[str, list[Series]], list[Scans]]:
+    """What `find_cases` finds in the folders of one part, and the studies that more than one part has.
+
+    A study, and all studies of a patient, must lie in one of the folders directly in `folder`: they are named together.
+    """
+    cases: dict[str, list[Series]] = {}
+    for place in folders_of_part(folder, part, exclude):
+        with suppress(NamingError):  # there is none in this one
+            found = find_cases(place, mapping, keep_names=keep_names, exclude=exclude, display=display)
+            for case, series in found.items():
+                cases.setdefault(case, []).extend(series)
+    cases, refused = dict(sorted(cases.items())), []
+    for case, all_series in list(cases.items()):
+        whose = digest(all_series[0].patient or all_series[0].study)
+        if (other := _first_part(out / WORK / "patients" / whose, part)) != str(part):
+            why = (
+                f"{case}: its patient lies in several folders of {folder}, of part {other} and of {part}, so there "
+                "would seem to be two. Put each patient into one folder, or leave --part out."
+            )
+            refused.append(Scans(case, {}, {}, refused=why))
+            del cases[case]
+    return cases, refused
+
+
+def _first_part(path: Path, part: Part) -> str:
+    """The part that was the first to find a patient."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x") as file:
+            file.write(str(part))
+    except FileExistsError:
+        return path.read_text() or str(part)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
+    return str(part)
 
 
 def find_cases(
@@ -133,14 +201,25 @@ def find_cases(
 
 
 def convert_cases(
-    cases: Mapping[str, Sequence[Series]], out: Path, *, keep_names: bool = False, display: Display = SILENT
+    cases: Mapping[str, Sequence[Series]],
+    out: Path,
+    *,
+    keep_names: bool = False,
+    claims: Claims | None = None,
+    display: Display = SILENT,
 ) -> list[Scans]:
-    """Convert what `find_cases` found into a locked folder that `check_scans` has nothing against; see `convert`."""
+    """Convert what `find_cases` found into a locked folder that `check_scans` has nothing against; see `convert`.
+
+    With `claims`, a study that another process converts now is waited for.
+    """
     converted: list[Scans] = []
     _converter()
     with display.task("convert", len(cases)) as task:
         for case, all_series in cases.items():
+            claim = claims and claims.wait_for(case)
             converted.append(convert_case(case, all_series, out, keep_names=keep_names))
+            if claims and claim:
+                claims.give_back(claim)
             task.advance(case)
     return converted
 

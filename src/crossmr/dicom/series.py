@@ -5,6 +5,7 @@ pydicom is an extra (`pip install crossmr[dicom]`). contrast.py recognises the c
 
 import fnmatch
 import hashlib
+import itertools
 import os
 import re
 from collections import Counter, defaultdict
@@ -34,6 +35,7 @@ from crossmr.dicom.contrast import (
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
+from crossmr.parts import Part
 
 FEWEST_SLICES = 8
 UNEVEN = 0.05
@@ -61,6 +63,8 @@ TELLING = ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "EchoTime", 
 BY_USER = "named so by --map"
 SAME_ECHO = 1.01
 """Echo times of one series that differ by less than this factor are one."""
+FIRST_FILES = 1000
+"""So many files tell whether a folder is one of DICOM, where nobody wants to look at all."""
 _ENDINGS = (".dcm", ".ima", ".dicom")
 _WORDS = "im|img|image|slice|mr|i|e|s|se|ser|series|dcm|ima|dicom"
 _IMPERSONAL = re.compile(rf"([-_. ]|\d|(?<![a-z])({_WORDS})(?![a-z]))+", re.I)
@@ -148,6 +152,37 @@ def holds_dicom(
             "the DICOM is passed over. Give the folder of the DICOM alone to complete that."
         )
     return dicom is not None and not named
+
+
+def begins_with_dicom(folder: Path, exclude: Path | None = None) -> bool:
+    """Whether the first files of a folder, in the order of their names, hold DICOM and no volume of another format."""
+    for path in itertools.islice(_files(folder, exclude), FIRST_FILES):
+        if is_volume(path.name):
+            return False
+        if _is_dicom(path):
+            return True
+    return False
+
+
+def folders_of_part(folder: Path, part: Part, exclude: Path | None = None) -> list[Path]:
+    """The folders of DICOM that are one part's, of those directly in a folder, or in the only one that it holds.
+
+    Raises:
+        ConfigError: DICOM lies beside these folders, which no part would read.
+    """
+    place, out = Path(os.path.abspath(folder)), None if exclude is None else os.path.abspath(exclude)
+    while True:
+        with os.scandir(place) as entries:
+            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        folders = [place / name for name, is_folder in found if is_folder and str(place / name) != out]
+        loose = [place / name for name, is_folder in found if not is_folder and name.upper() != "DICOMDIR"]
+        if first := next(filter(_is_dicom, loose), None):
+            raise ConfigError(
+                f"{first} lies beside the folders that --part shares out. Put each patient into a folder of its own."
+            )
+        if len(folders) != 1:
+            return part.take(folders)
+        place = folders[0]
 
 
 def first_dicom(folder: Path, exclude: Path | None = None) -> Path | None:

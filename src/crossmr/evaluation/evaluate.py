@@ -16,7 +16,7 @@ import numpy as np
 from crossmr.device import choose_precision, ends_the_run
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError, names_only
-from crossmr.evaluation.measurements import PARTS, TABLES, Measurements, Outcome, Picture, read_parts, write_part
+from crossmr.evaluation.measurements import TABLES, Measurements, Outcome, Picture, read_parts, write_part
 from crossmr.evaluation.measures import (
     PROTOCOL,
     measure,
@@ -42,7 +42,7 @@ from crossmr.files import REPORT, digest, is_page, is_record, locked, refuse_for
 from crossmr.main_memory import check_memory
 from crossmr.networks.inference import Settings, chosen_guidance, samples_drawn
 from crossmr.networks.model import CrossConditionedModel, Guidance
-from crossmr.parts import Part
+from crossmr.parts import WORK, Part
 from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_most, window
 from crossmr.registry import load_model
 
@@ -166,7 +166,7 @@ def evaluate(
             for name, rows in measured.rows().items():
                 write_csv(out / f"{name}.csv", rows)
             write_json(out / "metrics.json", {**evaluation, "failed": shareable})
-            remove(out / PARTS)
+            remove(out / WORK)
     return evaluation
 
 

@@ -10,10 +10,8 @@ from crossmr.data.patients import merge
 from crossmr.errors import OutputError
 from crossmr.evaluation.measures import CalibrationPoint, ContrastScore, Row, Score, UncertaintyScore
 from crossmr.files import write_atomically
-from crossmr.parts import Part
+from crossmr.parts import WORK, Part
 
-PARTS = ".crossmr"
-"""The folder of an output that holds what the parts measured, until all have."""
 TABLES: dict[str, type[Row]] = {
     "metrics": Score,
     "contrasts": ContrastScore,
@@ -136,7 +134,7 @@ def read_parts(out: Path, of: int, key: str) -> list[Outcome]:
 
 
 def _path(out: Path, part: Part) -> Path:
-    return out / PARTS / f"{part.number}-of-{part.of}.json"
+    return out / WORK / f"{part.number}-of-{part.of}.json"
 
 
 def _outcome(entry: Mapping[str, Any]) -> Outcome:
