@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from crossmr.completion.layout import records_of
+from crossmr.completion.layout import FORMAT, records_of
 from crossmr.completion.status import reasons_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.completion.verdict import VERDICTS
@@ -24,7 +24,7 @@ from crossmr.evaluation.measures import KEPT, STRUCTURES, Score
 from crossmr.evaluation.predictors import AGAINST
 from crossmr.evaluation.statistics import CalibrationSummary, ContrastSummary, Summary
 from crossmr.evaluation.tables import BASELINE, COLUMNS, HEADINGS, KEPT_HEADINGS, kept_cell, read_scores
-from crossmr.files import REPORT, is_page, read_json, refuse_foreign, write_atomically
+from crossmr.files import REPORT, is_page, is_record, read_json, refuse_foreign, write_atomically
 from crossmr.picture import BRIGHT, BRIGHTEST, COLOURS, DARK
 
 MOST_PICTURES = 200
@@ -86,7 +86,8 @@ class SubsetTable:
 def report_completion(out: Path) -> Path:
     """Write report.html of a completed cohort: its cases, their pictures, and where all of it comes from.
 
-    It lies in OUT, or among the records of another profile.
+    Like status.csv it has every case that was ever finished there, and those that failed in the last run. It lies
+    in OUT, or among the records of another profile.
 
     Raises:
         OutputError: OUT holds no completed cohort, or cannot be written.
@@ -95,8 +96,8 @@ def report_completion(out: Path) -> Path:
     cohort = read_json(out / "manifest.json", OutputError)
     if not cohort.get("finished"):
         raise OutputError(f"{out} holds no completed cohort. Run crossmr complete again.")
-    names = {*cohort["completed"], *cohort["skipped"], *cohort["complete"], *cohort["not_filled"]}
-    cases = [read_json(out / case / "manifest.json", OutputError) for case in sorted(names)]
+    paths = [path for path in sorted(out.glob("*/manifest.json")) if is_record(path, FORMAT)]
+    cases = [read_json(path, OutputError) for path in paths if path.parent.name not in cohort["failed"]]
     synthesised = {modality for case in cases for modality in case["synthetic"]}
     body = {
         "title": "Completed studies",
