@@ -1,13 +1,19 @@
 """What carries crossmr to where people work: the image's files, 3D Slicer's module, the release."""
 
+import json
+import logging
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from conftest import image, make_head, save_untrained, voxels
 
 ROOT = Path(__file__).parents[1]
 PACKAGING = ROOT / "packaging"
@@ -73,3 +79,99 @@ def test_the_image_without_arguments_and_mounts_says_what_it_wants():
     said = subprocess.run([PACKAGING / "entry.sh"], capture_output=True, text=True)
     assert said.returncode == 2
     assert "mount the studies at /input and a writable folder at /output" in said.stderr
+
+
+# ---------------------------------------------------------------- 3D Slicer
+
+
+@pytest.fixture(scope="module")
+def crossmr(tmp_path_factory):
+    """The program, in an environment that is not Slicer's, and a small model."""
+    folder = tmp_path_factory.mktemp("program")
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); from crossmr.cli import main; main()"
+    model = save_untrained(folder / "model", guidance="last", uncertainty=True)
+    return script(folder / "crossmr", f'exec {sys.executable} -c "{code}" "$@"'), model
+
+
+def slicer(*arguments, **environment):
+    """Run the module as Slicer does: in another Python, whose variables would break crossmr's."""
+    return subprocess.run(
+        [sys.executable, "-E", SLICER, *map(str, arguments)],
+        env=os.environ | {"PYTHONHOME": "/nowhere"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_slicer_s_description_is_read_by_ctk_and_lists_the_script_s_options(caplog):
+    from ctk_cli import CLIModule
+
+    with caplog.at_level(logging.WARNING):
+        module = CLIModule(str(SLICER.with_suffix(".xml")))
+        arguments, options, outputs = module.classifyParameters()
+    assert caplog.messages == []
+    assert module.version == version("crossmr")
+    assert "not a medical device" in module.description
+    assert arguments == []
+    assert [output.name for output in outputs] == ["verdict", "reasons"]
+    help_text = slicer("--help").stdout
+    known = set(re.findall(r"^  (?:-h, )?--(\w+)", help_text, re.MULTILINE))
+    assert {option.longflag.lstrip("-") for option in options} == known - {"help", "xml", "returnparameterfile"}
+    assert slicer("--xml").stdout.strip() == SLICER.with_suffix(".xml").read_text().strip()
+    assert SLICER.read_text().startswith("#!")  # by which Slicer knows a command-line module
+
+
+def test_slicer_s_module_completes_a_study(crossmr, tmp_path):
+    program, model = crossmr
+    for modality in ("t1n", "t2w"):
+        nib.save(image(make_head(modality)), tmp_path / f"{modality}.nii.gz")
+    made = [tmp_path / "vtkMRMLScalarVolumeNodeB.nii.gz", tmp_path / "vtkMRMLScalarVolumeNodeC.nii.gz"]
+    ran = slicer(
+        *("--returnparameterfile", tmp_path / "1.params", "--t1n", tmp_path / "t1n.nii.gz"),
+        *("--t2w", tmp_path / "t2w.nii.gz", "--t2f_synthetic", made[0], "--t2f_std", made[1]),
+        *("--crossmr", program, "--model", model, "--device", "cpu"),
+    )
+    assert ran.returncode == 0, ran.stderr
+    progress = [float(value) for value in re.findall("<filter-progress>(.*)</filter-progress>", ran.stdout)]
+    assert progress == sorted(progress)
+    assert progress[-1] == 1
+    assert {"<filter-start>", "<filter-end>"} <= set(re.findall("<filter-(?:start|end)>", ran.stdout))
+    returned = dict(line.split(" = ", 1) for line in (tmp_path / "1.params").read_text().splitlines())
+    assert returned.keys() == {"verdict", "reasons"}
+    assert returned["verdict"] in ("use", "look")
+    for path in made:
+        assert nib.load(path).shape == nib.load(tmp_path / "t1n.nii.gz").shape
+        assert np.isfinite(voxels(path)).all()
+    assert nib.load(made[0]).header["descrip"].item().startswith(b"SYNTHETIC")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ([], "no acquired volume is chosen"),
+        (["--t1n", "a.nii.gz"], "no output is chosen"),
+        (["--t1n", "a.nii.gz", "--t1n_std", "b.nii.gz"], "t1n is chosen as acquired and as output"),
+        (["--t1n", "a.nrrd", "--t2f_synthetic", "b.nii.gz"], "a.nrrd is no .nii.gz file"),
+        (
+            ["--t1n", "here", "--t2f_synthetic", "b.nii.gz", "--crossmr", "none"],
+            "none is not found. Name crossmr of its",
+        ),
+        (
+            ["--t1n", "here", "--t2f_synthetic", "b.nii.gz", "--crossmr", "broken"],
+            "CrossmrComplete: something is wrong",
+        ),
+        (
+            ["--t1n", "here", "--t2f_synthetic", "b.nii.gz", "--crossmr", "failing"],
+            "CrossmrComplete: study: too small.",
+        ),
+    ],
+)
+def test_slicer_is_told_in_one_line_what_is_wrong(tmp_path, arguments, match):
+    broken = script(tmp_path / "broken", "echo something is wrong >&2; exit 1")
+    summary = json.dumps({"failed": {"study": "study: too small."}})
+    failing = script(tmp_path / "failing", f"echo '{summary}'; exit 1")
+    (tmp_path / "a.nii.gz").touch()
+    names = {"here": tmp_path / "a.nii.gz", "broken": broken, "failing": failing}
+    ran = slicer(*(names.get(argument, argument) for argument in arguments))
+    assert ran.returncode == 1
+    assert match in ran.stderr.splitlines()[-1]
