@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -175,3 +177,54 @@ def test_slicer_is_told_in_one_line_what_is_wrong(tmp_path, arguments, match):
     ran = slicer(*(names.get(argument, argument) for argument in arguments))
     assert ran.returncode == 1
     assert match in ran.stderr.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- release
+
+
+def test_the_workflow_publishes_without_a_token_by_actions_pinned_to_commits():
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    used = re.findall(r"uses: (\S+)", workflow)
+    assert len(used) == 5
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action) for action in used)
+    assert "id-token: write" in workflow
+    assert not re.search(r"secrets\.|password|token:(?! write)", workflow)
+
+
+def test_the_licence_of_every_dependency_is_listed():
+    page = (ROOT / "docs" / "licences.md").read_text()
+    listed = {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r"^\| ([\w.-]+) \|", page, re.MULTILINE)}
+    lines = [*PROJECT["dependencies"], *(line for of in PROJECT["optional-dependencies"].values() for line in of)]
+    wanted = {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower() for line in lines}
+    assert wanted - listed == set(), "run packaging/release.sh and copy its licences.md to docs/"
+    assert "UNKNOWN" not in page
+    assert "NiiVue" in page
+
+
+def test_a_wheel_is_the_same_bytes_wherever_and_whenever_it_is_built(tmp_path):
+    wheels = []
+    for place, time in (("one", 1_000_000_000), ("another/place", 1_500_000_000)):
+        folder = tmp_path / place
+        without_weights = shutil.ignore_patterns("*.safetensors", "__pycache__")
+        shutil.copytree(ROOT / "src", folder / "src", ignore=without_weights)
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, folder)
+        for path in folder.rglob("*"):
+            os.utime(path, (time, time))
+        built = subprocess.run(
+            [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "made"],
+            cwd=folder,
+            env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"},
+            capture_output=True,
+            text=True,
+        )
+        assert built.returncode == 0, built.stderr
+        wheels += (folder / "made").glob("*.whl")
+    first, second = wheels
+    assert first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as wheel:
+        names = set(wheel.namelist())
+        assert any(name.endswith("licenses/LICENSE") for name in names)
+        assert any(name.endswith("licenses/src/crossmr/output/pages/niivue.LICENSE") for name in names)
+        (scripts,) = (wheel.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    assert "crossmr-bids = crossmr.bids_app:main" in scripts
