@@ -12,6 +12,7 @@ import pytest
 from typer.main import get_command
 
 import crossmr
+from crossmr.bids_app import parser
 from crossmr.cli import app, main
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,7 @@ def commands(group, prefix=""):
 
 COMMANDS_AND_APP = [get_command(app), *(command for _, command in commands(get_command(app)))]
 OPTIONS = {o for command in COMMANDS_AND_APP for p in command.params for o in (*p.opts, *p.secondary_opts)}
+OPTIONS |= {option for action in parser()._actions for option in action.option_strings}
 NOW = [text for page, text in PAGES.items() if page != "CHANGELOG.md"]  # which names what is gone
 NAMED = sorted({option for text in NOW for option in re.findall(r"`(--[a-z][a-z-]*)", text)})
 

@@ -661,8 +661,11 @@ def keep_memory() -> None:
             mallopt(option, value)
 
 
-def main() -> None:
-    """Run the command line; errors that crossmr raises on purpose are one line, and the exit code is 1."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default the program's own; errors that crossmr raises on purpose are one line.
+
+    Exit codes: 0, 1 where a study failed or is refused, 2 where the arguments make no sense, 130 after Ctrl-C.
+    """
     keep_memory()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would spin against neighbours
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -671,7 +674,7 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
-            app(prog_name="crossmr")
+            app(arguments, prog_name="crossmr")
     except CrossmrError as error:
         if messages.debug:
             traceback.print_exc()

@@ -4,6 +4,7 @@ Names and tags say it; voxels are read of studies with several T1 that neither t
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,20 +90,20 @@ def find_inputs(
             for case, series in in_path.items():
                 cases.setdefault(case, []).extend(series)
         return _with_files_beside(Inputs(root, series=cases), paths, exclude, display)
-    studies = [study for path in paths for study in find_studies(path, mapping)]
-    names = [study.case for study in studies]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    in_paths = [find_studies(path, mapping) for path in paths]
+    studies = [study for found in in_paths for study in found]
+    if repeated := sorted(name for name, n in Counter(study.case for study in studies).items() if n > 1):
         raise ConfigError(f"The folders share study names ({', '.join(repeated[:3])}). Complete them separately.")
     _say_unmatched(studies, mapping, display)
     studies = _told_apart(studies, mapping, display)
     nearby, series_nearby = dict[str, list[Path]](), dict[str, list[Unread]]()
-    for path in paths:
-        place = Path(os.path.abspath(path))
-        own = [study for study in studies if any(place in file.parents for file in study.paths())]
-        found = files_beside(path, own, exclude)
-        for file in (file for file in found.pop("", ()) if possible_contrasts(file.name)):
+    by_name = {study.case: study for study in studies}
+    for path, found in zip(paths, in_paths, strict=True):
+        own = [by_name[study.case] for study in found]
+        beside = files_beside(path, own, exclude)
+        for file in (file for file in beside.pop("", ()) if possible_contrasts(file.name)):
             display.say(f"{file} belongs to no study that was found: it {why_unread(file)}.")
-        nearby |= found
+        nearby |= beside
         series_nearby |= dicom_beside(path, own, mapping, exclude)
     return Inputs(root, studies, beside=nearby, dicom=series_nearby)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from crossmr.data.bids import ROOT as BIDS_ROOT
+from crossmr.data.bids import dataset_of
 from crossmr.data.study import Study
 from crossmr.data.volume import describe_grid
 from crossmr.errors import ConfigError, OutputError, StudyError
@@ -153,7 +154,7 @@ class Layout:
         written = []
         for modality, entry in manifest["synthetic"].items():
             image, std = self.image(case, modality), self.std(case, modality)
-            sources = [f"bids:raw:{_relative(path.resolve(), _dataset(scans))}" for path in inputs]
+            sources = [f"bids:raw:{_relative(path.resolve(), dataset_of(scans.resolve()))}" for path in inputs]
             common = {"SkullStripped": manifest["skull_stripped"], **_generated()}
             common |= {"Sources": sources} if self._raw(scans) else {}
             fields = {"Description": " ".join(entry["warnings"]), "Units": "arbitrary", **common}
@@ -170,7 +171,7 @@ class Layout:
 
     def _raw(self, scans: Path) -> str | None:
         """The way from OUT to the BIDS dataset of the scans, if OUT lies in it; any other way would name folders."""
-        dataset, out = _dataset(scans), self.out.resolve()
+        dataset, out = dataset_of(scans.resolve()), self.out.resolve()
         return _relative(dataset, out) if (dataset / BIDS_ROOT).exists() and dataset in out.parents else None
 
 
@@ -186,12 +187,6 @@ def records_of(out: Path) -> Path:
     """The records of an output of any profile."""
     places = [Layout(out, profile).records for profile in PROFILES]
     return next((place for place in places if (place / "manifest.json").exists()), out)
-
-
-def _dataset(scans: Path) -> Path:
-    """The BIDS dataset that a folder lies in, or else the folder."""
-    scans = scans.resolve()
-    return next((f for f in (scans, *scans.parents) if (f / BIDS_ROOT).exists()), scans)
 
 
 def _relative(path: Path, start: Path) -> str:

@@ -41,11 +41,16 @@ def write_status(records: Path, failed: Mapping[str, str]) -> None:
     write_lines(records, {path.parent.name: line_of(manifest) for path, manifest in read_manifests(records)}, failed)
 
 
-def read_manifests(records: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Every manifest of a case that was finished here, by case."""
+def finished_cases(records: Path) -> list[str]:
+    """The folders with a manifest, sorted; it may be another's, see `read_manifests`."""
     with os.scandir(records) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    for name in names:
+    return [name for name in names if (records / name / "manifest.json").is_file()]
+
+
+def read_manifests(records: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Every manifest of a case that was finished here, by case."""
+    for name in finished_cases(records):
         path = records / name / "manifest.json"
         with suppress(OutputError):
             if (manifest := read_json(path, OutputError)).get("format") == FORMAT:

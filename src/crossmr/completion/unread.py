@@ -16,6 +16,7 @@ import numpy as np
 
 from crossmr.data.bids import EXCLUDED as BIDS_EXCLUDED
 from crossmr.data.bids import ROOT as BIDS_ROOT
+from crossmr.data.bids import dataset_of
 from crossmr.data.formats import is_volume, without_images_of_pairs
 from crossmr.data.naming import (
     DISPLAY_NAMES,
@@ -214,7 +215,8 @@ def dicom_beside(
     folder: Path, studies: Sequence[StudyFiles], mapping: Mapping[str, str] | None = None, exclude: Path | None = None
 ) -> dict[str, list[Unread]]:
     """Case → DICOM of a folder that is read as NIfTI; series go to the study that lies nearest, or to all."""
-    if (folder / BIDS_ROOT).exists() or (first := first_dicom(folder, exclude)) is None:
+    dataset = dataset_of(Path(os.path.abspath(folder)))
+    if (dataset / BIDS_ROOT).exists() or (first := first_dicom(folder, exclude)) is None:
         return {}
     found: dict[str, list[Unread]] = defaultdict(list)
     owners, why = (

@@ -78,6 +78,11 @@ def case_of(stem: str) -> str:
     return match[0] if match else stem
 
 
+def dataset_of(folder: Path) -> Path:
+    """The BIDS dataset that a folder lies in, or is; else the folder itself."""
+    return next((place for place in (folder, *folder.parents) if (place / ROOT).exists()), folder)
+
+
 def last_runs(files: Mapping[Path, int]) -> list[Path]:
     """Of files and their runs, those of the last run of each name; what heudiconv calls `__dup` is older than all."""
     by_name: dict[str, list[Path]] = defaultdict(list)

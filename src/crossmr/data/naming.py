@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from crossmr.data.bids import EXCLUDED, ROOT, enhanced_by_sidecar, last_runs
+from crossmr.data.bids import EXCLUDED, ROOT, dataset_of, enhanced_by_sidecar, last_runs
 from crossmr.data.formats import header_of, is_archive, is_nifti, is_volume, stem_of, without_images_of_pairs
 from crossmr.data.tree import (
     NNUNET,
@@ -154,7 +154,8 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
 
     Takes the volumes of every format that `formats` reads, and follows links. Skips hidden files and folders, folders
     ending in `.partial`, and the derivatives and sourcedata of a BIDS dataset, unless `folder` is such a folder itself.
-    Returned paths are absolute. `mapping` is as in `recognise`.
+    A folder within a BIDS dataset is read as the whole is: sidecars that its images inherit from above count. Returned
+    paths are absolute. `mapping` is as in `recognise`.
 
     Raises:
         NamingError: the folder is missing, not a folder, not readable, or holds no volume at all.
@@ -183,7 +184,10 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
             f"{folder}: no volume (.nii.gz, .mgz, .hdr, .mha, .nrrd …) in it or below ({others} other files{beside}). "
             "Give the folder of the studies; convert DICOM with: crossmr convert FOLDER -o NIFTI."
         )
-    return recognise(paths, mapping, root, channels, enhanced_by_sidecar(paths, sidecars, root))
+    dataset = dataset_of(root)
+    above = [folder for folder in root.parents if folder.is_relative_to(dataset)]
+    sidecars.update(path for folder in above for path in folder.glob("*.json"))
+    return recognise(paths, mapping, root, channels, enhanced_by_sidecar(paths, sidecars, dataset))
 
 
 def unmatched(studies: Iterable[StudyFiles], mapping: Mapping[str, str] | None) -> list[str]:

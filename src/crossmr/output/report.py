@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from crossmr.completion.layout import records_of
-from crossmr.completion.status import reasons_of
+from crossmr.completion.status import finished_cases, reasons_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.completion.verdict import VERDICTS
 from crossmr.data.naming import DISPLAY_NAMES, in_usual_order
@@ -90,8 +90,8 @@ class SubsetTable:
 def report_completion(out: Path) -> Path:
     """Write report.html of a cohort: its cases, their pictures, and where all of it comes from; returns the first page.
 
-    It lies in OUT, or among the records of another profile, with the further pages in the folder report beside it. Of
-    a run that is not finished it holds what `finish_cohort` found.
+    Like status.csv it has every case that was ever finished there, and those that failed in the last run. It lies in
+    OUT, or among the records of another profile, with the further pages in the folder report beside it.
 
     Raises:
         OutputError: OUT holds no completed cohort, or cannot be written.
@@ -100,14 +100,15 @@ def report_completion(out: Path) -> Path:
     cohort = read_json(out / "manifest.json", OutputError)
     if "completed" not in cohort:
         raise OutputError(f"{out} holds no completed cohort. Run crossmr complete again.")
-    names = sorted({*cohort["completed"], *cohort["skipped"], *cohort["complete"], *cohort["not_filled"]})
+    names = [case for case in finished_cases(out) if case not in cohort["failed"]]
     pages = [names[k : k + CASES_PER_PAGE] for k in range(0, len(names), CASES_PER_PAGE)] or [[]]
     links = [("report.html", pages[0]), *((f"report/{k}.html", page) for k, page in enumerate(pages[1:], 2))]
     counts = dict.fromkeys(("failed", "not synthesised", "synthesised", "already complete"), 0)
     counts["failed"] = len(cohort["failed"])
     verdicts, where, synthesised = _no_verdicts(cohort["failed"]), dict[str, str](), set[str]()
     for number, (link, page) in reversed([*enumerate(links)]):  # the first one last, which counts them all
-        cases = [read_json(out / case / "manifest.json", OutputError) for case in page]
+        manifests = (read_json(out / case / "manifest.json", OutputError) for case in page)
+        cases = [case for case in manifests if case.get("format") == FORMAT]
         for case in cases:
             outcome = (
                 "synthesised" if case["synthetic"] else "not synthesised" if case["not_filled"] else "already complete"
