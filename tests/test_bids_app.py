@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import sys
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from conftest import image, judge, make_head, save_untrained, tree
 from test_layout import validate
 
 from crossmr.bids_app import chosen, main, parser
+from crossmr.completion.inputs import Inputs
 from crossmr.completion.layout import Layout
-from crossmr.data.naming import find_studies
+from crossmr.completion.work import Work
+from crossmr.data.naming import StudyFiles, find_studies
 
 ROOT = Path(__file__).parents[1]
 DESCRIPTOR = ROOT / "packaging" / "boutiques" / "crossmr-bids.json"
@@ -115,12 +118,22 @@ def test_jobs_of_participants_share_a_valid_derivative_and_the_group_s_report_ha
     assert tree(raw) == before
 
 
-def test_a_job_that_starts_while_another_writes_is_refused(dataset, model, tmp_path):
-    run = (dataset, tmp_path / "out", "participant", "--participant-label", "03", "--model", model)
-    with Layout(tmp_path / "out", "bids").locked():
+def test_jobs_of_other_participants_write_at_the_same_time(dataset, model, tmp_path):
+    out = tmp_path / "out"
+    run = (dataset, out, "participant", "--participant-label", "03", "--model", model)
+    with Layout(out, "bids").locked(shared=True), closing(Work(Layout(out, "bids"))) as other:
+        other.share(Inputs(dataset, [StudyFiles("sub-99", "sub-99", {}, (), ())]))
+        assert other.claims.take("sub-99")
+        code, said, err = crossmr_bids(*run)
+        assert (code, "others work on it, or have not begun: crossmr status" in said) == (0, True), err
+        assert not (out / "crossmr" / "report.html").exists()
+        code, said, err = crossmr_bids(dataset, out, "group")
+        assert code == 0, err
+        assert "This run is not finished: 1 study is left." in (out / "crossmr" / "report.html").read_text()
+    (next((out / "crossmr" / ".crossmr").glob("studies-*.jsonl"))).unlink()
+    with Layout(out, "bids").locked():
         code, _, err = crossmr_bids(*run)
     assert (code, "is being written to by another crossmr. Wait for it" in err) == (1, True), err
-    assert crossmr_bids(*run)[0] == 0
 
 
 def test_a_study_that_fails_makes_the_exit_code_one(dataset, model, tmp_path):

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folders = [folder for folder in folders if folder not in empty] or folders  # of which crossmr says what is wrong
     passed = [part for name in VALUED if (value := getattr(given, name)) for part in (f"--{name}", value)]
     passed += [f"--{name}" for name in FLAGS if getattr(given, name.replace("-", "_"))]
-    cli.main(["complete", *passed, "--profile", "bids", "--out", str(given.out), "--", *map(str, folders)])
+    cli.main(["complete", *passed, "--profile", "bids", "--share", "--out", str(given.out), "--", *map(str, folders)])
 
 
 def _check(dataset: Path, out: Path) -> None:
@@ -97,8 +97,12 @@ def _group(out: Path) -> None:
     """Write the report of everything that participants' jobs have left in OUT."""
     try:
         check_completed(out)
+        from crossmr.completion.cohort import finish_cohort
+        from crossmr.completion.work import find_run
         from crossmr.output.report import report_completion
 
+        if (layout := find_run(out)) is not None:
+            finish_cohort(layout, end=True)
         print(f"report: {report_completion(out)}")
     except CrossmrError as error:
         print(f"crossmr-bids: {error}", file=sys.stderr)

@@ -33,6 +33,7 @@ from crossmr.command import (
     RetryFailed,
     Samples,
     Seed,
+    Share,
     Summary,
     Targets,
     check_paths,
@@ -161,6 +162,7 @@ def complete(
     ] = "labelled",
     part: PartOption = None,
     retry_failed: RetryFailed = False,
+    share: Share = False,
     *,
     display: "Display",
 ) -> Summary:
@@ -170,7 +172,7 @@ def complete(
     wanted, names, own = modalities_of(targets), mapping_of(mapping), part_of(part)
     from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
     from crossmr.completion.layout import Layout
-    from crossmr.completion.work import find_run
+    from crossmr.completion.work import find_run, read_progress
     from crossmr.display import LOG
     from crossmr.networks.inference import Settings
     from crossmr.output.report import report_completion
@@ -187,13 +189,13 @@ def complete(
         register="always" if register else "never",
         scale=scale,  # type: ignore[arg-type]
     )
-    options = CohortSettings(names, overwrite, profile, keep_names, own, retry_failed)  # type: ignore[arg-type]
+    options = CohortSettings(names, overwrite, profile, keep_names, own, retry_failed, share)  # type: ignore[arg-type]
     if dry_run:
         return _planned(plan_cohort(study_or_cohort, out, model, settings, options, display=display))
     summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
     records = Layout(out, options.profile).records
-    if find_run(out) is not None:
-        last = f"part {own} has ended; others work, or have not begun: crossmr status {out}"
+    if find_run(out) is not None and not (share and not read_progress(out).running):
+        last = f"others work on it, or have not begun: crossmr status {out}"
     else:
         last = f"report: {report_completion(out)}"
     return Summary(

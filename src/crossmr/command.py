@@ -85,6 +85,14 @@ PartOption = Annotated[
         rich_help_panel=MACHINES,
     ),
 ]
+Share = Annotated[
+    bool,
+    typer.Option(
+        "--share",
+        help="Let other calls complete other studies into OUT at the same time; crossmr report OUT sums all up.",
+        rich_help_panel=MACHINES,
+    ),
+]
 RetryFailed = Annotated[
     bool,
     typer.Option(

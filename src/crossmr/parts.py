@@ -12,7 +12,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,6 +126,11 @@ class Claims:
         self._mine: dict[str, Claim] = {}
         self._beating: threading.Event | None = None
         self._guard = threading.Lock()
+
+    @property
+    def mine(self) -> Collection[str]:
+        """What this process has claimed here."""
+        return self._mine.keys()
 
     def take(self, item: str) -> Claim | None:
         """Claim an item; None where a living process has it.

@@ -53,6 +53,8 @@ class CohortSettings:
     """Which part of the cohort, where several processes share it, and OUT; None for all of it, and OUT alone."""
     retry_failed: bool = False
     """With a part: whether to try again what failed before in this run."""
+    share: bool = False
+    """Whether other calls may complete other studies into OUT at the same time; `finish_cohort` sums all up."""
 
 
 @dataclass(frozen=True, eq=False)

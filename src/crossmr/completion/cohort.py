@@ -6,6 +6,7 @@ Several processes may share the studies and OUT; `work` says how.
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from crossmr.completion.private import SCANS, write_paths
 from crossmr.completion.status import Line, line_of, read_manifests, reasons_of, write_lines, write_status
 from crossmr.completion.study import read_reference, what_to_fill
 from crossmr.completion.turns import Turns, read_ahead
-from crossmr.completion.work import FINISH, Work
+from crossmr.completion.work import FINISH, PATHS, Work
 from crossmr.device import ends_the_run
 from crossmr.dicom.convert import cases_of_part, check_scans, taken
 from crossmr.dicom.series import Series, begins_with_dicom
@@ -114,19 +115,23 @@ def complete_cohort(
         NamingError: no study at all. ModelError: no usable model. OutputError: OUT cannot be written.
     """
     settings, options = settings or Settings(), options or CohortSettings()
-    layout, shared = Layout(Path(out), options.profile), options.part is not None
+    layout, shared = Layout(Path(out), options.profile), options.part is not None or options.share
     with layout.locked(shared=shared), closing(Work(layout, options.part, overwrite=options.overwrite)) as work:
         model = load_model(model, settings.device)
         check_settings(model, settings)
         reference = read_reference(settings, model, options.mapping)
-        inputs = (
-            _joined(work, cohort, layout, options, display) if shared else _inputs(cohort, layout, options, display)
-        )
+        find = _inputs if options.part is None else partial(_joined, work)
+        inputs = find(cohort, layout, options, display)
         if inputs.series is not None and settings.register == "never":
             settings = replace(settings, register="if needed")
         run = Run(inputs, layout, work, model, settings, options, reference, display)
         _check_all(run)
-        if not shared:
+        if options.share:
+            work.share(inputs)
+            claim = work.claims.wait_for(PATHS)  # which all calls add to
+            write_paths(layout.records, inputs.studies)
+            work.claims.give_back(claim)
+        elif not shared:
             work.begin(inputs)
             write_paths(layout.records, inputs.studies)
         summary = CohortSummary()
@@ -140,7 +145,7 @@ def complete_cohort(
         if not shared:
             _write_manifest(run, summary)
             work.end()
-        elif complete and work.is_last():
+        elif complete and (not work.others() if options.share else work.is_last()):
             finish_cohort(layout)
     return summary
 
@@ -285,10 +290,11 @@ def _complete_all(run: Run, summary: CohortSummary) -> bool:
     return True
 
 
-def finish_cohort(layout: Layout) -> None:
+def finish_cohort(layout: Layout, *, end: bool = False) -> None:
     """Write manifest.json and status.csv of a run that processes share, from what they have written so far.
 
-    If nothing is left, the run has finished. Does nothing where another process does this now, or has done it.
+    If nothing is left, the run has finished; one without an end only if `end` says so and nobody works on it. Does
+    nothing where another process does this now, or has done it.
 
     Raises:
         OutputError: they cannot be written.
@@ -302,7 +308,7 @@ def finish_cohort(layout: Layout) -> None:
         for path, manifest in read_manifests(layout.records):
             case = str(manifest["case"])
             lines[case] = line_of(manifest)
-            if case in cases and case not in failed:
+            if (case in cases or work.is_shared) and case not in failed:
                 summary.add(case, manifest, skipped=not work.is_of_this_run(path))
                 settings = manifest["settings"]
         summary.fail(failed)
@@ -310,5 +316,5 @@ def finish_cohort(layout: Layout) -> None:
         left = len(cases - summary.verdicts.keys())
         body = {"format": FORMAT, "finished": not left, "profile": layout.profile, **asdict(summary)}
         write_json(layout.records / "manifest.json", {**body, "settings": settings, **({"left": left} if left else {})})
-        if not left:
+        if not left and (not work.is_shared or (end and not work.others())):
             work.end()

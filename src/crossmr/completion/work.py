@@ -13,13 +13,15 @@ from crossmr.completion.inputs import Inputs
 from crossmr.completion.layout import FORMAT, PROFILES, Layout, records_of
 from crossmr.completion.listing import read_cases, read_listing, write_listing
 from crossmr.errors import OutputError
-from crossmr.files import is_record, read_json, remove, write_json
+from crossmr.files import digest, is_record, read_json, remove, write_json
 from crossmr.parts import POLL_SECONDS, WORK, Claims, Holder, Part, note_done
 
 RUN = "crossmr-run"
+SHARED = "shared"
+"""The key of a run without an end."""
 ATTEMPTS = 3
 """A study with which so many processes died has failed."""
-_LISTING, FINISH = ".list", ".finish"
+_LISTING, FINISH, PATHS = ".list", ".finish", ".paths"
 """What is claimed beside the cases."""
 
 
@@ -137,6 +139,13 @@ class Work:
         self._join(key, find)
         return read_listing(self._listing(), self.part or Part(1, 1))
 
+    def share(self, inputs: Inputs) -> None:
+        """Join, or begin, a run without an end, into which each call completes studies of its own."""
+        self._join(SHARED, lambda: Inputs(inputs.root))
+        path = self._folder / f"studies-{digest(chr(10).join(inputs.cases))[:16]}.jsonl"
+        write_listing(path, inputs)
+        self._began = path.stat().st_mtime
+
     def join_alone(self, key: str, root: Path) -> None:
         """Join a run of which every part lists its own studies, or begin it; see `add`."""
         self._join(key, lambda: Inputs(root))
@@ -154,7 +163,7 @@ class Work:
                 continue
             try:
                 if not self._is_begun(key):
-                    if alive := [holder for holder in self.claims.holders() if holder.alive]:
+                    if alive := self.others():
                         raise _in_use(self._layout.out, alive)
                     self._start(key, find())
             finally:
@@ -182,11 +191,21 @@ class Work:
     def _is_begun(self, key: str) -> bool:
         """Whether a run of this kind has begun and not finished."""
         manifest, run = self._layout.records / "manifest.json", self._folder / "run.json"
-        if not (run.exists() and manifest.exists() and self._listing().exists()) or read_json(
-            manifest, OutputError
-        ).get("finished"):
+        if not all(path.exists() for path in (manifest, run, self._listing())):
             return False
-        return bool(read_json(run, OutputError).get("key") == key)
+        if read_json(run, OutputError).get("key") != key:
+            return False
+        return key == SHARED or not read_json(manifest, OutputError).get("finished")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the run is one without an end."""
+        run = self._folder / "run.json"
+        return run.exists() and bool(read_json(run, OutputError).get("key") == SHARED)
+
+    def others(self) -> list[Holder]:
+        """The living processes that have claimed something, without this one's claims."""
+        return [one for one in self.claims.holders() if one.alive and one.item not in self.claims.mine]
 
     def is_over(self) -> bool:
         """Whether others have finished the run meanwhile, or begun another."""
@@ -248,7 +267,7 @@ class Work:
             if not (self._folder / "run.json").exists():
                 remove(folder)
             return False
-        return all_done and not any(holder.alive for holder in self.claims.holders())
+        return all_done and not self.others()
 
     def cases(self) -> set[str]:
         """All cases of the run."""

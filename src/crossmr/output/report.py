@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from crossmr.completion.layout import records_of
+from crossmr.completion.layout import FORMAT, records_of
 from crossmr.completion.status import finished_cases, reasons_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.completion.verdict import VERDICTS
