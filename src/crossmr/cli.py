@@ -676,7 +676,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
-            app(arguments, prog_name="crossmr")
+            app(args=arguments, prog_name="crossmr")
     except CrossmrError as error:
         if messages.debug:
             traceback.print_exc()
