@@ -563,7 +563,7 @@ def test_a_damaged_set(tmp_path):
 def test_freed_memory_is_kept_for_the_next_layer():
     def faults(first: str, warm: str = "np.ones(2**23)") -> int:
         code = (
-            f"import resource, numpy as np; from crossmr.cli import keep_memory; {first}; {warm}\n"
+            f"import resource, numpy as np; from crossmr.main_memory import keep_memory; {first}; {warm}\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "for _ in range(5): np.ones(2**23)\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"

@@ -1,6 +1,5 @@
 """The command line: one verb, one function. Heavy imports wait until a verb needs them."""
 
-import ctypes
 import io
 import json
 import os
@@ -40,6 +39,7 @@ from crossmr.command import (
     speaks,
 )
 from crossmr.errors import ConfigError, CrossmrError, CrossmrWarning, Interrupted
+from crossmr.main_memory import keep_memory
 from crossmr.paths import check_completed, check_prepared
 
 if TYPE_CHECKING:
@@ -87,8 +87,6 @@ app = typer.Typer(
 
 NAMED = 8
 """Cases of a verdict that the terminal names; status.csv has them all."""
-KEPT = 2**30
-"""Bytes: freed memory up to this is kept, and blocks up to this come from it."""
 
 
 def _say_version(asked: bool) -> None:
@@ -596,16 +594,6 @@ def demo(out: Out, seed: Seed = 0) -> None:
     from crossmr.display import Display
 
     run(out, seed=seed, display=Display())
-
-
-def keep_memory() -> None:
-    """Let glibc keep what is freed: it would map every layer's output anew, and the system clear it page by page.
-
-    All threads share it: what the threads that read a study have freed would be lost to all others.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        for option, value in ((-1, KEPT), (-3, KEPT), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
-            mallopt(option, value)
 
 
 def main() -> None:
