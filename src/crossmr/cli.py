@@ -31,6 +31,7 @@ from crossmr.command import (
     Seed,
     Summary,
     Targets,
+    check_extra,
     check_paths,
     mapping_of,
     messages,
@@ -41,13 +42,14 @@ from crossmr.command import (
 from crossmr.errors import ConfigError, CrossmrError, CrossmrWarning, Interrupted
 from crossmr.main_memory import keep_memory
 from crossmr.paths import check_completed, check_prepared
+from crossmr.registry import find_model
 
 if TYPE_CHECKING:
     from crossmr.completion.cohort import CohortSummary
     from crossmr.completion.inputs import PlannedCase
     from crossmr.display import Display
 
-ORDER = ("complete", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo")
+ORDER = ("complete", "view", "app", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo")
 """The commands as the help lists them: in the order in which they are used."""
 
 
@@ -254,6 +256,26 @@ def view(
     Display().say(f"{page}: one file, to be opened in any browser")
     if opened:
         webbrowser.open(page.resolve().as_uri())
+
+
+@app.command("app")
+def app_(
+    host: Annotated[str, typer.Option(help="Address to listen on; by default this computer's alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any that is free.")] = 0,
+    model: Annotated[Path | None, typer.Option(help="Folder or name of a model; by default the shipped model.")] = None,
+    device: Device = "auto",
+    limit_gib: Annotated[float, typer.Option("--limit-gib", help="GiB that one page may send.")] = 4.0,
+    opened: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> None:
+    """Serve a page on this computer: drop a study, complete it, look at it, download it."""
+    check_paths(models=[model])
+    check_extra("app", "starlette", "uvicorn")
+    from crossmr.app.server import AppSettings, serve
+    from crossmr.app.uploads import Limits
+    from crossmr.display import Display
+
+    limits = Limits(total=int(limit_gib * 2**30))
+    serve(AppSettings(host, port, str(find_model(model)), device, opened, limits), Display())
 
 
 @app.command()
