@@ -208,25 +208,43 @@ def test_the_derivative_is_valid_bids(ask):
     assert not [issue for issue in issues if issue["severity"] == "error"]
 
 
+def start(model, root):
+    command = [sys.executable, "-m", "crossmr.app.worker", model, "cpu", root]
+    return subprocess.Popen(command, stdin=-1, stdout=-1, text=True)
+
+
+def end(process):
+    process.stdin.close()
+    assert process.wait(20) == 0
+    process.stdout.close()
+
+
 def test_the_process_speaks_lines_and_ends_with_its_input(tmp_path):
     """And deletes the folder of all pages, which a killed server leaves behind."""
     model, root = save_untrained(tmp_path / "model"), tmp_path / "root"
     write_images(root / "scans", "Ann", ("t1n", "t2w"))
     job = {"verb": "recognise", "scans": str(root / "scans"), "sorted": str(root / "sorted")}
     lines = "".join(json.dumps(one) + "\n" for one in (job, {"verb": "no such"}, {**job, "scans": str(root / "none")}))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "crossmr.app.worker", model, "cpu", root], stdin=-1, stdout=-1, text=True
-    )
+    process = start(model, root)
     process.stdin.write(lines)
     process.stdin.flush()
     told = [json.loads(process.stdout.readline()) for _ in range(4)]
     assert told[0] == {"text": "Reading names and tags"}
     assert told[1]["result"]["cases"][0]["case"] == "Ann"
     assert told[2] == {"error": "KeyError: 'no such'"}
-    process.stdin.close()
-    assert process.wait(20) == 0
-    process.stdout.close()
+    end(process)
     assert not root.exists()
+
+
+def test_a_model_that_cannot_be_loaded_is_said_to_each_job(tmp_path):
+    model = save_untrained(tmp_path / "model")
+    (model / "synthesis.safetensors").write_bytes(b"broken")
+    process = start(model, tmp_path / "root")
+    for _ in range(2):
+        process.stdin.write("{}\n")
+        process.stdin.flush()
+        assert "synthesis.safetensors" in json.loads(process.stdout.readline())["error"]
+    end(process)
 
 
 def test_what_was_sorted_is_read_as_it_was_sorted(ask):

@@ -49,9 +49,8 @@ SWEEP_SECONDS = 10.0
 DRAINED = 2**26
 """Bytes of a refused file that are read all the same."""
 HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "font-src 'self' data:; connect-src 'self' data: blob:; frame-src 'self'; frame-ancestors 'self'; base-uri 'none'; "
-    "form-action 'none'",
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+    "connect-src 'self'; frame-src 'self'; frame-ancestors 'self'; base-uri 'none'; form-action 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",

@@ -362,7 +362,11 @@ def main(name: str, device: str, root: str) -> None:
         out.write(json.dumps(told) + "\n")
 
     threading.Thread(target=listen, daemon=True).start()
-    model = load_model(name, device)
+    try:
+        model = load_model(name, device)
+    except CrossmrError as error:
+        while lines.get():
+            tell({"error": str(error)})
     while True:
         answer(model, lines.get(), tell)
 
