@@ -23,6 +23,8 @@ for line in sys.stdin:
         os._exit(7)
     if job["verb"] == "memory":
         os.kill(os.getpid(), 9)
+    if job["verb"] == "babble":
+        print("no JSON", flush=True)
     if job["verb"] == "fail":
         print(json.dumps({"error": "It is broken."}), flush=True)
     else:
@@ -108,12 +110,13 @@ def test_cancel_ends_the_process_and_what_it_started_and_the_next_job_runs():
 
 def test_a_job_that_fails_and_a_process_that_dies_are_said_and_the_next_job_runs():
     async def play(queue):
-        jobs = [queue.submit(job(verb)) for verb in ("fail", "die", "memory", "x")]
-        await until(lambda: jobs[3].state == "done")
-        assert [one.state for one in jobs[:3]] == ["failed"] * 3
+        jobs = [queue.submit(job(verb)) for verb in ("fail", "die", "memory", "babble", "x")]
+        await until(lambda: jobs[4].state == "done")
+        assert [one.state for one in jobs[:4]] == ["failed"] * 4
         assert jobs[0].error == "It is broken."
         assert "exit code 7" in jobs[1].error
         assert "memory ran out" in jobs[2].error
+        assert "was not understood" in jobs[3].error
 
     run(play)
 

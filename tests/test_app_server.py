@@ -26,6 +26,7 @@ from crossmr.cli import app
 from crossmr.errors import ConfigError
 
 TOKEN = "a-token-that-nobody-guesses"
+NOTHING = server.NOTHING.encode()
 
 
 class Client:
@@ -133,7 +134,7 @@ def test_the_page_may_ask_nobody_else(client):
 )
 def test_without_the_token_there_is_nothing(client, path):
     answer = client.ask("GET", path)
-    assert (answer.status, answer.content) == (404, b"")
+    assert (answer.status, answer.content) == (404, NOTHING)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_without_the_token_there_is_nothing(client, path):
 def test_another_name_is_refused(client, host):
     """As a page of evil.example sees this computer, once its name was made to lead here."""
     answer = client.of_token("GET", "", Host=host)
-    assert (answer.status, answer.content) == (421, b"")
+    assert (answer.status, answer.content) == (421, NOTHING)
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:{port}", "127.0.0.1:{port}", "[::1]:{port}"])
@@ -164,7 +165,7 @@ def test_this_computers_names_are_let_in(client, host):
 def test_only_the_page_itself_changes_anything(client, headers):
     for method, path in (("POST", "pages"), ("DELETE", "pages/x"), ("POST", "pages/x/files?path=a")):
         answer = client.of_token(method, path, b"{}", **headers)
-        assert (answer.status, answer.content) == (403, b"")
+        assert (answer.status, answer.content) == (403, NOTHING)
     assert client.of_token("POST", "pages", {}, **{"Sec-Fetch-Site": "same-origin"}).status == 201
 
 

@@ -100,7 +100,9 @@ def test_of_another_kind_only_the_name_is_kept(store):
     give(store, "FLAIR.mif", b"mrtrix image" + bytes(1000))
     assert (store.folder / "study" / "notes.exe").stat().st_size == 0  # that FLAIR.mif was given must be known
     assert store.taken == 0
-    assert store.remarks["study/FLAIR.mif"].startswith("is neither a volume nor DICOM nor a zip")
+    assert store.remarks["study/FLAIR.mif"] == "is neither a volume nor DICOM; it is not read"
+    give(store, "x.zip", packed(("y.zip", packed(("T1.nii", NIFTI)))))
+    assert store.remarks["x/y.zip"] == "is an archive that is not opened; unpack it"
 
 
 def test_dicom_is_known_by_its_content(store):

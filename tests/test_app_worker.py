@@ -14,6 +14,7 @@ from test_layout import VALIDATOR
 
 from crossmr.app.worker import complete, recognise
 from crossmr.data.naming import find_studies
+from crossmr.errors import ConfigError, NamingError
 
 
 @pytest.fixture
@@ -112,6 +113,14 @@ def test_a_file_is_not_used_and_one_contrast_is_one_file(ask):
     assert case["failed"] == "Ann-t2w.nii.gz and Ann-t2f.nii.gz are both T2. Choose one of them."
     (case,) = ask.recognise({f"Ann/Ann-{m}.nii.gz": "unused" for m in ("t1n", "t2w", "t2f")})["cases"]
     assert case["failed"] == "nothing of it is used"
+
+
+def test_what_is_no_contrast_and_no_scan_is_refused(ask):
+    with pytest.raises(NamingError, match="None of these files is a volume"):
+        ask.recognise()
+    write_images(ask.scans, "Ann", ("t1n", "t2w"))
+    with pytest.raises(ConfigError, match="is no contrast"):
+        ask.recognise({"Ann/Ann-t1n.nii.gz": "../../t1n"})
 
 
 def test_what_may_be_a_contrast_stays_in_doubt_beside_a_choice(ask):

@@ -222,7 +222,9 @@ def test_a_server_s_page_has_its_volumes_beside_it_and_no_script_within(complete
     assert "<style" not in text
     assert not re.search(r"<script>", text)
     assert write_linked(out, "Bob", tmp_path / "Bob", "..") == []  # of whom nothing was synthesised: the scans alone
-    assert '"kind": "synthetic"' not in (tmp_path / "Bob" / "index.html").read_text()
+    text = (tmp_path / "Bob" / "index.html").read_text()
+    assert '"kind": "synthetic"' not in text
+    assert "Nothing was synthesised: these are the acquired scans." in text
 
 
 def test_a_volume_like_a_scan_is_shown_on_the_scale_of_the_others():

@@ -118,6 +118,9 @@ class Queue:
         job.progress = {"text": "Starting"}
         try:
             await self._speak(job)
+        except Exception as error:  # what it said makes no sense: the next job has another process
+            job.state, job.error = "failed", f"The job's process was not understood ({error}). Run it again."
+            await self._end_process()
         finally:
             self._running, job.seconds = None, time.monotonic() - job.started
 

@@ -24,7 +24,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -46,6 +46,8 @@ STATIC = {
 TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".gz": "application/gzip"}
 SWEEP_SECONDS = 10.0
 """Between two looks for pages that were closed."""
+NOTHING = "There is nothing here. Open the address that crossmr app has printed."
+"""What everybody else is answered, whatever they ask for."""
 DRAINED = 2**26
 """Bytes of a refused file that are read all the same."""
 HEADERS = {
@@ -104,7 +106,7 @@ class Guard:
             await send(message)
 
         status = self._refusal(scope)
-        answer = self.app if status is None else Response(status_code=status, headers={"connection": "close"})
+        answer = self.app if status is None else PlainTextResponse(NOTHING, status, {"connection": "close"})
         await answer(scope, receive, send_guarded)
 
     def _refusal(self, scope: Scope) -> int | None:

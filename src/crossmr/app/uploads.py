@@ -21,7 +21,7 @@ from typing import IO
 
 from anyio import to_thread
 
-from crossmr.data.formats import fault_of, first_bytes, half, is_volume
+from crossmr.data.formats import fault_of, first_bytes, half, is_archive, is_volume
 from crossmr.errors import CrossmrError
 
 DEEPEST, LONGEST, LONGEST_PATH = 24, 180, 900
@@ -155,7 +155,12 @@ class Store:
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise Refused(f"{path}: a file and a folder have this name. Rename one of them.", 409) from error
         if not kept:
-            self.remarks[str(path)] = "is neither a volume nor DICOM nor a zip; it is not read"
+            packed = is_archive(path.name)
+            self.remarks[str(path)] = (
+                "is an archive that is not opened; unpack it"
+                if packed
+                else "is neither a volume nor DICOM; it is not read"
+            )
         elif is_volume(path.name) and (fault := fault_of(first_bytes(place), place)):
             self.remarks[str(path)] = fault
 

@@ -20,12 +20,12 @@ from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan
 from crossmr.completion.layout import FORMAT, Layout
 from crossmr.completion.status import reasons_of
 from crossmr.completion.unread import unread_series
-from crossmr.data.formats import ending_of, half, parts
+from crossmr.data.formats import ending_of, half, is_volume, parts
 from crossmr.data.naming import DISPLAY_NAMES, MODALITIES, StudyFiles
 from crossmr.dicom.convert import choose
-from crossmr.dicom.series import Series
+from crossmr.dicom.series import Series, first_dicom
 from crossmr.display import Display, Task
-from crossmr.errors import CrossmrError, OutputError, names_only
+from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, write_json
 from crossmr.main_memory import keep_memory
 from crossmr.networks.inference import Settings, watching
@@ -107,6 +107,10 @@ def recognise(model: CrossConditionedModel, job: Mapping[str, Any], tell: Speak)
     `complete` wants: folders, each with a mapping.
     """
     scans, choices = Path(job["scans"]), dict(job.get("choices") or {})
+    if wrong := {*choices.values()} - {*MODALITIES, *model.config.modalities, UNKNOWN, UNUSED}:
+        raise ConfigError(f"{min(wrong)!r} is no contrast. Choose one from the list.")
+    if not any(is_volume(path.name) for path in scans.rglob("*")) and first_dicom(scans) is None:
+        raise NamingError("None of these files is a volume or a DICOM image. Give NIfTI, or a folder or zip of DICOM.")
     progress = Progress(tell)
     tell({"text": "Reading names and tags"})
     inputs = find_inputs([scans], display=progress)

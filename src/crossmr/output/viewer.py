@@ -94,7 +94,10 @@ def _page(manifest: Mapping[str, Any], volumes: Sequence[dict[str, Any]], **how:
         look_at=manifest.get("look_at", {}).get("mm"),
         verdict=manifest.get("verdict", "look"),
         reasons=[reason["text"] for reason in reasons_of(manifest)],
-        warnings=[DISCLAIMER, *([ENHANCEMENT] if "t1c" in manifest["synthetic"] else [])],
+        warnings=[
+            DISCLAIMER if manifest["synthetic"] else "Nothing was synthesised: these are the acquired scans.",
+            *([ENHANCEMENT] if "t1c" in manifest["synthetic"] else []),
+        ],
         licence=(PAGES / "niivue.LICENSE").read_text(),
         version=version("crossmr"),
         **how,

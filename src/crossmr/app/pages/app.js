@@ -250,7 +250,8 @@ function showCheck(told) {
   $("cases").replaceChildren(...cases.map((one) => caseCard(one, contrasts, dicom)));
   $("together-label").hidden = dicom || (cases.length < 2 && !together);
   $("together").checked = together;
-  const wanted = [...new Set(cases.flatMap((one) => one.failed ? [] : one.synthesise))].map((m) => contrasts[m] ?? m);
+  const order = Object.keys(contrasts), missing = [...new Set(cases.flatMap((one) => one.failed ? [] : one.synthesise))];
+  const wanted = missing.sort((a, b) => order.indexOf(a) - order.indexOf(b)).map((m) => contrasts[m] ?? m);
   $("go").textContent = wanted.length ? `Synthesise ${wanted.join(", ")}` : "Nothing to synthesise";
   $("go").disabled = !wanted.length;
   if (focused) document.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
@@ -324,6 +325,7 @@ function showResults(results) {
   const select = $("case");
   select.replaceChildren(...all.map((one, index) => element("option", { value: index, textContent: `${one.case}: ${WORDS[one.verdict][0].toLowerCase()}` })));
   $("case-label").hidden = all.length < 2;
+  $("result-title").className = all.length < 2 ? "" : "unseen";
   select.onchange = () => showCase(all[select.value], true);
   showCase(all[0], false);
   showDownloads(results, all.some((one) => Object.keys(one.synthetic).length));
