@@ -60,6 +60,7 @@ def main() -> None:
                     seen["keyboard"] = follow_keyboard(page)
                     seen["NIfTI"] = nifti(page, shot, study, place)
                 else:
+                    seen["hostile"] = hostile(page, shot, place)
                     seen["DICOM"] = dicom(page, shot, archive, place)
                 context.close()
         seen["left in the temporary folder"] = [path.name for path in (place / "tmp").iterdir()]
@@ -191,6 +192,37 @@ def nifti(page: Page, shot: Shots, study: Path, place: Path) -> dict[str, Any]:
         "steps": steps,
         **result(page, shot, place, ("nifti", "bids")),
     }
+
+
+def hostile(page: Page, shot: Shots, place: Path) -> dict[str, str]:
+    """What the page says of archives that are no studies; a second tab that is closed in the middle of its upload."""
+    bomb, leads, link = (place / f"{name}.zip" for name in ("bomb", "leads", "link"))
+    with (
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed,
+        packed.open("T1.nii", "w", force_zip64=True) as file,
+    ):
+        for _ in range(1024):
+            file.write(bytes(2**20))
+    with zipfile.ZipFile(leads, "w") as packed:
+        packed.writestr("../../../../tmp/evil.nii", b"evil")
+    with zipfile.ZipFile(link, "w") as packed:
+        info = zipfile.ZipInfo("T1.nii")
+        info.create_system, info.external_attr = 3, 0o120777 << 16
+        packed.writestr(info, "/etc/passwd")
+    large = place / "large.nii"
+    large.touch()
+    os.truncate(large, 2**31)
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.set_input_files("#files", large)
+    said = {}
+    for path in (bomb, leads, link):
+        page.set_input_files("#files", path)
+        page.get_by_role("alert").filter(has_text=path.name if path != leads else "evil").wait_for(timeout=60_000)
+        said[f"{path.name}, {path.stat().st_size / 1e6:.1f} MB"] = page.locator("#alert").inner_text()
+    shot("hostile")
+    other.close()
+    return said
 
 
 def dicom(page: Page, shot: Shots, archive: Path, place: Path) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def address(tmp_path_factory):
 def page(browser, address):
     """The page; whatever it complains of, or asks of others, fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light", accept_downloads=True)
+    context.set_default_timeout(90_000)  # of a machine that does much else
     opened, wrong = context.new_page(), []
     own = f"http://127.0.0.1:{address[0]}/"
     opened.on("console", lambda one: wrong.append(one.text) if one.type in ("error", "warning") else None)
@@ -132,7 +133,7 @@ def volume(modality):
 
 
 def outcome(page, text):
-    page.locator(".outcome", has_text=text).wait_for(timeout=20_000)
+    page.locator(".outcome", has_text=text).wait_for()
 
 
 def look(canvas):
@@ -143,7 +144,7 @@ def look(canvas):
 def test_drop_correct_cancel_run_look_download(page, tmp_path):
     assert stands_out(page)
     drop(page, [("Ann_t1n.nii", volume("t1n")), ("Ann_scan2.nii", volume("t2w")), ("notes.txt", b"hello")])
-    page.wait_for_selector("#check:visible", timeout=15_000)
+    page.wait_for_selector("#check:visible")
     outcome(page, "Ann_scan2.nii may be it")
     assert page.locator("#go").is_disabled()
     assert stands_out(page)
@@ -153,20 +154,20 @@ def test_drop_correct_cancel_run_look_download(page, tmp_path):
     assert page.evaluate(NAMELESS) == []
 
     page.get_by_role("button", name="Synthesise T1ce, FLAIR").click()
-    page.get_by_text("1 of 4 slices").wait_for(timeout=20_000)
+    page.get_by_text("1 of 4 slices").wait_for()
     assert page.locator("#run-bar").evaluate("(bar) => [bar.value, bar.max]") == [1, 4]
     assert page.locator("#announce").text_content() == "Predicting the slices, 25 percent"
     page.get_by_role("button", name="Cancel").click()
     page.wait_for_selector("#check:visible")
     page.get_by_role("button", name="Synthesise T1ce, FLAIR").click()
-    page.wait_for_selector("#result:visible", timeout=15_000)
+    page.wait_for_selector("#result:visible")
 
     assert stands_out(page)
     assert re.match(r"Verdict: (Use|Look|Refuse)", page.locator("#verdict").inner_text())
     assert page.locator("#made dd.synthetic").all_inner_texts() == ["SYNTHETIC, from T1, T2"] * 2
     assert "not a medical device" in page.locator("#made").inner_text()
     viewer = page.frame_locator("#viewer iframe")
-    viewer.locator("body[data-ready=yes]").wait_for(timeout=60_000)
+    viewer.locator("body[data-ready=yes]").wait_for()
     (frame,) = page.frames[1:]
     names = [button.split(" ", 1)[1] for button in viewer.locator("#left nav button").all_inner_texts()]
     assert names == ["T1 acquired", "T2 acquired", "T1ce synthetic", "FLAIR synthetic"]
@@ -216,10 +217,10 @@ def test_a_second_page_waits_is_told_its_place_and_may_leave(page, address):
     other.give_study("Ann")
     other.finished("recognise")
     drop(page, [(f"Bob_{m}.nii", volume(m)) for m in ("t1n", "t2w")])
-    page.wait_for_selector("#check:visible", timeout=15_000)
+    page.wait_for_selector("#check:visible")
     other.page("POST", "/complete", {})
     page.get_by_role("button", name="Synthesise T1ce, FLAIR").click()
-    page.locator("#run-text", has_text="Waiting: one job is done before this one").wait_for(timeout=10_000)
+    page.locator("#run-text", has_text="Waiting: one job is done before this one").wait_for()
     page.get_by_role("button", name="Cancel").click()
     page.wait_for_selector("#check:visible")
     assert other.waited()["job"]["state"] == "done"  # nothing of it was lost
@@ -228,7 +229,7 @@ def test_a_second_page_waits_is_told_its_place_and_may_leave(page, address):
 
 def test_a_page_that_is_closed_is_forgotten(page, address, monkeypatch):
     drop(page, [("Ann_t1n.nii", volume("t1n"))])
-    page.wait_for_selector("#check:visible", timeout=15_000)
+    page.wait_for_selector("#check:visible")
     key = page.evaluate("sessionStorage.getItem('page')")
     folder = address[1] / f"page-{key}"
     assert folder.exists()
@@ -251,7 +252,7 @@ def test_it_is_used_by_the_keyboard_and_read_aloud(page):
         page.keyboard.press("Enter")
     files = [{"name": f"Ann_{m}.nii", "mimeType": "", "buffer": volume(m)} for m in ("t1n", "t2w")]
     chooser.value.set_files(files)
-    page.wait_for_selector("#check:visible", timeout=15_000)
+    page.wait_for_selector("#check:visible")
     assert page.evaluate("document.activeElement.id") == "check-title"  # a reader begins to read there
     tree = page.locator("body").aria_snapshot()
     for told in (
@@ -270,11 +271,11 @@ def test_it_is_used_by_the_keyboard_and_read_aloud(page):
     assert page.evaluate("document.activeElement.id") == "go"
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
-    page.wait_for_selector("#result:visible", timeout=15_000)
+    page.wait_for_selector("#result:visible")
     assert page.evaluate("document.activeElement.id") == "result-title"
     assert page.evaluate(NAMELESS) == []
     viewer = page.frame_locator("#viewer iframe")
-    viewer.locator("body[data-ready=yes]").wait_for(timeout=60_000)
+    viewer.locator("body[data-ready=yes]").wait_for()
     button = viewer.locator("#right nav button", has_text="FLAIR synthetic")
     button.focus()
     page.keyboard.press("Space")

@@ -209,7 +209,7 @@ def test_prepare_stopped_by_ctrl_c_in_a_terminal_says_so_once(tmp_path):
 
 def test_commands_are_listed_in_the_order_of_use():
     listed = re.findall(r"^│ ([a-z]+) ", crossmr("--help").stdout.partition("Commands")[2], flags=re.MULTILINE)
-    assert listed == ["complete", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo"]
+    assert listed == ["complete", "view", "app", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo"]
 
 
 @pytest.mark.parametrize("verb", ["complete", "evaluate", "train"])
