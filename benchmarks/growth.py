@@ -24,9 +24,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from crossmr.cli import keep_memory
 from crossmr.completion.cohort import complete_cohort
 from crossmr.display import Display
+from crossmr.main_memory import keep_memory
 from crossmr.networks.inference import Settings
 from crossmr.output.report import report_completion
 from crossmr.phantom import write_cohort

@@ -32,7 +32,6 @@ from growth import Watch, under_names
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from crossmr.cli import keep_memory
 from crossmr.completion.checks import check
 from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import complete_study
@@ -42,6 +41,7 @@ from crossmr.data.prepare import PrepareSettings, Split, prepare, prepare_case
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import write_volume
 from crossmr.device import autocast, choose_device, choose_precision
+from crossmr.main_memory import keep_memory
 from crossmr.metrics import psnr
 from crossmr.networks.c_unet import synthesis_error
 from crossmr.networks.inference import BATCH, HeadVolumes, Settings, synthesise

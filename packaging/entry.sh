@@ -2,9 +2,12 @@
 # What the image runs. Without arguments: a challenge's container, which fills /output from /input.
 set -eu
 case "${1-}" in
-crossmr | crossmr-bids) exec "$@" ;;
+crossmr | crossmr-bids | crossmr-mercure) exec "$@" ;;
 ?*) exec crossmr "$@" ;;
 esac
+if [ -n "${MERCURE_IN_DIR-}" ]; then # the router mercure starts its modules without arguments
+    exec crossmr-mercure
+fi
 if [ ! -d /input ] || [ ! -w /output ]; then
     echo "crossmr: mount the studies at /input and a writable folder at /output, or give a command, such as --help." >&2
     exit 2

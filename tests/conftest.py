@@ -6,10 +6,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle thread
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the processor
 
+import asyncio
 import gzip
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -157,6 +159,17 @@ def page(browser):
     yield opened
     context.close()
     assert not wrong
+
+
+def in_thread(function, *arguments):
+    """What a function returns that runs a loop of asyncio: Playwright keeps one in this thread."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
+
+
+def run_async(coroutine):
+    """What a coroutine returns."""
+    return in_thread(asyncio.run, coroutine)
 
 
 class Listener(Display):

@@ -209,19 +209,8 @@ def test_prepare_stopped_by_ctrl_c_in_a_terminal_says_so_once(tmp_path):
 
 def test_commands_are_listed_in_the_order_of_use():
     listed = re.findall(r"^│ ([a-z]+) ", crossmr("--help").stdout.partition("Commands")[2], flags=re.MULTILINE)
-    assert listed == [
-        "complete",
-        "status",
-        "report",
-        "view",
-        "evaluate",
-        "prepare",
-        "train",
-        "models",
-        "convert",
-        "nnunet",
-        "demo",
-    ]
+    expected = "complete status report view app evaluate prepare train models convert nnunet demo"
+    assert listed == expected.split()
 
 
 @pytest.mark.parametrize("verb", ["complete", "evaluate", "train"])
@@ -578,7 +567,7 @@ def test_a_damaged_set(tmp_path):
 def test_freed_memory_is_kept_for_the_next_layer():
     def faults(first: str, warm: str = "np.ones(2**23)") -> int:
         code = (
-            f"import resource, numpy as np; from crossmr.cli import keep_memory; {first}; {warm}\n"
+            f"import resource, numpy as np; from crossmr.main_memory import keep_memory; {first}; {warm}\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "for _ in range(5): np.ones(2**23)\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"

@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from crossmr import command
-from crossmr.command import MESSAGE_OPTIONS, Summary, check_paths, modalities_of, pairs, speaks
+from crossmr.command import MESSAGE_OPTIONS, Summary, check_extra, check_paths, modalities_of, pairs, speaks
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError
 
 FAILED = Summary({"failed": 1, "made": 2, "kept": 0}, {"Bob": "no scan"}, "in out", {"more": 3}, ["Ann: made t2f"])
@@ -97,6 +97,12 @@ def test_wrong_paths_are_refused_and_what_is_not_given_is_not(tmp_path):
     ):
         with pytest.raises(error):
             check_paths(**wrong)
+
+
+def test_an_extra_that_is_not_installed_is_named():
+    check_extra("app", "json", "typer")
+    with pytest.raises(ConfigError, match=r'nor_this and nor_that not installed.*pip install "crossmr\[app\]"'):
+        check_extra("app", "json", "nor_this", "nor_that")
 
 
 def test_pairs_and_modalities():

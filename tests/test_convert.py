@@ -149,6 +149,14 @@ def test_map_names_series_by_their_descriptions(tmp_path):
     assert "tell its contrast" in scans.left_out["series 3"]
 
 
+def test_map_names_series_by_their_numbers(tmp_path):
+    """As `--dry-run` names them: two may share a description."""
+    for number in (1, 2, 12):
+        dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, "?", number=number, description="same")
+    (scans,) = convert(tmp_path, tmp_path / "out", mapping={"t1n": "series 1", "t2f": "series 2"})
+    assert {m: s.number for m, s in scans.series.items()} == {"t1n": 1, "t2f": 2}
+
+
 def test_map_leaves_the_rest_to_recognition_and_what_was_taken_before_goes(tmp_path):
     write(tmp_path / "in", ("t1n", "t2f"))
     dicoms.write_series(tmp_path / "in" / "9", head(), OBLIQUE, number=9, description="late")

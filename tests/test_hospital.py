@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pydicom
 import pytest
 from test_orthanc import watcher
 
-from crossmr.mercure import ModuleSettings, main
+from crossmr.mercure import ModuleSettings
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "packaging" / "hospital"
@@ -38,12 +37,6 @@ def test_the_page_lists_every_setting_with_its_default():
 def test_every_file_is_named_on_the_page():
     for path in FILES.iterdir():
         assert path.name in PAGE or path.name == "__pycache__", path.name
-
-
-def test_mercures_image_starts_a_command_that_the_wheel_has():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    entry = re.search(r"^ENTRYPOINT (.+)$", (FILES / "mercure.Containerfile").read_text(), flags=re.MULTILINE)
-    assert scripts[json.loads(entry[1])[0]] == f"{main.__module__}:{main.__name__}"
 
 
 def test_the_service_starts_the_watcher(tmp_path):

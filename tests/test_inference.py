@@ -22,6 +22,7 @@ from crossmr.networks.inference import (
     samples_drawn,
     slices_at_once,
     synthesise,
+    watching,
 )
 from crossmr.networks.masked_autoencoder import RepresentationConfig
 from crossmr.networks.model import GUIDANCES, CrossConditionedModel, ModelConfig
@@ -409,6 +410,17 @@ def test_no_batch_changes_a_slice(monkeypatch, make, guidance, batch):
     torch.testing.assert_close(result.images, want.images, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(result.stds, want.stds, atol=1e-6, rtol=1e-5)
     assert result.batch == batch
+
+
+def test_who_watches_is_told_of_the_slices_that_are_done(monkeypatch):
+    monkeypatch.setattr(inference, "BATCH", 4)
+    model, told = random_model(), []
+    head = a_head(shape=(10, 10, 13), voxels=[0, *[50] * 9])
+    with watching(lambda done, total: told.append((done, total))):
+        synthesise(model, head, "A", settings(guidance="none"))
+    assert told == [(4, 9), (8, 9), (9, 9)]
+    synthesise(model, head, "A", settings(guidance="none"))
+    assert len(told) == 3
 
 
 def test_where_memory_runs_out_fewer_slices_go_at_once_and_nothing_changes():

@@ -81,7 +81,7 @@ def test_machines_that_say_little(monkeypatch):
 def test_what_the_c_library_keeps_may_be_used_again(monkeypatch):
     command = """if True:
         import numpy as np
-        from crossmr.cli import keep_memory
+        from crossmr.main_memory import keep_memory
         from crossmr.main_memory import reusable_memory
         keep_memory()
         held = np.ones(2**24)

@@ -66,14 +66,18 @@ def numbers(text):
         (["complete", "a b", "-o", "c"], "crossmr complete a b -o c"),
         (["crossmr", "models"], "crossmr models"),
         (["crossmr-bids", "in", "out", "group"], "crossmr-bids in out group"),
+        (["crossmr-mercure"], "crossmr-mercure"),
+        ([], "crossmr-mercure"),
     ],
 )
 def test_the_image_runs_what_it_is_given(tmp_path, arguments, ran):
-    for name in ("crossmr", "crossmr-bids"):
+    for name in ("crossmr", "crossmr-bids", "crossmr-mercure"):
         script(tmp_path / name, f'echo {name} "$@"')
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    said = subprocess.run([PACKAGING / "entry.sh", *arguments], env={"PATH": path}, capture_output=True, text=True)
-    assert (said.returncode, said.stdout) == (0, f"{ran}\n")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    if not arguments:
+        environment["MERCURE_IN_DIR"] = "/in"  # the router starts its modules so
+    said = subprocess.run([PACKAGING / "entry.sh", *arguments], env=environment, capture_output=True, text=True)
+    assert (said.returncode, said.stdout.strip()) == (0, ran)
 
 
 @pytest.mark.skipif(Path("/input").exists(), reason="this machine has a folder /input")

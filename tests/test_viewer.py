@@ -4,6 +4,7 @@ import base64
 import gzip
 import io
 import json
+import re
 import shutil
 
 import nibabel as nib
@@ -19,7 +20,7 @@ from crossmr.errors import OutputError
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
 from crossmr.output import viewer
-from crossmr.output.viewer import view_case
+from crossmr.output.viewer import ASSETS, PAGES, view_case, write_linked
 
 ALL_FOUR = ("t1n", "t1c", "t2w", "t2f")
 
@@ -204,6 +205,26 @@ def test_it_draws_and_obeys_in_a_browser_with_the_network_off(completed, page):
     assert settled()[1].mean() > 1.1 * dark
     page.keyboard.press("l")
     assert page.locator("#layouts [aria-pressed=true]").text_content() == "axial"
+
+
+def test_a_server_s_page_has_its_volumes_beside_it_and_no_script_within(completed, tmp_path):
+    out, _ = completed
+    assert write_linked(out, "Ann", tmp_path / "page", "../static") == []
+    text = (tmp_path / "page" / "index.html").read_text()
+    listed = json.loads(text.partition('<script id="volumes" type="application/json">')[2].partition("</script>")[0])
+    held = shown(view_case(out, "Ann")[0])
+    assert [v["name"] for v in listed] == list(held)
+    for volume in listed:
+        beside = nib.Nifti1Image.from_bytes(gzip.decompress((tmp_path / "page" / volume["url"]).read_bytes()))
+        np.testing.assert_array_equal(beside.get_fdata(), held[volume["name"]].get_fdata())
+    assert {f"../static/{name}" for name in ASSETS} == set(re.findall(r'(?:src|href)="(\.\.[^"]+)"', text))
+    assert all((PAGES / name).is_file() for name in ASSETS)
+    assert "<style" not in text
+    assert not re.search(r"<script>", text)
+    assert write_linked(out, "Bob", tmp_path / "Bob", "..") == []  # of whom nothing was synthesised: the scans alone
+    text = (tmp_path / "Bob" / "index.html").read_text()
+    assert '"kind": "synthetic"' not in text
+    assert "Nothing was synthesised: these are the acquired scans." in text
 
 
 def test_a_volume_like_a_scan_is_shown_on_the_scale_of_the_others():

@@ -9,7 +9,7 @@ the study, so neither a study that is sent twice nor the derived series that arr
 
     orthanc_watcher.py --state /var/lib/crossmr --to ORTHANC@127.0.0.1:4242 -- crossmr-mercure
     orthanc_watcher.py --state /var/lib/crossmr --to PACS@pacs:104 -- podman run --rm --network none --user 0 \
-        -v {in}:/in:ro -v {out}:/out -e MERCURE_IN_DIR=/in -e MERCURE_OUT_DIR=/out --entrypoint crossmr-mercure crossmr
+        -v {in}:/in:ro -v {out}:/out -e MERCURE_IN_DIR=/in -e MERCURE_OUT_DIR=/out crossmr
 
 It needs Python 3.11 and dcmtk, nothing else. The log has Orthanc's identifiers of studies and counts, no patient data.
 A study that fails leaves a note in STATE/notes; delete the note, and the study is tried again. Research use only.

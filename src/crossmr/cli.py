@@ -1,6 +1,5 @@
 """The command line: one verb, one function. Heavy imports wait until a verb needs them."""
 
-import ctypes
 import io
 import json
 import os
@@ -36,6 +35,7 @@ from crossmr.command import (
     Share,
     Summary,
     Targets,
+    check_extra,
     check_paths,
     mapping_of,
     messages,
@@ -45,14 +45,31 @@ from crossmr.command import (
     speaks,
 )
 from crossmr.errors import ConfigError, CrossmrError, CrossmrWarning, Interrupted
+from crossmr.main_memory import keep_memory
 from crossmr.paths import check_completed, check_prepared
+from crossmr.registry import find_model
 
 if TYPE_CHECKING:
     from crossmr.completion.cohort import CohortSummary
     from crossmr.completion.inputs import PlannedCase
     from crossmr.display import Display
 
-ORDER = ("complete", "status", "report", "view", "evaluate", "prepare", "train", "models", "convert", "nnunet", "demo")
+ORDER = tuple(
+    [
+        "complete",
+        "status",
+        "report",
+        "view",
+        "app",
+        "evaluate",
+        "prepare",
+        "train",
+        "models",
+        "convert",
+        "nnunet",
+        "demo",
+    ]
+)
 """The commands as the help lists them: in the order in which they are used."""
 
 
@@ -92,8 +109,6 @@ app = typer.Typer(
 
 NAMED = 8
 """Cases of a verdict that the terminal names; status.csv has them all."""
-KEPT = 2**30
-"""Bytes: freed memory up to this is kept, and blocks up to this come from it."""
 
 
 def _say_version(asked: bool) -> None:
@@ -307,6 +322,26 @@ def view(
     Display().say(f"{page}: one file, to be opened in any browser")
     if opened:
         webbrowser.open(page.resolve().as_uri())
+
+
+@app.command("app")
+def app_(
+    host: Annotated[str, typer.Option(help="Address to listen on; by default this computer's alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any that is free.")] = 0,
+    model: Annotated[Path | None, typer.Option(help="Folder or name of a model; by default the shipped model.")] = None,
+    device: Device = "auto",
+    limit_gib: Annotated[float, typer.Option("--limit-gib", help="GiB that one page may send.")] = 4.0,
+    opened: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> None:
+    """Serve a page on this computer: drop a study, complete it, look at it, download it."""
+    check_paths(models=[model])
+    check_extra("app", "starlette", "uvicorn")
+    from crossmr.app.server import AppSettings, serve
+    from crossmr.app.uploads import Limits
+    from crossmr.display import Display
+
+    limits = Limits(total=int(limit_gib * 2**30))
+    serve(AppSettings(host, port, str(find_model(model)), device, opened, limits), Display())
 
 
 @app.command()
@@ -651,16 +686,6 @@ def demo(out: Out, seed: Seed = 0) -> None:
     from crossmr.display import Display
 
     run(out, seed=seed, display=Display())
-
-
-def keep_memory() -> None:
-    """Let glibc keep what is freed: it would map every layer's output anew, and the system clear it page by page.
-
-    All threads share it: what the threads that read a study have freed would be lost to all others.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        for option, value in ((-1, KEPT), (-3, KEPT), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
-            mallopt(option, value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from importlib.util import find_spec
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -196,6 +197,16 @@ def check_paths(
             check_studies(folder)
     if out is not None:
         check_output(out)
+
+
+def check_extra(extra: str, *modules: str) -> None:
+    """Refuse a command whose extra is not installed.
+
+    Raises:
+        ConfigError: one of its modules is not there.
+    """
+    if absent := [module for module in modules if find_spec(module) is None]:
+        raise ConfigError(f'{" and ".join(absent)} not installed. Install with: pip install "crossmr[{extra}]"')
 
 
 def pairs(items: Sequence[str] | None, option: str, example: str) -> dict[str, str]:

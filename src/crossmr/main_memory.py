@@ -11,6 +11,9 @@ from pathlib import Path
 
 from crossmr.errors import StudyError
 
+KEPT = 2**30
+"""Bytes: freed memory up to this is kept, and blocks up to this come from it."""
+
 
 def check_memory(case: str, needed: int) -> str | None:
     """What to say of a study that takes more than half of the available memory; `needed` in bytes.
@@ -51,6 +54,16 @@ class _Mallinfo2(ctypes.Structure):
         *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
         *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
     ]
+
+
+def keep_memory() -> None:
+    """Let glibc keep what is freed: it would map every layer's output anew, and the system clear it page by page.
+
+    All threads share it: what the threads that read a study have freed would be lost to all others.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        for option, value in ((-1, KEPT), (-3, KEPT), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
+            mallopt(option, value)
 
 
 def gigabytes(number: float) -> str:

@@ -31,10 +31,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from crossmr.cli import keep_memory
 from crossmr.config import from_dict
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError, names_only
 from crossmr.files import read_json, temporary_folder, write_json
+from crossmr.main_memory import keep_memory
 
 IN, OUT = "MERCURE_IN_DIR", "MERCURE_OUT_DIR"
 TASK, RESULT = "task.json", "result.json"

@@ -123,7 +123,7 @@ class Series:
     @cached_property
     def name(self) -> str:
         """For messages."""
-        return "series without a number" if self.number is None else f"series {self.number}"
+        return _name(self.number)
 
 
 def holds_dicom(
@@ -461,7 +461,7 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
 
 
 def _verdict(header: Any, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Verdict:
-    """The contrast of a series: by its tags, or by the pattern of `mapping` that its description matches."""
+    """The contrast of a series: by its tags, or by the pattern of `mapping` that its description or name matches."""
     if (_number(header, "SamplesPerPixel") or 1) != 1:
         return Verdict(None, "in colour", True)
     description = acquisition.description
@@ -470,12 +470,17 @@ def _verdict(header: Any, acquisition: Acquisition, mapping: Mapping[str, str] |
     verdict = recognise_contrast(acquisition)
     if verdict.modality is not None and covers(acquisition.part, description) == 0:
         verdict = Verdict(None, "of another part of the body than the head", False)
+    name = _name(_number(header, "SeriesNumber"))
     for modality, glob in (mapping or {}).items():
-        if fnmatch.fnmatchcase(description, glob):
+        if fnmatch.fnmatchcase(description, glob) or glob == name:
             return Verdict(modality, BY_USER, True)
     if mapping and verdict.modality in mapping:
         return Verdict(None, f"not the {verdict.modality} that --map names", True)
     return verdict
+
+
+def _name(number: float | None) -> str:
+    return "series without a number" if number is None else f"series {int(number)}"
 
 
 def _study(header: Any, path: Path) -> str:

@@ -1,7 +1,9 @@
 """From arrays to arrays: the targets of a head, synthesised from its sources; completion and evaluation both use it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
@@ -153,6 +155,20 @@ def passing_memory(config: ModelConfig, shape: Sequence[int]) -> int:
     return 4 * FEATURES_ALIVE * config.synthesis.channels * points // pixels
 
 
+Watch = Callable[[int, int], object]
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Within this, and in its thread, `watch` is called with the slices of a head that are done, and with all."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
 @torch.no_grad()
 def synthesise(
     model: CrossConditionedModel,
@@ -273,6 +289,8 @@ def _by_slices(
         if not len(result):
             result = torch.zeros(predicted.shape[1], *shape)
         result[:, slices[some]] = crop_or_pad(predicted, shape[1:], [0.5] * 2).transpose(0, 1)
+        if (watch := _watch.get()) is not None:
+            watch(some.stop, len(slices))
     return result, batch
 
 

@@ -21,6 +21,8 @@ from crossmr.files import is_page, read_json, refuse_foreign, write_atomically
 from crossmr.picture import BRIGHTEST, MAPS, Array, Kind, window
 
 PAGES = Path(__file__).parent / "pages"
+ASSETS = ("niivue.umd.js", "view.js", "view.css")
+"""Files of `PAGES` that a page which is not self-contained asks for."""
 
 
 def view_case(
@@ -45,24 +47,74 @@ def view_case(
     case, manifest = _choose(out, case)
     target = out / "view" / f"{case}.html"
     refuse_foreign(target, is_page)
-    study, notes = _acquired(out, manifest, scans, mapping)
-    volumes = [*([] if study is None else _study_entries(study, manifest)), *_synthetic_entries(out / case, manifest)]
-    if not volumes:
-        raise OutputError(f"{case} of {out} has nothing to show: nothing was synthesised, and its scans are gone.")
+    volumes, notes = _volumes(out, manifest, scans, mapping)
+    for volume in volumes:
+        volume["data"] = base64.b64encode(volume.pop("content")).decode()
+    page = _page(
+        manifest,
+        volumes,
+        linked=None,
+        niivue=(PAGES / "niivue.umd.js").read_text().replace("</script", "<\\/script"),
+        css=(PAGES / "view.css").read_text(),
+        js=(PAGES / "view.js").read_text(),
+    )
+    write_atomically(target, page)
+    return target, notes
+
+
+def write_linked(out: Path, case: str, folder: Path, linked: str) -> list[str]:
+    """Write the same page for a server: FOLDER/index.html, and its volumes beside it; returns notes for the user.
+
+    It says no verdict; the server's own page does.
+
+    Args:
+        out: what `complete` wrote.
+        case: one of its cases.
+        folder: a new folder.
+        linked: the way from the page to what `ASSETS` names.
+
+    Raises:
+        OutputError: see `view_case`.
+    """
+    out = records_of(out)
+    _, manifest = _choose(out, case)
+    volumes, notes = _volumes(out, manifest, None, None)
+    for number, volume in enumerate(volumes):
+        volume["url"] = f"{number}.nii.gz"
+        write_atomically(folder / volume["url"], volume.pop("content"))
+    write_atomically(folder / "index.html", _page(manifest, volumes, linked=linked))
+    return notes
+
+
+def _page(manifest: Mapping[str, Any], volumes: Sequence[dict[str, Any]], **how: Any) -> bytes:
     pages = Environment(loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     page = pages.get_template("view.html.j2").render(
-        case=case,
+        case=manifest["case"],
         volumes=_in_one_window(volumes),
         look_at=manifest.get("look_at", {}).get("mm"),
         verdict=manifest.get("verdict", "look"),
         reasons=[reason["text"] for reason in reasons_of(manifest)],
-        warnings=[DISCLAIMER, *([ENHANCEMENT] if "t1c" in manifest["synthetic"] else [])],
-        niivue=(PAGES / "niivue.umd.js").read_text().replace("</script", "<\\/script"),
+        warnings=[
+            DISCLAIMER if manifest["synthetic"] else "Nothing was synthesised: these are the acquired scans.",
+            *([ENHANCEMENT] if "t1c" in manifest["synthetic"] else []),
+        ],
         licence=(PAGES / "niivue.LICENSE").read_text(),
         version=version("crossmr"),
+        **how,
     )
-    write_atomically(target, page.encode(errors="replace"))
-    return target, notes
+    return page.encode(errors="replace")
+
+
+def _volumes(
+    out: Path, manifest: Mapping[str, Any], scans: Path | None, mapping: Mapping[str, str] | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What a page shows, and notes for the user."""
+    case = manifest["case"]
+    study, notes = _acquired(out, manifest, scans, mapping)
+    volumes = [*([] if study is None else _study_entries(study, manifest)), *_synthetic_entries(out / case, manifest)]
+    if not volumes:
+        raise OutputError(f"{case} of {out} has nothing to show: nothing was synthesised, and its scans are gone.")
+    return volumes, notes
 
 
 def _choose(out: Path, case: str | None) -> tuple[str, dict[str, Any]]:
@@ -135,7 +187,7 @@ def _on_unit_scale(data: Array, kind: Kind, scale: Mapping[str, Any] | None) -> 
 
 
 def _entry(modality: str, kind: Kind, data: Array, grid: Volume) -> dict[str, Any]:
-    """A volume as the page holds it."""
+    """A volume as a page holds it, with its file of NIfTI as 'content'."""
     content = compact(on_grid(data, grid, description=modality))
     black, white = (0.0, BRIGHTEST) if kind in MAPS else window(data)
     return {
@@ -144,5 +196,5 @@ def _entry(modality: str, kind: Kind, data: Array, grid: Volume) -> dict[str, An
         "name": f"{DISPLAY_NAMES.get(modality, modality)} {kind}",
         "black": round(black, 4),
         "white": round(white, 4),
-        "data": base64.b64encode(content).decode(),
+        "content": content,
     }
