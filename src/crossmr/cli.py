@@ -54,21 +54,19 @@ if TYPE_CHECKING:
     from crossmr.completion.inputs import PlannedCase
     from crossmr.display import Display
 
-ORDER = tuple(
-    [
-        "complete",
-        "status",
-        "report",
-        "view",
-        "app",
-        "evaluate",
-        "prepare",
-        "train",
-        "models",
-        "convert",
-        "nnunet",
-        "demo",
-    ]
+ORDER = (
+    "complete",
+    "status",
+    "report",
+    "view",
+    "app",
+    "evaluate",
+    "prepare",
+    "train",
+    "models",
+    "convert",
+    "nnunet",
+    "demo",
 )
 """The commands as the help lists them: in the order in which they are used."""
 
