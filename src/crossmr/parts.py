@@ -227,13 +227,13 @@ class Claims:
             process, host, where, born = said["process"], said["host"], said["where"], said["born"]
         except (ValueError, KeyError, TypeError):  # its holder writes it at this moment, or died while it did
             process, host, where, born = 0, "", "", ""
-        age = self._now() - state.st_mtime
+        age = self.now() - state.st_mtime
         alive = age < STALE_SECONDS
         if process and where == _where():
             alive = _born(process) == born != ""
-        return Holder(path.name.rpartition(".")[0], host, process, max(0.0, self._now() - state.st_ctime), alive)
+        return Holder(path.name.rpartition(".")[0], host, process, max(0.0, self.now() - state.st_ctime), alive)
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """The time by the clock that stamps the claims."""
         try:
             with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".now-") as probe:

@@ -40,9 +40,11 @@ class Turns:
     """Called with a case and why it is not completed."""
     left: deque[str] = field(init=False)
     """Cases whose turn has not come."""
-    started: float = field(default_factory=time.time)
+    started: float = field(init=False)
+    """When, by the clock that stamps the failures."""
 
     def __post_init__(self) -> None:
+        self.started = self.run.work.claims.now() if self.run.options.retry_failed else 0.0
         inputs = self.run.inputs
         self._files = {files.case: files for files in inputs.studies}
         self.left = deque(inputs.series if inputs.series is not None else self._files)
@@ -72,7 +74,7 @@ class Turns:
             return why
         if self.run.options.part is None:
             return ""
-        return self.run.work.failure(case, self.started if self.run.options.retry_failed else 0.0)
+        return self.run.work.failure(case, self.started)
 
     def _begin(self, case: str) -> Turn | bool:
         """The study, claimed; True where another process has it, False where it has failed."""
