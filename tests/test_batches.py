@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.prepare import prepare
 from crossmr.errors import SetError
+from crossmr.ranks import Ranks
 from crossmr.tensors import crop_or_pad, foreground_slices, neighbours
-from crossmr.training.batches import Batches, BatchSettings, ImageBatch, VectorBatch, Vectors
+from crossmr.training.augmentation import AugmentationConfig
+from crossmr.training.batches import Batches, BatchSettings, ImageBatch, VectorBatch, Vectors, mapped_at_once
 
 MODALITIES = ("t1n", "t1c", "t2f")
 
@@ -93,6 +95,13 @@ def test_many_cases_do_not_use_up_the_open_files(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.parametrize(("limit", "cases"), [(256, 64), (1024, 256), (2**20, 4096), (-1, 4096)])
+def test_half_of_the_open_files_allowed_stay_mapped(monkeypatch, limit, cases):
+    resource = pytest.importorskip("resource", reason="limits of open files are Unix's")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
+    assert mapped_at_once() == cases
+
+
 @pytest.mark.parametrize("size", [(20, 24), (16, 20, 24)], ids=["2D", "3D"])
 def test_a_batch_depends_on_seed_and_step_only(prepared, size):
     cases = PreparedDataset(prepared).cases
@@ -112,6 +121,19 @@ def test_a_batch_depends_on_seed_and_step_only(prepared, size):
     state = torch.get_rng_state()
     shared[1]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("size", [(20, 24), (16, 20, 24)], ids=["2D", "3D"])
+def test_processes_that_train_together_read_parts_of_the_same_batch(prepared, size, monkeypatch):
+    form = BatchSettings(size, batch_size=5, seed=0, augmentation=AugmentationConfig(probability=0.5))
+    cases, read, read_one = PreparedDataset(prepared).cases, [], Batches._read_all
+    monkeypatch.setattr(Batches, "_read_all", lambda *given: read.append(given) or read_one(*given))
+    whole = Batches(cases, MODALITIES, form)[2]
+    del read[:]
+    parts = [Batches(cases, MODALITIES, replace(form, part=Ranks(rank, 3).part(5)))[2] for rank in range(3)]
+    assert [len(part.images) for part in parts] == [1, 2, 2]
+    assert len(read) == 5
+    assert equal(ImageBatch(*map(torch.cat, zip(*parts, strict=True))), whole)
 
 
 def test_other_processes_read_the_same_batches(prepared):

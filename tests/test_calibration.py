@@ -32,7 +32,7 @@ def half_off(training: Training, model: CrossConditionedModel, monkeypatch, outs
     reader = training.batches("synthesis", training.val, training.config.modalities)
     truths = reader.fixed(stages.VALIDATION_SLICES).images[:, 2:]
     given = iter(truths.split(4))
-    monkeypatch.setattr("crossmr.training.calibration.in_chunks", lambda f, n, _: in_chunks(f, n, 4))
+    monkeypatch.setattr("crossmr.training.calibration.in_chunks", lambda f, n, *_: in_chunks(f, n, 4))
 
     def predict(inputs: Tensor) -> tuple[Tensor, Tensor]:
         truth = next(given)

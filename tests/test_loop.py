@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import signal
+import threading
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ class Line(Stage[Pairs, Pairs]):
     """Learns y from x, where there is a y, with some noise on x."""
 
     name = "line"
+    readers = 0
 
     def __init__(self) -> None:
         network = nn.Linear(1, 1)
@@ -67,7 +69,7 @@ class Line(Stage[Pairs, Pairs]):
         self.sizes: list[int] = []
         self.validated: list[float] = []
 
-    def batch(self, raw: Pairs, generator: torch.Generator) -> Pairs:
+    def batch(self, raw: Pairs, generator: torch.Generator, part=None) -> Pairs:
         return raw._replace(x=raw.x + 0.01 * torch.randn(raw.x.shape, generator=generator))
 
     def loss(self, network: nn.Module, batch: Pairs) -> tuple[Tensor, Tensor]:
@@ -196,7 +198,7 @@ class Convolution(Stage[Masked, Masked]):
         torch.manual_seed(0)
         super().__init__(nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3)), Five())  # type: ignore
 
-    def batch(self, raw: Masked, generator: torch.Generator) -> Masked:
+    def batch(self, raw: Masked, generator: torch.Generator, part=None) -> Masked:
         return raw
 
     def loss(self, network: nn.Module, batch: Masked) -> tuple[Tensor, Tensor]:
@@ -400,7 +402,7 @@ class Slow(Line):
         super().__init__()
         self.clock, self.seconds, self.validation = clock, seconds, validation
 
-    def batch(self, raw: Pairs, generator: torch.Generator) -> Pairs:
+    def batch(self, raw: Pairs, generator: torch.Generator, part=None) -> Pairs:
         self.clock.sleep(20.0 if len(self.data.asked) == 2 else 0.0)  # processes start, memory is estimated
         return super().batch(raw, generator)
 
@@ -459,7 +461,7 @@ def test_with_next_to_no_time_there_is_one_step(tmp_path, clock):
 @pytest.mark.parametrize("stop", [4, 60, 110])
 def test_a_resumed_run_follows_the_recorded_plan_and_spends_what_is_left(tmp_path, clock, stop):
     class Interrupted_(Slow):
-        def batch(self, raw: Pairs, generator: torch.Generator) -> Pairs:
+        def batch(self, raw: Pairs, generator: torch.Generator, part=None) -> Pairs:
             if len(self.data.asked) == stop + 1:
                 signal.raise_signal(signal.SIGTERM)
             return super().batch(raw, generator)
@@ -487,3 +489,34 @@ def test_a_copy_of_the_network_is_what_is_kept(tmp_path):
     assert averaged is not stage.network
     assert not torch.equal(before.weight, averaged.weight)
     assert not averaged.weight.requires_grad
+
+
+# Reading ahead
+
+
+def test_the_next_batch_is_read_while_one_is_in_use_and_in_order():
+    data, begun = Five(), threading.Event()
+    usual = data.__getitem__
+
+    class Slow(Five):
+        def __getitem__(self, step: int) -> Pairs:
+            if step == 8:
+                begun.set()
+            if step == 9:
+                raise OSError("the disk is gone")
+            return usual(step)
+
+    batches = loop._ahead(Slow(), iter(range(7, 20)))
+    assert torch.equal(next(batches).x, data[7].x)
+    assert begun.wait(10)
+    assert torch.equal(next(batches).x, data[8].x)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+
+
+def test_batches_that_are_read_ahead_train_the_same(tmp_path):
+    """A thread draws what the loop would."""
+    ahead, between = Line(), Line()
+    ahead.readers = 1
+    assert torch.equal(train(tmp_path / "a", ahead, 5).weight, train(tmp_path / "b", between, 5).weight)
+    assert ahead.data.asked[1:6] == between.data.asked[1:6]

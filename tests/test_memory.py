@@ -128,6 +128,7 @@ def test_what_passes_without_gradients_takes_half_of_the_memory(monkeypatch):
     assert samples_at_once(4, (16, 16), 1, 16) == 16
     assert samples_at_once(96, (240, 240), 1, 16) == 8  # of 253 MiB each
     assert samples_at_once(96, (240, 240), 3, 16) == 2
+    assert samples_at_once(96, (240, 240), 1, 16, processes=2) == 4
     assert samples_at_once(96, (155, 240, 240), 4, 16) == 1
 
 

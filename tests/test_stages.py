@@ -13,6 +13,7 @@ from crossmr.errors import ModelError
 from crossmr.networks.c_unet import deviation_error
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.networks.scale import standardise
+from crossmr.ranks import Ranks
 from crossmr.tensors import seeded
 from crossmr.training import stages
 from crossmr.training.augmentation import AugmentationConfig
@@ -73,6 +74,22 @@ def test_everything_random_is_drawn_in_the_batch_and_by_its_generator_alone(star
         assert mean(stage, batch) == mean(stage, batch), stage.name
         assert torch.equal(torch.get_rng_state(), state), stage.name
         assert {len(part) for part in batch if part is not None} == {len(raw[0])}
+
+
+@pytest.mark.parametrize("recipe", [LAST, JOINT, ANY], ids=["last", "joint", "any"])
+@pytest.mark.parametrize("size", [2, 5])
+def test_what_processes_draw_together_is_what_one_draws(start, recipe, size):
+    """Batches of six, whose samples differ in what they lack; a process reads and draws for its own alone."""
+    recipe = replace(recipe, flip=True, augmentation=AugmentationConfig(probability=0.5))
+    for stage in every_stage(start, recipe):
+        whole, parts = some(stage, 3), [Ranks(rank, size).part(6) for rank in range(size)]
+        drawn = []
+        for part in parts:
+            stage.data.part = part
+            drawn.append(stage.batch(stage.data[3], seeded("test", 3), part))
+        assert [len(batch[0]) for batch in drawn] == [part.stop - part.start for part in parts]
+        for tensor, *shares in zip(whole, *drawn, strict=True):
+            assert shares[0] is tensor is None or torch.equal(torch.cat(shares), tensor), stage.name
 
 
 @pytest.mark.parametrize("recipe", [LAST, JOINT, ANY], ids=["last", "joint", "any"])

@@ -47,6 +47,7 @@ from crossmr.command import (
 from crossmr.errors import ConfigError, CrossmrError, CrossmrWarning, Interrupted
 from crossmr.main_memory import keep_memory
 from crossmr.paths import check_completed, check_prepared
+from crossmr.ranks import started
 from crossmr.registry import find_model
 
 if TYPE_CHECKING:
@@ -494,15 +495,18 @@ def train(
     display: "Display",
 ) -> None:
     """Train a model. The same command again goes on where it stopped."""
+    messages.silent = not (first := started().first)
     check_prepared(prepared)
-    check_paths(out=out, models=[start])
+    check_paths(out=out if first else None, models=[start])
     task, changes = (modalities_of(sources), modalities_of(targets)), pairs(settings, "--set", "synthesis.channels=32")
 
+    from crossmr.display import LOG, SILENT
+
+    display = display if first else SILENT
     display.say(f"training on {prepared} in {out}")  # PyTorch takes seconds to load
     from dataclasses import replace
 
     from crossmr.config import with_settings
-    from crossmr.display import LOG
     from crossmr.registry import load_model
     from crossmr.training.recipes import RECIPES, recipe_of
     from crossmr.training.run import TrainingSettings
@@ -525,6 +529,8 @@ def train(
         seed=seed,
     )
     model = run(prepared, out, training, initial_model=initial_model, display=display)
+    if not first:
+        return
     found = f"model: {model}" if (model / "config.json").exists() else f"no model yet: {model} needs every stage"
     display.log_to(out / LOG).say(found)
 
@@ -695,7 +701,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would spin against neighbours
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a file's name may be no Unicode
-    messages.quiet = messages.debug = messages.as_json = False
+    messages.quiet = messages.debug = messages.as_json = messages.silent = False
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -703,7 +709,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CrossmrError as error:
         if messages.debug:
             traceback.print_exc()
-        print(" ".join(f"crossmr: {error}".split()), file=sys.stderr)
+        if not messages.silent:
+            print(" ".join(f"crossmr: {error}".split()), file=sys.stderr)
         if messages.as_json:
             print(json.dumps({"error": str(error)}, ensure_ascii=False))
         sys.exit(130 if isinstance(error, Interrupted) else 1)

@@ -30,6 +30,8 @@ class Messages:
     quiet: bool = False
     debug: bool = False
     as_json: bool = False
+    silent: bool = False
+    """Whether another process of the same job says why it failed."""
 
 
 messages = Messages()

@@ -8,6 +8,7 @@ CrossmrError
 ├── SetError         a prepared set that is missing, damaged or unfit for the task
 ├── ModelError       a model or checkpoint that is missing, damaged or hostile
 ├── OutputError      results that cannot be written
+├── RankLost         a training on several processes, of which another ended
 └── Interrupted      a training that was asked to stop, after its state was saved
 
 A message says what, where, got, expected, and the next step, in one line. It may hold paths, and these may name
@@ -56,6 +57,10 @@ class ModelError(CrossmrError):
 
 class OutputError(CrossmrError):
     """Results that cannot be written."""
+
+
+class RankLost(CrossmrError):
+    """A training on several processes, of which another ended."""
 
 
 class Interrupted(CrossmrError):

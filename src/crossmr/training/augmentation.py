@@ -72,11 +72,18 @@ class Augmentation:
         self.jitter: Any = monai.RandScaleIntensity(config.scale, p)
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """The image, changed by what is drawn."""
+        return self.change(image, *self.draw(generator))
+
+    def draw(self, generator: torch.Generator) -> tuple[int, float]:
+        """All that is random about one image: a seed, and a coin in [0, 1) that says whether it is changed at all."""
+        return int(torch.randint(2**31, (1,), generator=generator)), float(torch.rand(1, generator=generator))
+
+    def change(self, image: Tensor, seed: int, coin: float) -> Tensor:
         """The image as another scanner might have given it, in [0, 1]; what is exactly 0 stays 0, but for its edge.
 
         Its mean and standard deviation within the head come back before the jitter: volumes are standardised.
         """
-        seed, coin = int(torch.randint(2**31, (1,), generator=generator)), float(torch.rand(1, generator=generator))
         if coin >= self.probability or not image.any():
             return image
         self.move.set_random_state(seed=seed)

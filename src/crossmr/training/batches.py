@@ -1,9 +1,11 @@
 """Batches of a prepared dataset: memory-mapped, and every batch a pure function of seed and step.
 
 Because step N always gives the same batch, training resumes in the middle of an epoch with nothing to
-restore, and worker processes cannot change the result.
+restore, and neither worker processes nor the number of those that train together can change the result: each of these
+draws the random numbers of the whole batch and reads its part of the samples.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +19,14 @@ from torch.utils.data import Dataset
 
 from crossmr.data.dataset import ENHANCING, Case
 from crossmr.errors import SetError
+from crossmr.ranks import ALONE, Part
 from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded
 from crossmr.training.augmentation import Augmentation, AugmentationConfig
 
 Raw = TypeVar("Raw", covariant=True)
 
-MAPPED_AT_ONCE = 64
-"""Cases whose arrays stay mapped: each is two open files, of which a process may have 256 (macOS) to 1024."""
+FILES = 2**14
+"""Open files that are counted on at most, where the system sets no limit."""
 
 
 class StepDataset(Dataset[Raw], ABC, Generic[Raw]):
@@ -62,7 +65,7 @@ class BatchSettings:
     size: Sequence[int]
     """Sides of the crops: (Y, X) of slices, or (Z, Y, X)."""
     batch_size: int
-    """Samples of a batch."""
+    """Samples of a batch, over all processes that train together."""
     seed: int
     """Of the order, the crops, the flips and the augmentation."""
     flip: bool = True
@@ -75,6 +78,8 @@ class BatchSettings:
     """What changes the neighbours; None for nothing."""
     augmented: int | None = None
     """How many of the first modalities are changed; None for all."""
+    part: Part | None = None
+    """Which samples of a batch are read here; None for all."""
 
 
 class Batches(StepDataset[ImageBatch]):
@@ -88,6 +93,7 @@ class Batches(StepDataset[ImageBatch]):
         self.cases, self.modalities, self.context = tuple(cases), tuple(modalities), settings.context
         self.size, self.batch_size = tuple(settings.size), settings.batch_size
         self.seed, self.flip, augmentation = settings.seed, settings.flip, settings.augmentation
+        self.part = settings.part or ALONE.part(settings.batch_size)
         self.augmented = len(self.modalities) if settings.augmented is None else settings.augmented
         self.augment = None
         if augmentation is not None and augmentation.probability > 0:
@@ -116,18 +122,23 @@ class Batches(StepDataset[ImageBatch]):
 
     def __getitem__(self, step: int) -> ImageBatch:
         """The batch of one step."""
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        count = len(self.drawn)
+        first, count = step * self.batch_size, len(self.drawn)
+        positions = range(first + self.part.start, first + self.part.stop)
         orders = {epoch: self._order(epoch) for epoch in {p // count for p in positions}}
         chosen = [self.drawn[int(orders[p // count][p % count])] for p in positions]
         generator = seeded("batch", self.seed, step)
-        batch = self._batch([self._sample(item, generator) for item in chosen], chosen)
-        if self.augment is None:
-            return batch
-        sources = batch.neighbours.reshape(len(chosen), len(self.modalities), -1, *self.size).clone()
-        for sample in sources:
+        places = self.part.of(torch.rand(self.batch_size, len(self.size) + 1, generator=generator)).tolist()
+        batch = self._batch([self._sample(*both) for both in zip(chosen, places, strict=True)], chosen)
+        return batch if self.augment is None else self._augmented(batch, self.augment, generator)
+
+    def _augmented(self, batch: ImageBatch, augment: Augmentation, generator: torch.Generator) -> ImageBatch:
+        """The batch as other scanners might have given its sources."""
+        sources = batch.neighbours.reshape(len(batch.images), len(self.modalities), -1, *self.size).clone()
+        for index in range(-self.part.start, self.part.whole - self.part.start):
             for channel in range(self.augmented):
-                sample[channel] = self.augment(sample[channel], generator)
+                drawn = augment.draw(generator)
+                if 0 <= index < len(sources):
+                    sources[index, channel] = augment.change(sources[index, channel], *drawn)
         return batch._replace(neighbours=sources.flatten(1, 2))
 
     def fixed(self, count: int) -> ImageBatch:
@@ -153,7 +164,7 @@ class Batches(StepDataset[ImageBatch]):
     def _stored(self, index: int, z: int, array: int) -> npt.NDArray[Any]:
         """One slice (M[, context], Y, X) of a case's images (array 0) or masks (1), or a volume (M, Z, Y, X)."""
         if index not in self._mapped:
-            if len(self._mapped) >= MAPPED_AT_ONCE:
+            if len(self._mapped) >= mapped_at_once():
                 del self._mapped[next(iter(self._mapped))]
             self._mapped[index] = self.cases[index].images(), self.cases[index].masks()
         mapped: npt.NDArray[Any] = self._mapped[index][array]
@@ -170,14 +181,25 @@ class Batches(StepDataset[ImageBatch]):
         surrounding = images if self.context == 1 else whole[:, :-1].flatten(1, 2)
         return ImageBatch(images, present_in(images), torch.tensor([i for i, _ in chosen]), surrounding, lesion)
 
-    def _sample(self, item: tuple[int, int], generator: torch.Generator) -> Tensor:
+    def _sample(self, item: tuple[int, int], place: Sequence[float]) -> Tensor:
+        """An item, cropped where `place` says, and, by its last number, mirrored."""
         image = self._read_all(*item)
-        *offset, coin = torch.rand(len(self.size) + 1, generator=generator).tolist()
+        *offset, coin = place
         image = crop_or_pad(image, self.size, offset)
         return image.flip(-1) if self.flip and coin < 0.5 else image
 
     def _order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.drawn), generator=seeded("epoch", self.seed, epoch))
+
+
+def mapped_at_once() -> int:
+    """Cases whose arrays stay mapped, each of them two open files: half of what may be open (ulimit -n)."""
+    if sys.platform == "win32":
+        return 64
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (FILES if limit in (0, resource.RLIM_INFINITY) else min(limit, FILES)) // 4
 
 
 def times_drawn(case: Case, z: int, lesion_draws: int) -> int:
@@ -203,8 +225,9 @@ class VectorBatch(NamedTuple):
 class Vectors(StepDataset[VectorBatch]):
     """Batches of vectors held in memory, drawn from the seed and the step alone."""
 
-    def __init__(self, vectors: VectorBatch, batch_size: int, seed: int):
+    def __init__(self, vectors: VectorBatch, batch_size: int, seed: int, part: Part | None = None):
         self.vectors, self.batch_size, self.seed = vectors, batch_size, seed
+        self.part = part or ALONE.part(batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -214,5 +237,5 @@ class Vectors(StepDataset[VectorBatch]):
     def __getitem__(self, step: int) -> VectorBatch:
         """The batch of one step."""
         generator = seeded("vectors", self.seed, step)
-        chosen = torch.randint(len(self.vectors.pooled), (self.batch_size,), generator=generator)
+        chosen = self.part.of(torch.randint(len(self.vectors.pooled), (self.batch_size,), generator=generator))
         return VectorBatch(self.vectors.pooled[chosen], self.vectors.present[chosen])

@@ -22,7 +22,8 @@ def calibration(
     """'variance' (T, 2), squared error = a·variance + b of each target, a, b >= 0, within validation patients' heads.
 
     Both are in squared robust standard deviations. By the Gaussian likelihood, for which a few large errors do not
-    outweigh the rest. Where no validation patient has what it takes, it is that of `before`.
+    outweigh the rest. Where no validation patient has what it takes, it is that of `before`. Of several processes each
+    computes a share of the errors, and rank 0 fits.
     """
     compute, config = training.compute, training.config
     known = before.get("variance") if before else None
@@ -34,9 +35,11 @@ def calibration(
     pairs: list[list[Tensor]] = [[] for _ in config.targets]
     for number in range(patterns(config)):
         batch = view(config, raw, None, seeded("calibrate", compute.seed, number))
-        for chunk in _squared_errors(training, model, batch):
-            for parts, part in zip(pairs, chunk, strict=True):
-                parts.append(part)
+        both, there = _squared_errors(training, model, batch), batch.truth > 0
+        for index, chosen in enumerate((batch.target_mask > 0).unbind(1)):
+            pairs[index].append(both[:, chosen, index][:, there[chosen, index]])
+    if not compute.ranks.first:  # which fits, and keeps
+        return {}
     fitted = []
     for index, parts in enumerate(pairs):
         variance, squared = torch.cat(parts, 1)
@@ -45,24 +48,22 @@ def calibration(
     return {"variance": torch.stack([pair.float() for pair in fitted])}
 
 
-def _squared_errors(training: Training, model: CrossConditionedModel, batch: SynthesisBatch) -> list[list[Tensor]]:
-    """Chunk by chunk, of each target, variances and squared errors (2, N) where it was acquired, float64 on the CPU."""
+def _squared_errors(training: Training, model: CrossConditionedModel, batch: SynthesisBatch) -> Tensor:
+    """Variances and squared errors (2, B, T, *S), float64 on the CPU."""
 
-    def measure(some: slice) -> list[Tensor]:
+    def measure(some: slice) -> None:
         part = compute.place(cut(batch, some))
-        inputs = model.inputs(part.neighbours, part.available)
-        prediction, log_scale = model.predict(inputs)
+        prediction, log_scale = model.predict(model.inputs(part.neighbours, part.available))
         variance = laplace_variance(cast(Tensor, log_scale))
         squared = (prediction - standardise(part.truth)) ** 2
-        both = torch.stack([variance, squared]).cpu().double()  # Apple's GPUs have no float64
-        wanted = (batch.target_mask[some] > 0).unbind(1)
-        there = (batch.truth[some] > 0).unbind(1)
-        return [both[:, chosen, index][:, there[index][chosen]] for index, chosen in enumerate(wanted)]
+        both[:, some] = torch.stack([variance, squared]).cpu().double()  # Apple's GPUs have no float64
 
-    compute = training.compute
+    compute, both = training.compute, torch.zeros(2, *batch.truth.shape, dtype=torch.float64)
     with autocast(compute.device, compute.dtype):
         at_once = training.at_once(training.config.synthesis.channels, batch.truth.shape[2:])
-        return in_chunks(measure, len(batch.truth), at_once)
+        in_chunks(measure, len(batch.truth), at_once, compute.ranks)
+    compute.ranks.sum_(both)
+    return both
 
 
 def _likeliest(variance: Tensor, squared: Tensor) -> Tensor:

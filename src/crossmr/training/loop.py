@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from crossmr.errors import Interrupted, ModelError
 from crossmr.files import append_line, write_atomically
 from crossmr.main_memory import available_memory
 from crossmr.tensors import seeded
+from crossmr.training.batches import StepDataset
 from crossmr.training.memory import explain, micro_batches, step_memory
 from crossmr.training.plan import VALIDATIONS, Budget, Clock, Plan, write_plan
 from crossmr.training.recipes import TrainConfig
@@ -48,20 +50,42 @@ LOGGED = 200
 def gradients(stage: Stage[Any, Any], network: nn.Module, batch: Any, parts: int, compute: Compute) -> Tensor:
     """The gradients of a drawn batch's mean error, and that mean; the batch goes through in so many parts.
 
-    Sums over the parts are divided by the count of the whole batch, so that the parts do not change the gradients.
+    Sums over the parts are divided by the count of the whole batch, so that the parts do not change the gradients; nor
+    does the number of processes, each of which has some of the batch's samples.
     """
+    total, count = _summed_gradients(stage, network, batch, parts, compute)
+    return _divided(network, total, count, compute)
+
+
+def _summed_gradients(
+    stage: Stage[Any, Any], network: nn.Module, batch: Any, parts: int, compute: Compute
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the sum of the errors of this process's samples; that sum, and how many there are."""
     network.zero_grad(set_to_none=True)
     total, count = torch.zeros((), device=compute.device), torch.zeros((), device=compute.device)
-    sizes = [len(part) for part in torch.arange(len(batch[0])).tensor_split(parts)]
+    samples = torch.arange(len(batch[0]))
+    sizes = [len(part) for part in samples.tensor_split(min(parts, len(samples)))]
     for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
         with autocast(compute.device, compute.dtype):
             error, number = stage.loss(network, compute.place(cut(batch, slice(end - size, end))))
         error.backward()  # type: ignore[no-untyped-call]
         total, count = total + error.detach(), count + number
+    return total, count
+
+
+def _divided(network: nn.Module, total: Tensor, count: Tensor, compute: Compute) -> Tensor:
+    """Divide gradients of sums by the count, both over all processes; returns the mean error."""
+    grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    if compute.ranks.size > 1:
+        flat = torch.cat([*(grad.flatten() for grad in grads), torch.stack([total, count])])
+        compute.ranks.sum_(flat)
+        *sums, ends = torch.split(flat, [*(grad.numel() for grad in grads), 2])
+        for grad, summed in zip(grads, sums, strict=True):
+            grad.copy_(summed.view(grad.shape))
+        total, count = ends
     count = count.clamp(min=1)
-    for parameter in network.parameters():
-        if parameter.grad is not None:
-            parameter.grad /= count
+    for grad in grads:
+        grad /= count
     return total / count
 
 
@@ -71,6 +95,7 @@ class Trainer:
     def __init__(self, folder: Path, stage: Stage[Any, Any], config: TrainConfig, compute: Compute, budget: Budget):
         self.folder, self.stage, self.config, self.compute, self.budget = folder, stage, config, compute, budget
         self.checkpoints, self.log = folder / "stages" / stage.name, folder / "metrics.jsonl"
+        self.ranks, self.part = compute.ranks, compute.ranks.part(config.batch_size)
         self.network = stage.network.requires_grad_(False)
         self.learning = stage.learning
         for parameter in self.learning:
@@ -88,32 +113,38 @@ class Trainer:
         self.validation_seconds = 0.0
         self._restore()
         if not self.micro_batches:
-            self.micro_batches = self._parts()
+            self.micro_batches = self.ranks.largest(self._parts())
 
     def train(self, plan: Plan) -> nn.Module:
         """Train to the plan's last step and return the averaged network.
 
         Raises:
-            Interrupted: on Ctrl-C or SIGTERM, after the step in progress and a checkpoint.
+            Interrupted: on Ctrl-C or SIGTERM, of whichever process, after the step in progress and a checkpoint.
             ModelError: the loss is not finite any more, or not even one sample fits into memory.
         """
-        _truncate_log(self.log, self.stage.name, self.done)
+        if self.ranks.first:
+            _truncate_log(self.log, self.stage.name, self.done)
         clock = Clock(self.done, self.budget)
         saved = self.logged = time.monotonic()
         display = self.compute.display
-        with _stop_requests() as stopping, display.task(self.stage.name, plan.total, self.done) as task:
+        with (
+            _stop_requests(self.ranks.size == 1) as stopping,
+            display.task(self.stage.name, plan.total, self.done) as task,
+        ):
             for raw in self._batches(plan):
                 rate = self._step(raw, plan)
                 plan = self._corrected(plan, clock)
                 last = self.done == plan.total
                 task.total = plan.total
                 self._write_log(plan, rate, task, clock)
-                if last or stopping.is_set() or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                stop = self.ranks.any(stopping.is_set())
+                if last or stop or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                     self._save(plan)
                     saved = time.monotonic()
                 if last:
                     break
-                if stopping.is_set():
+                if stop:
+                    self.ranks.wait()  # for the checkpoint: where one process ends, torchrun ends the others
                     steps = f"step {self.done} of {plan.total}" if plan.total else f"step {self.done}"
                     raise Interrupted(f"Stopped at {steps} of {self.stage.name}; the same command goes on from there.")
         return self.averaged
@@ -122,9 +153,11 @@ class Trainer:
         """The batches from the first step that is not done."""
         if plan.total is not None and self.done >= plan.total:
             return iter(())
-        gpu = self.compute.device.type == "cuda"
-        readers = min(self.stage.readers, default_workers()) if gpu else 0
         steps: Any = itertools.count(self.done)
+        if self.compute.device.type != "cuda" and self.stage.readers:
+            return _ahead(self.stage.data, steps)
+        gpu = self.compute.device.type == "cuda"
+        readers = min(self.stage.readers, max(1, default_workers() // self.ranks.local_size - 1)) if gpu else 0
         return iter(DataLoader(self.stage.data, None, sampler=steps, num_workers=readers, pin_memory=gpu))
 
     def _step(self, raw: Any, plan: Plan) -> float:
@@ -142,8 +175,8 @@ class Trainer:
         return rate
 
     def _draw(self, raw: Any) -> Any:
-        """The batch of this step, everything random drawn."""
-        return self.stage.batch(raw, seeded(self.stage.name, self.compute.seed, self.done))
+        """This process's part of this step's batch, everything random drawn."""
+        return self.stage.batch(raw, seeded(self.stage.name, self.compute.seed, self.done), self.part)
 
     def _backward(self, batch: Any) -> Tensor:
         """`gradients`, in as many parts as memory wants; where it runs out, in twice as many from there on."""
@@ -151,7 +184,8 @@ class Trainer:
         self.network.train()
         while True:
             try:
-                return gradients(self.stage, self.network, batch, self.micro_batches, self.compute)
+                sums = _summed_gradients(self.stage, self.network, batch, self.micro_batches, self.compute)
+                break
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -161,6 +195,7 @@ class Trainer:
                     ) from error
             self.micro_batches = min(2 * self.micro_batches, size)
             self.compute.display.say(f"{name}: out of memory; batches go through in {self.micro_batches} parts now")
+        return _divided(self.network, *sums, self.compute)
 
     def _parts(self) -> int:
         """In how many parts a batch has to go through, by an estimate of the memory that it takes.
@@ -173,29 +208,29 @@ class Trainer:
         name, size = self.stage.name, len(batch[0])
         sample = self.compute.place(cut(batch, slice(0, 1)))
         memory = step_memory(self.network, self.stage.loss, sample, self.compute.dtype)
-        available = available_memory()
+        available = available_memory() // self.ranks.local_size
         parts = micro_batches(name, size, memory, available)
         self.compute.display.say(explain(name, size, memory, available, parts))
         return parts
 
     def _corrected(self, plan: Plan, clock: Clock) -> Plan:
         """The plan, made anew from the measured pace where that is due."""
-        if plan.until is None or not clock.due(plan, self.done):
+        if (until := plan.until) is None or not self.ranks.numbers(clock.due(plan, self.done))[0]:
             return plan
         _synchronise(self.compute.device)
-        until, pace = plan.until, clock.pace(self.done)
-        left = until - self.budget.spent()
+        pace, left = self.ranks.numbers(clock.pace(self.done), until - self.budget.spent())
         if plan.total is None and left <= 0:
             plan = replace(plan, validations=0)
         elif plan.total is None:
             self._validate(clock)  # to see how long it takes
-            left = until - self.budget.spent()
+            (left,) = self.ranks.numbers(until - self.budget.spent())
             most = VALIDATION_FRACTION * left / max(1e-9, self.validation_seconds)
             plan = replace(plan, validations=max(1, min(VALIDATIONS, int(most))))
         coming = math.ceil(plan.validations * (1 - plan.progress(self.done))) + self.stage.later_validations
         total = self.done + max(0, int((left - coming * self.validation_seconds) / pace))
         plan = replace(plan, segments=(*plan.segments, (self.done, total)))
-        write_plan(self.folder, self.stage.name, plan)
+        if self.ranks.first:
+            write_plan(self.folder, self.stage.name, plan)
         return plan
 
     def _validate(self, clock: Clock) -> dict[str, float]:
@@ -205,7 +240,7 @@ class Trainer:
             begin = time.monotonic()
             picture = self.folder / "pictures" / f"{self.stage.name}-{self.done:06d}.png"
             self.measured = self.done, self.stage.validate(self.averaged, picture)
-            self.validation_seconds = time.monotonic() - begin
+            (self.validation_seconds,) = self.ranks.numbers(time.monotonic() - begin)
             clock.pause(self.validation_seconds)
         return self.measured[1]
 
@@ -219,7 +254,7 @@ class Trainer:
             self.recent = []
         if self.measured[0] == self.done or (plan.total is not None and plan.due(self.done, plan.validations)):
             record |= self._validate(clock)
-        if record:
+        if record and self.ranks.first:
             append_line(self.log, json.dumps({"stage": self.stage.name, "step": self.done, **record}))
             self.logged = time.monotonic()
         task.advance(" ".join(f"{k} {v:.4g}" for k, v in record.items() if k == "loss" or k.startswith("val_")))
@@ -231,7 +266,7 @@ class Trainer:
             ModelError: it, or the norm of a gradient, is not finite.
         """
         values = torch.stack(self.recent)  # (steps, 2)
-        if not bool(values.isfinite().all()):
+        if self.ranks.first and not bool(values.isfinite().all()):
             name = self.stage.name
             raise ModelError(
                 f"{name}: the loss or its gradient is not finite any more at step {self.done}; what was saved before "
@@ -241,7 +276,9 @@ class Trainer:
         return float(values[:, 0].mean())
 
     def _save(self, plan: Plan) -> None:
-        """Write a checkpoint, unless the loss is not finite any more."""
+        """Write a checkpoint, unless the loss is not finite any more; rank 0 does."""
+        if not self.ranks.first:
+            return
         if self.recent:
             self._finite_loss()
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
@@ -249,14 +286,22 @@ class Trainer:
         for index, slots in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{slot}": value for slot, value in slots.items()}
         data = {"finished": self.done == plan.total, "micro_batches": self.micro_batches, "spent": self.budget.spent()}
-        save_checkpoint(self.checkpoints, self.done, tensors, data)
+        save_checkpoint(self.checkpoints, self.done, tensors, {**data, "processes": self.ranks.size})
 
     def _restore(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
-        checkpoint = load_checkpoint(self.checkpoints, self.compute.display.say)
-        if checkpoint is None:
+        """Go on from the newest whole checkpoint, if there is one; all processes start from rank 0's weights."""
+        say, fresh = self.compute.display.say, self.network.state_dict()
+
+        def read() -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+            return load_checkpoint(self.checkpoints, say) or ({f"network.{k}": v for k, v in fresh.items()}, {})
+
+        tensors, data = self.ranks.given(read)
+        if not data and self.ranks.size == 1:
             return
-        tensors, data = checkpoint
+        if not data:
+            self.network.load_state_dict(part_of(tensors, "network."))
+            self.averaged.load_state_dict(part_of(tensors, "network."))
+            return
         self.network.load_state_dict(part_of(tensors, "network."))
         self.averaged.load_state_dict(part_of(tensors, "ema."))
         slots: dict[int, dict[str, Tensor]] = {}
@@ -264,8 +309,21 @@ class Trainer:
             index, slot = key.split(".")
             slots.setdefault(int(index), {})[slot] = value
         self.optimiser.load_state_dict({"state": slots, "param_groups": self.optimiser.state_dict()["param_groups"]})
-        self.done, self.micro_batches = int(data["step"]), int(data["micro_batches"])
+        self.done, before, now = int(data["step"]), int(data.get("processes", 1)), self.ranks.size
+        if before == now:
+            self.micro_batches = int(data["micro_batches"])
+        else:
+            say(f"{self.stage.name}: goes on with {now} process(es), {before} before; the weights differ by rounding")
         self.budget.before = max(self.budget.before, float(data["spent"]))
+
+
+def _ahead(data: StepDataset[Any], steps: Iterator[int]) -> Iterator[Any]:
+    """The batches of these steps, each read while the one before is in use: a disk far away makes nobody wait."""
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(data.__getitem__, next(steps))
+        while True:
+            batch, following = following.result(), reader.submit(data.__getitem__, next(steps))
+            yield batch
 
 
 def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -301,15 +359,18 @@ def _truncate_log(log: Path, stage: str, done: int) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that a step is never cut in two; a second Ctrl-C is not held back."""
+def _stop_requests(alone: bool) -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that a step is never cut in two.
+
+    A second Ctrl-C is not held back, but where torchrun or srun may have sent it again: they kill what does not end.
+    """
     stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
 
     def request(number: int, frame: Any) -> None:
-        if stopping.is_set():
+        if stopping.is_set() and alone:
             raise KeyboardInterrupt
         stopping.set()
 

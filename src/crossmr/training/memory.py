@@ -78,13 +78,14 @@ def micro_batches(stage: str, batch_size: int, memory: StepMemory, available: in
     return math.ceil(batch_size / max(1, min(samples, batch_size)))
 
 
-def samples_at_once(channels: int, sides: Sequence[int], images: int, most: int) -> int:
+def samples_at_once(channels: int, sides: Sequence[int], images: int, most: int, processes: int = 1) -> int:
     """How many samples may pass through a U-Net without gradients, in half of the available main memory.
 
-    `channels` are its features of the finest level, `sides` the image's, `images` those of a sample that it sees.
+    `channels` are its features of the finest level, `sides` the image's, `images` those of a sample that it sees;
+    so many `processes` share the memory.
     """
     per_sample = 4 * FEATURES_ALIVE * channels * images * math.prod(sides)
-    return max(1, min(most, available_memory() // 2 // per_sample))
+    return max(1, min(most, available_memory() // 2 // processes // per_sample))
 
 
 def explain(stage: str, batch_size: int, memory: StepMemory, available: int, parts: int) -> str:

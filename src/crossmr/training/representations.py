@@ -26,27 +26,41 @@ def pooled_features(
 ) -> list[VectorBatch]:
     """Of each case's slices with enough head (2D), or `every` so many, or of its volume (3D), on the CPU.
 
-    Ends before the last case where the budget has spent more than `until`.
+    Of several processes each takes its turn with the next case, and all have the features of all of them. Ends before
+    the last case where the budget has spent more than `until`.
     """
     cast(nn.Module, model.representation).eval()
-    compute, config, features = training.compute, training.config, []
+    compute, ranks, features = training.compute, training.compute.ranks, []
     reader = training.batches("representation", cases, modalities, masked=True)
     with compute.display.task("represent", len(cases)) as task, autocast(compute.device, compute.dtype):
         for index, case in enumerate(cases):
             slices = foreground_slices(case.foreground_voxels)[::every]
-            each = [[z] for z in slices]
-            images = to_model_input(reader.read(index, -1), each, config.spatial_dims, config.divisor)
-
-            def pool(some: slice, images: Tensor = images) -> Tensor:
-                return model.pooled(images[some].to(compute.device)).float().cpu()
-
-            at_once = training.at_once(config.representation.channels, images.shape[2:], len(modalities))
-            features.append(VectorBatch(torch.cat(in_chunks(pool, len(images), at_once)), present_in(images)))
+            if index % ranks.size == ranks.rank:
+                features.append(_pooled(training, model, reader.read(index, -1), slices))
+            else:
+                shape = len(slices) if training.config.spatial_dims == 2 else 1, len(modalities)
+                width = training.config.representation.dim
+                features.append(VectorBatch(torch.zeros(*shape, width), torch.zeros(shape)))
             task.advance()
-            if until is not None and training.budget.spent() > until and index + 1 < len(cases):
+            round_ends, last = (index + 1) % ranks.size == 0, index + 1 == len(cases)
+            if until is not None and round_ends and not last and ranks.numbers(training.budget.spent())[0] > until:
                 compute.display.say(f"represent: no time for more than {index + 1} of {len(cases)} studies")
                 break
+    for part in features:
+        ranks.sum_(*part)
     return features
+
+
+def _pooled(training: Training, model: CrossConditionedModel, volumes: Tensor, slices: Sequence[int]) -> VectorBatch:
+    """The features of some slices of a case's volumes (M, Z, Y, X), or of all of these in 3D."""
+    compute, config = training.compute, training.config
+    images = to_model_input(volumes, [[z] for z in slices], config.spatial_dims, config.divisor)
+
+    def pool(some: slice) -> Tensor:
+        return model.pooled(images[some].to(compute.device)).float().cpu()
+
+    at_once = training.at_once(config.representation.channels, images.shape[2:], images.shape[1])
+    return VectorBatch(torch.cat(in_chunks(pool, len(images), at_once)), present_in(images))
 
 
 def draw_representations(training: Training, model: CrossConditionedModel, cases: Sequence[Case]) -> Tensor:
@@ -61,10 +75,13 @@ def draw_representations(training: Training, model: CrossConditionedModel, cases
             model.condition(part.pooled.mean(0, keepdim=True), there)
             for part, there in zip(features, available, strict=True)
         ]
-    drawn = []
+    shape = training.recipe.samples, len(config.targets) * config.representation.dim
+    drawn = torch.zeros(len(cases), *shape)
     with compute.display.task("sample", len(cases)) as task:
-        for case, condition in zip(cases, conditions, strict=True):
-            generators = [seeded("drawn", compute.seed, case.name, k) for k in range(training.recipe.samples)]
-            drawn.append(model.draw(generators, condition).cpu())
+        for index, (case, condition) in enumerate(zip(cases, conditions, strict=True)):
+            if index % compute.ranks.size == compute.ranks.rank:
+                generators = [seeded("drawn", compute.seed, case.name, k) for k in range(training.recipe.samples)]
+                drawn[index] = model.draw(generators, condition).cpu()
             task.advance()
-    return torch.stack(drawn)
+    compute.ranks.sum_(drawn)
+    return drawn

@@ -11,30 +11,32 @@ RUN/
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from crossmr.baselines import fit_baselines
 from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
-from crossmr.config import to_dict
+from crossmr.config import from_dict, to_dict
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.head import bounding_box
 from crossmr.data.naming import in_usual_order, modality_names
 from crossmr.device import choose_device, choose_precision, set_numerics
 from crossmr.display import LOG, SILENT, Display
-from crossmr.errors import ConfigError
+from crossmr.errors import ConfigError, CrossmrError, Interrupted, RankLost
 from crossmr.files import is_record, locked, read_json, refuse_foreign, write_json
 from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, save_model
 from crossmr.networks.trained_on import FILE as PATIENTS
 from crossmr.networks.trained_on import FORMAT as PATIENTS_FORMAT
 from crossmr.networks.trained_on import PHANTOM, PatientList, add_seen, count_seen, names_of, remember
+from crossmr.ranks import ALONE, Ranks, joined
 from crossmr.registry import load_model
 from crossmr.training.calibration import calibration
 from crossmr.training.choices import choose
@@ -116,27 +118,91 @@ def train(
     Returns:
         The model's folder; it holds a model once every stage is finished.
 
+    Several processes that torchrun or srun started train together: each calls this, with the same arguments, and has a
+    part of every batch. Rank 0 alone speaks, and alone reads and writes `run`.
+
     Raises:
         SetError, ConfigError, ModelError, OutputError: with one line that says what to do; RUN may hold other files,
             but none that has the name of one of a run's.
         Interrupted: on Ctrl-C, after a checkpoint.
+        RankLost: another process of the training ended.
     """
     budget, settings, folder = Budget(), settings or TrainingSettings(), Path(run)
-    with locked(folder):
-        _refuse_foreign(folder)
+
+    def begin(minutes: float | None, ranks: Ranks) -> _Begun:
         dataset = PreparedDataset(prepared)
         initial = None if initial_model is None else load_model(initial_model, "cpu")
-        recipe, reasons = _recipe(folder, dataset, settings, initial)
-        training = _training(folder, dataset, replace(settings, recipe=recipe), initial, display, budget)
+        recipe, reasons = _recipe(dataset, settings, initial, minutes)
+        training = _training(folder, dataset, replace(settings, recipe=recipe), initial, display, budget, ranks)
         chosen = _chosen_stages(training.config, settings)
-        identity = _identity(training, dataset, initial)
-        steps, budget.minutes = _check_identity(folder, identity, settings)  # all else makes sense: a run keeps it
-        with display.logged(folder / LOG) as logging:
-            for reason in reasons:
+        return _Begun(training, initial, chosen, reasons, _identity(training, dataset, initial))
+
+    with joined(settings.device) as ranks, _only_own_failures(ranks, display), _locked_by_first(folder, ranks):
+        begun, steps, budget.minutes = _agree(begin, folder, settings, ranks)
+        with display.logged(folder / LOG) if ranks.first else nullcontext(SILENT) as logging:
+            for reason in begun.reasons:
                 logging.say(f"chosen by the set: {reason}")
-            training = replace(training, compute=replace(training.compute, display=logging))
-            _train_model(training, initial, chosen, steps)
+            if ranks.size > 1:
+                logging.say(f"{ranks.size} processes train together, {ranks.local_size} of them on this machine")
+            training = replace(begun.training, compute=replace(begun.training.compute, display=logging))
+            _train_model(training, begun.initial, begun.chosen, steps)
+            ranks.wait()  # where one process ends, torchrun ends the others
     return folder / "model"
+
+
+class _Begun(NamedTuple):
+    """A training that makes sense."""
+
+    training: Training
+    initial: CrossConditionedModel | None
+    chosen: Sequence[str]
+    reasons: Sequence[str]
+    identity: dict[str, Any]
+
+
+def _agree(
+    begin: Callable[[float | None, Ranks], _Begun], folder: Path, settings: TrainingSettings, ranks: Ranks
+) -> tuple[_Begun, int | None, float | None]:
+    """What is trained, its steps and minutes: rank 0 begins, and keeps the run; the others begin the same."""
+    begun: list[_Begun] = []
+
+    def first() -> dict[str, Any]:
+        _refuse_foreign(folder)
+        minutes = _minutes(folder, settings)
+        begun.append(begin(minutes, ranks))
+        kept = _check_identity(folder, begun[0].identity, settings)  # all else makes sense: a run keeps it
+        return {"minutes": minutes, "kept": kept, "identity": begun[0].identity}
+
+    told = ranks.told(first)
+    if not begun:
+        begun.append(begin(told["minutes"], ranks))
+        for key, value in begun[0].identity.items():
+            if value != told["identity"].get(key):
+                raise ConfigError(
+                    f"{key} is {value} here, {told['identity'].get(key)} for rank 0; give all processes the same "
+                    "command, set and kind of machine, or say --precision float32."
+                )
+    steps, minutes = told["kept"]
+    return begun[0], steps, minutes
+
+
+def _locked_by_first(folder: Path, ranks: Ranks) -> AbstractContextManager[None]:
+    return locked(folder) if ranks.first else nullcontext()
+
+
+@contextmanager
+def _only_own_failures(ranks: Ranks, display: Display) -> Iterator[None]:
+    """Of all but rank 0 tell nothing but what only they know: an error of their own."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if ranks.first:
+            raise
+        raise Interrupted("Stopped.") from error
+    except CrossmrError as error:
+        if not ranks.first and not isinstance(error, (RankLost, Interrupted)):
+            display.say_failure(f"crossmr: process {ranks.rank + 1} of {ranks.size}: {error}")
+        raise
 
 
 def _train_model(
@@ -148,6 +214,8 @@ def _train_model(
         if model.config.uncertainty:
             training.compute.display.say("calibration of the uncertainty on validation patients")
             model.calibration = calibration(training, model, None if initial is None else initial.calibration)
+        if not training.compute.ranks.first:
+            return
         save_model(training.folder / "model", model, _record(training, initial), _patients(training, initial))
 
 
@@ -172,13 +240,13 @@ def _is_run(path: Path) -> bool:
 
 
 def _recipe(
-    folder: Path, dataset: PreparedDataset, settings: TrainingSettings, initial: CrossConditionedModel | None
+    dataset: PreparedDataset, settings: TrainingSettings, initial: CrossConditionedModel | None, minutes: float | None
 ) -> tuple[Recipe, Sequence[str]]:
     """By which recipe, and why so, where the set chooses."""
     recipe = settings.recipe or (STANDARD if initial is None else recipe_of(initial))
     if not recipe.by_set:
         return recipe, ()
-    return choose(recipe, dataset.split("train"), choose_device(settings.device).type, _minutes(folder, settings))
+    return choose(recipe, dataset.split("train"), choose_device(settings.device).type, minutes)
 
 
 def _training(
@@ -188,16 +256,23 @@ def _training(
     initial: CrossConditionedModel | None,
     display: Display,
     budget: Budget,
+    ranks: Ranks = ALONE,
 ) -> Training:
     """What is trained on what, and where; refuses what makes no sense."""
     recipe = settings.recipe or STANDARD
-    device = choose_device(settings.device)
+    device = ranks.device(settings.device)
     config = recipe.model_config(*_modalities(dataset, recipe, settings, initial))
     if initial is not None:
         _check_initial(initial, config)
     dtype = choose_precision(settings.precision, device)
     set_numerics(device, dtype)
-    compute = Compute(device, dtype, settings.seed, display)
+    for stage in config.stages:
+        if (size := recipe.train_config(stage).batch_size) < ranks.size:
+            raise ConfigError(
+                f"{ranks.size} processes cannot share the {size} samples of a batch of {stage}. Start fewer, or give "
+                f"--set {stage}_train.batch_size={ranks.size} or more."
+            )
+    compute = Compute(device, dtype, settings.seed, display if ranks.first else SILENT, ranks)
     return Training(folder, recipe, config, dataset.split("train"), dataset.split("val"), compute, budget)
 
 
@@ -302,12 +377,16 @@ def _words(budget: Mapping[str, Any]) -> str:
 def _baselines(training: Training) -> dict[str, Tensor]:
     """The baselines, fitted once per run."""
     place = training.folder / "stages" / "baselines"
-    if not (place / "baselines.json").exists():
-        training.compute.display.say(f"baselines: reading {len(training.train)} training studies")
-        fitted = fit_baselines([_reader(case) for case in training.train], training.config.modalities)
-        write_json(place / "typical.json", _typical(training, fitted))
-        save_bundle(place, {"baselines": fitted}, {}, "baselines")
-    return load_bundle(place, "baselines")[0]["baselines"]
+
+    def first() -> tuple[dict[str, Tensor], None]:
+        if not (place / "baselines.json").exists():
+            training.compute.display.say(f"baselines: reading {len(training.train)} training studies")
+            fitted = fit_baselines([_reader(case) for case in training.train], training.config.modalities)
+            write_json(place / "typical.json", _typical(training, fitted))
+            save_bundle(place, {"baselines": fitted}, {}, "baselines")
+        return load_bundle(place, "baselines")[0]["baselines"], None
+
+    return training.compute.ranks.given(first)[0]
 
 
 def _typical(training: Training, baselines: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -342,11 +421,17 @@ def _first_model(training: Training, initial: CrossConditionedModel | None) -> C
 
 def _load_finished(training: Training, model: CrossConditionedModel, stage: str) -> bool:
     """Load a stage's averaged weights if it was trained to its end."""
-    checkpoint = load_checkpoint(training.folder / "stages" / stage, training.compute.display.say)
-    if checkpoint is None or not checkpoint[1]["finished"]:
+
+    def averaged() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        checkpoint = load_checkpoint(training.folder / "stages" / stage, training.compute.display.say)
+        if checkpoint is None or not checkpoint[1]["finished"]:
+            return {}, {}
+        return part_of(checkpoint[0], "ema."), checkpoint[1]
+
+    tensors, data = training.compute.ranks.given(averaged)
+    if not data:
         return False
-    tensors, data = checkpoint
-    model.network_of(stage).load_state_dict(part_of(tensors, "ema."))
+    model.network_of(stage).load_state_dict(tensors)
     training.budget.before = max(training.budget.before, float(data["spent"]))
     return True
 
@@ -369,20 +454,27 @@ def _train_stages(training: Training, model: CrossConditionedModel, chosen: Sequ
 
 def _train_stage(training: Training, model: CrossConditionedModel, name: str, steps: int | None) -> None:
     """Train one stage, as its plan says, or a new one."""
-    folder, budget, config = training.folder, training.budget, training.recipe.train_config(name)
-    stage = STAGES[name](training, model.eval())
-    trainer = Trainer(folder, stage, config, training.compute, budget)
-    plan = read_plan(folder, name)
-    if plan is None and budget.minutes is not None:
-        later = training.config.stages[training.config.stages.index(name) :]
-        fraction = config.fraction / sum(training.recipe.train_config(stage).fraction for stage in later)
-        plan = Plan(until=budget.until(fraction))
-    elif plan is None:
-        plan = Plan(segments=((0, steps or max(1, round(config.epochs * stage.data.steps_per_epoch))),))
-        write_plan(folder, name, plan)
-    averaged = trainer.train(plan)
+    stage, config = STAGES[name](training, model.eval()), training.recipe.train_config(name)
+    trainer = Trainer(training.folder, stage, config, training.compute, training.budget)
+    steps = steps or max(1, round(config.epochs * stage.data.steps_per_epoch))
+    plan = training.compute.ranks.told(lambda: to_dict(_plan(training, name, steps)))
+    averaged = trainer.train(from_dict(Plan, plan))
     stage.network.load_state_dict(averaged.state_dict())
     stage.network.requires_grad_(False)
+
+
+def _plan(training: Training, name: str, steps: int) -> Plan:
+    """A stage's plan: as it was made before, or of what is left of the budget, or so many steps."""
+    folder, budget, recipe = training.folder, training.budget, training.recipe
+    if (plan := read_plan(folder, name)) is not None:
+        return plan
+    if budget.minutes is not None:
+        later = training.config.stages[training.config.stages.index(name) :]
+        fraction = recipe.train_config(name).fraction / sum(recipe.train_config(stage).fraction for stage in later)
+        return Plan(until=budget.until(fraction))
+    plan = Plan(segments=((0, steps),))
+    write_plan(folder, name, plan)
+    return plan
 
 
 def _record(training: Training, initial: CrossConditionedModel | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from crossmr.data.dataset import Case
 from crossmr.device import in_batches
 from crossmr.display import Display
 from crossmr.networks.model import ModelConfig
+from crossmr.ranks import ALONE, Ranks
 from crossmr.training.batches import Batches, BatchSettings
 from crossmr.training.memory import samples_at_once
 from crossmr.training.plan import Budget
@@ -25,12 +26,13 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class Compute:
-    """Where a training is computed, by which seed, and who hears of it."""
+    """Where a training is computed, by which seed, who hears of it, and which processes share it."""
 
     device: torch.device
     dtype: torch.dtype
     seed: int
     display: Display
+    ranks: Ranks = ALONE
 
     def place(self, batch: Drawn) -> Drawn:
         """The batch on the device, its 2D images channels last."""
@@ -65,9 +67,11 @@ class Training:
 
     def batches(self, stage: str, cases: Sequence[Case], modalities: Sequence[str], *, masked: bool = False) -> Batches:
         """The batches of a stage; images that are to be masked have no neighbours and are not augmented."""
+        batch_size = self.recipe.train_config(stage).batch_size
         settings = BatchSettings(
             size=self.recipe.crop,
-            batch_size=self.recipe.train_config(stage).batch_size,
+            batch_size=batch_size,
+            part=self.compute.ranks.part(batch_size),
             seed=self.compute.seed,
             flip=self.recipe.flip,
             lesion_draws=1 if masked else self.recipe.lesion_draws,
@@ -81,7 +85,7 @@ class Training:
         """Samples that pass through a network without gradients; see `samples_at_once`."""
         if self.compute.device.type != "cpu":
             return CHUNK
-        return samples_at_once(channels, sides, images, CHUNK)
+        return samples_at_once(channels, sides, images, CHUNK, self.compute.ranks.local_size)
 
     def usable(self, cases: Sequence[Case]) -> list[Case]:
         """Cases that have all sources and any of the targets, or, for any subset, any two modalities."""
@@ -94,6 +98,10 @@ class Training:
         ]
 
 
-def in_chunks(function: Callable[[slice], Result], count: int, chunk: int = CHUNK) -> list[Result]:
-    """What `function` makes of so many samples, `chunk` at once, or fewer where memory runs out."""
-    return [result for _, result, _ in in_batches(function, count, chunk)]
+def in_chunks(
+    function: Callable[[slice], Result], count: int, chunk: int = CHUNK, ranks: Ranks = ALONE
+) -> list[Result]:
+    """What `function` makes of this process's part of so many samples, `chunk` at once, or fewer if memory runs out."""
+    first, end, _ = ranks.part(count)
+    shifted = in_batches(lambda some: function(slice(first + some.start, first + some.stop)), end - first, chunk)
+    return [result for _, result, _ in shifted]

@@ -23,6 +23,7 @@ from crossmr.networks.masked_autoencoder import MaskedAutoencoder, masked_square
 from crossmr.networks.model import CrossConditionedModel, ModelConfig
 from crossmr.networks.scale import on_unit_scale, standardise
 from crossmr.picture import BRIGHTEST, save_picture, window, windowed
+from crossmr.ranks import ALONE, Part
 from crossmr.tensors import foreground_slices, seeded
 from crossmr.training.batches import ImageBatch, StepDataset, VectorBatch, Vectors
 from crossmr.training.representations import draw_representations, pooled_features
@@ -40,8 +41,8 @@ PATTERNS = 4
 """Random subsets of each validation slice on which a model of any subset is calibrated."""
 COLLAPSED = 0.05
 """Standard deviation over samples, features being z-scored, below which representations tell samples hardly apart."""
-READERS = 4
-"""Processes that read batches for a GPU."""
+READERS = 16
+"""Processes that read batches for a GPU, at most, and as far as there are cores for them."""
 
 
 class Stage(ABC, Generic[Raw, Drawn]):
@@ -49,7 +50,7 @@ class Stage(ABC, Generic[Raw, Drawn]):
 
     name: ClassVar[str]
     readers: ClassVar[int] = READERS
-    """Processes that read its batches, where a GPU would otherwise wait for them."""
+    """Processes that read its batches, where a GPU would otherwise wait for them; 0: they are in memory."""
     chunk: int = CHUNK
     """Samples that are validated at once."""
     later_validations: int = 0
@@ -64,8 +65,11 @@ class Stage(ABC, Generic[Raw, Drawn]):
         return list(self.network.parameters())
 
     @abstractmethod
-    def batch(self, raw: Raw, generator: torch.Generator) -> Drawn:
-        """A batch of tensors (B, ...) on the CPU, for which everything random has been drawn."""
+    def batch(self, raw: Raw, generator: torch.Generator, part: Part | None = None) -> Drawn:
+        """A batch of tensors (B, ...) on the CPU, for which everything random has been drawn.
+
+        `part` says which samples of a batch `raw` holds; None: all of them.
+        """
 
     @abstractmethod
     def loss(self, network: nn.Module, batch: Drawn) -> tuple[Tensor, Tensor]:
@@ -78,14 +82,19 @@ class Stage(ABC, Generic[Raw, Drawn]):
 
 @torch.no_grad()
 def mean_loss(stage: Stage[Any, Drawn], network: nn.Module, batch: Drawn | None, compute: Compute) -> dict[str, float]:
-    """The stage's loss on a fixed batch, if there is one."""
+    """The stage's loss on a fixed batch, if there is one; each process computes its share of it."""
     if batch is None:
         return {}
     network.eval()
+    sums = torch.zeros(2, device=compute.device)
+
+    def add(some: slice) -> None:
+        sums.add_(torch.stack(stage.loss(network, compute.place(cut(batch, some)))))
+
     with autocast(compute.device, compute.dtype):
-        parts = in_chunks(lambda some: stage.loss(network, compute.place(cut(batch, some))), len(batch[0]), stage.chunk)
-    total, count = (torch.stack(values).sum() for values in zip(*parts, strict=True))
-    return {"val_loss": float(total / count.clamp(min=1))}
+        in_chunks(add, len(batch[0]), stage.chunk, compute.ranks)
+    compute.ranks.sum_(sums)
+    return {"val_loss": float(sums[0] / sums[1].clamp(min=1))}
 
 
 class MaskedBatch(NamedTuple):
@@ -118,10 +127,11 @@ class RepresentationStage(Stage[ImageBatch, MaskedBatch]):
             fixed = training.batches(self.name, val, training.config.represented, masked=True).fixed(VALIDATION_SLICES)
             self.fixed = self.batch(fixed, seeded("validate", self.compute.seed))
 
-    def batch(self, raw: ImageBatch, generator: torch.Generator) -> MaskedBatch:
+    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Part | None = None) -> MaskedBatch:
         """Draw the patches that are hidden, the same in all modalities of a sample."""
-        shape = (len(raw.images), *raw.images.shape[2:])
-        mask = random_mask(shape, self.config.patch_size, self.config.mask_ratio, generator)
+        part = part or ALONE.part(len(raw.images))
+        shape = (part.whole, *raw.images.shape[2:])
+        mask = part.of(random_mask(shape, self.config.patch_size, self.config.mask_ratio, generator))
         return MaskedBatch(raw.images, mask, raw.present)
 
     def loss(self, network: nn.Module, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
@@ -163,8 +173,9 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
         self.compute, self.model, self.config = training.compute, model, training.config
         known = self._vectors(training)
         vectors = known["train"]
-        batch_size = training.recipe.train_config(self.name).batch_size
-        super().__init__(model.network_of(self.name), Vectors(vectors, batch_size, self.compute.seed))
+        batch_size, ranks = training.recipe.train_config(self.name).batch_size, self.compute.ranks
+        data = Vectors(vectors, batch_size, self.compute.seed, ranks.part(batch_size))
+        super().__init__(model.network_of(self.name), data)
         y_0 = model.y_0(*(part[:, self._targets] for part in vectors))
         features = model.target_features(vectors.present[:, self._targets])
         cast(DistributionNetwork, self.network).standardise(y_0, features)
@@ -195,8 +206,8 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
 
         Where a budget is too short for all of them, they are of the first studies in a random order.
         """
-        place = training.folder / "stages" / "vectors"
-        if not (place / "vectors.json").exists():
+        place, ranks = training.folder / "stages" / "vectors", self.compute.ranks
+        if not ranks.told((place / "vectors.json").exists):
             train, val = self._usable(training.train), self._usable(training.val)
             if not train:
                 raise ModelError(
@@ -207,29 +218,39 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
             parts = {"train": self._represent(training, [train[i] for i in order])}
             if val:
                 parts["val"] = self._represent(training, val, every=-(-slices // VALIDATION_VECTORS))
-            save_bundle(place, {name: part._asdict() for name, part in parts.items()}, {}, "vectors")
-        return {name: VectorBatch(**tensors) for name, tensors in load_bundle(place, "vectors")[0].items()}
+            if ranks.first:
+                save_bundle(place, {name: part._asdict() for name, part in parts.items()}, {}, "vectors")
+            return parts
+
+        def load() -> tuple[dict[str, Tensor], None]:
+            groups = load_bundle(place, "vectors")[0].items()
+            return {f"{name}.{key}": tensor for name, group in groups for key, tensor in group.items()}, None
+
+        tensors, _ = ranks.given(load)
+        names = {key.partition(".")[0] for key in tensors}
+        return {name: VectorBatch(tensors[f"{name}.pooled"], tensors[f"{name}.present"]) for name in names}
 
     def _represent(self, training: Training, cases: Sequence[Case], every: int = 1) -> VectorBatch:
         until = training.budget.until(REPRESENT_FRACTION)
         parts = pooled_features(training, self.model, cases, self.config.represented, until=until, every=every)
         return VectorBatch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
-    def batch(self, raw: VectorBatch, generator: torch.Generator) -> DiffusionBatch:
+    def batch(self, raw: VectorBatch, generator: torch.Generator, part: Part | None = None) -> DiffusionBatch:
         """Draw, for any subset, what is available; then steps of diffusion, noise, and whose condition is kept."""
+        part = part or ALONE.part(len(raw.pooled))
         target_mask = raw.present[:, self._targets]
         available = raw.present[:, self._sources]
         if self.config.any_subset:
-            available = random_subsets(target_mask, generator)
+            available = random_subsets(target_mask, generator, part)
             target_mask = target_mask - available
         y_0 = self.model.y_0(raw.pooled[:, self._targets], target_mask)
-        t = torch.randint(self.config.distribution.schedule.steps, (len(y_0),), generator=generator)
-        noise = torch.randn(y_0.shape, generator=generator)
+        t = part.of(torch.randint(self.config.distribution.schedule.steps, (part.whole,), generator=generator))
+        noise = part.of(torch.randn(part.whole, y_0.shape[1], generator=generator))
         condition = keep = None
         if self._conditional:
             condition = self.model.condition(raw.pooled[:, self._sources], available)
             dropout = self.config.distribution.condition_dropout
-            keep = (torch.rand(len(y_0), 1, generator=generator) >= dropout).float()
+            keep = (part.of(torch.rand(part.whole, 1, generator=generator)) >= dropout).float()
         return DiffusionBatch(y_0, self.model.target_features(target_mask), t, noise, condition, keep)
 
     def loss(self, network: nn.Module, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
@@ -283,9 +304,9 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
         """(cases, K, T·D), drawn for each of them; None where nothing is."""
         return draw_representations(self.training, self.model, cases) if self.config.guidance == "joint" else None
 
-    def batch(self, raw: ImageBatch, generator: torch.Generator) -> SynthesisBatch:
+    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Part | None = None) -> SynthesisBatch:
         """Draw, for any subset, what is available, and which of a patient's representations guides."""
-        return view(self.config, raw, self.drawn, generator)
+        return view(self.config, raw, self.drawn, generator, part)
 
     def guide(self, batch: SynthesisBatch) -> Tensor | None:
         """What the C-UNet is guided by, (B, T·D)."""
@@ -313,12 +334,14 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
         if (fixed := self.fixed) is None:
             return {}
         network.eval()
+        prediction, compute = torch.zeros(fixed.truth.shape), self.compute
 
-        def images(some: slice) -> Tensor:
-            return self.predict(network, self.compute.place(cut(fixed, some)))[0].cpu()
+        def predict(some: slice) -> None:
+            prediction[some] = self.predict(network, compute.place(cut(fixed, some)))[0].cpu()
 
-        with autocast(self.compute.device, self.compute.dtype):
-            prediction = torch.cat(in_chunks(images, len(fixed.truth), self.chunk))
+        with autocast(compute.device, compute.dtype):
+            in_chunks(predict, len(prediction), self.chunk, compute.ranks)
+        compute.ranks.sum_(prediction)
         truth, scores = standardise(fixed.truth), {}
         for index, target in enumerate(self.config.targets):
             chosen = fixed.target_mask[:, index] > 0
@@ -327,7 +350,8 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
                 pair = prediction[:, index][inside], truth[:, index][inside]
                 scores[f"val_correlation_{target}"] = float(torch.corrcoef(torch.stack(pair))[0, 1])
                 scores[f"val_error_{target}"] = float((pair[0] - pair[1]).abs().mean())
-        _draw(picture, self.config, fixed, on_unit_scale(prediction) * (fixed.truth > 0))
+        if compute.ranks.first:
+            _draw(picture, self.config, fixed, on_unit_scale(prediction) * (fixed.truth > 0))
         return scores
 
 
@@ -356,33 +380,41 @@ STAGES: dict[str, Callable[[Training, CrossConditionedModel], Stage[Any, Any]]] 
 }
 
 
-def view(config: ModelConfig, raw: ImageBatch, drawn: Tensor | None, generator: torch.Generator) -> SynthesisBatch:
+def view(
+    config: ModelConfig,
+    raw: ImageBatch,
+    drawn: Tensor | None,
+    generator: torch.Generator,
+    part: Part | None = None,
+) -> SynthesisBatch:
     """A batch of `config.modalities` as sources and targets; for any subset a random part of each sample is hidden."""
+    part = part or ALONE.part(len(raw.images))
     count = len(config.sources)
     available, truth, target_mask = raw.present[:, :count], raw.images[:, count:], raw.present[:, count:]
     if config.any_subset:
-        available, truth = random_subsets(raw.present, generator), raw.images
+        available, truth = random_subsets(raw.present, generator, part), raw.images
         target_mask = raw.present - available
     y_0 = None
     if drawn is not None:
-        y_0 = drawn[raw.case, torch.randint(drawn.shape[1], (len(raw.case),), generator=generator)]
+        y_0 = drawn[raw.case, part.of(torch.randint(drawn.shape[1], (part.whole,), generator=generator))]
     neighbours = raw.neighbours[:, : count * config.context_slices]
     return SynthesisBatch(neighbours, available, truth, target_mask, raw.lesion, y_0)
 
 
-def random_subsets(present: Tensor, generator: torch.Generator) -> Tensor:
+def random_subsets(present: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
     """For each row of present (B, M) one of the non-empty proper subsets of its ones.
 
     Each further missing one is half as likely, and subsets of one size are equally likely. A row of less than two ones
-    stays as it is.
+    stays as it is. Each row takes as many random numbers as any other, whatever it holds.
     """
-    chosen = present.clone()
-    for row, is_there in zip(chosen, present > 0, strict=True):
+    part, chosen = part or ALONE.part(len(present)), present.clone()
+    uniform = part.of(torch.rand(part.whole, 1 + present.shape[1], generator=generator))
+    for row, is_there, (how_many, *order) in zip(chosen, present > 0, uniform, strict=True):
         own = is_there.nonzero().flatten()
         if len(own) > 1:
-            likely = 0.5 ** torch.arange(1.0, len(own))
-            hidden = 1 + int(torch.multinomial(likely, 1, generator=generator))
-            row[own[torch.randperm(len(own), generator=generator)[:hidden]]] = 0
+            up_to = (0.5 ** torch.arange(1.0, len(own))).cumsum(0)
+            hidden = 1 + int((how_many * up_to[-1] >= up_to[:-1]).sum())
+            row[own[torch.stack(order)[own].argsort()[:hidden]]] = 0
     return chosen
 
 
