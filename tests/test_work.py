@@ -317,3 +317,27 @@ def test_parts_of_dicom_share_its_folders(model, tmp_path):
     shutil.rmtree(tmp_path / "out" / "scans" / failed)
     assert volumes(tmp_path / "out") == volumes(tmp_path / "alone")
     assert len([*(tmp_path / "out").glob("*/*_dicom")]) == 4
+
+
+def test_calls_that_share_an_output_sum_it_up_together(model, cohort, tmp_path, monkeypatch):
+    """The second one begins while the first one ends, so that it finds its run over."""
+    out, usual = tmp_path / "out", cases.complete_study
+    share = CohortSettings(share=True)
+
+    def others_come_and_go(study, *given):
+        monkeypatch.setattr(cases, "complete_study", usual)
+        complete_cohort(cohort / "Bob", out, model, SETTINGS, share)  # sums up, as far as it goes
+        shutil.rmtree(out / ".crossmr")  # as if it had not seen the first one
+        return usual(study, *given)
+
+    monkeypatch.setattr(cases, "complete_study", others_come_and_go)
+    first = complete_cohort([cohort / "Ann", cohort / "Dan"], out, model, SETTINGS, share)
+    assert ([*first.completed], [*first.failed]) == (["Ann"], ["Dan"])
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["finished"], sorted(manifest["verdicts"])) == (True, ["Ann", "Bob", "Dan"])
+    with (out / "status.csv").open() as file:
+        assert [line["case"] for line in csv.DictReader(file)] == ["Ann", "Bob", "Dan"]
+    assert not (out / ".crossmr").exists()
+    again = complete_cohort(cohort / "Eve", out, model, SETTINGS, share)
+    assert again.complete == ["Eve"]
+    assert sorted(json.loads((out / "manifest.json").read_text())["verdicts"]) == ["Ann", "Bob", "Eve"]

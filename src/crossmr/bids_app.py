@@ -102,7 +102,7 @@ def _group(out: Path) -> None:
         from crossmr.output.report import report_completion
 
         if (layout := find_run(out)) is not None:
-            finish_cohort(layout, end=True)
+            finish_cohort(layout)
         print(f"report: {report_completion(out)}")
     except CrossmrError as error:
         print(f"crossmr-bids: {error}", file=sys.stderr)

@@ -145,9 +145,21 @@ def complete_cohort(
         if not shared:
             _write_manifest(run, summary)
             work.end()
-        elif complete and (not work.others() if options.share else work.is_last()):
+        elif options.share:
+            _sum_up(run, summary)
+        elif complete and work.is_last():
             finish_cohort(layout)
     return summary
+
+
+def _sum_up(run: Run, summary: CohortSummary) -> None:
+    """Sum up OUT after the last of the calls that share it; one that others took for over begins again."""
+    if run.work.is_over():
+        run.work.share(run.inputs)
+        for case, why in summary.failed.items():
+            run.work.record_failure(case, run.without_folders(case, why))
+    if not run.work.others():
+        finish_cohort(run.layout)
 
 
 def _write_manifest(run: Run, summary: CohortSummary) -> None:
@@ -290,11 +302,10 @@ def _complete_all(run: Run, summary: CohortSummary) -> bool:
     return True
 
 
-def finish_cohort(layout: Layout, *, end: bool = False) -> None:
+def finish_cohort(layout: Layout) -> None:
     """Write manifest.json and status.csv of a run that processes share, from what they have written so far.
 
-    If nothing is left, the run has finished; one without an end only if `end` says so and nobody works on it. Does
-    nothing where another process does this now, or has done it.
+    If nothing is left, the run has finished. Does nothing where another process does this now, or has done it.
 
     Raises:
         OutputError: they cannot be written.
@@ -316,5 +327,5 @@ def finish_cohort(layout: Layout, *, end: bool = False) -> None:
         left = len(cases - summary.verdicts.keys())
         body = {"format": FORMAT, "finished": not left, "profile": layout.profile, **asdict(summary)}
         write_json(layout.records / "manifest.json", {**body, "settings": settings, **({"left": left} if left else {})})
-        if not left and (not work.is_shared or (end and not work.others())):
+        if not left and not work.others():
             work.end()

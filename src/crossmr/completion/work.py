@@ -18,7 +18,7 @@ from crossmr.parts import POLL_SECONDS, WORK, Claims, Holder, Part, note_done
 
 RUN = "crossmr-run"
 SHARED = "shared"
-"""The key of a run without an end."""
+"""The key of a run in which each call completes studies of its own."""
 ATTEMPTS = 3
 """A study with which so many processes died has failed."""
 _LISTING, FINISH, PATHS = ".list", ".finish", ".paths"
@@ -140,7 +140,7 @@ class Work:
         return read_listing(self._listing(), self.part or Part(1, 1))
 
     def share(self, inputs: Inputs) -> None:
-        """Join, or begin, a run without an end, into which each call completes studies of its own."""
+        """Join, or begin, a run into which each call completes studies of its own; it ends with the last of them."""
         self._join(SHARED, lambda: Inputs(inputs.root))
         path = self._folder / f"studies-{digest(chr(10).join(inputs.cases))[:16]}.jsonl"
         write_listing(path, inputs)
@@ -163,7 +163,7 @@ class Work:
                 continue
             try:
                 if not self._is_begun(key):
-                    if alive := self.others():
+                    if (alive := self.others()) and not (key == SHARED and self.is_over()):
                         raise _in_use(self._layout.out, alive)
                     self._start(key, find())
             finally:
@@ -199,7 +199,7 @@ class Work:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the run is one without an end."""
+        """Whether each call completes studies of its own in this run."""
         run = self._folder / "run.json"
         return run.exists() and bool(read_json(run, OutputError).get("key") == SHARED)
 
