@@ -92,7 +92,7 @@ Share = Annotated[
     bool,
     typer.Option(
         "--share",
-        help="Let other calls complete other studies into OUT at the same time; crossmr report OUT sums all up.",
+        help="Let other calls complete other studies into OUT at the same time; the last one sums up.",
         rich_help_panel=MACHINES,
     ),
 ]
