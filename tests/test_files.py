@@ -16,7 +16,7 @@ import pytest
 
 from crossmr import files
 from crossmr.errors import CrossmrWarning, ModelError, NamingError, OutputError, SetError, StudyError
-from crossmr.files import digest, locked, read_json, walk, write_atomically, write_json
+from crossmr.files import digest, listed_once, locked, read_json, walk, write_atomically, write_json
 
 
 def names(folder):
@@ -471,6 +471,21 @@ def test_walking_follows_links_once_and_passes_over_what_is_hidden(tmp_path):
     assert [place for place, (_, files) in found.items() if files] == [".", "b/c", "link/d"]
     entered = [place for place, folders, _ in walk(tmp_path / "root") if folders.clear() is None]
     assert entered == [str(tmp_path / "root")]
+
+
+def test_within_listed_once_no_folder_is_listed_twice(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    with listed_once():
+        for place, folders, _ in walk(tmp_path):
+            folders[:] = []  # what one of them does not enter, another may
+            assert place == str(tmp_path)
+        found = [*walk(tmp_path)]
+        (tmp_path / "a" / "new").write_text("")
+        assert [*walk(tmp_path)] == found
+    assert listed == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    assert [*walk(tmp_path)][1][2] == ["new"]
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What a user names: folders, several of them, files, DICOM; and what would be made of it."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -150,3 +151,34 @@ def test_completing_dicom_says_which_series_is_which_contrast(model, tmp_path, c
     said = capsys.readouterr().out
     assert "is t1n (" in said
     assert "is t2w (" in said
+
+
+def touch(folder, *names):
+    """Empty files, with their folders."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_the_folders_of_a_cohort_are_listed_once(tmp_path, monkeypatch):
+    touch(
+        tmp_path, *(f"{case}/{case}-{name}" for case in ("P1", "P2") for name in ("t1n.nii.gz", "t2w.nii.gz", "x.zip"))
+    )
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    inputs = find_inputs([tmp_path])
+    assert inputs.cases == ["P1", "P2"]
+    assert {case: [path.name for path in files] for case, files in inputs.beside.items()} == {
+        "P1": ["P1-x.zip"],
+        "P2": ["P2-x.zip"],
+    }
+    assert sorted(listed) == [str(tmp_path), str(tmp_path / "P1"), str(tmp_path / "P2")]
+
+
+def test_what_lies_beside_goes_to_the_longest_name_that_it_begins_with(tmp_path):
+    touch(tmp_path, "P1/P1-t1n.nii.gz", "P1-2/P1-2-t1n.nii.gz", "P1-2-more.zip", "P1.zip", "P1x.zip", "P1-2/other.zip")
+    beside = find_inputs([tmp_path]).beside
+    assert {case: [path.name for path in files] for case, files in beside.items()} == {
+        "P1": ["P1.zip"],
+        "P1-2": ["P1-2-more.zip", "other.zip"],
+    }

@@ -2,9 +2,12 @@
 
 import shutil
 
+import pytest
+
 from crossmr.completion.inputs import Inputs, find_inputs
 from crossmr.completion.listing import read_cases, read_listing, write_listing
 from crossmr.completion.unread import Unread
+from crossmr.errors import OutputError
 from crossmr.parts import Part
 
 
@@ -22,3 +25,12 @@ def test_the_list_of_a_run_is_read_as_it_was_written(tmp_path, cohort):
     second = read_listing(tmp_path / "list", Part(2, 3))
     assert ([files.case for files in second.studies], second.faults) == (["Bob", "Eve"], given.faults)
     assert (second.beside, second.dicom) == (beside, {})
+
+
+def test_a_process_reads_the_lines_of_its_part_alone(tmp_path, cohort):
+    write_listing(tmp_path / "list", find_inputs([cohort]))
+    lines = (tmp_path / "list").read_bytes().splitlines(keepends=True)
+    (tmp_path / "list").write_bytes(b"".join([*lines[:2], b"#" * (len(lines[2]) - 1) + b"\n", *lines[3:]]))
+    assert read_listing(tmp_path / "list", Part(1, 2)).cases == ["Ann", "Cem", "Eve"]
+    with pytest.raises(OutputError, match="Delete it to have the studies listed again"):
+        read_listing(tmp_path / "list", Part(2, 2))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from crossmr.errors import CrossmrError, CrossmrWarning, ModelError, NamingError, OutputError, StudyError
 
@@ -296,6 +296,28 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
                 os.unlink(temporary)
 
 
+class _Listed(NamedTuple):
+    """What is in a folder, without what is hidden; sorted."""
+
+    folders: list[str]
+    files: list[str]
+    links: frozenset[str]
+    """Those of the folders that are links."""
+
+
+_listed: ContextVar[dict[str, _Listed] | None] = ContextVar("listed", default=None)
+
+
+@contextlib.contextmanager
+def listed_once() -> Iterator[None]:
+    """Within this, `walk` asks the file system for each folder once, however often it comes there."""
+    token = _listed.set({})
+    try:
+        yield
+    finally:
+        _listed.reset(token)
+
+
 def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Every folder from `root` down, with the sorted names of its folders and files; hidden ones are skipped.
 
@@ -304,18 +326,46 @@ def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     Raises:
         NamingError: a folder cannot be listed.
     """
-
-    def refuse(error: OSError) -> None:
-        raise NamingError(f"{error.filename}: cannot be listed ({error.strerror}). Check its permissions.") from error
-
-    visited = set()
-    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (real := os.path.realpath(place)) in visited:  # a link to a parent would never end
-            folders.clear()
+    visited: set[str] = set()
+    left = [(os.fspath(root), os.path.realpath(root))]
+    while left:
+        place, real = left.pop()
+        if real in visited:  # a link to a parent would never end
             continue
         visited.add(real)
-        yield place, folders, sorted(name for name in files if not name.startswith("."))
+        found = _list(place)
+        folders = [*found.folders]
+        yield place, folders, [*found.files]
+        for name in reversed(folders):
+            path = os.path.join(place, name)
+            left.append((path, os.path.realpath(path) if name in found.links else os.path.join(real, name)))
+
+
+def _list(place: str) -> _Listed:
+    """What is in a folder; as it was before, within `listed_once`."""
+    known = _listed.get()
+    if known is not None and place in known:
+        return known[place]
+    folders, files, links = list[str](), list[str](), set[str]()
+    try:
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    (folders if _is_folder(entry) else files).append(entry.name)
+                    links |= {entry.name} if entry.is_symlink() else set()
+    except OSError as error:
+        raise NamingError(f"{place}: cannot be listed ({error.strerror}). Check its permissions.") from error
+    found = _Listed(sorted(folders), sorted(files), frozenset(links))
+    if known is not None:
+        known[place] = found
+    return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 @contextlib.contextmanager

@@ -77,8 +77,10 @@ class Run:
 
     def without_folders(self, case: str, why: str) -> str:
         """Why a case failed, without the folders of its files."""
-        own = next((files.paths() for files in self.inputs.studies if files.case == case), [])
-        return names_only(why, [*own, self.inputs.root, self.layout.out, self.layout.records])
+        files = self.inputs.by_case.get(case)
+        return names_only(
+            why, [*(files.paths() if files else ()), self.inputs.root, self.layout.out, self.layout.records]
+        )
 
 
 def images_of(files: StudyFiles) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from crossmr.dicom.convert import choose, find_cases
 from crossmr.dicom.series import Series, holds_dicom
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, NamingError
+from crossmr.files import listed_once
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import CrossConditionedModel
 
@@ -48,6 +50,11 @@ class Inputs:
         """The names of the studies."""
         return [*self.series] if self.series is not None else [files.case for files in self.studies]
 
+    @cached_property
+    def by_case(self) -> Mapping[str, StudyFiles]:
+        """Case → its files, where they are NIfTI."""
+        return {files.case: files for files in self.studies}
+
     def unread(self, files: StudyFiles, acquired: Sequence[str], model: CrossConditionedModel) -> list[Unread]:
         """What of a study is not used and may be a contrast that it seems to lack."""
         wanted, others = lacking(acquired, model), self.beside.get(files.case, ())
@@ -59,6 +66,7 @@ class Inputs:
         return [*unread_files(files, others, wanted), *self.dicom.get(files.case, ())]
 
 
+@listed_once()
 def find_inputs(
     paths: Sequence[Path],
     mapping: Mapping[str, str] | None = None,

@@ -5,6 +5,7 @@ It names files and folders: like private_paths.json it is not for sharing, and i
 
 import itertools
 import json
+from array import array
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -23,17 +24,28 @@ NOTE = "NOT FOR SHARING: which files each study has. It is deleted when the run 
 def write_listing(path: Path, inputs: Inputs) -> None:
     """Write the studies, of NIfTI with what lies beside them, of DICOM the names only.
 
+    Where each line begins is in a second file, so that a process reads the lines of its part and no others.
+
     Raises:
         OutputError: it cannot be written.
     """
+    starts = array("Q")
 
     def write(file: Any) -> None:
         head = {"note": NOTE, "root": str(inputs.root), "studies": len(inputs.cases)}
         studies = (_to_line(files, inputs) for files in inputs.studies)
+        place = 0
         for line in itertools.chain((head,), studies, ({"case": case} for case in inputs.series or ())):
-            file.write(json.dumps(line).encode() + b"\n")  # ASCII: a file's name need not be valid Unicode
+            starts.append(place)
+            place += file.write(json.dumps(line).encode() + b"\n")  # ASCII: a file's name need not be valid Unicode
 
     write_atomically(path, write)
+    write_atomically(_starts_of(path), starts.tobytes())
+
+
+def _starts_of(path: Path) -> Path:
+    """Where the lines of a listing begin: numbers of eight bytes."""
+    return path.with_suffix(".starts")
 
 
 def read_listing(path: Path, part: Part) -> Inputs:
@@ -43,9 +55,13 @@ def read_listing(path: Path, part: Part) -> Inputs:
         OutputError: it cannot be read, or is damaged.
     """
     try:
+        starts = array("Q", _starts_of(path).read_bytes())
         with path.open("rb") as file:
             root = Path(json.loads(next(file))["root"])
-            lines = [json.loads(line) for line in islice(file, part.number - 1, None, part.of)]
+            lines = []
+            for start in part.take(starts[1:]):
+                file.seek(start)
+                lines.append(json.loads(file.readline()))
             studies = [_from_line(line) for line in lines]
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise OutputError(f"{path} cannot be read ({error}). Delete it to have the studies listed again.") from error

@@ -1,7 +1,7 @@
 """What `complete` replaces or deletes is its own: whatever else has such a name stops it before its first write."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -77,16 +77,24 @@ def check_case(layout: Layout, case: str, targets: Sequence[str], requested: Seq
     refuse_foreign(manifest, is_manifest)
     if manifest.exists() and not overwrite:
         return
-    refuse_foreign(layout.picture(case), is_picture)
+    places: list[tuple[Path, Callable[[Path], bool]]] = [(layout.picture(case), is_picture)]
     for modality in dict.fromkeys((*EXPECTED, *targets)):
-        for kind in ("", "std"):
-            refuse_foreign(layout.dicom(case, modality, kind), is_derived)
+        places += [(layout.dicom(case, modality, kind), is_derived) for kind in ("", "std")]
     for modality in requested:
-        image, std = layout.image(case, modality), layout.std(case, modality)
-        for path in (image, *([] if std is None else [std])):
-            refuse_foreign(path, is_synthetic)
+        for path in filter(None, (layout.image(case, modality), layout.std(case, modality))):
+            places.append((path, is_synthetic))
             if layout.profile == "bids":
-                refuse_foreign(layout.sidecar(path), is_generated)
+                places.append((layout.sidecar(path), is_generated))
+    _refuse_each(places)
+
+
+def _refuse_each(places: Iterable[tuple[Path, Callable[[Path], bool]]]) -> None:
+    """As `refuse_foreign`; of what is not there the folder is looked at once, as a shared disk answers slowly."""
+    seen: set[Path] = set()
+    for path, recognise in places:
+        if path.parent not in seen or os.path.lexists(path):
+            refuse_foreign(path, recognise)
+            seen.add(path.parent)
 
 
 def earlier_files(layout: Layout, case: str, targets: Sequence[str]) -> list[Path]:

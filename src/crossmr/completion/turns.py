@@ -46,8 +46,7 @@ class Turns:
     def __post_init__(self) -> None:
         self.started = self.run.work.claims.now() if self.run.options.retry_failed else 0.0
         inputs = self.run.inputs
-        self._files = {files.case: files for files in inputs.studies}
-        self.left = deque(inputs.series if inputs.series is not None else self._files)
+        self.left = deque(inputs.cases)
 
     def next(self, *, patient: bool) -> Turn | None:
         """The next study; None where none is left, or, unless patient, where others have all that are left."""
@@ -78,7 +77,7 @@ class Turns:
 
     def _begin(self, case: str) -> Turn | bool:
         """The study, claimed; True where another process has it, False where it has failed."""
-        files = self._files.get(case)
+        files = self.run.inputs.by_case.get(case)
         if files is not None and self._is_finished(files):
             return Turn(files, finished=True)
         if (claim := self.run.work.claims.take(case)) is None:

@@ -8,7 +8,7 @@ import os
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,21 +131,30 @@ def files_beside(
     where there are several, it is nobody's: ''.
     `nifti` is for studies of DICOM, whose NIfTI is not read.
     """
-    cases = sorted((study.case for study in studies), key=len, reverse=True)
+    cases = {study.case for study in studies}
     owners = _owners(root, studies)
+    out = None if exclude is None else os.path.abspath(exclude)
     found: dict[str, list[Path]] = defaultdict(list)
     for place, folders, names in walk(Path(os.path.abspath(root))):
         left_out = BIDS_EXCLUDED if BIDS_ROOT in names else set[str]()
-        out = None if exclude is None else os.path.abspath(exclude)
         folders[:] = [name for name in folders if name not in left_out and os.path.join(place, name) != out]
         for name in without_images_of_pairs(names):
             if not any(kind.fullmatch(name) for kind in _KINDS) and not (nifti and is_volume(name)):
                 continue
             path = Path(place, name)
-            begins = [case for case in cases if re.match(rf"{re.escape(case)}(?![A-Za-z0-9])", name)]
-            near = begins[:1] or _nearest(path, owners)
-            found[near[0] if len(near) == 1 else ""].append(path)
+            found[_begins(name, cases) or _only(_owners_of(path, owners))].append(path)
     return found
+
+
+def _begins(name: str, cases: Collection[str]) -> str:
+    """The longest case that a name begins with, '' if there is none."""
+    ends = (end for end in range(len(name), 0, -1) if not re.match("[A-Za-z0-9]", name[end:]))
+    return next((name[:end] for end in ends if name[:end] in cases), "")
+
+
+def _only(owners: Collection[str]) -> str:
+    """The one study, '' if there are none or several."""
+    return next(iter(owners)) if len(owners) == 1 else ""
 
 
 def why_unread(path: Path) -> str:
@@ -159,15 +168,15 @@ def _owners(root: Path, studies: Sequence[StudyFiles]) -> dict[Path, set[str]]:
     owners: dict[Path, set[str]] = defaultdict(set)
     for study in studies:
         for path in study.paths():
-            for folder in path.parents:
-                if folder == top or top in folder.parents:
-                    owners[folder].add(study.case)
+            within = [*path.parents]
+            for folder in within[: within.index(top) + 1 if top in within else 0]:
+                owners[folder].add(study.case)
     return owners
 
 
-def _nearest(path: Path, owners: Mapping[Path, set[str]]) -> list[str]:
+def _owners_of(path: Path, owners: Mapping[Path, set[str]]) -> Collection[str]:
     """The studies of the first folder above a file that has any."""
-    return sorted(next((owners[folder] for folder in path.absolute().parents if folder in owners), ()))
+    return next((owners[folder] for folder in path.absolute().parents if folder in owners), ())
 
 
 def unread_series(all_series: Sequence[Series]) -> list[Unread]:
@@ -226,12 +235,12 @@ def dicom_beside(
     try:
         all_series = find_series(folder, mapping, exclude)
     except ConfigError:  # without pydicom nobody can say what it is
-        for case in _nearest(first, owners):
+        for case in sorted(_owners_of(first, owners)):
             found[case].append(Unread(f"DICOM ({first.name})", frozenset(MODALITIES), why))
         return found
     for series in all_series:
         may_be = _left_out(series).may_be if series.modality is None else frozenset({series.modality})
-        for case in _nearest(series.images[0].path, owners) if may_be else ():
+        for case in sorted(_owners_of(series.images[0].path, owners)) if may_be else ():
             found[case].append(Unread(series.name, may_be, why))
     return found
 

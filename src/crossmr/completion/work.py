@@ -171,7 +171,7 @@ class Work:
         self._remember()
 
     def _start(self, key: str, inputs: Inputs) -> None:
-        for path in (self._folder / "run.json", *self._folder.glob("studies*.jsonl")):
+        for path in (self._folder / "run.json", *self._folder.glob("studies*")):
             remove(path)
         for name in ("failed", "parts", "patients"):
             remove(self._folder / name)
@@ -214,7 +214,7 @@ class Work:
 
     def is_of_this_run(self, manifest: Path) -> bool:
         """Whether a case was finished since the run began."""
-        return manifest.exists() and manifest.stat().st_mtime >= self._began
+        return (at := _written(manifest)) > 0 and at >= self._began
 
     # Its cases
 
@@ -238,9 +238,9 @@ class Work:
     def progress(self) -> Progress:
         """How far the run is; see `read_progress`."""
         cases, failed, again = self.cases(), self.failures(), self._overwrites
-        paths = {case: self._layout.folder(case) / "manifest.json" for case in cases - failed.keys()}
-        now = {case for case, path in paths.items() if self.is_of_this_run(path)}
-        done = now if again else {case for case, path in paths.items() if path.exists()}
+        written = {case: _written(self._layout.folder(case) / "manifest.json") for case in cases - failed.keys()}
+        now = {case for case, at in written.items() if at and at >= self._began}
+        done = now if again else {case for case, at in written.items() if at}
         holders = [one for one in self.claims.holders() if one.item in cases - done - failed.keys()]
         hours = max(1e-9, (time.time() - self._began) / 3600)
         return Progress(
@@ -289,6 +289,14 @@ class Work:
 
     def _listing(self) -> Path:
         return self._folder / "studies.jsonl"
+
+
+def _written(path: Path) -> float:
+    """When a file was written, in seconds since 1970; 0 where there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _in_use(out: Path, holders: Sequence[Holder]) -> OutputError:

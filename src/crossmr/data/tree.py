@@ -157,15 +157,18 @@ class NamesInTree:
         """Whether a folder is named after what its files are: their format, a step of processing, their contrast."""
         if folder.name.lower() in _ANONYMOUS or describes(folder.name):
             return True
-        siblings = self._children[folder.parent] - {folder}
         if folder.name.lower() == "pre":
-            return any(is_raw(other.name) for other in siblings)
+            return any(is_raw(other.name) for other in self._siblings(folder))
         return self._of_one_contrast(folder) and not (
             re.fullmatch("t[12]", folder.name.lower())
             and any(
-                re.fullmatch(r"t\d+", other.name.lower()) and not self._of_one_contrast(other) for other in siblings
+                re.fullmatch(r"t\d+", other.name.lower()) and not self._of_one_contrast(other)
+                for other in self._siblings(folder)
             )
         )
+
+    def _siblings(self, folder: Path) -> set[Path]:
+        return self._children[folder.parent] - {folder}
 
     def _of_one_contrast(self, folder: Path) -> bool:
         """Whether a folder is named after a contrast, and so are its files, or their names say nothing."""

@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,16 +142,22 @@ def holds_dicom(
     others: list[Path] = []
     for path in _files(folder, exclude):
         (nifti if is_nifti(path.name) else others).append(path)
-    named = [study.case for study in recognise(nifti, mapping) if study.candidates]
-    if named and (folder / BIDS_ROOT).exists():  # any DICOM in it is its source data: not worth a search, nor a message
-        return False
+    if (folder / BIDS_ROOT).exists() and _named(nifti, mapping):
+        return False  # any DICOM in it is its source data: not worth a search, nor a message
     dicom = next((path for path in others if path.name.upper() == "DICOMDIR" or _is_dicom(path)), None)
-    if dicom is not None and named:
+    if dicom is None:
+        return False
+    if named := _named(nifti, mapping):
         display.say(
             f"{folder} holds NIfTI ({', '.join(named[:3])}{', …' if len(named) > 3 else ''}) and DICOM ({dicom.name}): "
             "the DICOM is passed over. Give the folder of the DICOM alone to complete that."
         )
-    return dicom is not None and not named
+    return not named
+
+
+def _named(nifti: Iterable[Path], mapping: Mapping[str, str] | None) -> list[str]:
+    """The studies that the names of files make, of those that say a contrast."""
+    return [study.case for study in recognise(nifti, mapping) if study.candidates]
 
 
 def begins_with_dicom(folder: Path, exclude: Path | None = None) -> bool:

@@ -7,6 +7,7 @@ import base64
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -187,7 +188,8 @@ def report_evaluation(out: Path) -> Path:
     return _write(out / REPORT, "evaluation.html.j2", body)
 
 
-def _write(path: Path, template: str, body: Mapping[str, Any]) -> Path:
+@cache
+def _templates() -> Environment:
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "pages"),
         autoescape=True,
@@ -197,13 +199,21 @@ def _write(path: Path, template: str, body: Mapping[str, Any]) -> Path:
     )
     pages.filters["display_name"] = _display_name
     pages.filters["display_names"] = lambda sources: " + ".join(_display_name(m) for m in sources.split("+"))
-    page = pages.get_template(template).render(
-        **body,
-        version=version("crossmr"),
-        most_pictures=MOST_PICTURES,
-        window=f"{DARK:g} % to {BRIGHT:g} %",
-        brightest=BRIGHTEST,
-        colours=", ".join(f"rgb{colour}" for colour in COLOURS),
+    return pages
+
+
+def _write(path: Path, template: str, body: Mapping[str, Any]) -> Path:
+    page = (
+        _templates()
+        .get_template(template)
+        .render(
+            **body,
+            version=version("crossmr"),
+            most_pictures=MOST_PICTURES,
+            window=f"{DARK:g} % to {BRIGHT:g} %",
+            brightest=BRIGHTEST,
+            colours=", ".join(f"rgb{colour}" for colour in COLOURS),
+        )
     )
     refuse_foreign(path, is_page)
     write_atomically(path, page.encode(errors="replace"))
