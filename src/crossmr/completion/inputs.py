@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ class Inputs:
     def cases(self) -> list[str]:
         """The names of the studies."""
         return [*self.series] if self.series is not None else [files.case for files in self.studies]
+
+    def only(self, case: str) -> "Inputs":
+        """One of these studies, with what is known of it."""
+        beside, dicom, faults = (
+            {case: known[case]} if case in known else {} for known in (self.beside, self.dicom, self.faults)
+        )
+        series = None if self.series is None else {case: self.series[case]}
+        files = [self._by_case[case]] if series is None else []
+        return Inputs(self.root, files, series, beside, dicom, faults)  # type: ignore[arg-type]
+
+    @cached_property
+    def _by_case(self) -> Mapping[str, StudyFiles]:
+        return {files.case: files for files in self.studies}
 
     def unread(self, files: StudyFiles, acquired: Sequence[str], model: CrossConditionedModel) -> list[Unread]:
         """What of a study is not used and may be a contrast that it seems to lack."""
