@@ -9,7 +9,7 @@ HEAD = """# Licences
 
 crossmr is under the Apache License 2.0. The wheel holds one work of others, [NiiVue](https://github.com/niivue/niivue), under the BSD 2-Clause License: `crossmr/output/pages/niivue.LICENSE`, which every page that shows volumes repeats.
 
-`bash packaging/release.sh FOLDER` made these tables from the packages' own metadata. Nothing that crossmr needs is under a copyleft licence, except that the wheels of numpy and scipy carry GCC's Fortran runtime, whose exception to the GPL allows it; of what the tests need, some packages are under the MPL. On Linux PyPI's PyTorch also brings NVIDIA's CUDA libraries, under NVIDIA's licences; the build for the CPU, listed here, does not.
+`bash packaging/release.sh FOLDER` made these tables from the packages' own metadata. Nothing that crossmr needs is under a copyleft licence, except that the wheels of numpy and scipy carry GCC's Fortran runtime, whose exception to the GPL allows it; Ray's certifi, and some packages that the tests need, are under the MPL. On Linux PyPI's PyTorch also brings NVIDIA's CUDA libraries, under NVIDIA's licences; the build for the CPU, listed here, does not.
 """  # noqa: E501
 IN_OWN_WORDS = {"dcm2niix": "BSD-2-Clause; parts of it MIT, BSD, zlib or in the public domain"}
 """Packages whose metadata hold a text in place of a name."""

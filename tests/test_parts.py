@@ -107,6 +107,18 @@ def test_a_claim_of_another_machine_is_taken_over_when_nothing_was_heard_of_it(t
     assert Claims(tmp_path).take("case").attempt == 2
 
 
+def test_a_process_that_is_known_to_be_dead_is_not_waited_for(tmp_path):
+    dead, here = Claims(tmp_path / "claims"), Claims(tmp_path / "claims")
+    for item in ("a", "a[1]", "other's"):
+        of_another_machine(dead.take(item), 0)
+    whose = json.loads((tmp_path / "claims" / "a.0").read_text())
+    (tmp_path / "claims" / "other's.0").write_text(json.dumps({**whose, "process": 2}))
+    here.disown(["a", "a[1]", "other's", "gone"], whose)
+    assert here.take("a").attempt == 1
+    assert here.take("a[1]").attempt == 1
+    assert here.take("other's") is None
+
+
 def test_what_another_holds_is_judged_by_the_clock_of_the_files(tmp_path, monkeypatch):
     """The clock of this machine may be wrong by hours."""
     claim = Claims(tmp_path).take("case")

@@ -28,6 +28,7 @@ from crossmr.command import (
     PartOption,
     Patients,
     Precision,
+    RayOption,
     Register,
     RetryFailed,
     Samples,
@@ -175,6 +176,7 @@ def complete(
         str, typer.Option(help="Layout of OUT: labelled, challenge (BraSyn's flat folder) or bids (a BIDS derivative).")
     ] = "labelled",
     part: PartOption = None,
+    ray: RayOption = None,
     retry_failed: RetryFailed = False,
     share: Share = False,
     *,
@@ -184,7 +186,8 @@ def complete(
     folders = [path for path in study_or_cohort if not os.path.isfile(path)]  # of a too long name, unlike Path.is_file
     check_paths(out=out, studies=[*folders, reference], models=[model])
     wanted, names, own = modalities_of(targets), mapping_of(mapping), part_of(part)
-    from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
+    from crossmr.completion.cluster import complete_on_ray
+    from crossmr.completion.cohort import CohortSettings, Job, complete_cohort, plan_cohort
     from crossmr.completion.layout import Layout
     from crossmr.completion.work import find_run, read_progress
     from crossmr.display import LOG
@@ -206,7 +209,10 @@ def complete(
     options = CohortSettings(names, overwrite, profile, keep_names, own, retry_failed, share)  # type: ignore[arg-type]
     if dry_run:
         return _planned(plan_cohort(study_or_cohort, out, model, settings, options, display=display))
-    summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
+    if ray is None:
+        summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
+    else:
+        summary = complete_on_ray(Job(study_or_cohort, out, model, settings, options), ray, display)
     records = Layout(out, options.profile).records
     if find_run(out) is not None and not (share and not read_progress(out).running):
         last = f"others work on it, or have not begun: crossmr status {out}"

@@ -96,11 +96,20 @@ Share = Annotated[
         rich_help_panel=MACHINES,
     ),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Complete on a Ray cluster: auto (the one that runs here), HOST:PORT, or local (a new one, here alone).",
+        rich_help_panel=MACHINES,
+    ),
+]
 RetryFailed = Annotated[
     bool,
     typer.Option(
         "--retry-failed",
-        help="With --part, try again what failed before in this run; without, that is always done.",
+        help="With --part or --ray, try again what failed before in this run; without, that is always done.",
         rich_help_panel=MACHINES,
     ),
 ]

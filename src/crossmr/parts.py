@@ -5,6 +5,7 @@ its holder touches it again and again, so that others see whether it still lives
 """
 
 import contextlib
+import glob
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -185,6 +186,17 @@ class Claims:
             if self._folder.parent.name == WORK:
                 self._folder.parent.rmdir()
 
+    def disown(self, items: Iterable[str], whose: Mapping[str, Any]) -> None:
+        """Take a process, as `me` describes it, for dead at once that someone knows to be dead: its claims are stale.
+
+        If it lives in spite of that, it touches them again, and writes nothing that was taken over meanwhile.
+        """
+        for item in items:
+            for path in self._folder.glob(f"{glob.escape(item)}.*"):
+                with contextlib.suppress(OSError, ValueError):
+                    if json.loads(path.read_bytes()) == whose:
+                        os.utime(path, (0, 0))
+
     def holders(self) -> list[Holder]:
         """Who has which item, the living and the dead; of each item the last."""
         latest: dict[str, tuple[int, Path]] = {}
@@ -210,9 +222,7 @@ class Claims:
                 return False
             raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
         with os.fdopen(descriptor, "w") as file:
-            json.dump(
-                {"host": platform.node(), "where": _where(), "process": os.getpid(), "born": _born(os.getpid())}, file
-            )
+            json.dump(me(), file)
         return True
 
     def _holder(self, path: Path) -> Holder | None:
@@ -253,6 +263,11 @@ class Claims:
             for path in paths:
                 with contextlib.suppress(OSError):
                     os.utime(path)
+
+
+def me() -> dict[str, Any]:
+    """This process, as its claims describe it to others."""
+    return {"host": platform.node(), "where": _where(), "process": os.getpid(), "born": _born(os.getpid())}
 
 
 def _where() -> str:

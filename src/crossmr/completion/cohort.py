@@ -3,10 +3,9 @@
 Several processes may share the studies and OUT; `work` says how.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +77,12 @@ class CohortSummary:
         self.failed |= reasons
         self.verdicts |= dict.fromkeys(reasons, "refuse")
 
+    def merge(self, other: "CohortSummary") -> None:
+        """Count the cases of another one as well."""
+        for name, found in vars(other).items():
+            own = getattr(self, name)
+            own.extend(found) if isinstance(own, list) else own.update(found)
+
     @property
     def counts(self) -> dict[str, int]:
         """What became of the cases → how many; every case counts once, and failures come first."""
@@ -88,6 +93,26 @@ class CohortSummary:
             "already complete": len(self.complete),
             "finished before": len(self.skipped),
         }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cohort and what it is completed with, as one process tells it to another."""
+
+    cohort: Path | str | Sequence[Path | str]
+    out: Path
+    model: CrossConditionedModel | Path | str | None
+    settings: Settings
+    options: CohortSettings
+
+    @property
+    def layout(self) -> Layout:
+        """How the output is laid out."""
+        return Layout(self.out, self.options.profile)
+
+    def work(self) -> Work:
+        """What is left of it, for this process."""
+        return Work(self.layout, self.options.part, overwrite=self.options.overwrite)
 
 
 def complete_cohort(
@@ -114,26 +139,19 @@ def complete_cohort(
     Raises:
         NamingError: no study at all. ModelError: no usable model. OutputError: OUT cannot be written.
     """
-    settings, options = settings or Settings(), options or CohortSettings()
-    layout, shared = Layout(Path(out), options.profile), options.part is not None or options.share
-    with layout.locked(shared=shared), closing(Work(layout, options.part, overwrite=options.overwrite)) as work:
-        model = load_model(model, settings.device)
-        check_settings(model, settings)
-        reference = read_reference(settings, model, options.mapping)
-        find = _inputs if options.part is None else partial(_joined, work)
-        inputs = find(cohort, layout, options, display)
-        if inputs.series is not None and settings.register == "never":
-            settings = replace(settings, register="if needed")
-        run = Run(inputs, layout, work, model, settings, options, reference, display)
-        _check_all(run)
+    job = Job(cohort, Path(out), model, settings or Settings(), options or CohortSettings())
+    layout, options = job.layout, job.options
+    shared = options.part is not None or options.share
+    with layout.locked(shared=shared), closing(job.work()) as work:
+        run = with_studies(open_run(job, work, display), cohort)
         if options.share:
-            work.share(inputs)
+            work.share(run.inputs)
             claim = work.claims.wait_for(PATHS)  # which all calls add to
-            write_paths(layout.records, inputs.studies)
+            write_paths(layout.records, run.inputs.studies)
             work.claims.give_back(claim)
         elif not shared:
-            work.begin(inputs)
-            write_paths(layout.records, inputs.studies)
+            work.begin(run.inputs)
+            write_paths(layout.records, run.inputs.studies)
         summary = CohortSummary()
         try:
             with display.logged(layout.records / LOG) as logging:
@@ -160,6 +178,34 @@ def _sum_up(run: Run, summary: CohortSummary) -> None:
             run.work.record_failure(case, run.without_folders(case, why))
     if not run.work.others():
         finish_cohort(run.layout)
+
+
+def open_run(job: Job, work: Work, display: Display) -> Run:
+    """What all studies of a job share; the studies are still to come.
+
+    Raises:
+        ModelError: no usable model. ConfigError: the settings do not fit it.
+    """
+    model = load_model(job.model, job.settings.device)
+    check_settings(model, job.settings)
+    reference = read_reference(job.settings, model, job.options.mapping)
+    return Run(Inputs(job.out), job.layout, work, model, job.settings, job.options, reference, display)
+
+
+def with_studies(run: Run, cohort: Path | str | Sequence[Path | str]) -> Run:
+    """The run with the studies that are this process's, after a check that none would replace what is not crossmr's.
+
+    Raises:
+        NamingError: no study at all. OutputError: it would; or others write there.
+    """
+    if run.options.part is None:
+        inputs = _inputs(cohort, run.layout, run.options, run.display)
+    else:
+        inputs = _joined(run.work, cohort, run.layout, run.options, run.display)
+    register = "if needed" if inputs.series is not None and run.settings.register == "never" else run.settings.register
+    run = replace(run, inputs=inputs, settings=replace(run.settings, register=register))
+    _check_all(run)
+    return run
 
 
 def _write_manifest(run: Run, summary: CohortSummary) -> None:
@@ -264,7 +310,12 @@ def _check_case(run: Run, case: str, acquired: Sequence[str]) -> None:
 
 
 def _complete_all(run: Run, summary: CohortSummary) -> bool:
-    """Complete one study after the other; what goes wrong with one is in the summary.
+    with run.display.task("complete", len(run.inputs.cases)) as task:
+        return complete_studies(run, summary, task.advance)
+
+
+def complete_studies(run: Run, summary: CohortSummary, done: Callable[[str], None]) -> bool:
+    """Complete one study after the other; what goes wrong with one is in the summary. Calls `done` with each case.
 
     After an error of the device or of memory, which every further study would fail by as well, these are not tried,
     and False is returned.
@@ -275,30 +326,29 @@ def _complete_all(run: Run, summary: CohortSummary) -> bool:
         run.work.record_failure(case, run.without_folders(case, why))
 
     turns = Turns(run, fail)
-    with run.display.task("complete", len(turns.left)) as task:
-        for turn, study in read_ahead(turns):  # no enumerate, which would keep the study before
-            case = turn.files.case
-            try:
-                manifest, skipped = complete_case(run, turn.files, study, turn.scans, turn.claim)
-                summary.add(case, manifest, skipped=skipped)
-                run.work.forget_failure(case)
-            except Lost as error:
-                run.display.say(str(error))
-                turns.left.append(case)
-                continue
-            except CrossmrError as error:
-                fail(case, str(error))
-            except Exception as error:  # nobody foresaw it: the other patients go on all the same
-                fail(case, f"{case}: {run.display.unforeseen(error)}")
-                if reason := ends_the_run(error):
-                    left = [other for other in run.inputs.cases if other not in summary.verdicts]
-                    summary.fail({other: f"{other}: not tried, because {reason}" for other in left})
-                    return False
-            finally:
-                if turn.claim is not None:
-                    run.work.claims.give_back(turn.claim)
-            task.advance(case)
-            del study  # before the next one is read
+    for turn, study in read_ahead(turns):  # no enumerate, which would keep the study before
+        case = turn.files.case
+        try:
+            manifest, skipped = complete_case(run, turn.files, study, turn.scans, turn.claim)
+            summary.add(case, manifest, skipped=skipped)
+            run.work.forget_failure(case)
+        except Lost as error:
+            run.display.say(str(error))
+            turns.left.append(case)
+            continue
+        except CrossmrError as error:
+            fail(case, str(error))
+        except Exception as error:  # nobody foresaw it: the other patients go on all the same
+            fail(case, f"{case}: {run.display.unforeseen(error)}")
+            if reason := ends_the_run(error):
+                left = [other for other in run.inputs.cases if other not in summary.verdicts]
+                summary.fail({other: f"{other}: not tried, because {reason}" for other in left})
+                return False
+        finally:
+            if turn.claim is not None:
+                run.work.claims.give_back(turn.claim)
+        done(case)
+        del study  # before the next one is read
     return True
 
 

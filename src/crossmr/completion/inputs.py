@@ -50,6 +50,15 @@ class Inputs:
         """The names of the studies."""
         return [*self.series] if self.series is not None else [files.case for files in self.studies]
 
+    def only(self, case: str) -> "Inputs":
+        """One of these studies, with what is known of it."""
+        beside, dicom, faults = (
+            {case: known[case]} if case in known else {} for known in (self.beside, self.dicom, self.faults)
+        )
+        series = None if self.series is None else {case: self.series[case]}
+        files = [self.by_case[case]] if series is None else []
+        return Inputs(self.root, files, series, beside, dicom, faults)  # type: ignore[arg-type]
+
     @cached_property
     def by_case(self) -> Mapping[str, StudyFiles]:
         """Case → its files, where they are NIfTI."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -65,6 +66,8 @@ ENHANCEMENT = (
     "absence or presence of enhancement in this synthetic T1ce is no finding."
 )
 DISCLAIMER = "Synthetic, for research use only; crossmr is not a medical device."
+_DEVICE = threading.Lock()
+"""Whoever synthesises: of several threads that complete studies, one at a time has the device and its memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +265,8 @@ def _make(
         return _Made({}, {})
     head = _head_volumes(study, sources)
     wish = replace(settings, targets=tuple(requested))
-    synthesis = synthesise(model, head, study.case, wish, reference and reference.head)
+    with _DEVICE:
+        synthesis = synthesise(model, head, study.case, wish, reference and reference.head)
     maps = dict[str, dict[str, Any]]()
     if settings.scale == "input":
         maps = {m: _fit_map(study, synthesis.images[n], _like(m, sources)) for n, m in enumerate(synthesis.targets)}
