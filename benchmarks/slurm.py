@@ -273,6 +273,7 @@ def main() -> None:
     cohort, folder = wish.cohort.resolve(), wish.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    os.environ["OMP_NUM_THREADS"] = "1"  # as the tasks have: with another number of threads sums are rounded otherwise
     one, many, slurm = folder / "one", folder / "array", folder / "cluster"
     if not (one / "report.html").exists():
         start = time.monotonic()
