@@ -9,6 +9,7 @@ from conftest import image, make_head, save_untrained, tree, write_study
 
 from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
 from crossmr.completion.inputs import find_inputs
+from crossmr.completion.layout import PROFILES
 from crossmr.completion.study import complete
 from crossmr.data import enhancement
 from crossmr.display import Display
@@ -182,3 +183,10 @@ def test_what_lies_beside_goes_to_the_longest_name_that_it_begins_with(tmp_path)
         "P1": ["P1.zip"],
         "P1-2": ["P1-2-more.zip", "other.zip"],
     }
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_plan_for_an_output_that_is_not_there_yet_makes_none(small, model, tmp_path, profile):
+    (planned,) = plan_cohort(small, tmp_path / "out", model, options=CohortSettings(profile=profile))
+    assert (planned.case, planned.outcome) == ("Ann", "to be synthesised")
+    assert not list(tmp_path.glob("out*"))

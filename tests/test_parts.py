@@ -12,7 +12,7 @@ import pytest
 
 from crossmr import parts
 from crossmr.errors import ConfigError, OutputError
-from crossmr.parts import STALE_SECONDS, Claims, Lost, Part
+from crossmr.parts import STALE_SECONDS, Claims, Lost, Part, me
 
 
 @pytest.mark.parametrize("of", [1, 3, 100])
@@ -111,8 +111,9 @@ def test_a_process_that_is_known_to_be_dead_is_not_waited_for(tmp_path):
     dead, here = Claims(tmp_path / "claims"), Claims(tmp_path / "claims")
     for item in ("a", "a[1]", "other's"):
         of_another_machine(dead.take(item), 0)
-    whose = json.loads((tmp_path / "claims" / "a.0").read_text())
-    (tmp_path / "claims" / "other's.0").write_text(json.dumps({**whose, "process": 2}))
+    said = json.loads((tmp_path / "claims" / "a.0").read_text())
+    whose = {name: said[name] for name in me()}
+    (tmp_path / "claims" / "other's.0").write_text(json.dumps({**said, "process": 2}))
     here.disown(["a", "a[1]", "other's", "gone"], whose)
     assert here.take("a").attempt == 1
     assert here.take("a[1]").attempt == 1
@@ -131,11 +132,15 @@ def test_a_claim_is_touched_while_its_holder_works(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "BEAT_SECONDS", 0.02)
     claims = Claims(tmp_path)
     claim = claims.take("case")
+    said = json.loads(claim.path.read_text())
+    claim.path.write_text(json.dumps({**said, "made": said["made"] - 3600}))
     os.utime(claim.path, (0, 0))
     end = time.monotonic() + 10
     while claim.path.stat().st_mtime == 0:
         assert time.monotonic() < end
         time.sleep(0.01)
+    (holder,) = claims.holders()
+    assert 3600 <= holder.seconds < 3700  # since it was made, not since it was touched
     claims.close()
 
 

@@ -341,3 +341,17 @@ def test_calls_that_share_an_output_sum_it_up_together(model, cohort, tmp_path, 
     again = complete_cohort(cohort / "Eve", out, model, SETTINGS, share)
     assert again.complete == ["Eve"]
     assert sorted(json.loads((out / "manifest.json").read_text())["verdicts"]) == ["Ann", "Bob", "Eve"]
+
+
+def test_a_part_of_dicom_sees_what_lies_beside_it(model, tmp_path):
+    """As without parts: what may be the missing contrast and is not read keeps it unfilled."""
+    for number in range(2):
+        dicoms.write(tmp_path / "in" / f"p{number}", ("t1n", "t2w"), patient=f"MRN-{number}")
+    (tmp_path / "in" / "p0" / "FLAIR.nii.gz.part").write_bytes(b"half a download")
+    alone = complete_cohort(tmp_path / "in", tmp_path / "alone", model, SETTINGS)
+    for number in (1, 2):
+        complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS, part(number, 2))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["unread"] == alone.unread
+    assert [*alone.unread.values()] == [{"t2f": ["a file beside the DICOM"]}]
+    assert manifest["completed"] == alone.completed

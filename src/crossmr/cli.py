@@ -189,7 +189,7 @@ def complete(
     from crossmr.completion.cluster import complete_on_ray
     from crossmr.completion.cohort import CohortSettings, Job, complete_cohort, plan_cohort
     from crossmr.completion.layout import Layout
-    from crossmr.completion.work import find_run, read_progress
+    from crossmr.completion.work import Work, find_run
     from crossmr.display import LOG
     from crossmr.networks.inference import Settings
     from crossmr.output.report import report_completion
@@ -214,7 +214,7 @@ def complete(
     else:
         summary = complete_on_ray(Job(study_or_cohort, out, model, settings, options), ray, display)
     records = Layout(out, options.profile).records
-    if find_run(out) is not None and not (share and not read_progress(out).running):
+    if (left := find_run(out)) is not None and (not share or Work(left).others()):
         last = f"others work on it, or have not begun: crossmr status {out}"
     else:
         last = f"report: {report_completion(out)}"

@@ -215,11 +215,12 @@ def _is_abandoned(path: Path) -> bool:
         return False
     host, process = match[1], int(match[2])
     with contextlib.suppress(OSError):
-        return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS or (host == _HOST and not _is_alive(process))
+        return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS or (host == _HOST and not is_alive(process))
     return False
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine runs, as far as the system says."""
     if os.name != "posix":  # where signal 0 is no question
         return True
     try:

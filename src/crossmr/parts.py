@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crossmr.errors import ConfigError, OutputError
-from crossmr.files import digest, write_json
+from crossmr.files import digest, is_alive, write_json
 
 T = TypeVar("T")
 
@@ -152,7 +152,7 @@ class Claims:
                     self._mine[item] = claim
                 self._beat()
                 return claim
-            holder = self._holder(path)
+            holder = self._holder(path, self.now())
             if holder is None and not path.is_symlink():  # given back meanwhile
                 continue
             if holder is not None and holder.alive:
@@ -194,7 +194,7 @@ class Claims:
         for item in items:
             for path in self._folder.glob(f"{glob.escape(item)}.*"):
                 with contextlib.suppress(OSError, ValueError):
-                    if json.loads(path.read_bytes()) == whose:
+                    if whose.items() <= json.loads(path.read_bytes()).items():
                         os.utime(path, (0, 0))
 
     def holders(self) -> list[Holder]:
@@ -205,7 +205,8 @@ class Claims:
                 item, _, attempt = entry.name.rpartition(".")
                 if item and attempt.isdigit() and not item.startswith("."):
                     latest[item] = max(latest.get(item, (-1, Path())), (int(attempt), Path(entry.path)))
-        found = (self._holder(path) for _, (_, path) in sorted(latest.items()))
+        now = self.now() if latest else 0.0
+        found = (self._holder(path, now) for _, (_, path) in sorted(latest.items()))
         return [holder for holder in found if holder is not None]
 
     def _path(self, item: str, attempt: int) -> Path:
@@ -222,10 +223,10 @@ class Claims:
                 return False
             raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
         with os.fdopen(descriptor, "w") as file:
-            json.dump(me(), file)
+            json.dump({**me(), "made": os.fstat(descriptor).st_mtime}, file)
         return True
 
-    def _holder(self, path: Path) -> Holder | None:
+    def _holder(self, path: Path, now: float) -> Holder | None:
         """Who has made a claim; None where it is gone."""
         try:
             state = path.stat()
@@ -235,13 +236,13 @@ class Claims:
         try:
             said: dict[str, Any] = json.loads(text)
             process, host, where, born = said["process"], said["host"], said["where"], said["born"]
+            made = said["made"]
         except (ValueError, KeyError, TypeError):  # its holder writes it at this moment, or died while it did
-            process, host, where, born = 0, "", "", ""
-        age = self.now() - state.st_mtime
-        alive = age < STALE_SECONDS
+            process, host, where, born, made = 0, "", "", "", state.st_mtime
+        alive = now - state.st_mtime < STALE_SECONDS
         if process and where == _where():
             alive = _born(process) == born != ""
-        return Holder(path.name.rpartition(".")[0], host, process, max(0.0, self.now() - state.st_ctime), alive)
+        return Holder(path.name.rpartition(".")[0], host, process, max(0.0, now - made), alive)
 
     def now(self) -> float:
         """The time by the clock that stamps the claims."""
@@ -285,13 +286,4 @@ def _born(process: int) -> str:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
-        pass
-    if os.path.isdir("/proc/self") or os.name != "posix":
-        return "" if os.path.isdir("/proc/self") else "unknown"
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        return "unknown"
-    return "unknown"
+        return "unknown" if not os.path.isdir("/proc/self") and is_alive(process) else ""

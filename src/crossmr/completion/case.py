@@ -117,7 +117,7 @@ def kept(run: Run, files: StudyFiles) -> Mapping[str, Any] | None:
     if arrived := why_again(run, files):
         run.display.say(f"{files.case}: finished before, and done again: {arrived}")
         return None
-    return _finished_before(run, files)
+    return finished_before(run, files)
 
 
 def read_case(run: Run, files: StudyFiles) -> Study:
@@ -203,7 +203,7 @@ def _tried_again(run: Run, manifest: Mapping[str, Any], images: Mapping[str, Pat
     return f"{', '.join(refused)} was refused, with other {' and '.join(changed)}" if changed else ""
 
 
-def _finished_before(run: Run, files: StudyFiles) -> Mapping[str, Any]:
+def finished_before(run: Run, files: StudyFiles) -> Mapping[str, Any]:
     """The manifest of a case that is kept as it is, after saying what has changed since.
 
     Files are read only if one of them is newer than the manifest.

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from crossmr.completion.case import Run, images_of
-from crossmr.completion.cohort import CohortSummary, Job, complete_studies, finish_cohort, open_run, with_studies
+from crossmr.completion.cohort import (
+    CohortSummary,
+    Job,
+    complete_studies,
+    finish_cohort,
+    open_run,
+    paths_of,
+    with_studies,
+)
 from crossmr.completion.inputs import Inputs
 from crossmr.completion.study import memory_needed
 from crossmr.completion.work import find_run
@@ -448,9 +456,8 @@ def _for_workers(job: Job) -> Job:
     if isinstance(model, (str, Path)) and os.path.exists(model):
         model = Path(model).absolute()
     reference = settings.reference and Path(settings.reference).absolute()
-    cohort = [job.cohort] if isinstance(job.cohort, (str, Path)) else job.cohort
     return Job(
-        [Path(path).absolute() for path in cohort],
+        [path.absolute() for path in paths_of(job.cohort)],
         job.out.absolute(),
         model,
         replace(settings, reference=reference),

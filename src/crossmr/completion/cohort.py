@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from crossmr.completion.case import CohortSettings as CohortSettings
-from crossmr.completion.case import Run, complete_case
-from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan
+from crossmr.completion.case import Run, complete_case, finished_before
+from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan, with_files_beside
 from crossmr.completion.layout import FORMAT, Layout
 from crossmr.completion.ownership import check_case, check_output
 from crossmr.completion.private import SCANS, write_paths
@@ -21,13 +21,13 @@ from crossmr.completion.turns import Turns, read_ahead
 from crossmr.completion.work import FINISH, PATHS, Work
 from crossmr.device import ends_the_run
 from crossmr.dicom.convert import cases_of_part, check_scans, taken
-from crossmr.dicom.series import Series, begins_with_dicom
+from crossmr.dicom.series import Series, begins_with_dicom, folders_of_part
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError
 from crossmr.files import digest, write_json
 from crossmr.networks.inference import Settings, check_settings
 from crossmr.networks.model import CrossConditionedModel
-from crossmr.parts import Lost, Part
+from crossmr.parts import Lost
 from crossmr.registry import load_model
 
 
@@ -237,14 +237,17 @@ def plan_cohort(
     return plan(inputs, layout, model, settings, overwrite=options.overwrite)
 
 
+def paths_of(cohort: Path | str | Sequence[Path | str]) -> list[Path]:
+    """The folders, or the files, of a cohort."""
+    return [Path(path) for path in ([cohort] if isinstance(cohort, (str, Path)) else cohort)]
+
+
 def _inputs(
     cohort: Path | str | Sequence[Path | str], layout: Layout, options: CohortSettings, display: Display
 ) -> Inputs:
     """The studies of a cohort, with those that the layout has no place for."""
-    paths = [Path(path) for path in ([cohort] if isinstance(cohort, (str, Path)) else cohort)]
     keep_names = options.keep_names
-    inputs = find_inputs(paths, options.mapping, keep_names=keep_names, exclude=layout.out, display=display)
-    check_output(layout, inputs.root)
+    inputs = find_inputs(paths_of(cohort), options.mapping, keep_names=keep_names, exclude=layout.out, display=display)
     return replace(inputs, faults=layout.clashes([files.case for files in inputs.studies]))
 
 
@@ -256,14 +259,15 @@ def _joined(
     display: Display,
 ) -> Inputs:
     """The studies of one part."""
-    paths = [Path(path).absolute() for path in ([cohort] if isinstance(cohort, (str, Path)) else cohort)]
+    paths = [path.absolute() for path in paths_of(cohort)]
     what = {"cohort": [*map(str, paths)], "mapping": dict(options.mapping or {}), "keep_names": options.keep_names}
     key = digest({**what, "profile": options.profile, "overwrite": options.overwrite})
-    if work.part is not None and any(begins_with_dicom(path, layout.out) for path in paths if path.is_dir()):
+    if any(begins_with_dicom(path, layout.out) for path in paths if path.is_dir()):
         return _joined_dicom(work, paths, key, layout, options, display)
 
     def find() -> Inputs:
         inputs = _inputs(cohort, layout, options, display)
+        check_output(layout, inputs.root)
         if inputs.series is not None:
             raise ConfigError(f"{paths[0]} holds DICOM among many other files. Complete it without --part.")
         write_paths(layout.records, inputs.studies)
@@ -282,10 +286,11 @@ def _joined_dicom(
     check_output(layout, paths[0])
     work.join_alone(key, paths[0])
     for path in paths:
-        found, refused = cases_of_part(path, layout.records, work.part or Part(1, 1), options.mapping, **given)
+        found, refused = cases_of_part(path, layout.records, work.part, options.mapping, **given)
         faults |= {one.case: one.refused for one in refused}
         cases |= found | {one.case: () for one in refused}
-    inputs = Inputs(paths[0], series=cases, faults=faults)
+    own = [folder for path in paths for folder in folders_of_part(path, work.part, layout.out)]
+    inputs = with_files_beside(Inputs(paths[0], series=cases, faults=faults), own, layout.out, display)
     work.add(inputs)
     return inputs
 
@@ -329,7 +334,10 @@ def complete_studies(run: Run, summary: CohortSummary, done: Callable[[str], Non
     for turn, study in read_ahead(turns):  # no enumerate, which would keep the study before
         case = turn.files.case
         try:
-            manifest, skipped = complete_case(run, turn.files, study, turn.scans, turn.claim)
+            if turn.finished:
+                manifest, skipped = finished_before(run, turn.files), True
+            else:
+                manifest, skipped = complete_case(run, turn.files, study, turn.scans, turn.claim)
             summary.add(case, manifest, skipped=skipped)
             run.work.forget_failure(case)
         except Lost as error:
@@ -364,12 +372,12 @@ def finish_cohort(layout: Layout) -> None:
         claim = work.claims.take(FINISH)
         if claim is None or work.is_over():
             return
-        cases, failed = work.cases(), work.failures()
+        cases, failed, shared = work.cases(), work.failures(), work.is_shared
         summary, lines, settings = CohortSummary(), dict[str, Line](), dict[str, Any]()
         for path, manifest in read_manifests(layout.records):
             case = str(manifest["case"])
             lines[case] = line_of(manifest)
-            if (case in cases or work.is_shared) and case not in failed:
+            if (case in cases or shared) and case not in failed:
                 summary.add(case, manifest, skipped=not work.is_of_this_run(path))
                 settings = manifest["settings"]
         summary.fail(failed)

@@ -106,7 +106,7 @@ def find_inputs(
             in_path = find_cases(path, mapping, keep_names=keep_names, exclude=exclude, display=display)
             for case, series in in_path.items():
                 cases.setdefault(case, []).extend(series)
-        return _with_files_beside(Inputs(root, series=cases), paths, exclude, display)
+        return with_files_beside(Inputs(root, series=cases), paths, exclude, display)
     in_paths = [find_studies(path, mapping) for path in paths]
     studies = [study for found in in_paths for study in found]
     if repeated := sorted(name for name, n in Counter(study.case for study in studies).items() if n > 1):
@@ -125,7 +125,7 @@ def find_inputs(
     return Inputs(root, studies, beside=nearby, dicom=series_nearby)
 
 
-def _with_files_beside(inputs: Inputs, paths: Sequence[Path], exclude: Path | None, display: Display) -> Inputs:
+def with_files_beside(inputs: Inputs, paths: Sequence[Path], exclude: Path | None, display: Display) -> Inputs:
     """Inputs of DICOM with the files by its images that are not read, which are said."""
     made = [_as_files(case, all_series) for case, all_series in (inputs.series or {}).items()]
     beside = {case: found for path in paths for case, found in files_beside(path, made, exclude, nifti=True).items()}

@@ -113,7 +113,7 @@ class Turns:
         try:
             return is_finished(self.run, files) and not why_again(self.run, files)
         except CrossmrError:  # which is said when the case is completed
-            return is_finished(self.run, files)
+            return False
 
 
 def read_ahead(turns: Turns) -> Iterator[tuple[Turn, Future[Study | None]]]:

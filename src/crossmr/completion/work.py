@@ -102,12 +102,12 @@ class Work:
     """The work of one process, and what the others of its run have done and left."""
 
     def __init__(self, layout: Layout, part: Part | None = None, *, overwrite: bool = False) -> None:
-        self.part = part
+        self.part = part or Part(1, 1)
         self._overwrites = overwrite
         self._layout = layout
         self._folder = layout.records / WORK
         self.claims = Claims(self._folder / "claims")
-        self._run, self._began = "", 0.0
+        self._run, self._key, self._began = "", "", 0.0
         if (self._folder / "run.json").exists():
             self._remember()
 
@@ -119,7 +119,7 @@ class Work:
         Raises:
             OutputError: other processes are at work there, where the file system has no locks.
         """
-        if alive := [holder for holder in self.claims.holders() if holder.alive]:
+        if alive := self.others():
             raise _in_use(self._layout.out, alive)
         remove(self._folder)
         self._start("", inputs)
@@ -137,7 +137,7 @@ class Work:
             OutputError: other processes work here on another cohort, or with other options.
         """
         self._join(key, find)
-        return read_listing(self._listing(), self.part or Part(1, 1))
+        return read_listing(self._listing(), self.part)
 
     def share(self, inputs: Inputs) -> None:
         """Join, or begin, a run into which each call completes studies of its own; it ends with the last of them."""
@@ -152,8 +152,7 @@ class Work:
 
     def add(self, inputs: Inputs) -> None:
         """List the studies of this part alone."""
-        part = self.part or Part(1, 1)
-        write_listing(self._folder / f"studies-{part.number}-of-{part.of}.jsonl", inputs)
+        write_listing(self._folder / f"studies-{self.part.number}-of-{self.part.of}.jsonl", inputs)
 
     def _join(self, key: str, find: Callable[[], Inputs]) -> None:
         while not self._is_begun(key):
@@ -186,7 +185,8 @@ class Work:
     def _remember(self) -> None:
         path = self._folder / "run.json"
         run = read_json(path, OutputError)
-        self._run, self._overwrites, self._began = run["id"], run["overwrite"], path.stat().st_mtime
+        self._run, self._key, self._overwrites = run["id"], run["key"], run["overwrite"]
+        self._began = path.stat().st_mtime
 
     def _is_begun(self, key: str) -> bool:
         """Whether a run of this kind has begun and not finished."""
@@ -200,8 +200,7 @@ class Work:
     @property
     def is_shared(self) -> bool:
         """Whether each call completes studies of its own in this run."""
-        run = self._folder / "run.json"
-        return run.exists() and bool(read_json(run, OutputError).get("key") == SHARED)
+        return self._key == SHARED
 
     def others(self) -> list[Holder]:
         """The living processes that have claimed something, without this one's claims."""
@@ -259,7 +258,7 @@ class Work:
             return False
         folder, all_done = self._folder / "parts", False
         try:
-            all_done = note_done(folder, self.part or Part(1, 1))
+            all_done = note_done(folder, self.part)
         except OutputError:
             if not self.is_over():
                 raise
