@@ -207,7 +207,7 @@ ASSUMPTIONS = {
     "NFS": "20,000 operations and 1,000 MB a second, 0.5 ms an operation: assumed, of one server",
     "parallel": "100,000 operations and 20,000 MB a second, 0.5 ms an operation: assumed, of a parallel file system",
     "death": "each worker once in 100 hours; two minutes until its part begins again, 10 s until it reads: assumed; "
-    "five minutes until a claim of another machine is old, two studies lost: so it is written",
+    "five minutes until a claim of another machine is old, two studies begun again: so it is written",
     "studies": "all alike, their seconds spread by ± 30 %; none fails",
 }
 
@@ -227,7 +227,8 @@ def main() -> None:
     wish.out.mkdir(parents=True, exist_ok=True)
     kept = []
     print(
-        "| disk | workers | studies | hours | core-hours | deaths | studies lost | disk busy | listing, min | limit |"
+        "| disk | workers | studies | hours | core-hours | deaths | studies begun again | disk busy | listing, min "
+        "| limit |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for disk in (NFS, PARALLEL):
