@@ -1,0 +1,296 @@
+"""What the experiments of docs/evidence.md share: patients, trainings, kept rows and tables.
+
+BASE is the output of default_weights.py: its prepared set and its split are those of the shipped weights. An experiment
+trains networks, measures what they make of the test patients, and keeps a row for each image in OUT/EXPERIMENT.jsonl;
+the same command goes on with what is missing. Patients are the units of every table: seeds and visits are averaged
+first.
+"""
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scans import cohort_of
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from crossmr import metrics
+from crossmr.baselines import predict_baselines
+from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.device import autocast, choose_device, choose_precision
+from crossmr.display import Display
+from crossmr.evaluation.measures import KEPT, measure, measure_contrasts
+from crossmr.evaluation.subjects import Array, Subject
+from crossmr.networks.model import CrossConditionedModel
+from crossmr.networks.scale import on_unit_scale, standardise
+from crossmr.tensors import crop_or_pad, neighbours, to_model_input
+from crossmr.training.batches import Batches, BatchSettings
+from crossmr.training.recipes import TrainConfig
+
+Task = tuple[Sequence[str], Sequence[str]]
+"""Sources, targets."""
+PUBLISHED: Task = ("t1n", "t2w"), ("t1c", "t2f")
+"""The published one."""
+THREE: Task = ("t1n", "t1c", "t2w"), ("t2f",)
+"""One of three to one: FLAIR, whose lesions matter most."""
+CROP = 192, 160
+"""Voxels of a training crop, (Y, X): nearly all brains whole."""
+HOW = TrainConfig(
+    batch_size=8,
+    learning_rate=1e-3,
+    schedule="cosine",
+    warm_up=100,
+    optimiser="adamw",
+    beta_2=0.99,
+    weight_decay=0.01,
+    gradient_clip=1.0,
+    ema_decay=0.995,
+)
+"""Optimisation of every network that an experiment trains, unless it says otherwise."""
+COLUMNS = {
+    "correlation, deep": ("correlation_deep", 3),
+    "PSNR, brain": ("psnr_brain", 2),
+    "SSIM, brain": ("ssim_brain", 3),
+    "HaarPSI, brain": ("haarpsi_brain", 3),
+    "correlation, tumour": ("correlation_tumour", 3),
+    "PSNR, tumour": ("psnr_tumour", 2),
+}
+"""Heading → value of a row and its digits."""
+Row = dict[str, Any]
+Predict = Callable[[Tensor], Tensor]
+"""Inputs (N, C, Y, X) of axial slices, standardised → images (N, T, Y, X), standardised."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line that the experiments share."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("base", type=Path, help="the output of default_weights.py")
+    options.add_argument("-o", "--out", type=Path, default=Path("runs/evidence"))
+    options.add_argument("--seeds", nargs="+", type=int, default=[0])
+    options.add_argument("--device", default="auto")
+    options.add_argument(
+        "--tiny", action="store_true", help="a rehearsal: a few steps, one patient; its rows mean nothing"
+    )
+    return options
+
+
+class Kept:
+    """The rows of one experiment, in a file that only grows."""
+
+    def __init__(self, out: Path, experiment: str):
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / f"{experiment}.jsonl"
+        text = self.path.read_text() if self.path.exists() else ""
+        self.rows: list[Row] = [json.loads(line) for line in text.splitlines()]
+
+    def has(self, **key: Any) -> bool:
+        """Whether there is a row with these values."""
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Keep these rows, all of them or none."""
+        new = list(rows)
+        self.rows += new
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in new))
+
+
+def four_contrasts(base: Path, split: str) -> list[Case]:
+    """The studies of a split that have all four contrasts, phantoms left out."""
+    cases = PreparedDataset(base / "set").split(split)
+    return [case for case in cases if len(case.modalities) == 4 and cohort_of(case.name) != "phantoms"]
+
+
+def measured(subject: Subject, sources: Sequence[str], images: Mapping[str, Array], **facts: Any) -> list[Row]:
+    """A row for each image, target → volume (Z, Y, X) in [0, 1], of one study; `facts` name predictor and seed."""
+    rows: dict[str, Row] = {}
+    common = {"case": subject.name, "patient": subject.patient, "cohort": cohort_of(subject.name)}
+    for target in images:
+        rows[target] = {**facts, **common, "sources": "+".join(sources), "target": target}
+    within = {t: np.where(subject.head, volume, np.float32(0)) for t, volume in images.items()}
+    for score in measure(subject, sources, {"": within}):
+        if score.protocol == "volume":
+            numbers = asdict(score)
+            rows[score.target] |= {
+                f"{name}_{score.region}": numbers[name]
+                for name in ("psnr", "ssim", "mae", "haarpsi", "correlation", "psnr_affine")
+            }
+    for contrast in measure_contrasts(subject, sources, {"": within}):
+        rows[contrast.target][f"{contrast.structure}_kept"] = contrast.kept
+    return list(rows.values())
+
+
+def keep_images(out: Path, predictor: str, subject: Subject, images: Mapping[str, Array]) -> None:
+    """Keep images as OUT/images/PREDICTOR/CASE-TARGET.npy, float16 in [0, 1]: segmenter.py measures them later."""
+    folder = out / "images" / predictor.replace(" ", "-").replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    for target, volume in images.items():
+        np.save(folder / f"{subject.name}-{target}.npy", volume.astype(np.float16))
+
+
+def baseline_rows(
+    model: CrossConditionedModel, subject: Subject, task: tuple[Sequence[str], Sequence[str]]
+) -> list[Row]:
+    """Rows of the trivial predictors of one study, fitted on the model's training patients."""
+    sources, targets = task
+    given = {m: subject.volumes[m] for m in sources}
+    predicted = predict_baselines(model.baselines, model.config.modalities, given, targets)
+    return [
+        row
+        for name, volumes in predicted.items()
+        for row in measured(subject, sources, dict(zip(targets, volumes, strict=True)), predictor=name, seed=0)
+    ]
+
+
+def batches(cases: Sequence[Case], modalities: Sequence[str], seed: int, **changes: Any) -> Batches:
+    """Crops of slices with their neighbours, as the shipped weights' training draws them."""
+    settings = {"size": CROP, "batch_size": HOW.batch_size, "seed": seed, "lesion_draws": 2, "context": 3, **changes}
+    return Batches(cases, modalities, BatchSettings(**settings))
+
+
+def fit(
+    network: nn.Module,
+    loss: Callable[[nn.Module, int], Tensor],
+    steps: int,
+    how: TrainConfig = HOW,
+    *,
+    name: str = "training",
+    display: Display | None = None,
+) -> nn.Module:
+    """Train a network by `loss(network, step)`, and return its averaged copy, in evaluation mode.
+
+    Matrix products are in bfloat16 where the machine multiplies it; the optimisation is `how`.
+    """
+    device = next(network.parameters()).device
+    dtype = choose_precision("auto", device)
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    kind = torch.optim.AdamW if how.optimiser == "adamw" else torch.optim.Adam
+    optimiser = kind(learning, how.learning_rate, betas=(0.9, how.beta_2), weight_decay=how.weight_decay)
+    averaged = copy.deepcopy(network)
+    network.train()
+    with (display or Display()).task(name, steps) as task:
+        for step in range(steps):
+            for group in optimiser.param_groups:
+                group["lr"] = how.rate(step, step / steps)
+            optimiser.zero_grad(set_to_none=True)
+            with autocast(device, dtype):
+                error = loss(network, step)
+            error.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(learning, how.gradient_clip)
+            optimiser.step()
+            decay = min(how.ema_decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
+                for mine, other in zip(averaged.buffers(), network.buffers(), strict=True):
+                    mine.copy_(other)
+            task.advance(f"loss {float(error.detach()):.4g}")
+    return averaged.eval()
+
+
+def flops(run: Callable[[], Tensor]) -> float:
+    """Floating-point operations of a forward and a backward pass, in 1e9: matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        run().backward()  # type: ignore[no-untyped-call]
+    return float(counter.get_total_flops()) / 1e9
+
+
+def seconds(run: Callable[[], object]) -> tuple[float, object]:
+    """How long a call takes, and what it returns."""
+    start = time.monotonic()
+    result = run()
+    return time.monotonic() - start, result
+
+
+@torch.no_grad()
+def by_slices(
+    subject: Subject,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    predict: Predict,
+    *,
+    context: int = 3,
+    divisor: int = 32,
+    device: torch.device | None = None,
+) -> dict[str, Array]:
+    """Synthesise a study's axial slices: target → volume (Z, Y, X) in [0, 1].
+
+    `predict` maps `network_inputs` (N, S·context + 1, Y, X), padded to multiples of `divisor`, to standardised targets
+    (N, T, Y, X).
+    """
+    device = device or choose_device("auto")
+    dtype = choose_precision("auto", device)
+    volumes = torch.stack([torch.from_numpy(subject.volumes[m]) for m in sources])
+    slices = [z for z, plane in enumerate(subject.head) if plane.any()]
+    shape = subject.head.shape
+    images = np.zeros((len(targets), *shape), np.float32)
+    for some in (slices[k : k + 8] for k in range(0, len(slices), 8)):
+        around = [neighbours(z, context, shape[0], subject.spacing_mm[0]) for z in some]
+        inputs = network_inputs(to_model_input(volumes, around, 2, divisor), context).to(device)
+        with autocast(device, dtype):
+            predicted = predict(inputs.contiguous(memory_format=torch.channels_last)).float().cpu()
+        images[:, some] = on_unit_scale(crop_or_pad(predicted, shape[1:], [0.5] * 2)).transpose(0, 1).numpy()
+    images *= subject.head
+    return dict(zip(targets, images, strict=True))
+
+
+def network_inputs(slices: Tensor, context: int) -> Tensor:
+    """Sources (N, S·context, Y, X) in [0, 1] as a network reads them: standardised, and last a map of the head."""
+    head = (slices[:, context // 2 :: context] > 0).any(1, keepdim=True)
+    return torch.cat([standardise(slices), head.to(slices)], 1)
+
+
+def by_patient(rows: Iterable[Row], value: str) -> dict[str, float]:
+    """Patient → mean of a value over seeds and visits, where it exists."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        number = row.get(value)
+        if number is not None and math.isfinite(number):
+            found.setdefault(row["patient"], []).append(number)
+    return {patient: statistics.fmean(numbers) for patient, numbers in found.items()}
+
+
+def kept_share(rows: Iterable[Row], structure: str = "lesion") -> str:
+    """In how many patients of how many a structure keeps its contrast."""
+    shares = by_patient(rows, f"{structure}_kept").values()
+    return f"{sum(KEPT[0] <= share <= KEPT[1] for share in shares)} of {len(shares)}" if shares else "–"
+
+
+def cell(rows: Sequence[Row], others: Sequence[Row], value: str, digits: int) -> str:
+    """Mean and 95 % interval over patients, * where it differs from the others (Wilcoxon, p < .05, uncorrected)."""
+    own, theirs = by_patient(rows, value), by_patient(others, value)
+    if not own:
+        return "–"
+    low, high = metrics.bootstrap_interval(list(own.values()))
+    both = [patient for patient in own if patient in theirs]
+    p = metrics.paired_wilcoxon([own[k] for k in both], [theirs[k] for k in both]) if both and others else math.nan
+    mean = statistics.fmean(own.values())
+    return f"{mean:.{digits}f}{'*' * (p < 0.05)} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def table(rows: Sequence[Row], against: str, columns: Mapping[str, tuple[str, int]] = COLUMNS) -> str:
+    """Markdown, a table for each task: predictors below each other, compared with the one named `against`."""
+    parts = []
+    for sources, target in dict.fromkeys((row["sources"], row["target"]) for row in rows):
+        task = [row for row in rows if (row["sources"], row["target"]) == (sources, target)]
+        others = [row for row in task if row["predictor"] == against]
+        names = " + ".join(DISPLAY_NAMES[m] for m in sources.split("+"))
+        patients = len({row["patient"] for row in task})
+        parts.append(f"\n**{names} → {DISPLAY_NAMES[target]}**, {patients} patients\n")
+        parts.append("| | seeds | " + " | ".join([*columns, "lesions kept", "fluid kept"]) + " |")
+        parts.append("|---" * (len(columns) + 4) + "|")
+        for predictor in dict.fromkeys(row["predictor"] for row in task):
+            own = [row for row in task if row["predictor"] == predictor]
+            cells = [cell(own, [] if predictor == against else others, *column) for column in columns.values()]
+            cells += [kept_share(own), kept_share(own, "fluid")]
+            parts.append(f"| {predictor} | {len({row['seed'] for row in own})} | {' | '.join(cells)} |")
+    return "\n".join(parts)
