@@ -1,37 +1,43 @@
-"""What each choice of the engine is worth: variants of recipe `any`, trained for the same minutes on the same patients.
+"""What each choice of the engine is worth: variants of recipe `any`, trained alike and from nothing.
 
-The set is that of default_weights.py. Each variant changes one thing; it is trained from nothing, and measured on the
-validation patients with four contrasts, each contrast from the three others. Variants of the intensity scale change the
-volumes before they are prepared, so that all else stays: another scale shows in the training, and the measures, which
-are of the truth's own scale or of correlation, do not depend on it. Every finished row is kept in OUT/rows.jsonl; the
-same command goes on with the next one, and prints the table.
+Variants of form, loss and training change one thing of the recipe, train for the same minutes on the set of the default
+weights (on an idle machine: rows tell steps and processor time), and are measured on its validation patients. Variants
+of the intensity scale train for the same steps on the same studies, whose stored intensities are mapped anew; BraTS-
+Africa is left out of their training, so that they are measured on patients of sources seen, of a source left out, and
+on LGG with skull. Each contrast is made from all others of a study. Correlation is with the truth on the set's own
+scale, 5 mm and more from the brain's rim. Finished rows stay in
+OUT/engine.jsonl and OUT/scales.jsonl; the same command goes on with the next one, and prints the tables.
 
-python benchmarks/engine.py runs/default -o runs/engine --minutes 8
-python benchmarks/engine.py runs/default -o runs/engine --minutes 8 --only "as it is" "no lesion weight" --seeds 0 1 2
+python benchmarks/engine.py runs/default -o runs/evidence --minutes 5
+python benchmarks/engine.py runs/default -o runs/evidence --minutes 5 --only "as it is" "no lesion weight" --seeds 1 2
+python benchmarks/engine.py runs/default -o runs/evidence --scales --steps 500
 """
 
-import argparse
-import json
 import shutil
 import statistics
-from collections import defaultdict
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
-from default_weights import VALIDATION, split_as_listed
+import torch
+from default_weights import VALIDATION
+from grid import Kept, Row, by_patient, kept_share, light_measures, parser, split_set, synthesised
+from scans import cohort_of
 from scipy import ndimage
+from torch import Tensor
 
 from crossmr.config import with_settings
-from crossmr.data import study as studies
-from crossmr.data.head import HIGHEST, LOWEST, Mask, Normalisation, fit_normalisation
-from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.display import Display
-from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
-from crossmr.networks.model import load_model
+from crossmr.evaluation.subjects import patterns, subject_of_case
+from crossmr.networks.model import CrossConditionedModel, load_model
 from crossmr.training.plan import read_plan
 from crossmr.training.recipes import RECIPES
 from crossmr.training.run import TrainingSettings, train
@@ -39,12 +45,13 @@ from crossmr.training.run import TrainingSettings, train
 Array = npt.NDArray[np.float32]
 VARIANTS: dict[str, dict[str, str]] = {
     "as it is": {},
-    "no lesion weight": {"synthesis.lesion_weight": "0", "lesion_draws": "1"},
-    "lesions weigh 5": {"synthesis.lesion_weight": "5"},
+    "no lesion weight, lesions drawn once": {"synthesis.lesion_weight": "0", "lesion_draws": "1"},
+    "lesions weigh 0.5 more": {"synthesis.lesion_weight": "0.5"},
     "squared error": {"synthesis.loss": "squared"},
+    "with the error's gradient": {},
     "no error learnt beside": {"uncertainty": "false"},
     "no augmentation": {"augmentation.probability": "0"},
-    "published form, patches of 2": {
+    "published form, patches of 2, as many parameters": {
         "synthesis.form": "published",
         "synthesis.channels": "40",
         "synthesis.multipliers": "1,2,3,4",
@@ -60,9 +67,6 @@ VARIANTS: dict[str, dict[str, str]] = {
     "32 features": {"synthesis.channels": "32"},
     "one slice": {"context_slices": "1"},
     "five slices": {"context_slices": "5"},
-    "learning rate 2e-3": {"synthesis_train.learning_rate": "2e-3"},
-    "learning rate 5e-4": {"synthesis_train.learning_rate": "5e-4"},
-    "batches of 16": {"synthesis_train.batch_size": "16"},
     "3D": {
         "spatial_dims": "3",
         "context_slices": "1",
@@ -71,118 +75,184 @@ VARIANTS: dict[str, dict[str, str]] = {
         "synthesis.multipliers": "1,2,4",
         "synthesis_train.batch_size": "2",
     },
+    "learning rate 2e-3": {"synthesis_train.learning_rate": "2e-3"},
+    "learning rate 5e-4": {"synthesis_train.learning_rate": "5e-4"},
 }
 """Name → settings of the recipe."""
+AFRICA = "BraTS-Africa"
+LANDMARKS = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
+"""Percentiles (Nyúl & Udupa 1999; Nyúl et al. 2000)."""
 
 
-def z_score(data: Array, mask: Mask) -> Normalisation:
+def absolute_with_gradient(
+    prediction: Tensor, truth: Tensor, weight: Tensor, *, absolute: bool
+) -> tuple[Tensor, Tensor]:
+    """The absolute error, and that of the differences between neighbouring pixels, of images (B, T, Y, X)."""
+    error = prediction.float() - truth
+    total = (error.abs() * weight).sum()
+    for axis in (-1, -2):
+        both = weight.narrow(axis, 1, weight.shape[axis] - 1) * (weight.narrow(axis, 0, weight.shape[axis] - 1) > 0)
+        total = total + (error.diff(dim=axis).abs() * both).sum()
+    return total, weight.sum()
+
+
+PATCHES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "with the error's gradient": lambda: mock.patch(
+        "crossmr.training.stages.synthesis_error", new=absolute_with_gradient
+    ),
+}
+"""Name → what it replaces in the product while it trains."""
+
+
+def same(z: Array, air: float, landmarks: Array) -> Array:
+    """Median and quartiles: the product's own scale."""
+    return z
+
+
+def z_score(z: Array, air: float, landmarks: Array) -> Array:
     """Mean and standard deviation in place of median and quartiles."""
-    inside, fitted = data[mask], fit_normalisation(data, mask)
-    mean, std = float(inside.mean()), max(float(inside.std()), 1e-6)
-    return replace(fitted, low=mean + LOWEST * std, high=mean + HIGHEST * std)
+    scaled: Array = (z - z.mean()) / max(float(z.std()), 1e-6)
+    return scaled
 
 
-def brightest_peak(data: Array, mask: Mask) -> Normalisation:
+def peak(z: Array, air: float, landmarks: Array) -> Array:
     """The histogram's highest peak, white matter in most contrasts, in place of the median."""
-    fitted = fit_normalisation(data, mask)
-    counts, edges = np.histogram(fitted.scale(data[mask]), bins=256, range=(0, 1))
-    smooth = ndimage.gaussian_filter1d(counts.astype(float), 4)
-    shift = (float(edges[int(smooth.argmax())]) + LOWEST / (HIGHEST - LOWEST)) * (fitted.high - fitted.low)
-    return replace(fitted, low=fitted.low + shift, high=fitted.high + shift)
+    counts, edges = np.histogram(z, bins=256, range=(LOWEST, HIGHEST))
+    return z - np.float32(edges[int(ndimage.gaussian_filter1d(counts.astype(float), 4).argmax())])
 
 
-def quarter_is_the_median(data: Array, mask: Mask) -> Normalisation:
-    """Air is 0 and the median a quarter: the scale of before."""
-    fitted, middle = fit_normalisation(data, mask), float(np.median(data[mask]))
-    return replace(fitted, low=fitted.air, high=fitted.air + 4 * (middle - fitted.air))
+def quarter_is_the_median(z: Array, air: float, landmarks: Array) -> Array:
+    """On [0, 1] air is 0 and the median a quarter: the scale before the present one."""
+    return LOWEST + (HIGHEST - LOWEST) * np.float32(0.25) * (z - np.float32(air)) / np.float32(max(-air, 1e-3))
 
 
-SCALES: dict[str, Callable[[Array, Mask], Normalisation]] = {
-    "z-scores": z_score,
-    "median at the peak": brightest_peak,
+def nyul(z: Array, air: float, landmarks: Array) -> Array:
+    """Piecewise linear, so that percentiles come to lie where they do in the mean training study."""
+    own = np.percentile(z, LANDMARKS) + np.arange(len(LANDMARKS)) * 1e-6
+    inside = np.interp(z, own, landmarks)
+    return np.where(z < own[0], landmarks[0] + z - own[0], np.where(z > own[-1], landmarks[-1] + z - own[-1], inside))
+
+
+SCALES: dict[str, Callable[[Array, float, Array], Array]] = {
+    "median and quartiles": same,
+    "mean and standard deviation": z_score,
+    "histogram's peak and quartiles": peak,
+    "landmarks (Nyúl)": nyul,
     "a quarter is the median": quarter_is_the_median,
 }
-"""Name → how intensities are mapped."""
+"""Name → map of a volume's intensities within the head, in robust standard deviations about the median."""
 
 
-def prepared(base: Path, out: Path, variant: str, display: Display) -> Path:
-    """The set of a variant: that of the default weights, or, of another scale, one prepared anew."""
-    if variant not in SCALES:
-        return base / "set"
-    folder = out / "sets" / variant.replace(" ", "-")
-    if not (folder / "split").exists():
-        cohorts = [base / "whole"]
-        kept, studies.fit_normalisation = studies.fit_normalisation, SCALES[variant]
-        try:
-            prepare(cohorts, folder, PrepareSettings(workers=1), display=display)
-        finally:
-            studies.fit_normalisation = kept
-        split_as_listed(folder)
-        (folder / "split").touch()
-    return folder
+def scaled_set(base: Path, folder: Path, name: str) -> PreparedDataset:
+    """The base set's LGG and whole studies with intensities mapped anew; BraTS-Africa is for the test alone."""
 
+    def split(case: str, before: str) -> str | None:
+        if cohort_of(case) == "phantoms":
+            return None
+        return "test" if cohort_of(case) == AFRICA or before == "val" else "train" if before == "train" else None
 
-def row(base: Path, out: Path, variant: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Train and measure one variant by one seed."""
-    display, folder = Display(), out / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    place = prepared(base, out, variant, display)
-    recipe = with_settings(replace(RECIPES["any"], by_set=()), VARIANTS.get(variant, {}))
-    wish = TrainingSettings(recipe=recipe, minutes=options.minutes, device=options.device, seed=seed)
-    model = train(place, folder, wish, display=display)
-    result = evaluate(model, place, folder / "evaluation", EvaluationSettings(split="val"), display=display)
-    plan = read_plan(folder, "synthesis")
-    parameters = sum(p.numel() for p in load_model(model).parameters())
-    found: dict[str, Any] = {
-        "variant": variant,
-        "seed": seed,
-        "steps": plan.total if plan else 0,
-        "m": parameters / 1e6,
+    dataset = split_set(base / "set", folder, split)
+    landmarks = {
+        m: np.mean([np.percentile(inside(case, m), LANDMARKS) for case in some], 0)
+        for m in dataset.modalities
+        if (some := [case for case in dataset.split("train") if m in case.modalities])
     }
-    for entry in result["summary"]:
-        if entry["predictor"] == result["own"] and entry["sources"].count("+") == 2 and entry["region"] == "deep":
-            found[f"correlation {entry['target']}"] = entry["correlation"]["mean"]
-    for contrast in result["contrasts"]:
-        if contrast["predictor"] == result["own"] and contrast["structure"] == "lesion":
-            found[f"lesion {contrast['target']}"] = contrast["median"]
-    return found
+
+    def change(case: Case, modality: str, stored: Array) -> Array:
+        z = stored[stored > 0] * (HIGHEST - LOWEST) + LOWEST
+        air = case.air[modality] * (HIGHEST - LOWEST) + LOWEST
+        mapped = SCALES[name](z, air, landmarks[modality])
+        changed = np.zeros_like(stored)
+        changed[stored > 0] = np.clip((mapped - LOWEST) / (HIGHEST - LOWEST), 1e-3, 1)
+        return changed
+
+    return split_set(base / "set", folder, split, change)
+
+
+def inside(case: Case, modality: str) -> Array:
+    """A volume's intensities within the head, in robust standard deviations about the median."""
+    stored = case.volume(modality)
+    values: Array = stored[stored > 0][::7] * (HIGHEST - LOWEST) + LOWEST
+    return values
+
+
+def measured(model: CrossConditionedModel, cases: Sequence[Case], **facts: Any) -> list[Row]:
+    """Rows of each contrast from all others of these studies."""
+    rows = []
+    for case in cases:
+        subject = subject_of_case(case)
+        for sources in patterns(model.config, subject):
+            targets = tuple(m for m in case.modalities if m not in sources)
+            rows += light_measures(subject, sources, synthesised(model, subject, sources, targets), **facts)
+    return rows
+
+
+def trained(place: Path, out: Path, wish: TrainingSettings, how: AbstractContextManager[Any]) -> tuple[Any, Row]:
+    """A model and what its training took."""
+    shutil.rmtree(out, ignore_errors=True)
+    start, before = time.monotonic(), time.process_time()
+    with how:
+        model = load_model(train(place, out, wish, display=Display()), "cpu")
+    plan = read_plan(out, "synthesis")
+    return model, {
+        "steps": plan.total if plan else 0,
+        "millions": sum(p.numel() for p in model.parameters()) / 1e6,
+        "minutes": (time.monotonic() - start) / 60,
+        "processor_minutes": (time.process_time() - before) / 60,
+    }
 
 
 def main() -> None:
     """Add the rows that are missing, and print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path, help="the output of default_weights.py")
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs/engine"))
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--only", nargs="+", default=["as it is", *SCALES, *list(VARIANTS)[1:]])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    kept = options.out / "rows.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    for seed in options.seeds:
-        for variant in options.only:
-            if not any((found["variant"], found["seed"]) == (variant, seed) for found in rows):
-                rows.append(row(options.base, options.out, variant, options, seed))
-                with kept.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-    table(rows)
+    own = parser(__doc__)
+    own.add_argument("--minutes", type=float, default=5.0, help="of each variant's training")
+    own.add_argument("--scales", action="store_true", help="compare intensity scales")
+    own.add_argument("--steps", type=int, default=500, help="of each scale's training")
+    own.add_argument("--only", nargs="+", choices=[*VARIANTS, *SCALES])
+    own.add_argument("--table", action="store_true", help="print the kept rows")
+    options = own.parse_args()
+    kept = Kept(options.out, "scales" if options.scales else "engine")
+    for seed in options.seeds if not options.table else ():
+        for name in options.only or (SCALES if options.scales else VARIANTS):
+            if kept.has(predictor=name, seed=seed):
+                continue
+            place, work = options.base / "set", options.out / "work"
+            if options.scales:
+                dataset = scaled_set(options.base, work / "set", name)
+                place, cases = dataset.folder, dataset.split("test")
+                limit: dict[str, Any] = {"steps": 3 if options.tiny else options.steps}
+            else:
+                cases = PreparedDataset(place).split("val")
+                limit = {"steps": 3} if options.tiny else {"minutes": options.minutes}
+            recipe = with_settings(replace(RECIPES["any"], by_set=()), VARIANTS.get(name, {}))
+            wish = TrainingSettings(recipe=recipe, device=options.device, seed=seed, **limit)
+            model, cost = trained(place, work / "run", wish, PATCHES.get(name, nullcontext)())
+            kept.add(measured(model, cases[:1] if options.tiny else cases, predictor=name, seed=seed, **cost))
+            shutil.rmtree(work)
+    print_table(kept.rows)
 
 
-def table(rows: list[dict[str, Any]]) -> None:
-    """Means over seeds, in Markdown."""
-    by_variant: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for found in rows:
-        by_variant[found["variant"]].append(found)
-    heads = sorted({key for found in rows for key in found if key.startswith(("correlation", "lesion"))})
-    print(f"\n{len(VALIDATION)} validation studies; correlation deep within the brain, share of lesion contrast kept")
-    print("| variant | seeds | steps | M parameters |", " | ".join(heads), "|\n|" + "---|" * (4 + len(heads)))
-    for variant, some in by_variant.items():
-        cells = [f"{statistics.mean(found[key] for found in some if found.get(key) is not None):.3f}" for key in heads]
-        steps = round(statistics.mean(found["steps"] for found in some))
-        print(f"| {variant} | {len(some)} | {steps} | {some[0]['m']:.2f} |", " | ".join(cells), "|")
+def print_table(rows: Sequence[Row]) -> None:
+    """Means over patients, in Markdown; a column for each target, by source of the patients."""
+    groups = "BraTS", AFRICA, "LGG"
+    targets = sorted({row["target"] for row in rows})
+    heads = [f"{group}, {target}" for group in groups for target in targets]
+    print(f"\n{len(VALIDATION)} validation studies or more; correlation deep within the brain, lesions kept in FLAIR\n")
+    print("| | seeds | steps | M parameters | minutes |", " | ".join([*heads, "FLAIR lesions"]), "|")
+    print("|---" * (6 + len(heads)) + "|")
+    for name in dict.fromkeys(row["predictor"] for row in rows):
+        own = [row for row in rows if row["predictor"] == name]
+        cost = [f"{statistics.mean(row[key] for row in own):.{n}f}" for key, n in (("steps", 0), ("millions", 2))]
+        cells = [str(len({row["seed"] for row in own})), *cost, f"{statistics.mean(r['minutes'] for r in own):.1f}"]
+        for group in groups:
+            for target in targets:
+                some = [row for row in own if (row["cohort"], row["target"]) == (group, target)]
+                values = by_patient(some, "correlation_deep")
+                cells.append(f"{statistics.fmean(values.values()):.3f}" if values else "–")
+        cells.append(kept_share([row for row in own if row["target"] == "t2f" and row["cohort"] != "LGG"]))
+        print(f"| {name} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(2)
     main()

@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,17 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 from scans import cohort_of
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossmr import metrics
 from crossmr.baselines import predict_baselines
 from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.formats import content_sha256
 from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.data.patients import SPLITS
 from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.display import Display
-from crossmr.evaluation.measures import KEPT, measure, measure_contrasts
-from crossmr.evaluation.subjects import Array, Subject
+from crossmr.evaluation.measures import KEPT, RIM_MM, measure, measure_contrasts
+from crossmr.evaluation.subjects import Array, Mask, Subject
+from crossmr.files import digest, write_json
+from crossmr.networks.inference import HeadVolumes, Settings, synthesise
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.networks.scale import on_unit_scale, standardise
 from crossmr.tensors import crop_or_pad, neighbours, to_model_input
@@ -128,6 +134,70 @@ def measured(subject: Subject, sources: Sequence[str], images: Mapping[str, Arra
     for contrast in measure_contrasts(subject, sources, {"": within}):
         rows[contrast.target][f"{contrast.structure}_kept"] = contrast.kept
     return list(rows.values())
+
+
+def synthesised(
+    model: CrossConditionedModel, subject: Subject, sources: Sequence[str], targets: Sequence[str]
+) -> Mapping[str, Array]:
+    """What the model makes of these sources."""
+    given = {m: subject.volumes[m] for m in sources}
+    head = HeadVolumes(given, subject.head.sum((1, 2)).tolist(), subject.spacing_mm[0])
+    images = synthesise(model, head, subject.name, Settings(targets=tuple(targets))).images.numpy()
+    return dict(zip(targets, images, strict=True))
+
+
+def deep(subject: Subject) -> Mask:
+    """The brain 5 mm and more from its rim in each axial slice, as `evaluation.measures` has it."""
+    planes = np.pad(subject.head, ((0, 0), (1, 1), (1, 1)))
+    within = [ndimage.distance_transform_edt(plane, subject.spacing_mm[1:])[1:-1, 1:-1] >= RIM_MM for plane in planes]
+    return np.stack(within)
+
+
+def light_measures(subject: Subject, sources: Sequence[str], images: Mapping[str, Array], **facts: Any) -> list[Row]:
+    """Rows of correlation and error deep within the brain, and of contrasts kept: in a tenth of `measured`'s time."""
+    common = {"case": subject.name, "patient": subject.patient, "cohort": cohort_of(subject.name)}
+    within, rows = deep(subject), dict[str, Row]()
+    for target, volume in images.items():
+        pair = torch.from_numpy(np.stack([volume, subject.volumes[target]])[:, within])[:, None, None]  # (2, 1, 1, N)
+        numbers = {"correlation_deep": float(metrics.correlation(*pair)), "mae_deep": float(metrics.mae(*pair))}
+        rows[target] = {**facts, **common, "sources": "+".join(sources), "target": target, **numbers}
+    for contrast in measure_contrasts(subject, sources, {"": images}):
+        rows[contrast.target][f"{contrast.structure}_kept"] = contrast.kept
+    return list(rows.values())
+
+
+def split_set(
+    prepared: Path,
+    out: Path,
+    split: Callable[[str, str], str | None],
+    change: Callable[[Case, str, Array], Array] | None = None,
+) -> PreparedDataset:
+    """A prepared set with another split, its arrays linked: `split(case, split before)` is where a case goes, or None.
+
+    `change(case, modality, volume)` maps stored volumes (Z, Y, X) in [0, 1]; 0 stays 0.
+    """
+    dataset = PreparedDataset(prepared)
+    shutil.rmtree(out, ignore_errors=True)
+    entries = dict[str, Any]()
+    for case in dataset.cases:
+        entry = dict(dataset.manifest["cases"][case.name])
+        if (part := split(case.name, case.split)) is None:
+            continue
+        folder = out / "cases" / case.name
+        folder.mkdir(parents=True)
+        entry["part"], entry["files"] = part, dict(entry["files"])
+        for name in ("masks.npy", *(() if change else ("images.npy",))):
+            (folder / name).symlink_to((case.folder / name).resolve())
+        if change:
+            volumes = [change(case, m, case.volume(m)) for m in case.modalities]
+            np.save(folder / "images.npy", np.stack(volumes, 1).astype(np.float16))
+            entry["files"]["images.npy"] = content_sha256(folder / "images.npy")
+        entries[case.name] = entry
+    patients = {entry["patient"]: entry["part"] for entry in entries.values()}
+    by_part = {part: sorted(p for p, own in patients.items() if own == part) for part in SPLITS}
+    manifest = {**dataset.manifest, "cases": entries, "split": {"sha256": digest(patients), **by_part}}
+    write_json(out / "manifest.json", {**manifest, "sha256": digest(manifest)})
+    return PreparedDataset(out)
 
 
 def keep_images(out: Path, predictor: str, subject: Subject, images: Mapping[str, Array]) -> None:

@@ -1,0 +1,100 @@
+"""Every subset of the sources: how well each contrast comes out, and whether more sources ever make it worse.
+
+Each whole test study of the default weights is given every subset of its four contrasts, by the shipped weights, any
+others that are named, and the linear regression of the same sources. Rows stay in OUT/subsets.jsonl.
+
+python benchmarks/subsets.py runs/default -o runs/evidence
+python benchmarks/subsets.py runs/default -o runs/evidence --models default before=runs/before/model
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+from grid import Kept, Row, by_patient, four_contrasts, kept_share, light_measures, parser, synthesised
+
+from crossmr.baselines import predict_baselines
+from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.display import Display
+from crossmr.evaluation.subjects import Subject, patterns, subject_of_case
+from crossmr.evaluation.tables import BASELINE
+from crossmr.networks.model import CrossConditionedModel
+from crossmr.registry import load_model
+
+
+def rows_of(subject: Subject, model: CrossConditionedModel, name: str, baseline: bool) -> list[Row]:
+    """Rows of every subset of one study's contrasts, and of the linear regression from the same sources."""
+    rows = []
+    for sources in patterns(model.config, subject, every_subset=True):
+        targets = [m for m in model.config.modalities if m in subject.volumes and m not in sources]
+        images = synthesised(model, subject, sources, targets)
+        rows += light_measures(subject, sources, images, predictor=name, seed=0)
+        if baseline:
+            given = {m: subject.volumes[m] for m in sources}
+            linear = predict_baselines(model.baselines, model.config.modalities, given, targets)[BASELINE]
+            pairs = dict(zip(targets, linear, strict=True))
+            rows += light_measures(subject, sources, pairs, predictor=BASELINE, seed=0)
+    return rows
+
+
+def print_tables(rows: Sequence[Row]) -> None:
+    """For each target a row for each subset; then what each further source does."""
+    predictors = list(dict.fromkeys(row["predictor"] for row in rows))
+    for target in dict.fromkeys(row["target"] for row in rows):
+        print(f"\n**{DISPLAY_NAMES[target]}**: correlation deep within the brain; lesions kept; fluid kept\n")
+        print("| from |", " | ".join(predictors), "|\n|---" + "|---" * len(predictors) + "|")
+        own = [row for row in rows if row["target"] == target]
+        for sources in sorted({row["sources"] for row in own}, key=lambda text: (text.count("+"), text)):
+            cells = []
+            for predictor in predictors:
+                some = [row for row in own if (row["sources"], row["predictor"]) == (sources, predictor)]
+                mean = statistics.fmean(by_patient(some, "correlation_deep").values())
+                cells.append(f"{mean:.3f}; {kept_share(some)}; {kept_share(some, 'fluid')}")
+            print("|", " + ".join(DISPLAY_NAMES[m] for m in sources.split("+")), "|", " | ".join(cells), "|")
+    for predictor in predictors:
+        print(f"\n{predictor}: {further_sources([row for row in rows if row['predictor'] == predictor])}")
+
+
+def further_sources(rows: Sequence[Row]) -> str:
+    """What one source more does to the correlation, over all patients, targets and subsets."""
+    found = {(r["case"], r["target"], frozenset(r["sources"].split("+"))): r["correlation_deep"] for r in rows}
+    gains: dict[tuple[str, frozenset[str], str], list[float]] = {}
+    for (case, target, sources), value in found.items():
+        for more in {m for _, _, some in found for m in some} - sources - {target}:
+            gain = found.get((case, target, sources | {more}), math.nan) - value
+            if math.isfinite(gain):
+                gains.setdefault((target, sources, more), []).append(gain)
+    every = list(itertools.chain.from_iterable(gains.values()))
+    worse = [(statistics.fmean(some), key) for key, some in gains.items() if statistics.fmean(some) < 0]
+    said = "; ".join(f"{t} from {'+'.join(sorted(s))} with {m}: {mean:+.4f}" for mean, (t, s, m) in sorted(worse))
+    return (
+        f"one source more changes the correlation by {statistics.fmean(every):+.3f} in the mean; it is lower in "
+        f"{sum(gain < 0 for gain in every)} of {len(every)} images, in the mean over patients in {len(worse)} of "
+        f"{len(gains)} pairs of subsets{': ' if said else ''}{said}."
+    )
+
+
+def main() -> None:
+    """Add the rows that are missing, and print the tables."""
+    own = parser(__doc__)
+    own.add_argument("--models", nargs="+", default=["default"], metavar="[NAME=]MODEL")
+    own.add_argument("--table", action="store_true", help="print the kept rows")
+    options = own.parse_args()
+    kept, cases = Kept(options.out, "subsets"), four_contrasts(options.base, "test")
+    for number, text in enumerate(() if options.table else options.models):
+        name, _, folder = text.rpartition("=")
+        model = load_model(folder, options.device)
+        name = name or f"{folder} {str(model.record['sha256'])[:12]}"
+        with Display().task(name, len(cases)) as task:
+            for case in cases[:1] if options.tiny else cases:
+                if not kept.has(predictor=name, case=case.name):
+                    kept.add(rows_of(subject_of_case(case), model, name, baseline=number == 0))
+                task.advance(case.name)
+    print_tables(kept.rows)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()
