@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from crossmr.completion.cohort import CohortSummary
     from crossmr.completion.inputs import PlannedCase
     from crossmr.display import Display
+    from crossmr.evaluation.evaluate import EvaluationSettings
 
 ORDER = (
     "complete",
@@ -356,6 +357,17 @@ def evaluate(
     data: Annotated[Path, typer.Argument(metavar="SET_OR_COHORT", help="A prepared set, or a folder of studies.")],
     out: Out,
     split: Annotated[str, typer.Option(help="Split of a prepared set: train, val or test.")] = "test",
+    protocol: Annotated[
+        str,
+        typer.Option(help="How to measure: crossmr, brasyn (the challenge's) or published (whole scans)."),
+    ] = "crossmr",
+    segmenter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="With brasyn, a command with {study} and {labels}: Dice of what it outlines with the image.",
+        ),
+    ] = None,
     every_subset: Annotated[
         bool,
         typer.Option(
@@ -409,6 +421,8 @@ def evaluate(
         mapping=names,
         patients=patients,
     )
+    if protocol != "crossmr" or segmenter is not None:
+        return _evaluate_by_protocol((model, data, out), settings, protocol, segmenter, display)
     result = run(model, data, out, settings, display=display)
     display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
     if result["uncertainty"]:
@@ -417,6 +431,32 @@ def evaluate(
     lines = [*(f"Warning: {text}" for text in overlap_warnings(result)), last]
     counts = {"failed": len(result["failed"]), "measured": len(result["cases"])}
     record = {key: result[key] for key in ("summary", "contrasts", "uncertainty", "overlap", "model_sha256")}
+    return Summary(counts, result["failed"], f"every number is in {out}", record, lines, out / LOG)
+
+
+def _evaluate_by_protocol(
+    paths: tuple[Path, Path, Path],
+    settings: "EvaluationSettings",
+    protocol: str,
+    segmenter: str | None,
+    display: "Display",
+) -> Summary:
+    """Measure by another protocol than ours; `paths` are the model, the data and OUT."""
+    from crossmr.display import LOG
+    from crossmr.evaluation.challenge import ProtocolSettings, evaluate_by_protocol, warnings_of
+    from crossmr.evaluation.segmenter import Segmenter
+    from crossmr.evaluation.tables import other_tables
+
+    if protocol == "crossmr":
+        raise ConfigError("--segmenter is for --protocol brasyn.")
+    command = None if segmenter is None else Segmenter(segmenter)
+    chosen = ProtocolSettings(protocol, command, settings)  # type: ignore[arg-type]
+    result = evaluate_by_protocol(*paths, chosen, display=display)
+    display.print_tables(other_tables(protocol, result["summary"]))
+    counts = {"failed": len(result["failed"]), "measured": len(result["cases"])}
+    record = {key: result[key] for key in ("summary", "overlap", "model_sha256")}
+    lines = [f"Warning: {text}" for text in warnings_of(result)]
+    out = paths[2]
     return Summary(counts, result["failed"], f"every number is in {out}", record, lines, out / LOG)
 
 

@@ -50,6 +50,10 @@ class Case:
     """Voxels that the labels count to a lesion, per axial slice; empty without labels."""
     shape: tuple[int, int, int] = (1, 1, 1)
     """Voxels of its arrays, (Z, Y, X)."""
+    corner: tuple[int, int, int] = (0, 0, 0)
+    """Voxel (Z, Y, X) of the whole scan at which they begin."""
+    grid: tuple[int, int, int] = (1, 1, 1)
+    """Voxels of the whole scan, (Z, Y, X)."""
     files: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each array file, checked when it is first opened in a process."""
     scans: tuple[str, ...] = ()
@@ -207,6 +211,8 @@ def _case(folder: Path, name: str, record: Mapping[str, Any]) -> Case:
         modalities=tuple(record["modalities"]),
         foreground_voxels=tuple(record["head_voxels"]),
         shape=tuple(stop - start for start, stop in record["box"]),
+        corner=tuple(start for start, _ in record["box"]),
+        grid=tuple(record["shape"]),
         spacing_mm=tuple(record["spacing_mm"]),
         air={m: Normalisation(**fitted).air_level for m, fitted in record["normalisation"].items()},
         lesion_voxels=tuple(record["lesion_voxels"]),

@@ -13,9 +13,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from crossmr.device import choose_precision, ends_the_run
+from crossmr.device import choose_precision
 from crossmr.display import LOG, SILENT, Display
-from crossmr.errors import ConfigError, CrossmrError, StudyError, names_only
+from crossmr.errors import ConfigError, StudyError, names_only
 from crossmr.evaluation.measurements import TABLES, Measurements, Outcome, Picture, read_parts, write_part
 from crossmr.evaluation.measures import (
     PROTOCOL,
@@ -36,7 +36,7 @@ from crossmr.evaluation.statistics import (
     summarise_contrasts,
     summarise_uncertainty,
 )
-from crossmr.evaluation.subjects import Array, Found, Subject, find_subjects, open_prepared, patterns
+from crossmr.evaluation.subjects import Array, Found, Subject, each_study, find_subjects, open_prepared, patterns
 from crossmr.evaluation.tables import is_table, write_csv
 from crossmr.files import REPORT, digest, is_page, is_record, locked, refuse_foreign, remove, write_json
 from crossmr.main_memory import check_memory
@@ -160,7 +160,7 @@ def evaluate(
             reason = next(iter(measured.failed.values()), f"the split '{settings.split}' is empty")
             raise StudyError(f"No study of {data} could be measured: {reason}")
         measured = measured.by_patient()
-        evaluation = summarise_all(measured, predictors, _set_and_split(Path(data), settings))
+        evaluation = summarise_all(measured, predictors, set_and_split(Path(data), settings))
         evaluation["finished"] = complete
         if complete:
             for name, rows in measured.rows().items():
@@ -178,27 +178,24 @@ def _measure_all(
     display: Display,
 ) -> list[Outcome]:
     """What became of each study."""
-    outcomes = list[Outcome]()
-    with display.task("evaluate", len(subjects)) as task:
-        for number, found in enumerate(subjects, 1):
-            name = found.name
-            try:
-                needed = memory_needed(found, predictors, every_subset=settings.every_subset)
-                if warning := check_memory(name, needed):
-                    display.say(warning)
-                subject = found.read()
-                measured = measure_subject(subject, predictors, out, every_subset=settings.every_subset)
-                outcomes.append(Outcome(name, measured))
-                del subject, measured
-            except CrossmrError as error:
-                outcomes.append(Outcome(name, failed=str(error)))
-            except Exception as error:  # nobody foresaw it: the other patients go on all the same
-                outcomes.append(Outcome(name, failed=f"{name}: {display.unforeseen(error)}"))
-                if reason := ends_the_run(error):
-                    left = (other.name for other in subjects[number:])
-                    return [*outcomes, *(Outcome(one, failed=f"{one}: not tried, because {reason}") for one in left)]
-            task.advance(name)
-    return outcomes
+
+    def measure_one(found: Found) -> Measurements:
+        warn_of_memory(found, predictors, display, every_subset=settings.every_subset)
+        return measure_subject(found.read(), predictors, out, every_subset=settings.every_subset)
+
+    return [Outcome(name, measured, failed) for name, measured, failed in each_study(subjects, measure_one, display)]
+
+
+def warn_of_memory(
+    found: Found, predictors: Sequence[Predictor], display: Display, *, every_subset: bool = False
+) -> None:
+    """Say where a study takes much of the memory.
+
+    Raises:
+        StudyError: it cannot fit.
+    """
+    if warning := check_memory(found.name, memory_needed(found, predictors, every_subset=every_subset)):
+        display.say(warning)
 
 
 def _refuse_foreign(out: Path, names: Sequence[str], targets: Sequence[str]) -> None:
@@ -263,7 +260,7 @@ def summarise_all(
 ) -> Evaluation:
     """What metrics.json says of it all; `of_set` is the fingerprint and the split of the prepared dataset, if any."""
     own, second = predictors[0], next((p for p in predictors if p.name.startswith(AGAINST)), None)
-    model, settings = own.model, own.settings
+    model = own.model
     return Evaluation(
         format=FORMAT,
         finished=True,
@@ -273,36 +270,52 @@ def summarise_all(
         uncertainty=summarise_uncertainty(measured.uncertainty),
         calibration=summarise_calibration(measured.calibration),
         own=own.name,
-        against=None if second is None else _describe(second, measured, of_set),
+        against=None if second is None else describe(second, measured.patients, measured.scans, of_set),
         cases=sorted(measured.patients),
         pictures=measured.pictures,
         overlap=find_overlap(model, measured.patients, measured.scans, of_set),
         patients=dict(sorted(measured.patients.items())),
         failed=measured.failed,
         model_sha256=model.record.get("sha256"),
-        settings={
-            "seed": settings.seed,
-            "ddim_steps": settings.ddim_steps,
-            "samples": samples_drawn(model, settings),
-            "device": model.device.type,
-            "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),
-        },
-        versions={name: version(name) for name in ("crossmr", "torch")},
+        settings=settings_of(own),
+        versions=versions(),
     )
 
 
-def _describe(second: Predictor, measured: Measurements, of_set: tuple[str, str] | None) -> SecondModel:
-    """The second model's identity and training record."""
+def settings_of(predictor: Predictor) -> dict[str, Any]:
+    """How a model synthesised, as metrics.json says it."""
+    model, settings = predictor.model, predictor.settings
+    return {
+        "seed": settings.seed,
+        "ddim_steps": settings.ddim_steps,
+        "samples": samples_drawn(model, settings),
+        "device": model.device.type,
+        "precision": str(choose_precision(settings.precision, model.device)).removeprefix("torch."),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Package → version, as metrics.json says them."""
+    return {name: version(name) for name in ("crossmr", "torch")}
+
+
+def describe(
+    second: Predictor,
+    patients: Mapping[str, str],
+    scans: Mapping[str, Sequence[str]],
+    of_set: tuple[str, str] | None,
+) -> SecondModel:
+    """The second model's identity and training record; see `find_overlap`."""
     return SecondModel(
         predictor=second.name,
         guidance=chosen_guidance(second.model, second.settings),
         sha256=second.model.record.get("sha256"),
         training=second.model.record.get("training", {}),
-        overlap=find_overlap(second.model, measured.patients, measured.scans, of_set),
+        overlap=find_overlap(second.model, patients, scans, of_set),
     )
 
 
-def _set_and_split(data: Path, settings: EvaluationSettings) -> tuple[str, str] | None:
+def set_and_split(data: Path, settings: EvaluationSettings) -> tuple[str, str] | None:
     """Fingerprint and split of a prepared dataset; None of a folder of studies."""
     dataset = open_prepared(data)
     return None if dataset is None else (dataset.fingerprint, settings.split)

@@ -1,11 +1,11 @@
 """The studies of an evaluation: how each is read, and which of its modalities are hidden."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,16 @@ from crossmr.data.dataset import ENHANCING, Case, PreparedDataset
 from crossmr.data.naming import StudyFiles, find_studies
 from crossmr.data.patients import assign, read_patients
 from crossmr.data.registration import RegistrationMode
-from crossmr.data.study import StudyMemory, load_study, study_memory
+from crossmr.data.study import Study, StudyMemory, load_study, study_memory
 from crossmr.data.volume import voxels_sha256
-from crossmr.errors import ConfigError, StudyError
+from crossmr.device import ends_the_run
+from crossmr.display import Display
+from crossmr.errors import ConfigError, CrossmrError, StudyError
 from crossmr.networks.model import ModelConfig
 
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,10 @@ class Subject:
     """Of (Z, Y, X)."""
     scans: tuple[str, ...] = ()
     """SHA-256 of the voxels of each volume as it was acquired."""
+    corner: tuple[int, int, int] = (0, 0, 0)
+    """Voxel (Z, Y, X) of the whole scan at which the volumes begin."""
+    grid: tuple[int, int, int] = (1, 1, 1)
+    """Voxels of the whole scan, (Z, Y, X)."""
 
 
 class Found(NamedTuple):
@@ -55,6 +62,8 @@ class Found(NamedTuple):
     """What it has, by the names of its files; raises NamingError where two have one modality."""
     memory: Callable[[], StudyMemory]
     """What it takes, by the headers of its files."""
+    study: Callable[[], Study] | None = None
+    """Reads it with its own intensities and grid; None of a prepared set, which keeps neither."""
 
 
 def open_prepared(data: Path) -> PreparedDataset | None:
@@ -99,6 +108,7 @@ def _found_files(files: StudyFiles, register: RegistrationMode) -> Found:
         files.paths(),
         lambda: tuple(files.images()),
         lambda: study_memory(files.images(), register),
+        partial(load_study, files, register=register),
     )
 
 
@@ -116,12 +126,18 @@ def subject_of_case(case: Case) -> Subject:
         masked_background=case.masked_background,
         spacing_mm=case.spacing_mm,
         scans=case.scans,
+        corner=case.corner,
+        grid=case.grid,
     )
 
 
 def subject_of_files(files: StudyFiles, register: RegistrationMode = "never") -> Subject:
     """Read a study of NIfTI files, and crop it to the head."""
-    study = load_study(files, register=register)
+    return subject_of_study(load_study(files, register=register))
+
+
+def subject_of_study(study: Study) -> Subject:
+    """Crop a study to the head."""
     box = study.box()
     head = study.mask[box]
     labels = np.zeros_like(head, np.uint8) if study.labels is None else study.labels[box]
@@ -136,7 +152,31 @@ def subject_of_files(files: StudyFiles, register: RegistrationMode = "never") ->
         masked_background=study.masked_background,
         spacing_mm=study.reference.spacing_mm,
         scans=tuple(voxels_sha256(volume) for volume in study.volumes.values()),
+        corner=(box[0].start, box[1].start, box[2].start),
+        grid=(study.mask.shape[0], study.mask.shape[1], study.mask.shape[2]),
     )
+
+
+def each_study(
+    subjects: Sequence[Found], measure: Callable[[Found], T], display: Display
+) -> Iterator[tuple[str, T | None, str]]:
+    """Measure one study after the other: its name, what `measure` returned, and else why it failed.
+
+    After an error of the device or of memory no further one is tried.
+    """
+    with display.task("evaluate", len(subjects)) as task:
+        for number, found in enumerate(subjects, 1):
+            try:
+                yield found.name, measure(found), ""
+            except CrossmrError as error:
+                yield found.name, None, str(error)
+            except Exception as error:  # nobody foresaw it: the other patients go on all the same
+                yield found.name, None, f"{found.name}: {display.unforeseen(error)}"
+                if reason := ends_the_run(error):
+                    for one in subjects[number:]:
+                        yield one.name, None, f"{one.name}: not tried, because {reason}"
+                    return
+            task.advance(found.name)
 
 
 def patterns(config: ModelConfig, subject: Subject, *, every_subset: bool = False) -> list[tuple[str, ...]]:

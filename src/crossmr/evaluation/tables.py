@@ -5,7 +5,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from rich.box import SIMPLE
 from rich.markup import escape
@@ -14,9 +14,12 @@ from rich.table import Table
 from crossmr.baselines import BASELINES
 from crossmr.data.naming import in_usual_order
 from crossmr.errors import OutputError
-from crossmr.evaluation.measures import METRICS, STRUCTURES, Metric, Row, Score, Structure
+from crossmr.evaluation.measures import METRICS, STRUCTURES, Metric, Score, Structure
 from crossmr.evaluation.statistics import ContrastSummary, Summary, UncertaintySummary
 from crossmr.files import write_atomically
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 BASELINE = "linear regression"
 """The predictor that a model's own is held against."""
@@ -36,6 +39,29 @@ UNCERTAINTY_COLUMNS: tuple[tuple[str, Literal["error", "error_most_certain_90", 
     ("within 1.96 std", "coverage_95", 2),
 )
 """What the table of uncertainty shows: heading, measure, digits."""
+OTHER_COLUMNS: dict[str, tuple[str, int]] = {
+    "ssim_whole": ("SSIM\nwhole", 4),
+    "ssim_tumour": ("SSIM\ntumour", 4),
+    "ssim_healthy": ("SSIM\nhealthy", 4),
+    "psnr": ("PSNR\nwhole scan", 2),
+    "ssim": ("SSIM\nwhole scan", 4),
+    "dice_wt": ("Dice\nWT", 3),
+    "dice_tc": ("Dice\nTC", 3),
+    "dice_et": ("Dice\nET", 3),
+}
+"""Measure of another protocol → heading and digits."""
+
+
+class OtherSummary(TypedDict):
+    """The mean over all images of one measure of one predictor by another protocol."""
+
+    target: str
+    """'all' for the mean over all targets."""
+    predictor: str
+    measure: str
+    images: int
+    mean: float | None
+    """None if infinite."""
 
 
 def tables(
@@ -72,6 +98,23 @@ def uncertainty_table(summary: Sequence[UncertaintySummary]) -> Table:
     return table
 
 
+def other_tables(protocol: str, summary: Sequence[OtherSummary]) -> list[Table]:
+    """A table for all targets together and one for each, by another protocol than ours."""
+    shown = [measure for measure in OTHER_COLUMNS if any(entry["measure"] == measure for entry in summary)]
+    made = []
+    for target in dict.fromkeys(entry["target"] for entry in summary):
+        means = {(e["predictor"], e["measure"]): e["mean"] for e in summary if e["target"] == target}
+        images = max(entry["images"] for entry in summary if entry["target"] == target)
+        table = _table(f"{target} by the protocol '{protocol}': mean over {images} image{'s' * (images > 1)}")
+        table.add_column("predictor", no_wrap=True)
+        for measure in shown:
+            table.add_column(OTHER_COLUMNS[measure][0], justify="right", no_wrap=True)
+        for predictor in dict.fromkeys(predictor for predictor, _ in means):
+            table.add_row(escape(predictor), *(_mean([means.get((predictor, m))], OTHER_COLUMNS[m][1]) for m in shown))
+        made.append(table)
+    return made
+
+
 def kept_cell(entry: ContrastSummary | None) -> str:
     """In how many patients a contrast is kept, of how many; a dash where it stands out in none."""
     if entry is None or entry["kept"] is None:
@@ -79,7 +122,7 @@ def kept_cell(entry: ContrastSummary | None) -> str:
     return f"{round(entry['kept'] * entry['patients'])} of {entry['patients']}"
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: "Sequence[DataclassInstance]") -> None:
     """Write one or more rows of one kind; the columns are their fields.
 
     Raises:
@@ -92,7 +135,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     write_atomically(path, text.getvalue().encode(errors="surrogatepass"))  # file names may be no Unicode
 
 
-def is_table(path: Path, kind: type[Row]) -> bool:
+def is_table(path: Path, kind: "type[DataclassInstance]") -> bool:
     """Whether a file is a table that `write_csv` wrote of rows of this kind: its first line names their fields."""
     if not path.is_file():
         return False

@@ -20,6 +20,7 @@ from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.completion.verdict import VERDICTS
 from crossmr.data.naming import DISPLAY_NAMES, in_usual_order
 from crossmr.errors import OutputError
+from crossmr.evaluation.challenge import FORMAT as BY_PROTOCOL
 from crossmr.evaluation.evaluate import Evaluation, overlap_warnings
 from crossmr.evaluation.measurements import Picture
 from crossmr.evaluation.measures import KEPT, STRUCTURES, Score
@@ -157,6 +158,8 @@ def report_evaluation(out: Path) -> Path:
         OutputError: OUT holds no evaluation, or cannot be written.
     """
     result = cast(Evaluation, read_json(out / "metrics.json", OutputError))
+    if result.get("format") == BY_PROTOCOL:
+        raise OutputError(f"{out} holds an evaluation by another protocol, which has no page: see its metrics.csv.")
     if not result.get("finished"):
         raise OutputError(f"{out} holds no finished evaluation. Run crossmr evaluate again.")
     by_case: dict[str, list[Picture]] = {}

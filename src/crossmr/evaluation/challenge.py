@@ -1,0 +1,276 @@
+"""Evaluate a model by the protocol of a challenge or of published tables; see `protocols`.
+
+OUT gets metrics.csv, a row for each measure of each image, and metrics.json, with means over the cases.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from crossmr.data.naming import in_usual_order
+from crossmr.data.patients import merge
+from crossmr.data.study import Study
+from crossmr.display import LOG, SILENT, Display
+from crossmr.errors import ConfigError, StudyError, names_only
+from crossmr.evaluation.evaluate import (
+    EvaluationSettings,
+    SecondModel,
+    describe,
+    set_and_split,
+    settings_of,
+    versions,
+    warn_of_memory,
+)
+from crossmr.evaluation.overlap import Overlap, find_overlap, say_overlap
+from crossmr.evaluation.predictors import AGAINST, Predictor, find_predictors, predict
+from crossmr.evaluation.protocols import (
+    DICE,
+    DROPPED,
+    OTHER_PROTOCOLS,
+    REAL,
+    TEXT,
+    OtherProtocol,
+    OtherScore,
+    dice,
+    dropped_contrasts,
+    measure_by,
+    on_whole_grid,
+)
+from crossmr.evaluation.segmenter import Segmenter
+from crossmr.evaluation.subjects import (
+    Array,
+    Found,
+    Subject,
+    each_study,
+    find_subjects,
+    open_prepared,
+    patterns,
+    subject_of_study,
+)
+from crossmr.evaluation.tables import BASELINE, OtherSummary, is_table, write_csv
+from crossmr.files import is_record, locked, refuse_foreign, write_json
+from crossmr.networks.model import CrossConditionedModel
+from crossmr.registry import load_model
+
+FORMAT = "crossmr-evaluation-by-protocol"
+ALL = "all"
+"""What stands for a target where the mean is over all of them."""
+
+
+@dataclass(frozen=True)
+class ProtocolSettings:
+    """By which protocol, and by which segmenter."""
+
+    protocol: OtherProtocol = "brasyn"
+    segmenter: Segmenter | None = None
+    """Measures Dice, too; with 'brasyn' and a folder of studies."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """The studies, and how to synthesise; every subset and parts are not for these protocols."""
+
+    def __post_init__(self) -> None:
+        if self.protocol not in OTHER_PROTOCOLS:
+            raise ConfigError(f"--protocol is '{self.protocol}'; expected crossmr, {' or '.join(OTHER_PROTOCOLS)}.")
+        if self.evaluation.every_subset or self.evaluation.part is not None:
+            raise ConfigError("--every-subset and --part are for --protocol crossmr alone; leave them out.")
+        if self.segmenter is not None and self.protocol != "brasyn":
+            raise ConfigError("--segmenter is for --protocol brasyn.")
+
+
+class ProtocolEvaluation(TypedDict):
+    """What metrics.json holds."""
+
+    format: str
+    protocol: str
+    text: str
+    """What the protocols are."""
+    summary: list[OtherSummary]
+    own: str
+    """The predictor that is the model's own."""
+    against: SecondModel | None
+    cases: list[str]
+    dropped: dict[str, str]
+    """Case → the contrast that was dropped, by BraSyn's rule; of every study found."""
+    segmenter: str | None
+    overlap: Overlap
+    patients: dict[str, str]
+    """Case → patient."""
+    failed: dict[str, str]
+    model_sha256: str | None
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured of one study."""
+
+    patient: str
+    scans: tuple[str, ...]
+    scores: list[OtherScore]
+
+
+def evaluate_by_protocol(
+    model: CrossConditionedModel | Path | str,
+    data: Path | str,
+    out: Path | str,
+    settings: ProtocolSettings = ProtocolSettings(),
+    *,
+    display: Display = SILENT,
+) -> ProtocolEvaluation:
+    """Measure every study by another protocol, and return what OUT/metrics.json holds; see `evaluate`.
+
+    Raises:
+        CrossmrError: nothing could be measured, the model or the data is not for this protocol, or OUT holds something
+            else that has the name of a file to be written. A study that fails is listed under 'failed'.
+    """
+    out, data, chosen = Path(out), Path(data), settings.evaluation
+    model = load_model(model, chosen.inference.device)
+    _check(model, data, settings)
+    predictors = find_predictors(model, chosen.inference, chosen.guidances, chosen.against)
+    subjects = find_subjects(data, chosen.split, chosen.mapping, chosen.inference.register, chosen.patients)
+    dropped = dropped_contrasts([one.name for one in subjects]) if settings.protocol == "brasyn" else {}
+
+    def measure_one(found: Found) -> _Measured:
+        warn_of_memory(found, predictors, display)
+        return _measure_study(found, predictors, settings, dropped.get(found.name))
+
+    with locked(out):
+        refuse_foreign(out / "metrics.json", partial(is_record, kind=FORMAT))
+        refuse_foreign(out / "metrics.csv", partial(is_table, kind=OtherScore))
+        with display.logged(out / LOG) as logging:
+            outcomes = list(each_study(subjects, measure_one, logging))
+        measured = {name: one for name, one, _ in outcomes if one is not None}
+        failed = {name: reason for name, _, reason in outcomes if reason}
+        if not measured:
+            reason = next(iter(failed.values()), f"the split '{chosen.split}' is empty")
+            raise StudyError(f"No study of {data} could be measured: {reason}")
+        result = _summarise(measured, predictors, settings, set_and_split(data, chosen))
+        result |= {"dropped": dropped, "failed": failed}
+        write_csv(out / "metrics.csv", [score for one in measured.values() for score in one.scores])
+        paths = {one.name: [*one.paths, data, out] for one in subjects}
+        write_json(
+            out / "metrics.json", {**result, "failed": {n: names_only(why, paths[n]) for n, why in failed.items()}}
+        )
+    return result
+
+
+def warnings_of(result: ProtocolEvaluation) -> list[str]:
+    """What the numbers do not say of new patients, in sentences."""
+    said = say_overlap("model", result["overlap"], result["patients"])
+    if result["against"] is not None:
+        said += say_overlap("second model", result["against"]["overlap"], result["patients"])
+    if result["segmenter"] is not None and not any(entry["measure"] in DICE for entry in result["summary"]):
+        said.append("No Dice was measured: no study has labels.")
+    return said
+
+
+def summarise_scores(scores: Sequence[OtherScore]) -> list[OtherSummary]:
+    """Means over the cases by target, predictor and measure: over every target first, then of each one."""
+    targets = in_usual_order({score.target for score in scores})
+    summaries = []
+    for target in [ALL, *(targets if len(targets) > 1 else [])]:
+        groups: dict[tuple[str, str], list[float]] = {}
+        for score in scores:
+            if target in (ALL, score.target):
+                groups.setdefault((score.predictor, score.measure), []).append(score.value)
+        summaries += [
+            OtherSummary(
+                target=target if len(targets) > 1 else targets[0],
+                predictor=predictor,
+                measure=measure,
+                images=len(values),
+                mean=mean if np.isfinite(mean := statistics.fmean(values)) else None,
+            )
+            for (predictor, measure), values in groups.items()
+        ]
+    return summaries
+
+
+def _check(model: CrossConditionedModel, data: Path, settings: ProtocolSettings) -> None:
+    """Refuse what a protocol is not for."""
+    config = model.config
+    if settings.protocol == "brasyn" and not (config.any_subset and set(DROPPED) <= set(config.targets)):
+        raise ConfigError(
+            "--protocol brasyn drops any one of T1, T1ce, T2 and FLAIR, but the model makes "
+            f"{', '.join(config.targets)}{'' if config.any_subset else ' from fixed sources'}. Train one with --recipe "
+            "any, or use --protocol published."
+        )
+    if settings.segmenter is not None and open_prepared(data) is not None:
+        raise ConfigError(
+            f"--segmenter needs a folder of studies: {data} is a prepared set, which keeps neither the scanners' "
+            "intensities nor the place of a voxel."
+        )
+
+
+def _measure_study(
+    found: Found, predictors: Sequence[Predictor], settings: ProtocolSettings, dropped: str | None
+) -> _Measured:
+    """Measure one study; `dropped` is the contrast to be hidden, None for every one that the model makes."""
+    study = found.study() if settings.segmenter is not None and found.study is not None else None
+    subject = found.read() if study is None else subject_of_study(study)
+    config = predictors[0].model.config
+    if dropped is None:
+        subsets = patterns(config, subject)
+    else:
+        if lacking := [m for m in DROPPED if m not in subject.volumes]:
+            raise StudyError(f"{found.name}: lacks {', '.join(lacking)}; BraSyn's studies have all four contrasts.")
+        subsets = [tuple(m for m in config.modalities if m in DROPPED and m != dropped)]
+    scores = []
+    for sources in subsets:
+        predicted = predict(subject, sources, predictors).images
+        shown = [name for name in predicted if name == BASELINE or name in {p.name for p in predictors}]
+        for target in predicted[predictors[0].name] if dropped is None else [dropped]:
+            images = {name: predicted[name][target] for name in shown}
+            common = (subject.name, "+".join(sources), target)
+            measured = measure_by(settings.protocol, subject, target, images)
+            if settings.segmenter is not None and study is not None:
+                for name, values in _dice(settings.segmenter, study, subject, target, images).items():
+                    measured.setdefault(name, {}).update(values)
+            scores += [OtherScore(*common, name, what, v) for name, its in measured.items() for what, v in its.items()]
+    return _Measured(subject.patient, subject.scans, scores)
+
+
+def _dice(
+    segmenter: Segmenter, study: Study, subject: Subject, target: str, images: Mapping[str, Array]
+) -> dict[str, dict[str, float]]:
+    """Predictor → Dice of each region, the real image's as the ceiling; of a study without labels, nothing."""
+    if study.labels is None:
+        return {}
+    full = {name: on_whole_grid(image, subject) for name, image in images.items()}
+    others = [m for m in DROPPED if m != target]
+    outlined = segmenter.outline(study, target, full, others)
+    return {name or REAL: dice(labels, study.labels) for name, labels in outlined}
+
+
+def _summarise(
+    measured: Mapping[str, _Measured],
+    predictors: Sequence[Predictor],
+    settings: ProtocolSettings,
+    of_set: tuple[str, str] | None,
+) -> ProtocolEvaluation:
+    """What metrics.json says but for what failed or was dropped."""
+    own, second = predictors[0], next((p for p in predictors if p.name.startswith(AGAINST)), None)
+    scans = {name: one.scans for name, one in measured.items()}
+    patients, _ = merge({name: one.patient for name, one in measured.items()}, scans)
+    return ProtocolEvaluation(
+        format=FORMAT,
+        protocol=settings.protocol,
+        text=TEXT,
+        summary=summarise_scores([score for one in measured.values() for score in one.scores]),
+        own=own.name,
+        against=None if second is None else describe(second, patients, scans, of_set),
+        cases=sorted(measured),
+        dropped={},
+        segmenter=None if settings.segmenter is None else names_only(settings.segmenter.command),
+        overlap=find_overlap(own.model, patients, scans, of_set),
+        patients=dict(sorted(patients.items())),
+        failed={},
+        model_sha256=own.model.record.get("sha256"),
+        settings=settings_of(own),
+        versions=versions(),
+    )
