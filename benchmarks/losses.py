@@ -34,6 +34,7 @@ from crossmr.training.stages import DEVIATION_WEIGHT, SynthesisBatch, view
 RATE, WARM_UP = 2e-4, 20
 CONTROL = "lesion weight 0.5"
 """The loss of the shipped weights, whom the others are compared with."""
+SHIPPED = "as shipped"
 FEATURE_WEIGHT = 2.0
 """Of the features' mean absolute difference, beside the mean absolute error."""
 MISSING = ("t2f", "t1c", "t2w")
@@ -121,21 +122,22 @@ def fine_tune(options: argparse.Namespace, name: str, seed: int) -> CrossConditi
 
 def measure(options: argparse.Namespace, kept: Kept, name: str, seed: int) -> None:
     """Keep rows of one variant: Dice with each contrast synthetic, and of the images."""
-    for case in tumours(options.base, options.part)[: 1 if options.tiny else None]:
-        subject = None
-        for target in MISSING:
-            facts = {"predictor": name, "seed": seed, "missing": target, "part": options.part}
-            if kept.has(**facts, case=case.name):
-                continue
-            subject = subject or subject_of_case(case)
-            sources = [m for m in CONTRASTS if m != target]
-            model = load_model("default", options.device) if name == "as shipped" else fine_tune(options, name, seed)
-            images = by_model(model)(subject, sources, [target]) or {}
-            reader = trained(options, "all four", options.seeds[0])
-            labels = segment(reader, {**subject.volumes, **images}, subject.head, case.spacing_mm)
-            of_image = light_measures(subject, sources, images, **facts, region=IMAGE)
-            kept.add([*scored(case, labels, **facts), *of_image])
-        print(f"{case.name}: {name}, seed {seed}", flush=True)
+    cases = tumours(options.base, options.part)[: 1 if options.tiny else None]
+    facts = {"predictor": name, "seed": seed, "part": options.part}
+    jobs = [(case, target) for case in cases for target in MISSING[: 1 if options.tiny else None]]
+    jobs = [(case, target) for case, target in jobs if not kept.has(**facts, missing=target, case=case.name)]
+    if not jobs:
+        return
+    make = by_model(load_model("default", options.device) if name == SHIPPED else fine_tune(options, name, seed))
+    reader = trained(options, "all four", options.seeds[0])
+    for case, target in jobs:
+        subject, its = subject_of_case(case), {**facts, "missing": target}
+        sources = [m for m in CONTRASTS if m != target]
+        images = make(subject, sources, [target]) or {}
+        labels = segment(reader, {**subject.volumes, **images}, subject.head, case.spacing_mm)
+        of_image = light_measures(subject, sources, images, **its, region=IMAGE)
+        kept.add([*scored(case, labels, **its), *of_image])
+        print(f"{case.name}, {target}: {name}, seed {seed}", flush=True)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -185,5 +187,5 @@ def fine_tuned(options: argparse.Namespace) -> None:
             for name in names:
                 fine_tune(options, name, seed)
                 measure(options, kept, name, seed)
-        measure(options, kept, "as shipped", options.seeds[0])
-    print(table(kept.rows))
+        measure(options, kept, SHIPPED, options.seeds[0])
+    print(table([row for row in kept.rows if row["part"] == options.part]))
