@@ -295,7 +295,9 @@ def main() -> None:
     """Train what is missing, measure what is missing, print the tables."""
     known = parser(__doc__)
     known.add_argument("--apply", nargs=3, type=Path, metavar=("SEGMENTERS", "STUDY", "LABELS"), action=Apply)
-    known.add_argument("--model", nargs="+", type=pair, default=[], metavar="NAME=FOLDER", help="models beside ours")
+    known.add_argument(
+        "--model", nargs="+", action="extend", type=pair, default=[], metavar="NAME=FOLDER", help="models beside ours"
+    )
     known.add_argument("--only", nargs="+", metavar="NAME", help="these predictors; of --fine-tune, these variants")
     known.add_argument("--steps", type=int, default=STEPS, help="of a segmenter's training")
     known.add_argument("--tuning-steps", type=int, default=TUNING_STEPS, help="of a fine-tuning")
