@@ -40,17 +40,27 @@ from grid import (
     four_contrasts,
     keep_images,
     parser,
-    seconds,
     table,
 )
-from guided import DRAWN, FixedTask, Measuring, completing, conversion_error, converted, error, guiding, measuring
-from representations import ANY, TINY, Guide, Pooled, Sizes, ridge, tiny_base, trained_representations, write_tensors
+from guided import (
+    OTHER_VISIT,
+    FixedTask,
+    Measuring,
+    completing,
+    conversion_error,
+    converted,
+    error,
+    guiding,
+    measuring,
+    seconds_a_step,
+    vectors,
+)
+from representations import ANY, TINY, Guide, Pooled, Sizes, tiny_base, trained_representations, write_tensors
 from safetensors.torch import load_file
-from scans import cohort_of
 from torch import Tensor, nn
 
 from crossmr.data.dataset import Case
-from crossmr.device import autocast, choose_device, choose_precision
+from crossmr.device import choose_device
 from crossmr.display import Display
 from crossmr.evaluation.subjects import subject_of_case
 from crossmr.registry import load_model
@@ -58,20 +68,8 @@ from crossmr.tensors import seeded
 from crossmr.training.batches import ImageBatch
 
 STEPS, LAST_STEPS = 400, 250
-VISITS = {
-    "BraTSReg_002_00_0000": "BraTSReg_002_01_0262",
-    "BraTS-SSA-00115-000": "BraTS-SSA-00121-000",
-    "BraTS-SSA-00076-000": "BraTS-SSA-00081-000",
-}
-"""Two studies of one patient."""
-OTHER_VISIT = VISITS | {second: first for first, second in VISITS.items()}
 SECONDS_A_STUDY, REPRESENTING = 4.5, 8
 """To synthesise and to measure two images of a study; minutes to train MRM and MDN and to represent all; two cores."""
-OF_TINY = (
-    *("BraTSReg_002_00_0000", "BraTSReg_002_01_0262", "BraTS-SSA-00010-000", "BraTS2021_00006"),
-    *("Brats18_2013_23_1", "BraTS-SSA-00007-000"),
-)
-"""Studies of a rehearsal: to train, to validate, to test."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,7 @@ class Variant:
     last: bool = False
 
 
+OF_TRUE = "truth of the volume", "a patient of the cohort", "a sample given the sources"
 VARIANTS = {
     "unguided": Variant("nothing", ("nothing",), ("nothing",)),
     "published": Variant("p(y_0)", ("a sample of p(y_0)",), ("a sample of p(y_0)",)),
@@ -105,14 +104,9 @@ VARIANTS = {
         ("truth of the volume", "a patient of the cohort"),
     ),
     "given": Variant("p(y_0 | sources)", ("a sample given the sources", "mean of 8 images given the sources"), ()),
-    "last": Variant(
-        "truth", ("truth of the volume", "a sample given the sources", "a patient of the cohort"), (), last=True
-    ),
+    "last": Variant("truth", OF_TRUE, (), last=True),
 }
-OF_THREE = {
-    "unguided": ("nothing",),
-    "true": ("truth of the volume", "a patient of the cohort", "a sample given the sources"),
-}
+OF_THREE = {"unguided": ("nothing",), "true": OF_TRUE}
 """What is measured of T1 + T1ce + T2 -> FLAIR, and of few patients."""
 AT_VISITS = {
     "unguided": ("nothing",),
@@ -235,47 +229,6 @@ def trained(experiment: Experiment, net: Net) -> FixedTask:
     return cast(FixedTask, averaged)
 
 
-def another(experiment: Experiment, case: Case, *, same: bool) -> Case:
-    """A training study of another patient, of the same cohort or of another one, drawn at random."""
-    own, others = (case.name, OTHER_VISIT.get(case.name)), experiment.cases("train")
-    fitting = [o for o in others if o.name not in own and (cohort_of(o.name) == cohort_of(case.name)) == same]
-    return fitting[int(torch.randint(len(fitting), (1,), generator=seeded("another", case.name, same)))]
-
-
-def regressed(experiment: Experiment, guide: Guide, case: Case) -> Tensor:
-    """y_0 (1, T·D) by a ridge regression of the training studies' on their sources' vectors."""
-    known = experiment.cases("train")
-    x, y = torch.cat([guide.condition(k) for k in known]), torch.cat([guide.volume(k) for k in known])
-    weights, offset = ridge(x.double(), y.double())
-    return (guide.condition(case).double() @ weights + offset).float()
-
-
-def vectors(experiment: Experiment, guide: Guide, completion: str, case: Case, seed: int) -> Tensor | None:
-    """What guides a study's completion: (K, T·D), the images of which are averaged; (Z, T·D), one for each slice."""
-    match completion:
-        case "nothing":
-            return None
-        case "truth of each slice":
-            return guide.slices(case)
-        case "truth of the volume":
-            return guide.volume(case)
-        case "the other visit":
-            names = {other.name: other for other in experiment.cases("train")}
-            return guide.volume(names[OTHER_VISIT[case.name]])
-        case "a patient of the cohort" | "a patient of another cohort":
-            return guide.volume(another(experiment, case, same=completion == "a patient of the cohort"))
-        case "training mean":
-            return torch.cat([guide.volume(k) for k in experiment.cases("train")]).mean(0, keepdim=True)
-        case "ridge regression":
-            return regressed(experiment, guide, case)
-        case "a sample of p(y_0)":
-            return guide.samples(case, 1, given=False, seed=seed + 1000)
-        case "a sample given the sources":
-            return guide.samples(case, 1, given=True, seed=seed + 1000)
-    drawn = guide.samples(case, DRAWN, given=True, seed=seed + 1000)
-    return drawn if "images" in completion else drawn.mean(0, keepdim=True)
-
-
 def measure_net(experiment: Experiment, net: Net, wanted: Sequence[str], part: str, work: Measuring) -> None:
     """Rows of a network on each study of a part, completed with each of `wanted`; those that are kept are left out."""
     guide, (sources, targets) = experiment.guide(net.task), net.task
@@ -292,7 +245,7 @@ def measure_net(experiment: Experiment, net: Net, wanted: Sequence[str], part: s
     for case, completion in missing:
         assert network is not None
         subject = subject_of_case(case)
-        y_0 = vectors(experiment, guide, completion, case, net.seed)
+        y_0 = vectors(guide, experiment.cases("train"), completion, case, net.seed)
         predict = completing(network, y_0, each_slice=completion == "truth of each slice")
         images = by_slices(subject, sources, targets, predict, device=experiment.device)
         predictor = f"{net.variant}: {completion}"
@@ -337,25 +290,12 @@ def planned(options: argparse.Namespace) -> list[tuple[Net, Sequence[str], str]]
     return plan + [(Net(PUBLISHED, name, 0), AT_VISITS[name], "visits") for name in first if name in AT_VISITS]
 
 
-def seconds_a_step(experiment: Experiment) -> float:
-    """The shortest of three steps of an unguided network, with the gradients."""
-    network = converted(load_model("default"), PUBLISHED, 256).to(experiment.device)
-    raw = batches(experiment.cases("train")[:2], (*PUBLISHED[0], *PUBLISHED[1]), 0, **experiment.smaller)[0]
-    raw = ImageBatch(*(tensor.to(experiment.device) for tensor in raw))
-
-    def step() -> None:
-        with autocast(experiment.device, choose_precision("auto", experiment.device)):
-            loss = error(network, raw, None, len(PUBLISHED[1]))
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    return min(seconds(step)[0] for _ in range(3))
-
-
 def say_how_long(experiment: Experiment, plan: Sequence[tuple[Net, Sequence[str], str]]) -> None:
     """Print steps times measured seconds a step, and studies to measure."""
     nets = {net for net, _, _ in plan if not (experiment.out / "guidance" / f"{net.name}.safetensors").exists()}
     images = sum(len(wanted) + 7 * any("images" in w for w in wanted) for _, wanted, _ in plan)
-    took = seconds_a_step(experiment)
+    raw = batches(experiment.cases("train")[:2], (*PUBLISHED[0], *PUBLISHED[1]), 0, **experiment.smaller)[0]
+    took = seconds_a_step(converted(load_model("default"), PUBLISHED, 256), raw, experiment.device)
     steps = sum(map(experiment.steps, nets))
     studies = images * len(experiment.cases("test"))
     minutes = (steps * took + studies * SECONDS_A_STUDY) / 60
@@ -388,7 +328,7 @@ def main() -> None:
     base, out = given.base, given.out / "tiny" if given.tiny else given.out
     kept = Kept(out, "guidance")
     if not given.table:
-        base = tiny_base(base, out / "base", OF_TINY) if given.tiny else base
+        base = tiny_base(base, out / "base") if given.tiny else base
         experiment = Experiment(base, out, given.tiny, Display(), choose_device(given.device))
         plan, begin = planned(given), time.monotonic()
         say_how_long(experiment, plan)

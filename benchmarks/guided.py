@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from grid import Kept, Predict, Row, Task, measured, network_inputs
-from representations import BATCH, EVERY, Guide
+from grid import Kept, Predict, Row, Task, measured, network_inputs, seconds
+from representations import BATCH, EVERY, Guide, ridge
+from scans import cohort_of
 from torch import Tensor, nn
 
 from crossmr.data.dataset import Case
+from crossmr.device import autocast, choose_precision
 from crossmr.evaluation.subjects import Array, Subject
 from crossmr.networks.c_unet import CUNet, synthesis_error
 from crossmr.networks.model import CrossConditionedModel, first_weights
@@ -21,6 +23,13 @@ from crossmr.networks.scale import on_unit_scale, standardise
 from crossmr.tensors import neighbours, seeded, to_model_input
 from crossmr.training.batches import ImageBatch
 
+VISITS = {
+    "BraTSReg_002_00_0000": "BraTSReg_002_01_0262",
+    "BraTS-SSA-00115-000": "BraTS-SSA-00121-000",
+    "BraTS-SSA-00076-000": "BraTS-SSA-00081-000",
+}
+"""Two studies of one patient."""
+OTHER_VISIT = VISITS | {second: first for first, second in VISITS.items()}
 DRAWN = 8
 """Samples of a patient: in training, and whose mean is taken."""
 LESION_WEIGHT = 0.5
@@ -135,6 +144,46 @@ def error(network: nn.Module, raw: ImageBatch, y_0: Tensor | None, targets: int)
     return total / count.clamp(min=1)
 
 
+def another(known: Sequence[Case], case: Case, *, same: bool) -> Case:
+    """A training study of another patient, of the same cohort or of another one, drawn at random."""
+    own = case.name, OTHER_VISIT.get(case.name)
+    fitting = [o for o in known if o.name not in own and (cohort_of(o.name) == cohort_of(case.name)) == same]
+    return fitting[int(torch.randint(len(fitting), (1,), generator=seeded("another", case.name, same)))]
+
+
+def regressed(guide: Guide, known: Sequence[Case], case: Case) -> Tensor:
+    """y_0 (1, T·D) by a ridge regression of the training studies' on their sources' vectors."""
+    x, y = torch.cat([guide.condition(k) for k in known]), torch.cat([guide.volume(k) for k in known])
+    weights, offset = ridge(x.double(), y.double())
+    return (guide.condition(case).double() @ weights + offset).float()
+
+
+def vectors(guide: Guide, known: Sequence[Case], completion: str, case: Case, seed: int) -> Tensor | None:
+    """What guides a study's completion: (K, T·D), the images of which are averaged; (Z, T·D), one for each slice."""
+    match completion:
+        case "nothing":
+            return None
+        case "truth of each slice":
+            return guide.slices(case)
+        case "truth of the volume":
+            return guide.volume(case)
+        case "the other visit":
+            names = {other.name: other for other in known}
+            return guide.volume(names[OTHER_VISIT[case.name]])
+        case "a patient of the cohort" | "a patient of another cohort":
+            return guide.volume(another(known, case, same=completion == "a patient of the cohort"))
+        case "training mean":
+            return torch.cat([guide.volume(k) for k in known]).mean(0, keepdim=True)
+        case "ridge regression":
+            return regressed(guide, known, case)
+        case "a sample of p(y_0)":
+            return guide.samples(case, 1, given=False, seed=seed + 1000)
+        case "a sample given the sources":
+            return guide.samples(case, 1, given=True, seed=seed + 1000)
+    drawn = guide.samples(case, DRAWN, given=True, seed=seed + 1000)
+    return drawn if "images" in completion else drawn.mean(0, keepdim=True)
+
+
 def completing(network: nn.Module, y_0: Tensor | None, *, each_slice: bool) -> Predict:
     """A network guided by one vector for a volume, the mean of its images by several, or each slice by its own."""
     if y_0 is None:
@@ -148,6 +197,18 @@ def completing(network: nn.Module, y_0: Tensor | None, *, each_slice: bool) -> P
         return torch.stack(images).mean(0)
 
     return mean
+
+
+def seconds_a_step(network: nn.Module, raw: ImageBatch, device: torch.device) -> float:
+    """The shortest of three unguided steps on a batch of two sources and two targets, with the gradients."""
+    network, raw = network.to(device), ImageBatch(*(tensor.to(device) for tensor in raw))
+
+    def step() -> None:
+        with autocast(device, choose_precision("auto", device)):
+            loss = error(network, raw, None, 2)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    return min(seconds(step)[0] for _ in range(3))
 
 
 class Measuring:

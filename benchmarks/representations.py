@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
+from crossmr.config import to_dict
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.device import autocast, choose_precision
 from crossmr.display import Display
-from crossmr.files import digest, write_json
+from crossmr.files import digest, read_json, write_json
 from crossmr.networks.distribution import DistributionConfig, DistributionNetwork
 from crossmr.networks.masked_autoencoder import RepresentationConfig
 from crossmr.networks.model import CrossConditionedModel
@@ -46,6 +47,13 @@ PENALTIES = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """Of the ridge regression."""
 BATCH = 8
 """Slices at once."""
+
+
+OF_TINY = (
+    *("BraTSReg_002_00_0000", "BraTSReg_002_01_0262", "BraTS-SSA-00010-000", "BraTS2021_00006"),
+    *("Brats18_2013_23_1", "BraTS-SSA-00007-000"),
+)
+"""Studies of a rehearsal: to train, to validate, to test."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +101,11 @@ def with_four_contrasts(base: Path, folder: Path) -> Path:
     return folder
 
 
-def tiny_base(base: Path, folder: Path, names: Sequence[str], slices: int = 6) -> Path:
+def tiny_base(base: Path, folder: Path, slices: int = 6) -> Path:
     """For a rehearsal: a base of a few studies, of each of which the middle slices are left."""
     if not (folder / "set" / "manifest.json").exists():
         manifest, chosen = PreparedDataset(base / "set").manifest, {}
-        for name in names:
+        for name in OF_TINY:
             case = {**manifest["cases"][name], "files": {}}
             first = (len(case["head_voxels"]) - slices) // 2
             own = folder / "set" / "cases" / name
@@ -128,14 +136,10 @@ def trained_representations(base: Path, out: Path, task: Task, sizes: Sizes, dis
     recipe = recipe_for(task, sizes, PreparedDataset(prepared).split("train"))
     if task != ANY and not (run / "stages" / "vectors" / "vectors.json").exists():
         trained_representations(base, out, ANY, sizes, display)
-        _take_over(run.with_name("any") / "stages", run / "stages", [MODALITIES.index(m) for m in (*sources, *targets)])
+        _take_over(run.with_name("any"), run, recipe, task)
     if not (run / "finished").exists():
-        train(
-            prepared,
-            run,
-            TrainingSettings(recipe=recipe, sources=sources, targets=targets, stages=STAGES),
-            display=display,
-        )
+        settings = TrainingSettings(recipe=recipe, sources=sources, targets=targets, stages=STAGES)
+        train(prepared, run, settings, display=display)
         (run / "finished").touch()
     model = CrossConditionedModel(recipe.model_config(tuple(sources), tuple(targets)))
     for stage in STAGES:
@@ -146,15 +150,18 @@ def trained_representations(base: Path, out: Path, task: Task, sizes: Sizes, dis
     return model.eval().requires_grad_(False)
 
 
-def _take_over(old: Path, new: Path, order: Sequence[int]) -> None:
-    """Give a run the finished MRM of another, and its vectors in another order of the contrasts."""
-    new.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(old / "representation", new / "representation", dirs_exist_ok=True)
-    groups, _ = load_bundle(old / "vectors", "vectors")
+def _take_over(old: Path, new: Path, recipe: Recipe, task: Task) -> None:
+    """Begin a run with the finished MRM of another, and with its vectors in the order of the task's contrasts."""
+    (new / "stages").mkdir(parents=True, exist_ok=True)
+    known = {"recipe": to_dict(recipe), "sources": list(task[0]), "targets": list(task[1])}
+    write_json(new / "run.json", {**read_json(old / "run.json"), **known})
+    shutil.copytree(old / "stages" / "representation", new / "stages" / "representation", dirs_exist_ok=True)
+    order = [MODALITIES.index(m) for part in task for m in part]
+    groups, _ = load_bundle(old / "stages" / "vectors", "vectors")
     reordered = {
         part: {name: tensor[:, order].contiguous() for name, tensor in group.items()} for part, group in groups.items()
     }
-    save_bundle(new / "vectors", reordered, {}, "vectors")
+    save_bundle(new / "stages" / "vectors", reordered, {}, "vectors")
 
 
 class Pooled:
