@@ -181,7 +181,7 @@ def vectors(guide: Guide, known: Sequence[Case], completion: str, case: Case, se
         case "a sample given the sources":
             return guide.samples(case, 1, given=True, seed=seed + 1000)
     drawn = guide.samples(case, DRAWN, given=True, seed=seed + 1000)
-    return drawn if "images" in completion else drawn.mean(0, keepdim=True)
+    return drawn[: DRAWN // 2] if "images" in completion else drawn.mean(0, keepdim=True)
 
 
 def completing(network: nn.Module, y_0: Tensor | None, *, each_slice: bool) -> Predict:

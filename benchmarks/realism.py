@@ -134,9 +134,10 @@ def realistic_loss(
         raw, generator = data[step], seeded("realism", seed, step)
         available = random_subsets(raw.present, generator)
         hidden = raw.present - available
-        given = guide.of_crops(raw.images, hidden)
         if cast(Textured, network).noise:
             given = torch.randn(len(raw.images), 1, *raw.images.shape[2:], generator=generator)
+        else:
+            given = guide.of_crops(raw.images, hidden)
         inputs = shipped.inputs(raw.neighbours, available).contiguous(memory_format=torch.channels_last)
         prediction, truth = network(inputs, given)[:, : len(MODALITIES)], standardise(raw.images)
         wanted = hidden[:, :, None, None] * (raw.images > 0)

@@ -50,8 +50,8 @@ BATCH = 8
 
 
 OF_TINY = (
-    *("BraTSReg_002_00_0000", "BraTSReg_002_01_0262", "BraTS-SSA-00010-000", "BraTS2021_00006"),
-    *("Brats18_2013_23_1", "BraTS-SSA-00007-000"),
+    *("BraTSReg_002_00_0000", "BraTSReg_002_01_0262", "Brats18_2013_11_1", "BraTS-SSA-00010-000"),
+    *("BraTS2021_00006", "Brats18_2013_23_1", "BraTS-SSA-00007-000"),
 )
 """Studies of a rehearsal: to train, to validate, to test."""
 
@@ -64,7 +64,7 @@ class Sizes:
     mrm_steps: int = 500
     width: int = 512
     blocks: int = 6
-    mdn_steps: int = 4000
+    mdn_steps: int = 3000
 
 
 TINY = Sizes(4, 3, 32, 2, 3)
@@ -73,7 +73,7 @@ TINY = Sizes(4, 3, 32, 2, 3)
 def recipe_for(task: Task, sizes: Sizes, cases: Sequence[Case]) -> Recipe:
     """STANDARD with guidance by y_0, its MRM and MDN of these sizes and steps."""
     slices = sum(len(foreground_slices(case.foreground_voxels)) for case in cases)
-    mrm = TrainConfig(batch_size=4, learning_rate=1e-3, schedule="cosine", warm_up=50, ema_decay=0.99)
+    mrm = TrainConfig(batch_size=2, learning_rate=5e-4, schedule="cosine", warm_up=50, ema_decay=0.99)
     mdn = TrainConfig(batch_size=128, learning_rate=5e-4, schedule="cosine", warm_up=50, ema_decay=0.99)
     return replace(
         STANDARD,
