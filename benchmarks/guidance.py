@@ -11,10 +11,11 @@ true          the same on the true y_0: in half of the samples of the crop, in h
 last          the condition layers alone, on the true y_0, the rest being that of `unguided`, frozen
 
 T1 + T2 -> T1ce + FLAIR with all of them, three seeds of unguided, published and true; T1 + T1ce + T2 -> FLAIR with
-unguided and true. `--patients 5` trains unguided and true on five patients instead. The three patients who have two
+unguided and true. `--patients 5` trains unguided and true on five patients instead, MRM and MDN
+staying those of all. The three patients who have two
 visits are training patients of the shipped weights; they have a table of their own.
 
-python benchmarks/guidance.py runs/default -o runs/evidence --seeds 0 1 2           # goes on where it was stopped
+python benchmarks/guidance.py runs/default -o runs/evidence --seeds 0 1 2    # goes on where it was stopped; 77 minutes
 python benchmarks/guidance.py runs/default -o runs/evidence --patients 5
 python benchmarks/guidance.py runs/default -o runs/evidence --table
 """
@@ -67,7 +68,7 @@ from crossmr.registry import load_model
 from crossmr.tensors import seeded
 from crossmr.training.batches import ImageBatch
 
-STEPS, LAST_STEPS = 360, 240
+STEPS, LAST_STEPS = 340, 240
 SECONDS_A_STUDY, REPRESENTING = 4.6, 10
 """To synthesise and to measure two images of a study; minutes to train MRM and MDN and to represent all; two cores."""
 
@@ -311,8 +312,9 @@ def show(kept: Kept) -> None:
     parts = dict.fromkeys(row["part"] for row in kept.rows)
     for part in parts:
         own = [row for row in kept.rows if row["part"] == part]
-        others = [r for r in kept.rows if r["part"] == "test"] if part.endswith("patients") else []
-        print(f"\n## {part}\n{table(own + [o for o in others if o['predictor'] == 'as shipped'], BASELINE)}")
+        shipped = [row for row in kept.rows if row["predictor"] == "as shipped" and part.endswith("patients")]
+        tasks = {row["sources"] for row in own}
+        print(f"\n## {part}\n{table(own + [row for row in shipped if row['sources'] in tasks], BASELINE)}")
         for cohort in dict.fromkeys(row["cohort"] for row in own if part == "test"):
             here = [row for row in own if row["cohort"] == cohort and row["predictor"] in BY_COHORT]
             print(f"\n### {cohort} alone\n{table(here, BASELINE)}")
