@@ -11,9 +11,8 @@ true          the same on the true y_0: in half of the samples of the crop, in h
 last          the condition layers alone, on the true y_0, the rest being that of `unguided`, frozen
 
 T1 + T2 -> T1ce + FLAIR with all of them, three seeds of unguided, published and true; T1 + T1ce + T2 -> FLAIR with
-unguided and true. `--patients 5` trains unguided and true on five patients instead, MRM and MDN
-staying those of all. The three patients who have two
-visits are training patients of the shipped weights; they have a table of their own.
+unguided and true. `--patients 5` trains unguided and true on five patients instead, MRM and MDN staying those of all.
+The three patients who have two visits are training patients of the shipped weights; they have a table of their own.
 
 python benchmarks/guidance.py runs/default -o runs/evidence --seeds 0 1 2    # goes on where it was stopped; 77 minutes
 python benchmarks/guidance.py runs/default -o runs/evidence --patients 5
