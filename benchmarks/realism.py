@@ -11,7 +11,7 @@ a small network that tells synthetic patches from real ones (1/2: it cannot), tr
 and millilitres of bright areas that the true FLAIR does not have. At the end stands whether the conditions hold under
 which this would be shipped as `--style realistic`.
 
-python benchmarks/realism.py runs/default -o runs/evidence          # goes on where it was stopped
+python benchmarks/realism.py runs/default -o runs/evidence    # goes on where it was stopped; 25 minutes
 python benchmarks/realism.py runs/default -o runs/evidence --table
 """
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ from crossmr.networks.model import CrossConditionedModel, first_weights
 from crossmr.networks.scale import standardise
 from crossmr.registry import load_model
 from crossmr.tensors import seeded
-from crossmr.training.batches import ImageBatch
+from crossmr.training.batches import Batches
 from crossmr.training.stages import random_subsets
 
 STEPS = 700
@@ -125,7 +125,7 @@ class Adversary:
 
 
 def realistic_loss(
-    shipped: CrossConditionedModel, guide: Guide, data: Sequence[ImageBatch] | Any, seed: int
+    shipped: CrossConditionedModel, guide: Guide, data: Batches, seed: int
 ) -> Callable[[nn.Module, int], Tensor]:
     """The absolute error of the hidden contrasts, and how clearly they are told from real ones."""
     adversary = Adversary(len(MODALITIES), seed)
@@ -210,8 +210,7 @@ def trained(experiment: Experiment, kind: str) -> Textured:
     path = experiment.out / "realism" / f"{name}.safetensors"
     if not path.exists():
         how = replace(HOW, learning_rate=3e-4, warm_up=50, ema_decay=0.99)
-        loss = loss_of(experiment)
-        averaged = fit(network, loss, experiment.steps, how, name=name, display=experiment.display)
+        averaged = fit(network, loss_of(experiment), experiment.steps, how, name=name, display=experiment.display)
         write_tensors(path, averaged.state_dict())
     network.load_state_dict(load_file(path))
     return network.eval()
@@ -261,8 +260,9 @@ def measure_texture(experiment: Experiment, predictor: str, target: str, kept: K
     pairs: list[tuple[Tensor, Tensor]] = []
     for case in experiment.test:
         subject, at = subject_of_case(case), places(case.masks()[:, 0] > 0)
-        path = folder_of(experiment) / "images" / predictor.replace(" ", "-") / f"{case.name}-{target}.npy"
-        synthetic = np.load(path)
+        synthetic = np.load(
+            folder_of(experiment) / "images" / predictor.replace(" ", "-") / f"{case.name}-{target}.npy"
+        )
         pairs.append((patches(subject.volumes[target], at), patches(synthetic, at)))
         facts = {"case": case.name, "patient": case.patient, "cohort": cohort_of(case.name)}
         row = {"sources": "+".join(experiment.guide(target).task[0]), **facts, **key}
