@@ -11,8 +11,7 @@ a small network that tells synthetic patches from real ones (1/2: it cannot), tr
 and millilitres of bright areas that the true FLAIR does not have. At the end stands whether the conditions hold under
 which this would be shipped as `--style realistic`.
 
-python benchmarks/realism.py runs/default -o runs/evidence    # goes on where it was stopped; 25 minutes
-python benchmarks/realism.py runs/default -o runs/evidence --table
+python benchmarks/realism.py runs/default -o runs/evidence    # 25 minutes; goes on where it was stopped; --table
 """
 
 import time
@@ -218,9 +217,8 @@ def trained(experiment: Experiment, kind: str) -> Textured:
 
 def loss_of(experiment: Experiment) -> Callable[[nn.Module, int], Tensor]:
     """The loss, on batches of the training patients."""
-    cases = four_contrasts(experiment.base, "train")
-    smaller = {"batch_size": 2} if experiment.tiny else {}
-    data = batches(cases, MODALITIES, experiment.seed, **smaller)
+    size = 2 if experiment.tiny else HOW.batch_size
+    data = batches(four_contrasts(experiment.base, "train"), MODALITIES, experiment.seed, batch_size=size)
     return realistic_loss(experiment.shipped, experiment.guide(TARGETS[0]), data, experiment.seed)
 
 
