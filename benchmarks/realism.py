@@ -301,7 +301,7 @@ def show(kept: Kept) -> None:
     """The tables and the verdict, from the rows that are kept."""
     print(table(kept.rows, SHIPPED, COLUMNS | TEXTURE))
     for predictor in (Y_0, NOISE):
-        if any(row["predictor"] == predictor for row in kept.rows):
+        if {predictor, SHIPPED} <= {row["predictor"] for row in kept.rows}:
             against = conditions(kept.rows, predictor)
             print(f"\n{predictor}: {'ship it' if not against else 'do not ship it: ' + '; '.join(against)}")
 
