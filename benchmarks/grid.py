@@ -97,7 +97,10 @@ class Kept:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / f"{experiment}.jsonl"
         text = self.path.read_text() if self.path.exists() else ""
-        self.rows: list[Row] = [json.loads(line) for line in text.splitlines()]
+        whole, _, cut = text.rpartition("\n")  # a process that was killed may have left half a line
+        if cut:
+            self.path.write_text(f"{whole}\n" if whole else "")
+        self.rows: list[Row] = [json.loads(line) for line in whole.splitlines()]
 
     def has(self, **key: Any) -> bool:
         """Whether there is a row with these values."""
