@@ -129,9 +129,9 @@ class Diffusion(Rival):
             self.steps = usual
 
     def complete(self, predict: Predict, subject: Subject) -> Images:
-        """Only one slice of every so many: the others stay 0."""
+        """Only the chosen slices: the others stay 0."""
         head = np.zeros_like(subject.head)
-        head[self.every // 2 :: self.every] = subject.head[self.every // 2 :: self.every]
+        head[self.chosen] = subject.head[self.chosen]
         return super().complete(predict, replace(subject, head=head))
 
 

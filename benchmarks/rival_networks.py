@@ -61,8 +61,8 @@ class Rival:
     period: ClassVar[int] = 1
     """Steps after which the shapes of a batch repeat."""
     slow: ClassVar[bool] = False
-    """Whether it completes one slice of `every` only."""
-    every: int = 1
+    """Whether it completes the `chosen` slices only."""
+    chosen: slice = slice(None)
 
     def __init__(self, train: Sequence[Case], val: Sequence[Case], *, seed: int, rate: float, device: torch.device):
         self.seed, self.rate, self.device = seed, rate, device
@@ -71,6 +71,11 @@ class Rival:
         if self.context > 1:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.training, self.validation = self.data(train), self.data(val)
+
+    @property
+    def partly(self) -> bool:
+        """Whether some slices stay empty."""
+        return self.slow and (self.chosen.step or 1) > 1
 
     def build(self) -> nn.Module:
         """The network, with its first weights."""
@@ -126,9 +131,8 @@ class Rival:
         return by_slices(subject, SOURCES, TARGETS, predict, context=CONTEXT, divisor=DIVISOR, device=self.device)
 
 
-def some_slices(subject: Subject, every: int) -> Subject:
-    """A study of one slice of every so many."""
-    chosen = slice(every // 2, None, every)
+def some_slices(subject: Subject, chosen: slice) -> Subject:
+    """A study of some of its slices."""
     z, y, x = subject.spacing_mm
     return replace(
         subject,
@@ -136,7 +140,7 @@ def some_slices(subject: Subject, every: int) -> Subject:
         head=subject.head[chosen],
         tumour=subject.tumour[chosen],
         enhancing=subject.enhancing[chosen],
-        spacing_mm=(z * every, y, x),
+        spacing_mm=(z * (chosen.step or 1), y, x),
     )
 
 

@@ -88,10 +88,20 @@ class Experiment:
         """A predictor before its training; with few patients where it is not to be trained."""
         train, val = (self.val[:1], self.val[:1]) if few else (self.train, self.val)
         rival = RIVALS[name](train, val, seed=seed, rate=rate, device=self.device)
-        rival.every = self.options.every
+        rival.chosen = self.some
         if self.options.tiny and isinstance(rival, Diffusion):
             rival.steps = 2
         return rival
+
+    @property
+    def some(self) -> slice:
+        """The slices on which all are compared."""
+        return slice(self.options.every // 2, None, self.options.every)
+
+    def subject(self, case: Case) -> Subject:
+        """A test study; of a rehearsal some slices of it."""
+        subject = subject_of_case(case)
+        return some_slices(subject, slice(60, 84)) if self.options.tiny else subject
 
     def folder(self, name: str, seed: int) -> Path:
         """Where the weights of a training lie."""
@@ -200,25 +210,19 @@ def measure(experiment: Experiment, name: str, seed: int) -> None:
     for predictor, complete in rival.completions(network).items():
         for case in experiment.test:
             if not experiment.rows.has(predictor=predictor, seed=seed, case=case.name):
-                subject = subject_of_case(case)
+                subject = experiment.subject(case)
                 images = complete(subject)
-                experiment.rows.add(rows_of(experiment, subject, images, partly(rival), predictor=predictor, seed=seed))
-                if seed == 0 and predictor.startswith(IMAGES) and not partly(rival):
+                experiment.rows.add(rows_of(experiment, subject, images, rival.partly, predictor=predictor, seed=seed))
+                if seed == 0 and predictor.startswith(IMAGES) and not rival.partly:
                     keep_images(experiment.out, f"rival: {predictor}", subject, images)
                 print(f"{predictor}, seed {seed}: {case.name}", flush=True)
 
 
-def partly(rival: Rival) -> bool:
-    """Whether a predictor completes some slices only."""
-    return rival.slow and rival.every > 1
-
-
 def rows_of(experiment: Experiment, subject: Subject, images: Images, only_some: bool, **facts: object) -> list[Row]:
     """Rows of all slices, unless only some are there, and of some."""
-    every = experiment.options.every
-    some = {target: volume[every // 2 :: every] for target, volume in images.items()}
+    some = {target: volume[experiment.some] for target, volume in images.items()}
     rows = [] if only_some else measured(subject, THREE[0], images, slices=WHOLE, **facts)
-    return rows + measured(some_slices(subject, every), THREE[0], some, slices=SOME, **facts)
+    return rows + measured(some_slices(subject, experiment.some), THREE[0], some, slices=SOME, **facts)
 
 
 def measure_baselines(experiment: Experiment) -> None:
@@ -226,8 +230,8 @@ def measure_baselines(experiment: Experiment) -> None:
     model = load_model(experiment.options.base / "run" / "model")
     for case in experiment.test:
         if not experiment.rows.has(predictor=BASELINES[-1], case=case.name):
-            subject = subject_of_case(case)
-            thin = some_slices(subject, experiment.options.every)
+            subject = experiment.subject(case)
+            thin = some_slices(subject, experiment.some)
             rows = [{**row, "slices": WHOLE} for row in baseline_rows(model, subject, THREE)]
             experiment.rows.add(rows + [{**row, "slices": SOME} for row in baseline_rows(model, thin, THREE)])
 
@@ -247,9 +251,9 @@ def measure_cost(experiment: Experiment, name: str) -> None:
 def print_cost(experiment: Experiment, name: str) -> None:
     """Complete the first test study, and print seconds and peak memory, as JSON."""
     rival, network = experiment.trained(name, 0)
-    subject, rows = subject_of_case(experiment.test[0]), []
+    subject, rows = experiment.subject(experiment.test[0]), []
     heads = np.array([plane.any() for plane in subject.head])
-    share = heads[rival.every // 2 :: rival.every].sum() / heads.sum() if partly(rival) else 1.0
+    share = heads[rival.chosen].sum() / heads.sum() if rival.partly else 1.0
     for predictor, complete in rival.completions(network).items():
         taken, _ = seconds(partial(complete, subject))
         gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -302,8 +306,7 @@ def print_tables(experiment: Experiment) -> None:
     for name in RIVALS:
         for row in experiment.found("training", name)[:1]:
             costs = experiment.found("cost", name)
-            part = "".join("".join(f" (of {c['share']:.0%}, extrapolated)" for c in costs[:1] if c["share"] < 1))
-            took = ", ".join(f"{c['seconds']:.1f}" for c in costs) + part
+            took = ", ".join(f"{c['seconds']:.1f}" + (" (extrapolated)" if c["share"] < 1 else "") for c in costs)
             memory = max((c["gigabytes"] for c in costs), default=float("nan"))
             numbers = f"{row['parameters'] / 1e6:.2f} | {row['gigaflop']:.0f} | {row['steps']}"
             total = f"{row['gigaflop'] * row['steps'] / 1000:.0f} | {row['rate']:g} | {row['minutes']:.1f}"
