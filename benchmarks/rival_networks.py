@@ -58,6 +58,8 @@ class Rival:
     """Learning rates that are tried."""
     context: ClassVar[int] = CONTEXT
     absolute: ClassVar[bool] = True
+    layout: ClassVar[torch.memory_format] = torch.channels_last
+    """Of features in memory."""
     period: ClassVar[int] = 1
     """Steps after which the shapes of a batch repeat."""
     slow: ClassVar[bool] = False
@@ -68,8 +70,7 @@ class Rival:
         self.seed, self.rate, self.device = seed, rate, device
         with first_weights(seed, self.name):
             self.network = self.build().to(device)
-        if self.context > 1:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.training, self.validation = self.data(train), self.data(val)
 
     @property
@@ -91,8 +92,7 @@ class Rival:
         inputs = network_inputs(batch.neighbours[:, : count * self.context], self.context)
         truth = batch.images[:, count:]
         sample = Sample(inputs, standardise(truth), (truth > 0) * inputs[:, -1:])
-        layout = torch.channels_last if self.context > 1 else torch.contiguous_format
-        return Sample(*(tensor.to(self.device).contiguous(memory_format=layout) for tensor in sample))
+        return Sample(*(tensor.to(self.device).contiguous(memory_format=self.layout) for tensor in sample))
 
     def draw(self, step: int) -> Sample:
         """The batch of a step."""
@@ -107,7 +107,7 @@ class Rival:
 
     def predict(self, network: nn.Module, inputs: Tensor) -> Tensor:
         """Images (N, T, *S) of inputs, standardised."""
-        images: Tensor = network(inputs)
+        images: Tensor = network(inputs.contiguous(memory_format=self.layout))
         return images
 
     @torch.no_grad()
@@ -184,7 +184,7 @@ class DynUNet2D(Rival):
 class DynUNet3D(Rival):
     """The same of volumes, completed window by window."""
 
-    name, context = "DynUNet 3D", 1
+    name, context, layout = "DynUNet 3D", 1, torch.contiguous_format
 
     def build(self) -> nn.Module:
         """Half of nnU-Net's widths."""
