@@ -283,7 +283,7 @@ def step_seconds(recipe: Recipe, device: torch.device) -> float:
         with autocast(device, choose_precision("auto", device)):
             error = network(images).float().abs().mean()
         error.backward()
-        float(error)  # waits for a GPU
+        float(error.detach())  # waits for a GPU
 
     step()
     return statistics.median(seconds(step)[0] for _ in range(3))

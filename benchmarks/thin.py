@@ -56,7 +56,8 @@ def rows_of(model: CrossConditionedModel, subject: Subject, every: int, facts: M
         predicted, truth = (torch.from_numpy(above_air(v, air))[None] for v in (images[target], less.volumes[target]))
         predicted, truth = metrics.scale_by_truth(predicted, truth)
         for name, region in (("correlation", "deep"), ("psnr", "brain")):
-            x, y = (volume[:, torch.from_numpy(regions[region])] for volume in (predicted, truth))  # (1, N)
+            chosen = torch.from_numpy(regions[region])[None]
+            x, y = (volume[chosen].reshape(1, 1, -1) for volume in (predicted, truth))
             score = metrics.correlation(x, y) if name == "correlation" else metrics.psnr(x, y, 1.0)
             row[f"{name}_{region}"] = float(score)
         for contrast in measure_contrasts(less, sources, {"": images}):
