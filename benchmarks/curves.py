@@ -88,7 +88,7 @@ def starts(rows: Sequence[Row], measure: str) -> str:
     parts = []
     for target in WANTED:
         own = [row for row in rows if row["target"] == target]
-        if not own:
+        if not by_patient(own, value or "lesion_kept"):
             continue
         parts += [f"\n**{DISPLAY_NAMES[target]}, {measure}**, {len({r['patient'] for r in own})} test patients\n"]
         parts += ["| own patients | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]

@@ -20,8 +20,9 @@ scans but SSA's, and on the patients who lack contrasts. It sees one scan at a t
 
 Test patients of a site are those of the lists in default_weights.py, TEST and VALIDATION; of 'mixed' and 'features' the
 14 whole studies of TEST. Each contrast is made from the three others, in every third axial slice. Fine-tuning has a
-third of the learning rate and half the steps. Trainings on few patients have no validation. BraTS 2018's TCIA patients
-come from several hospitals, which other sources may share.
+third of the learning rate and half the steps; those of the model that it starts from are not counted: a user gets it
+ready. Trainings on few patients have no validation. BraTS 2018's TCIA patients come from several hospitals, which other
+sources may share.
 """
 
 import argparse
