@@ -53,16 +53,28 @@ def extrapolated(unit: str, x: Sequence[float], curves: Mapping[str, Sequence[fl
 
 
 def _number(value: float) -> str:
-    return f"{value:.2g}" if value < 1e4 else f"{value:.0e}" if value < 1e8 else "never"
+    if value < 1e8:
+        return f"{value:.2g}" if value < 1e4 else f"{value:.0e}"
+    return "never" if value == float("inf") else "more than 1e8"
 
 
-def over_steps(run: Path) -> str:
-    """Markdown of a run's validations: slices of the validation patients, with random sources."""
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    points = [line for line in logged if "val_correlation_t1n" in line]
-    points = [line for line in points if line["step"] >= FIRST * points[-1]["step"]]
-    curves = {target: [line[f"val_correlation_{target}"] for line in points] for target in WANTED}
-    return extrapolated("steps", [line["step"] for line in points], curves)
+def over_steps(runs: Sequence[Path]) -> str:
+    """Markdown of the validations of runs, each of which goes on with the one before.
+
+    They are of slices of the validation patients, from random sources.
+    """
+    steps, curves = list[float](), dict[str, list[float]]()
+    before = 0
+    for run in runs:
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        last = max(line["step"] for line in logged)
+        for line in logged:
+            if "val_correlation_t1n" in line and line["step"] >= FIRST * last:
+                steps.append(before + line["step"])
+                for target in WANTED:
+                    curves.setdefault(target, []).append(line[f"val_correlation_{target}"])
+        before += last
+    return extrapolated("steps", steps, curves) if len(steps) > 3 else f"{len(steps)} validations are too few to fit."
 
 
 def over_patients(rows: Sequence[Row], predictor: str) -> str:

@@ -3,7 +3,7 @@
 python benchmarks/patients.py runs/default --data ../shared/data -o runs/evidence     # goes on where it was stopped
 python benchmarks/patients.py runs/default -o runs/evidence --only SSA TCIA           # some parts; see below
 python benchmarks/patients.py runs/default -o runs/evidence --table                   # from the kept rows alone
-python benchmarks/patients.py runs/default -o runs/evidence --table --run runs/default/run    # and over its steps
+python benchmarks/patients.py runs/default -o runs/evidence --table --run runs/default/run    # and over steps
 
 The product trains all, by recipe 'any', on the set of BASE with another split. Parts, by their names for --only:
 
@@ -290,7 +290,7 @@ def step_seconds(recipe: Recipe, device: torch.device) -> float:
     return statistics.median(seconds(step)[0] for _ in range(3))
 
 
-def print_tables(rows: Sequence[Row], run: Path | None) -> None:
+def print_tables(rows: Sequence[Row], runs: Sequence[Path]) -> None:
     """All tables, from kept rows alone."""
     for part in dict.fromkeys(row["part"] for row in rows):
         own = [row for row in rows if row["part"] in ((part, "mixed") if part == "features" else (part,))]
@@ -309,8 +309,8 @@ def print_tables(rows: Sequence[Row], run: Path | None) -> None:
             print(starts(own, measure))
         if part in ("SSA", "mixed"):
             print(over_patients(own, NOTHING))
-    if run is not None:
-        print(f"\n## Steps of {run.name}\n{over_steps(run)}")
+    if runs:
+        print(f"\n## Steps\n{over_steps(runs)}")
 
 
 def main() -> None:
@@ -318,7 +318,13 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, default=Path("../shared/data"), help="for lgg_incomplete")
     options.add_argument("--only", nargs="+", default=PARTS, choices=(*PARTS, "2013", "CBICA", "2021", "MS"))
-    options.add_argument("--run", type=Path, help="a run's folder, whose validations are fitted over its steps")
+    options.add_argument(
+        "--run",
+        type=Path,
+        nargs="+",
+        default=(),
+        help="runs, each going on with the one before: their curve over steps",
+    )
     options.add_argument("--table", action="store_true", help="print the tables of the kept rows, and do nothing")
     given = options.parse_args()
     for seed in () if given.table else given.seeds:
