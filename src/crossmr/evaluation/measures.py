@@ -175,7 +175,7 @@ def measure(subject: Subject, sources: Sequence[str], images: Mapping[str, Mappi
     Raises:
         StudyError: a target is constant.
     """
-    scores, regions = [], _regions(subject)
+    scores, regions = [], regions_of(subject)
     for target, predictor, predicted in _by_target(images):
         pair = tuple(above_air(volume, subject.air[target]) for volume in (predicted, subject.volumes[target]))
         acquired = _acquired(subject, target)
@@ -201,7 +201,7 @@ def measure_contrasts(
 ) -> list[ContrastScore]:
     """Compare how far lesion and fluid stand out in the images of one study, predictor → target → volume."""
     scores = []
-    structures = {target: _structures(subject, target) for volumes in images.values() for target in volumes}
+    structures = {target: structures_of(subject, target) for volumes in images.values() for target in volumes}
     for target, predictor, predicted in _by_target(images):
         for structure, places in structures[target].items():
             truth, its = (_contrast(volume, *places) for volume in (subject.volumes[target], predicted))
@@ -217,7 +217,7 @@ def measure_uncertainty(
     scores = []
     for target, std in stds.items():
         inside, error = _errors(subject, target, predicted[target])
-        lesion = _structures(subject, target).get("lesion")
+        lesion = structures_of(subject, target).get("lesion")
         contrasts = [_contrast(v, *lesion) for v in (subject.volumes[target], predicted[target])] if lesion else []
         for name, uncertainty in ((STD, std), (INTENSITY, predicted[target])):
             measured = metrics.error_against_uncertainty(
@@ -277,7 +277,7 @@ def _errors(subject: Subject, target: str, predicted: Array) -> tuple[Mask, Arra
     return _acquired(subject, target), np.abs(predicted - subject.volumes[target])
 
 
-def _regions(subject: Subject) -> dict[str, Mask]:
+def regions_of(subject: Subject) -> dict[str, Mask]:
     """What the protocol 'volume' is measured in; no tumour where none is outlined."""
     planes = np.pad(subject.head, ((0, 0), (1, 1), (1, 1)))  # where the field of view ends, the brain does
     deep = [ndimage.distance_transform_edt(plane, subject.spacing_mm[1:])[1:-1, 1:-1] >= RIM_MM for plane in planes]
@@ -290,7 +290,7 @@ def _regions(subject: Subject) -> dict[str, Mask]:
     return {region: mask for region, mask in regions.items() if mask.any()}
 
 
-def _structures(subject: Subject, target: str) -> dict[Structure, tuple[Mask, Mask]]:
+def structures_of(subject: Subject, target: str) -> dict[Structure, tuple[Mask, Mask]]:
     """Lesion and fluid where the target was acquired, each with the rest of the brain; those that are large enough."""
     inside = _acquired(subject, target)
     healthy = inside & ~subject.tumour
