@@ -1,5 +1,6 @@
 """Augmentation: drawn from a generator alone, alike in all channels, standardised within the head."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from crossmr.data.dataset import PreparedDataset
 from crossmr.data.head import DARKEST
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.errors import ConfigError
-from crossmr.training.augmentation import Augmentation, AugmentationConfig
+from crossmr.training.augmentation import Augmentation, AugmentationConfig, deform, draw_deformations
 from crossmr.training.batches import Batches, BatchSettings
 
 ALWAYS = AugmentationConfig(probability=1)
@@ -194,3 +195,71 @@ def test_only_the_sources_of_a_task_are_augmented_and_black_images_stay_black(tm
     assert torch.equal(one[:, 1:], plain[:, 1:])
     assert (every[:, 1] - plain[:, 1]).abs().amax((1, 2)).min() > 1e-2
     assert not every[:, 2].any()  # nobody has it
+
+
+def sample_of(dims):
+    """Two images and a lesion, (3, 2, *S), the lesion's labels last."""
+    image = head(dims, channels=2)
+    lesion = (image > 0.7).float() * 2
+    return torch.stack([image, image.flip(0) * 0.5, lesion])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_no_deformation_moves_nothing(dims):
+    sample = sample_of(dims)
+    torch.testing.assert_close(deform(sample, [0.0] + [1.0] * dims, dims), sample, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_quarter_turn_is_a_quarter_turn_in_the_axial_plane(dims):
+    sample = torch.rand(3, 2, *[16] * dims)
+    turned = deform(sample, [math.pi / 2] + [1.0] * dims, dims)
+    torch.testing.assert_close(turned, sample.rot90(1, (-2, -1)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_factor_stretches_its_axis_and_turns_keep_lengths(axis):
+    image = torch.zeros(2, 1, 64, 48)
+    image[..., 28:36, 20:28] = 0.5
+    factors = [1.5, 1.0] if axis == -1 else [1.0, 1.5]
+    sides = [int((deform(image, [0.0, *factors], 2)[0, 0] > 0).any(1 - k).sum()) for k in (0, 1)]
+    assert sides == ([8, 12] if axis == -1 else [12, 8])
+    turned = deform(image, [math.pi / 2, 1.0, 1.0], 2)[0, 0] > 0
+    assert [int(turned.any(1).sum()), int(turned.any(0).sum())] == [8, 8]  # the grid is no square, the voxels are
+
+
+def test_nothing_is_not_mixed_into_tissue_and_labels_stay_labels():
+    sample = sample_of(2).clamp(min=0)
+    sample[0] = torch.where(sample[0] > 0, 0.6, 0.0)
+    moved = deform(sample, [0.2, 1.1, 0.9], 2)
+    assert all(abs(value - 0.6) < 1e-4 for value in moved[0][moved[0] > 0].tolist())
+    assert set(moved[-1].unique().tolist()) == {0.0, 2.0}
+    assert (moved[0] - sample[0]).abs().max() > 0.5
+
+
+def test_as_many_samples_are_deformed_as_is_probable():
+    config = AugmentationConfig(deformation=0.3, rotation=0.2, stretch=1.25)
+    drawn = draw_deformations(config, 4000, 2, generator())
+    moved = drawn[(drawn != torch.tensor([0.0, 1.0, 1.0])).any(1)]
+    assert 0.27 < len(moved) / 4000 < 0.33
+    assert 0.19 < moved[:, 0].max() <= 0.2
+    assert -0.2 <= moved[:, 0].min() < -0.19
+    assert 0.8 <= moved[:, 1:].min() < 0.81
+    assert 1.24 < moved[:, 1:].max() <= 1.25
+    assert torch.equal(drawn, draw_deformations(config, 4000, 2, generator()))
+
+
+def test_sources_targets_and_lesion_move_together(tmp_path):
+    write_study(tmp_path / "cohort", "A", seed=1, lesion=True)
+    write_study(tmp_path / "cohort", "B", seed=2, lesion=True)
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1, 0, 0)))
+    cases = PreparedDataset(tmp_path / "set").split("train")
+    settings = BatchSettings(size=(32, 32), batch_size=4, seed=0, flip=False, context=3)
+    plain = Batches(cases, ("t1n", "t2f"), settings)[0]
+    config = AugmentationConfig(deformation=1)
+    batch = Batches(cases, ("t1n", "t2f"), replace(settings, augmentation=config))[0]
+    assert not torch.equal(batch.images, plain.images)
+    middle = batch.neighbours.reshape(4, 2, 3, 32, 32)[:, :, 1]
+    assert torch.equal(middle, batch.images)  # no source is augmented, so that what moved is the whole sample
+    drawn = Batches(cases, ("t1n", "t2f"), replace(settings, augmentation=config))[0]
+    assert torch.equal(drawn.images, batch.images)

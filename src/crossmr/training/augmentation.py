@@ -1,13 +1,18 @@
-"""What other scanners do to an image: the sources of training samples are changed at random, their targets never.
+"""What other scanners and other heads do to an image.
 
-The transforms are MONAI's; what is drawn follows from a generator alone.
+As another scanner might, the sources of training samples are changed at random, their targets never; these transforms
+are MONAI's. As heads differ in pose and size, whole samples are rotated and stretched, sources, targets and lesion
+alike. What is drawn follows from a generator alone.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from crossmr.data.head import DARKEST
 from crossmr.errors import ConfigError
@@ -33,10 +38,18 @@ class AugmentationConfig:
     """Largest misregistration along each axis, in voxels."""
     angle: float = 0.03
     """Largest misregistration about each axis, in radians."""
+    deformation: float = 0.0
+    """Probability of a sample to be rotated in the axial plane and stretched, as a whole; 0: none."""
+    rotation: float = 0.25
+    """Largest angle of that rotation, in radians."""
+    stretch: float = 1.2
+    """Largest factor by which each axis grows, and the reciprocal of the smallest."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1 or not 0 < self.zoom <= 1 or self.gamma < 1 or not 0 <= self.scale < 1:
             raise ConfigError("augmentation: probability and scale lie in [0, 1], zoom in (0, 1]; gamma is 1 or more.")
+        if not 0 <= self.deformation <= 1 or self.stretch < 1 or self.rotation < 0:
+            raise ConfigError("augmentation: deformation lies in [0, 1]; stretch is 1 or more, rotation not negative.")
         if min(self.bias_field, self.noise, self.shift, self.angle) < 0:
             raise ConfigError("augmentation: bias_field, noise, shift and angle are not negative.")
 
@@ -99,6 +112,38 @@ class Augmentation:
                 changed = (changed - after.mean()) * gain + before.mean()
             changed = _plain(self.jitter(changed))
         return changed.clamp(DARKEST, 1) * head
+
+
+def draw_deformations(config: AugmentationConfig, samples: int, dims: int, generator: torch.Generator) -> Tensor:
+    """For each sample an angle in radians and a factor per axis, last axis first, (samples, 1 + dims); else 0 and 1."""
+    drawn = torch.rand(samples, 2 + dims, generator=generator)
+    coins, sides = drawn[:, :1], 2 * drawn[:, 1:] - 1  # in [-1, 1)
+    chosen = torch.cat([sides[:, :1] * config.rotation, (sides[:, 1:] * math.log(config.stretch)).exp()], 1)
+    same = torch.tensor([0.0] + [1.0] * dims)
+    return torch.where(coins < config.deformation, chosen, same)
+
+
+def deform(sample: Tensor, deformation: Sequence[float], dims: int) -> Tensor:
+    """Rotate a sample (..., *S) about its middle in the axial plane and stretch its axes; 0 comes in from outside.
+
+    The last entry of the first axis holds labels, the others images in [0, 1]. Where an image is exactly 0 it has
+    nothing, which is not mixed into what it has: its edge moves, and no voxel is darker for it.
+    """
+    angle, *factors = deformation
+    size = sample.shape[-dims:]
+    sides = torch.tensor(size[::-1], dtype=torch.float32)  # X first, as grid_sample counts
+    turn = torch.eye(dims)
+    turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    linear = turn / torch.tensor(factors)[:, None] * sides[None] / sides[:, None]  # from voxels to [-1, 1] and back
+    theta = torch.cat([linear, torch.zeros(dims, 1)], 1)[None]
+    channels = sample.reshape(1, -1, *size)
+    grid = F.affine_grid(theta, [1, 1, *size], align_corners=False)
+    there = F.grid_sample((channels > 0).float(), grid, align_corners=False)
+    images = F.grid_sample(channels, grid, align_corners=False) / there.clamp(min=0.5)
+    moved = torch.where(there >= 0.5, images.clamp(max=1), 0).reshape(sample.shape)
+    labels = sample[-1].reshape(1, -1, *size)
+    moved[-1] = F.grid_sample(labels, grid, mode="nearest", align_corners=False).reshape(sample.shape[1:])
+    return moved
 
 
 def _plain(image: Any) -> Tensor:

@@ -21,7 +21,7 @@ from crossmr.data.dataset import ENHANCING, Case
 from crossmr.errors import SetError
 from crossmr.ranks import ALONE, Part
 from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded
-from crossmr.training.augmentation import Augmentation, AugmentationConfig
+from crossmr.training.augmentation import Augmentation, AugmentationConfig, deform, draw_deformations
 
 Raw = TypeVar("Raw", covariant=True)
 
@@ -96,6 +96,7 @@ class Batches(StepDataset[ImageBatch]):
         self.part = settings.part or ALONE.part(settings.batch_size)
         self.augmented = len(self.modalities) if settings.augmented is None else settings.augmented
         self.augment = None
+        self.deformation = augmentation if augmentation is not None and augmentation.deformation > 0 else None
         if augmentation is not None and augmentation.probability > 0:
             self.augment = Augmentation(augmentation, len(self.size))
         self.items = [(i, -1) for i, _ in enumerate(self.cases)]
@@ -128,7 +129,12 @@ class Batches(StepDataset[ImageBatch]):
         chosen = [self.drawn[int(orders[p // count][p % count])] for p in positions]
         generator = seeded("batch", self.seed, step)
         places = self.part.of(torch.rand(self.batch_size, len(self.size) + 1, generator=generator)).tolist()
-        batch = self._batch([self._sample(*both) for both in zip(chosen, places, strict=True)], chosen)
+        samples = [self._sample(*both) for both in zip(chosen, places, strict=True)]
+        if self.deformation is not None:
+            drawn = draw_deformations(self.deformation, self.batch_size, len(self.size), generator)
+            pairs = zip(samples, self.part.of(drawn).tolist(), strict=True)
+            samples = [deform(sample, how, len(self.size)) for sample, how in pairs]
+        batch = self._batch(samples, chosen)
         return batch if self.augment is None else self._augmented(batch, self.augment, generator)
 
     def _augmented(self, batch: ImageBatch, augment: Augmentation, generator: torch.Generator) -> ImageBatch:
