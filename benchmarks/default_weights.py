@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scans import COHORTS, cohort_of, lgg, unpacked
+from scans import COHORTS, cohort_of, lgg, unpacked, write_set
 
 from crossmr.completion.study import complete
 from crossmr.config import with_settings
@@ -32,7 +32,7 @@ from crossmr.display import Display
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.measures import KEPT, STD
 from crossmr.evaluation.tables import BASELINE
-from crossmr.files import digest, read_json, write_json
+from crossmr.files import read_json
 from crossmr.networks.model import CrossConditionedModel, load_model, save_model
 from crossmr.networks.trained_on import PHANTOM, PatientList, count_seen, names_of, remember
 from crossmr.phantom import write_cohort
@@ -73,12 +73,8 @@ def split_as_listed(prepared: Path) -> None:
     """Give a set the split of TEST and VALIDATION, as far as it has these studies."""
     manifest = PreparedDataset(prepared).manifest
     parts = {case: "test" if case in TEST else "val" if case in VALIDATION else "train" for case in manifest["cases"]}
-    patients = {entry["patient"]: parts[case] for case, entry in manifest["cases"].items()}
-    for case, entry in manifest["cases"].items():
-        entry["part"] = parts[case]
-    by_part = {part: sorted(p for p, own in patients.items() if own == part) for part in ("train", "val", "test")}
-    manifest["split"] = {"sha256": digest(patients), **by_part}
-    write_json(prepared / "manifest.json", {**manifest, "sha256": digest(manifest)})
+    cases = {case: {**entry, "part": parts[case]} for case, entry in manifest["cases"].items()}
+    write_set(prepared, manifest, cases)
 
 
 def card(evaluation: Path) -> None:

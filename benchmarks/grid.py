@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scans import cohort_of
+from scans import cohort_of, write_set
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
@@ -30,12 +30,10 @@ from crossmr.baselines import predict_baselines
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.formats import content_sha256
 from crossmr.data.naming import DISPLAY_NAMES
-from crossmr.data.patients import SPLITS
 from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.display import Display
 from crossmr.evaluation.measures import KEPT, RIM_MM, measure, measure_contrasts
 from crossmr.evaluation.subjects import Array, Mask, Subject
-from crossmr.files import digest, write_json
 from crossmr.networks.inference import HeadVolumes, Settings, synthesise
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.networks.scale import on_unit_scale, standardise
@@ -196,10 +194,7 @@ def split_set(
             np.save(folder / "images.npy", np.stack(volumes, 1).astype(np.float16))
             entry["files"]["images.npy"] = content_sha256(folder / "images.npy")
         entries[case.name] = entry
-    patients = {entry["patient"]: entry["part"] for entry in entries.values()}
-    by_part = {part: sorted(p for p, own in patients.items() if own == part) for part in SPLITS}
-    manifest = {**dataset.manifest, "cases": entries, "split": {"sha256": digest(patients), **by_part}}
-    write_json(out / "manifest.json", {**manifest, "sha256": digest(manifest)})
+    write_set(out, dataset.manifest, entries)
     return PreparedDataset(out)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from grid import Kept, Predict, Row, Task, measured, network_inputs, seconds
 from representations import BATCH, EVERY, Guide, ridge
-from scans import cohort_of
+from scans import SECOND_VISITS, cohort_of
 from torch import Tensor, nn
 
 from crossmr.data.dataset import Case
@@ -23,13 +23,7 @@ from crossmr.networks.scale import on_unit_scale, standardise
 from crossmr.tensors import neighbours, seeded, to_model_input
 from crossmr.training.batches import ImageBatch
 
-VISITS = {
-    "BraTSReg_002_00_0000": "BraTSReg_002_01_0262",
-    "BraTS-SSA-00115-000": "BraTS-SSA-00121-000",
-    "BraTS-SSA-00076-000": "BraTS-SSA-00081-000",
-}
-"""Two studies of one patient."""
-OTHER_VISIT = VISITS | {second: first for first, second in VISITS.items()}
+OTHER_VISIT = SECOND_VISITS | {first: second for second, first in SECOND_VISITS.items()}
 DRAWN = 8
 """Samples of a patient: in training, and whose mean is taken."""
 LESION_WEIGHT = 0.5

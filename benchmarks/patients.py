@@ -29,17 +29,17 @@ import argparse
 import random
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from curves import MEASURES, WANTED, over_patients, over_steps, starts
 from default_weights import TEST, VALIDATION
 from grid import Kept, Row, four_contrasts, parser, seconds
 from restoring import Restoring
+from scans import SECOND_VISITS, write_set
 from thin import rows_of
 
 from crossmr.config import with_settings
@@ -48,7 +48,6 @@ from crossmr.data.prepare import PrepareSettings, prepare
 from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.display import Display
 from crossmr.evaluation.subjects import subject_of_case
-from crossmr.files import digest, write_json
 from crossmr.networks.c_unet import CUNet
 from crossmr.registry import load_model
 from crossmr.training.recipes import RECIPES, Recipe
@@ -64,12 +63,6 @@ SITES = {
     "MS": ("patient",),
 }
 """How the cases of each site are called."""
-VISITS = {
-    "BraTS-SSA-00121-000": "BraTS-SSA-00115",
-    "BraTS-SSA-00081-000": "BraTS-SSA-00076",
-    "BraTSReg_002_01_0262": "BraTSReg_002_00_0000",
-}
-"""Second studies of a patient, and the name of the first."""
 PARTS = ("SSA", "mixed", "features", "TCIA")
 STEPS, TUNING_STEPS, MRM_STEPS, SHORT_STEPS = 600, 300, 1000, 900
 BASE_STEPS = {"SSA": 2000, "TCIA": 1200}
@@ -141,7 +134,7 @@ def of_site(case: str, part: str) -> bool:
 
 def patient_of(case: str) -> str:
     """The patient of a case, one for all visits."""
-    return VISITS.get(case, case.removesuffix("-000"))
+    return SECOND_VISITS.get(case, case)
 
 
 class Experiment:
@@ -223,7 +216,8 @@ class Experiment:
         for name in parts:
             if not (link := folder / "cases" / name).exists():
                 link.symlink_to((entries[name][0] / "cases" / name).resolve(), target_is_directory=True)
-        write_manifest(folder, PreparedDataset(sets[0]).manifest, {n: entries[n][1] for n in parts}, parts)
+        own = {name: {**entries[name][1], "part": part} for name, part in parts.items()}
+        write_set(folder, PreparedDataset(sets[0]).manifest, own)
         return folder
 
     def train(self, job: Job) -> None:
@@ -261,17 +255,6 @@ class Experiment:
                 total += self.steps(job) * step * (job.features / 48) ** 1.8
             total += len(left) * MEASURING_SECONDS
         return total
-
-
-def write_manifest(
-    folder: Path, like: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], parts: Mapping[str, str]
-) -> None:
-    """The manifest of a set of these cases and their parts, otherwise like another set's."""
-    cases = {name: {**entry, "part": parts[name]} for name, entry in entries.items()}
-    patients = {entry["patient"]: entry["part"] for entry in cases.values()}
-    by_part = {part: sorted(p for p, own in patients.items() if own == part) for part in ("train", "val", "test")}
-    manifest = {**like, "cases": cases, "split": {"sha256": digest(patients), **by_part}}
-    write_json(folder / "manifest.json", {**manifest, "sha256": digest(manifest)})
 
 
 def step_seconds(recipe: Recipe, device: torch.device) -> float:

@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from grid import CROP, Task, four_contrasts
 from safetensors.torch import load_file, save_file
+from scans import write_set
 from torch import Tensor
 
 from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
@@ -25,7 +26,7 @@ from crossmr.config import to_dict
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.device import autocast, choose_precision
 from crossmr.display import Display
-from crossmr.files import digest, read_json, write_json
+from crossmr.files import read_json, write_json
 from crossmr.networks.distribution import DistributionConfig, DistributionNetwork
 from crossmr.networks.masked_autoencoder import RepresentationConfig
 from crossmr.networks.model import CrossConditionedModel
@@ -97,7 +98,7 @@ def with_four_contrasts(base: Path, folder: Path) -> Path:
         (folder / "cases").parent.mkdir(parents=True, exist_ok=True)
         if not (folder / "cases").exists():
             (folder / "cases").symlink_to((base / "set" / "cases").resolve())
-        _write_manifest(folder, manifest, {name: case for name, case in manifest["cases"].items() if name in names})
+        write_set(folder, manifest, {name: case for name, case in manifest["cases"].items() if name in names})
     return folder
 
 
@@ -116,13 +117,8 @@ def tiny_base(base: Path, folder: Path, slices: int = 6) -> Path:
                 case[key] = case[key][first : first + slices]
             case["box"] = [[0, slices], *case["box"][1:]]
             chosen[name] = case
-        _write_manifest(folder / "set", manifest, chosen)
+        write_set(folder / "set", manifest, chosen)
     return folder
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any], cases: dict[str, Any]) -> None:
-    other = {**manifest, "cases": cases}
-    write_json(folder / "manifest.json", {**other, "sha256": digest(other)})
 
 
 def trained_representations(base: Path, out: Path, task: Task, sizes: Sizes, display: Display) -> CrossConditionedModel:

@@ -1,7 +1,12 @@
-"""The development scans: whole studies unpacked, which cohort a case is of, and small networks to train on them."""
+"""The development scans: unpacked, split, which cohort a case is of, and small networks to train on them."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from crossmr.data.patients import SPLITS
+from crossmr.files import digest, write_json
 
 COHORTS = {
     "BraTS": ("Brats18_", "BraTS2021_", "BraTS-GLI", "BraTSReg", "CompImg", "modelhub", "TCGA-DU-7294", "TCGA-FG-6692"),
@@ -25,7 +30,12 @@ IN_WHOLE = {
 the BraTS 2013, 2021, 2023 and low-grade studies to every LGG patient: these correlate by .70 to .91 within the brain,
 the next best pairs by .50 at most."""
 
-
+SECOND_VISITS = {
+    "BraTSReg_002_01_0262": "BraTSReg_002_00_0000",
+    "BraTS-SSA-00121-000": "BraTS-SSA-00115-000",
+    "BraTS-SSA-00081-000": "BraTS-SSA-00076-000",
+}
+"""Second study of a patient → the first one."""
 SMALL = {
     "crop": "128,128",
     "representation.channels": "12",
@@ -42,6 +52,14 @@ SMALL = {
 def cohort_of(case: str) -> str:
     """The cohort that a case belongs to."""
     return next(cohort for cohort, starts in COHORTS.items() if case.startswith(starts))
+
+
+def write_set(folder: Path, like: Mapping[str, Any], cases: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the manifest of a prepared set of these cases, each with its part, otherwise like another set's."""
+    patients = {case["patient"]: case["part"] for case in cases.values()}
+    by_part = {part: sorted(p for p, own in patients.items() if own == part) for part in SPLITS}
+    manifest = {**like, "cases": dict(cases), "split": {"sha256": digest(patients), **by_part}}
+    write_json(folder / "manifest.json", {**manifest, "sha256": digest(manifest)})
 
 
 def lgg(data: Path) -> list[Path]:
