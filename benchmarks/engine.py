@@ -51,6 +51,11 @@ VARIANTS: dict[str, dict[str, str]] = {
     "with the error's gradient": {},
     "no error learnt beside": {"uncertainty": "false"},
     "no augmentation": {"augmentation.probability": "0"},
+    "heads deformed": {"augmentation.deformation": "0.7"},
+    "heads deformed, sources changed twice as often": {
+        "augmentation.deformation": "0.7",
+        "augmentation.probability": "0.3",
+    },
     "published form, patches of 2, as many parameters": {
         "synthesis.form": "published",
         "synthesis.channels": "40",
