@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from scans import cohort_of, write_set
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
@@ -32,8 +31,8 @@ from crossmr.data.formats import content_sha256
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.display import Display
-from crossmr.evaluation.measures import KEPT, RIM_MM, measure, measure_contrasts
-from crossmr.evaluation.subjects import Array, Mask, Subject
+from crossmr.evaluation.measures import KEPT, measure, measure_contrasts, regions_of
+from crossmr.evaluation.subjects import Array, Subject
 from crossmr.networks.inference import HeadVolumes, Settings, synthesise
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.networks.scale import on_unit_scale, standardise
@@ -140,24 +139,17 @@ def measured(subject: Subject, sources: Sequence[str], images: Mapping[str, Arra
 def synthesised(
     model: CrossConditionedModel, subject: Subject, sources: Sequence[str], targets: Sequence[str]
 ) -> Mapping[str, Array]:
-    """What the model makes of these sources."""
+    """What the model makes of these sources, 0 outside the head."""
     given = {m: subject.volumes[m] for m in sources}
     head = HeadVolumes(given, subject.head.sum((1, 2)).tolist(), subject.spacing_mm[0])
-    images = synthesise(model, head, subject.name, Settings(targets=tuple(targets))).images.numpy()
+    images = synthesise(model, head, subject.name, Settings(targets=tuple(targets))).images.numpy() * subject.head
     return dict(zip(targets, images, strict=True))
-
-
-def deep(subject: Subject) -> Mask:
-    """The brain 5 mm and more from its rim in each axial slice, as `evaluation.measures` has it."""
-    planes = np.pad(subject.head, ((0, 0), (1, 1), (1, 1)))
-    within = [ndimage.distance_transform_edt(plane, subject.spacing_mm[1:])[1:-1, 1:-1] >= RIM_MM for plane in planes]
-    return np.stack(within)
 
 
 def light_measures(subject: Subject, sources: Sequence[str], images: Mapping[str, Array], **facts: Any) -> list[Row]:
     """Rows of correlation and error deep within the brain, and of contrasts kept: in a tenth of `measured`'s time."""
     common = {"case": subject.name, "patient": subject.patient, "cohort": cohort_of(subject.name)}
-    within, rows = deep(subject), dict[str, Row]()
+    within, rows = regions_of(subject)["deep"], dict[str, Row]()
     for target, volume in images.items():
         pair = torch.from_numpy(np.stack([volume, subject.volumes[target]])[:, within])[:, None, None]  # (2, 1, 1, N)
         numbers = {"correlation_deep": float(metrics.correlation(*pair)), "mae_deep": float(metrics.mae(*pair))}
@@ -206,9 +198,7 @@ def keep_images(out: Path, predictor: str, subject: Subject, images: Mapping[str
         np.save(folder / f"{subject.name}-{target}.npy", volume.astype(np.float16))
 
 
-def baseline_rows(
-    model: CrossConditionedModel, subject: Subject, task: tuple[Sequence[str], Sequence[str]]
-) -> list[Row]:
+def baseline_rows(model: CrossConditionedModel, subject: Subject, task: Task) -> list[Row]:
     """Rows of the trivial predictors of one study, fitted on the model's training patients."""
     sources, targets = task
     given = {m: subject.volumes[m] for m in sources}

@@ -22,7 +22,21 @@ from typing import cast
 
 import numpy as np
 import torch
-from grid import COLUMNS, HOW, Kept, Row, batches, by_patient, fit, four_contrasts, keep_images, parser, seconds, table
+from grid import (
+    COLUMNS,
+    HOW,
+    Kept,
+    Row,
+    batches,
+    by_patient,
+    fit,
+    four_contrasts,
+    keep_images,
+    parser,
+    seconds,
+    synthesised,
+    table,
+)
 from guided import LESION_WEIGHT, Measuring, measuring
 from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
@@ -47,7 +61,6 @@ from crossmr.display import Display
 from crossmr.evaluation.measures import KEPT, LOST
 from crossmr.evaluation.subjects import Array, Subject, subject_of_case
 from crossmr.networks.c_unet import CUNet, synthesis_error
-from crossmr.networks.inference import HeadVolumes, Settings, synthesise
 from crossmr.networks.model import CrossConditionedModel, first_weights
 from crossmr.networks.scale import standardise
 from crossmr.registry import load_model
@@ -166,11 +179,7 @@ class Completing(nn.Module):
 
 def completed(model: CrossConditionedModel, subject: Subject, target: str) -> dict[str, Array]:
     """A contrast of a study from its three others, (Z, Y, X) in [0, 1]."""
-    sources = {m: subject.volumes[m] for m in MODALITIES if m != target}
-    voxels = [int(plane.sum()) for plane in subject.head]
-    head = HeadVolumes(sources, voxels, subject.spacing_mm[0])
-    image = synthesise(model, head, subject.name, Settings(targets=(target,))).images[0].numpy()
-    return {target: image * subject.head}
+    return dict(synthesised(model, subject, [m for m in MODALITIES if m != target], [target]))
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from grid import PUBLISHED
+from grid import PUBLISHED, synthesised
 from tumours import CONTRASTS, Array
 
 from crossmr.baselines import predict_baselines
 from crossmr.errors import StudyError
 from crossmr.evaluation.subjects import Subject
-from crossmr.networks.inference import HeadVolumes, Settings, synthesise
 from crossmr.networks.model import CrossConditionedModel
 
 Maker = Callable[[Subject, Sequence[str], Sequence[str]], Mapping[str, Array] | None]
@@ -27,12 +26,7 @@ def by_model(model: CrossConditionedModel) -> Maker:
     """What a model makes."""
 
     def make(subject: Subject, sources: Sequence[str], targets: Sequence[str]) -> Mapping[str, Array]:
-        given = {m: subject.volumes[m] for m in sources}
-        head = HeadVolumes(given, subject.head.sum((1, 2)).tolist(), subject.spacing_mm[0])
-        images = synthesise(model, head, subject.name, Settings(targets=tuple(targets))).images
-        return {
-            t: np.where(subject.head, image.numpy(), np.float32(0)) for t, image in zip(targets, images, strict=True)
-        }
+        return synthesised(model, subject, sources, targets)
 
     return make
 
