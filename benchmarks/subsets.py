@@ -12,7 +12,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-import torch
 from grid import Kept, Row, by_patient, four_contrasts, kept_share, light_measures, parser, synthesised
 
 from crossmr.baselines import predict_baselines
@@ -96,5 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()
