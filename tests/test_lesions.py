@@ -96,7 +96,7 @@ def test_t2_alone_shows_fluid_as_bright_as_lesions(studies):
     assert find_lesions({"t2w": volume}, sick.mask, sick.reference.spacing_mm, made, stripped=True) == ([], None)
 
 
-def test_the_largest_standard_deviation_is_away_from_the_rim():
+def test_the_largest_standard_deviation_is_away_from_the_rim_and_the_ends():
     head = np.zeros((12, 60, 60), bool)
     head[1:11, 5:55, 5:55] = True
     std = np.where(head, 0.1, 0).astype(np.float32)
@@ -104,6 +104,8 @@ def test_the_largest_standard_deviation_is_away_from_the_rim():
     std[5:8, 28:33, 38:43] = 1
     assert most_uncertain(std, head, (3.0, 2.0, 2.0), stripped=True) == pytest.approx((6, 30, 40), abs=2)
     assert most_uncertain(std, head & False, (3.0, 2.0, 2.0), stripped=True) is None
+    std[1, 15:45, 15:45] = 9  # the head's last slice
+    assert most_uncertain(std, head, (3.0, 2.0, 2.0), stripped=True) == pytest.approx((6, 30, 40), abs=2)
 
 
 @pytest.fixture(scope="module")

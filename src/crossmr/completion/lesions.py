@@ -188,11 +188,13 @@ def _unchecked(targets: tuple[str, ...]) -> Finding:
 
 
 def most_uncertain(std: Array, head: Mask, spacing_mm: Sequence[float], *, stripped: bool) -> Voxel | None:
-    """The voxel (Z, Y, X) away from the head's rim where the smoothed standard deviation is largest."""
+    """The voxel (Z, Y, X) where the smoothed standard deviation is largest, away from the head's rim and ends."""
     thinned = _Thinned.of(head, spacing_mm, stripped=stripped)
-    if not thinned.deep.any():
+    ends = round(RIM_MM[stripped] / thinned.sides[0])  # slices at either end of the head
+    deep = ndimage.minimum_filter1d(thinned.deep, 2 * ends + 1, axis=0, mode="constant", cval=0)
+    if not deep.any():
         return None
-    smooth = np.where(thinned.deep, thinned.thin(std, head, spacing_mm), np.float32(0))
+    smooth = np.where(deep, thinned.thin(std, head, spacing_mm), np.float32(0))
     place = np.unravel_index(int(smooth.argmax()), smooth.shape)
     z, y, x = (int(i) * step for i, step in zip(place, thinned.steps, strict=True))
     return z, y, x
