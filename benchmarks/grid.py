@@ -190,9 +190,14 @@ def split_set(
     return PreparedDataset(out)
 
 
+def images_folder(out: Path, predictor: str) -> Path:
+    """Where a predictor's images are kept."""
+    return out / "images" / predictor.replace(" ", "-").replace("/", "-")
+
+
 def keep_images(out: Path, predictor: str, subject: Subject, images: Mapping[str, Array]) -> None:
     """Keep images as OUT/images/PREDICTOR/CASE-TARGET.npy, float16 in [0, 1]: segmenter.py measures them later."""
-    folder = out / "images" / predictor.replace(" ", "-").replace("/", "-")
+    folder = images_folder(out, predictor)
     folder.mkdir(parents=True, exist_ok=True)
     for target, volume in images.items():
         np.save(folder / f"{subject.name}-{target}.npy", volume.astype(np.float16))

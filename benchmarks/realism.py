@@ -31,6 +31,7 @@ from grid import (
     by_patient,
     fit,
     four_contrasts,
+    images_folder,
     keep_images,
     parser,
     seconds,
@@ -267,9 +268,7 @@ def measure_texture(experiment: Experiment, predictor: str, target: str, kept: K
     pairs: list[tuple[Tensor, Tensor]] = []
     for case in experiment.test:
         subject, at = subject_of_case(case), places(case.masks()[:, 0] > 0)
-        synthetic = np.load(
-            folder_of(experiment) / "images" / predictor.replace(" ", "-") / f"{case.name}-{target}.npy"
-        )
+        synthetic = np.load(images_folder(folder_of(experiment), predictor) / f"{case.name}-{target}.npy")
         pairs.append((patches(subject.volumes[target], at), patches(synthetic, at)))
         facts = {"case": case.name, "patient": case.patient, "cohort": cohort_of(case.name)}
         row = {"sources": "+".join(experiment.guide(target).task[0]), **facts, **key}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from grid import PUBLISHED, synthesised
+from grid import PUBLISHED, images_folder, synthesised
 from tumours import CONTRASTS, Array
 
 from crossmr.baselines import predict_baselines
@@ -48,7 +48,7 @@ def sources_known(out: Path) -> dict[tuple[str, str, str], set[str]]:
     for path in sorted(out.glob("*.jsonl")):
         for row in map(json.loads, path.read_text().splitlines()):
             if {"predictor", "case", "target", "sources"} <= row.keys():
-                folder = row["predictor"].replace(" ", "-").replace("/", "-")
+                folder = images_folder(out, row["predictor"]).name
                 known.setdefault((folder, row["case"], row["target"]), set()).add(row["sources"])
     return known
 
