@@ -42,15 +42,16 @@ def print_tables(rows: Sequence[Row]) -> None:
     """For each target a row for each subset; then what each further source does."""
     predictors = list(dict.fromkeys(row["predictor"] for row in rows))
     for target in dict.fromkeys(row["target"] for row in rows):
-        print(f"\n**{DISPLAY_NAMES[target]}**: correlation deep within the brain; lesions kept; fluid kept\n")
+        print(f"\n**{DISPLAY_NAMES[target]}**: correlation deep within the brain (smoothed); lesions kept; fluid kept\n")
         print("| from |", " | ".join(predictors), "|\n|---" + "|---" * len(predictors) + "|")
         own = [row for row in rows if row["target"] == target]
         for sources in sorted({row["sources"] for row in own}, key=lambda text: (text.count("+"), text)):
             cells = []
             for predictor in predictors:
                 some = [row for row in own if (row["sources"], row["predictor"]) == (sources, predictor)]
-                mean = statistics.fmean(by_patient(some, "correlation_deep").values())
-                cells.append(f"{mean:.3f}; {kept_share(some)}; {kept_share(some, 'fluid')}")
+                means = (by_patient(some, f"correlation_{name}").values() for name in ("deep", "smooth"))
+                sharp, smooth = map(statistics.fmean, means)
+                cells.append(f"{sharp:.3f} ({smooth:.3f}); {kept_share(some)}; {kept_share(some, 'fluid')}")
             print("|", " + ".join(DISPLAY_NAMES[m] for m in sources.split("+")), "|", " | ".join(cells), "|")
     for predictor in predictors:
         print(f"\n{predictor}: {further_sources([row for row in rows if row['predictor'] == predictor])}")
