@@ -32,7 +32,7 @@ from crossmr.data.formats import content_sha256
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.display import Display
-from crossmr.evaluation.measures import KEPT, measure, measure_contrasts, regions_of
+from crossmr.evaluation.measures import KEPT, measure, measure_contrasts, regions_of, structures_of
 from crossmr.evaluation.subjects import Array, Subject
 from crossmr.networks.inference import HeadVolumes, Settings, synthesise
 from crossmr.networks.model import CrossConditionedModel
@@ -155,7 +155,9 @@ def synthesised(
 def light_measures(subject: Subject, sources: Sequence[str], images: Mapping[str, Array], **facts: Any) -> list[Row]:
     """Rows of correlation and error deep within the brain, and of contrasts kept: in a tenth of `measured`'s time.
 
-    `correlation_smooth` is the correlation once image and truth are smoothed by a Gaussian of SMOOTH_MM.
+    `correlation_smooth` is the correlation once image and truth are smoothed by a Gaussian of SMOOTH_MM. What is kept
+    is a contrast in quartile ranges of the rest of the brain, each image's own: `lesion_step` and `lesion_range` are
+    the predicted contrast and the predicted quartile range over the true ones, `lesion_kept` their quotient.
     """
     within, rows = regions_of(subject)["deep"], dict[str, Row]()
     sigma = [SMOOTH_MM / side for side in subject.spacing_mm]
@@ -168,7 +170,12 @@ def light_measures(subject: Subject, sources: Sequence[str], images: Mapping[str
         about = start_of_row(subject, sources, target)
         rows[target] = {**facts, **about, **{name: float(number) for name, number in numbers.items()}}
     for contrast in measure_contrasts(subject, sources, {"": images}):
-        rows[contrast.target][f"{contrast.structure}_kept"] = contrast.kept
+        name, row = contrast.structure, rows[contrast.target]
+        row[f"{name}_kept"] = contrast.kept
+        _, rest = structures_of(subject, contrast.target)[name]
+        own, true = (np.subtract(*np.percentile(v[contrast.target][rest], (75, 25))) for v in (images, subject.volumes))
+        row[f"{name}_range"] = float(own / true) if true else math.nan
+        row[f"{name}_step"] = contrast.kept * row[f"{name}_range"]
     return list(rows.values())
 
 
@@ -342,9 +349,9 @@ def by_patient(rows: Iterable[Row], value: str) -> dict[str, float]:
     return {patient: statistics.fmean(numbers) for patient, numbers in found.items()}
 
 
-def kept_share(rows: Iterable[Row], structure: str = "lesion") -> str:
+def kept_share(rows: Iterable[Row], structure: str = "lesion", value: str = "kept") -> str:
     """In how many patients of how many a structure keeps its contrast."""
-    shares = by_patient(rows, f"{structure}_kept").values()
+    shares = by_patient(rows, f"{structure}_{value}").values()
     return f"{sum(KEPT[0] <= share <= KEPT[1] for share in shares)} of {len(shares)}" if shares else "–"
 
 

@@ -42,7 +42,9 @@ def print_tables(rows: Sequence[Row]) -> None:
     """For each target a row for each subset; then what each further source does."""
     predictors = list(dict.fromkeys(row["predictor"] for row in rows))
     for target in dict.fromkeys(row["target"] for row in rows):
-        print(f"\n**{DISPLAY_NAMES[target]}**: correlation deep within the brain (smoothed); lesions kept; fluid kept\n")
+        print(
+            f"\n**{DISPLAY_NAMES[target]}**: correlation, deep (smoothed); lesions kept; fluid kept\n"
+        )
         print("| from |", " | ".join(predictors), "|\n|---" + "|---" * len(predictors) + "|")
         own = [row for row in rows if row["target"] == target]
         for sources in sorted({row["sources"] for row in own}, key=lambda text: (text.count("+"), text)):
@@ -53,6 +55,15 @@ def print_tables(rows: Sequence[Row]) -> None:
                 sharp, smooth = map(statistics.fmean, means)
                 cells.append(f"{sharp:.3f} ({smooth:.3f}); {kept_share(some)}; {kept_share(some, 'fluid')}")
             print("|", " + ".join(DISPLAY_NAMES[m] for m in sources.split("+")), "|", " | ".join(cells), "|")
+    print("\n**Lesions from all others**, by contrasts in quartile ranges of the rest and by plain differences\n")
+    print("| | target | kept | kept, plain | median share | plain | quartile range |\n|---" + "|---" * 6 + "|")
+    for predictor, target in itertools.product(predictors, dict.fromkeys(row["target"] for row in rows)):
+        some = [r for r in rows if (r["predictor"], r["target"], r["sources"].count("+")) == (predictor, target, 2)]
+        shares = [by_patient(some, f"lesion_{value}") for value in ("kept", "step", "range")]
+        if shares[0]:
+            middle = " | ".join(f"{statistics.median(s[k] for k in shares[0]):.2f}" for s in shares)
+            both = f"{kept_share(some)} | {kept_share(some, value='step')}"
+            print(f"| {predictor} | {DISPLAY_NAMES[target]} | {both} | {middle} |")
     for predictor in predictors:
         print(f"\n{predictor}: {further_sources([row for row in rows if row['predictor'] == predictor])}")
 
