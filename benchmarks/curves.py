@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from grid import Row, by_patient, cell, kept_share
+from grid import Row, by_patient, column, kept_share
 
 from crossmr.data.naming import DISPLAY_NAMES
 
@@ -90,10 +90,10 @@ def over_patients(rows: Sequence[Row], predictor: str) -> str:
     return extrapolated("patients", counts, {target: [mean(target, n) for n in counts] for target in WANTED})
 
 
-def starts(rows: Sequence[Row], measure: str) -> str:
+def starts(rows: Sequence[Row], measure: str, against: tuple[str, int] | None = None) -> str:
     """Markdown of one measure: own patients below each other, starts beside each other, a table for each target.
 
-    A star: a start differs from the first column's on as many patients.
+    A star: it differs from `against`, (start, own patients), or, without, from the first column on as many patients.
     """
     columns = list(dict.fromkeys(row["start"] for row in rows))
     value, digits = MEASURES.get(measure, ("", 0))
@@ -104,13 +104,16 @@ def starts(rows: Sequence[Row], measure: str) -> str:
             continue
         parts += [f"\n**{DISPLAY_NAMES[target]}, {measure}**, {len({r['patient'] for r in own})} test patients\n"]
         parts += ["| own patients | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for count in sorted({row["patients"] for row in own}):
-            line = [row for row in own if row["patients"] == count]
-            by_start = {start: [row for row in line if row["start"] == start] for start in columns}
-            cells = []
-            for start, some in by_start.items():
-                others = by_start[columns[0]] if start != columns[0] else []
-                shown = cell(some, others, value, digits) if value else f"{kept_share(some)}"
-                cells.append(shown if some else "–")
-            parts.append(f"| {count} | {' | '.join(cells)} |")
+        counts = sorted({row["patients"] for row in own})
+        groups = {
+            (start, count): [row for row in own if (row["start"], row["patients"]) == (start, count)]
+            for count in counts
+            for start in columns
+        }
+        cells = column(groups, against, value, digits) if against else {}
+        for count in counts:
+            line = {key: some for key, some in groups.items() if key[1] == count}
+            cells |= {} if against else column(line, (columns[0], count), value, digits)
+            shown = (cells[key] if value else kept_share(some) if some else "–" for key, some in line.items())
+            parts.append(f"| {count} | {' | '.join(shown)} |")
     return "\n".join(parts)

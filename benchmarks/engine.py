@@ -5,9 +5,9 @@ default weights (OMP_NUM_THREADS=1: then it is the time on one core, whatever th
 its validation patients. Variants
 of the intensity scale train for the same steps on the same studies, whose stored intensities are mapped anew; BraTS-
 Africa is left out of their training, so that they are measured on patients of sources seen, of a source left out, and
-on LGG with skull. Each contrast is made from all others of a study. Correlation is with the truth on the set's own
-scale, 5 mm and more from the brain's rim. Finished rows stay in
-OUT/engine.jsonl and OUT/scales.jsonl; the same command goes on with the next one, and prints the tables.
+on LGG with skull. Each contrast is made from all others of a study. Correlation is with the truth, 5 mm and more from
+the brain's rim; that of scales is Spearman's, which no scale changes by itself. So short a training shows what speeds
+the first steps up: what only pays later, such as augmentation, needs a longer one, in another OUT.
 
 python benchmarks/engine.py runs/default -o runs/evidence --minutes 8
 python benchmarks/engine.py runs/default -o runs/evidence --minutes 8 --only "as it is" "squared error" --seeds 1 2
@@ -27,16 +27,29 @@ from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
-from default_weights import VALIDATION
-from grid import Kept, Row, by_patient, kept_share, light_measures, parser, split_set, synthesised
+from grid import (
+    Kept,
+    Row,
+    arguments,
+    by_patient,
+    by_predictor,
+    kept_share,
+    light_measures,
+    number,
+    parser,
+    split_set,
+    synthesised,
+)
 from scans import cohort_of
-from scipy import ndimage
+from scipy import ndimage, stats
 from torch import Tensor
 
 from crossmr.config import with_settings
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.head import HIGHEST, LOWEST
+from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.display import Display
+from crossmr.evaluation.measures import regions_of
 from crossmr.evaluation.subjects import patterns, subject_of_case
 from crossmr.networks.model import CrossConditionedModel, load_model
 from crossmr.training.plan import read_plan
@@ -85,7 +98,11 @@ VARIANTS: dict[str, dict[str, str]] = {
     "learning rate 5e-4": {"synthesis_train.learning_rate": "5e-4"},
 }
 """Name → settings of the recipe."""
+AS_IT_IS = {False: "as it is", True: "median and quartiles"}
+"""What variants, and scales, are compared with."""
 AFRICA = "BraTS-Africa"
+RANKED = 5
+"""One voxel in so many enters the rank correlation."""
 LANDMARKS = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
 """Percentiles (Nyúl & Udupa 1999; Nyúl et al. 2000)."""
 
@@ -187,9 +204,13 @@ def measured(model: CrossConditionedModel, cases: Sequence[Case], **facts: Any) 
     rows = []
     for case in cases:
         subject = subject_of_case(case)
+        deep = regions_of(subject)["deep"]
         for sources in patterns(model.config, subject):
             targets = tuple(m for m in case.modalities if m not in sources)
-            rows += light_measures(subject, sources, synthesised(model, subject, sources, targets), **facts)
+            images = synthesised(model, subject, sources, targets)
+            for row in light_measures(subject, sources, images, **facts):
+                pair = (volumes[row["target"]][deep][::RANKED] for volumes in (images, subject.volumes))
+                rows.append({**row, "rank_deep": float(stats.spearmanr(*pair).statistic)})
     return rows
 
 
@@ -216,7 +237,7 @@ def main() -> None:
     own.add_argument("--steps", type=int, default=500, help="of each scale's training")
     own.add_argument("--only", nargs="+", choices=[*VARIANTS, *SCALES])
     own.add_argument("--table", action="store_true", help="print the kept rows")
-    options = own.parse_args()
+    options = arguments(own)
     kept = Kept(options.out, "scales" if options.scales else "engine")
     for seed in options.seeds if not options.table else ():
         for name in options.only or (SCALES if options.scales else VARIANTS):
@@ -235,28 +256,30 @@ def main() -> None:
             model, cost = trained(place, work / "run", wish, PATCHES.get(name, nullcontext)())
             kept.add(measured(model, cases[:1] if options.tiny else cases, predictor=name, seed=seed, **cost))
             shutil.rmtree(work)
-    print_table(kept.rows)
+    print_table(kept.rows, "rank_deep" if options.scales else "correlation_deep", AS_IT_IS[options.scales])
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """Means over patients, in Markdown; a column for each target, by source of the patients."""
-    groups = "BraTS", AFRICA, "LGG"
-    targets = sorted({row["target"] for row in rows})
-    heads = [f"{group}, {target}" for group in groups for target in targets]
-    print(f"\n{len(VALIDATION)} validation studies or more; correlation deep within the brain, lesions kept in FLAIR\n")
-    print("| | seeds | steps | M parameters | minutes |", " | ".join([*heads, "FLAIR lesions"]), "|")
-    print("|---" * (6 + len(heads)) + "|")
-    for name in dict.fromkeys(row["predictor"] for row in rows):
-        own = [row for row in rows if row["predictor"] == name]
-        cost = [f"{statistics.mean(row[key] for row in own):.{n}f}" for key, n in (("steps", 0), ("millions", 2))]
-        cells = [str(len({row["seed"] for row in own})), *cost, f"{statistics.mean(r['minutes'] for r in own):.1f}"]
-        for group in groups:
+def print_table(rows: Sequence[Row], value: str, first: str) -> None:
+    """Markdown: means over patients, and what each change makes of them; of scales by the source of the patients."""
+    targets, cohorts = (sorted({row[key] for row in rows}) for key in ("target", "cohort"))
+    for group in [[cohort] for cohort in cohorts] if value == "rank_deep" else [cohorts]:
+        here = by_predictor(row for row in rows if row["cohort"] in group)
+        patients = len({row["patient"] for own in here.values() for row in own})
+        print(f"\n**{', '.join(group)}**, {patients} patients; below the first line differences to it, in pairs\n")
+        heads = ["", "seeds", "steps", "M parameters", "minutes", *(DISPLAY_NAMES[target] for target in targets)]
+        print(f"| {' | '.join(heads)} | FLAIR lesions kept |\n{'|---' * (len(heads) + 1)}|")
+        for name, own in here.items():
+            cells = [str(len({row["seed"] for row in own}))]
+            for key, digits in {"steps": 0, "millions": 2, "minutes": 1}.items():
+                cells.append(f"{statistics.mean(row[key] for row in own):.{digits}f}")
             for target in targets:
-                some = [row for row in own if (row["cohort"], row["target"]) == (group, target)]
-                values = by_patient(some, "correlation_deep")
-                cells.append(f"{statistics.fmean(values.values()):.3f}" if values else "–")
-        cells.append(kept_share([row for row in own if row["target"] == "t2f" and row["cohort"] != "LGG"]))
-        print(f"| {name} |", " | ".join(cells), "|")
+                before, after = (
+                    by_patient((row for row in some if row["target"] == target), value)
+                    for some in (here.get(first, []), own)
+                )
+                same = name == first
+                cells.append(number([after[p] - (0 if same else before[p]) for p in after if same or p in before], 3))
+            print(f"| {name} | {' | '.join(cells)} | {kept_share(row for row in own if row['target'] == 't2f')} |")
 
 
 if __name__ == "__main__":

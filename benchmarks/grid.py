@@ -2,8 +2,9 @@
 
 BASE is the output of default_weights.py: its prepared set and its split are those of the shipped weights. An experiment
 trains networks, measures what they make of the test patients, and keeps a row for each image in OUT/EXPERIMENT.jsonl;
-the same command goes on with what is missing. Patients are the units of every table: seeds and visits are averaged
-first.
+the same command goes on with what is missing. OUT is of one BASE, one version of the default weights and one budget of
+the trainings: take another one where any of these changes. Patients are the units of every table: seeds and visits are
+averaged first. The linear regression is fitted on all training patients of BASE, its 18 phantoms too.
 """
 
 import argparse
@@ -13,10 +14,10 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ HOW = TrainConfig(
 )
 """Optimisation of every network that an experiment trains, unless it says otherwise."""
 COLUMNS = {
+    "correlation, brain": ("correlation_brain", 3),
     "correlation, deep": ("correlation_deep", 3),
     "PSNR, brain": ("psnr_brain", 2),
     "SSIM, brain": ("ssim_brain", 3),
@@ -70,9 +72,12 @@ COLUMNS = {
     "PSNR, tumour": ("psnr_tumour", 2),
 }
 """Heading → value of a row and its digits."""
+FASTER = 10.0
+"""Times the learning rate, for layers that start at zero beside trained ones."""
 SMOOTH_MM = 1.5
 """Standard deviation of the Gaussian under which two images are compared without their finest detail."""
 Row = dict[str, Any]
+Key = TypeVar("Key", bound=Hashable)
 Predict = Callable[[Tensor], Tensor]
 """Inputs (N, C, Y, X) of axial slices, standardised → images (N, T, Y, X), standardised."""
 
@@ -88,6 +93,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--tiny", action="store_true", help="a rehearsal: a few steps, one patient; its rows mean nothing"
     )
     return options
+
+
+def arguments(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the command line says; a rehearsal has a folder of its own in OUT."""
+    given = options.parse_args()
+    if given.tiny and given.out.name != "tiny":
+        given.out /= "tiny"
+    return given
 
 
 class Kept:
@@ -236,7 +249,7 @@ def baseline_rows(model: CrossConditionedModel, subject: Subject, task: Task) ->
 
 
 def batches(cases: Sequence[Case], modalities: Sequence[str], seed: int, **changes: Any) -> Batches:
-    """Crops of slices with their neighbours, as the shipped weights' training draws them."""
+    """Crops of slices with their neighbours, as the shipped weights' training draws them, but not augmented."""
     settings = {"size": CROP, "batch_size": HOW.batch_size, "seed": seed, "lesion_draws": 2, "context": 3, **changes}
     return Batches(cases, modalities, BatchSettings(**settings))
 
@@ -247,24 +260,29 @@ def fit(
     steps: int,
     how: TrainConfig = HOW,
     *,
+    fast: Sequence[nn.Parameter] = (),
     name: str = "training",
     display: Display | None = None,
 ) -> nn.Module:
     """Train a network by `loss(network, step)`, and return its averaged copy, in evaluation mode.
 
-    Matrix products are in bfloat16 where the machine multiplies it; the optimisation is `how`.
+    Matrix products are in bfloat16 where the machine multiplies it; the optimisation is `how`, with FASTER times its
+    learning rate for `fast`.
     """
     device = next(network.parameters()).device
     dtype = choose_precision("auto", device)
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
     kind = torch.optim.AdamW if how.optimiser == "adamw" else torch.optim.Adam
-    optimiser = kind(learning, how.learning_rate, betas=(0.9, how.beta_2), weight_decay=how.weight_decay)
+    ids = {id(parameter) for parameter in fast}
+    parts = {1.0: [p for p in learning if id(p) not in ids], FASTER: [p for p in learning if id(p) in ids]}
+    groups = [{"params": some, "times": times} for times, some in parts.items() if some]
+    optimiser = kind(groups, how.learning_rate, betas=(0.9, how.beta_2), weight_decay=how.weight_decay)
     averaged = copy.deepcopy(network)
     network.train()
     with (display or Display()).task(name, steps) as task:
         for step in range(steps):
             for group in optimiser.param_groups:
-                group["lr"] = how.rate(step, step / steps)
+                group["lr"] = how.rate(step, step / steps) * group["times"]
             optimiser.zero_grad(set_to_none=True)
             with autocast(device, dtype):
                 error = loss(network, step)
@@ -355,16 +373,41 @@ def kept_share(rows: Iterable[Row], structure: str = "lesion", value: str = "kep
     return f"{sum(KEPT[0] <= share <= KEPT[1] for share in shares)} of {len(shares)}" if shares else "–"
 
 
-def cell(rows: Sequence[Row], others: Sequence[Row], value: str, digits: int) -> str:
-    """Mean and 95 % interval over patients, * where it differs from the others (Wilcoxon, p < .05, uncorrected)."""
-    own, theirs = by_patient(rows, value), by_patient(others, value)
-    if not own:
+def by_predictor(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Predictor → its rows, in the order in which they first come."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["predictor"], []).append(row)
+    return found
+
+
+def column(groups: Mapping[Key, Sequence[Row]], against: Key, value: str, digits: int) -> dict[Key, str]:
+    """A column of a table: of each group the mean over patients, and its 95 % interval from five patients on.
+
+    A star: it differs from the group `against` of the same seeds (Wilcoxon over patients, p < .05 after Holm's
+    correction for the tests of the column).
+    """
+    means = {name: by_patient(rows, value) for name, rows in groups.items()}
+    p_values = dict[Key, float]()
+    for name, own in means.items():
+        seeds = {row.get("seed") for row in groups[name]}
+        others = by_patient([row for row in groups.get(against, []) if row.get("seed") in seeds], value)
+        both = [patient for patient in own if patient in others] if name != against else []
+        if both:
+            p_values[name] = metrics.paired_wilcoxon([own[one] for one in both], [others[one] for one in both])
+    corrected = dict(zip(p_values, metrics.holm(list(p_values.values())), strict=True))
+    return {k: number(list(own.values()), digits, "*" * (corrected.get(k, 1) < 0.05)) for k, own in means.items()}
+
+
+def number(values: Sequence[float], digits: int, star: str = "") -> str:
+    """A mean and, from five values on, its 95 % interval."""
+    if not values:
         return "–"
-    low, high = metrics.bootstrap_interval(list(own.values()))
-    both = [patient for patient in own if patient in theirs]
-    p = metrics.paired_wilcoxon([own[k] for k in both], [theirs[k] for k in both]) if both and others else math.nan
-    mean = statistics.fmean(own.values())
-    return f"{mean:.{digits}f}{'*' * (p < 0.05)} ({low:.{digits}f}–{high:.{digits}f})"
+    mean = f"{statistics.fmean(values):.{digits}f}{star}"
+    if len(values) < 5:
+        return mean
+    low, high = metrics.bootstrap_interval(values)
+    return f"{mean} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def table(rows: Sequence[Row], against: str, columns: Mapping[str, tuple[str, int]] = COLUMNS) -> str:
@@ -372,15 +415,14 @@ def table(rows: Sequence[Row], against: str, columns: Mapping[str, tuple[str, in
     parts = []
     for sources, target in dict.fromkeys((row["sources"], row["target"]) for row in rows):
         task = [row for row in rows if (row["sources"], row["target"]) == (sources, target)]
-        others = [row for row in task if row["predictor"] == against]
+        groups = by_predictor(task)
         names = " + ".join(DISPLAY_NAMES[m] for m in sources.split("+"))
         patients = len({row["patient"] for row in task})
         parts.append(f"\n**{names} → {DISPLAY_NAMES[target]}**, {patients} patients\n")
         parts.append("| | seeds | " + " | ".join([*columns, "lesions kept", "fluid kept"]) + " |")
         parts.append("|---" * (len(columns) + 4) + "|")
-        for predictor in dict.fromkeys(row["predictor"] for row in task):
-            own = [row for row in task if row["predictor"] == predictor]
-            cells = [cell(own, [] if predictor == against else others, *column) for column in columns.values()]
-            cells += [kept_share(own), kept_share(own, "fluid")]
-            parts.append(f"| {predictor} | {len({row['seed'] for row in own})} | {' | '.join(cells)} |")
+        cells = [column(groups, against, *one) for one in columns.values()]
+        for name, own in groups.items():
+            its = [*(one[name] for one in cells), kept_share(own), kept_share(own, "fluid")]
+            parts.append(f"| {name} | {len({row['seed'] for row in own})} | {' | '.join(its)} |")
     return "\n".join(parts)

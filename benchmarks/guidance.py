@@ -8,14 +8,20 @@ unguided      no y_0; the baseline of every comparison
 published     its condition layers learn with the rest, on samples of p(y_0), drawn without the patient, eight each
 given         the same on samples of p(y_0 | sources)
 true          the same on the true y_0: in half of the samples of the crop, in half of the volume
-last          the condition layers alone, on the true y_0, the rest being that of `unguided`, frozen
+last          240 steps more of the condition layers alone, on the true y_0, the rest being that of `unguided`, frozen
+
+They learn at ten times the others' rate, but in `last`. A network whose condition layers make use of y_0 differs by it
+from what it makes of the training mean; the truth's gain is a lower bound of what y_0 is worth.
 
 T1 + T2 -> T1ce + FLAIR with all of them, three seeds of unguided, published and true; T1 + T1ce + T2 -> FLAIR with
-unguided and true. `--patients 5` trains unguided and true on five patients instead, MRM and MDN staying those of all.
-The three patients who have two visits are training patients of the shipped weights; they have a table of their own.
+unguided and true. `--site SSA --start MODEL --patients 5`: few patients of a scanner that the model, one of
+patients.py, has not seen; unguided and true start from it, and are measured on the site's test and validation patients;
+MRM and MDN stay those of all. The three patients who have two visits are training patients of the shipped weights, of
+MRM and of MDN, not of these networks; they have a table of their own.
 
-python benchmarks/guidance.py runs/default -o runs/evidence --seeds 0 1 2    # goes on where it was stopped; 77 minutes
-python benchmarks/guidance.py runs/default -o runs/evidence --patients 5
+python benchmarks/guidance.py runs/default -o runs/evidence --seeds 0 1 2    # goes on where it was stopped
+python benchmarks/guidance.py runs/default -o runs/evidence --site SSA --patients 5 --start \
+    runs/evidence/patients/seed-0/SSA-model-of-other-sites-as-it-is/run/model
 python benchmarks/guidance.py runs/default -o runs/evidence --table
 """
 
@@ -34,6 +40,7 @@ from grid import (
     THREE,
     Kept,
     Task,
+    arguments,
     batches,
     by_slices,
     fit,
@@ -55,6 +62,7 @@ from guided import (
     seconds_a_step,
     vectors,
 )
+from patients import SITES
 from representations import ANY, TINY, Guide, Pooled, Sizes, tiny_base, trained_representations, write_tensors
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -83,19 +91,21 @@ class Variant:
     last: bool = False
 
 
-OF_TRUE = "truth of the volume", "a patient of the cohort", "a sample given the sources"
+OF_TRUE = "truth of the volume", "a patient of the source", "a sample given the sources"
 VARIANTS = {
     "unguided": Variant("nothing", ("nothing",), ("nothing",)),
-    "published": Variant("p(y_0)", ("a sample of p(y_0)",), ("a sample of p(y_0)",)),
+    "published": Variant("p(y_0)", ("a sample of p(y_0)", "training mean"), ("a sample of p(y_0)",)),
     "true": Variant(
         "truth",
         (
             "truth of each slice",
             "truth of the volume",
-            "a patient of the cohort",
-            "a patient of another cohort",
+            "a patient of the source",
+            "a patient of another source",
             "training mean",
             "ridge regression",
+            "a sample of each slice given its sources",
+            "mean of 8 vectors of each slice given its sources",
             "a sample given the sources",
             "mean of 8 vectors given the sources",
             "a sample of p(y_0)",
@@ -104,13 +114,13 @@ VARIANTS = {
         ("truth of the volume",),
     ),
     "given": Variant("p(y_0 | sources)", ("a sample given the sources", "mean of 4 images given the sources"), ()),
-    "last": Variant("truth", OF_TRUE, (), last=True),
+    "last": Variant("truth", (*OF_TRUE, "training mean"), (), last=True),
 }
-OF_FEW = {"unguided": ("nothing",), "true": OF_TRUE}
-"""What is measured of few patients, and, but for the sample, of T1 + T1ce + T2 -> FLAIR."""
+OF_FEW = {"unguided": ("nothing",), "true": (*OF_TRUE, "a patient of another source", "training mean")}
+"""What is measured of few patients, and, the first two of each, of T1 + T1ce + T2 -> FLAIR."""
 AT_VISITS = {
     "unguided": ("nothing",),
-    "true": ("truth of the volume", "the other visit", "a patient of the cohort"),
+    "true": ("truth of the volume", "the other visit", "a patient of the source"),
 }
 BASELINE = "unguided: nothing"
 KEEP = {"unguided": "unguided twin", "published": "published guidance"}
@@ -118,8 +128,8 @@ KEEP = {"unguided": "unguided twin", "published": "published guidance"}
 BY_COHORT = (
     BASELINE,
     "true: truth of the volume",
-    "true: a patient of the cohort",
-    "true: a patient of another cohort",
+    "true: a patient of the source",
+    "true: a patient of another source",
     "true: a sample given the sources",
 )
 """What is looked at in each cohort by itself: a reference might tell a site's style of contrast."""
@@ -134,6 +144,10 @@ class Experiment:
     tiny: bool
     display: Display
     device: torch.device
+    start: str = "default"
+    """The model from which the networks start."""
+    site: str = ""
+    """Where given, only its patients are trained on and measured."""
 
     def steps(self, net: "Net") -> int:
         """Of a network's training."""
@@ -148,6 +162,11 @@ class Experiment:
         """The studies of a split."""
         return four_contrasts(self.base, split)
 
+    def test(self) -> list[Case]:
+        """The studies that are measured."""
+        parts = ("test", "val") if self.site else ("test",)
+        return [case for part in parts for case in self.cases(part) if case.name.startswith(SITES.get(self.site, ""))]
+
     @cache  # noqa: B019  (lives as long as the script)
     def guide(self, task: Task) -> Guide:
         """MRM, MDN and vectors of a task; trains what is missing."""
@@ -156,13 +175,14 @@ class Experiment:
         mrm = trained_representations(self.base, self.out, ANY, sizes, self.display)
         return Guide(model, Pooled(mrm, self.out / "representations" / "pooled"), task)
 
-    def training(self, patients: int | None) -> list[Case]:
-        """The training studies, or those of so many patients, drawn at random."""
-        cases = self.cases("train")
-        if patients is None:
+    def training(self, net: "Net") -> list[Case]:
+        """The training studies, or those of so many of the site's patients, drawn at random; none who came twice."""
+        cases = [case for case in self.cases("train") if case.name not in OTHER_VISIT]
+        if net.patients is None:
             return cases
-        order = torch.randperm(len(cases), generator=seeded("patients", patients)).tolist()
-        return [cases[i] for i in order[:patients]]
+        cases = [case for case in cases if case.name.startswith(SITES.get(self.site, ""))]
+        order = torch.randperm(len(cases), generator=seeded("patients", net.patients, net.seed)).tolist()
+        return [cases[i] for i in order[: net.patients]]
 
 
 @dataclass(frozen=True)
@@ -173,17 +193,18 @@ class Net:
     variant: str
     seed: int
     patients: int | None = None
+    site: str = ""
 
     @property
     def name(self) -> str:
         """Of its file."""
-        few = "" if self.patients is None else f"-{self.patients}"
+        few = "" if self.patients is None else f"-{self.site}-{self.patients}"
         return f"{'+'.join(self.task[1])}-{self.variant}-{self.seed}{few}"
 
 
 def start(experiment: Experiment, net: Net) -> FixedTask:
     """The network before its training."""
-    guide, shipped = experiment.guide(net.task), load_model("default")
+    guide, shipped = experiment.guide(net.task), load_model(experiment.start)
     dim = guide.model.config.representation.dim * len(net.task[1])
     network = converted(shipped, net.task, dim, net.seed)
     if VARIANTS[net.variant].last:
@@ -201,7 +222,7 @@ def start(experiment: Experiment, net: Net) -> FixedTask:
 def loss_of(experiment: Experiment, net: Net) -> Callable[[nn.Module, int], Tensor]:
     """The loss of a network at a step."""
     sources, targets = net.task
-    cases = experiment.training(net.patients)
+    cases = experiment.training(net)
     data = batches(cases, (*sources, *targets), net.seed, **experiment.smaller)
     guides = guiding(VARIANTS[net.variant].learns, experiment.guide(net.task), cases, net.seed)
 
@@ -223,7 +244,13 @@ def trained(experiment: Experiment, net: Net) -> FixedTask:
     last = VARIANTS[net.variant].last
     how = replace(HOW, learning_rate=1e-3 if last else 3e-4, warm_up=50, ema_decay=0.99)
     averaged = fit(
-        network, loss_of(experiment, net), experiment.steps(net), how, name=net.name, display=experiment.display
+        network,
+        loss_of(experiment, net),
+        experiment.steps(net),
+        how,
+        fast=() if last else network.network.condition_layers(),
+        name=net.name,
+        display=experiment.display,
     )
     write_tensors(path, averaged.state_dict())
     return cast(FixedTask, averaged)
@@ -233,7 +260,7 @@ def measure_net(experiment: Experiment, net: Net, wanted: Sequence[str], part: s
     """Rows of a network on each study of a part, completed with each of `wanted`; those that are kept are left out."""
     guide, (sources, targets) = experiment.guide(net.task), net.task
     visits = [case for case in experiment.cases("train") if case.name in OTHER_VISIT]
-    cases = visits if part == "visits" else experiment.cases("test")
+    cases = visits if part == "visits" else experiment.test()
     key = {"part": part, "seed": net.seed, "sources": "+".join(sources), "target": targets[-1]}
     missing = [
         (case, completion)
@@ -246,7 +273,7 @@ def measure_net(experiment: Experiment, net: Net, wanted: Sequence[str], part: s
         assert network is not None
         subject = subject_of_case(case)
         y_0 = vectors(guide, experiment.cases("train"), completion, case, net.seed)
-        predict = completing(network, y_0, each_slice=completion == "truth of each slice")
+        predict = completing(network, y_0, each_slice="each slice" in completion)
         images = by_slices(subject, sources, targets, predict, device=experiment.device)
         predictor = f"{net.variant}: {completion}"
         if net == Net(PUBLISHED, net.variant, 0) and part == "test" and net.variant in KEEP:
@@ -260,9 +287,9 @@ def measure_net(experiment: Experiment, net: Net, wanted: Sequence[str], part: s
 def as_shipped(experiment: Experiment, task: Task, work: Measuring) -> None:
     """Rows of the converted network before any training."""
     sources, targets = task
-    shipped = load_model("default")
-    key = {"part": "test", "predictor": "as shipped", "seed": 0, "sources": "+".join(sources), "target": targets[-1]}
-    missing = [case for case in experiment.cases("test") if not work.kept.has(case=case.name, **key)]
+    shipped, part = load_model(experiment.start), f"{experiment.site} as it is" if experiment.site else "test"
+    key = {"part": part, "predictor": "as shipped", "seed": 0, "sources": "+".join(sources), "target": targets[-1]}
+    missing = [case for case in experiment.test() if not work.kept.has(case=case.name, **key)]
     fixed = converted(shipped, task, 1).eval()
     for case in missing:
         subject = subject_of_case(case)
@@ -270,7 +297,7 @@ def as_shipped(experiment: Experiment, task: Task, work: Measuring) -> None:
             print(conversion_error(shipped, fixed, task, subject), flush=True)
         predict = completing(fixed, None, each_slice=False)
         images = by_slices(subject, sources, targets, predict, device=torch.device("cpu"))
-        work.add(subject, sources, images, predictor="as shipped", seed=0, part="test")
+        work.add(subject, sources, images, predictor="as shipped", seed=0, part=part)
 
 
 def planned(options: argparse.Namespace) -> list[tuple[Net, Sequence[str], str]]:
@@ -278,8 +305,9 @@ def planned(options: argparse.Namespace) -> list[tuple[Net, Sequence[str], str]]
     few = options.patients
     chosen = [name for name in VARIANTS if not options.only or name in options.only]
     if few is not None:
-        nets = [(Net(PUBLISHED, name, seed, few), OF_FEW[name]) for seed in options.seeds for name in OF_FEW]
-        return [(net, wanted, f"{few} patients") for net, wanted in nets if net.variant in chosen]
+        site = options.site
+        nets = [(Net(PUBLISHED, name, seed, few, site), OF_FEW[name]) for seed in options.seeds for name in OF_FEW]
+        return [(net, wanted, f"{few} patients of {site}") for net, wanted in nets if net.variant in chosen]
     plan: list[tuple[Net, Sequence[str], str]] = []
     for seed in options.seeds:
         for name in chosen:
@@ -295,9 +323,9 @@ def say_how_long(experiment: Experiment, plan: Sequence[tuple[Net, Sequence[str]
     nets = {net for net, _, _ in plan if not (experiment.out / "guidance" / f"{net.name}.safetensors").exists()}
     images = sum(len(wanted) + 2 * any("images" in w for w in wanted) for _, wanted, _ in plan)
     raw = batches(experiment.cases("train")[:2], (*PUBLISHED[0], *PUBLISHED[1]), 0, **experiment.smaller)[0]
-    took = seconds_a_step(converted(load_model("default"), PUBLISHED, 256), raw, experiment.device)
+    took = seconds_a_step(converted(load_model(experiment.start), PUBLISHED, 256), raw, experiment.device)
     steps = sum(map(experiment.steps, nets))
-    studies = images * len(experiment.cases("test"))
+    studies = images * len(experiment.test())
     minutes = (steps * took + studies * SECONDS_A_STUDY) / 60
     print(
         f"{len(nets)} trainings, {steps} steps of {took:.2f} s; {studies} studies to complete and measure, "
@@ -311,9 +339,7 @@ def show(kept: Kept) -> None:
     parts = dict.fromkeys(row["part"] for row in kept.rows)
     for part in parts:
         own = [row for row in kept.rows if row["part"] == part]
-        shipped = [row for row in kept.rows if row["predictor"] == "as shipped" and part.endswith("patients")]
-        tasks = {row["sources"] for row in own}
-        print(f"\n## {part}\n{table(own + [row for row in shipped if row['sources'] in tasks], BASELINE)}")
+        print(f"\n## {part}\n{table(own, BASELINE)}")
         for cohort in dict.fromkeys(row["cohort"] for row in own if part == "test"):
             here = [row for row in own if row["cohort"] == cohort and row["predictor"] in BY_COHORT]
             print(f"\n### {cohort} alone\n{table(here, BASELINE)}")
@@ -323,18 +349,21 @@ def main() -> None:
     """Train and measure what is missing, and print the tables."""
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=VARIANTS, default=[], metavar="NETWORK")
-    options.add_argument("--patients", type=int, help="train unguided and true on so many patients")
+    options.add_argument("--site", choices=tuple(SITES), default="", help="with --patients and --start")
+    options.add_argument("--patients", type=int, help="train unguided and true on so many of the site's")
+    options.add_argument("--start", default="default", help="a model that was trained without the site")
     options.add_argument("--table", action="store_true", help="print the tables of the rows that are kept")
-    given = options.parse_args()
-    base, out = given.base, given.out / "tiny" if given.tiny else given.out
+    given = arguments(options)
+    base, out = given.base, given.out
     kept = Kept(out, "guidance")
     if not given.table:
         base = tiny_base(base, out / "base") if given.tiny else base
-        experiment = Experiment(base, out, given.tiny, Display(), choose_device(given.device))
+        device = choose_device(given.device)
+        experiment = Experiment(base, out, given.tiny, Display(), device, given.start, given.site)
         plan, begin = planned(given), time.monotonic()
         say_how_long(experiment, plan)
         with measuring(kept) as work:
-            for task in (PUBLISHED, THREE) if not given.only and given.patients is None else ():
+            for task in (PUBLISHED,) if given.site else (PUBLISHED, THREE) if not given.only else ():
                 as_shipped(experiment, task, work)
             for net, wanted, part in plan:
                 measure_net(experiment, net, wanted, part, work)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from grid import Kept, Predict, Row, Task, measured, network_inputs, seconds
+from patients import SITES
 from representations import BATCH, EVERY, Guide, ridge
 from scans import SECOND_VISITS, cohort_of
 from torch import Tensor, nn
@@ -138,10 +139,18 @@ def error(network: nn.Module, raw: ImageBatch, y_0: Tensor | None, targets: int)
     return total / count.clamp(min=1)
 
 
+def source_of(case: str) -> str:
+    """The source that a case is of, by its name; else its cohort."""
+    return next((site for site, names in SITES.items() if case.startswith(names)), cohort_of(case))
+
+
 def another(known: Sequence[Case], case: Case, *, same: bool) -> Case:
-    """A training study of another patient, of the same cohort or of another one, drawn at random."""
+    """A training study of another patient, of the same source, else cohort, or of another one, drawn at random."""
     own = case.name, OTHER_VISIT.get(case.name)
-    fitting = [o for o in known if o.name not in own and (cohort_of(o.name) == cohort_of(case.name)) == same]
+    for kind in (source_of, cohort_of):
+        fitting = [o for o in known if o.name not in own and (kind(o.name) == kind(case.name)) == same]
+        if fitting:
+            break
     return fitting[int(torch.randint(len(fitting), (1,), generator=seeded("another", case.name, same)))]
 
 
@@ -164,8 +173,8 @@ def vectors(guide: Guide, known: Sequence[Case], completion: str, case: Case, se
         case "the other visit":
             names = {other.name: other for other in known}
             return guide.volume(names[OTHER_VISIT[case.name]])
-        case "a patient of the cohort" | "a patient of another cohort":
-            return guide.volume(another(known, case, same=completion == "a patient of the cohort"))
+        case "a patient of the source" | "a patient of another source":
+            return guide.volume(another(known, case, same=completion == "a patient of the source"))
         case "training mean":
             return torch.cat([guide.volume(k) for k in known]).mean(0, keepdim=True)
         case "ridge regression":
@@ -174,6 +183,10 @@ def vectors(guide: Guide, known: Sequence[Case], completion: str, case: Case, se
             return guide.samples(case, 1, given=False, seed=seed + 1000)
         case "a sample given the sources":
             return guide.samples(case, 1, given=True, seed=seed + 1000)
+        case "a sample of each slice given its sources":
+            return guide.slice_samples(case, seed + 1000)
+        case "mean of 8 vectors of each slice given its sources":
+            return torch.stack([guide.slice_samples(case, seed + 1000 + k) for k in range(DRAWN)]).mean(0)
     drawn = guide.samples(case, DRAWN, given=True, seed=seed + 1000)
     return drawn[: DRAWN // 2] if "images" in completion else drawn.mean(0, keepdim=True)
 

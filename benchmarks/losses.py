@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from grid import HOW, Kept, Row, batches, cell, fit, four_contrasts, kept_share, light_measures, seconds
+from grid import HOW, Kept, Row, batches, by_predictor, column, fit, four_contrasts, kept_share, light_measures, seconds
 from replacements import by_model
-from segmenter import of_region, scored, trained, tumours
+from segmenter import LARGE, of_region, scored, trained, tumours
 from torch import Tensor, nn
 from tumours import CONTRASTS, REGIONS, Segmenter, segment
 
@@ -146,17 +146,23 @@ def table(rows: Sequence[Row]) -> str:
     for missing in dict.fromkeys(row["missing"] for row in rows):
         own = [row for row in rows if row["missing"] == missing]
         parts.append(f"\n**{DISPLAY_NAMES[missing]} synthetic**, {len({row['patient'] for row in own})} patients\n")
-        heads = ["Dice WT", "Dice TC", "Dice ET", "correlation, deep", "error, deep", "lesions kept"]
+        heads = [
+            "Dice WT",
+            "Dice TC",
+            "Dice ET",
+            "ET of 1 ml or more",
+            "correlation, deep",
+            "error, deep",
+            "lesions kept",
+        ]
         parts.append("| fine-tuned by | seeds | " + " | ".join(heads) + " |")
         parts.append("|---" * (len(heads) + 2) + "|")
-        for predictor in dict.fromkeys(row["predictor"] for row in own):
-            its = [row for row in own if row["predictor"] == predictor]
-            control = [row for row in own if row["predictor"] == CONTROL != predictor]
-            columns = [(region, "dice", 3) for region in REGIONS]
-            columns += [(IMAGE, "correlation_deep", 3), (IMAGE, "mae_deep", 4)]
-            cells = [cell(of_region(its, r), of_region(control, r), value, digits) for r, value, digits in columns]
-            cells.append(kept_share(of_region(its, IMAGE)))
-            parts.append(f"| {predictor} | {len({row['seed'] for row in its})} | {' | '.join(cells)} |")
+        columns = [(region, ("dice", 3)) for region in (*REGIONS, LARGE)]
+        columns += [(IMAGE, ("correlation_deep", 3)), (IMAGE, ("mae_deep", 4))]
+        cells = [column(by_predictor(of_region(own, region)), CONTROL, *rest) for region, rest in columns]
+        for predictor, its in by_predictor(own).items():
+            texts = [*(one.get(predictor, "–") for one in cells), kept_share(of_region(its, IMAGE))]
+            parts.append(f"| {predictor} | {len({row['seed'] for row in its})} | {' | '.join(texts)} |")
     return "\n".join(parts)
 
 

@@ -1,28 +1,31 @@
 """How many patients does a training need, and what does a model do at a site that it has not seen?
 
 python benchmarks/patients.py runs/default --data ../shared/data -o runs/evidence     # goes on where it was stopped
-python benchmarks/patients.py runs/default -o runs/evidence --only SSA TCIA           # some parts; see below
+python benchmarks/patients.py runs/default -o runs/evidence --only SSA 2021           # some parts; see below
 python benchmarks/patients.py runs/default -o runs/evidence --table                   # from the kept rows alone
 python benchmarks/patients.py runs/default -o runs/evidence --table --run runs/default/run    # and over steps
 
 The product trains all, by recipe 'any', on the set of BASE with another split. Parts, by their names for --only:
 
-SSA, TCIA   A new site. A base model is trained without the site (its cases by the prefixes of their names). It is
+SSA, 2021   A new site. A base model is trained without the site (its cases by the prefixes of their names). It is
             measured on the site's test patients as it is, and after fine-tuning on 5, 10 and 20 of the site's others,
-            as far as there are so many, beside trainings on the same patients from nothing and, for SSA, from MRM. The
-            shipped weights stand beside: they have seen the site's other patients, but not these.
+            as far as there are so many, beside trainings on the same patients from nothing and, for SSA, from MRM.
+            Controls: a model of all sites by as many steps as the base; the base, fine-tuned on five patients of other
+            sites. The shipped weights stand beside: they have seen the site's other patients, but not these, and had
+            more than ten times as many steps.
 mixed       5, 10, 20 and 40 patients of all sources, each group within the next: from nothing and from MRM.
 features    40 patients, and networks of 24 and 72 features instead of 48, at equal steps.
-2013, CBICA, 2021, MS    A short base training without the site, as it is. Not done unless named.
+TCIA, 2013, CBICA, MS    A short base training without the site, as it is: one to three test patients. Not done unless
+            named.
 
 MRM: the same network learns to restore patches of 16 x 16 pixels, three quarters of which are hidden, on all training
 scans but SSA's, and on the patients who lack contrasts. It sees one scan at a time, as if no two were of one patient.
 
 Test patients of a site are those of the lists in default_weights.py, TEST and VALIDATION; of 'mixed' and 'features' the
 14 whole studies of TEST. Each contrast is made from the three others, in every third axial slice. Fine-tuning has a
-third of the learning rate and half the steps; those of the model that it starts from are not counted: a user gets it
-ready. Trainings on few patients have no validation. BraTS 2018's TCIA patients come from several hospitals, which other
-sources may share.
+third of the learning rate and a quarter of the steps of a training from nothing; those of the model that it starts from
+are not counted: a user gets it ready. Those of MRM are: together they are as many as from nothing. Trainings on few
+patients have no validation. BraTS 2018's TCIA patients come from several hospitals, which other sources may share.
 """
 
 import argparse
@@ -37,7 +40,7 @@ from pathlib import Path
 import torch
 from curves import MEASURES, WANTED, over_patients, over_steps, starts
 from default_weights import TEST, VALIDATION
-from grid import Kept, Row, four_contrasts, parser, seconds
+from grid import Kept, Row, arguments, four_contrasts, parser, seconds
 from restoring import Restoring
 from scans import SECOND_VISITS, write_set
 from thin import rows_of
@@ -63,14 +66,15 @@ SITES = {
     "MS": ("patient",),
 }
 """How the cases of each site are called."""
-PARTS = ("SSA", "mixed", "features", "TCIA")
-STEPS, TUNING_STEPS, MRM_STEPS, SHORT_STEPS = 600, 300, 1000, 900
-BASE_STEPS = {"SSA": 2000, "TCIA": 1200}
+PARTS = ("SSA", "mixed", "features", "2021")
+STEPS, TUNING_STEPS, MRM_STEPS, SHORT_STEPS = 1200, 300, 500, 900
+BASE_STEPS = {"SSA": 2000, "2021": 2000}
 FEW, MIXED, MIXED_MRM, FEATURES = (5, 10, 20), (5, 10, 20, 40), (5, 20), (24, 72)
 MEASURING_SECONDS = 5.0
 """Of one study, four contrasts, on two cores."""
 NOTHING, MRM, OTHERS, SHIPPED = "from nothing", "from MRM", "from a model of other sites", "shipped weights"
-ZERO_SHOT = "model of other sites, as it is"
+ZERO_SHOT, ALL_SITES = "model of other sites, as it is", "model of all sites, as many steps"
+ELSEWHERE = "from a model of other sites, on their patients"
 EVERY = 3
 """Of the axial slices one in so many is made and measured."""
 
@@ -104,6 +108,10 @@ class Job:
         """Whether others start from it, so that it is kept."""
         return self.predictor in (ZERO_SHOT, MRM) and not self.patients
 
+    def of_site(self, case: str) -> bool:
+        """Whether a case is of the site that the job leaves out."""
+        return self.predictor != ALL_SITES and of_site(case, self.part)
+
 
 MASKED = Job("MRM", MRM, steps=MRM_STEPS)
 
@@ -115,16 +123,20 @@ def jobs(part: str, pool: int) -> Iterator[Job]:
         return
     if part != "mixed":
         base = Job(part, ZERO_SHOT, steps=BASE_STEPS.get(part, SHORT_STEPS))
+        few = [count for count in FEW if count <= pool and part in BASE_STEPS]
         yield from (base, Job(part, SHIPPED))
-        for count in (count for count in FEW if count <= pool and part in BASE_STEPS):
-            yield Job(part, OTHERS, count, TUNING_STEPS, base.folder)
-            yield Job(part, NOTHING, count, STEPS)
+        yield from (Job(part, OTHERS, count, TUNING_STEPS, base.folder) for count in few)
+        if few:
+            yield from (Job(part, ELSEWHERE, few[0], TUNING_STEPS, base.folder), Job(part, ALL_SITES, steps=base.steps))
+        yield from (Job(part, NOTHING, count, STEPS) for count in few)
     else:
         yield from (Job(part, NOTHING, count, STEPS) for count in MIXED)
         yield Job(part, SHIPPED)
     if part in ("SSA", "mixed"):
         yield MASKED
-        yield from (Job(part, MRM, n, STEPS, MASKED.folder) for n in (MIXED_MRM if part == "mixed" else FEW))
+        yield from (
+            Job(part, MRM, n, STEPS - MRM_STEPS, MASKED.folder) for n in (MIXED_MRM if part == "mixed" else FEW)
+        )
 
 
 def of_site(case: str, part: str) -> bool:
@@ -144,14 +156,17 @@ class Experiment:
         self.tiny, self.seed, self.device = options.tiny, seed, options.device
         self.base: Path = options.base
         self.data: Path = options.data
-        self.out: Path = (options.out / "tiny" if self.tiny else options.out) / "patients" / f"seed-{seed}"
+        self.out: Path = options.out / "patients" / f"seed-{seed}"
         self.kept = Kept(self.out.parents[1], "patients")
 
-    def pool(self, part: str) -> list[list[str]]:
-        """The cases of each patient who may be trained on, in a random order that the seed decides."""
+    def pool(self, part: str, *, elsewhere: bool = False) -> list[list[str]]:
+        """The cases of each patient who may be trained on, in a random order that the seed decides.
+
+        They are the site's, where the part is a site, or, `elsewhere`, the others'.
+        """
         cases = [case.name for case in four_contrasts(self.base, "train")]
         if part in SITES:
-            cases = [case for case in cases if of_site(case, part)]
+            cases = [case for case in cases if of_site(case, part) != elsewhere]
         patients: dict[str, list[str]] = {}
         for case in sorted(cases):
             patients.setdefault(patient_of(case), []).append(case)
@@ -186,7 +201,7 @@ class Experiment:
     def recipe(self, job: Job) -> Recipe:
         """How it is trained."""
         settings = {"synthesis.channels": str(job.features), "synthesis_train.warm_up": "100"}
-        if job.start and job.predictor == OTHERS:
+        if job.predictor in (OTHERS, ELSEWHERE):
             rate = RECIPES["any"].synthesis_train.learning_rate / 3
             settings |= {"synthesis_train.learning_rate": f"{rate}", "synthesis_train.warm_up": "30"}
         if self.tiny:
@@ -203,9 +218,10 @@ class Experiment:
             if not (sets[-1] / "manifest.json").exists():
                 prepare([self.data / "lgg_incomplete"], sets[-1], PrepareSettings(), display=Display())
         entries = {name: (s, e) for s in sets for name, e in PreparedDataset(s).manifest["cases"].items()}
-        parts = {name: "train" for cases in self.pool(job.part)[: job.patients] for name in cases}
+        pool = self.pool(job.part, elsewhere=job.predictor == ELSEWHERE)
+        parts = {name: "train" for cases in pool[: job.patients] for name in cases}
         if not job.patients:
-            known = {name for name in entries if name not in TEST and not of_site(name, job.part)}
+            known = {name for name in entries if name not in TEST and not job.of_site(name)}
             parts = {name: "val" if name in VALIDATION else "train" for name in known}
             if job == MASKED:
                 parts = {name: part for name, part in parts.items() if part == "train"}
@@ -285,11 +301,11 @@ def print_tables(rows: Sequence[Row], runs: Sequence[Path]) -> None:
                 and row["start"] in (NOTHING, *(f"{width} features" for width in FEATURES))
             ]
             own = [{**row, "start": f"{row['features']} features"} for row in widths]
-        order = [NOTHING, OTHERS, MRM, ZERO_SHOT, SHIPPED]
+        order = [NOTHING, OTHERS, ELSEWHERE, MRM, ZERO_SHOT, ALL_SITES, SHIPPED]
         own.sort(key=lambda row: order.index(row["start"]) if row["start"] in order else row["features"])
         print(f"\n## {part}")
         for measure in (*MEASURES, "lesions kept"):
-            print(starts(own, measure))
+            print(starts(own, measure, (ZERO_SHOT, 0) if part in SITES else None))
         if part in ("SSA", "mixed"):
             print(over_patients(own, NOTHING))
     if runs:
@@ -300,7 +316,7 @@ def main() -> None:
     """Train and measure what is missing, then print the tables."""
     options = parser(__doc__)
     options.add_argument("--data", type=Path, default=Path("../shared/data"), help="for lgg_incomplete")
-    options.add_argument("--only", nargs="+", default=PARTS, choices=(*PARTS, "2013", "CBICA", "2021", "MS"))
+    options.add_argument("--only", nargs="+", default=PARTS, choices=(*PARTS, "TCIA", "2013", "CBICA", "MS"))
     options.add_argument(
         "--run",
         type=Path,
@@ -309,7 +325,7 @@ def main() -> None:
         help="runs, each going on with the one before: their curve over steps",
     )
     options.add_argument("--table", action="store_true", help="print the tables of the kept rows, and do nothing")
-    given = options.parse_args()
+    given = arguments(options)
     for seed in () if given.table else given.seeds:
         experiment = Experiment(given, seed)
         all_jobs = experiment.jobs(given.only)

@@ -2,8 +2,9 @@
 
 Of the shipped any-subset network all is frozen but the decoder's finest level and the last layers. These learn again,
 by the absolute error and a discriminator of patches (least squares, MONAI), which sees the four contrasts of a slice,
-the hidden ones synthetic or true. What makes texture possible is y_0: the true one of the hidden contrasts in training,
-a sample of p(y_0 | sources) at completion; or, as the control, a map of noise that only the last layers see.
+the hidden ones synthetic or true. They are given y_0: the true one of the hidden contrasts in training, a sample of
+p(y_0 | sources) at completion. Controls: a map of noise instead; the adversary with nothing given; and the same steps
+without the adversary.
 
 Measured on the test studies, FLAIR, T1ce and T2 from the three others each: the rows of grid.py; the power of axial
 patches within the brain, synthetic over real, in three bands of cycles per millimetre; the area under the ROC curve of
@@ -27,6 +28,7 @@ from grid import (
     HOW,
     Kept,
     Row,
+    arguments,
     batches,
     by_patient,
     fit,
@@ -74,6 +76,8 @@ ADVERSARIAL = 0.2
 """Weight of the discriminator's loss beside the absolute error, in robust standard deviations."""
 TARGETS = ("t2f", "t1c", "t2w")
 SHIPPED, Y_0, NOISE = "shipped", "realistic: y_0", "realistic: noise"
+ALONE, ERROR = "realistic: nothing given", "absolute error alone"
+LEARNT = Y_0, NOISE, ALONE, ERROR
 TEXTURE = {
     "power, .03–.1": ("power_low", 2),
     "power, .1–.25": ("power_middle", 2),
@@ -86,7 +90,7 @@ SECONDS_A_STUDY, TELLING_MINUTES = 4.0, 1.0
 
 
 class Textured(nn.Module):
-    """The shipped network, of which the finest level and the last layers learn, given y_0 or a map of noise."""
+    """The shipped network, whose finest level and last layers learn, given y_0, a map of noise or nothing."""
 
     def __init__(self, shipped: CrossConditionedModel, kind: str, dim: int, seed: int = 0):
         super().__init__()
@@ -94,7 +98,7 @@ class Textured(nn.Module):
         self.noise, noise = kind == NOISE, int(kind == NOISE)
         outputs = len(config.targets) * (1 + config.uncertainty)
         with first_weights(seed, "realism"):
-            guided = None if self.noise else dim
+            guided = dim if kind == Y_0 else None
             self.network = CUNet(config.synthesis, config.inputs + noise, outputs, representation_dim=guided)
         for name in ("encoder.stem.conv.weight", "decoder.out.correct.0.weight") if self.noise else ():
             weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name][:, :1])], 1)
@@ -111,7 +115,7 @@ class Textured(nn.Module):
         """Map a model's inputs (N, inputs, Y, X) and y_0 (N, T·D), or noise (N, 1, Y, X), to its outputs."""
         if self.noise:
             return cast(Tensor, self.network(torch.cat([inputs, given.to(inputs)], 1)))
-        return cast(Tensor, self.network(inputs, given))
+        return cast(Tensor, self.network(inputs, given))  # which looks at y_0 if it has condition layers
 
 
 class Adversary:
@@ -138,7 +142,7 @@ class Adversary:
 
 
 def realistic_loss(
-    shipped: CrossConditionedModel, guide: Guide, data: Batches, seed: int
+    shipped: CrossConditionedModel, guide: Guide, data: Batches, seed: int, kind: str
 ) -> Callable[[nn.Module, int], Tensor]:
     """The absolute error of the hidden contrasts, and how clearly they are told from real ones."""
     adversary = Adversary(len(MODALITIES), seed)
@@ -156,6 +160,8 @@ def realistic_loss(
         wanted = hidden[:, :, None, None] * (raw.images > 0)
         weight = wanted * (1 + LESION_WEIGHT * raw.lesion)
         error, count = synthesis_error(prediction, truth, weight, absolute=True)
+        if kind == ERROR:
+            return error / count.clamp(min=1)
         synthetic = torch.where(wanted > 0, prediction.float(), truth)
         adversary.learn(truth, synthetic)
         return error / count.clamp(min=1) + ADVERSARIAL * adversary.found_out(synthetic)
@@ -215,21 +221,21 @@ def trained(experiment: Experiment, kind: str) -> Textured:
     """A network with texture, trained or read."""
     seed, dim = experiment.seed, experiment.mrm.config.representation.dim * len(MODALITIES)
     network = Textured(experiment.shipped, kind, dim, seed)
-    name = f"{kind.removeprefix('realistic: ')}-{seed}"
+    name = f"{kind.removeprefix('realistic: ').replace(' ', '-')}-{seed}"
     path = experiment.out / "realism" / f"{name}.safetensors"
     if not path.exists():
         how = replace(HOW, learning_rate=3e-4, warm_up=50, ema_decay=0.99)
-        averaged = fit(network, loss_of(experiment), experiment.steps, how, name=name, display=experiment.display)
+        averaged = fit(network, loss_of(experiment, kind), experiment.steps, how, name=name, display=experiment.display)
         write_tensors(path, averaged.state_dict())
     network.load_state_dict(load_file(path))
     return network.eval()
 
 
-def loss_of(experiment: Experiment) -> Callable[[nn.Module, int], Tensor]:
+def loss_of(experiment: Experiment, kind: str) -> Callable[[nn.Module, int], Tensor]:
     """The loss, on batches of the training patients."""
     size = 2 if experiment.tiny else HOW.batch_size
     data = batches(four_contrasts(experiment.base, "train"), MODALITIES, experiment.seed, batch_size=size)
-    return realistic_loss(experiment.shipped, experiment.guide(TARGETS[0]), data, experiment.seed)
+    return realistic_loss(experiment.shipped, experiment.guide(TARGETS[0]), data, experiment.seed, kind)
 
 
 def measure_images(experiment: Experiment, predictor: str, work: Measuring) -> None:
@@ -292,23 +298,23 @@ def conditions(rows: Sequence[Row], predictor: str) -> list[str]:
         )
         for band in ("power_middle", "power_high"):
             far = [
-                abs(float(np.mean(np.log(list(by_patient(some, band).values()) or [np.inf]))))
+                float(np.mean(np.abs(np.log(list(by_patient(some, band).values()) or [np.inf]))))
                 for some in (own, shipped)
             ]
             if far[0] >= far[1]:
                 against.append(f"{target}: {band} is no nearer to the real one")
-        shares = [by_patient(some, "lesion_kept") for some in (own, shipped)]
-        kept = [sum(KEPT[0] <= share <= KEPT[1] for share in some.values()) for some in shares]
-        lost = [sum(share < LOST for share in some.values()) for some in shares]
-        if kept[0] < kept[1] or lost[0] > lost[1]:
-            against.append(f"{target}: {kept[0]} lesions kept and {lost[0]} lost, {kept[1]} and {lost[1]} as shipped")
+        now, before = (by_patient(some, "lesion_kept") for some in (own, shipped))
+        no_more = [p for p, share in before.items() if KEPT[0] <= share <= KEPT[1] and not KEPT[0] <= now[p] <= KEPT[1]]
+        lost = [patient for patient, share in before.items() if share >= LOST > now[patient]]
+        if no_more or lost:
+            against.append(f"{target}: lesions of {len(no_more)} patients are no more kept, of {len(lost)} newly lost")
     return against
 
 
 def show(kept: Kept) -> None:
     """The tables and the verdict, from the rows that are kept."""
     print(table(kept.rows, SHIPPED, COLUMNS | TEXTURE))
-    for predictor in (Y_0, NOISE):
+    for predictor in LEARNT:
         if {predictor, SHIPPED} <= {row["predictor"] for row in kept.rows}:
             against = conditions(kept.rows, predictor)
             print(f"\n{predictor}: {'ship it' if not against else 'do not ship it: ' + '; '.join(against)}")
@@ -317,10 +323,10 @@ def show(kept: Kept) -> None:
 def main() -> None:
     """Train and measure what is missing, and print the tables."""
     options = parser(__doc__)
-    options.add_argument("--only", nargs="+", choices=(SHIPPED, Y_0, NOISE), default=[SHIPPED, Y_0, NOISE])
+    options.add_argument("--only", nargs="+", choices=(SHIPPED, *LEARNT), default=[SHIPPED, *LEARNT])
     options.add_argument("--table", action="store_true", help="print the tables of the rows that are kept")
-    given = options.parse_args()
-    base, out = given.base, given.out / "tiny" if given.tiny else given.out
+    given = arguments(options)
+    base, out = given.base, given.out
     kept, display = Kept(out, "realism"), Display()
     if not given.table:
         base = tiny_base(base, out / "base") if given.tiny else base
@@ -342,7 +348,7 @@ def main() -> None:
 def say_how_long(experiment: Experiment, predictors: Sequence[str]) -> None:
     """Print steps times measured seconds a step, and studies to measure."""
     dim = experiment.mrm.config.representation.dim * len(MODALITIES)
-    network, loss = Textured(experiment.shipped, Y_0, dim), loss_of(experiment)
+    network, loss = Textured(experiment.shipped, Y_0, dim), loss_of(experiment, Y_0)
     took = min(seconds(lambda: fit(network, loss, 1))[0] for _ in range(2))
     studies = len(predictors) * len(TARGETS) * len(experiment.test)
     steps = experiment.steps * sum(name != SHIPPED for name in predictors)

@@ -250,6 +250,13 @@ class Guide:
         drawn = self.model.draw(generators, self.condition(case) if given else None, self.hidden)
         return self.standardised(drawn)
 
+    def slice_samples(self, case: Case, seed: int = 0) -> Tensor:
+        """A y_0 (Z, T·D) from the MDN for each slice with any head, given that slice's sources."""
+        own = self.pooled.of(case)[0][:, [MODALITIES.index(m) for m in self.model.config.sources]]
+        generators = [seeded("drawn", seed, case.name, k) for k in range(len(own))]
+        condition = self.model.condition(own, self.available.expand(len(own), -1))
+        return self.standardised(self.model.draw(generators, condition, self.hidden))
+
 
 def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (D, E) and offset (E,) of the ridge regression of y (N, E) on x (N, D).

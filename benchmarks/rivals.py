@@ -1,10 +1,11 @@
 """Rivals at equal data and equal training FLOPs on whole slices: what does each make of T1 + T1ce + T2 → FLAIR?
 
-Every predictor of rival_networks.py and rival_generators.py is trained from nothing on the same 47 whole studies with
-the same total of floating-point operations: matrix products and convolutions of a step's forward and backward pass,
-counted, times the steps. Three learning rates each are tried at a sixth of that, the best by absolute error on fixed
-slices of the validation patients is taken; then the whole training. Measured are the test studies, by `grid.measured`;
-a predictor that completes only every tenth slice (diffusion: `--every`) is compared with the others on these slices.
+Every predictor of rival_networks.py and rival_generators.py is trained from nothing on the same whole studies with the
+same total of floating-point operations: matrix products and convolutions of a step's forward and backward pass,
+counted, times the steps. Three learning rates each are tried at a sixth of that, and up to two beyond where the lowest
+or the highest is the best by absolute error on fixed slices of the validation patients; then the whole training.
+Measured are the test studies, by `grid.measured`; a predictor that completes only every tenth slice (diffusion:
+`--every`) is compared with the others on these slices.
 Seconds and memory are those of a process of its own that completes the first test study, libraries included.
 
 python benchmarks/rivals.py runs/default -o runs/evidence    # goes on with what is missing
@@ -35,6 +36,7 @@ from grid import (
     THREE,
     Kept,
     Row,
+    arguments,
     baseline_rows,
     fit,
     flops,
@@ -60,6 +62,8 @@ from crossmr.networks.model import load_model
 TERAFLOP = 60.0
 TUNED = 1 / 6
 """Of the budget, for each rate."""
+MOST_RATES = 5
+"""Tried of a predictor: where the best is the lowest or highest so far, another one beyond it."""
 EVERY = 10
 SECONDS_MEASURED = 12.0
 """About, for a predictor and a study: completed and measured."""
@@ -145,12 +149,11 @@ def state_of(network: nn.Module) -> dict[str, torch.Tensor]:
 
 def opened(options: Namespace) -> Experiment:
     """Read what there is."""
-    out = options.out / "tiny" if options.tiny else options.out
     train, val, test = (four_contrasts(options.base, split) for split in ("train", "val", "test"))
     if options.tiny:
         train, val, test = train[:2], val[:1], test[:1]
-    kept = Kept(out, "rivals"), Kept(out, "rivals_trainings")
-    return Experiment(options, out, train, val, test, choose_device(options.device), *kept)
+    kept = Kept(options.out, "rivals"), Kept(options.out, "rivals_trainings")
+    return Experiment(options, options.out, train, val, test, choose_device(options.device), *kept)
 
 
 def cost_of(experiment: Experiment, name: str) -> Cost:
@@ -169,13 +172,19 @@ def cost_of(experiment: Experiment, name: str) -> Cost:
 
 def tuned(experiment: Experiment, name: str, cost: Cost) -> float:
     """The best of the rates, each tried for a part of the budget, with seed 0."""
-    steps = cost.steps(experiment.options.teraflop * TUNED)
-    for rate in RIVALS[name].rates:
-        if not experiment.trainings.has(part="rate", predictor=name, rate=rate):
-            row, _ = trained_for(experiment, name, 0, rate, steps)
-            experiment.trainings.add([{**row, "part": "rate"}])
-    best = min(experiment.found("rate", name), key=lambda row: float(row["error"]))
-    return float(best["rate"])
+    steps, waiting = cost.steps(experiment.options.teraflop * TUNED), sorted(RIVALS[name].rates)
+    factor = waiting[1] / waiting[0]
+    while True:
+        for rate in waiting:
+            if not experiment.trainings.has(part="rate", predictor=name, rate=rate):
+                row, _ = trained_for(experiment, name, 0, rate, steps)
+                experiment.trainings.add([{**row, "part": "rate"}])
+        errors = {float(row["rate"]): float(row["error"]) for row in experiment.found("rate", name)}
+        best = min(errors, key=errors.__getitem__)
+        beyond = {min(errors): best / factor, max(errors): best * factor}.get(best)
+        if beyond is None or len(errors) >= MOST_RATES:
+            return best
+        waiting = [float(f"{beyond:.1e}")]
 
 
 def trained_for(experiment: Experiment, name: str, seed: int, rate: float, steps: int) -> tuple[Row, nn.Module]:
@@ -212,9 +221,9 @@ def measure(experiment: Experiment, name: str, seed: int) -> None:
             if not experiment.rows.has(predictor=predictor, seed=seed, case=case.name):
                 subject = experiment.subject(case)
                 images = complete(subject)
-                experiment.rows.add(rows_of(experiment, subject, images, rival.partly, predictor=predictor, seed=seed))
                 if seed == 0 and predictor.startswith(IMAGES) and not rival.partly:
                     keep_images(experiment.out, f"rival: {predictor}", subject, images)
+                experiment.rows.add(rows_of(experiment, subject, images, rival.partly, predictor=predictor, seed=seed))
                 print(f"{predictor}, seed {seed}: {case.name}", flush=True)
 
 
@@ -328,7 +337,7 @@ def main() -> None:
     options.add_argument("--every", type=int, default=EVERY, help="diffusion completes one slice of so many; 1: all")
     options.add_argument("--table", action="store_true", help="print the tables of what there is, and end")
     options.add_argument("--cost", choices=list(RIVALS), help="complete one study, and print what it took")
-    given = options.parse_args()
+    given = arguments(options)
     given.teraflop = 0.0 if given.tiny else given.teraflop
     experiment = opened(given)
     if given.cost:

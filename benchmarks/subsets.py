@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from grid import Kept, Row, by_patient, four_contrasts, kept_share, light_measures, parser, synthesised
+from grid import Kept, Row, arguments, by_patient, four_contrasts, kept_share, light_measures, parser, synthesised
 
 from crossmr.baselines import predict_baselines
 from crossmr.data.naming import DISPLAY_NAMES
@@ -42,9 +42,7 @@ def print_tables(rows: Sequence[Row]) -> None:
     """For each target a row for each subset; then what each further source does."""
     predictors = list(dict.fromkeys(row["predictor"] for row in rows))
     for target in dict.fromkeys(row["target"] for row in rows):
-        print(
-            f"\n**{DISPLAY_NAMES[target]}**: correlation, deep (smoothed); lesions kept; fluid kept\n"
-        )
+        print(f"\n**{DISPLAY_NAMES[target]}**: correlation, deep (smoothed); lesions kept; fluid kept\n")
         print("| from |", " | ".join(predictors), "|\n|---" + "|---" * len(predictors) + "|")
         own = [row for row in rows if row["target"] == target]
         for sources in sorted({row["sources"] for row in own}, key=lambda text: (text.count("+"), text)):
@@ -92,7 +90,7 @@ def main() -> None:
     own = parser(__doc__)
     own.add_argument("--models", nargs="+", default=["default"], metavar="[NAME=]MODEL")
     own.add_argument("--table", action="store_true", help="print the kept rows")
-    options = own.parse_args()
+    options = arguments(own)
     kept, cases = Kept(options.out, "subsets"), four_contrasts(options.base, "test")
     for number, text in enumerate(() if options.table else options.models):
         name, _, folder = text.rpartition("=")

@@ -13,14 +13,16 @@ with the error within the brain, on the scale of robust standard deviations, by 
 intensity   the synthetic image itself
 rim         how near the brain's rim is, in its slice
 gradient    the size of the image's gradient, in its slice
-looked up   the root mean square error of the validation patients at that distance from the rim and that intensity
+looked up   the root mean square error of the validation patients from as many sources, at that distance from the rim
+            and that intensity
 variants    the spread of four syntheses: as it is, mirrored, with noise on the sources, and both; three sources only
 
 'again' is a trial that the product does not have: the variance is fitted anew on the validation patients, with terms
 for how far each source lies above and below 2.5 robust standard deviations around; no labels are needed.
 
-A lesion is lost below half of its contrast, and kept between .7 and 1.4 of it. The AUC says how often the ratio of mean
-standard deviations, lesion over the healthy rest, is larger for a lost lesion than for a kept one.
+A lesion is lost below half of its contrast, and kept between .7 and 1.4 of it. Given its true outline, the AUC says how
+often the ratio of mean standard deviations, lesion over the healthy rest, is larger for a lost lesion than for a kept
+one; beside it the same of the rivals.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from grid import Kept, Row, by_patient, cell, four_contrasts, parser
+from grid import Kept, Row, arguments, by_patient, column, four_contrasts, parser
 from patients import EVERY, SITES
 from scipy import ndimage
 from scipy.optimize import minimize
@@ -56,7 +58,11 @@ from crossmr.tensors import seeded
 SHIPPED = "shipped weights"
 REGIONS = ("brain", "deep", "rim", "lesion", "fluid", "healthy")
 RIVALS = ("intensity", "rim", "gradient", "looked up", "variants", "again")
+FLAGS = ("std", "intensity", "gradient", "looked up", "variants", "again")
+"""What may flag a lost lesion, whose outline is given: the ratio of its mean there to that in the rest."""
 STD_95 = 1.96
+PARTS = {False: ("test",), True: ("test", "val")}
+"""Whose patients are measured, of a site too; a site's validation patients are then none of the fits'."""
 SPARSE = 7
 """One voxel in so many makes the AUSE, and the fits."""
 DISTANCES, INTENSITIES = (0.0, 2.0, 4.0, 7.0, 12.0, 20.0, 1e9), tuple(np.linspace(0, 1, 31).tolist())
@@ -67,7 +73,7 @@ SUBSETS = tuple(some for size in (3, 2, 1) for some in itertools.combinations(FO
 SECONDS = 35.0
 """Of one test study, on two cores."""
 Fit = dict[str, Any]
-"""Of a target: 'looked up' (distances, intensities), 'again' the weights of the variance's terms."""
+"""Of a target: 'looked up', number of sources → (distances, intensities); 'again', the weights of the variance."""
 
 
 def from_rim(subject: Subject) -> Array:
@@ -119,37 +125,42 @@ def likeliest(parts: npt.NDArray[np.float32], squared: npt.NDArray[np.float32]) 
 
 
 def fit(model: CrossConditionedModel, cases: Sequence[Case], every: int) -> dict[str, Fit]:
-    """What is learnt of the validation patients, target by target, each from the three others."""
-    pairs: dict[str, list[tuple[Array, Array, Array, Array]]] = {}
+    """What is learnt of the validation patients, target by target.
+
+    What is looked up is learnt for each number of sources, the variance that is fitted again of three sources alone.
+    """
+    pairs: dict[tuple[str, int], list[tuple[Array, Array, Array, Array]]] = {}
     for case in cases:
         subject = subject_of_case(case)
         less = thinned(subject, every)
         distance = from_rim(less)
-        for target in FOUR:
-            sources = [m for m in FOUR if m != target]
+        for sources in SUBSETS:
             images, stds = made(model, subject, sources, every)
-            chosen = np.flatnonzero(less.head & (less.volumes[target] > 0))[::SPARSE]
-            squared = ((images[target] - less.volumes[target]) * RANGE).ravel()[chosen] ** 2
-            parts = terms(less, sources, stds[target]).reshape(-1, less.head.size)[:, chosen]
-            pairs.setdefault(target, []).append(
-                (distance.ravel()[chosen], images[target].ravel()[chosen], parts, squared)
-            )
-    fits = {}
-    for target, some in pairs.items():
+            for target, image in images.items():
+                chosen = np.flatnonzero(less.head & (less.volumes[target] > 0))[::SPARSE]
+                squared = ((image - less.volumes[target]) * RANGE).ravel()[chosen] ** 2
+                parts = terms(less, sources, stds[target]).reshape(-1, less.head.size)[:, chosen]
+                pairs.setdefault((target, len(sources)), []).append(
+                    (distance.ravel()[chosen], image.ravel()[chosen], parts, squared)
+                )
+    fits: dict[str, Fit] = {target: {"looked up": {}} for target in FOUR}
+    for (target, count), some in pairs.items():
         distance, image, parts, squared = (np.concatenate(one, -1) for one in zip(*some, strict=True))
         bins = (np.array(DISTANCES), np.array(INTENSITIES))
-        count = np.histogram2d(distance, image, bins)[0]
+        voxels = np.histogram2d(distance, image, bins)[0]
         total = np.histogram2d(distance, image, bins, weights=squared)[0]
-        mean = (total + 10 * squared.mean()) / (count + 10)  # of few voxels, towards the mean of all
-        fits[target] = {"looked up": np.sqrt(mean).tolist(), "again": likeliest(parts, squared)}
+        mean = (total + 10 * squared.mean()) / (voxels + 10)  # of few voxels, towards the mean of all
+        fits[target]["looked up"][count] = np.sqrt(mean)
+        if count == len(FOUR) - 1:
+            fits[target]["again"] = likeliest(parts, squared)
     return fits
 
 
-def looked_up(table: Sequence[Sequence[float]], distance: Array, image: Array) -> Array:
+def looked_up(table: npt.NDArray[np.float64], distance: Array, image: Array) -> Array:
     """The error that was found at that distance from the rim and that intensity."""
     row = np.digitize(distance, DISTANCES[1:-1])
-    column = np.digitize(image, INTENSITIES[1:-1])
-    return np.asarray(table, np.float32)[row, column]
+    place = np.digitize(image, INTENSITIES[1:-1])
+    return table.astype(np.float32)[row, place]
 
 
 def regions(less: Subject, target: str, distance: Array) -> dict[str, Mask]:
@@ -179,7 +190,7 @@ def row_of(
         scores = metrics.error_against_uncertainty(missed, torch.from_numpy(uncertainty.ravel()[chosen]))
         row[f"ause_{way}"] = scores["ause"]
     if (pair := structures_of(less, target).get("lesion")) is not None:
-        for name, values in (*((w, ways[w]) for w in ("std", "again") if w in ways), ("error", np.abs(error))):
+        for name, values in (*((w, ways[w]) for w in FLAGS if w in ways), ("error", np.abs(error))):
             row[f"ratio_{name}"] = float(values[pair[0]].mean() / values[pair[1]].mean())
         contrasts = measure_contrasts(less, sources, {"": {target: image}})
         row["lesion_kept"] = next(one.kept for one in contrasts if one.structure == "lesion")
@@ -197,7 +208,7 @@ def rows_of(model: CrossConditionedModel, case: Case, fits: Mapping[str, Fit], e
         for target, image in images.items():
             ways = {"std": stds[target], "intensity": image, "rim": -distance}
             ways["gradient"] = np.hypot(*np.gradient(image, axis=(1, 2)))
-            ways["looked up"] = looked_up(fits[target]["looked up"], distance, image)
+            ways["looked up"] = looked_up(fits[target]["looked up"][len(sources)], distance, image)
             if target in spread:
                 variance = np.tensordot(fits[target]["again"], terms(less, sources, stds[target]), 1)
                 ways |= {"variants": spread[target], "again": (np.sqrt(variance) / RANGE).astype(np.float32)}
@@ -263,14 +274,13 @@ def print_tables(rows: Sequence[Row]) -> None:
     heads = [f"{region}, {k} source{'s' * (k > 1)}" for region, k in both]
     print_table(f"{title}; by the number of sources", heads, by_count)
 
-    def ause(own: Sequence[Row], way: str) -> str:
-        others = [] if way == "std" else [{**row, "ause": row["ause_std"]} for row in own]
-        return cell([{**row, "ause": row.get(f"ause_{way}")} for row in own], others, "ause", 2)
-
     for sources, some in (("three sources", most), ("all subsets", targets)):
         ways = [way for way in ("std", *RIVALS) if any(f"ause_{way}" in row for row in rows)]
         ways = ways if some is most else [way for way in ways if way not in ("variants", "again")]
-        cells = {name: [ause(own, way) for way in ways] for name, own in some.items()}
+        cells = {}
+        for name, own in some.items():
+            groups = {way: [{**row, "ause": row.get(f"ause_{way}")} for row in own] for way in ways}
+            cells[name] = list(column(groups, "std", "ause", 2).values())
         print_table(f"AUSE, 0 is perfect; {sources}", ways, cells)
     print_lesions(targets)
     again = {
@@ -293,19 +303,19 @@ def print_lesions(targets: Mapping[str, Sequence[Row]]) -> None:
             rho = spearmanr([r["lesion_kept"] for r in known], [r["ratio_std"] for r in known]).statistic
             of_most = [r for r in known if r["count"] == 3]
             lines[name] = [
-                auc(known, "ratio_std"),
-                auc(of_most, "ratio_std"),
-                auc(of_most, "ratio_again"),
                 f"{rho:.2f}",
+                auc(known, "ratio_std"),
+                *(auc(of_most, f"ratio_{way}") for way in FLAGS),
             ]
-    heads = ["AUC, all subsets", "AUC, three sources", "the same, fitted again", "rank correlation with the share kept"]
-    print_table("Lost lesions, by the ratio of deviations, lesion over rest", heads, lines)
+    heads = ["rank correlation of std with the share kept", "AUC of std, all subsets", *(f"{way}" for way in FLAGS)]
+    print_table("Lost lesions, by the ratio of lesion over rest; AUC from three sources", heads, lines)
 
 
 def measure_all(given: argparse.Namespace, kept: Kept, name: str) -> None:
     """Measure the test studies that are missing."""
     site, every = SITES.get(given.site, ("",)), 30 if given.tiny else EVERY
-    test = [case for case in four_contrasts(given.base, "test") if case.name.startswith(site)]
+    test = [case for part in PARTS[bool(given.site)] for case in four_contrasts(given.base, part)]
+    test = [case for case in test if case.name.startswith(site)]
     test = [case for case in test if not given.only or case.name in given.only][: 1 if given.tiny else None]
     left = [case for case in test if not kept.has(model=name, case=case.name)]
     val = [case for case in four_contrasts(given.base, "val") if not (given.site and case.name.startswith(site))]
@@ -327,10 +337,9 @@ def main() -> None:
     options.add_argument("--site", choices=tuple(SITES), help="only its patients; it is none of the validation's")
     options.add_argument("--only", nargs="+", default=(), metavar="CASE", help="these test studies")
     options.add_argument("--table", action="store_true", help="print the tables of the kept rows, and do nothing")
-    given = options.parse_args()
-    out: Path = given.out / "tiny" if given.tiny else given.out
+    given = arguments(options)
     kept, name = (
-        Kept(out, "uncertainty"),
+        Kept(given.out, "uncertainty"),
         SHIPPED if given.model is None else f"without {given.site}" if given.site else str(given.model),
     )
     if not given.table:
