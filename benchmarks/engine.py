@@ -2,12 +2,12 @@
 
 Variants of form, loss and training change one thing of the recipe, train for the same processor time on the set of the
 default weights (OMP_NUM_THREADS=1: then it is the time on one core, whatever the other cores do), and are measured on
-its validation patients. Variants
-of the intensity scale train for the same steps on the same studies, whose stored intensities are mapped anew; BraTS-
-Africa is left out of their training, so that they are measured on patients of sources seen, of a source left out, and
-on LGG with skull. Each contrast is made from all others of a study. Correlation is with the truth, 5 mm and more from
-the brain's rim; that of scales is Spearman's, which no scale changes by itself. So short a training shows what speeds
-the first steps up: what only pays later, such as augmentation, needs a longer one, in another OUT.
+its validation patients. Variants of the intensity scale train for the same steps on the same studies, whose stored
+intensities are mapped anew; BraTS-Africa is left out of their training, so that they are measured on patients of
+sources seen, of a source left out, and on LGG with skull. Each contrast is made from all others of a study. Correlation
+is with the truth, 5 mm and more from the brain's rim; that of scales is Spearman's, which no scale changes by itself.
+So short a training shows what speeds the first steps up: what only pays later, such as augmentation, needs a longer
+one, in another OUT.
 
 python benchmarks/engine.py runs/default -o runs/evidence --minutes 8
 python benchmarks/engine.py runs/default -o runs/evidence --minutes 8 --only "as it is" "squared error" --seeds 1 2

@@ -62,7 +62,7 @@ from guided import (
     seconds_a_step,
     vectors,
 )
-from patients import SITES
+from patients import SITES, of_site, tested
 from representations import ANY, TINY, Guide, Pooled, Sizes, tiny_base, trained_representations, write_tensors
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -164,8 +164,7 @@ class Experiment:
 
     def test(self) -> list[Case]:
         """The studies that are measured."""
-        parts = ("test", "val") if self.site else ("test",)
-        return [case for part in parts for case in self.cases(part) if case.name.startswith(SITES.get(self.site, ""))]
+        return tested(self.base, self.site)
 
     @cache  # noqa: B019  (lives as long as the script)
     def guide(self, task: Task) -> Guide:
@@ -180,7 +179,7 @@ class Experiment:
         cases = [case for case in self.cases("train") if case.name not in OTHER_VISIT]
         if net.patients is None:
             return cases
-        cases = [case for case in cases if case.name.startswith(SITES.get(self.site, ""))]
+        cases = [case for case in cases if of_site(case.name, self.site)]
         order = torch.randperm(len(cases), generator=seeded("patients", net.patients, net.seed)).tolist()
         return [cases[i] for i in order[: net.patients]]
 
@@ -354,6 +353,8 @@ def main() -> None:
     options.add_argument("--start", default="default", help="a model that was trained without the site")
     options.add_argument("--table", action="store_true", help="print the tables of the rows that are kept")
     given = arguments(options)
+    if bool(given.site) != (given.patients is not None):
+        options.error("--site and --patients go together.")
     base, out = given.base, given.out
     kept = Kept(out, "guidance")
     if not given.table:

@@ -144,6 +144,12 @@ def of_site(case: str, part: str) -> bool:
     return case.startswith(SITES.get("SSA" if part == "MRM" else part, ("nobody",)))
 
 
+def tested(base: Path, part: str) -> list[Case]:
+    """On whom a part is measured: the test studies, or, where it is a site, its own, those of the validation too."""
+    cases = four_contrasts(base, "test")
+    return [c for c in cases + four_contrasts(base, "val") if of_site(c.name, part)] if part in SITES else cases
+
+
 def patient_of(case: str) -> str:
     """The patient of a case, one for all visits."""
     return SECOND_VISITS.get(case, case)
@@ -176,9 +182,7 @@ class Experiment:
 
     def test(self, part: str) -> list[Case]:
         """On whom a part is measured."""
-        cases = four_contrasts(self.base, "test")
-        if part in SITES:
-            cases = [case for case in cases + four_contrasts(self.base, "val") if of_site(case.name, part)]
+        cases = tested(self.base, part)
         return cases[:1] if self.tiny else cases
 
     def jobs(self, parts: Sequence[str]) -> list[Job]:

@@ -111,9 +111,9 @@ class Textured(nn.Module):
                 part.requires_grad_(True)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, inputs: Tensor, given: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, given: Tensor | None) -> Tensor:
         """Map a model's inputs (N, inputs, Y, X) and y_0 (N, T·D), or noise (N, 1, Y, X), to its outputs."""
-        if self.noise:
+        if self.noise and given is not None:
             return cast(Tensor, self.network(torch.cat([inputs, given.to(inputs)], 1)))
         return cast(Tensor, self.network(inputs, given))  # which looks at y_0 if it has condition layers
 
@@ -151,9 +151,10 @@ def realistic_loss(
         raw, generator = data[step], seeded("realism", seed, step)
         available = random_subsets(raw.present, generator)
         hidden = raw.present - available
+        given: Tensor | None = None
         if cast(Textured, network).noise:
             given = torch.randn(len(raw.images), 1, *raw.images.shape[2:], generator=generator)
-        else:
+        elif kind == Y_0:
             given = guide.of_crops(raw.images, hidden)
         inputs = shipped.inputs(raw.neighbours, available).contiguous(memory_format=torch.channels_last)
         prediction, truth = network(inputs, given)[:, : len(MODALITIES)], standardise(raw.images)

@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from grid import Kept, Row, arguments, by_patient, column, four_contrasts, parser
-from patients import EVERY, SITES
+from patients import EVERY, SITES, of_site, tested
 from scipy import ndimage
 from scipy.optimize import minimize
 from scipy.stats import mannwhitneyu, spearmanr
@@ -61,8 +61,6 @@ RIVALS = ("intensity", "rim", "gradient", "looked up", "variants", "again")
 FLAGS = ("std", "intensity", "gradient", "looked up", "variants", "again")
 """What may flag a lost lesion, whose outline is given: the ratio of its mean there to that in the rest."""
 STD_95 = 1.96
-PARTS = {False: ("test",), True: ("test", "val")}
-"""Whose patients are measured, of a site too; a site's validation patients are then none of the fits'."""
 SPARSE = 7
 """One voxel in so many makes the AUSE, and the fits."""
 DISTANCES, INTENSITIES = (0.0, 2.0, 4.0, 7.0, 12.0, 20.0, 1e9), tuple(np.linspace(0, 1, 31).tolist())
@@ -129,7 +127,8 @@ def fit(model: CrossConditionedModel, cases: Sequence[Case], every: int) -> dict
 
     What is looked up is learnt for each number of sources, the variance that is fitted again of three sources alone.
     """
-    pairs: dict[tuple[str, int], list[tuple[Array, Array, Array, Array]]] = {}
+    pairs: dict[tuple[str, int], list[tuple[Array, Array, Array]]] = {}
+    variances: dict[str, list[tuple[Array, Array]]] = {}
     for case in cases:
         subject = subject_of_case(case)
         less = thinned(subject, every)
@@ -139,20 +138,21 @@ def fit(model: CrossConditionedModel, cases: Sequence[Case], every: int) -> dict
             for target, image in images.items():
                 chosen = np.flatnonzero(less.head & (less.volumes[target] > 0))[::SPARSE]
                 squared = ((image - less.volumes[target]) * RANGE).ravel()[chosen] ** 2
-                parts = terms(less, sources, stds[target]).reshape(-1, less.head.size)[:, chosen]
-                pairs.setdefault((target, len(sources)), []).append(
-                    (distance.ravel()[chosen], image.ravel()[chosen], parts, squared)
-                )
+                three = distance.ravel()[chosen], image.ravel()[chosen], squared
+                pairs.setdefault((target, len(sources)), []).append(three)
+                if len(sources) == len(FOUR) - 1:
+                    parts = terms(less, sources, stds[target]).reshape(-1, less.head.size)[:, chosen]
+                    variances.setdefault(target, []).append((parts, squared))
     fits: dict[str, Fit] = {target: {"looked up": {}} for target in FOUR}
     for (target, count), some in pairs.items():
-        distance, image, parts, squared = (np.concatenate(one, -1) for one in zip(*some, strict=True))
+        distance, image, squared = (np.concatenate(one) for one in zip(*some, strict=True))
         bins = (np.array(DISTANCES), np.array(INTENSITIES))
         voxels = np.histogram2d(distance, image, bins)[0]
         total = np.histogram2d(distance, image, bins, weights=squared)[0]
         mean = (total + 10 * squared.mean()) / (voxels + 10)  # of few voxels, towards the mean of all
         fits[target]["looked up"][count] = np.sqrt(mean)
-        if count == len(FOUR) - 1:
-            fits[target]["again"] = likeliest(parts, squared)
+    for target, known in variances.items():
+        fits[target]["again"] = likeliest(*(np.concatenate(one, -1) for one in zip(*known, strict=True)))
     return fits
 
 
@@ -313,12 +313,11 @@ def print_lesions(targets: Mapping[str, Sequence[Row]]) -> None:
 
 def measure_all(given: argparse.Namespace, kept: Kept, name: str) -> None:
     """Measure the test studies that are missing."""
-    site, every = SITES.get(given.site, ("",)), 30 if given.tiny else EVERY
-    test = [case for part in PARTS[bool(given.site)] for case in four_contrasts(given.base, part)]
-    test = [case for case in test if case.name.startswith(site)]
-    test = [case for case in test if not given.only or case.name in given.only][: 1 if given.tiny else None]
+    every = 30 if given.tiny else EVERY
+    test = [case for case in tested(given.base, given.site) if not given.only or case.name in given.only]
+    test = test[: 1 if given.tiny else None]
     left = [case for case in test if not kept.has(model=name, case=case.name)]
-    val = [case for case in four_contrasts(given.base, "val") if not (given.site and case.name.startswith(site))]
+    val = [case for case in four_contrasts(given.base, "val") if not of_site(case.name, given.site)]
     print(f"about {(SECONDS * len(left) + 10 * len(val)) / 60:.0f} minutes", flush=True)
     if not left:
         return

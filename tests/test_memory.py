@@ -180,10 +180,10 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="o
 @linux
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_estimate_is_near_the_real_peak(precision):
-    done = run("peak", 32, 96, 3, precision)
-    assert done.returncode == 0, done.stderr
-    estimated, real = json.loads(done.stdout)
-    assert 0.85 * real < estimated < 1.3 * real
+    runs = [run("peak", 32, 96, 3, precision) for _ in range(3)]
+    assert not any(done.returncode for done in runs), runs[0].stderr
+    estimated, real = sorted((json.loads(done.stdout) for done in runs), key=lambda pair: pair[1])[1]
+    assert 0.9 * real < estimated < 1.3 * real  # the middle one: real peaks differ by an eighth
 
 
 @pytest.fixture
