@@ -8,8 +8,8 @@ python benchmarks/patients.py runs/default -o runs/evidence --table --run runs/d
 The product trains all, by recipe 'any', on the set of BASE with another split. Parts, by their names for --only:
 
 SSA, 2021   A new site. A base model is trained without the site (its cases by the prefixes of their names). It is
-            measured on the site's test patients as it is, and after fine-tuning on 5, 10 and 20 of the site's others,
-            as far as there are so many, beside trainings on the same patients from nothing and, for SSA, from MRM.
+            measured on the site's test patients as it is, and after fine-tuning on five of the site's others; for SSA
+            on 10 and 20 too, beside trainings on 5 and 20 from nothing, and on five from MRM.
             Controls: a model of all sites by as many steps as the base; the base, fine-tuned on five patients of other
             sites. The shipped weights stand beside: they have seen the site's other patients, but not these, and had
             more than ten times as many steps.
@@ -69,7 +69,8 @@ SITES = {
 PARTS = ("SSA", "mixed", "features", "2021")
 STEPS, TUNING_STEPS, MRM_STEPS, SHORT_STEPS = 1200, 300, 500, 900
 BASE_STEPS = {"SSA": 2000, "2021": 2000}
-FEW, MIXED, MIXED_MRM, FEATURES = (5, 10, 20), (5, 10, 20, 40), (5, 20), (24, 72)
+FEW = {"SSA": (5, 10, 20), "2021": (5,)}
+MIXED, MIXED_MRM, FEATURES = (5, 10, 20, 40), (5, 20), (24, 72)
 MEASURING_SECONDS = 5.0
 """Of one study, four contrasts, on two cores."""
 NOTHING, MRM, OTHERS, SHIPPED = "from nothing", "from MRM", "from a model of other sites", "shipped weights"
@@ -95,8 +96,9 @@ class Job:
 
     @property
     def folder(self) -> str:
-        """Where it is trained."""
-        return f"{self.part} {self.predictor} {self.patients or ''}".strip().replace(", ", " ").replace(" ", "-")
+        """Where it is trained; what leaves no site out is trained once."""
+        part = "all" if self.predictor == ALL_SITES else self.part
+        return f"{part} {self.predictor} {self.patients or ''}".strip().replace(", ", " ").replace(" ", "-")
 
     @property
     def name(self) -> str:
@@ -105,8 +107,8 @@ class Job:
 
     @property
     def is_start(self) -> bool:
-        """Whether others start from it, so that it is kept."""
-        return self.predictor in (ZERO_SHOT, MRM) and not self.patients
+        """Whether others start from it, or measure it too, so that it is kept."""
+        return self.predictor in (ZERO_SHOT, ALL_SITES, MRM) and not self.patients
 
     def of_site(self, case: str) -> bool:
         """Whether a case is of the site that the job leaves out."""
@@ -123,20 +125,20 @@ def jobs(part: str, pool: int) -> Iterator[Job]:
         return
     if part != "mixed":
         base = Job(part, ZERO_SHOT, steps=BASE_STEPS.get(part, SHORT_STEPS))
-        few = [count for count in FEW if count <= pool and part in BASE_STEPS]
+        few = [count for count in FEW.get(part, ()) if count <= pool]
         yield from (base, Job(part, SHIPPED))
         yield from (Job(part, OTHERS, count, TUNING_STEPS, base.folder) for count in few)
         if few:
             yield from (Job(part, ELSEWHERE, few[0], TUNING_STEPS, base.folder), Job(part, ALL_SITES, steps=base.steps))
-        yield from (Job(part, NOTHING, count, STEPS) for count in few)
+        if part == "SSA":
+            yield from (Job(part, NOTHING, count, STEPS) for count in (few[0], few[-1]))
     else:
         yield from (Job(part, NOTHING, count, STEPS) for count in MIXED)
         yield Job(part, SHIPPED)
     if part in ("SSA", "mixed"):
         yield MASKED
-        yield from (
-            Job(part, MRM, n, STEPS - MRM_STEPS, MASKED.folder) for n in (MIXED_MRM if part == "mixed" else FEW)
-        )
+        counts = MIXED_MRM if part == "mixed" else FEW[part][:1]
+        yield from (Job(part, MRM, count, STEPS - MRM_STEPS, MASKED.folder) for count in counts)
 
 
 def of_site(case: str, part: str) -> bool:
