@@ -16,7 +16,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from grid import CROP, Task, four_contrasts
+from grid import CROP, Task, four_contrasts, split_set
 from safetensors.torch import load_file, save_file
 from scans import write_set
 from torch import Tensor
@@ -93,12 +93,8 @@ def recipe_for(task: Task, sizes: Sizes, cases: Sequence[Case]) -> Recipe:
 def with_four_contrasts(base: Path, folder: Path) -> Path:
     """A prepared set of the studies of `base` that have all four contrasts, phantoms left out; its arrays are links."""
     if not (folder / "manifest.json").exists():
-        manifest = PreparedDataset(base / "set").manifest
         names = {case.name for split in ("train", "val", "test") for case in four_contrasts(base, split)}
-        (folder / "cases").parent.mkdir(parents=True, exist_ok=True)
-        if not (folder / "cases").exists():
-            (folder / "cases").symlink_to((base / "set" / "cases").resolve())
-        write_set(folder, manifest, {name: case for name, case in manifest["cases"].items() if name in names})
+        split_set(base / "set", folder, lambda case, before: before if case in names else None)
     return folder
 
 
