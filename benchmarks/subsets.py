@@ -12,7 +12,18 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from grid import Kept, Row, arguments, by_patient, four_contrasts, kept_share, light_measures, parser, synthesised
+from grid import (
+    Kept,
+    Row,
+    arguments,
+    by_patient,
+    four_contrasts,
+    kept_share,
+    light_measures,
+    number,
+    parser,
+    synthesised,
+)
 
 from crossmr.baselines import predict_baselines
 from crossmr.data.naming import DISPLAY_NAMES
@@ -67,21 +78,31 @@ def print_tables(rows: Sequence[Row]) -> None:
 
 
 def further_sources(rows: Sequence[Row]) -> str:
-    """What one source more does to the correlation, over all patients, targets and subsets."""
-    found = {(r["case"], r["target"], frozenset(r["sources"].split("+"))): r["correlation_deep"] for r in rows}
-    gains: dict[tuple[str, frozenset[str], str], list[float]] = {}
-    for (case, target, sources), value in found.items():
+    """What one source more does to the correlation: over all patients, targets and subsets; and each in a table."""
+    found = {(r["patient"], r["target"], frozenset(r["sources"].split("+"))): r["correlation_deep"] for r in rows}
+    gains = []
+    for (patient, target, sources), value in found.items():
         for more in {m for _, _, some in found for m in some} - sources - {target}:
-            gain = found.get((case, target, sources | {more}), math.nan) - value
+            gain = found.get((patient, target, sources | {more}), math.nan) - value
             if math.isfinite(gain):
-                gains.setdefault((target, sources, more), []).append(gain)
-    every = list(itertools.chain.from_iterable(gains.values()))
-    worse = [(statistics.fmean(some), key) for key, some in gains.items() if statistics.fmean(some) < 0]
-    said = "; ".join(f"{t} from {'+'.join(sorted(s))} with {m}: {mean:+.4f}" for mean, (t, s, m) in sorted(worse))
+                gains.append({"patient": patient, "target": target, "to": sources, "more": more, "gain": gain})
+
+    def of(**key: object) -> list[float]:
+        some = [gain for gain in gains if all(gain[name] == value for name, value in key.items())]
+        return list(by_patient(some, "gain").values())
+
+    pairs = {(gain["target"], gain["to"], gain["more"]) for gain in gains}
+    means = {pair: statistics.fmean(of(target=pair[0], to=pair[1], more=pair[2])) for pair in pairs}
+    worse = [f"{t} from {'+'.join(sorted(s))} with {m}: {mean:+.4f}" for (t, s, m), mean in means.items() if mean < 0]
+    known = list(dict.fromkeys(row["target"] for row in rows))
+    lines = [f"| with | {' | '.join(DISPLAY_NAMES[t] for t in known)} |", "|---" * (len(known) + 1) + "|"]
+    for more in known:
+        cells = [number(of(target=target, more=more), 3) if target != more else "–" for target in known]
+        lines.append(f"| {DISPLAY_NAMES[more]} | {' | '.join(cells)} |")
     return (
-        f"one source more changes the correlation by {statistics.fmean(every):+.3f} in the mean; it is lower in "
-        f"{sum(gain < 0 for gain in every)} of {len(every)} images, in the mean over patients in {len(worse)} of "
-        f"{len(gains)} pairs of subsets{': ' if said else ''}{said}."
+        f"one source more changes the correlation by {number(of(), 3)} in the mean; it is lower in "
+        f"{sum(gain['gain'] < 0 for gain in gains)} of {len(gains)} images, in the mean over patients in {len(worse)} "
+        f"of {len(pairs)} pairs of subsets{': ' if worse else ''}{'; '.join(sorted(worse))}.\n\n" + "\n".join(lines)
     )
 
 
@@ -92,14 +113,14 @@ def main() -> None:
     own.add_argument("--table", action="store_true", help="print the kept rows")
     options = arguments(own)
     kept, cases = Kept(options.out, "subsets"), four_contrasts(options.base, "test")
-    for number, text in enumerate(() if options.table else options.models):
+    for k, text in enumerate(() if options.table else options.models):
         name, _, folder = text.rpartition("=")
         model = load_model(folder, options.device)
         name = name or f"{folder} {str(model.record['sha256'])[:12]}"
         with Display().task(name, len(cases)) as task:
             for case in cases[:1] if options.tiny else cases:
                 if not kept.has(predictor=name, case=case.name):
-                    kept.add(rows_of(subject_of_case(case), model, name, baseline=number == 0))
+                    kept.add(rows_of(subject_of_case(case), model, name, baseline=k == 0))
                 task.advance(case.name)
     print_tables(kept.rows)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from default_weights import TEST, VALIDATION
 from scans import unpacked
 
-from crossmr.completion.checks import check
+from crossmr.completion.checks import Finding, check
 from crossmr.completion.lesions import find_lesions
 from crossmr.completion.verdict import VERDICTS, judge, refusals
 from crossmr.data.head import fit_normalisation
@@ -32,6 +32,7 @@ from crossmr.registry import load_model
 
 WHOLE = {"test": TEST[:14], "val": VALIDATION[:6]}
 HIDDEN = ("t2f", "t1c", "t2w", "t1n")
+WITH_SYNTHETIC = "nothing, with what is found in the synthetic volume"
 Array = npt.NDArray[np.float32]
 
 
@@ -64,7 +65,7 @@ def broken(study: Study, stranger: Study) -> Iterator[tuple[str, Study]]:
     _, y, x = np.ogrid[tuple(slice(-1, 1, n * 1j) for n in shape)]
     spread = study.normalisation[one].high - study.normalisation[one].low
 
-    def of_one(change: Array) -> Study:
+    def of_one(change: npt.ArrayLike) -> Study:
         return with_volumes(study, {**real, one: np.asarray(change, np.float32)})
 
     yield "nothing", study
@@ -109,12 +110,21 @@ def hide(study: Study, target: str) -> Study:
     return replace(study, volumes={m: volume for m, volume in study.volumes.items() if m != target})
 
 
-def verdict_on(study: Study, target: str, model: CrossConditionedModel) -> tuple[str, list[str]]:
-    """The verdict by what is acquired alone, and the kinds of what was found."""
+def verdict_on(study: Study, target: str, model: CrossConditionedModel, made: Array | None) -> tuple[str, list[str]]:
+    """The verdict by what is acquired, and by the synthetic volume if there is one, and the kinds of what was found."""
     findings = check(study, model.baselines, model.config.modalities, model.record["training"])
+    if made is not None:
+        findings += lost_in(study, target, made)
     refused = refusals(findings, [target])
     judged = judge(findings, refused, [] if refused else [target], refused)
     return judged["verdict"], sorted({one.kind for one in findings if one.severity != "note"})
+
+
+def lost_in(study: Study, target: str, made: Array) -> list[Finding]:
+    """What the product says of the lesions of a synthetic volume."""
+    box = study.box()
+    acquired = {m: study.normalised(m, box) for m in study.volumes if m != target}
+    return find_lesions(acquired, study.mask[box], study.reference.spacing_mm, {target: made}, stripped=True)[0]
 
 
 def synthesised(study: Study, target: str, model: CrossConditionedModel, out: Path) -> Array:
@@ -137,28 +147,32 @@ def contrast(volume: Array, lesion: npt.NDArray[np.bool_], rest: npt.NDArray[np.
 
 
 def lesions(study: Study, model: CrossConditionedModel, out: Path) -> Iterator[tuple[str, str, bool, bool]]:
-    """(target, what was done, whether the lesion is lost, whether that was found) of true lesions that stand out."""
+    """(target, what was done, whether the lesion is lost, whether that was found) of true lesions that stand out.
+
+    Where no lesion is labelled, none is lost, for all that is known.
+    """
     box = study.box()
     head, labels = study.mask[box], np.zeros(study.mask[box].shape) if study.labels is None else study.labels[box]
-    volumes = {m: study.normalised(m, box) for m in study.volumes}
     for target in ("t1c", "t2w", "t2f"):
+        made = synthesised(study, target, model, out)
+        if study.labels is None:
+            yield target, "as synthesised, no labels", False, bool(lost_in(study, target, made))
+            continue
         lesion = head & (labels >= 3 if target == "t1c" else labels > 0)
-        rest = head & (labels == 0)
         if lesion.sum() < 50:
             continue
-        true, median, spread = contrast(volumes[target], lesion, rest)
+        volume, rest = study.normalised(target, box), head & (labels == 0)
+        true, median, spread = contrast(volume, lesion, rest)
         if true <= STANDS_OUT:
             continue
-        made = synthesised(study, target, model, out)
         _, own_median, own_spread = contrast(made, lesion, rest)
         copies = {"as synthesised": made}
         for share in (0.0, 0.3) if target != "t1c" else ():
-            faded = own_median + np.float32(share * own_spread / spread) * (volumes[target] - np.float32(median))
+            faded = own_median + np.float32(share * own_spread / spread) * (volume - np.float32(median))
             copies[f"lesion faded to {share:.0%}"] = np.where(lesion, faded, made).astype(np.float32)
-        acquired = {m: volume for m, volume in volumes.items() if m != target}
         for what, copy in copies.items():
-            found, _ = find_lesions(acquired, head, study.reference.spacing_mm, {target: copy}, stripped=True)
-            yield target, what, contrast(copy, lesion, rest)[0] / true < LOST, bool(found)
+            lost = contrast(copy, lesion, rest)[0] / true < LOST
+            yield target, what, lost, bool(lost_in(study, target, copy))
 
 
 def main() -> None:
@@ -178,10 +192,14 @@ def main() -> None:
         for target, what, lost, found in lesions(study, model, options.out):
             told[target, what].append((lost, found))
         target = HIDDEN[number % len(HIDDEN)]
-        for what, copy in broken(hide(study, target), stranger):
-            verdict, found = verdict_on(copy, target, model)
+        copies: list[tuple[str, Study, Array | None]] = [
+            (what, copy, None) for what, copy in broken(hide(study, target), stranger)
+        ]
+        copies.insert(1, (WITH_SYNTHETIC, hide(study, target), synthesised(study, target, model, options.out)))
+        for what, copy, made in copies:
+            verdict, kind = verdict_on(copy, target, model, made)
             verdicts[what].append(verdict)
-            kinds[what] += found
+            kinds[what] += kind
         print(f"{name}: {', '.join(f'{what} {v[-1]}' for what, v in verdicts.items())}", flush=True)
         stranger = study
     print(f"\n| what was broken | {' | '.join(VERDICTS)} | found |\n|---|{'---|' * len(VERDICTS)}---|")
