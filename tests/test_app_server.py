@@ -365,6 +365,10 @@ def test_settings_that_make_no_sense_are_refused(address):
         AppSettings(port=70_000)
     with pytest.raises(ConfigError, match="--limit-gib"):
         AppSettings(limits=Limits(total=0))
+    for size in ("nan", "inf", "0"):
+        refused = CliRunner().invoke(app, ["app", "--no-open", "--limit-gib", size])
+        assert isinstance(refused.exception, ConfigError)
+        assert "--limit-gib is no size above 0" in str(refused.exception)
     taken = in_thread(CliRunner().invoke, app, ["app", "--no-open", "--port", str(address[0])])
     assert isinstance(taken.exception, ConfigError)
     assert f"--port {address[0]} cannot be listened on" in str(taken.exception)

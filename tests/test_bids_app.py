@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -171,6 +172,7 @@ def test_a_participant_without_images_stops_no_other(dataset, model, tmp_path):
         (["raw/sub-01", "out", "group"], "raw/sub-01 is no BIDS dataset"),
         (["raw", "raw", "participant"], "OUT raw is BIDS_DIR, or in or around it. Name raw/derivatives/crossmr"),
         (["raw", "raw/sub-01/new", "group"], "OUT raw/sub-01/new is BIDS_DIR, or in or around it"),
+        (["raw", "out", "participant", "--targets", "t2f,nonsense"], "'nonsense' is not a modality"),
         (["raw", ".", "participant"], "OUT . is BIDS_DIR, or in or around it"),
     ],
 )
@@ -186,6 +188,21 @@ def test_arguments_that_make_no_sense_are_a_usage_error(dataset, tmp_path, monke
 def test_a_group_without_participants_fails(dataset, tmp_path):
     code, _, err = crossmr_bids(dataset, tmp_path / "out", "group")
     assert (code, "crossmr-bids: " in err and "does not exist" in err) == (1, True), err
+
+
+def test_a_folder_that_may_not_be_listed_is_named(dataset, tmp_path, monkeypatch):
+    usual = os.scandir
+
+    def scandir(place):
+        if str(place).endswith("sub-03/anat"):
+            raise PermissionError(13, "Permission denied")
+        return usual(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    code, _, err = crossmr_bids(dataset, tmp_path / "out", "participant", "--participant-label", "03")
+    where = dataset / "sub-03" / "anat"
+    told = f"crossmr-bids: {where}: cannot be listed (Permission denied). Check its permissions.\n"
+    assert (code, err) == (1, told)
 
 
 def test_the_version_is_that_of_crossmr():

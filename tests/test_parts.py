@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +153,41 @@ def test_a_claim_that_is_just_being_written_is_held(tmp_path, content):
     then = time.time() - STALE_SECONDS - 1
     os.utime(tmp_path / "case.0", (then, then))
     assert Claims(tmp_path).take("case").attempt == 1
+
+
+def test_a_claim_that_may_not_be_read_is_held_until_it_is_stale(tmp_path, monkeypatch):
+    """Of another user whose umask lets nobody read it; `take` returned never."""
+    (tmp_path / "case.0").write_bytes(b"{}")
+    usual = Path.read_bytes
+
+    def read_bytes(path):
+        if path.name == "case.0":
+            raise PermissionError(13, "Permission denied")
+        return usual(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    taken = []
+    asking = threading.Thread(target=lambda: taken.append(Claims(tmp_path).take("case")), daemon=True)
+    asking.start()
+    asking.join(5)
+    assert taken == [None]
+    then = time.time() - STALE_SECONDS - 1
+    os.utime(tmp_path / "case.0", (then, then))
+    assert Claims(tmp_path).take("case").attempt == 1
+
+
+FULL = (
+    "import resource, signal, sys; from pathlib import Path; from crossmr.parts import Claims\n"
+    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+    "Claims(Path(sys.argv[1])).take('case')"
+)
+
+
+def test_a_full_disk_leaves_no_claim(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=False)
+    assert "OutputError: " in ran.stderr.splitlines()[-1]
+    assert "case.0 could not be written: " in ran.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path):

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from crossmr import cli
+from crossmr.command import modalities_of
 from crossmr.data.bids import ROOT
 from crossmr.data.formats import is_volume
 from crossmr.errors import ConfigError, CrossmrError
@@ -27,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
         prog="crossmr-bids",
         description="Synthesise the missing contrasts (T1, T1ce, T2, FLAIR) of a BIDS dataset as a BIDS derivative. "
         "Research use only; not a medical device.",
-        epilog="Exit codes: 0; 1 where a study failed or its verdict is refuse; 2 where the arguments make no sense.",
+        epilog="Exit codes: 0; 1 where a study failed, its verdict is refuse, or nothing could be done; 2 where the "
+        "command line has an unknown option, label or contrast, or a folder that is no BIDS dataset.",
         allow_abbrev=False,
     )
     made.add_argument("bids_dir", type=Path, metavar="BIDS_DIR", help="The dataset; nothing is written into it.")
@@ -66,11 +68,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _check(given.bids_dir, given.out)
         folders = chosen(given.bids_dir, given.participant_label or (), given.session_label or ())
+        modalities_of(given.targets)
     except ConfigError as error:
         usage.error(str(error))
-    if given.level == "group":
-        _group(given.out)
-        return
+    try:
+        _group(given.out) if given.level == "group" else _participants(given, folders)
+    except CrossmrError as error:
+        print(f"crossmr-bids: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _participants(given: argparse.Namespace, folders: Sequence[Path]) -> None:
+    """Complete the studies in these folders.
+
+    Raises:
+        NamingError: a folder cannot be listed.
+    """
     for folder in (empty := [folder for folder in folders if not _has_volumes(folder)]):
         print(f"{folder.relative_to(given.bids_dir)}: no image lies in it; passed over", file=sys.stderr)
     folders = [folder for folder in folders if folder not in empty] or folders  # of which crossmr says what is wrong
@@ -94,19 +107,19 @@ def _check(dataset: Path, out: Path) -> None:
 
 
 def _group(out: Path) -> None:
-    """Write the report of everything that participants' jobs have left in OUT."""
-    try:
-        check_completed(out)
-        from crossmr.completion.cohort import finish_cohort
-        from crossmr.completion.work import find_run
-        from crossmr.output.report import report_completion
+    """Write the report of everything that participants' jobs have left in OUT.
 
-        if (layout := find_run(out)) is not None:
-            finish_cohort(layout)
-        print(f"report: {report_completion(out)}")
-    except CrossmrError as error:
-        print(f"crossmr-bids: {error}", file=sys.stderr)
-        sys.exit(1)
+    Raises:
+        OutputError: they have left nothing, or it cannot be written.
+    """
+    check_completed(out)
+    from crossmr.completion.cohort import finish_cohort
+    from crossmr.completion.work import find_run
+    from crossmr.output.report import report_completion
+
+    if (layout := find_run(out)) is not None:
+        finish_cohort(layout)
+    print(f"report: {report_completion(out)}")
 
 
 def chosen(dataset: Path, participants: Sequence[str], sessions: Sequence[str]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import platform
 import sys
@@ -346,7 +347,7 @@ def app_(
     from crossmr.app.uploads import Limits
     from crossmr.display import Display
 
-    limits = Limits(total=int(limit_gib * 2**30))
+    limits = Limits(total=int(limit_gib * 2**30) if math.isfinite(limit_gib) else 0)
     serve(AppSettings(host, port, str(find_model(model)), device, opened, limits), Display())
 
 
@@ -741,7 +742,7 @@ def demo(out: Out, seed: Seed = 0) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default the program's own; errors that crossmr raises on purpose are one line.
 
-    Exit codes: 0, 1 where a study failed or is refused, 2 where the arguments make no sense, 130 after Ctrl-C.
+    Exit codes: 0, 1 where a study failed or is refused, 2 where the command line is not understood, 130 after Ctrl-C.
     """
     keep_memory()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would spin against neighbours

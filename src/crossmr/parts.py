@@ -221,23 +221,30 @@ class Claims:
         except OSError as error:
             if isinstance(error, FileExistsError) and os.path.isdir(self._folder):
                 return False
-            raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({**me(), "made": os.fstat(descriptor).st_mtime}, file)
+            raise _not_written(path, error) from error
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump({**me(), "made": os.fstat(descriptor).st_mtime}, file)
+        except OSError as error:  # such as a full disk
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise _not_written(path, error) from error
         return True
 
     def _holder(self, path: Path, now: float) -> Holder | None:
         """Who has made a claim; None where it is gone."""
+        text = b""
         try:
             state = path.stat()
-            text = path.read_bytes()
+            with contextlib.suppress(PermissionError):  # another user's whose umask lets nobody read it
+                text = path.read_bytes()
         except OSError:
             return None
         try:
             said: dict[str, Any] = json.loads(text)
             process, host, where, born = said["process"], said["host"], said["where"], said["born"]
             made = said["made"]
-        except (ValueError, KeyError, TypeError):  # its holder writes it at this moment, or died while it did
+        except (ValueError, KeyError, TypeError):  # its holder writes it now, died while it did, or hides it
             process, host, where, born, made = 0, "", "", "", state.st_mtime
         alive = now - state.st_mtime < STALE_SECONDS
         if process and where == _where():
@@ -264,6 +271,10 @@ class Claims:
             for path in paths:
                 with contextlib.suppress(OSError):
                     os.utime(path)
+
+
+def _not_written(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path} could not be written: {error.strerror or error}.")
 
 
 def me() -> dict[str, Any]:

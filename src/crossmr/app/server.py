@@ -82,7 +82,7 @@ class AppSettings:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"--port is {self.port}; expected 0 to 65535.")
         if self.limits.total <= 0:
-            raise ConfigError("--limit-gib is not above 0; expected how much a page may send, such as 4.")
+            raise ConfigError("--limit-gib is no size above 0; expected how much a page may send, such as 4.")
 
 
 class Guard:
