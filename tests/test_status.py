@@ -8,7 +8,7 @@ import pytest
 from conftest import write_images
 
 from crossmr.completion.cohort import CohortSettings, complete_cohort
-from crossmr.completion.status import COLUMNS, NAME, is_status, write_status
+from crossmr.completion.status import COLUMNS, NAME, is_status, line_of, write_lines, write_status
 from crossmr.errors import OutputError
 from crossmr.networks.inference import Settings
 
@@ -27,7 +27,8 @@ def test_every_case_has_a_line(completed):
     assert [*lines] == ["Ann", "Bob", "Cem", "Dan", "Eve"]
     assert {case: line["verdict"] for case, line in lines.items()} == summary.verdicts
     assert lines["Ann"]["filled"] == "T1ce from T1 + T2; FLAIR from T1 + T2"
-    assert lines["Cem"]["filled"] == ""
+    assert lines["Ann"]["contrasts"] == "T1ce use; FLAIR use"
+    assert (lines["Cem"]["filled"], lines["Cem"]["contrasts"]) == ("", "")
     assert "the model needs t1n, t2w, and t2w is missing" in lines["Cem"]["reasons"]
     assert (lines["Dan"]["verdict"], lines["Dan"]["filled"]) == ("refuse", "")
     assert "t2w is 24×28×22" in lines["Dan"]["reasons"]
@@ -88,6 +89,26 @@ def test_another_s_table_of_that_name_is_not_replaced(small, model, tmp_path, pr
         complete_cohort(small, tmp_path / "out", model, SETTINGS, CohortSettings(profile=profile))
     assert (records / NAME).read_text() == "case,status\n1,done\n"
     assert not (tmp_path / "out" / "Ann").exists()
+
+
+def test_the_verdict_on_each_contrast_stands_beside_the_worst_of_the_case(tmp_path):
+    """What was refused of a case says nothing against what was synthesised of it."""
+    synthetic = {"t1n": {"from": ["t2f"], "verdict": "use"}, "t2f": {"from": ["t2f"], "verdict": "look"}}
+    manifest = {"case": "Ann", "verdict": "refuse", "reasons": [], "synthetic": synthetic, "refused": ["t2w"]}
+    write_lines(tmp_path, {"Ann": line_of({**manifest, "seconds": 1.0})}, {"Bob": "it is damaged"})
+    lines = table(tmp_path)
+    assert (lines["Ann"]["verdict"], lines["Ann"]["contrasts"]) == ("refuse", "T1 use; FLAIR look; T2 refuse")
+    assert (lines["Bob"]["verdict"], lines["Bob"]["contrasts"], lines["Bob"]["reasons"]) == (
+        "refuse",
+        "",
+        "it is damaged",
+    )
+
+
+def test_a_table_of_an_earlier_version_is_known(tmp_path):
+    for head, known in (("case,verdict,reasons,filled,seconds", True), ("case,verdict,reasons,filled", False)):
+        (tmp_path / NAME).write_text(f"{head}\r\nP1,use,,,\r\n", newline="")
+        assert is_status(tmp_path / NAME) is known
 
 
 def test_words_of_any_kind_are_one_cell(tmp_path):

@@ -226,7 +226,7 @@ def finished_before(run: Run, files: StudyFiles) -> Mapping[str, Any]:
 def _write_dicom(
     run: Run, study: Study, scans: Scans, result: Completed, manifest: dict[str, Any], written: list[Path]
 ) -> None:
-    """Write each synthetic volume, and its standard deviation, as a derived series; name them like `_write_volumes`."""
+    """Write each synthetic volume, and its standard deviation, as a derived series; name them like `write_volumes`."""
     from crossmr.dicom.write import DerivedSeries, choose_steps, write_derived
 
     manifest["notes"] = [*scans.notes, *manifest["notes"]]

@@ -14,10 +14,12 @@ from crossmr.errors import OutputError
 from crossmr.files import read_json, write_atomically
 
 NAME = "status.csv"
-COLUMNS = ("case", "verdict", "reasons", "filled", "seconds")
+COLUMNS = ("case", "verdict", "contrasts", "reasons", "filled", "seconds")
+"""The verdict is the worst of the case; 'contrasts' has that of each one: 'T1 use; FLAIR look; T2 refuse'."""
 Line = tuple[str, ...]
 """What a line says, in the order of COLUMNS."""
-_HEAD = ",".join(COLUMNS).encode() + b"\r\n"
+_HEADS = tuple(",".join(columns).encode() + b"\r\n" for columns in (COLUMNS, (*COLUMNS[:2], *COLUMNS[3:])))
+"""The first line, and that of earlier versions."""
 
 
 def is_status(path: Path) -> bool:
@@ -25,7 +27,7 @@ def is_status(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(len(_HEAD)) == _HEAD
+        return file.readline(len(_HEADS[0])) in _HEADS
 
 
 def write_status(records: Path, failed: Mapping[str, str]) -> None:
@@ -59,7 +61,7 @@ def read_manifests(records: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
 
 def write_lines(records: Path, lines: Mapping[str, Line], failed: Mapping[str, str]) -> None:
     """Write the table: a line for each case that was finished, and for each that failed."""
-    lines = {**lines, **{case: (case, "refuse", reason, "", "") for case, reason in failed.items()}}
+    lines = {**lines, **{case: (case, "refuse", "", reason, "", "") for case, reason in failed.items()}}
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(COLUMNS)
@@ -71,7 +73,10 @@ def line_of(manifest: Mapping[str, Any]) -> Line:
     """A finished case's line."""
     filled = [f"{_shown([target])} from {_shown(entry['from'])}" for target, entry in manifest["synthetic"].items()]
     reasons = (f"{_shown(r['contrasts'])}: {r['text']}" if r["contrasts"] else r["text"] for r in reasons_of(manifest))
-    words = (manifest["case"], manifest.get("verdict", "look"), " | ".join(reasons), "; ".join(filled))
+    verdicts = {m: entry.get("verdict", "look") for m, entry in manifest["synthetic"].items()}
+    verdicts |= dict.fromkeys(manifest.get("refused", ()), "refuse")
+    contrasts = "; ".join(f"{_shown([m])} {verdict}" for m, verdict in verdicts.items())
+    words = (manifest["case"], manifest.get("verdict", "look"), contrasts, " | ".join(reasons), "; ".join(filled))
     return (*words, str(manifest["seconds"]))
 
 
