@@ -24,6 +24,7 @@ import pytest
 
 from crossmr import cli
 from crossmr.cli import main
+from crossmr.completion.cohort import CohortSummary
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.errors import CrossmrWarning
 from crossmr.networks.c_unet import SynthesisConfig
@@ -577,6 +578,14 @@ def test_freed_memory_is_kept_for_the_next_layer():
     assert faults("keep_memory()") < 0.1 * faults("None")
     in_thread = "from threading import Thread; t = Thread(target=lambda: np.ones(2**23)); t.start(); t.join()"
     assert faults("keep_memory()", in_thread) < 0.1 * faults("None")  # another's memory, too
+
+
+def test_only_what_counts_for_the_verdict_is_a_warning_and_notes_are_one_line_a_study():
+    eight = "T1 has eight bits.", "T2 has eight bits."
+    summary = CohortSummary(notes={"Ann": [eight[0], "T2 is noisy.", eight[1]], "Bob": [eight[0]]})
+    summary.reasons = {"Ann": ["T2 is noisy.", "FLAIR was not read."]}
+    said = ["Ann: warning: T2 is noisy.", f"Ann: note: {' '.join(eight)}", f"Bob: note: {eight[0]}"]
+    assert [*cli._outcomes(summary)] == said
 
 
 @pytest.mark.filterwarnings("default")

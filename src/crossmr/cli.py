@@ -249,8 +249,10 @@ def _outcomes(summary: "CohortSummary") -> Iterator[str]:
     for case, modalities in summary.completed.items():
         yield f"{case}: synthesised {', '.join(modalities)}"
     for case, notes in summary.notes.items():
-        for note in notes:
-            yield f"{case}: warning: {note}"
+        grave = [note for note in notes if note in summary.reasons.get(case, ())]
+        yield from (f"{case}: warning: {note}" for note in grave)
+        if others := [note for note in notes if note not in grave]:
+            yield f"{case}: note: {' '.join(others)}"
     for case, reasons in summary.not_filled.items():
         for modality, reason in reasons.items():
             yield f"{case}: {modality} not synthesised: {reason}"
