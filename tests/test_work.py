@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import dicoms
 import pytest
-from conftest import Listener, write_images
+from conftest import Listener, save_untrained, write_images
 
 from crossmr.completion import case as cases
 from crossmr.completion import turns, work
@@ -179,9 +180,10 @@ def test_nobody_joins_with_another_cohort_or_other_options(model_folder, model, 
     out = tmp_path / "out"
     busy = start(small, out, model_folder, tmp_path / "log", stop="Ann")
     assert busy.stdout.readline() == "at it\n"
-    for given, options in ((cohort, {}), (small, {"profile": "labelled", "overwrite": True})):
+    other, again = replace(SETTINGS, targets="t2f"), {"profile": "labelled", "overwrite": True}
+    for given, settings, options in ((cohort, SETTINGS, {}), (small, SETTINGS, again), (small, other, {})):
         with pytest.raises(OutputError, match=r"by other processes of crossmr \(process .* or other options"):
-            complete_cohort(given, out, model, SETTINGS, part(1, 2, **options))
+            complete_cohort(given, out, model, settings, part(1, 2, **options))
     with pytest.raises(OutputError, match="being written to by another crossmr"):
         complete_cohort(small, out, model, SETTINGS)
     (running,) = read_progress(out).running
@@ -190,6 +192,18 @@ def test_nobody_joins_with_another_cohort_or_other_options(model_folder, model, 
     busy.communicate()
     assert "Ann: its process" in "\n".join(read_progress(out).lines())
     assert complete_cohort(cohort, out, model, SETTINGS, part(1, 1)).completed.keys() == {"Ann", "Bob"}
+
+
+def test_parts_with_another_model_or_other_settings_make_no_run_together(model, cohort, tmp_path):
+    """The manifest of a run states one model and one set of settings; the device may be another on each machine."""
+    other = save_untrained(tmp_path / "model", seed=1)
+    for number, (using, settings) in enumerate(
+        ((model, SETTINGS), (other, SETTINGS), (model, replace(SETTINGS, seed=1)))
+    ):
+        out = tmp_path / str(number)
+        complete_cohort(cohort, out, model, replace(SETTINGS, device="auto"), part(1, 2))
+        complete_cohort(cohort, out, using, settings, part(2, 2))
+        assert json.loads((out / "manifest.json").read_text())["finished"] is (number == 0)
 
 
 def test_an_output_of_one_process_says_how_far_it_is(model, cohort, tmp_path, monkeypatch):

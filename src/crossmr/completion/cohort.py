@@ -198,10 +198,7 @@ def with_studies(run: Run, cohort: Path | str | Sequence[Path | str]) -> Run:
     Raises:
         NamingError: no study at all. OutputError: it would; or others write there.
     """
-    if run.options.part is None:
-        inputs = _inputs(cohort, run.layout, run.options, run.display)
-    else:
-        inputs = _joined(run.work, cohort, run.layout, run.options, run.display)
+    inputs = _inputs(cohort, run.layout, run.options, run.display) if run.options.part is None else _joined(run, cohort)
     register = "if needed" if inputs.series is not None and run.settings.register == "never" else run.settings.register
     run = replace(run, inputs=inputs, settings=replace(run.settings, register=register))
     _check_all(run)
@@ -251,40 +248,40 @@ def _inputs(
     return replace(inputs, faults=layout.clashes([files.case for files in inputs.studies]))
 
 
-def _joined(
-    work: Work,
-    cohort: Path | str | Sequence[Path | str],
-    layout: Layout,
-    options: CohortSettings,
-    display: Display,
-) -> Inputs:
-    """The studies of one part."""
-    paths = [path.absolute() for path in paths_of(cohort)]
+def _key(run: Run, paths: Sequence[Path]) -> str:
+    """What all parts of a run have in common: whatever decides studies and voxels, but not the device of each."""
+    options = run.options
     what = {"cohort": [*map(str, paths)], "mapping": dict(options.mapping or {}), "keep_names": options.keep_names}
-    key = digest({**what, "profile": options.profile, "overwrite": options.overwrite})
+    what |= {"profile": options.profile, "overwrite": options.overwrite}
+    return digest({**what, **run.record, "device": None, "precision": run.settings.precision})
+
+
+def _joined(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
+    """The studies of one part."""
+    layout = run.layout
+    paths = [path.absolute() for path in paths_of(cohort)]
     if any(begins_with_dicom(path, layout.out) for path in paths if path.is_dir()):
-        return _joined_dicom(work, paths, key, layout, options, display)
+        return _joined_dicom(run, paths)
 
     def find() -> Inputs:
-        inputs = _inputs(cohort, layout, options, display)
+        inputs = _inputs(cohort, layout, run.options, run.display)
         check_output(layout, inputs.root)
         if inputs.series is not None:
             raise ConfigError(f"{paths[0]} holds DICOM among many other files. Complete it without --part.")
         write_paths(layout.records, inputs.studies)
         return inputs
 
-    return work.join(key, find)
+    return run.work.join(_key(run, paths), find)
 
 
-def _joined_dicom(
-    work: Work, paths: Sequence[Path], key: str, layout: Layout, options: CohortSettings, display: Display
-) -> Inputs:
+def _joined_dicom(run: Run, paths: Sequence[Path]) -> Inputs:
     """The studies of DICOM of one part, which lists them alone; see `cases_of_part`."""
+    work, layout, options, display = run.work, run.layout, run.options, run.display
     given: Any = {"keep_names": options.keep_names, "exclude": layout.out, "display": display}
     cases: dict[str, Sequence[Series]] = {}
     faults: dict[str, str] = {}
     check_output(layout, paths[0])
-    work.join_alone(key, paths[0])
+    work.join_alone(_key(run, paths), paths[0])
     for path in paths:
         found, refused = cases_of_part(path, layout.records, work.part, options.mapping, **given)
         faults |= {one.case: one.refused for one in refused}
