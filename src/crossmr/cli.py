@@ -239,7 +239,8 @@ def _planned(planned: Sequence["PlannedCase"]) -> Summary:
     record = {"studies": [asdict(case) for case in planned]}
     lines = [line for case in planned for line in case.lines()]
     doubtful = any(case.unread for case in planned)
-    return Summary(counts, failures, "nothing was written", record, lines, doubtful=doubtful)
+    where = "nothing was written; names and headers were read, images were not checked, so a study may still be refused"
+    return Summary(counts, failures, where, record, lines, doubtful=doubtful)
 
 
 def _outcomes(summary: "CohortSummary") -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Which studies there are, and what would be synthesised of which: nothing is written.
 
-Names and tags say it; voxels are read of studies with several T1 that neither tells apart.
+Names, headers and tags say it. Voxels are read where these leave open which of several T1 has the contrast agent, or
+whether a volume is a scan or a segmentation.
 """
 
 import os
@@ -177,7 +178,7 @@ class PlannedCase:
     unread: Sequence[str] = ()
     """Those of them that a file or a series may be which is not used."""
     failed: str = ""
-    """Why nothing can be done with the study, as far as names and tags say."""
+    """Why nothing can be done with the study, as far as names, tags and what lies in OUT say."""
     finished: bool = False
     """Whether it was finished before, and would be skipped."""
 
@@ -205,16 +206,15 @@ class PlannedCase:
 def plan(
     inputs: Inputs, layout: Layout, model: CrossConditionedModel, settings: Settings, *, overwrite: bool = False
 ) -> list[PlannedCase]:
-    """What `complete_cohort` would do; images are not opened, so a study may still be refused for what it holds.
-
-    `find_inputs` opened those T1 that neither names nor tags tell apart.
-    """
+    """What `complete_cohort` would do; images are not checked, so a study may still be refused for what it holds."""
     planned = []
     for files, found in _found(inputs):
         acquired = [*found["acquired"]]
         unread = inputs.unread(files, acquired, model)
         requested, reasons = what_to_fill(acquired, model, settings, unread)
         finished = not overwrite and (layout.folder(files.case) / "manifest.json").exists()
+        if fault := inputs.faults.get(files.case):
+            found["failed"] = fault
         if found["failed"]:
             requested, reasons = [], {}
         doubtful = [m for m in reasons if settings.targets is None and any(m in one.may_be for one in unread)]
