@@ -1,19 +1,26 @@
 """Layouts: BraSyn's flat folder holds its files alone, and a BIDS derivative passes the official validator."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import image, judge, make_head, save_untrained, write_study
 
-from crossmr.completion.cohort import CohortSettings, complete_cohort
+from crossmr import parts
+from crossmr.completion import case as cases
+from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
 from crossmr.completion.layout import Layout, bids_entities, records_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
+from crossmr.completion.work import Work
 from crossmr.data.naming import find_studies
 from crossmr.errors import ConfigError
 from crossmr.networks.inference import Settings
@@ -202,5 +209,98 @@ def test_cases_of_one_name_in_bids_are_refused_not_replaced(tmp_path, model):
         "P1_11": "P1_11: BIDS has one name for it and P11_1, sub-P111. Rename them, or use --profile labelled.",
     }
     assert not (tmp_path / "out" / "sub-P111").exists()
+    planned = plan_cohort(tmp_path / "cohort", tmp_path / "other", model, SETTINGS, BIDS)
+    assert {one.case: one.failed for one in planned if one.outcome == "would fail"} == result.failed
     labelled = complete_cohort(tmp_path / "cohort", tmp_path / "labelled", model, SETTINGS)
     assert sorted(labelled.completed) == ["P11_1", "P1_11", "P2"]
+
+
+def test_a_case_of_one_name_in_bids_with_an_earlier_one_is_refused_by_every_call(tmp_path, model):
+    """Alone in its cohort, so that only OUT knows of the other one."""
+    for folder, case in (("first", "P-1"), ("second", "P1"), ("second", "Q")):
+        write_study(tmp_path / folder, case, ("t1n", "t2w"))
+    out = tmp_path / "out"
+    complete_cohort(tmp_path / "first", out, model, SETTINGS, BIDS)
+    before = {path: path.read_bytes() for path in out.rglob("sub-P1*.*")}
+    why = "P1: BIDS has one name for it and P-1, sub-P1. Rename them, or use --profile labelled, or another OUT."
+    (planned, _) = plan_cohort(tmp_path / "second", out, model, SETTINGS, BIDS)
+    assert (planned.outcome, planned.failed) == ("would fail", why)
+    for options in (BIDS, replace(BIDS, overwrite=True), replace(BIDS, share=True)):
+        result = complete_cohort(tmp_path / "second", out, model, SETTINGS, options)
+        assert result.failed == {"P1": why}
+    assert before
+    assert {path: path.read_bytes() for path in out.rglob("sub-P1*.*")} == before
+    assert complete_cohort(tmp_path / "first", out, model, SETTINGS, BIDS).skipped == ["P-1"]
+
+
+def test_a_case_of_one_name_in_bids_with_one_that_was_written_meanwhile_is_refused(tmp_path, model, monkeypatch):
+    for folder, case in (("first", "P-1"), ("second", "P1")):
+        write_study(tmp_path / folder, case, ("t1n", "t2w"))
+    out, share, usual = tmp_path / "out", replace(BIDS, share=True), cases.complete_study
+
+    def another_is_faster(study, *given):
+        monkeypatch.setattr(cases, "complete_study", usual)
+        assert complete_cohort(tmp_path / "first", out, model, SETTINGS, share).failed == {}
+        return usual(study, *given)
+
+    monkeypatch.setattr(cases, "complete_study", another_is_faster)
+    result = complete_cohort(tmp_path / "second", out, model, SETTINGS, share)
+    assert "BIDS has one name for it and P-1, sub-P1" in result.failed["P1"]
+    assert not (out / "crossmr" / "P1" / "manifest.json").exists()
+    assert [path.parent.name for path in out.rglob("manifest.json")] == ["crossmr", "P-1"]
+
+
+def test_who_writes_what_bids_calls_alike_waits_for_the_other(tmp_path, monkeypatch):
+    """Two processes that write P-1 and P1 at once: the second one begins when the first one has ended."""
+    layout, waited = Layout(tmp_path / "out", "bids"), []
+    with closing(Work(layout)) as one, closing(Work(layout)) as other:
+
+        def wait(_):
+            waited.append(True)
+            one.claims.give_back(held)
+
+        monkeypatch.setattr(parts.time, "sleep", wait)
+        for case, waits in (("P1", True), ("sub-P1", False)):  # who is called so has claimed that name as its own
+            held = one.claims.take("sub-P1")
+            with cases.place_of_its_own(SimpleNamespace(layout=layout, work=other), case):
+                assert waited == [True] * waits
+            one.claims.give_back(held)
+            waited.clear()
+
+
+def test_a_name_without_a_letter_that_bids_knows_gets_a_hash(tmp_path, model):
+    for case in ("患者", "病人"):
+        write_study(tmp_path / "cohort", case, ("t1n", "t2w"))
+    result = complete_cohort(tmp_path / "cohort", tmp_path / "out", model, SETTINGS, BIDS)
+    assert (len(result.completed), result.failed) == (2, {})
+    names = [path.name for path in (tmp_path / "out").glob("sub-*")]
+    assert len(names) == 2
+    assert all(re.fullmatch("sub-[0-9a-f]{10}", name) for name in names)
+    assert validate(tmp_path / "out")["error"] == {}
+
+
+def test_sources_are_the_names_in_the_dataset_wherever_they_link_to(dataset, model, tmp_path):
+    """As git-annex and DataLad keep images; and where the dataset itself is reached by a link."""
+    raw, elsewhere = tmp_path / "raw", tmp_path / "DOE_JOHN"
+    shutil.copytree(dataset, raw, ignore=shutil.ignore_patterns("sub-01"))
+    for name, place in (("T1w", raw / ".git" / "annex" / "MD5E-1"), ("FLAIR", elsewhere)):
+        place.mkdir(parents=True)
+        scan = raw / "sub-02" / "anat" / f"sub-02_{name}.nii.gz"
+        scan.rename(place / "1.nii.gz")
+        scan.symlink_to(place / "1.nii.gz")
+    (tmp_path / "link").symlink_to(raw)
+    (tmp_path / "patient").symlink_to(raw / "sub-02")
+    for given in ("raw", "link", "patient"):
+        out = raw / "derivatives" / given
+        complete_cohort(tmp_path / given, out, model, SETTINGS, BIDS)
+        sidecar = json.loads((out / "sub-02" / "anat" / "sub-02_desc-synthetic_T2w.json").read_text())
+        assert sidecar["Sources"] == [f"bids:raw:sub-02/anat/sub-02_{name}.nii.gz" for name in ("T1w", "FLAIR")]
+
+
+def test_a_source_that_is_not_in_the_dataset_is_not_named(dataset, tmp_path):
+    layout = Layout(dataset / "derivatives" / "new", "bids")
+    manifest = {"synthetic": {"t2w": {"warnings": [], "std": None}}, "skull_stripped": False}
+    for inputs, named in (("sub-02/anat/a.nii", "sub-02/anat/a.nii"), ("../DOE_JOHN/a.nii", None)):
+        (path,) = layout.finish("sub-02", manifest, dataset, [dataset / inputs])
+        assert json.loads(path.read_text()).get("Sources") == (named and [f"bids:raw:{named}"])
+        shutil.rmtree(layout.out)

@@ -1,8 +1,9 @@
 """One case of a cohort: whether it is finished, completed, written with its pictures, and kept as it is."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from crossmr.completion.inputs import Inputs
-from crossmr.completion.layout import PICTURES, Layout, Profile
+from crossmr.completion.layout import PICTURES, Layout, Profile, bids_name
 from crossmr.completion.ownership import check_case, earlier_files
 from crossmr.completion.study import (
     Completed,
@@ -29,7 +30,7 @@ from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume
 from crossmr.dicom.convert import Scans
 from crossmr.display import Display
-from crossmr.errors import NamingError, OutputError, names_only
+from crossmr.errors import NamingError, OutputError, StudyError, names_only
 from crossmr.files import read_json, remove, write_json
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import CrossConditionedModel
@@ -107,7 +108,26 @@ def complete_case(
     result = synthesise_case(run, files, loaded, files_now)
     if claim is not None:
         claim.check()
-    return write_case(run, files, loaded, result, scans, start), False
+    with place_of_its_own(run, files.case):
+        return write_case(run, files, loaded, result, scans, start), False
+
+
+@contextmanager
+def place_of_its_own(run: Run, case: str) -> Iterator[None]:
+    """Within this no other process writes what BIDS calls as it calls this case, and nobody has before.
+
+    Raises:
+        StudyError: another case has that name in OUT.
+    """
+    name = bids_name(case) if run.layout.profile == "bids" else case
+    claim = None if name == case else run.work.claims.wait_for(name)
+    try:
+        if why := run.layout.is_taken(case):
+            raise StudyError(why)
+        yield
+    finally:
+        if claim is not None:
+            run.work.claims.give_back(claim)
 
 
 def kept(run: Run, files: StudyFiles) -> Mapping[str, Any] | None:

@@ -245,7 +245,7 @@ def _inputs(
     """The studies of a cohort, with those that the layout has no place for."""
     keep_names = options.keep_names
     inputs = find_inputs(paths_of(cohort), options.mapping, keep_names=keep_names, exclude=layout.out, display=display)
-    return replace(inputs, faults=layout.clashes([files.case for files in inputs.studies]))
+    return replace(inputs, faults=layout.clashes(inputs.cases))
 
 
 def _key(run: Run, paths: Sequence[Path]) -> str:

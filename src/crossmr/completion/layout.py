@@ -8,7 +8,7 @@ bids       a BIDS derivative: OUT/sub-X[/ses-Y]/anat/sub-X[_ses-Y]_desc-syntheti
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from crossmr.data.bids import dataset_of
 from crossmr.data.study import Study
 from crossmr.data.volume import describe_grid
 from crossmr.errors import ConfigError, OutputError, StudyError
-from crossmr.files import locked, read_json, write_atomically, write_json
+from crossmr.files import digest, locked, read_json, write_atomically, write_json
 
 FORMAT = "crossmr-completion"
 """What the manifests of a completed study and of a cohort say they are."""
@@ -105,19 +105,38 @@ class Layout:
         return self.out.joinpath(*entities, "anat", name)
 
     def clashes(self, cases: Sequence[str]) -> dict[str, str]:
-        """Cases whose volumes would replace one another's, and why; all of them, so that none depends on the order."""
+        """Cases whose volumes would replace one another's, or those of another case in OUT, and why.
+
+        Of several new ones all are named, so that none depends on the order.
+        """
         if self.profile != "bids":
             return {}
-        called: dict[tuple[str, ...], list[str]] = {}
+        called: dict[str, set[str]] = {}
         for case in cases:
-            called.setdefault(bids_entities(case), []).append(case)
+            called.setdefault(bids_name(case), set()).add(case)
+        there = self._finished() - {*cases}
+        for case in there:
+            if (name := bids_name(case)) in called:
+                called[name].add(case)
         return {
-            case: f"{case}: BIDS has one name for it and {' and '.join(sorted({*same} - {case}))}, "
-            f"{'_'.join(name)}. Rename them, or use --profile labelled."
+            case: f"{case}: BIDS has one name for it and {' and '.join(sorted(same - {case}))}, {name}. "
+            "Rename them, or use --profile labelled" + (", or another OUT." if same & there else ".")
             for name, same in called.items()
-            for case in same
+            for case in sorted(same - there)
             if len(same) > 1
         }
+
+    def _finished(self) -> set[str]:
+        """The cases that have a manifest in OUT."""
+        with suppress(FileNotFoundError), os.scandir(self.records) as entries:
+            return {entry.name for entry in entries if os.path.exists(os.path.join(entry.path, "manifest.json"))}
+        return set()
+
+    def is_taken(self, case: str) -> str:
+        """Why a case has no place of its own in OUT, by what others have written by now; '' if it has one."""
+        if self.profile != "bids" or (self.folder(case) / "manifest.json").exists():
+            return ""
+        return self.clashes([case]).get(case, "") if self.image(case, "t1n").parent.exists() else ""
 
     def check(self, study: Study) -> None:
         """Refuse a study that the profile has no place for.
@@ -154,9 +173,9 @@ class Layout:
         written = []
         for modality, entry in manifest["synthetic"].items():
             image, std = self.image(case, modality), self.std(case, modality)
-            sources = [f"bids:raw:{_relative(path.resolve(), dataset_of(scans.resolve()))}" for path in inputs]
+            sources = _sources(scans, inputs) if self._raw(scans) else []
             common = {"SkullStripped": manifest["skull_stripped"], **_generated()}
-            common |= {"Sources": sources} if self._raw(scans) else {}
+            common |= {"Sources": sources} if sources else {}
             fields = {"Description": " ".join(entry["warnings"]), "Units": "arbitrary", **common}
             written.append(self._write_sidecar(image, fields))
             if entry["std"] and std is not None:
@@ -179,14 +198,26 @@ def bids_entities(case: str) -> tuple[str, ...]:
     """`sub-X` and, where the case has one, `ses-Y`."""
     match = re.fullmatch(r"(sub-[A-Za-z0-9+]+)(?:_(ses-[A-Za-z0-9+]+))?", case)
     if match is None:
-        return (f"sub-{re.sub('[^A-Za-z0-9]', '', case)}",)
+        return (f"sub-{re.sub('[^A-Za-z0-9]', '', case) or digest(case)[:10]}",)
     return tuple(part for part in match.groups() if part)
+
+
+def bids_name(case: str) -> str:
+    """What BIDS calls a case: `sub-X[_ses-Y]`; one whose name has no letter or digit of ASCII gets a hash."""
+    return "_".join(bids_entities(case))
 
 
 def records_of(out: Path) -> Path:
     """The records of an output of any profile."""
     places = [Layout(out, profile).records for profile in PROFILES]
     return next((place for place in places if (place / "manifest.json").exists()), out)
+
+
+def _sources(scans: Path, inputs: Sequence[Path]) -> list[str]:
+    """The BIDS URIs of these files in the dataset of `scans`, by their names there, wherever they link to."""
+    dataset, place = dataset_of(scans.resolve()), Path(os.path.abspath(scans))
+    inside = [_relative(scans.resolve() / os.path.relpath(path, place), dataset) for path in inputs]
+    return [f"bids:raw:{name}" for name in inside if not name.startswith("../")]
 
 
 def _relative(path: Path, start: Path) -> str:
