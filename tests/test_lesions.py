@@ -90,10 +90,34 @@ def test_without_t2_and_flair_nobody_can_tell(studies, sources, kinds):
     assert (at is None) == bool(kinds)
 
 
-def test_t2_alone_shows_fluid_as_bright_as_lesions(studies):
+def test_t2_alone_shows_fluid_as_bright_as_lesions_so_nothing_is_checked(studies):
+    (found,), at = looked_at(studies[0], "t2f", sources=("t2w",))
+    assert (found.kind, found.severity, found.contrasts, at) == ("unchecked lesions", "look", ("t2f",), None)
+    assert found.words.startswith("T2 was acquired without FLAIR, T1 and T1ce, and alone does not tell lesions from")
+    assert looked_at(studies[0], "t1n", sources=("t2w",)) == ([], None)
+
+
+@pytest.mark.parametrize("fluid", ["t1n", "t1c"])
+def test_t2_with_t1_or_t1ce_tells_lesions_from_fluid(studies, fluid):
+    sick, healthy = studies
+    sources, lost = ("t2w", fluid), without_lesion(sick, "t2f")
+    found, at = looked_at(sick, "t2f", sources=sources)
+    assert (found, sick.labels[at] > 0) == ([], True)
+    (found,), at = looked_at(sick, "t2f", lost, sources)
+    assert (found.kind, sick.labels[at] > 0) == ("lost lesion", True)
+    flat = np.where(healthy.mask, np.float32(1 / 3), np.float32(0))  # in which nothing is as bright as fluid is in T2
+    assert looked_at(healthy, "t2f", flat, sources) == ([], None)
+
+
+def test_what_the_model_does_not_take_shows_lesions_all_the_same(cohort, studies, tmp_path):
+    """A model from T1 to T2, and a study with FLAIR."""
     sick, _ = studies
-    volume, made = sick.normalised("t2w"), {"t2f": sick.normalised("t2f")}
-    assert find_lesions({"t2w": volume}, sick.mask, sick.reference.spacing_mm, made, stripped=True) == ([], None)
+    model = save_untrained(tmp_path / "model", guidance="none", sources=("t1n",), targets=("t2w",))
+    paths = find_studies(cohort)[0].images()
+    made = complete({m: paths[m] for m in ("t1n", "t2f")}, model, Settings(precision="float32"))
+    assert "unchecked lesions" not in [reason["kind"] for reason in made.manifest["reasons"]]
+    x, y, z = np.rint(np.linalg.inv(sick.reference.affine) @ (*made.manifest["look_at"]["mm"], 1))[:3].astype(int)
+    assert sick.labels[z, y, x] > 0
 
 
 def test_the_largest_standard_deviation_is_away_from_the_rim_and_the_ends():

@@ -1,8 +1,8 @@
 """Bright areas of the acquired scans that may be lesions, and whether the synthetic ones still show them.
 
 Only what a user has is looked at: acquired and synthetic volumes, and the standard deviation. FLAIR is searched, or T2
-where there is none; in T2 what is dark in T1 is fluid. Volumes are smoothed and thinned to 2 mm; the rim of the head,
-where skull, scalp and partial volumes lie, is left out.
+where there is none; in T2 what is dark in T1, or in T1ce where there is none, is fluid. Volumes are smoothed and
+thinned to 2 mm; the rim of the head, where skull, scalp and partial volumes lie, is left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ RIM_MM = {True: 8.0, False: 22.0}
 """Left out at the rim of each axial slice, of brains without skull and of heads."""
 BRIGHT, FLUID = 2.0, 1.5
 """Robust standard deviations above the median of FLAIR or T2 from which on a voxel is bright, and below that of T1
-from which on it is fluid."""
+or T1ce from which on it is fluid."""
 LEAST_ML = 2.0
 """A smaller bright area is none."""
 USUAL = {("t2f", "t2w"): 0.6, ("t2w", "t2f"): 1.2}
@@ -102,8 +102,8 @@ def find_lesions(
     """
     targets = [m for m in ("t1c", "t2w", "t2f") if m in synthetic]
     source = next((m for m in ("t2f", "t2w") if m in acquired), None)
-    if source is None:
-        return ([_unchecked(tuple(targets))] if targets else []), None
+    if source is None or (source == "t2w" and _shows_fluid(acquired) is None):
+        return ([_unchecked(source, tuple(targets))] if targets else []), None
     thinned = _Thinned.of(head, spacing_mm, stripped=stripped)
     bright = _brightest(source, acquired, thinned, head, spacing_mm)
     if bright is None:
@@ -119,16 +119,19 @@ def find_lesions(
     return found, bright.at
 
 
+def _shows_fluid(acquired: Mapping[str, Array]) -> str | None:
+    """The contrast in which fluid is dark; None where there is none."""
+    return next((m for m in ("t1n", "t1c") if m in acquired), None)
+
+
 def _brightest(
     source: str, acquired: Mapping[str, Array], thinned: _Thinned, head: Mask, spacing_mm: Sequence[float]
 ) -> Bright | None:
     """The largest bright area of a volume that is no fluid."""
     volume, searched = thinned.thin(acquired[source], head, spacing_mm), thinned.deep
-    if source == "t2w":
-        if "t1n" not in acquired:
-            return None  # fluid is bright, too
-        t1n = thinned.thin(acquired["t1n"], head, spacing_mm)
-        searched = searched & (t1n > _above_median(t1n, searched, -FLUID))
+    if source == "t2w" and (name := _shows_fluid(acquired)) is not None:  # which is bright, too
+        dark = thinned.thin(acquired[name], head, spacing_mm)
+        searched = searched & (dark > _above_median(dark, searched, -FLUID))
     if not searched.any():
         return None
     bright = ndimage.binary_opening((volume > _above_median(volume, searched, BRIGHT)) & searched)
@@ -182,8 +185,11 @@ def _enhancement(bright: Bright) -> Finding:
     return Finding("lost enhancement", "look", words, ("t1c",))
 
 
-def _unchecked(targets: tuple[str, ...]) -> Finding:
-    words = "Neither T2 nor FLAIR was acquired: lesions may be lost, and nothing shows where they were."
+def _unchecked(source: str | None, targets: tuple[str, ...]) -> Finding:
+    why = "Neither T2 nor FLAIR was acquired"
+    if source is not None:
+        why = "T2 was acquired without FLAIR, T1 and T1ce, and alone does not tell lesions from fluid"
+    words = f"{why}: lesions may be lost, and nothing shows where they were."
     return Finding("unchecked lesions", "look", words, targets)
 
 

@@ -281,7 +281,8 @@ def _what_to_look_at(study: Study, made: _Made) -> tuple[list[Finding], Voxel, s
     if made.head is None or made.synthesis is None:
         return [], centre, "the middle of the head"
     volumes = dict(zip(made.synthesis.targets, made.synthesis.images.numpy(), strict=True))
-    found, at = find_lesions(made.head.volumes, head, spacing, volumes, stripped=stripped)
+    others = {m: study.normalised(m, study.box()) for m in study.volumes if m not in made.head.volumes}
+    found, at = find_lesions({**made.head.volumes, **others}, head, spacing, volumes, stripped=stripped)
     if at is not None:
         return found, at, "the largest bright area of the acquired scans"
     if made.synthesis.stds is not None:
