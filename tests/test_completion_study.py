@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import image, make_head, save_untrained, sha256, tree, voxels, write_images, write_study
+from dicoms import write_series
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
 from torch import nn
 
 from crossmr.cli import main
 from crossmr.completion.cohort import CohortSettings, complete_cohort
-from crossmr.completion.study import _as_images, complete, complete_study, what_to_fill
+from crossmr.completion.inputs import what_to_fill
+from crossmr.completion.study import _as_images, complete, complete_study
 from crossmr.data.head import DARKEST
 from crossmr.data.study import load_study
 from crossmr.errors import ConfigError, ModelError, NamingError, StudyError
@@ -830,3 +832,29 @@ def test_what_is_exactly_0_within_the_head_stays_so_on_another_scale():
     assert (np.asarray(images["t2f"].dataobj) == 8).sum() == (
         study.mask[study.box()] & (synthetic[0] > 0).numpy()
     ).sum()
+
+
+@pytest.mark.parametrize("doubt", ["agent everywhere", "DICOM beside NIfTI", "NIfTI beside DICOM"])
+def test_python_and_the_command_line_say_the_same_of_a_study(doubt, any_model, tmp_path):
+    """Whatever was not used, or is in doubt, counts for the study and for each contrast."""
+    folder, affine = tmp_path / "in" / "P", np.diag([6.0, 6.0, 7.0, 1.0])
+    if doubt == "DICOM beside NIfTI":
+        write_images(tmp_path / "in", "P", ("t1n", "t2w"))
+        write_series(folder / "flair", np.rint(make_head("t2f", shape=SHAPE)), affine, "t2f")
+    else:
+        agent = {"ContrastBolusAgent": "Gadavist", "description": "x"} if doubt == "agent everywhere" else {}
+        for number, modality in enumerate(("t1n", "t2w"), 1):
+            made = np.rint(make_head(modality, shape=SHAPE))
+            write_series(folder / modality, made, affine, modality, number=number, **agent)
+    if doubt == "NIfTI beside DICOM":
+        nib.save(image(make_head("t2f", shape=SHAPE)), folder / "flair.nii.gz")
+    said = complete(folder, any_model, SETTINGS).manifest
+    assert complete_cohort(tmp_path / "in", tmp_path / "out", any_model, SETTINGS).failed == {}
+    (path,) = (tmp_path / "out").glob("*/manifest.json")
+    written = json.loads(path.read_text())
+    for key in ("verdict", "reasons", "refused", "not_filled", "unread", "notes", "acquired", "given", "settings"):
+        assert said[key] == written[key]
+    one, other = ({m: entry["verdict"] for m, entry in of["synthetic"].items()} for of in (said, written))
+    assert one == other
+    assert said["verdict"] == ("look" if doubt == "agent everywhere" else "refuse")
+    assert {*one.values()} == {"look" if doubt == "agent everywhere" else "use"}

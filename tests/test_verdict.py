@@ -12,7 +12,7 @@ from crossmr.completion.checks import Finding
 from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import complete
 from crossmr.completion.unread import Unread, reasons
-from crossmr.completion.verdict import despite, is_refusal, judge, refusals, unlearnt, verdict_on, with_doubts
+from crossmr.completion.verdict import despite, is_refusal, judge, refusals, unlearnt, verdict_on
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
 from crossmr.networks.trained_on import count_seen
@@ -82,9 +82,6 @@ def test_contrasts_refused_for_one_reason_share_it():
 def test_one_contrast_has_a_verdict_of_its_own():
     judged = judge([LOST], {}, ["t1c", "t2f"], {})
     assert [verdict_on(m, judged["reasons"]) for m in ("t1c", "t2f")] == ["use", "look"]
-    assert with_doubts(judged, [])["verdict"] == "look"
-    doubted = with_doubts(judge([], {}, ["t2f"], {}), ["Two T1 say nothing."])
-    assert (doubted["verdict"], doubted["reasons"][0]["text"]) == ("look", "Two T1 say nothing.")
 
 
 def test_whatever_targets_overrules_is_known_by_its_words():

@@ -17,12 +17,12 @@ from crossmr.completion.layout import PICTURES, Layout, Profile, bids_name
 from crossmr.completion.ownership import check_case, earlier_files
 from crossmr.completion.study import (
     Completed,
+    Origin,
     Reference,
     complete_study,
     hashes,
     settings_record,
 )
-from crossmr.completion.verdict import with_doubts
 from crossmr.completion.work import Work
 from crossmr.completion.writing import whole_or_absent, write_volumes
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles
@@ -103,9 +103,10 @@ def complete_case(
     if (manifest := kept(run, files)) is not None:
         return manifest, True
     start = time.perf_counter()
-    files_now = hashes(files.images())
     loaded = study.result() or read_case(run, files)
-    result = synthesise_case(run, files, loaded, files_now)
+    run.layout.check(loaded)
+    origin = Origin.of(run.inputs, files, scans, loaded, run.model)
+    result = complete_study(loaded, run.model, run.settings, origin, run.reference)
     if claim is not None:
         claim.check()
     with place_of_its_own(run, files.case):
@@ -143,13 +144,6 @@ def kept(run: Run, files: StudyFiles) -> Mapping[str, Any] | None:
 def read_case(run: Run, files: StudyFiles) -> Study:
     """The volumes of a case."""
     return load_study(files, register=run.settings.register, labels=False)
-
-
-def synthesise_case(run: Run, files: StudyFiles, study: Study, files_now: Mapping[str, Any]) -> Completed:
-    """What is synthesised of a case that was read; `files_now` is what the manifest says of its files."""
-    run.layout.check(study)
-    unread = run.inputs.unread(files, tuple(study.volumes), run.model)
-    return complete_study(study, run.model, run.settings, files_now, run.reference, unread)
 
 
 def write_case(
@@ -249,8 +243,6 @@ def _write_dicom(
     """Write each synthetic volume, and its standard deviation, as a derived series; name them like `write_volumes`."""
     from crossmr.dicom.write import DerivedSeries, choose_steps, write_derived
 
-    manifest["notes"] = [*scans.notes, *manifest["notes"]]
-    manifest |= with_doubts(manifest, scans.notes)
     manifest["series"] = {
         "taken": {m: {"series": series.number, "why": series.why} for m, series in scans.series.items()},
         "left_out": dict(scans.left_out),

@@ -11,12 +11,12 @@ from typing import Any
 
 from crossmr.completion.case import CohortSettings as CohortSettings
 from crossmr.completion.case import Run, complete_case, finished_before
-from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan, with_files_beside
+from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan, what_to_fill, with_files_beside
 from crossmr.completion.layout import FORMAT, Layout
 from crossmr.completion.ownership import check_case, check_output
 from crossmr.completion.private import SCANS, write_paths
 from crossmr.completion.status import Line, line_of, read_manifests, reasons_of, write_lines, write_status
-from crossmr.completion.study import read_reference, what_to_fill
+from crossmr.completion.study import read_reference, registering
 from crossmr.completion.turns import Turns, read_ahead
 from crossmr.completion.work import FINISH, PATHS, Work
 from crossmr.device import ends_the_run
@@ -199,8 +199,7 @@ def with_studies(run: Run, cohort: Path | str | Sequence[Path | str]) -> Run:
         NamingError: no study at all. OutputError: it would; or others write there.
     """
     inputs = _inputs(cohort, run.layout, run.options, run.display) if run.options.part is None else _joined(run, cohort)
-    register = "if needed" if inputs.series is not None and run.settings.register == "never" else run.settings.register
-    run = replace(run, inputs=inputs, settings=replace(run.settings, register=register))
+    run = replace(run, inputs=inputs, settings=run.settings if inputs.series is None else registering(run.settings))
     _check_all(run)
     return run
 

@@ -12,14 +12,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from crossmr.completion.layout import Layout
-from crossmr.completion.study import lacking, what_to_fill
-from crossmr.completion.unread import Unread, dicom_beside, files_beside, unread_files, unread_series, why_unread
+from crossmr.completion.layout import EXPECTED, Layout
+from crossmr.completion.unread import (
+    Unread,
+    dicom_beside,
+    files_beside,
+    reasons,
+    unread_files,
+    unread_series,
+    why_unread,
+)
+from crossmr.completion.verdict import despite
 from crossmr.data.enhancement import doubtful_files, tell_apart
-from crossmr.data.naming import StudyFiles, find_studies, study_of, unmatched
+from crossmr.data.naming import StudyFiles, find_studies, recognise, study_of, unmatched
 from crossmr.data.tree import mapping_key
 from crossmr.data.words import possible_contrasts
-from crossmr.dicom.convert import choose, find_cases
+from crossmr.dicom.convert import Scans, choose, convert_case, find_cases
 from crossmr.dicom.series import Series, holds_dicom
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, NamingError
@@ -74,6 +82,15 @@ class Inputs:
             ]
             return [*unread_series(self.series[files.case]), *found]
         return [*unread_files(files, others, wanted), *self.dicom.get(files.case, ())]
+
+    def convert(self, case: str, place: Path, *, keep_names: bool = False) -> tuple[StudyFiles, Scans]:
+        """A study of DICOM as NIfTI in PLACE/CASE; without files where `refused` says why it is not."""
+        scans = convert_case(case, (self.series or {})[case], place, keep_names=keep_names)
+        if scans.refused:
+            return StudyFiles(case, case, {}, (), ()), scans
+        paths = [place / case / f"{case}-{modality}.nii.gz" for modality in scans.series]
+        (files,) = (files for files in recognise(paths, root=place) if files.case == case)
+        return files, scans
 
 
 @listed_once()
@@ -162,6 +179,53 @@ def _say_unmatched(studies: Sequence[StudyFiles], mapping: Mapping[str, str] | N
         display.say(f"warning: {text}")
 
 
+def lacking(acquired: Sequence[str], model: CrossConditionedModel) -> list[str]:
+    """The contrasts of a complete study, and the model's targets, that were not acquired."""
+    return [m for m in dict.fromkeys((*EXPECTED, *model.config.targets)) if m not in acquired]
+
+
+def what_to_fill(
+    acquired: Sequence[str], model: CrossConditionedModel, settings: Settings, unread: Sequence[Unread] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """Which targets to synthesise, and for every other gap the reason why not.
+
+    What `unread` may be, and what no training patient had together with the sources, is not synthesised, unless
+    settings.targets names it.
+    """
+    config, missing, asked = model.config, lacking(acquired, model), settings.targets is not None
+    doubts = {} if asked else reasons(unread, missing)
+    if settings.targets is not None:
+        missing = [m for m in missing if m in settings.targets]
+    absent = [source for source in config.sources if source not in acquired]
+    enough = not absent or (config.any_subset and len(absent) < len(config.sources))
+    requested, not_filled = [], {}
+    for modality in missing:
+        if modality in doubts:
+            not_filled[modality] = doubts[modality]
+        elif modality not in config.targets:
+            not_filled[modality] = f"the model was trained for {', '.join(config.targets)} only"
+        elif (
+            enough and not asked and not _learnt_together(model, [m for m in config.sources if m in acquired], modality)
+        ):
+            together = ", ".join(m for m in config.sources if m in acquired)
+            not_filled[modality] = despite(f"no training patient had {modality} together with {together}.", modality)
+        elif not enough and config.any_subset:
+            not_filled[modality] = f"the model needs any of {', '.join(config.sources)}, and none is there"
+        elif not enough:
+            not_filled[modality] = f"the model needs {', '.join(config.sources)}, and {', '.join(absent)} is missing"
+        else:
+            requested.append(modality)
+    return requested, not_filled
+
+
+def _learnt_together(model: CrossConditionedModel, sources: Sequence[str], target: str) -> bool:
+    """Whether any training patient had a target and these sources, as far as the model says which they had."""
+    present, modalities = model.baselines.get("present"), model.config.modalities
+    if not model.config.any_subset or present is None:
+        return True
+    return bool((present[:, [modalities.index(m) for m in (*sources, target)]] > 0).all(1).any())
+
+
 @dataclass(frozen=True)
 class PlannedCase:
     """What would become of one study."""
@@ -211,14 +275,14 @@ def plan(
     for files, found in _found(inputs):
         acquired = [*found["acquired"]]
         unread = inputs.unread(files, acquired, model)
-        requested, reasons = what_to_fill(acquired, model, settings, unread)
+        requested, gaps = what_to_fill(acquired, model, settings, unread)
         finished = not overwrite and (layout.folder(files.case) / "manifest.json").exists()
         if fault := inputs.faults.get(files.case):
             found["failed"] = fault
         if found["failed"]:
-            requested, reasons = [], {}
-        doubtful = [m for m in reasons if settings.targets is None and any(m in one.may_be for one in unread)]
-        found |= {"synthesise": requested, "not_synthesised": reasons, "unread": doubtful}
+            requested, gaps = [], {}
+        doubtful = [m for m in gaps if settings.targets is None and any(m in one.may_be for one in unread)]
+        found |= {"synthesise": requested, "not_synthesised": gaps, "unread": doubtful}
         planned.append(PlannedCase(files.case, finished=finished, **found))
     return planned
 

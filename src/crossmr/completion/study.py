@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,20 +18,19 @@ from torch import Tensor
 
 from crossmr import main_memory
 from crossmr.completion.checks import Finding, check
-from crossmr.completion.layout import EXPECTED, FORMAT, Layout
+from crossmr.completion.inputs import Inputs, find_inputs, what_to_fill
+from crossmr.completion.layout import FORMAT, Layout
 from crossmr.completion.lesions import Voxel, find_lesions, most_uncertain
-from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
-from crossmr.completion.verdict import despite, is_refusal, judge, refusals, unlearnt, verdict_on
+from crossmr.completion.unread import Unread
+from crossmr.completion.verdict import is_refusal, judge, refusals, unlearnt, verdict_on
 from crossmr.completion.writing import save_study
-from crossmr.data.enhancement import tell_apart
 from crossmr.data.formats import content_sha256
 from crossmr.data.head import HIGHEST, LOWEST
-from crossmr.data.naming import find_studies, modality_name
+from crossmr.data.naming import StudyFiles, find_studies, modality_name
 from crossmr.data.study import Study, load_study, study_memory
 from crossmr.data.volume import on_grid
 from crossmr.device import choose_precision
-from crossmr.dicom.convert import Scans, convert_cases, find_cases
-from crossmr.dicom.series import holds_dicom
+from crossmr.dicom.convert import Scans
 from crossmr.errors import ConfigError, NamingError, StudyError
 from crossmr.files import temporary_folder
 from crossmr.networks.inference import (
@@ -110,6 +109,26 @@ class Completed:
             return save_study(layout, self.images, self.stds, self.manifest, overwrite=overwrite)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What is known of a study beside its volumes."""
+
+    files: Mapping[str, Any] = field(default_factory=dict)
+    """Modality → what the manifest says of its file."""
+    unread: Sequence[Unread] = ()
+    """What was not used, and may be a contrast that the study lacks."""
+    doubts: Sequence[str] = ()
+    """Why its contrasts may not be what they are taken for."""
+
+    @classmethod
+    def of(
+        cls, inputs: Inputs, files: StudyFiles, scans: Scans | None, study: Study, model: CrossConditionedModel
+    ) -> "Origin":
+        """Of a study that was read from these files, which `scans` were converted to if it was DICOM."""
+        unread = inputs.unread(files, tuple(study.volumes), model)
+        return cls(hashes(files.images()), unread, scans.notes if scans is not None else ())
+
+
 class Reference(NamedTuple):
     """Real scans that guide."""
 
@@ -158,52 +177,50 @@ def complete(
         images = _by_modality(study, model.config.modalities)
         check_memory(case, images, model, settings)
         loaded = load_study(images, case, register=settings.register)
-        return complete_study(loaded, model, settings, hashes(images), reference)
+        return complete_study(loaded, model, settings, Origin(hashes(images)), reference)
+    inputs = find_inputs([Path(study)])
+    if len(inputs.cases) != 1:
+        raise NamingError(f"{study} holds {len(inputs.cases)} studies; name one of them, or use complete_cohort.")
     with contextlib.ExitStack() as stack:
-        folder, scans = Path(study), list[Scans]()
-        cases = find_cases(folder) if holds_dicom(folder) else {}
-        if cases:
-            folder = stack.enter_context(temporary_folder(f"{study} is converted"))
-            scans = convert_cases(cases, folder)
-            for refused in (one.refused for one in scans if one.refused):
-                raise StudyError(refused)
-        studies = [tell_apart(files) for files in find_studies(folder)]
-        if len(studies) != 1:
-            raise NamingError(f"{study} holds {len(studies)} studies; name one of them, or use complete_cohort.")
-        if cases and settings.register == "never":
-            settings = replace(settings, register="if needed")
-        check_memory(studies[0].case, studies[0].images(), model, settings)
-        loaded = load_study(studies[0], register=settings.register, labels=False)
-        if cases:
-            loaded = replace(loaded, notes=[*scans[0].notes, *loaded.notes])
-            unread = unread_series(cases[studies[0].case])
+        if inputs.series is None:
+            (files,), scans = inputs.studies, None
         else:
-            beside = files_beside(folder, studies).get(studies[0].case, ())
-            unread = unread_files(studies[0], beside, lacking(tuple(loaded.volumes), model))
-        return complete_study(loaded, model, settings, hashes(studies[0].images()), reference, unread)
+            place = stack.enter_context(temporary_folder(f"{study} is converted"))
+            files, scans = inputs.convert(inputs.cases[0], place)
+            if scans.refused:
+                raise StudyError(scans.refused)
+            settings = registering(settings)
+        check_memory(files.case, files.images(), model, settings)
+        loaded = load_study(files, register=settings.register, labels=False)
+        return complete_study(loaded, model, settings, Origin.of(inputs, files, scans, loaded, model), reference)
+
+
+def registering(settings: Settings) -> Settings:
+    """The settings for series of DICOM, whose grids usually differ."""
+    return replace(settings, register="if needed") if settings.register == "never" else settings
 
 
 def complete_study(
     study: Study,
     model: CrossConditionedModel,
     settings: Settings,
-    inputs: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
     reference: Reference | None = None,
-    unread: Sequence[Unread] = (),
 ) -> Completed:
-    """Complete a loaded study; `inputs` is what the manifest says of its files, `reference` see `read_reference`.
+    """Complete a loaded study; `reference` see `read_reference`.
 
-    What `unread` may be is not synthesised, unless settings.targets names it.
+    What `origin.unread` may be is not synthesised, unless settings.targets names it.
     """
-    start = time.perf_counter()
+    start, origin = time.perf_counter(), origin or Origin()
     check_settings(model, settings)
-    requested, not_filled = what_to_fill(tuple(study.volumes), model, settings, unread)
+    requested, not_filled = what_to_fill(tuple(study.volumes), model, settings, origin.unread)
     sources = tuple(m for m in model.config.sources if m in study.volumes)
     training: Mapping[str, Any] = model.record.get("training", {})
     findings = [
+        *(Finding("doubtful recognition", "look", doubt) for doubt in origin.doubts),
         *check(study, model.baselines, model.config.modalities, training),
         *unlearnt(training.get("seen", {}), sources, requested, stripped=study.masked_background),
-        *_asked_for(requested, unread),
+        *_asked_for(requested, origin.unread),
     ]
     refused = {m: why for m, why in not_filled.items() if is_refusal(why, m)}
     if settings.targets is None:
@@ -220,10 +237,10 @@ def complete_study(
         **judged,
         "synthetic": _synthetic_record(made, sources, judged["reasons"]),
         "not_filled": not_filled,
-        "unread": _unread_record(unread, not_filled, settings),
+        "unread": _unread_record(origin.unread, not_filled, settings),
         "acquired": list(study.volumes),
-        "inputs": {m: entry for m, entry in (inputs or {}).items() if m in study.volumes},
-        "given": dict(inputs or {}),
+        "inputs": {m: entry for m, entry in origin.files.items() if m in study.volumes},
+        "given": dict(origin.files),
         "normalisation": {m: asdict(n) for m, n in study.normalisation.items()},
         "intensity": LIKE_INPUT if made.maps else INTENSITY,
         "std": _std_record(model) if made.stds else None,
@@ -443,53 +460,6 @@ def check_memory(case: str, images: Mapping[str, Any], model: CrossConditionedMo
         StudyError: it takes more than all.
     """
     return main_memory.check_memory(case, memory_needed(images, model, settings))
-
-
-def lacking(acquired: Sequence[str], model: CrossConditionedModel) -> list[str]:
-    """The contrasts of a complete study, and the model's targets, that were not acquired."""
-    return [m for m in dict.fromkeys((*EXPECTED, *model.config.targets)) if m not in acquired]
-
-
-def what_to_fill(
-    acquired: Sequence[str], model: CrossConditionedModel, settings: Settings, unread: Sequence[Unread] = ()
-) -> tuple[list[str], dict[str, str]]:
-    """Which targets to synthesise, and for every other gap the reason why not.
-
-    What `unread` may be, and what no training patient had together with the sources, is not synthesised, unless
-    settings.targets names it.
-    """
-    config, missing, asked = model.config, lacking(acquired, model), settings.targets is not None
-    doubts = {} if asked else reasons(unread, missing)
-    if settings.targets is not None:
-        missing = [m for m in missing if m in settings.targets]
-    absent = [source for source in config.sources if source not in acquired]
-    enough = not absent or (config.any_subset and len(absent) < len(config.sources))
-    requested, not_filled = [], {}
-    for modality in missing:
-        if modality in doubts:
-            not_filled[modality] = doubts[modality]
-        elif modality not in config.targets:
-            not_filled[modality] = f"the model was trained for {', '.join(config.targets)} only"
-        elif (
-            enough and not asked and not _learnt_together(model, [m for m in config.sources if m in acquired], modality)
-        ):
-            together = ", ".join(m for m in config.sources if m in acquired)
-            not_filled[modality] = despite(f"no training patient had {modality} together with {together}.", modality)
-        elif not enough and config.any_subset:
-            not_filled[modality] = f"the model needs any of {', '.join(config.sources)}, and none is there"
-        elif not enough:
-            not_filled[modality] = f"the model needs {', '.join(config.sources)}, and {', '.join(absent)} is missing"
-        else:
-            requested.append(modality)
-    return requested, not_filled
-
-
-def _learnt_together(model: CrossConditionedModel, sources: Sequence[str], target: str) -> bool:
-    """Whether any training patient had a target and these sources, as far as the model says which they had."""
-    present, modalities = model.baselines.get("present"), model.config.modalities
-    if not model.config.any_subset or present is None:
-        return True
-    return bool((present[:, [modalities.index(m) for m in (*sources, target)]] > 0).all(1).any())
 
 
 def _by_modality(study: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from crossmr.completion.case import Run, images_of, is_finished, read_case, why_
 from crossmr.completion.private import SCANS
 from crossmr.completion.study import check_memory, memory_needed
 from crossmr.completion.work import ATTEMPTS
-from crossmr.data.naming import StudyFiles, recognise
+from crossmr.data.naming import StudyFiles
 from crossmr.data.study import Study
-from crossmr.dicom.convert import Scans, convert_case
+from crossmr.dicom.convert import Scans
 from crossmr.errors import CrossmrError
 from crossmr.main_memory import available_memory, reusable_memory
 from crossmr.parts import POLL_SECONDS, Claim
@@ -100,13 +100,11 @@ class Turns:
     def _convert(self, case: str, claim: Claim) -> tuple[Turn | None, str]:
         """A study of DICOM as NIfTI, or why it is not."""
         run, place = self.run, self.run.layout.records / SCANS
-        scans = convert_case(case, (run.inputs.series or {})[case], place, keep_names=run.options.keep_names)
+        files, scans = run.inputs.convert(case, place, keep_names=run.options.keep_names)
         for line in scans.lines():
             run.display.say(line)
         if scans.refused:
             return None, scans.refused
-        paths = [place / case / f"{case}-{modality}.nii.gz" for modality in scans.series]
-        (files,) = (files for files in recognise(paths, root=place) if files.case == case)
         return Turn(files, claim, scans, finished=self._is_finished(files)), ""
 
     def _is_finished(self, files: StudyFiles) -> bool:

@@ -8,7 +8,7 @@ refuse  A contrast that was wanted was not synthesised: a scan that may be it wa
 How often each is right is measured in docs/checks.md.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from crossmr.completion.checks import Finding
@@ -79,12 +79,6 @@ def judge(
     if gaps and not synthetic and not refused:
         reasons += [_reason("look", "not synthesised", m, words) for words, m in _by_words(gaps).items()]
     return {"verdict": _worst(reasons), "reasons": reasons, "refused": sorted(refused)}
-
-
-def with_doubts(judged: Mapping[str, Any], notes: Iterable[str]) -> dict[str, Any]:
-    """A judgement after doubts of which series is which contrast."""
-    reasons = [*judged["reasons"], *(_reason("look", "doubtful recognition", (), note) for note in notes)]
-    return {"verdict": _worst(reasons), "reasons": reasons, "refused": judged["refused"]}
 
 
 def verdict_on(target: str, reasons: Sequence[Mapping[str, Any]]) -> Verdict:
