@@ -8,7 +8,7 @@ bids       a BIDS derivative: OUT/sub-X[/ses-Y]/anat/sub-X[_ses-Y]_desc-syntheti
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -127,10 +127,18 @@ class Layout:
         }
 
     def _finished(self) -> set[str]:
-        """The cases that have a manifest in OUT."""
-        with suppress(FileNotFoundError), os.scandir(self.records) as entries:
-            return {entry.name for entry in entries if os.path.exists(os.path.join(entry.path, "manifest.json"))}
-        return set()
+        """The cases that have a manifest in OUT.
+
+        Raises:
+            OutputError: it cannot be listed.
+        """
+        try:
+            with os.scandir(self.records) as entries:
+                return {entry.name for entry in entries if os.path.exists(os.path.join(entry.path, "manifest.json"))}
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+        except OSError as error:
+            raise OutputError(f"{self.records} cannot be listed ({error.strerror}). Check its permissions.") from error
 
     def is_taken(self, case: str) -> str:
         """Why a case has no place of its own in OUT, by what others have written by now; '' if it has one."""
