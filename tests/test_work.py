@@ -206,6 +206,14 @@ def test_parts_with_another_model_or_other_settings_make_no_run_together(model, 
         assert json.loads((out / "manifest.json").read_text())["finished"] is (number == 0)
 
 
+def test_the_manifest_of_a_run_states_its_own_settings_not_those_of_what_it_skipped(model, tmp_path):
+    for seed, name in enumerate(("Zoe", "Ann")):
+        write_images(tmp_path / "cohort", name, ("t1n", "t2w"), seed=seed)
+        complete_cohort(tmp_path / "cohort", tmp_path / "out", model, replace(SETTINGS, seed=seed), part(1, 1))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["skipped"], manifest["settings"]["seed"]) == (["Zoe"], 1)
+
+
 def test_an_output_of_one_process_says_how_far_it_is(model, cohort, tmp_path, monkeypatch):
     out, seen = tmp_path / "out", []
     usual = cases.complete_study

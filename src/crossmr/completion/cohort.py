@@ -374,8 +374,8 @@ def finish_cohort(layout: Layout) -> None:
             case = str(manifest["case"])
             lines[case] = line_of(manifest)
             if (case in cases or shared) and case not in failed:
-                summary.add(case, manifest, skipped=not work.is_of_this_run(path))
-                settings = manifest["settings"]
+                summary.add(case, manifest, skipped=not (now := work.is_of_this_run(path)))
+                settings = manifest["settings"] if now or not settings else settings
         summary.fail(failed)
         write_lines(layout.records, lines, failed)
         left = len(cases - summary.verdicts.keys())
