@@ -123,7 +123,7 @@ def place_of_its_own(run: Run, case: str) -> Iterator[None]:
     name = bids_name(case) if run.layout.profile == "bids" else case
     claim = None if name == case else run.work.claims.wait_for(name)
     try:
-        if why := run.layout.is_taken(case):
+        if why := run.layout.why_taken(case):
             raise StudyError(why)
         yield
     finally:

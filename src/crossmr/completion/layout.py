@@ -140,7 +140,7 @@ class Layout:
         except OSError as error:
             raise OutputError(f"{self.records} cannot be listed ({error.strerror}). Check its permissions.") from error
 
-    def is_taken(self, case: str) -> str:
+    def why_taken(self, case: str) -> str:
         """Why a case has no place of its own in OUT, by what others have written by now; '' if it has one."""
         if self.profile != "bids" or (self.folder(case) / "manifest.json").exists():
             return ""
