@@ -8,6 +8,7 @@ import pytest
 from crossmr.dicom.contrast import (
     Acquisition,
     covers,
+    is_unclear,
     names_agent,
     recognise_contrast,
     resolve_agents,
@@ -200,6 +201,41 @@ def test_an_agent_by_the_description_in_many_languages(language):
 )
 def test_no_word_of_the_agent(text):
     assert says_agent(text) is None
+
+
+BOTH = (
+    *(
+        "BRAIN W/WO CONTRAST",
+        "BRAIN W WO",
+        "MR BRAIN WITH AND WITHOUT CONTRAST",
+        "W/ & W/O IV CONTRAST AGENT",
+        "W+WO GAD",
+    ),
+    *("HEAD WITHOUT AND WITH", "BRAIN WWO", "BRAIN PRE/POST", "PRE GD/POST GD", "BRAIN +/- GAD", "C+/-", "W/WO FS"),
+    *("before and after Gadovist", "con y sin contraste", "sin y con contraste", "sans et avec injection"),
+    *("MRT vor/nach KM", "mit und ohne KM", "z i bez kontrastu", "с и без контраста", "до и после контраста"),
+)
+
+
+@pytest.mark.parametrize("text", BOTH)
+def test_with_and_without_leaves_the_agent_to_the_tag(text):
+    assert says_agent(text) is None
+    for agent, modality in ((True, "t1c"), (False, "t1n"), (None, "t1n")):
+        assert recognise_contrast(acquisition("SE", 500, 12, agent=agent, description=text)).modality == modality
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [("W/WO CONTRAST T1 POST", True), ("AX T1 +C W/WO GAD", True), ("W/WO T1 PRE", False), ("T1 C- W/WO IV", False)],
+)
+def test_a_series_in_an_examination_with_and_without(text, given):
+    assert says_agent(text) is given
+
+
+@pytest.mark.parametrize("text", ["W/WO", "WITH AND WITHOUT 10 ML GADAVIST"])
+def test_a_tag_of_with_and_without_is_unclear(text):
+    assert names_agent(text) is None
+    assert is_unclear(text)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,23 @@ _DENIED = re.compile(
     rf"\b(?:{_column(1)})(?: (?:{_FILLERS}))* ?(?:{_column(0)})\b(?:(?: (?:{_FILLERS}))* (?:{_column(0)})\b)*|"
     rf"\b(?:{_column(0)}) (?:{_AFTER})(?!\w)|(?:造影|增强|增強|注药|打药)剤?(?:{_AFTER})|\b(?:{_column(2)})\b"
 )
+_AND = "and|or|und|oder|et|ou|y|e|en|i|a|og|och|ja|и"
+_OPPOSITES = {
+    r"with|w|mit|avec|con|com|met|med|z|s|с": r"without|wo|w o|ohne|sans|sin|sem|senza|zonder|bez|utan|uten|uden|без",
+    r"pre|before|vor|avant|antes|prima|voor|przed|pred|fore|for|innan|ennen|до": (
+        r"post|after|nach|apres|despues|depois|apos|dopo|na|po|efter|etter|jalkeen|после"
+    ),
+}
+"""Words that mean both, side by side: of an examination with and without an agent, before and after it."""
+_BOTH = re.compile(
+    r"\b(?:wwo|"
+    + "|".join(
+        rf"(?:{one}) (?:(?:gd|gad\w*|km|contrast\w*) )?(?:(?:{_AND}) )?(?:{other})"
+        for pair in _OPPOSITES.items()
+        for one, other in (pair, pair[::-1])
+    )
+    + rf")\b(?:(?: (?:{_FILLERS}))* (?!post)(?:{_column(0)})\b)*"
+)
 _ALONE = re.compile(rf"(?:{_column(1)})\Z")
 _NEVER_ALONE = frozenset(
     (
@@ -242,7 +259,7 @@ def names_agent(text: str) -> bool | None:
         return None
     if not (folded := _folded(text)):
         return None if re.fullmatch(r"[\W_]*[*?.#]{2,}[\W_]*", text) else False  # "-"
-    if _PLACEHOLDER.fullmatch(folded):
+    if _PLACEHOLDER.fullmatch(folded) or _BOTH.search(folded):
         return None
     if _NONE.fullmatch(_DENIED.sub("unenhanced", folded)):
         return False
@@ -403,13 +420,14 @@ def _timing(acquisition: Acquisition) -> str:
 
 def says_agent(description: str) -> bool | None:
     """Whether a description says that a contrast agent was given, or not; None where it says neither or both."""
-    text = re.sub(r"(?<!\w)c/(?:c\b|contrast)", " gd ", _plain(description))
+    text = re.sub(r"(?:\b(?:gd|gad|km|ce|c) ?)?(?:\+ ?/ ?-|- ?/ ?\+|±)", " w wo ", _plain(description))
+    text = re.sub(r"(?<!\w)c/(?:c\b|contrast)", " gd ", text)
     text = re.sub(r"(?<!\w)s/(?:c\b|contrast\w*|gd|gad\w*|km)", " unenhanced ", text)
     text = re.sub(r"\+c\b|\bc\+|\bc ?\(\+\)", " gd ", text)
     text = re.sub(r"\b(?:gd|gad|km|ce|c)(?:-(?![\w-])| ?\(-\))|(?:造影|增强|增強) ?\(?-\)?", " unenhanced ", text)
     text = re.sub(r"\bpost? ?op\w*", " ", _spaced(text))
     text = re.sub(r"\bt1(ce|gd|c|km|post\w*)\b", "t1 gd", text)
-    text = _OTHER_LACK.sub(" ", text)
+    text = _BOTH.sub(" ", _OTHER_LACK.sub(" ", text))
     text, denials = _DENIED.subn(" unenhanced ", text)
     words = text.split()
     named = any(_AGENT.match(word) for word in words)
