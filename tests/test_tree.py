@@ -245,6 +245,18 @@ class TestWhatOtherFilesSay:
             ("P1/baseline/P1_baseline_T1.nii", "P1_baseline"),
             ("T1/P1_T1.nii T2/P1_T2.nii", "P1"),
             ("P1/P1_{T1_visit1,T1_visit2,T2_visit1}.nii", "P1_visit1 P1_visit2"),
+            # what several folders share and has no digit is no patient's name, unless a folder has it
+            ("P1/final_{T1,seg}.nii P1/T2.nii P2/final_T2.nii", "P1 P2"),
+            ("P1/SRI24_T1.nii P2/SRI24_T2.nii", "P1 P2"),
+            ("P1/{baseline,followup}/scan_T1.nii P2/baseline/scan_T2.nii", "P1_baseline P1_followup P2_baseline"),
+            ("P1_2019-03-01/final_T1.nii P2/final_T2.nii", "P1_2019-03-01 P2"),
+            ("{P1,P2}/{T1,T2}/final_scan.nii", "P1 P2"),
+            ("P1-T1/final_T1.nii P1-T2/final_T2.nii P2-T1/final_T1.nii", "P1 P2"),
+            ("{HGG,LGG}/{Ann,Bob}_T1.nii", "HGG_Ann HGG_Bob LGG_Ann LGG_Bob"),
+            ("Ann_T1.nii x/Ann_T2.nii", "Ann x"),
+            ("Ann/Ann_T1.nii raw/Ann/deep/Ann_T2.nii", "Ann"),
+            ("set-T1/{Ann,Bob}_T1.nii set-T2/{Ann,Bob}_T2.nii", "Ann Bob"),
+            ("{baseline,followup}/{Ann,Bob}_T1.nii", "Ann_baseline Ann_followup Bob_baseline Bob_followup"),
         ],
     )
     def test_cases(self, files: str, cases: str) -> None:
@@ -331,6 +343,16 @@ def test_of_two_planes_the_one_of_most_files_is_taken() -> None:
 def test_folders_are_named_by_as_much_as_makes_them_unique():
     folders = [Path(f"/c/{name}") for name in ("P1/a", "P2/a", "P2/b")]
     assert folder_names(folders, Path("/c")) == dict(zip(folders, ("P1_a", "P2_a", "b"), strict=True))
+
+
+def test_folders_whose_names_would_be_one_are_told_apart():
+    found = recognise([Path("c/A_B/C/T1.nii"), Path("c/A/B_C/T2.nii")], root=Path("c"))
+    assert [re.sub("_[0-9a-f]{6}$", "", study.case) for study in found] == ["A_B_C", "A_B_C"]
+    assert sorted(str(path) for study in found for path in study.images().values()) == [
+        "c/A/B_C/T2.nii",
+        "c/A_B/C/T1.nii",
+    ]
+    assert len({study.case for study in found}) == len({study.patient for study in found}) == 2
 
 
 def test_each_name_is_read_once_with_its_folder():

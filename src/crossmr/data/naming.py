@@ -238,7 +238,10 @@ def recognise(
     2. Where the case's text says no time point, folders that are named after one follow: `P1/baseline/P1_T1` is of
        `P1_baseline`. Where it is empty or a time point alone, the case begins with the folder's name, which includes
        those above it below `root`, but none that says what its files are: their format, a step, one contrast. So it
-       does not depend on what lies beside. Without `root`, it is preceded by as many parents as make it unique.
+       does not depend on what lies beside, but for a hash where A_B/C and A/B_C would be one. Without `root`, it is
+       preceded by as many parents as make it unique. A text without a digit that lies in several folders, none of them
+       named after it, is no patient's: `P1/final_T1` and `P2/final_T2` are of P1 and P2, or of P1_final where P1 has
+       other texts, too.
     3. The other files of the folder settle what a name leaves open: T2 in `P1_T2_FLAIR` is a visit beside `P1_T2_T1`,
        `post` in `post_T1` beside `post_FLAIR`; 2 in `2_T1` is the patient's number where others share it; `P1_POST` is
        T1ce beside `P1_FLAIR`; a file alone in a folder named after a contrast is that.

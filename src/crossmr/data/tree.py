@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from crossmr.data.bids import case_of, read_bids
@@ -16,6 +17,7 @@ from crossmr.data.visits import read
 from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, describes, is_raw, possible_contrasts, spelt
 from crossmr.data.words import read as read_words
 from crossmr.errors import ConfigError
+from crossmr.files import digest
 
 SEPARATORS = "-_. "
 # Folders named after the kind of their files, not after a patient, such as BIDS' anat/.
@@ -100,10 +102,14 @@ class NamesInTree:
             together = _Beside(files)
             self.readings += [(path, self._settled(path, reading, together)) for path, reading in files]
         self.readings.sort(key=lambda file: file[0])
-        unnamed = {self.folder(path) for path, reading in self.readings if not reading.head}
+        places = self._places()
+        unnamed = {self.folder(path) for path, reading in self.readings if not read(reading.head).patient}
+        unnamed |= {self.folder(path) for path in places} | {*places.values()}
         self.names = (
-            {folder: "_".join(parts(folder, root)) for folder in unnamed} if root else folder_names(unnamed, None)
+            _joined({folder: parts(folder, root) for folder in unnamed}) if root else folder_names(unnamed, None)
         )
+        if places:
+            self.readings = self._by_place(places)
 
     def _settled(self, path: Path, reading: Reading, beside: "_Beside") -> Reading:
         """The reading that the other files of a folder leave of those that a name allows."""
@@ -121,6 +127,45 @@ class NamesInTree:
         if alone and path.parent.name and (said := self._said_by_folder(path)):
             return Reading(meaning=said)
         return reading
+
+    def _places(self) -> dict[Path, Path]:
+        """Files whose heads name no patient, since they lie in several places and have no digit, and these places."""
+        found = {path: self._place(path, reading.head) for path, reading in self.readings if _is_vague(reading.head)}
+        places: dict[str, set[Path | None]] = defaultdict(set)
+        for path, reading in self.readings:
+            if path in found and not is_mask(reading):
+                places[reading.head].add(found[path])
+        several = {path for path, reading in self.readings if len(places[reading.head]) > 1}
+        return {path: place for path, place in found.items() if path in several and place and place != self.root}
+
+    def _by_place(self, places: Mapping[Path, Path]) -> list[File]:
+        """The readings, with the place for a head that names no patient, or before it where the place has others.
+
+        `P1/final_T1` and `P2/final_T2` are of P1 and P2; `HGG/Ann_T1`, with `HGG/Bob_T1` and `LGG/Ann_T1`, of HGG_Ann.
+        """
+        heads: dict[Path | None, set[str]] = defaultdict(set)
+        for path, reading in self.readings:
+            if reading.head and not is_mask(reading):
+                heads[places.get(path) or self._place(path, reading.head)].add(reading.head)
+        told = []
+        for path, reading in self.readings:
+            if place := places.get(path):
+                alone = "" if place in path.parents else self.names[place]
+                several = len(heads[place] | {reading.head}) > 1
+                reading = replace(reading, head=f"{self.names[place]}_{reading.head}" if several else alone)
+            told.append((path, reading))
+        return told
+
+    def _place(self, path: Path, head: str) -> Path | None:
+        """The folder that a file's patient has, if any; None where the head, or how it begins, is a folder's name."""
+        begins = {head[:end] for end in range(1, len(head) + 1) if head[end : end + 1] in SEPARATORS}
+        if any(folder.name in begins for folder in path.parents if self.root is None or self.root in folder.parents):
+            return None
+        place = path.parent
+        while place != self.root and place.parent.name and (self._says_no_case(place) or not read(place.name).patient):
+            place = place.parent
+        said = read_words(place.name)  # P1-T1 is of P1, unless it is where nothing else is
+        return place.with_name(said.head) if place != self.root and said.head and said.meaning in CONTRASTS else place
 
     def _said_by_folders_alike(self, path: Path) -> str:
         """The contrast of a folder whose files are named after patients: `T1/P1.nii` beside `T2/P1.nii`.
@@ -194,6 +239,12 @@ class NamesInTree:
         """The folders below the root that are named after a time point alone: `P1/baseline/P1_T1`."""
         within = [folder for folder in path.parents if self.root in folder.parents]
         return [f.name for f in reversed(within) if not read(f.name).patient and not self._says_no_case(f)]
+
+
+def _is_vague(head: str) -> bool:
+    """Whether a head may name something else than a patient: it has no digit, or is a step's or a space's."""
+    patient = read(head).patient
+    return bool(patient) and (describes(patient) or not re.search(r"\d", patient))
 
 
 def _contrast_of_folder(name: str) -> str:
@@ -270,9 +321,19 @@ def _glob_case(name: str, glob: str) -> str:
     return case_of(match[1].rstrip(SEPARATORS)) if match else ""
 
 
+def _joined(words: Mapping[Path, tuple[str, ...]]) -> dict[Path, str]:
+    """Each folder's words as one name, with a hash of them where another's would be the same: A_B/C and A/B_C."""
+    names = {folder: "_".join(own) for folder, own in words.items()}
+    count = Counter(names.values())
+    return {
+        folder: name if count[name] == 1 else f"{name}_{digest('/'.join(words[folder]))[:6]}"
+        for folder, name in names.items()
+    }
+
+
 def folder_names(folders: Collection[Path], root: Path | None) -> dict[Path, str]:
     """Each folder's name, preceded by as many of its parents' names, below `root`, as make it unique."""
-    names: dict[Path, str] = {}
+    names: dict[Path, tuple[str, ...]] = {}
     words = {folder: parts(folder, root) for folder in folders}
     depth, left = 0, set(folders)
     while left:
@@ -280,9 +341,9 @@ def folder_names(folders: Collection[Path], root: Path | None) -> dict[Path, str
         count = Counter(words[folder][-depth:] for folder in folders)
         for folder in sorted(left):
             if count[words[folder][-depth:]] == 1 or depth >= len(words[folder]):
-                names[folder] = "_".join(words[folder][-depth:]) or "study"
+                names[folder] = words[folder][-depth:] or ("study",)
         left -= names.keys()
-    return names
+    return _joined(names)
 
 
 def parts(folder: Path, root: Path | None) -> tuple[str, ...]:
