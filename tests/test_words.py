@@ -2,7 +2,7 @@
 
 import pytest
 
-from crossmr.data.words import LABEL, describes, is_raw, read, spelt
+from crossmr.data.words import LABEL, describes, is_raw, possible_contrasts, read, spelt
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,8 @@ from crossmr.data.words import LABEL, describes, is_raw, read, spelt
         ("P1_FLAIR_to_T1 P1_FLAIR2T1 P1_FLAIR_in_T1_space P1_FLAIR_reg_T1 P1_FLAIR_to_MNI152 P1_rFLAIR", "P1", "t2f"),
         ("P1_FLAIR_to_T1_brain P1_FLAIR_on_T1ce P1_brain_FLAIR P1_reg_FLAIR P1_FLAIR_coreg_to_T1", "P1", "t2f"),
         ("P1_T1_FLAIR P1_T1FLAIR P1_T1_C- P1_pre_T1", "P1", "t1n"),
-        ("P1_T1_C+ P1_T1_C P1-t1-ce P1.T1.Gd P1_post_T1", "P1", "t1c"),
+        ("P1_T1_C+ P1_T1_C P1-t1-ce P1.T1.Gd P1_post_T1 P1_T1ce_pre P1_post_T1ce P1_post_T1c", "P1", "t1c"),
+        ("P1_pre_T1ce P1_pre_T1Gd P1_pre_3DT1GADO P1_pre_T1c", "P1_pre", "t1c"),  # before surgery
         # numbers of series and of patients
         ("2_T1 12-T1", "", "t1n"),
         ("Tumor_01_T1 Tumor_01_T1_bet", "Tumor_01", "t1n"),
@@ -56,6 +57,7 @@ from crossmr.data.words import LABEL, describes, is_raw, read, spelt
         ("T2_P1_FLAIR", "T2_P1", "t2f"),
         # segmentations
         ("P1_seg P1_mask_FLAIR P1_FLAIR_lesion P1_T1_mask P1_consensus_gt P1_tumor_segmentation P1_mask1", "P1", LABEL),
+        ("P1_T1_pred_seg P1_predicted_FLAIR_lesion P1_manual_seg", "P1", LABEL),
         ("mask_FLAIR wmh MASK ManualSegmentation_1 ground_truth lesion_T2 FLAIR_to_T1_mask", "", LABEL),
     ],
 )
@@ -74,6 +76,7 @@ def test_names(names: str, head: str, meaning: str) -> None:
         "t2_xyz_flair T1_what_ever_T2 flair_xyz_mask",  # a contrast and words that are not known name no patient
         "P1_t2f_synthetic P1_T2Synth P1_T1_pred2 P1_T1_fast P1_T1_brain_pve_0 P1_SWI P1_ADC P1_DWI",
         "P1_T1_Gdbolus P1_T1_KM",
+        "P1_FLAIR_pred P1_pred_T1 P1_synthetic_T1 T1ce_synth P1_T2_predicted_bet P1_T1_synthseg P1_FLAIR_manual",
         "P1_brain_mask brainmask T1_brain_mask head_mask P1_brain_parenchyma_segmentation csf_seg",
     ],
 )
@@ -116,6 +119,8 @@ def test_a_time_point_after_the_contrast(name: str, visit: str, head: str) -> No
         ("P1_T1_FLAIR_bet", "visit", "P1_T1", "t2f"),
         ("P1_pre_T1", "agent", "P1_pre", "t1n"),
         ("post_T1", "agent", "post", "t1n"),
+        ("P1_post_T1ce", "agent", "P1_post", "t1c"),
+        ("P1_pre_T1ce", "", "P1_pre", "t1c"),
         ("7_T1", "number", "7", "t1n"),
         ("P1_T1", "", "P1", "t1n"),
         ("P1_T2FLAIR", "", "P1", "t2f"),
@@ -130,6 +135,14 @@ def test_what_a_name_leaves_open(name: str, doubt: str, head: str, meaning: str)
 def test_plain_images_have_fewest_words_beside() -> None:
     names = ["T1", "T1_bet", "T1_n4_bet", "3DT1_n4_bet"]
     assert [read(name).extras for name in names] == [0, 1, 2, 3]
+
+
+def test_what_was_synthesised_is_no_contrast_that_may_be_there() -> None:
+    assert [possible_contrasts(name) for name in ("P1_FLAIR_pred", "P1_synth_T1", "P1_T1_auto")] == [
+        frozenset(),
+        frozenset(),
+        frozenset({"t1n", "t1c"}),
+    ]
 
 
 def test_an_agent_alone_is_weak() -> None:

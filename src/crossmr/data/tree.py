@@ -54,7 +54,10 @@ class _Beside:
     """What the files of one folder say of each other."""
 
     def __init__(self, files: Sequence[File]) -> None:
-        self.heads = {reading.head for _, reading in files if reading.contrasts and not reading.doubt}
+        sure = [reading for _, reading in files if reading.contrasts and not reading.doubt]
+        self.heads = {reading.head for reading in sure}
+        before = {r.head for r in sure if r.meaning == "t1c" and r.head.lower().endswith("pre")}  # before surgery
+        self.heads |= {f"{head[:-3]}{post}" for head in before for post in ("post", "Post", "POST")}
         self.imaged = {reading.head for _, reading in files if reading.contrasts and not reading.mask}
         self.images = sum(not reading.mask for _, reading in files)
         numbered: dict[str, set[str]] = defaultdict(set)

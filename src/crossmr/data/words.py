@@ -53,7 +53,10 @@ _VOCABULARY = {
         "",
     ): "seg segm segmentation segmentations dseg label labels lesion lesions mask masks msk roi tumor tumour "
     "gtv wmh consensus gt truth ground",
-    ("origin", "auto"): "automated automatic auto approx pred predicted prediction",
+    (
+        "origin",
+        "auto",
+    ): "automated automatic auto approx pred predicted prediction synth synthetic synthesized synthesised generated",
     ("origin", ""): "manual expert",
     ("tissue", ""): "brain skull head parenchyma wm gm csf tissue brainmask",
     ("other", ""): "dwi adc swi asl dti dsc dce bold cbf cbv mtt tof mra map star t2star qsm",
@@ -76,8 +79,8 @@ _HINTS = {
     "without": r"nativ?e?|plain|unenh.*|non?con.*|ohne|sans|sin|sem|zonder|without|wo|uten|utan",
     "copy": r"n4.*|bias|ss|skull.*|noreg|res|nu|norm|rawavg",
     "none": r"mask.*|.*mask|seg.*|.*segm?|.*segmentation.*|label.*|lesion.*|tumou?r.*|aparc.*|parc.*|ribbon|wm.*|pve.*|"
-    r"prob.*|filled|.*field.*|warp.*|xfm|transform.*|jacobian.*|displacement.*|deformation.*|synthetic.*|ct|pet|suv.*|"
-    r"dose|spect|dwi.*|e?adc.*|fa|md|ad|rd|l[123]|b\d+|bvals?|trace.*|colfa|dki|noddi|hardi|diff.*|swi.*|swan|venobold|"
+    r"prob.*|filled|.*field.*|warp.*|xfm|transform.*|jacobian.*|displacement.*|deformation.*|synth.*|pred.*|generated|"
+    r"ct|pet|suv.*|dose|spect|dwi.*|e?adc.*|fa|md|ad|rd|l[123]|b\d+|bvals?|trace.*|colfa|dki|noddi|hardi|diff.*|swi.*|swan|venobold|"
     r"phase|pha|magnitude|t2star.*|t2s|t2\*|r[12](star)?|t[12]map|.*locali[sz]er.*|loc|scout.*|survey.*|mi?n?ip|tof.*|"
     r"mrv|angio.*|bold.*|rest|func|fmri|epi.*|ep2d.*|sbref|p?c?asl.*|rcb[fv]|tmax|ttp|ktrans|perf.*|dsc.*|dce.*|ph|psr|"
     r"mrs|csi|svs|spectro.*|stir|dir|ciss|fiesta|cest|apt.*|mtr|inv\d*|subtr.*|atlas.*",
@@ -104,7 +107,7 @@ def _set(words: str) -> frozenset[str]:
 
 _NEVER_GLUED = _set(
     "c to in on mp gt r mr star map img data no non wo sin sem con com iv mit with hr fat sat p2 p3 p4 bez dark fluid "
-    "plain"
+    "plain synth synthetic synthesized synthesised generated"
 )
 _ONLY_AFTER = _set(
     "c se ir fs iso ks mp pp r2s raw final std in on km hr fat sat p2 p3 p4 no non wo sin sem con com iv mit with "
@@ -359,9 +362,15 @@ def _tail(words: Sequence[Word], literal: bool) -> tuple[list[Word], Doubt]:
             break
         if named:
             contrast = "t2f" if contrast or len(named) > 1 else named[0]
-            contrast = "t1" if named[0] == "t1" else contrast
+            contrast = {"with": "t1c", "without": "t1n"}.get(_glued_agent(word), "t1") if named[0] == "t1" else contrast
         start, doubt = at, first or doubt
     return list(words[start:]), doubt
+
+
+def _glued_agent(word: Word) -> str:
+    """What the agent in a word that names a contrast says: "with" of T1ce, "without" of T1pre, or ""."""
+    named = any(piece.value("contrast") for piece in word.pieces)
+    return next((said for piece in word.pieces if named and (said := piece.value("agent"))), "")
 
 
 def _visit_instead(word: Word) -> Doubt:
@@ -379,7 +388,8 @@ def _admits(word: Word, said: Sequence[Word], contrast: str, *, first: bool) -> 
     after_only = word.text.lower() in _ONLY_AFTER or word.has("link", "space")
     if word.has("agent") and not after_only:
         visit_word = word.text.lower() in ("pre", "post")
-        return contrast == "t1" or not visit_word, "agent" if visit_word else ""
+        may_be_agent = contrast == "t1" or (contrast == "t1c" and word.text.lower() == "post")  # pre_T1ce is of a visit
+        return may_be_agent or not visit_word, "agent" if visit_word else ""
     return not after_only and (first or not word.has("noise", "other")), ""
 
 
@@ -391,6 +401,7 @@ def _meaning(words: Sequence[Word]) -> Reading | None:
     roles = {role for piece in pieces for role, _ in piece.roles}
     if any(piece.text == "km" for piece in pieces) and not roles & {"sequence", "plane", "denial", "filler"}:
         return None  # in a scanner's protocol it is German for an agent, alone it may be somebody's initials
+    agents = {said for word in words if (said := _glued_agent(word))} or agents
     if "denial" in roles and agents:
         agents = {"without"}
     mask = any(piece.value("mask") is not None or piece.text == "brainmask" for piece in pieces)
@@ -403,7 +414,7 @@ def _meaning(words: Sequence[Word]) -> Reading | None:
         meaning = OTHER if tissue else LABEL
     else:
         meaning = _modality(contrasts, agents)
-        if any(piece.value("other") is not None for piece in pieces):
+        if roles & {"other", "origin"}:
             meaning = OTHER
     counted = ("sequence", "plane", "step", "registered", "copy", "tissue", "denial")
     extras = [piece for piece in pieces if any(role in counted for role, _ in piece.roles)]
