@@ -443,6 +443,22 @@ def test_a_patient_in_two_parts_is_refused_by_the_second(tmp_path):
     assert "of part 1/2 and of 2/2" in second.refused
 
 
+def test_a_part_with_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    for patient in ("a", "b"):
+        write(tmp_path / "in" / patient, ("t1n",), patient=patient)
+    (tmp_path / "in" / "b" / "old").mkdir()
+    scandir = os.scandir
+
+    def refuse(place):
+        if str(place).endswith("old"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(NamingError, match=r"b.old: cannot be listed \(Permission denied\)"):
+        convert(tmp_path / "in", tmp_path / "out", part=Part(1, 1))
+
+
 def test_dicom_beside_the_folders_of_parts_is_refused(tmp_path):
     write(tmp_path / "in" / "a", ("t1n",))
     (tmp_path / "in" / "b").mkdir()

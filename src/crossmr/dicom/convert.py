@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -143,13 +143,15 @@ def cases_of_part(
     """What `find_cases` finds in the folders of one part, and the studies that more than one part has.
 
     A study, and all studies of a patient, must lie in one of the folders directly in `folder`: they are named together.
+
+    Raises:
+        NamingError: a folder cannot be listed.
     """
     cases: dict[str, list[Series]] = {}
     for place in folders_of_part(folder, part, exclude):
-        with suppress(NamingError):  # there is none in this one
-            found = find_cases(place, mapping, keep_names=keep_names, exclude=exclude, display=display)
-            for case, series in found.items():
-                cases.setdefault(case, []).extend(series)
+        found = _cases_in(place, mapping, keep_names=keep_names, exclude=exclude, display=display)
+        for case, series in found.items():
+            cases.setdefault(case, []).extend(series)
     cases, refused = dict(sorted(cases.items())), []
     for case, all_series in list(cases.items()):
         whose = digest(all_series[0].patient or all_series[0].study)
@@ -185,9 +187,16 @@ def find_cases(
     display: Display = SILENT,
 ) -> dict[str, list[Series]]:
     """Case → the series of its study, its T1 told apart by their voxels where nothing else does; see `convert`."""
+    if cases := _cases_in(folder, mapping, keep_names=keep_names, exclude=exclude, display=display):
+        return cases
+    raise NamingError(f"{folder}: no MR image in it or below. Give the folder of the studies' DICOM files.")
+
+
+def _cases_in(
+    folder: Path, mapping: Mapping[str, str] | None, *, keep_names: bool, exclude: Path | None, display: Display
+) -> dict[str, list[Series]]:
+    """As `find_cases`, but none where there is no MR image."""
     all_series = find_series(folder, mapping, exclude)
-    if not all_series:
-        raise NamingError(f"{folder}: no MR image in it or below. Give the folder of the studies' DICOM files.")
     names = _cases(all_series, keep_names)
     cases: dict[str, list[Series]] = {name: [] for name in sorted(names.values())}
     for series in all_series:
