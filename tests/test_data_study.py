@@ -264,6 +264,16 @@ def test_no_head_is_refused(inverted):
     assert refusal(StudyError, lambda: load(t1n=data, t2f=data), *wanted).startswith("P1: ")
 
 
+@pytest.mark.parametrize("air", [0, 3])
+def test_a_masked_volume_beside_the_head_is_refused(air):
+    head = np.pad(make_head(), ((0, 28), (0, 0), (0, 0)))
+    head = np.hypot(head, np.random.default_rng(0).normal(0, air, head.shape)).astype(np.float32)
+    brain = np.pad(
+        np.where(ndimage.binary_erosion(HEAD.T, iterations=3), make_head("t2f"), 0), ((28, 0), (0, 0), (0, 0))
+    )
+    refusal(StudyError, lambda: load(t1n=head, t2f=brain), "P1: t2f shows nothing where", "Register it")
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     path = write_study(tmp_path, "P1") / "P1-t1c.nii.gz"
     path.write_bytes(path.read_bytes()[:-3000])

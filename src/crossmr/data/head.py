@@ -62,6 +62,9 @@ def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool, dic
 
     The head is the union of the volumes' foregrounds, its largest component, filled slice by slice. Where some volumes
     have a skull and others have none, also returns what each of the others has of it.
+
+    Raises:
+        StudyError: there is no head, or a masked volume has nothing of it.
     """
     foregrounds = in_threads(lambda _, volume: foreground(volume.data), volumes)
     masked_background = all(exact for _, exact in foregrounds.values())
@@ -74,6 +77,12 @@ def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool, dic
             f"{case}: no head was found ({int(union.sum())} voxels above the background) in "
             f"{', '.join(volumes)}. Look at the volumes, and export them again or leave this study out."
         )
+    for modality, (mask, exact) in foregrounds.items():
+        if exact and not (mask & union).any():
+            raise StudyError(
+                f"{case}: {modality} shows nothing where the other volumes show the head: it lies beside it. "
+                "Register it to them, export it again, or leave it out."
+            )
     stripped = without_skull(foregrounds, next(iter(volumes.values())).spacing_mm)
     return union, masked_background, {m: fill_slices(foregrounds[m][0]) & union for m in stripped}
 
