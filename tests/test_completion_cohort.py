@@ -252,7 +252,7 @@ def test_an_out_that_cannot_be_written_is_an_output_error(model, small, tmp_path
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(files.os, "fsync", refuse)
     with pytest.raises(OutputError, match="Read-only file system"):
         complete_cohort(small, tmp_path / "out", model, SETTINGS)
 

@@ -488,7 +488,7 @@ def test_a_full_disk_is_told(cohort, tmp_path, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("crossmr.files.tempfile.mkstemp", full)
+    monkeypatch.setattr("crossmr.files.os.fsync", full)
     (files, *_) = find_studies(cohort)
     with pytest.raises(OutputError, match="No space left on device"):
         prepare_case(files, tmp_path / "set")

@@ -1,6 +1,8 @@
 """DICOM out: a derived series that validators, archives and converters take, in the place of the scan it continues."""
 
+import os
 import shutil
+import stat
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -107,6 +109,16 @@ def test_nobody_can_take_it_for_a_scan(tmp_path):
     assert len({image.SOPInstanceUID for image in images}) == len(images)
     (series,) = find_series(tmp_path / "series")
     assert (series.modality, series.why) == (None, "itself synthetic")
+
+
+def test_the_umask_decides_who_may_read_it(tmp_path):
+    before = os.umask(0o027)
+    try:
+        derive(tmp_path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "series").stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "series").iterdir()} == {0o640}
 
 
 def test_each_slice_names_the_image_it_was_made_of(tmp_path):

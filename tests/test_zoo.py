@@ -691,7 +691,7 @@ def emptied(part: str) -> Callable[[dict[str, Any]], None]:
 
 def failing(number: int, where: str, *, at: str = "replace", times: int = 1_000_000) -> Callable[[Bench], None]:
     """The lowest-level write of files called so fails, as on a full or read-only disk: the first times, or always."""
-    real = {name: getattr(os, name) for name in ("replace", "fdopen", "fsync")}
+    real = {name: getattr(os, name) for name in ("replace", "fsync")}
 
     def fail(bench: Bench) -> None:
         failed: list[str] = []
@@ -700,8 +700,6 @@ def failing(number: int, where: str, *, at: str = "replace", times: int = 1_000_
             name = str(arguments[1]) if at == "replace" else os.readlink(f"/proc/self/fd/{arguments[0]}")
             if re.search(where, name) and len(failed) < times:
                 failed.append(name)
-                if at == "fdopen":
-                    os.close(arguments[0])
                 raise OSError(number, os.strerror(number), name)
             return real[at](*arguments, **others)
 
@@ -997,7 +995,7 @@ CALLS: list[Kind] = [
     Kind("acquired scan in the way", acquired_in_the_way, r"is not crossmr's, so it is not .*Name", "as it was"),
     Kind("no permission", without_permission, r"could not be written: Permission denied\. Check", "begun"),
     Kind("disk full at once", broken_disk(failing(DISK, "manifest")), FULL + r".*Check free space", "begun"),
-    Kind("disk read-only", broken_disk(failing(PROTECTED, ".", at="fdopen")), READ_ONLY + r".*Check free", "begun"),
+    Kind("disk read-only", broken_disk(failing(PROTECTED, ".", at="fsync")), READ_ONLY + r".*Check free", "begun"),
     Kind("disk full at a volume", broken_disk(failing(DISK, "P1-t2f")), FULL + r".*Check free space", "healthy"),
     Kind("disk full while flushing", broken_disk(failing(DISK, r"P1-t1c", at="fsync")), FULL + r".*Check", "healthy"),
     Kind("disk full at a picture", broken_disk(failing(DISK, r"P1\.webp")), FULL + r".*Check free space", "healthy"),

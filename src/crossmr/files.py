@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -232,9 +233,9 @@ def is_alive(process: int) -> bool:
     return True
 
 
-def unfinished_name(path: Path) -> str:
-    """The start of the name of what will become `path`; a random part and PARTIAL follow."""
-    return f".{path.name}.{_HOST}-{os.getpid()}."
+def unfinished_path(path: Path) -> Path:
+    """A new hidden path beside `path` for what will become it."""
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
 
 
 def refuse_foreign(path: Path, recognise: Callable[[Path], bool]) -> None:
@@ -272,7 +273,7 @@ def is_page(path: Path) -> bool:
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a mixture.
 
-    The content is bytes, or a function that writes them to the open file.
+    The content is bytes, or a function that writes them to the open file. Who may read it, umask and folder decide.
 
     Raises:
         OutputError: the folder is missing, read-only or full, or another crossmr's; nothing is left behind.
@@ -281,12 +282,11 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _enter(path.parent)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=unfinished_name(path), suffix=PARTIAL)
-        with os.fdopen(handle, "wb") as file:
+        with (unfinished := unfinished_path(path)).open("xb") as file:
+            temporary = unfinished
             file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -416,12 +416,6 @@ def _not_written(path: Path, error: OSError) -> OutputError:
         f"{path} could not be written: {error.strerror or error}. "
         "Check free space and permissions, or name another folder."
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ A.4, C.7.6.1, C.7.5.1). An extra.
 import math
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.volume import DicomSlices, Volume, as_dicom_slices
 from crossmr.dicom.series import DicomImage, Series, is_derived
 from crossmr.errors import OutputError, VolumeError
-from crossmr.files import PARTIAL, refuse_foreign, unfinished_name
+from crossmr.files import refuse_foreign, unfinished_path
 from crossmr.picture import window
 
 STEPS = 10000
@@ -107,7 +106,7 @@ def write_derived(folder: Path, array: npt.NDArray[np.float32], grid: Volume, se
         common = _common(series, slices, stored)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=unfinished_name(folder), suffix=PARTIAL))
+            (temporary := unfinished_path(folder)).mkdir()
             try:
                 for index, (pixels, position) in enumerate(zip(stored, slices.positions, strict=True), 1):
                     image = _image(common, index, pixels, position)
@@ -116,7 +115,6 @@ def write_derived(folder: Path, array: npt.NDArray[np.float32], grid: Volume, se
                     image.SliceLocation = _decimals([position @ np.cross(*slices.orientation)])[0]
                     image.save_as(temporary / f"{index:04d}.dcm", enforce_file_format=True)
                 shutil.rmtree(folder, ignore_errors=True)
-                os.chmod(temporary, 0o755)
                 os.replace(temporary, folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
