@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import subprocess
+import time as clock
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -109,6 +110,23 @@ def test_nobody_can_take_it_for_a_scan(tmp_path):
     assert len({image.SOPInstanceUID for image in images}) == len(images)
     (series,) = find_series(tmp_path / "series")
     assert (series.modality, series.why) == (None, "itself synthetic")
+
+
+@pytest.mark.parametrize(
+    ("tags", "date", "time"), [({"TimezoneOffsetFromUTC": "-0500"}, "20260101", "220405"), ({}, "20260102", "123405")]
+)
+def test_dates_and_times_are_of_the_scans_timezone_or_local(tags, date, time, tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "XYZ-09:30")  # UTC+09:30 in the way of POSIX
+    clock.tzset()
+    _, _, images = derive(tmp_path, **tags)
+    monkeypatch.undo()
+    clock.tzset()
+    for image in images:
+        assert image.get("TimezoneOffsetFromUTC") == tags.get("TimezoneOffsetFromUTC")
+        for of in ("Series", "Content", "InstanceCreation"):
+            assert (image[f"{of}Date"].value, image[f"{of}Time"].value) == (date, time)
+        made = image.ContributingEquipmentSequence[0].ContributionDateTime
+        assert made == f"{date}{time}{tags.get('TimezoneOffsetFromUTC', '+0930')}"
 
 
 def test_the_umask_decides_who_may_read_it(tmp_path):

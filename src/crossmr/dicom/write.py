@@ -43,7 +43,7 @@ _COPIED = (
     *("PatientAge", "PatientSize", "PatientWeight", "OtherPatientIDs", "PatientIdentityRemoved"),
     *("DeidentificationMethod", "StudyInstanceUID", "StudyID", "StudyDate", "StudyTime", "StudyDescription"),
     *("AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID", "PositionReferenceIndicator"),
-    *("PatientPosition", "BodyPartExamined", "MagneticFieldStrength", "InstitutionName"),
+    *("PatientPosition", "BodyPartExamined", "MagneticFieldStrength", "InstitutionName", "TimezoneOffsetFromUTC"),
 )
 _REQUIRED = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime"),
@@ -68,6 +68,7 @@ class DerivedSeries:
     """Whatever determines the voxels; the UIDs follow from it and from the voxels, so that the same synthesis has the
     same UIDs."""
     created: datetime
+    """With a timezone."""
     kind: str = ""
     """'std' for a standard deviation, '' for an image."""
     steps: float | None = None
@@ -149,7 +150,7 @@ def _common(series: DerivedSeries, slices: DicomSlices, stored: npt.NDArray[np.u
         raise VolumeError(f"{series.like.name}: its DICOM tags can no longer be read ({error}).") from error
     common = Dataset()
     _add_patient(common, scan, series)
-    _add_origin(common, scan, series.created)
+    _add_origin(common, scan, _as_of_scan(series.created, scan))
     _add_pixels(common, slices, series)
     voxels = uuid.uuid5(uuid.NAMESPACE_OID, stored.tobytes().hex())
     identity = f"{series.settings} {series.modality} {series.kind} {voxels}"
@@ -173,6 +174,17 @@ def _add_patient(common: Dataset, scan: Dataset, series: DerivedSeries) -> None:
     if not common.get("StudyInstanceUID"):  # removed by whoever shared the scans
         common.StudyInstanceUID = _uid(series.like.study)
     common.BodyPartExamined = common.get("BodyPartExamined") or "BRAIN"
+
+
+def _as_of_scan(created: datetime, scan: Dataset) -> datetime:
+    """A time in the timezone of the scan's dates and times, which is that of this computer where no tag says it.
+
+    One offset, or none, is for all dates and times of an image (DICOM PS3.3 C.12.1.1.8).
+    """
+    try:
+        return created.astimezone(datetime.strptime(str(scan.get("TimezoneOffsetFromUTC")).strip(), "%z").tzinfo)
+    except ValueError:
+        return created.astimezone()
 
 
 def _add_origin(common: Dataset, scan: Dataset, created: datetime) -> None:
@@ -236,7 +248,7 @@ def _equipment(created: datetime) -> Dataset:
     equipment.PurposeOfReferenceCodeSequence = [_code("109102", "DCM", "Processing Equipment")]
     equipment.Manufacturer = equipment.ManufacturerModelName = "crossmr"
     equipment.SoftwareVersions = version("crossmr")
-    equipment.ContributionDateTime = created.strftime("%Y%m%d%H%M%S")
+    equipment.ContributionDateTime = created.strftime("%Y%m%d%H%M%S%z")
     equipment.ContributionDescription = "Synthesis of an MR contrast that was not acquired; research use only"
     return equipment
 
