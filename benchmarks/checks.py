@@ -26,14 +26,16 @@ def checked(case: Case, model: CrossConditionedModel) -> Iterator[tuple[str, str
     head = np.asarray(case.masks())[:, 0] > 0
     volumes = {m: case.volume(m) for m in case.modalities}
     baselines, known = model.baselines, model.config.modalities
-    yield "as it is", "shift", bool(checks.shifts(volumes, case.spacing_mm))
+    voxels, sides = checks.thinning(case.spacing_mm)
+    thinned = {m: volume[voxels] for m, volume in volumes.items()}
+    yield "as it is", "shift", bool(checks.shifts(thinned, sides))
     yield "as it is", "swap", bool(checks.swaps(volumes, head, baselines, known))
     yield "as it is", "same", bool(checks.same_images(volumes, head))
     yield "as it is", "missing slices", any(checks.missing_slices(m, v, head) for m, v in volumes.items())
     _, _, across = case.spacing_mm
     for mm in (4, 6, 10):
         moved = np.roll(volumes["t1c"], round(mm / across), 2)
-        yield f"T1ce moved by {mm} mm", "shift", bool(checks.shifts(volumes | {"t1c": moved}, case.spacing_mm))
+        yield f"T1ce moved by {mm} mm", "shift", bool(checks.shifts(thinned | {"t1c": moved[voxels]}, sides))
     for a, b in itertools.combinations(case.modalities, 2):
         change, changed = (
             f"{DISPLAY_NAMES[a]} and {DISPLAY_NAMES[b]} exchanged",

@@ -91,9 +91,9 @@ def check(
     for modality, volume in study.volumes.items():
         found += grey_values(modality, volume.data[study.mask_of(modality)])
         found += missing_slices(modality, volumes[modality], study.mask_of(modality)[box])
-    voxels, sides = _thinning(study.reference.spacing_mm)
+    voxels, sides = thinning(study.reference.spacing_mm)
     thinned = {m: study.normalisation[m].apply(volume.data[box][voxels]) for m, volume in study.volumes.items()}
-    found += _shifts_of_thinned(thinned, sides)  # unmasked: the mask's edge is the same in all
+    found += shifts(thinned, sides)  # unmasked: the mask's edge is the same in all
     found += same_images(volumes, head)
     found += swaps(volumes, head, baselines, modalities)
     if {"t1n", "t1c"} <= volumes.keys():
@@ -165,20 +165,15 @@ def missing_slices(modality: str, volume: Array, head: npt.NDArray[np.bool_]) ->
     return [Finding("empty slices", "look", words)]
 
 
-def shifts(volumes: Mapping[str, Array], spacing_mm: Sequence[float]) -> list[Finding]:
-    """Volumes whose edges fit the first one's better when they are moved."""
-    voxels, sides = _thinning(spacing_mm)
-    return _shifts_of_thinned({m: volume[voxels] for m, volume in volumes.items()}, sides)
-
-
-def _thinning(spacing_mm: Sequence[float]) -> tuple[tuple[slice, ...], list[float]]:
+def thinning(spacing_mm: Sequence[float]) -> tuple[tuple[slice, ...], list[float]]:
     """Which voxels are left of volumes that are moved about, and the distances between these, in mm."""
     steps = [max(1, round(GRID_MM / side)) for side in spacing_mm]
     sides = [side * step for side, step in zip(spacing_mm, steps, strict=True)]
     return tuple(slice(None, None, step) for step in steps), sides
 
 
-def _shifts_of_thinned(volumes: Mapping[str, Array], sides: Sequence[float]) -> list[Finding]:
+def shifts(volumes: Mapping[str, Array], sides: Sequence[float]) -> list[Finding]:
+    """Volumes whose edges fit the first one's better when they are moved; thinned, with voxels of `sides` mm."""
     first, *others = volumes
     found = []
     edges = {m: _edges(volume) for m, volume in volumes.items()}
