@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import tree, write_study
+from conftest import save_untrained, tree, write_study
 
 from crossmr.errors import OutputError
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
@@ -52,6 +52,42 @@ def test_parts_of_other_studies_or_settings_are_not_mixed(model, whole, tmp_path
     assert evaluate(model, cohort, out, part("2/2"))["finished"] is False
     assert evaluate(model, cohort, out, part("1/2"))["finished"] is True
     assert json.loads((out / "metrics.json").read_text())["cases"] == ["P0", "P1", "P2", "P4", "P9"]
+
+
+def test_parts_of_other_models_or_scans_are_not_mixed(model, whole, tmp_path):
+    """Two studies, one a part: what another model measured, or the same one of other files, is not joined with it."""
+    cohort = tmp_path / "cohort"
+    for case in ("P0", "P1"):
+        shutil.copytree(whole / case, cohort / case)
+    for name in ("first", "second"):
+        save_untrained(tmp_path / name, seed=len(name))
+    other = shutil.copytree(tmp_path / "first", tmp_path / "other")
+
+    def finished(folder, text, data=cohort, out="out"):
+        return evaluate(folder, data, tmp_path / out, part(text, against=other))["finished"]
+
+    assert [finished(model, "1/2"), finished(tmp_path / "first", "2/2")] == [False, False]
+    shutil.copytree(tmp_path / "second", other, dirs_exist_ok=True)
+    assert [finished(model, "2/2"), finished(model, "1/2")] == [False, True]
+    shutil.copytree(cohort, tmp_path / "later")
+    (scan,) = (tmp_path / "later" / "P1").glob("*t2w*")
+    scan.write_bytes(scan.read_bytes() + bytes(1))
+    moved = [finished(model, "1/2", out="o"), finished(model, "2/2", data=tmp_path / "later", out="o")]
+    assert moved == [False, False]
+    assert finished(model, "1/2", data=shutil.copytree(cohort, tmp_path / "again"), out="p") is False
+    assert finished(model, "2/2", out="p") is True  # the same files elsewhere
+
+
+def test_a_part_that_measured_nothing_waits_for_the_others(model, whole, tmp_path):
+    cohort = tmp_path / "cohort"
+    write_study(cohort, "A", ("t1n", "t1c"))  # lacks a source
+    shutil.copytree(whole / "P0", cohort / "P0")
+    body = evaluate(model, cohort, tmp_path / "out", part("1/3"))
+    assert (body["finished"], body["summary"], [*body["failed"]]) == (False, [], ["A"])
+    body = evaluate(model, cohort, tmp_path / "out", part("3/3"))  # there is no third study
+    assert (body["finished"], body["cases"], body["failed"]) == (False, [], {})
+    body = evaluate(model, cohort, tmp_path / "out", part("2/3"))
+    assert (body["finished"], body["cases"], [*body["failed"]]) == (True, ["P0"], ["A"])
 
 
 def test_a_damaged_part_is_named(tmp_path):

@@ -431,7 +431,8 @@ def evaluate(
     display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
     if result["uncertainty"]:
         display.print_tables([uncertainty_table(result["uncertainty"])])
-    last = f"report: {report_evaluation(out)}" if result["finished"] else f"part {own} is measured; others are not yet"
+    waiting = f"part {own} is measured; others are not yet, or of other studies, models or settings"
+    last = f"report: {report_evaluation(out)}" if result["finished"] else waiting
     lines = [*(f"Warning: {text}" for text in overlap_warnings(result)), last]
     counts = {"failed": len(result["failed"]), "measured": len(result["cases"])}
     record = {key: result[key] for key in ("summary", "contrasts", "uncertainty", "overlap", "model_sha256")}

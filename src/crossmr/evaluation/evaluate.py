@@ -149,7 +149,7 @@ def evaluate(
         paths = {one.name: [*one.paths, Path(data), out] for one in own}
         shareable = {one.name: names_only(one.failed, paths[one.name]) for one in outcomes if one.failed}
         if part is not None:
-            key = digest({"studies": [one.name for one in subjects], "settings": repr(replace(settings, part=None))})
+            key = _key(subjects, predictors, set_and_split(Path(data), settings), settings)
             write_part(out, part, key, [replace(one, failed=shareable.get(one.name, "")) for one in outcomes])
             if all_outcomes := read_parts(out, part.of, key):
                 outcomes = all_outcomes
@@ -168,6 +168,21 @@ def evaluate(
             write_json(out / "metrics.json", {**evaluation, "failed": shareable})
             remove(out / WORK)
     return evaluation
+
+
+def _key(
+    subjects: Sequence[Found],
+    predictors: Sequence[Predictor],
+    of_set: tuple[str, str] | None,
+    settings: EvaluationSettings,
+) -> str:
+    """What all parts of one evaluation have in common: studies, models and settings.
+
+    Of files the sizes stand for what they hold: for hashes each part would have to read the studies of all.
+    """
+    studies = {one.name: [(path.name, path.stat().st_size) for path in one.paths if of_set is None] for one in subjects}
+    models = [(one.name, one.model.record.get("sha256")) for one in predictors]
+    return digest({"studies": studies, "set": of_set, "models": models, "settings": repr(replace(settings, part=None))})
 
 
 def _measure_all(

@@ -125,7 +125,7 @@ def summarise(scores: Sequence[Score]) -> list[Summary]:
 
     Paired tests take the cases that both predictors have.
     """
-    first = scores[0].predictor
+    first = scores[0].predictor if scores else ""
     groups: dict[_Key, list[Score]] = {}
     for s in scores:
         groups.setdefault(_Key(s.sources, s.target, s.predictor, s.protocol, s.region), []).append(s)
