@@ -204,11 +204,11 @@ def measured(model: CrossConditionedModel, cases: Sequence[Case], **facts: Any) 
     rows = []
     for case in cases:
         subject = subject_of_case(case)
-        deep = regions_of(subject)["deep"]
         for sources in patterns(model.config, subject):
             targets = tuple(m for m in case.modalities if m not in sources)
             images = synthesised(model, subject, sources, targets)
             for row in light_measures(subject, sources, images, **facts):
+                deep = regions_of(subject, row["target"])["deep"]
                 pair = (volumes[row["target"]][deep][::RANKED] for volumes in (images, subject.volumes))
                 rows.append({**row, "rank_deep": float(stats.spearmanr(*pair).statistic)})
     return rows

@@ -142,7 +142,7 @@ def start_of_row(subject: Subject, sources: Sequence[str], target: str) -> Row:
 def measured(subject: Subject, sources: Sequence[str], images: Mapping[str, Array], **facts: Any) -> list[Row]:
     """A row for each image, target → volume (Z, Y, X) in [0, 1], of one study; `facts` name predictor and seed."""
     rows = {target: {**facts, **start_of_row(subject, sources, target)} for target in images}
-    within = {t: np.where(subject.head, volume, np.float32(0)) for t, volume in images.items()}
+    within = {t: np.where(subject.head_of(t), volume, np.float32(0)) for t, volume in images.items()}
     for score in measure(subject, sources, {"": within}):
         if score.protocol == "volume":
             numbers = asdict(score)
@@ -172,10 +172,10 @@ def light_measures(subject: Subject, sources: Sequence[str], images: Mapping[str
     is a contrast in quartile ranges of the rest of the brain, each image's own: `lesion_step` and `lesion_range` are
     the predicted contrast and the predicted quartile range over the true ones, `lesion_kept` their quotient.
     """
-    within, rows = regions_of(subject)["deep"], dict[str, Row]()
+    rows = dict[str, Row]()
     sigma = [SMOOTH_MM / side for side in subject.spacing_mm]
     for target, volume in images.items():
-        sharp = volume, subject.volumes[target]
+        within, sharp = regions_of(subject, target)["deep"], (volume, subject.volumes[target])
         smooth = (ndimage.gaussian_filter(v, sigma) for v in sharp)
         pair, blurred = (torch.from_numpy(np.stack([v[within] for v in vs]))[:, None, None] for vs in (sharp, smooth))
         numbers = {"correlation_deep": metrics.correlation(*pair), "mae_deep": metrics.mae(*pair)}

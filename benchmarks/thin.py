@@ -47,8 +47,8 @@ def made(
 def rows_of(model: CrossConditionedModel, subject: Subject, every: int, facts: Mapping[str, Any]) -> list[Row]:
     """A row for each contrast, made from the three others."""
     less, rows = thinned(subject, every), []
-    regions = regions_of(less)
     for target in FOUR:
+        regions = regions_of(less, target)
         sources = [m for m in FOUR if m != target]
         images, _ = made(model, subject, sources, every)
         row = {**facts, "case": subject.name, "patient": subject.patient, "target": target}

@@ -223,6 +223,25 @@ def test_slices_that_the_target_does_not_reach_do_not_count_in_the_slice_protoco
     assert by_region(measure(saturated, SOURCES, {"it": {"t2f": predicted}}))["slices"].nmse == score.nmse
 
 
+def test_a_target_without_the_skull_that_others_have_is_measured_within_its_brain(brain):
+    """As if no volume had a skull: what was synthesised of it has no truth."""
+    subject, _ = brain
+    wide = replace(subject, head=ndimage.binary_dilation(subject.head, iterations=2))
+    rng = np.random.default_rng(1)
+    truth = subject.volumes["t2f"]
+    predicted = np.where(subject.head, np.clip(truth + rng.normal(0, 0.05, truth.shape), 0.01, 1), 0)
+    images, std = {"t2f": predicted.astype(np.float32)}, {"t2f": np.full(truth.shape, 0.05, np.float32)}
+    both = (subject, wide)
+    for_each = [(measure, {"it": images}), (measure_contrasts, {"it": images})]
+    for function, its in for_each:
+        alone, beside = (function(one, SOURCES, its) for one in both)
+        assert alone == beside
+        assert len(alone) > 1
+    for function in (measure_uncertainty, measure_calibration):
+        alone, beside = (map(repr, function(one, SOURCES, images, std)) for one in both)  # some of it is nan
+        assert [*alone] == [*beside]
+
+
 def test_a_constant_target_is_refused(block):
     flat = replace(block, volumes={"t2f": np.zeros_like(block.volumes["t2f"])})
     with pytest.raises(StudyError, match="P: t2f cannot be measured"):

@@ -162,6 +162,17 @@ def test_skull_stripped_predictions_are_zero_outside_the_head(model, folders, tm
     assert predictions.images["unguided"]["t1c"][subject.head].mean() > 0.1
 
 
+def test_predictions_are_zero_where_the_true_one_has_no_skull(model, subject):
+    brain = np.zeros_like(subject.head)
+    brain[:, 10:20, 10:20] = subject.head[:, 10:20, 10:20]
+    volumes = {**subject.volumes, "t1c": np.where(brain, subject.volumes["t1c"], np.float32(0))}
+    predictions = predict(replace(subject, volumes=volumes), SOURCES, find_predictors(model, SETTINGS))
+    for images in (*predictions.images.values(), predictions.stds):
+        assert (images["t1c"][brain] > 0).all()
+        assert not images["t1c"][~brain].any()
+        assert images["t2f"][subject.head & ~brain].all()
+
+
 # Which predictors there are
 
 

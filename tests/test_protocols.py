@@ -152,6 +152,14 @@ def test_brasyn_measures_whole_tumour_and_healthy(subject):
         assert measured["own"][f"ssim_{name}"] == pytest.approx(expected, abs=1e-5), name
 
 
+def test_a_lesion_is_erased_by_the_median_of_what_the_target_has(subject):
+    """A skull that others have and the target lacks is none of it."""
+    wide = dataclasses.replace(subject, head=np.ones_like(subject.head))
+    zeros = {"t2f": np.where(subject.head, subject.volumes["t2f"], np.float32(0))}
+    own, beside = (measure_by("brasyn", dataclasses.replace(one, volumes=zeros), "t2f", {}) for one in (subject, wide))
+    assert own[ERASED] == beside[ERASED]
+
+
 def test_brasyn_forgives_a_wrong_scale_and_nearly_forgives_an_empty_image(subject):
     """Both are what the documentation says that it hides."""
     truth, air = subject.volumes["t2f"], np.float32(subject.air["t2f"])

@@ -28,7 +28,8 @@ metric, target and set of sources.
 
 A model of any subset is measured with each modality hidden in turn and all others given, or with every subset given
 and all the rest hidden. The head mask is found on all volumes of a study, the hidden ones included; it places the
-box and scales the sources. The model's own image comes first. Beside it stand other guidance modes, a second model
+box and scales the sources. Of it counts what the target has: neither a skull nor slices that only others have, and
+there predictions are set to 0. The model's own image comes first. Beside it stand other guidance modes, a second model
 and the baselines.
 
 Where the model gives a standard deviation for each voxel, it is compared with the absolute error within the head, on
@@ -38,6 +39,7 @@ standard deviation within it over that in the rest of the brain stands beside th
 two are equal where the standard deviation knows the lesion to be hard. Lost lesions are summarised separately as well.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,18 +177,19 @@ def measure(subject: Subject, sources: Sequence[str], images: Mapping[str, Mappi
     Raises:
         StudyError: a target is constant.
     """
-    scores, regions = [], regions_of(subject)
-    for target, predictor, predicted in _by_target(images):
-        pair = tuple(above_air(volume, subject.air[target]) for volume in (predicted, subject.volumes[target]))
-        acquired = _acquired(subject, target)
-        slices = [z for z in foreground_slices(subject.head.sum((1, 2)).tolist()) if acquired[z].any()]
-        try:
-            by_region = _volume_quality(regions, *pair)
-        except ValueError as error:
-            raise StudyError(f"{subject.name}: {target} cannot be measured: {error}") from error
-        common = (subject.name, subject.patient, "+".join(sources), target, predictor)
-        scores += [Score(*common, "volume", region, *quality) for region, quality in by_region.items()]
-        scores.append(Score(*common, "slice", "slices", *_slice_quality(slices, *pair)))
+    scores = []
+    for target, predicted in _by_target(images):
+        truth, regions = above_air(subject.volumes[target], subject.air[target]), regions_of(subject, target)
+        slices = foreground_slices(_acquired(subject, target).sum((1, 2)).tolist())
+        for predictor, volume in predicted.items():
+            pair = above_air(volume, subject.air[target]), truth
+            try:
+                by_region = _volume_quality(regions, *pair)
+            except ValueError as error:
+                raise StudyError(f"{subject.name}: {target} cannot be measured: {error}") from error
+            common = (subject.name, subject.patient, "+".join(sources), target, predictor)
+            scores += [Score(*common, "volume", region, *quality) for region, quality in by_region.items()]
+            scores.append(Score(*common, "slice", "slices", *_slice_quality(slices, *pair)))
     return scores
 
 
@@ -201,10 +204,10 @@ def measure_contrasts(
 ) -> list[ContrastScore]:
     """Compare how far lesion and fluid stand out in the images of one study, predictor → target → volume."""
     scores = []
-    structures = {target: structures_of(subject, target) for volumes in images.values() for target in volumes}
-    for target, predictor, predicted in _by_target(images):
-        for structure, places in structures[target].items():
-            truth, its = (_contrast(volume, *places) for volume in (subject.volumes[target], predicted))
+    for target, predicted in _by_target(images):
+        structures = structures_of(subject, target).items()
+        for (predictor, made), (structure, places) in itertools.product(predicted.items(), structures):
+            truth, its = (_contrast(volume, *places) for volume in (subject.volumes[target], made))
             common = (subject.name, subject.patient, "+".join(sources), target, predictor)
             scores.append(ContrastScore(*common, structure, truth, its, _share(structure, truth, its)))
     return scores
@@ -256,19 +259,17 @@ def measure_calibration(
     return points
 
 
-def _by_target(images: Mapping[str, Mapping[str, Array]]) -> Iterator[tuple[str, str, Array]]:
-    """Target, predictor and volume of predictor → target → volume: every predictor of a target, then the next."""
+def _by_target(images: Mapping[str, Mapping[str, Array]]) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Each target, and predictor → volume, of predictor → target → volume."""
     for target in dict.fromkeys(target for volumes in images.values() for target in volumes):
-        for predictor, volumes in images.items():
-            yield target, predictor, np.ascontiguousarray(volumes[target])
+        yield target, {predictor: np.ascontiguousarray(volumes[target]) for predictor, volumes in images.items()}
 
 
 def _acquired(subject: Subject, target: str) -> Mask:
-    """The voxels within the head, of slices where the target was acquired: elsewhere it is constant within the head."""
-    truth = subject.volumes[target]
-    low = truth.min((1, 2), where=subject.head, initial=np.inf)
-    high = truth.max((1, 2), where=subject.head, initial=-np.inf)
-    acquired: Mask = subject.head & (low < high)[:, None, None]
+    """What the target has of the head, but for slices where it is constant: those were not acquired."""
+    truth, inside = subject.volumes[target], subject.head_of(target)
+    low, high = truth.min((1, 2), where=inside, initial=np.inf), truth.max((1, 2), where=inside, initial=-np.inf)
+    acquired: Mask = inside & (low < high)[:, None, None]
     return acquired
 
 
@@ -277,15 +278,16 @@ def _errors(subject: Subject, target: str, predicted: Array) -> tuple[Mask, Arra
     return _acquired(subject, target), np.abs(predicted - subject.volumes[target])
 
 
-def regions_of(subject: Subject) -> dict[str, Mask]:
-    """What the protocol 'volume' is measured in; no tumour where none is outlined."""
-    planes = np.pad(subject.head, ((0, 0), (1, 1), (1, 1)))  # where the field of view ends, the brain does
+def regions_of(subject: Subject, target: str) -> dict[str, Mask]:
+    """What the protocol 'volume' is measured in, of what the target has; no tumour where none is outlined."""
+    head = subject.head_of(target)
+    planes = np.pad(head, ((0, 0), (1, 1), (1, 1)))  # where the field of view ends, the brain does
     deep = [ndimage.distance_transform_edt(plane, subject.spacing_mm[1:])[1:-1, 1:-1] >= RIM_MM for plane in planes]
     regions = {
-        "volume": np.ones_like(subject.head),
-        "brain": subject.head,
+        "volume": np.ones_like(head),
+        "brain": head,
         "deep": np.stack(deep),
-        "tumour": subject.tumour,
+        "tumour": subject.tumour & head,
     }
     return {region: mask for region, mask in regions.items() if mask.any()}
 
@@ -332,8 +334,8 @@ def _ratio(values: Array, lesion: Mask, rest: Mask) -> float:
 
 def _volume_quality(regions: Mapping[str, Mask], predicted: Array, truth: Array) -> dict[str, Quality]:
     """The quality in each region by the protocol 'volume', of intensities above air (Z, Y, X)."""
-    slices = foreground_slices(regions["brain"].sum((1, 2)).tolist())
     scaled, reference = metrics.scale_by_truth(torch.from_numpy(predicted)[None], torch.from_numpy(truth)[None])
+    slices = foreground_slices(regions["brain"].sum((1, 2)).tolist())
     similarity = metrics.ssim_map(scaled, reference, 1.0)  # (1, Z, Y, X), as all three
     quality = {}
     for region, chosen in regions.items():

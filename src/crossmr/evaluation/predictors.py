@@ -130,7 +130,8 @@ def memory_needed(found: Found, predictors: Sequence[Predictor], *, every_subset
 def predict(subject: Subject, sources: Sequence[str], predictors: Sequence[Predictor]) -> Predictions:
     """Synthesise the targets of one study by every predictor, and by the first one's baselines, from `sources` alone.
 
-    The targets are those of the first model that the study has and that are hidden.
+    The targets are those of the first model that the study has and that are hidden. They are 0 where the true one has
+    nothing of the head.
     """
     model = predictors[0].model
     targets = [m for m in model.config.targets if m in subject.volumes and m not in sources]
@@ -140,7 +141,7 @@ def predict(subject: Subject, sources: Sequence[str], predictors: Sequence[Predi
 
     def by_target(volumes: Sequence[Array] | Tensor) -> dict[str, Array]:
         pairs = zip(targets, map(np.asarray, volumes), strict=True)
-        return {t: np.where(subject.head, volume, np.float32(0)) for t, volume in pairs}
+        return {t: np.where(subject.head_of(t), volume, np.float32(0)) for t, volume in pairs}
 
     results = [
         synthesise(each.model, head, subject.name, replace(each.settings, targets=tuple(targets)))

@@ -82,7 +82,7 @@ def measure_by(
     made = {name: above_air(image, subject.air[target]) for name, image in images.items()}
     made[ZEROS] = np.zeros_like(truth)
     if subject.tumour.any():
-        rest = subject.head & ~subject.tumour
+        rest = subject.head_of(target) & ~subject.tumour
         made[ERASED] = np.where(subject.tumour, np.median(truth[rest]), truth)
     whole, tumour = on_whole_grid(truth, subject), on_whole_grid(subject.tumour, subject)
     if not np.percentile(whole, 99.5) > 0:

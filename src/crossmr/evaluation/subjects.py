@@ -50,6 +50,11 @@ class Subject:
     grid: tuple[int, int, int] = (1, 1, 1)
     """Voxels of the whole scan, (Z, Y, X)."""
 
+    def head_of(self, modality: str) -> Mask:
+        """What one volume has of the head: it may lack slices, or be without the skull that others have."""
+        has: Mask = self.head & (self.volumes[modality] > 0)
+        return has
+
 
 class Found(NamedTuple):
     """A study that is to be measured."""
