@@ -1,15 +1,17 @@
 """What memory there is, by machine, control group and limits; and what is said of a study that takes much of it."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from crossmr import main_memory
 from crossmr.errors import StudyError
-from crossmr.main_memory import available_memory, check_memory, reusable_memory
+from crossmr.main_memory import available_memory, check_memory, keep_memory, reusable_memory
 
 
 @pytest.mark.parametrize(("needed", "said"), [(5e9, None), (6e9, "; close other programs"), (11e9, "Give the job")])
@@ -93,3 +95,19 @@ def test_what_the_c_library_keeps_may_be_used_again(monkeypatch):
     assert int(done.stdout) == 0 or abs(int(done.stdout) - 2**27) < 2**20  # musl and older libraries do not say
     monkeypatch.setattr(sys, "platform", "darwin")
     assert reusable_memory() == 0
+
+
+@pytest.mark.parametrize("largest", [2**25, 2**30])
+def test_an_older_c_library_keeps_what_it_can(monkeypatch, largest):
+    """It refuses to serve larger blocks from what it keeps, and has by then stopped to adapt that by itself."""
+    options = {}
+
+    def mallopt(option, value):
+        if option == -3 and value > largest:
+            return 0
+        options[option] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    keep_memory()
+    assert options == ({-1: 2**30, -3: largest, -8: 1} if sys.platform == "linux" else {})

@@ -13,6 +13,8 @@ from crossmr.errors import StudyError
 
 KEPT = 2**30
 """Bytes: freed memory up to this is kept, and blocks up to this come from it."""
+KEPT_BY_OLD = 2**25
+"""Bytes: the largest blocks for which an older glibc allows that."""
 
 
 def check_memory(case: str, needed: int) -> str | None:
@@ -62,8 +64,8 @@ def keep_memory() -> None:
     All threads share it: what the threads that read a study have freed would be lost to all others.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        for option, value in ((-1, KEPT), (-3, KEPT), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
-            mallopt(option, value)
+        for option, value in ((-1, KEPT), (-3, KEPT_BY_OLD), (-3, KEPT), (-8, 1)):
+            mallopt(option, value)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD twice, where the second may fail, M_ARENA_MAX
 
 
 def gigabytes(number: float) -> str:
