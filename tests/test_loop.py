@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossmr.checkpoint import load_checkpoint
+from crossmr.checkpoint import load_checkpoint, save_checkpoint
 from crossmr.display import SILENT, Display
 from crossmr.errors import Interrupted, ModelError
 from crossmr.training import loop
@@ -282,6 +282,22 @@ def test_out_of_memory_there_are_twice_as_many_parts_and_a_resumed_run_has_as_ma
     assert float(again.averaged.weight) == float(averaged.weight)
 
 
+def test_a_resumed_run_is_estimated_anew_and_has_at_least_as_many_parts(tmp_path, monkeypatch, capsys):
+    train(tmp_path, Line(), 2)
+    said = Compute(torch.device("cpu"), torch.float32, 0, Display())
+    monkeypatch.setattr(loop, "available_memory", lambda: 4)  # of which a step may take two samples' worth
+    assert trainer(tmp_path, less := Line(), compute=said).micro_batches == 3
+    assert "line: 1 part(s) before; the weights differ by rounding" in capsys.readouterr().out
+    train(tmp_path, less, 4)
+    assert less.sizes == [2, 2, 1] * 2
+    monkeypatch.setattr(loop, "available_memory", lambda: 10**9)
+    assert trainer(tmp_path, Line(), compute=said).micro_batches == 3
+    assert "before; the weights" not in capsys.readouterr().out
+    monkeypatch.setattr(loop, "available_memory", lambda: 0)
+    with pytest.raises(ModelError, match="line: one sample needs about"):
+        trainer(tmp_path, Line())
+
+
 def test_not_one_sample_fits_into_memory(tmp_path):
     class Hungry(Line):
         def loss(self, network: nn.Module, batch: Pairs) -> tuple[Tensor, Tensor]:
@@ -310,15 +326,24 @@ def test_batches_are_asked_for_once_and_in_order_across_a_stop(tmp_path):
     assert load_checkpoint(tmp_path / "stages" / "line")[1]["step"] == 10
     resumed = trainer(tmp_path, second).train(plan)
     assert first.data.asked == [0, *range(10)]  # the first one, to estimate its memory
-    assert second.data.asked == list(range(10, 20))
+    assert second.data.asked == [10, *range(10, 20)]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert torch.equal(resumed.weight, train(tmp_path / "whole", Line(), 20).weight)  # exact, on the processor
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
+    train(tmp_path, Line(), 5)
+    tensors, data = load_checkpoint(tmp_path / "stages" / "line")
+    kept = {key: data[key] for key in ("finished", "micro_batches", "spent")}
+    save_checkpoint(tmp_path / "stages" / "line", 5, tensors, kept)
+    again = trainer(tmp_path, Line())
+    assert (again.done, again.validation_seconds) == (5, 0)
 
 
 def test_a_finished_stage_does_nothing_more(tmp_path):
     done, again = train(tmp_path, Line(), 5), Line()
     same = train(tmp_path, again, 5)
-    assert again.data.asked == []
+    assert again.data.asked == [5]  # to estimate its memory
     assert torch.equal(done.weight, same.weight)
 
 
@@ -473,6 +498,7 @@ def test_a_resumed_run_follows_the_recorded_plan_and_spends_what_is_left(tmp_pat
     clock.sleep(10_000)  # nobody trains
     again = trainer(tmp_path, Slow(clock), budget=Budget(minutes=60))
     assert (again.done, again.budget.before) == (stop, pytest.approx(spent))
+    assert again.validation_seconds == (0 if before is None else 7)
     again.train(before or Plan(until=500.0))
     assert again.budget.spent() + 14 == pytest.approx(500, rel=0.1)
     plan = read_plan(tmp_path, "line")

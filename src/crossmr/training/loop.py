@@ -112,8 +112,7 @@ class Trainer:
         """The last validation: after how many steps, and what it measured."""
         self.validation_seconds = 0.0
         self._restore()
-        if not self.micro_batches:
-            self.micro_batches = self.ranks.largest(self._parts())
+        self.micro_batches = self.ranks.largest(self._parts())
 
     def train(self, plan: Plan) -> nn.Module:
         """Train to the plan's last step and return the averaged network.
@@ -198,19 +197,22 @@ class Trainer:
         return _divided(self.network, *sums, self.compute)
 
     def _parts(self) -> int:
-        """In how many parts a batch has to go through, by an estimate of the memory that it takes.
+        """In how many parts a batch has to go through, by an estimate of the memory that it takes; as before, or more.
 
         Other devices than the processor say when their memory runs out, and `_backward` then cuts the batch.
         """
+        before = max(1, self.micro_batches)
         if self.compute.device.type != "cpu":
-            return 1
+            return before
         batch = self._draw(self.stage.data[self.done])
         name, size = self.stage.name, len(batch[0])
         sample = self.compute.place(cut(batch, slice(0, 1)))
         memory = step_memory(self.network, self.stage.loss, sample, self.compute.dtype)
         available = available_memory() // self.ranks.local_size
-        parts = micro_batches(name, size, memory, available)
+        parts = max(before, micro_batches(name, size, memory, available))
         self.compute.display.say(explain(name, size, memory, available, parts))
+        if 0 < self.micro_batches < parts:
+            self.compute.display.say(f"{name}: {before} part(s) before; the weights differ by rounding")
         return parts
 
     def _corrected(self, plan: Plan, clock: Clock) -> Plan:
@@ -286,7 +288,8 @@ class Trainer:
         for index, slots in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{slot}": value for slot, value in slots.items()}
         data = {"finished": self.done == plan.total, "micro_batches": self.micro_batches, "spent": self.budget.spent()}
-        save_checkpoint(self.checkpoints, self.done, tensors, {**data, "processes": self.ranks.size})
+        data |= {"processes": self.ranks.size, "validation_seconds": self.validation_seconds}
+        save_checkpoint(self.checkpoints, self.done, tensors, data)
 
     def _restore(self) -> None:
         """Go on from the newest whole checkpoint, if there is one; all processes start from rank 0's weights."""
@@ -315,6 +318,7 @@ class Trainer:
         else:
             say(f"{self.stage.name}: goes on with {now} process(es), {before} before; the weights differ by rounding")
         self.budget.before = max(self.budget.before, float(data["spent"]))
+        self.validation_seconds = float(data.get("validation_seconds", 0))  # of earlier versions' checkpoints unknown
 
 
 def _ahead(data: StepDataset[Any], steps: Iterator[int]) -> Iterator[Any]:
