@@ -24,7 +24,7 @@ from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, ModelError, OutputError, SetError
 from crossmr.networks.inference import HeadVolumes, Settings, synthesise
-from crossmr.networks.model import load_model
+from crossmr.networks.model import CrossConditionedModel, load_model
 from crossmr.networks.trained_on import find, names_of
 from crossmr.networks.unet import Encoder, LightEncoder
 from crossmr.training import calibration, loop, memory, run, stages
@@ -499,6 +499,17 @@ def test_refusals(prepared, tmp_path):
         train(tmp_path, tmp_path / "run")
 
 
+def test_a_set_without_training_patients_is_refused_before_anything_is_written(tmp_path):
+    write_study(tmp_path / "cohort", "P", MODALITIES)
+    table = tmp_path / "whose.csv"
+    table.write_text("case,patient,part\nP,P,test\n")
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(patients=table))
+    for recipe in (*RECIPES.values(), SMALL):
+        with pytest.raises(SetError, match="No patient of .*set is for training"):
+            train(tmp_path / "set", tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["run.json", *WRITTEN])
 def test_nothing_of_another_s_is_replaced(prepared, trained, tmp_path, name):
     """A run goes into a folder that has none of its files, or on in its own."""
@@ -557,6 +568,22 @@ def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run,
     assert torch.equal(model.calibration["variance"], earlier.calibration["variance"])  # nobody here to calibrate on
     assert model.record["training"]["seen"]["studies"] == earlier.record["training"]["seen"]["studies"] + 2
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run" / "model").values())
+
+
+def test_a_model_of_any_subset_goes_on_with_no_fewer_modalities(prepared, any_run, tmp_path):
+    for named in ({"sources": SOURCES}, {"sources": SOURCES, "targets": ("t1c",)}):
+        with pytest.raises(ConfigError, match="has another sources .* Leave --recipe, --sources and --targets away"):
+            train(prepared, tmp_path, None, initial=any_run / "model", **named)
+    assert not [*tmp_path.iterdir()]
+    train(prepared, tmp_path, None, initial=any_run / "model", steps=1, sources=MODALITIES)
+
+
+def test_a_model_that_was_never_saved_is_no_start(prepared, trained, tmp_path):
+    made = CrossConditionedModel(load_model(trained / "model").config)
+    for recipe in (None, SMALL):
+        with pytest.raises(ModelError, match="was never saved, so it has no record"):
+            train(prepared, tmp_path, recipe, initial=made)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_training_that_starts_from_a_model_without_its_patients_does_not_know_them(prepared, trained, tmp_path):

@@ -2,8 +2,9 @@
 
 Batches, masks, steps of diffusion and noise are drawn from the seed and the step's number alone, so there is no random
 state to keep: weights, their average, the optimiser and the step are the whole state. On a processor a training that
-was stopped, even killed, therefore ends with the very weights of one that never was; on a GPU, whose sums depend on the
-order in which its threads finish, with weights that differ by rounding.
+was stopped, even killed, therefore ends with the very weights of one that never was, unless less memory is left and
+batches go through in more parts; then, as on a GPU, whose sums depend on the order in which its threads finish, with
+weights that differ by rounding.
 """
 
 import copy

@@ -30,7 +30,7 @@ from crossmr.data.head import bounding_box
 from crossmr.data.naming import in_usual_order, modality_names
 from crossmr.device import choose_device, choose_precision, set_numerics
 from crossmr.display import LOG, SILENT, Display
-from crossmr.errors import ConfigError, CrossmrError, Interrupted, RankLost
+from crossmr.errors import ConfigError, CrossmrError, Interrupted, ModelError, RankLost, SetError
 from crossmr.files import is_record, locked, read_json, refuse_foreign, write_json
 from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, save_model
 from crossmr.networks.trained_on import FILE as PATIENTS
@@ -242,11 +242,15 @@ def _is_run(path: Path) -> bool:
 def _recipe(
     dataset: PreparedDataset, settings: TrainingSettings, initial: CrossConditionedModel | None, minutes: float | None
 ) -> tuple[Recipe, Sequence[str]]:
-    """By which recipe, and why so, where the set chooses."""
+    """By which recipe, and why so, where the set chooses; refuses to learn from nobody, or from where nobody knows."""
+    if not (cases := dataset.split("train")):
+        raise SetError(f"No patient of {dataset.folder} is for training. Run prepare with another --split or --patients.")
+    if initial is not None and not initial.record:
+        raise ModelError("The initial model was never saved, so it has no record. Give save_model, and name its folder.")
     recipe = settings.recipe or (STANDARD if initial is None else recipe_of(initial))
     if not recipe.by_set:
         return recipe, ()
-    return choose(recipe, dataset.split("train"), choose_device(settings.device).type, minutes)
+    return choose(recipe, cases, choose_device(settings.device).type, minutes)
 
 
 def _training(
@@ -291,7 +295,7 @@ def _modalities(
     """Sources and targets: those asked for, else the initial model's, else as published, or all for any subset."""
     known = list(dataset.manifest["fingerprint"]["modalities"])
     sources, targets = settings.sources, settings.targets
-    if initial is not None:
+    if initial is not None and not (recipe.any_subset and (sources or targets)):
         sources, targets = sources or initial.config.sources, targets or initial.config.targets
     if recipe.any_subset:
         present = {m for case in dataset.split("train") for m in case.modalities}
