@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -14,7 +15,9 @@ from crossmr.baselines import fit_baselines
 from crossmr.cli import app
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.display import LOG, Display
 from crossmr.errors import ConfigError, OutputError, StudyError
+from crossmr.evaluation import evaluate as evaluating
 from crossmr.evaluation.challenge import ProtocolSettings, evaluate_by_protocol, warnings_of
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.protocols import ERASED, REAL, ZEROS, OtherScore, dice, measure_by
@@ -102,6 +105,15 @@ def test_one_contrast_of_each_case_is_dropped_by_the_challenges_rule(measured):
     assert {row["case"]: row["target"] for row in rows} == DROPPED
     for row in rows:
         assert set(row["sources"].split("+")) == {*ALL} - {row["target"]}
+
+
+def test_a_warning_of_memory_is_kept_in_the_log(cohort, fixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluating, "check_memory", lambda case, _: f"{case}: close other programs")
+    shutil.copytree(cohort / "A1", tmp_path / "cohort" / "A1")
+    evaluate_by_protocol(
+        fixed, tmp_path / "cohort", tmp_path / "out", settings("published"), display=Display(quiet=True)
+    )
+    assert "A1: close other programs" in (tmp_path / "out" / LOG).read_text()
 
 
 def test_every_image_is_measured_beside_trivial_ones(measured, cohort):

@@ -135,14 +135,15 @@ def evaluate_by_protocol(
     subjects = find_subjects(data, chosen.split, chosen.mapping, chosen.inference.register, chosen.patients)
     dropped = dropped_contrasts([one.name for one in subjects]) if settings.protocol == "brasyn" else {}
 
-    def measure_one(found: Found) -> _Measured:
-        warn_of_memory(found, predictors, display)
-        return _measure_study(found, predictors, settings, dropped.get(found.name))
-
     with locked(out):
         refuse_foreign(out / "metrics.json", partial(is_record, kind=FORMAT))
         refuse_foreign(out / "metrics.csv", partial(is_table, kind=OtherScore))
         with display.logged(out / LOG) as logging:
+
+            def measure_one(found: Found) -> _Measured:
+                warn_of_memory(found, predictors, logging)
+                return _measure_study(found, predictors, settings, dropped.get(found.name))
+
             outcomes = list(each_study(subjects, measure_one, logging))
         measured = {name: one for name, one, _ in outcomes if one is not None}
         failed = {name: reason for name, _, reason in outcomes if reason}

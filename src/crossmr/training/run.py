@@ -244,9 +244,13 @@ def _recipe(
 ) -> tuple[Recipe, Sequence[str]]:
     """By which recipe, and why so, where the set chooses; refuses to learn from nobody, or from where nobody knows."""
     if not (cases := dataset.split("train")):
-        raise SetError(f"No patient of {dataset.folder} is for training. Run prepare with another --split or --patients.")
+        raise SetError(
+            f"No patient of {dataset.folder} is for training. Run prepare with another --split or --patients."
+        )
     if initial is not None and not initial.record:
-        raise ModelError("The initial model was never saved, so it has no record. Give save_model, and name its folder.")
+        raise ModelError(
+            "The initial model was never saved, so it has no record. Save it by save_model, name its folder."
+        )
     recipe = settings.recipe or (STANDARD if initial is None else recipe_of(initial))
     if not recipe.by_set:
         return recipe, ()
