@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from crossmr.baselines import BASELINES, DARKEST, GRID, MEDIAN, fit_baselines, linear_weights, predict_baselines
+from crossmr.baselines import (
+    BASELINES,
+    DARKEST,
+    GRID,
+    MEDIAN,
+    fit_baselines,
+    linear_regression,
+    linear_weights,
+    predict_baselines,
+)
 from crossmr.data import head
 
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
@@ -157,8 +166,20 @@ def test_of_a_target_that_nobody_has_nothing_is_known(made):
     fitted = fit_baselines(cases(*made), MODALITIES)
     assert all(tensor.isfinite().all() for tensor in fitted.values())
     predicted = predict_baselines(fitted, MODALITIES, of(volumes(1)), TARGETS)
-    for name, value in zip(BASELINES, (MEDIAN, MEDIAN, DARKEST), strict=True):
-        np.testing.assert_allclose(predicted[name][0], value, atol=1e-4)
+    assert list(predicted) == ["constant", "mean image"]  # no regression, which would be black
+    for images in predicted.values():
+        np.testing.assert_allclose(images[0], MEDIAN, atol=1e-4)
+
+
+def test_a_regression_is_of_sources_that_a_patient_had_together_with_the_target():
+    fitted = fit_baselines(cases(volumes(0, without=("t1c",)), volumes(1, without=("t2w",))), MODALITIES)
+    unseen = volumes(2)
+    assert linear_regression(fitted, MODALITIES, of(unseen), "t1c") is None
+    for sources, target in ((("t1n",), "t1c"), (SOURCES, "t2f")):
+        predicted = predict_baselines(fitted, MODALITIES, of(unseen, sources), [target])["linear regression"]
+        np.testing.assert_array_equal(predicted[0], linear_regression(fitted, MODALITIES, of(unseen, sources), target))
+    np.testing.assert_allclose(predicted[0], unseen["t2f"], atol=1e-5)
+    assert "linear regression" not in predict_baselines(fitted, MODALITIES, of(unseen), TARGETS)
 
 
 def test_constant_sources_do_not_break_the_fit():

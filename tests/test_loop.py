@@ -286,7 +286,8 @@ def test_a_resumed_run_is_estimated_anew_and_has_at_least_as_many_parts(tmp_path
     train(tmp_path, Line(), 2)
     said = Compute(torch.device("cpu"), torch.float32, 0, Display())
     monkeypatch.setattr(loop, "available_memory", lambda: 4)  # of which a step may take two samples' worth
-    assert trainer(tmp_path, less := Line(), compute=said).micro_batches == 3
+    less = Line()
+    assert trainer(tmp_path, less, compute=said).micro_batches == 3
     assert "line: 1 part(s) before; the weights differ by rounding" in capsys.readouterr().out
     train(tmp_path, less, 4)
     assert less.sizes == [2, 2, 1] * 2

@@ -10,6 +10,7 @@ from crossmr.baselines import BASELINES, fit_baselines, predict_baselines
 from crossmr.data.naming import find_studies
 from crossmr.errors import ConfigError, ModelError
 from crossmr.evaluation import predictors as module
+from crossmr.evaluation.measures import measure
 from crossmr.evaluation.predictors import find_predictors, memory_needed, predict
 from crossmr.evaluation.subjects import find_subjects, subject_of_files
 from crossmr.networks.inference import HeadVolumes, Settings, synthesise
@@ -171,6 +172,22 @@ def test_predictions_are_zero_where_the_true_one_has_no_skull(model, subject):
         assert (images["t1c"][brain] > 0).all()
         assert not images["t1c"][~brain].any()
         assert images["t2f"][subject.head & ~brain].all()
+
+
+def test_there_is_no_regression_of_what_no_training_patient_had_with_the_sources(folders, subject):
+    some = [lambda: {m: subject.volumes[m] for m in (*SOURCES, "t2f")}, lambda: {"t1c": subject.volumes["t1c"]}]
+    model = load_model(folders["main"])
+    model.baselines = fit_baselines(some, ALL)
+    images = predict(subject, SOURCES, find_predictors(model, SETTINGS)).images
+    assert {name: list(volumes) for name, volumes in images.items()} == {
+        "unguided": [*TARGETS],
+        "constant": [*TARGETS],
+        "mean image": [*TARGETS],
+        "linear regression": ["t2f"],
+    }
+    scored = {(score.predictor, score.target) for score in measure(subject, SOURCES, images)}
+    assert ("linear regression", "t2f") in scored
+    assert ("linear regression", "t1c") not in scored
 
 
 # Which predictors there are

@@ -505,7 +505,7 @@ def test_a_set_without_training_patients_is_refused_before_anything_is_written(t
     table.write_text("case,patient,part\nP,P,test\n")
     prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(patients=table))
     for recipe in (*RECIPES.values(), SMALL):
-        with pytest.raises(SetError, match="No patient of .*set is for training"):
+        with pytest.raises(SetError, match=r"No patient of .*set is for training"):
             train(tmp_path / "set", tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()
 
@@ -572,7 +572,7 @@ def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run,
 
 def test_a_model_of_any_subset_goes_on_with_no_fewer_modalities(prepared, any_run, tmp_path):
     for named in ({"sources": SOURCES}, {"sources": SOURCES, "targets": ("t1c",)}):
-        with pytest.raises(ConfigError, match="has another sources .* Leave --recipe, --sources and --targets away"):
+        with pytest.raises(ConfigError, match=r"has another sources .* Leave --recipe, --sources and --targets away"):
             train(prepared, tmp_path, None, initial=any_run / "model", **named)
     assert not [*tmp_path.iterdir()]
     train(prepared, tmp_path, None, initial=any_run / "model", steps=1, sources=MODALITIES)

@@ -5,6 +5,7 @@ was acquired or the background was masked, is no intensity: it is not fitted to,
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,13 +54,32 @@ def fit_baselines(cases: Sequence[Callable[[], Mapping[str, Array]]], modalities
     }
 
 
+def together(fitted: Mapping[str, Tensor], known: Sequence[int]) -> Tensor:
+    """Which of the combinations of modalities that training patients had hold all of these, bool (P,)."""
+    return fitted["present"][:, list(known)].bool().all(1)
+
+
 def linear_weights(fitted: Mapping[str, Tensor], sources: Sequence[int], target: int) -> npt.NDArray[np.float64]:
     """Least-squares weights (S + 1,) of the sources and a constant, over the cases that have sources and target."""
-    usable = fitted["present"][:, [*sources, target]].bool().all(1)
-    gram = fitted["gram"][usable].sum(0).numpy()
+    gram = fitted["gram"][together(fitted, [*sources, target])].sum(0).numpy()
     rows = [*sources, len(gram) - 1]
     weights: npt.NDArray[np.float64] = np.linalg.lstsq(gram[np.ix_(rows, rows)], gram[rows, target], rcond=None)[0]
     return weights
+
+
+def linear_regression(
+    fitted: Mapping[str, Tensor], modalities: Sequence[str], sources: Mapping[str, Array], target: str
+) -> Array | None:
+    """Predict a target from sources of one shape as `predict_baselines` does.
+
+    None where no training patient had these sources together with the target.
+    """
+    chosen = [modalities.index(m) for m in (*sources, target)]
+    if not together(fitted, chosen).any():
+        return None
+    columns = _columns([np.where(volume > 0, volume, MEDIAN) for volume in sources.values()])
+    mix = (linear_weights(fitted, chosen[:-1], chosen[-1]) @ columns).reshape(next(iter(sources.values())).shape)
+    return _within(_given(sources), mix)
 
 
 def predict_baselines(
@@ -67,19 +87,28 @@ def predict_baselines(
 ) -> dict[str, list[Array]]:
     """Predict every target from head-cropped sources (Z, Y, X): baseline → one volume per target, in [DARKEST, 1].
 
-    It is 0 where all sources are; where some are, the median stands for them.
+    It is 0 where all sources are; where some are, the median stands for them. There is no linear regression where no
+    training patient had the sources together with one of the targets.
     """
-    given = np.logical_or.reduce([volume > 0 for volume in sources.values()])
-    columns = _columns([np.where(volume > 0, volume, MEDIAN) for volume in sources.values()])
-    chosen = [modalities.index(m) for m in sources]
-    indices = [modalities.index(target) for target in targets]
-    linear = [(linear_weights(fitted, chosen, t) @ columns).reshape(given.shape) for t in indices]
-    images = [resize(fitted["mean_image"][t].float().numpy(), given.shape) for t in indices]
-    predicted = ([np.full(given.shape, MEDIAN) for _ in indices], images, linear)
-    return {
-        name: [np.where(given, np.clip(image, DARKEST, 1), 0).astype(np.float32) for image in some]
-        for name, some in zip(BASELINES, predicted, strict=True)
-    }
+    given = _given(sources)
+    images = [fitted["mean_image"][modalities.index(target)].float().numpy() for target in targets]
+    linear = [linear_regression(fitted, modalities, sources, target) for target in targets]
+    predicted: tuple[list[Array], ...] = (
+        [_within(given, np.full(given.shape, MEDIAN)) for _ in targets],
+        [_within(given, resize(image, given.shape)) for image in images],
+        [image for image in linear if image is not None],
+    )
+    return {name: some for name, some in zip(BASELINES, predicted, strict=True) if len(some) == len(targets)}
+
+
+def _given(sources: Mapping[str, Array]) -> npt.NDArray[np.bool_]:
+    """Where there is any source."""
+    given: npt.NDArray[np.bool_] = np.logical_or.reduce([volume > 0 for volume in sources.values()])
+    return given
+
+
+def _within(given: npt.NDArray[np.bool_], image: npt.NDArray[Any]) -> Array:
+    return np.where(given, np.clip(image, DARKEST, 1), 0).astype(np.float32)
 
 
 def _columns(volumes: Sequence[Array]) -> npt.NDArray[np.float64]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy import fft, ndimage
 from torch import Tensor
 
-from crossmr.baselines import linear_weights
+from crossmr.baselines import linear_weights, together
 from crossmr.data.enhancement import compare_within
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.study import Study, skull_note
@@ -232,7 +232,11 @@ def swaps(
 ) -> list[Finding]:
     """Two contrasts of three or more that fit the model's linear regressions far better with their names exchanged."""
     known = sorted((m for m in volumes if m in modalities), key=modalities.index)
-    if len(known) < 3 or "present" not in baselines or not _together(baselines, [modalities.index(m) for m in known]):
+    if (
+        len(known) < 3
+        or "present" not in baselines
+        or not together(baselines, [modalities.index(m) for m in known]).any()
+    ):
         return []
     inside = np.flatnonzero(head)
     chosen = inside[:: max(1, len(inside) // VOXELS)]
@@ -254,11 +258,6 @@ def swaps(
     names = " and ".join(DISPLAY_NAMES.get(m, m) for m in pair)
     words = f"{names} may be swapped: they look like each other's contrast. Compare them before using anything."
     return [Finding("swapped", "refuse", words)]
-
-
-def _together(baselines: Mapping[str, Tensor], known: Sequence[int]) -> bool:
-    """Whether any training patient had all of these, so that mixes of them were fitted."""
-    return bool((baselines["present"][:, list(known)] > 0).all(1).any())
 
 
 def _error_of_regressions(voxels: Sequence[Array], named: Sequence[int], baselines: Mapping[str, Tensor]) -> float:

@@ -226,7 +226,7 @@ def _measure_study(
         predicted = predict(subject, sources, predictors).images
         shown = [name for name in predicted if name == BASELINE or name in {p.name for p in predictors}]
         for target in predicted[predictors[0].name] if dropped is None else [dropped]:
-            images = {name: predicted[name][target] for name in shown}
+            images = {name: predicted[name][target] for name in shown if target in predicted[name]}
             common = (subject.name, "+".join(sources), target)
             measured = measure_by(settings.protocol, subject, target, images)
             if settings.segmenter is not None and study is not None:

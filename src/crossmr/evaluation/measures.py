@@ -30,7 +30,7 @@ A model of any subset is measured with each modality hidden in turn and all othe
 and all the rest hidden. The head mask is found on all volumes of a study, the hidden ones included; it places the
 box and scales the sources. Of it counts what the target has: neither a skull nor slices that only others have, and
 there predictions are set to 0. The model's own image comes first. Beside it stand other guidance modes, a second model
-and the baselines.
+and the baselines; not the linear regression where no training patient had these sources together with the target.
 
 Where the model gives a standard deviation for each voxel, it is compared with the absolute error within the head, on
 the [0, 1] scale, beside the predicted intensity, which ranks errors too and which every network has. The calibration
@@ -262,7 +262,8 @@ def measure_calibration(
 def _by_target(images: Mapping[str, Mapping[str, Array]]) -> Iterator[tuple[str, dict[str, Array]]]:
     """Each target, and predictor → volume, of predictor → target → volume."""
     for target in dict.fromkeys(target for volumes in images.values() for target in volumes):
-        yield target, {predictor: np.ascontiguousarray(volumes[target]) for predictor, volumes in images.items()}
+        having = {predictor: volumes[target] for predictor, volumes in images.items() if target in volumes}
+        yield target, {predictor: np.ascontiguousarray(volume) for predictor, volume in having.items()}
 
 
 def _acquired(subject: Subject, target: str) -> Mask:

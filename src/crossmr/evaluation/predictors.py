@@ -44,7 +44,7 @@ class Predictions:
     """What was synthesised of one study from one set of sources."""
 
     images: Mapping[str, Mapping[str, Array]]
-    """Predictor → target → volume (Z, Y, X) in [0, 1]; the model's own first."""
+    """Predictor → target → volume (Z, Y, X) in [0, 1]; the model's own first. A baseline may lack targets."""
     stds: Mapping[str, Array]
     """Target → standard deviation (Z, Y, X) of the model's own; empty if it gives none."""
 
@@ -148,7 +148,8 @@ def predict(subject: Subject, sources: Sequence[str], predictors: Sequence[Predi
         for each in predictors
     ]
     images = {each.name: by_target(result.images) for each, result in zip(predictors, results, strict=True)}
-    if model.baselines:
-        baselines = predict_baselines(model.baselines, model.config.modalities, head.volumes, targets)
-        images |= {name: by_target(volumes) for name, volumes in baselines.items()}
+    for target in targets if model.baselines else ():
+        baselines = predict_baselines(model.baselines, model.config.modalities, head.volumes, [target])
+        for name, (volume,) in baselines.items():
+            images.setdefault(name, {})[target] = np.where(subject.head_of(target), volume, np.float32(0))
     return Predictions(images, {} if results[0].stds is None else by_target(results[0].stds))
