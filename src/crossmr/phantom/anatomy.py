@@ -321,8 +321,10 @@ def draw(
 ) -> tuple[Array, NDArray[np.bool_]]:
     """Draw a head on a grid: fractions (tissues, X, Y, Z), and where the brain is, bool (X, Y, Z).
 
-    The glioma has a random generator of its own, so that `lesion` changes nothing else. The brain is what skull
-    stripping leaves: the inside of the skull, down to the foramen magnum.
+    The glioma has a random generator of its own: `lesion` changes no anatomy but what it pushes aside. The spots and
+    caps of age are drawn by the same generator after it, so with a glioma they lie elsewhere, or there are none; some
+    patients have them with it alone. The brain is what skull stripping leaves: the inside of the skull, down to the
+    foramen magnum.
     """
     atrophy = float(body.uniform(0, 1))
     coordinates = _pose(body, axes)

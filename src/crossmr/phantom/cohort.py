@@ -56,7 +56,7 @@ def make_phantom(
         shape: Voxels along x, y, z; 32 or more each.
         spacing_mm: Voxel size along x, y, z.
         skull: False strips all but the brain and the CSF around it, the background being exactly 0.
-        lesion: Whether there is a tumour; None leaves it to the seed.
+        lesion: Whether there is a tumour; None leaves it to the seed. With one, the spots of age lie elsewhere.
 
     Raises:
         ConfigError: A seed, shape or spacing that makes no sense.
