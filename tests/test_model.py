@@ -668,7 +668,10 @@ def test_a_config_that_lacks_a_part_is_refused(folder, key):
 
 @pytest.mark.parametrize(
     "value",
-    [3, None, [], {"seen": ["a"]}, {"seen": {"contrasts": {"with_skull": 3}}}, {"typical": {"a": {"b": [1.0]}}}],
+    [
+        *(3, None, [], {"seen": ["a"]}, {"seen": {"contrasts": {"with_skull": 3}}}, {"typical": {"a": {"b": [1.0]}}}),
+        *({"validation": []}, {"validation": {"t1c": {"correlation": 0.5}}}, {"validation": {"t1c": 0.5}}),
+    ],
 )
 def test_a_record_of_training_that_is_none_is_refused(folder, value):
     resave(folder, lambda _, data: data.update(training=value))

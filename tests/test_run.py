@@ -171,6 +171,19 @@ def test_the_record_says_what_was_trained_on_whom(prepared, trained):
     assert set(record["seen"]["contrasts"]) == {"with_skull", "without_skull"}
     assert set(record["typical"]) <= {"with_skull", "without_skull"}
     assert record["set"] == opened.fingerprint
+    last = [line for line in records(trained) if line["stage"] == "synthesis"][-1]
+    assert record["validation"] == {
+        target: {"correlation": last[f"val_correlation_{target}"], "linear_regression": linear}
+        for target, linear in ((target, last[f"regression_correlation_{target}"]) for target in TARGETS)
+    }
+
+
+def test_of_a_run_that_never_measured_the_regression_nothing_is_said_of_it(prepared, trained, tmp_path):
+    run_ = shutil.copytree(trained, tmp_path / "run")
+    lines = [{k: v for k, v in line.items() if not k.startswith("regression")} for line in records(trained)]
+    (run_ / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    model = load_model(train(prepared, run_, steps=STEPS, seed=5))
+    assert model.record["training"]["validation"] == {}
 
 
 def test_the_model_knows_its_patients_by_name_and_by_scan_and_names_none(prepared, trained):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from trainings import ANY, COMPUTE, JOINT, LAST, SOURCES, TARGETS, TRAIN, start_training, write_cases
 
+from crossmr.baselines import fit_baselines, predict_baselines
 from crossmr.display import Display
 from crossmr.errors import ModelError
 from crossmr.networks.c_unet import deviation_error
@@ -440,6 +441,38 @@ def test_validation_measures_correlation_and_error_within_heads(start, tmp_path,
     assert scores["val_error_t1c"] == pytest.approx(0.25, abs=1e-5)
     truth = standardise(stage.fixed.truth)[:, 1][wanted[:, 1]]
     assert scores["val_error_t2f"] == pytest.approx(float((0.25 - 2 * truth).abs().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [LAST, ANY], ids=["fixed", "any"])
+def test_validation_measures_the_linear_regression_of_the_same_sources(start, tmp_path, recipe):
+    training, model = start(recipe)
+    model.baselines = fit_baselines(
+        [lambda c=c: {m: c.volume(m) for m in c.modalities} for c in training.train], training.config.modalities
+    )
+    stage = SynthesisStage(training, model)
+    scores, fixed, names = stage.validate(stage.network, tmp_path / "x.png"), stage.fixed, training.config.sources
+    context = training.config.context_slices
+    for index, target in enumerate(training.config.targets):
+        made, truth = [], []
+        for k in torch.nonzero(fixed.target_mask[:, index]).flatten().tolist():
+            given = {m: fixed.neighbours[k, i * context + context // 2][None].numpy() for i, m in enumerate(names)}
+            given = {m: image for (m, image), there in zip(given.items(), fixed.available[k], strict=True) if there}
+            (image,) = predict_baselines(model.baselines, training.config.modalities, given, [target])[
+                "linear regression"
+            ]
+            head = fixed.truth[k, index].numpy() > 0
+            made.append(image[0][head])
+            truth.append(fixed.truth[k, index].numpy()[head])
+        expected = np.corrcoef(np.concatenate(made), np.concatenate(truth))[0, 1]
+        assert scores[f"regression_correlation_{target}"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_regression_is_measured_where_one_sample_has_none(start, tmp_path):
+    training, model = start(LAST)
+    some = [{m: c.volume(m) for m in c.modalities if m != "t2w"} for c in training.train]
+    model.baselines = fit_baselines([lambda one=one: one for one in some], training.config.modalities)
+    stage = SynthesisStage(training, model)
+    assert not any(name.startswith("regression") for name in stage.validate(stage.network, tmp_path / "x.png"))
 
 
 # Subsets

@@ -12,7 +12,7 @@ from crossmr.completion.checks import Finding
 from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import complete
 from crossmr.completion.unread import Unread, reasons
-from crossmr.completion.verdict import despite, is_refusal, judge, refusals, unlearnt, verdict_on
+from crossmr.completion.verdict import despite, is_refusal, judge, refusals, undertrained, unlearnt, verdict_on
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import load_model
 from crossmr.networks.trained_on import count_seen
@@ -123,6 +123,31 @@ def test_t2_of_a_head_with_skull_is_refused_unless_it_is_asked_for(any_model):
     assert asked.manifest["synthetic"]["t2w"]["verdict"] == "look"
     brain = complete(heads("t1n", "t2f", air=False), any_model, SETTINGS)
     assert list(brain.images) == ["t1c", "t2w"]
+
+
+# What the model has learnt too little of
+
+VALIDATION = {
+    "t1c": {"correlation": 0.41, "linear_regression": 0.65},
+    "t2f": {"correlation": 0.7, "linear_regression": 0.65},
+}
+
+
+def test_a_model_that_is_no_better_than_a_linear_regression():
+    (found,) = undertrained(VALIDATION, ("t1c", "t2f", "t2w"))
+    assert (found.kind, found.severity, found.contrasts) == ("undertrained", "look", ("t1c",))
+    assert "regression of the same sources (T1ce: correlation 0.41 against 0.65): train longer." in found.words
+    assert undertrained(VALIDATION, ("t2f",)) == undertrained({}, ("t1c",)) == []
+    assert len(undertrained({"t1c": {"correlation": 0.65, "linear_regression": 0.65}}, ("t1c",))) == 1
+
+
+def test_what_such_a_model_makes_is_to_be_looked_at(tmp_path):
+    changes = {"sources": ALL, "targets": ALL, "training": {"validation": VALIDATION}}
+    model = load_model(save_untrained(tmp_path / "model", guidance="none", **changes))
+    manifest = complete(heads("t1n", "t2w", air=False), model, SETTINGS).manifest
+    assert {m: one["verdict"] for m, one in manifest["synthetic"].items()} == {"t1c": "look", "t2f": "use"}
+    assert [reason["kind"] for reason in manifest["reasons"]] == ["undertrained"]
+    assert complete(heads("t1n", "t1c", "t2w", air=False), model, SETTINGS).manifest["verdict"] == "use"
 
 
 # What follows from it

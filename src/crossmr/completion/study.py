@@ -22,7 +22,7 @@ from crossmr.completion.inputs import Inputs, find_inputs, what_to_fill
 from crossmr.completion.layout import FORMAT, Layout
 from crossmr.completion.lesions import Voxel, find_lesions, most_uncertain
 from crossmr.completion.unread import Unread
-from crossmr.completion.verdict import is_refusal, judge, refusals, unlearnt, verdict_on
+from crossmr.completion.verdict import is_refusal, judge, refusals, undertrained, unlearnt, verdict_on
 from crossmr.completion.writing import save_study
 from crossmr.data.formats import content_sha256
 from crossmr.data.head import HIGHEST, LOWEST
@@ -220,6 +220,7 @@ def complete_study(
         *(Finding("doubtful recognition", "look", doubt) for doubt in origin.doubts),
         *check(study, model.baselines, model.config.modalities, training),
         *unlearnt(training.get("seen", {}), sources, requested, stripped=study.masked_background),
+        *undertrained(training.get("validation", {}), requested),
         *_asked_for(requested, origin.unread),
     ]
     refused = {m: why for m, why in not_filled.items() if is_refusal(why, m)}

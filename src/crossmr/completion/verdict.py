@@ -60,6 +60,18 @@ def unlearnt(
     return found
 
 
+def undertrained(validation: Mapping[str, Mapping[str, float]], targets: Sequence[str]) -> list[Finding]:
+    """Targets of which a model has learnt too little: target → correlations, as its record has them, where it does."""
+    said = "On its validation patients this model is no better than a linear regression of the same sources"
+    found = []
+    for target in [m for m in targets if m in validation]:
+        own, linear = validation[target]["correlation"], validation[target]["linear_regression"]
+        numbers = f"{DISPLAY_NAMES.get(target, target)}: correlation {own:.2f} against {linear:.2f}"
+        if own <= linear:
+            found.append(Finding("undertrained", "look", f"{said} ({numbers}): train longer.", (target,)))
+    return found
+
+
 def judge(
     findings: Sequence[Finding], refused: Mapping[str, str], synthetic: Sequence[str], gaps: Mapping[str, str]
 ) -> dict[str, Any]:

@@ -382,8 +382,21 @@ def _check_record(folder: Path, data: Mapping[str, Any]) -> None:
     if missing := {"config", "training"} - set(data):
         raise ModelError(f"{folder / 'config.json'} has no '{min(missing)}'. Copy or train the model again.")
     record = data["training"]
-    if not (isinstance(record, dict) and is_seen(record.get("seen", {})) and is_typical(record.get("typical", {}))):
+    if not (
+        isinstance(record, dict)
+        and is_seen(record.get("seen", {}))
+        and is_typical(record.get("typical", {}))
+        and _is_validation(record.get("validation", {}))
+    ):
         raise ModelError(f"{folder / 'config.json'}: 'training' is not a record of one. Copy or train the model again.")
+
+
+def _is_validation(record: Any) -> bool:
+    """Whether what a model's record says of its validation is, of each target, two correlations."""
+    return isinstance(record, dict) and all(
+        isinstance(one, dict) and [type(one.get(who)) for who in ("correlation", "linear_regression")] == [float] * 2
+        for one in record.values()
+    )
 
 
 def _check_blocks(config: ModelConfig, tensors: int) -> None:

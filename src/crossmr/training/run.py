@@ -10,9 +10,10 @@ RUN/
 └── model/         the result; see networks/model.py
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -492,7 +493,26 @@ def _record(training: Training, initial: CrossConditionedModel | None) -> dict[s
     if initial is not None:
         seen = add_seen(seen, initial.record["training"].get("seen", {}))
     run = {key: value for key, value in read_json(folder / "run.json").items() if key != "patients"}  # of old runs
-    return {**run, "plan": read_json(folder / "plan.json"), "seen": seen, **_described_in(folder)}
+    own = {"plan": read_json(folder / "plan.json"), "seen": seen, "validation": _validated(training)}
+    return {**run, **own, **_described_in(folder)}
+
+
+def _validated(training: Training) -> dict[str, dict[str, float]]:
+    """Target → correlation on validation patients, of the last C-UNet and of the linear regression; where both are."""
+    last: dict[str, Any] = {}
+    for line in (training.folder / "metrics.jsonl").read_text().splitlines():
+        with suppress(ValueError):  # a line that was cut off when a run was killed
+            record = json.loads(line)
+            last |= record if record["stage"] == "synthesis" else {}
+    pairs = {
+        t: [last.get(f"{who}_correlation_{t}", math.nan) for who in ("val", "regression")]
+        for t in training.config.targets
+    }
+    return {
+        target: {"correlation": own, "linear_regression": linear}
+        for target, (own, linear) in pairs.items()
+        if math.isfinite(own + linear)
+    }
 
 
 def _described_in(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from crossmr.baselines import linear_regression
 from crossmr.checkpoint import load_bundle, save_bundle
 from crossmr.data.dataset import Case
 from crossmr.device import autocast
@@ -330,7 +331,10 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
 
     @torch.no_grad()
     def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
-        """Of each target within the head: correlation, and mean absolute error in robust standard deviations."""
+        """Of each target within the head: correlation, and mean absolute error in robust standard deviations.
+
+        Also the linear regression's correlation, where there is one of the sources of every sample.
+        """
         if (fixed := self.fixed) is None:
             return {}
         network.eval()
@@ -350,9 +354,25 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
                 pair = prediction[:, index][inside], truth[:, index][inside]
                 scores[f"val_correlation_{target}"] = float(torch.corrcoef(torch.stack(pair))[0, 1])
                 scores[f"val_error_{target}"] = float((pair[0] - pair[1]).abs().mean())
+                if (regression := self._regression(target, chosen)) is not None:
+                    pair = regression[inside[chosen]], truth[:, index][inside]
+                    scores[f"regression_correlation_{target}"] = float(torch.corrcoef(torch.stack(pair))[0, 1])
         if compute.ranks.first:
             _draw(picture, self.config, fixed, on_unit_scale(prediction) * (fixed.truth > 0))
         return scores
+
+    def _regression(self, target: str, chosen: Tensor) -> Tensor | None:
+        """The linear regression (n, *S) of the validation samples chosen (B,), each from its sources; None without."""
+        if (fixed := self.fixed) is None or not self.model.baselines:
+            return None
+        middle = fixed.neighbours[:, self.config.context_slices // 2 :: self.config.context_slices]  # (B, S, *S)
+        made = []
+        for images, available in zip(middle[chosen].numpy(), fixed.available[chosen] > 0, strict=True):
+            sources = {m: images[k] for k, m in enumerate(self.config.sources) if available[k]}
+            if (one := linear_regression(self.model.baselines, self.config.modalities, sources, target)) is None:
+                return None
+            made.append(torch.from_numpy(one))
+        return torch.stack(made)
 
 
 class GuidanceStage(SynthesisStage):
