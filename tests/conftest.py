@@ -72,6 +72,11 @@ def write_study(
     return folder / case
 
 
+def unguided(model, inputs):
+    """A model's synthesis (N, T, *S) from inputs (N, inputs, *S), guided by nothing, in [0, 1]."""
+    return model.image(model.predict(inputs)[0], inputs)
+
+
 def save_untrained(
     folder: Path, *, seed: int = 0, guidance: str = "joint", baselines=None, training=None, patients=(), **changes
 ) -> Path:

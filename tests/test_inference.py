@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import unguided
 from fake_cuda import fake_cuda
 
 from crossmr.data.head import DARKEST
@@ -134,7 +135,7 @@ def test_every_model_synthesises_by_every_guidance(make, acquired, guidance):
 
 def test_a_slice_is_what_the_network_makes_of_it():
     model, head = random_model(), a_head()
-    want = as_volume(model.unguided(whole_inputs(model, head)))
+    want = as_volume(unguided(model, whole_inputs(model, head)))
     result = synthesise(model, head, "A", settings(guidance="none"))
     torch.testing.assert_close(result.images[:, 1:5], want, atol=1e-5, rtol=1e-5)
 
@@ -142,7 +143,7 @@ def test_a_slice_is_what_the_network_makes_of_it():
 def test_a_volume_is_what_the_network_makes_of_it():
     model, head = volume_model(), a_head()
     whole = pad_to_multiple(as_tensor(head, ("t1n", "t2w"))[None], 3, 16)
-    want = crop_or_pad(model.unguided(model.inputs(whole, torch.ones(1, 2)))[0], SHAPE, [0.5] * 3)
+    want = crop_or_pad(unguided(model, model.inputs(whole, torch.ones(1, 2)))[0], SHAPE, [0.5] * 3)
     result = synthesise(model, head, "A", settings(guidance="none"))
     torch.testing.assert_close(result.images[:, 1:5], want[:, 1:5], atol=1e-5, rtol=1e-5)
     assert result.batch == 1

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from trainings import gradients
 
 from crossmr.checkpoint import load_checkpoint, save_checkpoint
 from crossmr.display import SILENT, Display
@@ -18,7 +19,7 @@ from crossmr.errors import Interrupted, ModelError
 from crossmr.training import loop
 from crossmr.training import plan as planning
 from crossmr.training.batches import StepDataset
-from crossmr.training.loop import Trainer, gradients
+from crossmr.training.loop import Trainer
 from crossmr.training.memory import StepMemory
 from crossmr.training.plan import Budget, Plan, read_plan
 from crossmr.training.recipes import TrainConfig

@@ -414,19 +414,15 @@ def test_sparsification_of_known_values():
     assert measures["ause"] == pytest.approx((sum(by_uncertainty) - sum(by_error)) / 4 / 2)
     assert measures["error_most_certain_90"] == 2  # round(3.6) voxels
     assert measures["coverage_95"] == 3 / 4
-    assert measures["scale"] == pytest.approx(
-        math.sqrt((16 + 1 / 4 + 1) / 3)
-    )  # the voxel without deviation is left out
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
-def test_right_stds_cover_and_wrong_ones_are_scaled_back(factor):
+def test_right_stds_cover_and_wrong_ones_cover_too_little_or_too_much(factor):
     rng = np.random.default_rng(0)
     std = rng.uniform(0.01, 1, 50_000)
     error = torch.tensor(np.abs(rng.normal(0, std)))
     measures = metrics.error_against_uncertainty(error, torch.tensor(std * factor))
     assert measures["coverage_95"] == pytest.approx(2 * stats.norm.cdf(1.96 * factor) - 1, abs=0.005)
-    assert measures["scale"] * factor == pytest.approx(1, abs=0.01)
     assert 0 < measures["ause"] < 0.5
 
 
@@ -441,10 +437,9 @@ def test_equally_certain_voxels_are_taken_together():
 def test_uncertainty_without_anything_to_tell():
     certain = metrics.error_against_uncertainty(torch.tensor([0.5, 1.0]), torch.zeros(2))
     assert math.isnan(certain["correlation"])
-    assert math.isnan(certain["scale"])
     assert certain["coverage_95"] == 0
     flawless = metrics.error_against_uncertainty(torch.zeros(2), torch.tensor([0.5, 1.0]))
-    assert (flawless["error"], flawless["ause"], flawless["coverage_95"], flawless["scale"]) == (0, 0, 1, 0)
+    assert (flawless["error"], flawless["ause"], flawless["coverage_95"]) == (0, 0, 1)
     for wrong in [((3,), (4,)), ((2, 2), (2, 2)), ((0,), (0,)), ((1,), ())]:
         with pytest.raises(ValueError, match="one \\(N,\\) each"):
             metrics.error_against_uncertainty(*(torch.ones(shape) for shape in wrong))

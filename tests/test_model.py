@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import unguided
 from fake_cuda import fake_cuda
 
 from crossmr.checkpoint import load_bundle, save_bundle
@@ -85,7 +86,7 @@ def outputs(model):
         condition = model.condition(pooled[:1], torch.ones(1, 2)) if model.config.distribution.conditional else None
         y_0 = model.draw(generators(3), condition, steps=3)
         made += [y_0, pooled, model.representation(sources), model.draw(generators(3), steps=3)]
-    made += [model.synthesis(inputs, y_0), model.unguided(inputs)]
+    made += [model.synthesis(inputs, y_0), unguided(model, inputs)]
     if model.config.uncertainty:
         made.append(model.std(model.predict(inputs)[1]))
     return made
@@ -275,7 +276,7 @@ def test_a_guided_c_unet_starts_as_the_plain_one(guidance, form):
     """So that a comparison of the two is of guidance alone."""
     guided, plain = (CrossConditionedModel(a_config(guidance=g, synthesis=form), seed=3) for g in (guidance, "none"))
     with torch.no_grad():
-        assert torch.equal(guided.unguided(read(guided, images())), plain.unguided(read(plain, images())))
+        assert torch.equal(unguided(guided, read(guided, images())), unguided(plain, read(plain, images())))
     for name, tensor in plain.synthesis.state_dict().items():
         assert torch.equal(guided.synthesis.state_dict()[name], tensor), name
 
@@ -296,13 +297,13 @@ def test_the_unguided_pass_is_the_plain_networks_before_and_after_the_condition_
     for each in (model, plain):  # what both train alike
         train(each.synthesis, [p for n, p in each.synthesis.named_parameters() if "condition" not in n])
     with torch.no_grad():
-        want = plain.unguided(inputs)
+        want = unguided(plain, inputs)
         y_0 = model.y_0(model.pooled(truth), mask)
-        assert torch.equal(model.unguided(inputs), want)
+        assert torch.equal(unguided(model, inputs), want)
         assert torch.equal(model.image(model.predict(inputs, y_0)[0], inputs), want)
     train(model.synthesis, model.synthesis.condition_layers(), y_0)
     with torch.no_grad():
-        assert torch.equal(model.unguided(inputs), want)
+        assert torch.equal(unguided(model, inputs), want)
         assert (model.predict(inputs, y_0)[0] - model.predict(inputs)[0]).abs().max() > 1e-3
 
 
@@ -467,7 +468,7 @@ def test_a_median_voxel_is_not_taken_for_one_outside():
         torch.testing.assert_close(inputs[:, : neighbours.shape[1], 4, 4], torch.zeros(2, neighbours.shape[1]))
         assert (inputs[:, neighbours.shape[1] :, 4, 4] == 1).all()
         assert not inputs[:, :, 0].any()
-        assert (model.unguided(inputs)[:, :, 4, 4] >= DARKEST).all()
+        assert (unguided(model, inputs)[:, :, 4, 4] >= DARKEST).all()
 
 
 def test_the_head_is_where_any_available_source_is():
@@ -503,7 +504,7 @@ def test_a_model_of_any_subset_in_volumes():
     assert inputs.shape == (1, 7, 4, 8, 8)
     assert inputs[:, 3:].amax((0, 2, 3, 4)).tolist() == [1, 0, 1, 1]
     assert not inputs[:, :, 2].any()
-    image = model.unguided(inputs)
+    image = unguided(model, inputs)
     assert image.shape == (1, 3, 4, 8, 8)
     assert torch.equal(image > 0, (inputs[:, -1:] > 0).expand_as(image))
 
@@ -523,7 +524,7 @@ def test_inputs_are_of_the_sources_precision_and_layout():
 def test_nothing_outside_the_head_is_synthetic(make):
     model = make(uncertainty=True)
     inputs = model.inputs(neighbours_of(model), torch.ones(2, len(model.config.sources)))
-    image = model.unguided(inputs)
+    image = unguided(model, inputs)
     assert torch.equal(image > 0, (inputs[:, -1:] > 0).expand_as(image))
     assert image[image > 0].min() >= DARKEST
     assert image.max() <= 1
@@ -648,7 +649,7 @@ def test_weights_of_another_precision_are_read_as_float32(folder, dtype):
     )
     model = load_model(folder)
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
-    assert model.unguided(read(model, images())).isfinite().all()
+    assert unguided(model, read(model, images())).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from trainings import ANY, COMPUTE, JOINT, LAST, SOURCES, TARGETS, TRAIN, start_training, write_cases
+from trainings import ANY, COMPUTE, JOINT, LAST, SOURCES, TARGETS, TRAIN, gradients, start_training, write_cases
 
 from crossmr.baselines import fit_baselines, predict_baselines
 from crossmr.display import Display
@@ -18,7 +18,7 @@ from crossmr.ranks import Ranks
 from crossmr.tensors import seeded
 from crossmr.training import stages
 from crossmr.training.augmentation import AugmentationConfig
-from crossmr.training.loop import Trainer, gradients
+from crossmr.training.loop import Trainer
 from crossmr.training.plan import Budget
 from crossmr.training.recipes import Recipe
 from crossmr.training.shared import cut

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from crossmr.data.dataset import Case
 from crossmr.display import SILENT
@@ -13,9 +15,11 @@ from crossmr.networks.c_unet import SynthesisConfig
 from crossmr.networks.distribution import DistributionConfig
 from crossmr.networks.masked_autoencoder import RepresentationConfig
 from crossmr.networks.model import CrossConditionedModel
+from crossmr.training import loop
 from crossmr.training.plan import Budget
 from crossmr.training.recipes import Recipe, TrainConfig
 from crossmr.training.shared import Compute, Training
+from crossmr.training.stages import Stage
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
@@ -61,6 +65,11 @@ def write_cases(folder: Path) -> dict[str, tuple[Case, ...]]:
     lacking = {"B": ("t1n", "t1c", "t2w"), "C": ("t1n", "t1c", "t2f")}
     train = tuple(write_case(folder, name, lacking.get(name, MODALITIES), labelled=name != "D") for name in "ABCD")
     return {"train": train, "val": tuple(write_case(folder, name, split="val") for name in "VW")}
+
+
+def gradients(stage: Stage[Any, Any], network: nn.Module, batch: Any, parts: int, compute: Compute) -> torch.Tensor:
+    """What the loop does of a step before the optimiser's; returns the mean error."""
+    return loop._divided(network, *loop._summed_gradients(stage, network, batch, parts, compute), compute)
 
 
 def start_training(

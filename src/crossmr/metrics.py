@@ -135,8 +135,6 @@ def error_against_uncertainty(error: Tensor, uncertainty: Tensor) -> dict[str, f
     ause: area between the sparsification curves by uncertainty and by the error itself (Ilg et al. 2018), over the mean
         error: 0 is perfect, some .5 random. A curve is the mean error as the least certain voxels are left out.
     coverage_95: fraction of errors within 1.96 standard deviations; .95 where errors are Gaussian with these.
-    scale: root mean square of error over standard deviation; multiplied by it, the standard deviations are right on
-        average. Voxels whose standard deviation is 0 are left out.
 
     Raises:
         ValueError: the two differ in shape, or are empty.
@@ -152,14 +150,12 @@ def error_against_uncertainty(error: Tensor, uncertainty: Tensor) -> dict[str, f
     shared = torch.zeros_like(size, dtype=e.dtype).index_add_(0, group, e) / size
     by_uncertainty = shared.repeat_interleave(size).cumsum(0) / count  # mean error of the n most certain voxels
     by_error = e.sort().values.cumsum(0) / count
-    positive = u > 0
     return {
         "correlation": float(correlation),
         "error": float(e.mean()),
         "error_most_certain_90": float(by_uncertainty[max(0, round(0.9 * len(e)) - 1)]),
         "ause": float((by_uncertainty - by_error).mean() / e.mean()) if e.mean() > 0 else 0.0,
         "coverage_95": float((e <= 1.96 * u).double().mean()),
-        "scale": float((e[positive] / u[positive]).square().mean().sqrt()) if positive.any() else torch.nan,
     }
 
 

@@ -242,10 +242,6 @@ class CrossConditionedModel(nn.Module):
         """Standardised images (N, T, *S) in [0, 1], exactly 0 outside the head of the inputs (N, inputs, *S)."""
         return on_unit_scale(standardised) * (inputs[:, -1:] > 0)
 
-    def unguided(self, inputs: Tensor) -> Tensor:
-        """The synthesis (N, T, *S) from inputs (N, inputs, *S), guided by nothing, in [0, 1]."""
-        return self.image(self.predict(inputs)[0], inputs)
-
     def pooled(self, images: Tensor) -> Tensor:
         """The pooled features (N, M, D) of images (N, M, *S) in [0, 1], from which `y_0` and `condition` are made.
 

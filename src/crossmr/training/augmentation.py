@@ -84,10 +84,6 @@ class Augmentation:
         )
         self.jitter: Any = monai.RandScaleIntensity(config.scale, p)
 
-    def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """The image, changed by what is drawn."""
-        return self.change(image, *self.draw(generator))
-
     def draw(self, generator: torch.Generator) -> tuple[int, float]:
         """All that is random about one image: a seed, and a coin in [0, 1) that says whether it is changed at all."""
         return int(torch.randint(2**31, (1,), generator=generator)), float(torch.rand(1, generator=generator))

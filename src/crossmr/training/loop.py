@@ -48,16 +48,6 @@ LOGGED = 200
 """Lines that a stage writes into the log."""
 
 
-def gradients(stage: Stage[Any, Any], network: nn.Module, batch: Any, parts: int, compute: Compute) -> Tensor:
-    """The gradients of a drawn batch's mean error, and that mean; the batch goes through in so many parts.
-
-    Sums over the parts are divided by the count of the whole batch, so that the parts do not change the gradients; nor
-    does the number of processes, each of which has some of the batch's samples.
-    """
-    total, count = _summed_gradients(stage, network, batch, parts, compute)
-    return _divided(network, total, count, compute)
-
-
 def _summed_gradients(
     stage: Stage[Any, Any], network: nn.Module, batch: Any, parts: int, compute: Compute
 ) -> tuple[Tensor, Tensor]:
@@ -179,7 +169,12 @@ class Trainer:
         return self.stage.batch(raw, seeded(self.stage.name, self.compute.seed, self.done), self.part)
 
     def _backward(self, batch: Any) -> Tensor:
-        """`gradients`, in as many parts as memory wants; where it runs out, in twice as many from there on."""
+        """The gradients of a batch's mean error, and that mean, in as many parts as memory wants.
+
+        Sums over the parts are divided by the count of the whole batch, so that the parts do not change the gradients;
+        nor does the number of processes, each of which has some of the batch's samples. Where memory runs out, batches
+        go through in twice as many parts from there on.
+        """
         name, size = self.stage.name, len(batch[0])
         self.network.train()
         while True:
