@@ -31,7 +31,7 @@ from crossmr.networks.distribution import DistributionConfig, DistributionNetwor
 from crossmr.networks.masked_autoencoder import RepresentationConfig
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.tensors import foreground_slices, seeded, to_model_input
-from crossmr.training.loop import part_of
+from crossmr.training.loop import without_prefix
 from crossmr.training.recipes import STANDARD, Recipe, TrainConfig
 from crossmr.training.run import TrainingSettings, train
 
@@ -138,7 +138,7 @@ def trained_representations(base: Path, out: Path, task: Task, sizes: Sizes, dis
         checkpoint = load_checkpoint(run / "stages" / stage, display.say)
         if checkpoint is None:
             raise SystemExit(f"{run / 'stages' / stage} holds no checkpoint; remove {run} and start again.")
-        model.network_of(stage).load_state_dict(part_of(checkpoint[0], "ema."))
+        model.network_of(stage).load_state_dict(without_prefix(checkpoint[0], "ema."))
     return model.eval().requires_grad_(False)
 
 

@@ -11,7 +11,7 @@ from crossmr.networks.c_unet import deviation_error, synthesis_error
 from crossmr.networks.masked_autoencoder import random_mask
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.networks.scale import standardise
-from crossmr.ranks import ALONE, Part
+from crossmr.ranks import ALONE, Share
 from crossmr.training.batches import ImageBatch
 from crossmr.training.shared import Training
 from crossmr.training.stages import DEVIATION_WEIGHT, SynthesisBatch, SynthesisStage
@@ -23,7 +23,7 @@ PATCH, HIDDEN = 16, 0.75
 class Everything(Training):
     """A training that uses every case, those of one contrast as well."""
 
-    def usable(self, cases: Sequence[Case]) -> list[Case]:
+    def usable(self, cases: Sequence[Case], *, with_sources: bool = True) -> list[Case]:
         """All of them."""
         return list(cases)
 
@@ -34,7 +34,7 @@ class Restoring(SynthesisStage):
     def __init__(self, training: Training, model: CrossConditionedModel):
         super().__init__(Everything(**{field.name: getattr(training, field.name) for field in fields(training)}), model)
 
-    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Part | None = None) -> SynthesisBatch:
+    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Share | None = None) -> SynthesisBatch:
         """Draw a scan of each sample, and its hidden patches."""
         part = part or ALONE.part(len(raw.images))
         shape = (part.whole, *raw.images.shape[2:])

@@ -129,7 +129,7 @@ def test_what_is_0_stays_0_and_the_head_stays_above_it(dims):
     image = head(dims)
     still = unmoved(dims, **CHANGES | {"noise": 0.2})
     for seed in range(8):
-        changed = still(image, generator(seed))
+        changed = applied(still, image, generator(seed))
         assert torch.equal(changed > 0, image > 0)
         assert changed[image > 0].min() >= DARKEST
         assert changed.max() <= 1

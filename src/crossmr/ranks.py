@@ -31,7 +31,7 @@ PORTS = 20_000
 """First of the ports at which processes that srun started meet, unless MASTER_PORT says otherwise."""
 
 
-class Part(NamedTuple):
+class Share(NamedTuple):
     """Which samples of a batch one process has."""
 
     start: int
@@ -55,7 +55,7 @@ class Ranks:
     local_size: int = 1
     gpu_each: bool = False
     """Whether each process sees no GPU but its own, if it sees one: so SLURM may bind them."""
-    patient: Any = None
+    waiting: Any = None
     """The process group in which the others wait while rank 0 works alone."""
 
     @property
@@ -63,9 +63,9 @@ class Ranks:
         """Whether this process speaks and writes."""
         return self.rank == 0
 
-    def part(self, count: int) -> Part:
+    def part(self, count: int) -> Share:
         """This process's share of so many samples: contiguous, and as large as any other's, or smaller by one."""
-        return Part(count * self.rank // self.size, count * (self.rank + 1) // self.size, count)
+        return Share(count * self.rank // self.size, count * (self.rank + 1) // self.size, count)
 
     def sum_(self, *tensors: "Tensor") -> None:
         """Replace each tensor by its sum over the processes, which is the same on all of them, to the bit.
@@ -139,11 +139,11 @@ class Ranks:
 
         with _noticing():
             length = torch.tensor([len(content)])
-            dist.broadcast(length, 0, group=self.patient)
+            dist.broadcast(length, 0, group=self.waiting)
             sent = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0).byte()
             if not self.first:
                 sent = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(sent, 0, group=self.patient)
+            dist.broadcast(sent, 0, group=self.waiting)
         return sent.numpy().tobytes()
 
     def wait(self) -> None:
@@ -227,8 +227,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size, timeout=TIMEOUT)
     try:
         _end_by_sigterm()
-        patient = dist.new_group(backend="gloo", timeout=ALONE_AT_MOST)
-        ranks = replace(ranks, patient=patient)
+        ranks = replace(ranks, waiting=dist.new_group(backend="gloo", timeout=ALONE_AT_MOST))
         host = int(hashlib.sha256(platform.node().encode()).hexdigest()[:15], 16)
         yield replace(ranks, local_size=ranks.each(host).count(host))
     finally:

@@ -29,7 +29,6 @@ COST = 2**11
 """scrypt's n, with r = 8 and p = 1: memory of 2 MiB and some 5 ms."""
 LENGTH = 8
 """Bytes of a hash."""
-Part = Literal["train", "val"]
 PHANTOM = "PHANTOM-"
 """What the names of crossmr's phantoms begin with."""
 WITH_SKULL, WITHOUT_SKULL = "with_skull", "without_skull"
@@ -105,14 +104,14 @@ def remember(train: Iterable[str], val: Iterable[str]) -> PatientList:
     return PatientList(salt, *(tuple(sorted(_hashed(salt, names).values())) for names in (train, val)))
 
 
-def find(lists: Sequence[PatientList], studies: Mapping[str, Sequence[str]]) -> dict[str, Part]:
+def find(lists: Sequence[PatientList], studies: Mapping[str, Sequence[str]]) -> dict[str, Literal["train", "val"]]:
     """Which of some studies a model has seen, and in which part; the training part counts where both have them.
 
     Args:
         lists: the model's.
         studies: case → `names_of` its patient and scans.
     """
-    found: dict[str, Part] = {}
+    found: dict[str, Literal["train", "val"]] = {}
     for one in lists:
         train, val = set(one.train), set(one.val)
         hashes = _hashed(one.salt, [name for names in studies.values() for name in names]) if train or val else {}

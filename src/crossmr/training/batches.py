@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from crossmr.data.dataset import ENHANCING, Case
 from crossmr.errors import SetError
-from crossmr.ranks import ALONE, Part
+from crossmr.ranks import ALONE, Share
 from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded
 from crossmr.training.augmentation import Augmentation, AugmentationConfig, deform, draw_deformations
 
@@ -78,7 +78,7 @@ class BatchSettings:
     """What changes the neighbours; None for nothing."""
     augmented: int | None = None
     """How many of the first modalities are changed; None for all."""
-    part: Part | None = None
+    part: Share | None = None
     """Which samples of a batch are read here; None for all."""
 
 
@@ -231,7 +231,7 @@ class VectorBatch(NamedTuple):
 class Vectors(StepDataset[VectorBatch]):
     """Batches of vectors held in memory, drawn from the seed and the step alone."""
 
-    def __init__(self, vectors: VectorBatch, batch_size: int, seed: int, part: Part | None = None):
+    def __init__(self, vectors: VectorBatch, batch_size: int, seed: int, part: Share | None = None):
         self.vectors, self.batch_size, self.seed = vectors, batch_size, seed
         self.part = part or ALONE.part(batch_size)
 

@@ -12,7 +12,7 @@ from crossmr.networks.model import CrossConditionedModel, laplace_variance
 from crossmr.networks.scale import standardise
 from crossmr.tensors import seeded
 from crossmr.training.shared import Training, cut, in_chunks
-from crossmr.training.stages import VALIDATION_SLICES, SynthesisBatch, patterns, view
+from crossmr.training.stages import VALIDATION_SLICES, SynthesisBatch, validation_views, view
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def calibration(
     model.eval()
     raw = training.batches("synthesis", usable, config.modalities).fixed(VALIDATION_SLICES)
     pairs: list[list[Tensor]] = [[] for _ in config.targets]
-    for number in range(patterns(config)):
+    for number in range(validation_views(config)):
         batch = view(config, raw, None, seeded("calibrate", compute.seed, number))
         both, there = _squared_errors(training, model, batch), batch.truth > 0
         for index, chosen in enumerate((batch.target_mask > 0).unbind(1)):

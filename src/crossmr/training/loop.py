@@ -298,13 +298,13 @@ class Trainer:
         if not data and self.ranks.size == 1:
             return
         if not data:
-            self.network.load_state_dict(part_of(tensors, "network."))
-            self.averaged.load_state_dict(part_of(tensors, "network."))
+            self.network.load_state_dict(without_prefix(tensors, "network."))
+            self.averaged.load_state_dict(without_prefix(tensors, "network."))
             return
-        self.network.load_state_dict(part_of(tensors, "network."))
-        self.averaged.load_state_dict(part_of(tensors, "ema."))
+        self.network.load_state_dict(without_prefix(tensors, "network."))
+        self.averaged.load_state_dict(without_prefix(tensors, "ema."))
         slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in part_of(tensors, "optimiser.").items():
+        for key, value in without_prefix(tensors, "optimiser.").items():
             index, slot = key.split(".")
             slots.setdefault(int(index), {})[slot] = value
         self.optimiser.load_state_dict({"state": slots, "param_groups": self.optimiser.state_dict()["param_groups"]})
@@ -326,7 +326,7 @@ def _ahead(data: StepDataset[Any], steps: Iterator[int]) -> Iterator[Any]:
             yield batch
 
 
-def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with this, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 

@@ -41,7 +41,7 @@ from crossmr.ranks import ALONE, Ranks, joined
 from crossmr.registry import load_model
 from crossmr.training.calibration import calibration
 from crossmr.training.choices import choose
-from crossmr.training.loop import Trainer, part_of
+from crossmr.training.loop import Trainer, without_prefix
 from crossmr.training.plan import Budget, Plan, read_plan, write_plan
 from crossmr.training.recipes import STANDARD, Recipe, recipe_of
 from crossmr.training.shared import Compute, Training
@@ -435,7 +435,7 @@ def _load_finished(training: Training, model: CrossConditionedModel, stage: str)
         checkpoint = load_checkpoint(training.folder / "stages" / stage, training.compute.display.say)
         if checkpoint is None or not checkpoint[1]["finished"]:
             return {}, {}
-        return part_of(checkpoint[0], "ema."), checkpoint[1]
+        return without_prefix(checkpoint[0], "ema."), checkpoint[1]
 
     tensors, data = training.compute.ranks.given(averaged)
     if not data:

@@ -87,15 +87,11 @@ class Training:
             return CHUNK
         return samples_at_once(channels, sides, images, CHUNK, self.compute.ranks.local_size)
 
-    def usable(self, cases: Sequence[Case]) -> list[Case]:
-        """Cases that have all sources and any of the targets, or, for any subset, any two modalities."""
-        if self.config.any_subset:
-            return [case for case in cases if len(set(self.config.sources) & set(case.modalities)) > 1]
-        return [
-            case
-            for case in cases
-            if set(self.config.sources) <= set(case.modalities) and set(self.config.targets) & set(case.modalities)
-        ]
+    def usable(self, cases: Sequence[Case], *, with_sources: bool = True) -> list[Case]:
+        """Cases that have any of the targets and all sources, or, for any subset, any two modalities."""
+        needed = set(self.config.sources) if with_sources and not self.config.any_subset else set()
+        least, targets = 1 + self.config.any_subset, set(self.config.targets)
+        return [case for case in cases if needed <= (had := set(case.modalities)) and len(targets & had) >= least]
 
 
 def in_chunks(

@@ -6,6 +6,7 @@ and a count, so that a batch may go through the network in parts (loop.py).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
@@ -24,7 +25,7 @@ from crossmr.networks.masked_autoencoder import MaskedAutoencoder, masked_square
 from crossmr.networks.model import CrossConditionedModel, ModelConfig
 from crossmr.networks.scale import on_unit_scale, standardise
 from crossmr.picture import BRIGHTEST, save_picture, window, windowed
-from crossmr.ranks import ALONE, Part
+from crossmr.ranks import ALONE, Share
 from crossmr.tensors import foreground_slices, seeded
 from crossmr.training.batches import ImageBatch, StepDataset, VectorBatch, Vectors
 from crossmr.training.representations import draw_representations, pooled_features
@@ -66,7 +67,7 @@ class Stage(ABC, Generic[Raw, Drawn]):
         return list(self.network.parameters())
 
     @abstractmethod
-    def batch(self, raw: Raw, generator: torch.Generator, part: Part | None = None) -> Drawn:
+    def batch(self, raw: Raw, generator: torch.Generator, part: Share | None = None) -> Drawn:
         """A batch of tensors (B, ...) on the CPU, for which everything random has been drawn.
 
         `part` says which samples of a batch `raw` holds; None: all of them.
@@ -128,7 +129,7 @@ class RepresentationStage(Stage[ImageBatch, MaskedBatch]):
             fixed = training.batches(self.name, val, training.config.represented, masked=True).fixed(VALIDATION_SLICES)
             self.fixed = self.batch(fixed, seeded("validate", self.compute.seed))
 
-    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Part | None = None) -> MaskedBatch:
+    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Share | None = None) -> MaskedBatch:
         """Draw the patches that are hidden, the same in all modalities of a sample."""
         part = part or ALONE.part(len(raw.images))
         shape = (part.whole, *raw.images.shape[2:])
@@ -195,13 +196,6 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
     def _conditional(self) -> bool:
         return self.config.distribution.conditional
 
-    def _usable(self, cases: Sequence[Case]) -> list[Case]:
-        """Cases that have any target, and, where the MDN is given the sources, what it is given."""
-        some = [case for case in cases if set(self.config.targets) & set(case.modalities)]
-        if self.config.any_subset:
-            return [case for case in some if len(set(self.config.sources) & set(case.modalities)) > 1]
-        return [case for case in some if not self._conditional or set(self.config.sources) <= set(case.modalities)]
-
     def _vectors(self, training: Training) -> dict[str, VectorBatch]:
         """The pooled features of training patients' slices, and of some of the validation patients'; kept in the run.
 
@@ -209,7 +203,8 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
         """
         place, ranks = training.folder / "stages" / "vectors", self.compute.ranks
         if not ranks.told((place / "vectors.json").exists):
-            train, val = self._usable(training.train), self._usable(training.val)
+            some = partial(training.usable, with_sources=self._conditional)
+            train, val = some(training.train), some(training.val)
             if not train:
                 raise ModelError(
                     f"No training patient has what the MDN learns from, {', '.join(self.config.modalities)}."
@@ -236,7 +231,7 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
         parts = pooled_features(training, self.model, cases, self.config.represented, until=until, every=every)
         return VectorBatch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
-    def batch(self, raw: VectorBatch, generator: torch.Generator, part: Part | None = None) -> DiffusionBatch:
+    def batch(self, raw: VectorBatch, generator: torch.Generator, part: Share | None = None) -> DiffusionBatch:
         """Draw, for any subset, what is available; then steps of diffusion, noise, and whose condition is kept."""
         part = part or ALONE.part(len(raw.pooled))
         target_mask = raw.present[:, self._targets]
@@ -299,13 +294,13 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
             fixed = training.batches(self.name, val, self.config.modalities).fixed(VALIDATION_SLICES)
             self.fixed = view(self.config, fixed, self._representations(val), seeded("validate", self.compute.seed))
         last = self.config.uncertainty and self.name == self.config.stages[-1]
-        self.later_validations = patterns(self.config) if last else 0  # the calibration
+        self.later_validations = validation_views(self.config) if last else 0  # the calibration
 
     def _representations(self, cases: Sequence[Case]) -> Tensor | None:
         """(cases, K, T·D), drawn for each of them; None where nothing is."""
         return draw_representations(self.training, self.model, cases) if self.config.guidance == "joint" else None
 
-    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Part | None = None) -> SynthesisBatch:
+    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Share | None = None) -> SynthesisBatch:
         """Draw, for any subset, what is available, and which of a patient's representations guides."""
         return view(self.config, raw, self.drawn, generator, part)
 
@@ -405,7 +400,7 @@ def view(
     raw: ImageBatch,
     drawn: Tensor | None,
     generator: torch.Generator,
-    part: Part | None = None,
+    part: Share | None = None,
 ) -> SynthesisBatch:
     """A batch of `config.modalities` as sources and targets; for any subset a random part of each sample is hidden."""
     part = part or ALONE.part(len(raw.images))
@@ -421,7 +416,7 @@ def view(
     return SynthesisBatch(neighbours, available, truth, target_mask, raw.lesion, y_0)
 
 
-def random_subsets(present: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
+def random_subsets(present: Tensor, generator: torch.Generator, part: Share | None = None) -> Tensor:
     """For each row of present (B, M) one of the non-empty proper subsets of its ones.
 
     Each further missing one is half as likely, and subsets of one size are equally likely. A row of less than two ones
@@ -474,6 +469,6 @@ def _draw(path: Path, config: ModelConfig, batch: SynthesisBatch, prediction: Te
     save_picture(path, rows)
 
 
-def patterns(config: ModelConfig) -> int:
+def validation_views(config: ModelConfig) -> int:
     """How many availabilities of each validation slice the calibration sees."""
     return PATTERNS if config.any_subset else 1
