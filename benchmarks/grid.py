@@ -381,22 +381,25 @@ def by_predictor(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def column(groups: Mapping[Key, Sequence[Row]], against: Key, value: str, digits: int) -> dict[Key, str]:
+def column(
+    groups: Mapping[Key, Sequence[Row]], against: Key, value: str, digits: int, *, differences: bool = False
+) -> dict[Key, str]:
     """A column of a table: of each group the mean over patients, and its 95 % interval from five patients on.
 
     A star: it differs from the group `against` of the same seeds (Wilcoxon over patients, p < .05 after Holm's
-    correction for the tests of the column).
+    correction for the tests of the column). With `differences` the others' cells are differences to that, in pairs.
     """
-    means = {name: by_patient(rows, value) for name, rows in groups.items()}
+    values = {name: list(by_patient(rows, value).values()) for name, rows in groups.items()}
     p_values = dict[Key, float]()
-    for name, own in means.items():
-        seeds = {row.get("seed") for row in groups[name]}
+    for name in (name for name in groups if name != against):
+        own, seeds = by_patient(groups[name], value), {row.get("seed") for row in groups[name]}
         others = by_patient([row for row in groups.get(against, []) if row.get("seed") in seeds], value)
-        both = [patient for patient in own if patient in others] if name != against else []
-        if both:
+        if both := [patient for patient in own if patient in others]:
             p_values[name] = metrics.paired_wilcoxon([own[one] for one in both], [others[one] for one in both])
+        if differences:
+            values[name] = [own[one] - others[one] for one in both]
     corrected = dict(zip(p_values, metrics.holm(list(p_values.values())), strict=True))
-    return {k: number(list(own.values()), digits, "*" * (corrected.get(k, 1) < 0.05)) for k, own in means.items()}
+    return {k: number(some, digits, "*" * (corrected.get(k, 1) < 0.05)) for k, some in values.items()}
 
 
 def number(values: Sequence[float], digits: int, star: str = "") -> str:
@@ -410,7 +413,13 @@ def number(values: Sequence[float], digits: int, star: str = "") -> str:
     return f"{mean} ({low:.{digits}f}–{high:.{digits}f})"
 
 
-def table(rows: Sequence[Row], against: str, columns: Mapping[str, tuple[str, int]] = COLUMNS) -> str:
+def table(
+    rows: Sequence[Row],
+    against: str,
+    columns: Mapping[str, tuple[str, int]] = COLUMNS,
+    *,
+    differences: bool = False,
+) -> str:
     """Markdown, a table for each task: predictors below each other, compared with the one named `against`."""
     parts = []
     for sources, target in dict.fromkeys((row["sources"], row["target"]) for row in rows):
@@ -421,7 +430,7 @@ def table(rows: Sequence[Row], against: str, columns: Mapping[str, tuple[str, in
         parts.append(f"\n**{names} → {DISPLAY_NAMES[target]}**, {patients} patients\n")
         parts.append("| | seeds | " + " | ".join([*columns, "lesions kept", "fluid kept"]) + " |")
         parts.append("|---" * (len(columns) + 4) + "|")
-        cells = [column(groups, against, *one) for one in columns.values()]
+        cells = [column(groups, against, *one, differences=differences) for one in columns.values()]
         for name, own in groups.items():
             its = [*(one[name] for one in cells), kept_share(own), kept_share(own, "fluid")]
             parts.append(f"| {name} | {len({row['seed'] for row in own})} | {' | '.join(its)} |")

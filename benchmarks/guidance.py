@@ -339,6 +339,7 @@ def show(kept: Kept) -> None:
     for part in parts:
         own = [row for row in kept.rows if row["part"] == part]
         print(f"\n## {part}\n{table(own, BASELINE)}")
+        print(f"\n### Differences to {BASELINE}\n{table(own, BASELINE, differences=True)}")
         for cohort in dict.fromkeys(row["cohort"] for row in own if part == "test"):
             here = [row for row in own if row["cohort"] == cohort and row["predictor"] in BY_COHORT]
             print(f"\n### {cohort} alone\n{table(here, BASELINE)}")
