@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from crossmr.baselines import together
 from crossmr.completion.layout import EXPECTED, Layout
 from crossmr.completion.unread import (
     Unread,
@@ -220,10 +221,9 @@ def what_to_fill(
 
 def _learnt_together(model: CrossConditionedModel, sources: Sequence[str], target: str) -> bool:
     """Whether any training patient had a target and these sources, as far as the model says which they had."""
-    present, modalities = model.baselines.get("present"), model.config.modalities
-    if not model.config.any_subset or present is None:
+    if not model.config.any_subset or "present" not in model.baselines:
         return True
-    return bool((present[:, [modalities.index(m) for m in (*sources, target)]] > 0).all(1).any())
+    return bool(together(model.baselines, [model.config.modalities.index(m) for m in (*sources, target)]).any())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ and a count, so that a batch may go through the network in parts (loop.py).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
@@ -349,11 +349,22 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
                 pair = prediction[:, index][inside], truth[:, index][inside]
                 scores[f"val_correlation_{target}"] = float(torch.corrcoef(torch.stack(pair))[0, 1])
                 scores[f"val_error_{target}"] = float((pair[0] - pair[1]).abs().mean())
-                if (regression := self._regression(target, chosen)) is not None:
-                    pair = regression[inside[chosen]], truth[:, index][inside]
-                    scores[f"regression_correlation_{target}"] = float(torch.corrcoef(torch.stack(pair))[0, 1])
         if compute.ranks.first:
             _draw(picture, self.config, fixed, on_unit_scale(prediction) * (fixed.truth > 0))
+        return scores | self._regressions
+
+    @cached_property
+    def _regressions(self) -> dict[str, float]:
+        """The linear regression's correlation with each target, the same at every validation."""
+        if (fixed := self.fixed) is None:
+            return {}
+        truth, scores = standardise(fixed.truth), {}
+        for index, target in enumerate(self.config.targets):
+            chosen = fixed.target_mask[:, index] > 0
+            inside = fixed.truth[chosen, index] > 0
+            if inside.any() and (regression := self._regression(target, chosen)) is not None:
+                pair = regression[inside], truth[chosen, index][inside]
+                scores[f"regression_correlation_{target}"] = float(torch.corrcoef(torch.stack(pair))[0, 1])
         return scores
 
     def _regression(self, target: str, chosen: Tensor) -> Tensor | None:
