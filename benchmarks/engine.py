@@ -49,7 +49,6 @@ from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.display import Display
-from crossmr.evaluation.measures import regions_of
 from crossmr.evaluation.subjects import patterns, subject_of_case
 from crossmr.networks.model import CrossConditionedModel, load_model
 from crossmr.training.plan import read_plan
@@ -207,11 +206,13 @@ def measured(model: CrossConditionedModel, cases: Sequence[Case], **facts: Any) 
         for sources in patterns(model.config, subject):
             targets = tuple(m for m in case.modalities if m not in sources)
             images = synthesised(model, subject, sources, targets)
-            for row in light_measures(subject, sources, images, **facts):
-                deep = regions_of(subject, row["target"])["deep"]
-                pair = (volumes[row["target"]][deep][::RANKED] for volumes in (images, subject.volumes))
-                rows.append({**row, "rank_deep": float(stats.spearmanr(*pair).statistic)})
+            rows += light_measures(subject, sources, images, {"rank_deep": rank_correlation}, **facts)
     return rows
+
+
+def rank_correlation(image: Array, truth: Array) -> float:
+    """Spearman's, of some of the voxels."""
+    return float(stats.spearmanr(image[::RANKED], truth[::RANKED]).statistic)
 
 
 def trained(place: Path, out: Path, wish: TrainingSettings, how: AbstractContextManager[Any]) -> tuple[Any, Row]:

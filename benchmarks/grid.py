@@ -165,12 +165,19 @@ def synthesised(
     return dict(zip(targets, images, strict=True))
 
 
-def light_measures(subject: Subject, sources: Sequence[str], images: Mapping[str, Array], **facts: Any) -> list[Row]:
+def light_measures(
+    subject: Subject,
+    sources: Sequence[str],
+    images: Mapping[str, Array],
+    also: Mapping[str, Callable[[Array, Array], float]] | None = None,
+    **facts: Any,
+) -> list[Row]:
     """Rows of correlation and error deep within the brain, and of contrasts kept: in a tenth of `measured`'s time.
 
     `correlation_smooth` is the correlation once image and truth are smoothed by a Gaussian of SMOOTH_MM. What is kept
     is a contrast in quartile ranges of the rest of the brain, each image's own: `lesion_step` and `lesion_range` are
-    the predicted contrast and the predicted quartile range over the true ones, `lesion_kept` their quotient.
+    the predicted contrast and the predicted quartile range over the true ones, `lesion_kept` their quotient. `also` are
+    further measures of image and truth deep within the brain.
     """
     rows = dict[str, Row]()
     sigma = [SMOOTH_MM / side for side in subject.spacing_mm]
@@ -178,8 +185,12 @@ def light_measures(subject: Subject, sources: Sequence[str], images: Mapping[str
         within, sharp = regions_of(subject, target)["deep"], (volume, subject.volumes[target])
         smooth = (ndimage.gaussian_filter(v, sigma) for v in sharp)
         pair, blurred = (torch.from_numpy(np.stack([v[within] for v in vs]))[:, None, None] for vs in (sharp, smooth))
-        numbers = {"correlation_deep": metrics.correlation(*pair), "mae_deep": metrics.mae(*pair)}
+        numbers: dict[str, Tensor | float] = {
+            "correlation_deep": metrics.correlation(*pair),
+            "mae_deep": metrics.mae(*pair),
+        }
         numbers["correlation_smooth"] = metrics.correlation(*blurred)
+        numbers |= {name: of(*(v[within] for v in sharp)) for name, of in (also or {}).items()}
         about = start_of_row(subject, sources, target)
         rows[target] = {**facts, **about, **{name: float(number) for name, number in numbers.items()}}
     for contrast in measure_contrasts(subject, sources, {"": images}):

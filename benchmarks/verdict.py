@@ -114,17 +114,23 @@ def verdict_on(study: Study, target: str, model: CrossConditionedModel, made: Ar
     """The verdict by what is acquired, and by the synthetic volume if there is one, and the kinds of what was found."""
     findings = check(study, model.baselines, model.config.modalities, model.record["training"])
     if made is not None:
-        findings += lost_in(study, target, made)
+        findings += lost_in(study, within_box(study), target, made)
     refused = refusals(findings, [target])
     judged = judge(findings, refused, [] if refused else [target], refused)
     return judged["verdict"], sorted({one.kind for one in findings if one.severity != "note"})
 
 
-def lost_in(study: Study, target: str, made: Array) -> list[Finding]:
-    """What the product says of the lesions of a synthetic volume."""
+def within_box(study: Study) -> dict[str, Array]:
+    """The normalised volumes within the head's box."""
     box = study.box()
-    acquired = {m: study.normalised(m, box) for m in study.volumes if m != target}
-    return find_lesions(acquired, study.mask[box], study.reference.spacing_mm, {target: made}, stripped=True)[0]
+    return {m: study.normalised(m, box) for m in study.volumes}
+
+
+def lost_in(study: Study, volumes: Mapping[str, Array], target: str, made: Array) -> list[Finding]:
+    """What the product says of the lesions of a synthetic volume, by the others `within_box`."""
+    acquired = {m: volume for m, volume in volumes.items() if m != target}
+    head, spacing_mm = study.mask[study.box()], study.reference.spacing_mm
+    return find_lesions(acquired, head, spacing_mm, {target: made}, stripped=True)[0]
 
 
 def synthesised(study: Study, target: str, model: CrossConditionedModel, out: Path) -> Array:
@@ -151,17 +157,17 @@ def lesions(study: Study, model: CrossConditionedModel, out: Path) -> Iterator[t
 
     Where no lesion is labelled, none is lost, for all that is known.
     """
-    box = study.box()
+    box, volumes = study.box(), within_box(study)
     head, labels = study.mask[box], np.zeros(study.mask[box].shape) if study.labels is None else study.labels[box]
     for target in ("t1c", "t2w", "t2f"):
         made = synthesised(study, target, model, out)
         if study.labels is None:
-            yield target, "as synthesised, no labels", False, bool(lost_in(study, target, made))
+            yield target, "as synthesised, no labels", False, bool(lost_in(study, volumes, target, made))
             continue
         lesion = head & (labels >= 3 if target == "t1c" else labels > 0)
         if lesion.sum() < 50:
             continue
-        volume, rest = study.normalised(target, box), head & (labels == 0)
+        volume, rest = volumes[target], head & (labels == 0)
         true, median, spread = contrast(volume, lesion, rest)
         if true <= STANDS_OUT:
             continue
@@ -172,7 +178,7 @@ def lesions(study: Study, model: CrossConditionedModel, out: Path) -> Iterator[t
             copies[f"lesion faded to {share:.0%}"] = np.where(lesion, faded, made).astype(np.float32)
         for what, copy in copies.items():
             lost = contrast(copy, lesion, rest)[0] / true < LOST
-            yield target, what, lost, bool(lost_in(study, target, copy))
+            yield target, what, lost, bool(lost_in(study, volumes, target, copy))
 
 
 def main() -> None:
