@@ -31,11 +31,10 @@ from grid import (
     Kept,
     Row,
     arguments,
-    by_patient,
     by_predictor,
+    column,
     kept_share,
     light_measures,
-    number,
     parser,
     split_set,
     synthesised,
@@ -269,17 +268,21 @@ def print_table(rows: Sequence[Row], value: str, first: str) -> None:
         print(f"\n**{', '.join(group)}**, {patients} patients; below the first line differences to it, in pairs\n")
         heads = ["", "seeds", "steps", "M parameters", "minutes", *(DISPLAY_NAMES[target] for target in targets)]
         print(f"| {' | '.join(heads)} | FLAIR lesions kept |\n{'|---' * (len(heads) + 1)}|")
+        columns = [
+            column(
+                {name: [row for row in own if row["target"] == target] for name, own in here.items()},
+                first,
+                value,
+                3,
+                differences=True,
+            )
+            for target in targets
+        ]
         for name, own in here.items():
             cells = [str(len({row["seed"] for row in own}))]
             for key, digits in {"steps": 0, "millions": 2, "minutes": 1}.items():
                 cells.append(f"{statistics.mean(row[key] for row in own):.{digits}f}")
-            for target in targets:
-                before, after = (
-                    by_patient((row for row in some if row["target"] == target), value)
-                    for some in (here.get(first, []), own)
-                )
-                same = name == first
-                cells.append(number([after[p] - (0 if same else before[p]) for p in after if same or p in before], 3))
+            cells += [one[name] for one in columns]
             print(f"| {name} | {' | '.join(cells)} | {kept_share(row for row in own if row['target'] == 't2f')} |")
 
 
