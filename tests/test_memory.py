@@ -183,7 +183,9 @@ def test_the_estimate_is_near_the_real_peak(precision):
     runs = [run("peak", 32, 96, 3, precision) for _ in range(3)]
     assert not any(done.returncode for done in runs), runs[0].stderr
     estimated, real = sorted((json.loads(done.stdout) for done in runs), key=lambda pair: pair[1])[1]
-    assert 0.9 * real < estimated < 1.3 * real  # the middle one: real peaks differ by an eighth
+    # The middle one: gaps between blocks make real peaks differ by an eighth from run to run, and between machines.
+    # `micro_batches` takes 0.6 of what is there, so an estimate that is a fifth too low kills nothing.
+    assert 0.8 * real < estimated < 1.3 * real
 
 
 @pytest.fixture
