@@ -1,6 +1,5 @@
 """Learning curves of patients.py: the fit of a curve, its tables, and what would reach what is wanted."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 from grid import Row, by_patient, column, kept_share
 
 from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.files import read_lines
 
 WANTED = {"t1n": 0.92, "t1c": 0.75, "t2w": 0.90, "t2f": 0.88}
 """Correlation with the truth that is wanted of each target."""
@@ -66,7 +66,7 @@ def over_steps(runs: Sequence[Path]) -> str:
     steps, curves = list[float](), dict[str, list[float]]()
     before = 0
     for run in runs:
-        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        logged = read_lines(run / "metrics.jsonl")
         last = max(line["step"] for line in logged)
         for line in logged:
             if "val_correlation_t1n" in line and line["step"] >= FIRST * last:

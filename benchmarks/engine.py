@@ -236,7 +236,6 @@ def main() -> None:
     own.add_argument("--scales", action="store_true", help="compare intensity scales")
     own.add_argument("--steps", type=int, default=500, help="of each scale's training")
     own.add_argument("--only", nargs="+", choices=[*VARIANTS, *SCALES])
-    own.add_argument("--table", action="store_true", help="print the kept rows")
     options = arguments(own)
     kept = Kept(options.out, "scales" if options.scales else "engine")
     for seed in options.seeds if not options.table else ():

@@ -2,9 +2,11 @@
 
 BASE is the output of default_weights.py: its prepared set and its split are those of the shipped weights. An experiment
 trains networks, measures what they make of the test patients, and keeps a row for each image in OUT/EXPERIMENT.jsonl;
-the same command goes on with what is missing. OUT is of one BASE, one version of the default weights and one budget of
-the trainings: take another one where any of these changes. Patients are the units of every table: seeds and visits are
-averaged first. The linear regression is fitted on all training patients of BASE, its 18 phantoms too.
+the same command goes on with what is missing. The rows behind the tables of docs/evidence.md are kept in rows/ beside
+the scripts, and `--table -o benchmarks/rows` prints the tables again. OUT is of one BASE, one version of the default
+weights and one budget of the trainings: take another one where any of these changes. Patients are the units of every
+table: seeds and visits are averaged first. The linear regression is fitted on all training patients of BASE, its 18
+phantoms too.
 """
 
 import argparse
@@ -85,10 +87,15 @@ Predict = Callable[[Tensor], Tensor]
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The command line that the experiments share."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("base", type=Path, help="the output of default_weights.py")
+    options.add_argument(
+        "base", type=Path, nargs="?", default=Path("runs/default"), help="the output of default_weights.py"
+    )
     options.add_argument("-o", "--out", type=Path, default=Path("runs/evidence"))
     options.add_argument("--seeds", nargs="+", type=int, default=[0])
     options.add_argument("--device", default="auto")
+    options.add_argument(
+        "--table", action="store_true", help="print the tables of the rows in OUT; needs neither BASE nor scans"
+    )
     options.add_argument(
         "--tiny", action="store_true", help="a rehearsal: a few steps, one patient; its rows mean nothing"
     )
@@ -120,8 +127,8 @@ class Kept:
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Keep these rows, all of them or none."""
-        new = list(rows)
+        """Keep these rows, all of them or none; six digits of a number are enough."""
+        new = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
         self.rows += new
         with self.path.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in new))

@@ -352,7 +352,6 @@ def main() -> None:
     options.add_argument("--site", choices=tuple(SITES), default="", help="with --patients and --start")
     options.add_argument("--patients", type=int, help="train unguided and true on so many of the site's")
     options.add_argument("--start", default="default", help="a model that was trained without the site")
-    options.add_argument("--table", action="store_true", help="print the tables of the rows that are kept")
     given = arguments(options)
     if bool(given.site) != (given.patients is not None):
         options.error("--site and --patients go together.")

@@ -330,7 +330,6 @@ def main() -> None:
         default=(),
         help="runs, each going on with the one before: their curve over steps",
     )
-    options.add_argument("--table", action="store_true", help="print the tables of the kept rows, and do nothing")
     given = arguments(options)
     for seed in () if given.table else given.seeds:
         experiment = Experiment(given, seed)

@@ -325,7 +325,6 @@ def main() -> None:
     """Train and measure what is missing, and print the tables."""
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=(SHIPPED, *LEARNT), default=[SHIPPED, *LEARNT])
-    options.add_argument("--table", action="store_true", help="print the tables of the rows that are kept")
     given = arguments(options)
     base, out = given.base, given.out
     kept, display = Kept(out, "realism"), Display()

@@ -148,8 +148,9 @@ def state_of(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def opened(options: Namespace) -> Experiment:
-    """Read what there is."""
-    train, val, test = (four_contrasts(options.base, split) for split in ("train", "val", "test"))
+    """Read what there is; of tables rows alone."""
+    splits = ("train", "val", "test")
+    train, val, test = ([] if options.table else four_contrasts(options.base, split) for split in splits)
     if options.tiny:
         train, val, test = train[:2], val[:1], test[:1]
     kept = Kept(options.out, "rivals"), Kept(options.out, "rivals_trainings")
@@ -335,7 +336,6 @@ def main() -> None:
     options.add_argument("--only", nargs="+", choices=list(RIVALS), default=list(RIVALS), metavar="NAME")
     options.add_argument("--teraflop", type=float, default=TERAFLOP, help="floating-point operations of a training")
     options.add_argument("--every", type=int, default=EVERY, help="diffusion completes one slice of so many; 1: all")
-    options.add_argument("--table", action="store_true", help="print the tables of what there is, and end")
     options.add_argument("--cost", choices=list(RIVALS), help="complete one study, and print what it took")
     given = arguments(options)
     given.teraflop = 0.0 if given.tiny else given.teraflop

@@ -313,7 +313,6 @@ def main() -> None:
     known.add_argument("--part", default="test", choices=("val", "test"), help="whose patients are measured")
     known.add_argument("--against", default="ours", help="whom * compares with, such as dropped")
     known.add_argument("--fine-tune", action="store_true", help="the engine, by several losses")
-    known.add_argument("--table", action="store_true", help="print from kept rows alone")
     options = arguments(known)
     if options.tiny:
         options.steps, options.tuning_steps = 3, 2

@@ -110,9 +110,9 @@ def main() -> None:
     """Add the rows that are missing, and print the tables."""
     own = parser(__doc__)
     own.add_argument("--models", nargs="+", default=["default"], metavar="[NAME=]MODEL")
-    own.add_argument("--table", action="store_true", help="print the kept rows")
     options = arguments(own)
-    kept, cases = Kept(options.out, "subsets"), four_contrasts(options.base, "test")
+    kept = Kept(options.out, "subsets")
+    cases = [] if options.table else four_contrasts(options.base, "test")
     for k, text in enumerate(() if options.table else options.models):
         name, _, folder = text.rpartition("=")
         model = load_model(folder, options.device)

@@ -346,7 +346,6 @@ def main() -> None:
     options.add_argument("--model", type=Path, help="a model's folder; by default the shipped weights")
     options.add_argument("--site", choices=tuple(SITES), help="only its patients; it is none of the validation's")
     options.add_argument("--only", nargs="+", default=(), metavar="CASE", help="these test studies")
-    options.add_argument("--table", action="store_true", help="print the tables of the kept rows, and do nothing")
     given = arguments(options)
     kept, name = (
         Kept(given.out, "uncertainty"),

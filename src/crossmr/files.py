@@ -411,6 +411,15 @@ def append_line(path: Path, line: str) -> None:
         raise _not_written(path, error) from error
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a log that `append_line` wrote; a line that was cut off, its writer killed, is left out."""
+    whole = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            whole.append(json.loads(line))
+    return whole
+
+
 def _not_written(path: Path, error: OSError) -> OutputError:
     return OutputError(
         f"{path} could not be written: {error.strerror or error}. "

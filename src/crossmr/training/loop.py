@@ -31,7 +31,7 @@ from crossmr.data.prepare import default_workers
 from crossmr.device import autocast, out_of_memory
 from crossmr.display import Task
 from crossmr.errors import Interrupted, ModelError
-from crossmr.files import append_line, write_atomically
+from crossmr.files import append_line, read_lines, write_atomically
 from crossmr.main_memory import available_memory
 from crossmr.tensors import seeded
 from crossmr.training.batches import StepDataset
@@ -347,15 +347,8 @@ def _truncate_log(log: Path, stage: str, done: int) -> None:
     """Drop what a killed run wrote after the checkpoint from which it resumes."""
     if not log.exists():
         return
-    kept = []
-    for line in log.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["stage"] != stage or record["step"] <= done:
-            kept.append(line + "\n")
-    write_atomically(log, "".join(kept).encode())
+    kept = [line for line in read_lines(log) if line["stage"] != stage or line["step"] <= done]
+    write_atomically(log, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 @contextmanager

@@ -10,10 +10,9 @@ RUN/
 └── model/         the result; see networks/model.py
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -32,7 +31,7 @@ from crossmr.data.naming import in_usual_order, modality_names
 from crossmr.device import choose_device, choose_precision, set_numerics
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, Interrupted, ModelError, RankLost, SetError
-from crossmr.files import is_record, locked, read_json, refuse_foreign, write_json
+from crossmr.files import is_record, locked, read_json, read_lines, refuse_foreign, write_json
 from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, save_model
 from crossmr.networks.trained_on import FILE as PATIENTS
 from crossmr.networks.trained_on import FORMAT as PATIENTS_FORMAT
@@ -500,10 +499,8 @@ def _record(training: Training, initial: CrossConditionedModel | None) -> dict[s
 def _validated(training: Training) -> dict[str, dict[str, float]]:
     """Target → correlation on validation patients, of the last C-UNet and of the linear regression; where both are."""
     last: dict[str, Any] = {}
-    for line in (training.folder / "metrics.jsonl").read_text().splitlines():
-        with suppress(ValueError):  # a line that was cut off when a run was killed
-            record = json.loads(line)
-            last |= record if record["stage"] == "synthesis" else {}
+    for line in read_lines(training.folder / "metrics.jsonl"):
+        last |= line if line["stage"] == "synthesis" else {}
     pairs = {
         t: [last.get(f"{who}_correlation_{t}", math.nan) for who in ("val", "regression")]
         for t in training.config.targets
