@@ -18,7 +18,6 @@ default 60 TFLOP takes about 3 to 10 minutes on two idle cores (OMP_NUM_THREADS=
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -266,7 +265,8 @@ def print_cost(experiment: Experiment, name: str) -> None:
     share = heads[rival.chosen].sum() / heads.sum() if rival.partly else 1.0
     for predictor, complete in rival.completions(network).items():
         taken, _ = seconds(partial(complete, subject))
-        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        # of this process alone: `ru_maxrss` counts the one that started it, too
+        gigabytes = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
         if experiment.device.type == "cuda":
             gigabytes = torch.cuda.max_memory_allocated() / 2**30
         row = {"part": "cost", "predictor": name, "seed": 0, "completed": predictor, "share": float(share)}

@@ -183,12 +183,13 @@ def measure(options: argparse.Namespace, kept: Kept, replaced: Mapping[str, Make
 def jobs(options: argparse.Namespace, replaced: Iterable[str]) -> Iterator[tuple[Case, Sequence[str], str, str]]:
     """Study, what it misses, what replaces it, and which segmenter reads it."""
     for case in tumours(options.base, options.part)[: 1 if options.tiny else None]:
-        for which in SEGMENTERS:
+        for which in options.segmenters:
             yield case, (), "real", which
-        for missing in MISSING:
+        for missing in (some for some in MISSING if not options.missing or "+".join(some) in options.missing):
             for predictor in replaced:
-                for which in SEGMENTERS if predictor == "dropped" else ("all four",):
-                    yield case, missing, predictor, which
+                for which in options.segmenters:
+                    if predictor == "dropped" or which == "all four":
+                        yield case, missing, predictor, which
 
 
 def say_how_long(options: argparse.Namespace, kept: Kept, replaced: Mapping[str, Maker]) -> None:
@@ -198,16 +199,16 @@ def say_how_long(options: argparse.Namespace, kept: Kept, replaced: Mapping[str,
     fresh = new_segmenter(0, options.patch, (8, 8, 8, 8) if options.tiny else FILTERS, device)
     learn(fresh, lessons, 1, "first step", Display())
     step = seconds(lambda: learn(fresh, lessons, 2, "two steps", Display()))[0] / 2
-    trainings = sum(not place(options.out, which, seed).exists() for which in SEGMENTERS for seed in options.seeds)
+    absent = [not place(options.out, which, seed).exists() for which in options.segmenters for seed in options.seeds]
     passes = sum(
         not kept.has(predictor=p, segmenter=which, missing="+".join(missing), case=case.name, seed=seed)
         for case, missing, p, which in jobs(options, replaced)
         for seed in options.seeds
     )
-    minutes = (trainings * options.steps + passes * PASS_IN_STEPS) * step / 60
+    minutes = (sum(absent) * options.steps + passes * PASS_IN_STEPS) * step / 60
     print(
-        f"{trainings} trainings of {options.steps} steps of {step:.2f} s, and at most {passes} segmentations of about "
-        f"{PASS_IN_STEPS * step:.1f} s: about {minutes:.0f} minutes.",
+        f"{sum(absent)} trainings of {options.steps} steps of {step:.2f} s, and at most {passes} segmentations of "
+        f"about {PASS_IN_STEPS * step:.1f} s: about {minutes:.0f} minutes.",
         flush=True,
     )
 
@@ -307,6 +308,8 @@ def main() -> None:
         "--model", nargs="+", action="extend", type=pair, default=[], metavar="NAME=FOLDER", help="models beside ours"
     )
     known.add_argument("--only", nargs="+", metavar="NAME", help="these predictors; of --fine-tune, these variants")
+    known.add_argument("--segmenters", nargs="+", choices=SEGMENTERS, default=list(SEGMENTERS))
+    known.add_argument("--missing", nargs="+", choices=["+".join(some) for some in MISSING], help="only these")
     known.add_argument("--steps", type=int, default=STEPS, help="of a segmenter's training")
     known.add_argument("--tuning-steps", type=int, default=TUNING_STEPS, help="of a fine-tuning")
     known.add_argument("--patch", type=int, default=2, choices=(1, 2), help="the segmenter's patches")
