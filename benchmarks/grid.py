@@ -2,11 +2,10 @@
 
 BASE is the output of default_weights.py: its prepared set and its split are those of the shipped weights. An experiment
 trains networks, measures what they make of the test patients, and keeps a row for each image in OUT/EXPERIMENT.jsonl;
-the same command goes on with what is missing. The rows behind the tables of docs/evidence.md are kept in rows/ beside
-the scripts, and `--table -o benchmarks/rows` prints the tables again. OUT is of one BASE, one version of the default
-weights and one budget of the trainings: take another one where any of these changes. Patients are the units of every
-table: seeds and visits are averaged first. The linear regression is fitted on all training patients of BASE, its 18
-phantoms too.
+the same command goes on with what is missing. Some rows are kept in rows/ beside the scripts, and `--table -o
+benchmarks/rows` prints their tables. OUT is of one BASE, one version of the default weights and one budget of the
+trainings: take another one where any of these changes. Patients are the units of every table: seeds and visits are
+averaged first. The linear regression is fitted on all training patients of BASE, its 18 phantoms too.
 """
 
 import argparse
