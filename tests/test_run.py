@@ -471,9 +471,9 @@ def test_minutes_are_wall_time_over_all_calls(prepared, tmp_path):
     begin = time.monotonic()
     train(prepared, tmp_path, minutes=0.1, stages=("representation",))
     first = time.monotonic() - begin
-    assert first < 4
+    assert first < 6
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["representation"]["until"] == pytest.approx(1.2, abs=0.6)  # its fraction of what reading leaves
+    assert 1.2 <= plan["representation"]["until"] < 1.2 + 0.8 * first  # a fifth of what reading leaves of six seconds
     model = load_model(train(prepared, tmp_path))
     assert time.monotonic() - begin == pytest.approx(6, rel=0.5)  # other programs may take their share
     plan = model.record["training"]["plan"]
