@@ -46,8 +46,10 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("base", type=Path, help="the output of default_weights.py")
     base = options.parse_args().base
-    parts = {case.name: part for part in ("train", "val", "test") for case in four_contrasts(base, part)}
-    volumes = {case.name: small(case) for part in ("train", "val", "test") for case in four_contrasts(base, part)}
+    parts, volumes = dict[str, str](), dict[str, Array]()
+    for part in ("train", "val", "test"):
+        for case in four_contrasts(base, part):
+            parts[case.name], volumes[case.name] = part, small(case)
     pairs = [(alike(volumes[a], volumes[b]), a, b) for a, b in itertools.combinations(sorted(volumes), 2)]
     across = [pair for pair in pairs if {parts[name] for name in pair[1:]} == {"train", "test"}]
     for title, some in {"all": pairs, "test with training": across}.items():

@@ -185,7 +185,7 @@ def jobs(options: argparse.Namespace, replaced: Iterable[str]) -> Iterator[tuple
     for case in tumours(options.base, options.part)[: 1 if options.tiny else None]:
         for which in options.segmenters:
             yield case, (), "real", which
-        for missing in (some for some in MISSING if not options.missing or "+".join(some) in options.missing):
+        for missing in (some for some in MISSING if "+".join(some) in options.missing):
             for predictor in replaced:
                 for which in options.segmenters:
                     if predictor == "dropped" or which == "all four":
@@ -309,7 +309,8 @@ def main() -> None:
     )
     known.add_argument("--only", nargs="+", metavar="NAME", help="these predictors; of --fine-tune, these variants")
     known.add_argument("--segmenters", nargs="+", choices=SEGMENTERS, default=list(SEGMENTERS))
-    known.add_argument("--missing", nargs="+", choices=["+".join(some) for some in MISSING], help="only these")
+    each = ["+".join(some) for some in MISSING]
+    known.add_argument("--missing", nargs="+", choices=each, default=each)
     known.add_argument("--steps", type=int, default=STEPS, help="of a segmenter's training")
     known.add_argument("--tuning-steps", type=int, default=TUNING_STEPS, help="of a fine-tuning")
     known.add_argument("--patch", type=int, default=2, choices=(1, 2), help="the segmenter's patches")
