@@ -14,6 +14,8 @@ WORKER = """
 import json, os, subprocess, sys, time
 for line in sys.stdin:
     job = json.loads(line)
+    if job["verb"] == "silent":
+        os._exit(9)
     print(json.dumps({"text": "working", "pid": os.getpid()}), flush=True)
     if job["verb"] == "wait":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -121,15 +123,35 @@ def test_a_job_that_fails_and_a_process_that_dies_are_said_and_the_next_job_runs
     run(play)
 
 
-def test_a_process_that_died_while_it_was_idle_is_replaced():
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc whether a process lives")
+@pytest.mark.parametrize("at_once", [False, True], ids=["noticed before the next job", "not noticed"])
+def test_a_process_that_died_while_it_was_idle_is_replaced(at_once):
     async def play(queue):
         first = queue.submit(job("x"))
         await until(lambda: first.state == "done")
-        os.kill(first.made[0]["pid"], 9)
-        await until(lambda: not is_alive(first.made[0]["pid"]))
+        process = first.made[0]["pid"]
+        os.kill(process, 9)
+        if not at_once:
+            await until(lambda: queue._process.returncode is not None)
+        while is_alive(process):  # the loop stands still, so the queue cannot notice
+            time.sleep(0.01)
         second = queue.submit(job("x"))
         await until(lambda: not second.is_open)
         assert second.state == "done"
+        assert second.made[0]["pid"] != process
+
+    run(play)
+
+
+def test_a_process_that_dies_again_before_it_said_anything_is_not_replaced_for_ever():
+    async def play(queue):
+        one = queue.submit(job("silent"))
+        await until(lambda: not one.is_open)
+        assert one.state == "failed"
+        assert "exit code 9" in one.error
+        after = queue.submit(job("x"))
+        await until(lambda: not after.is_open)
+        assert after.state == "done"
 
     run(play)
 

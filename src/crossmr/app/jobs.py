@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 LONGEST_LINE = 2**26
 """Bytes of one line of JSON."""
+STARTING = {"text": "Starting"}
+"""The progress of a job that the process has said nothing of yet."""
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
@@ -115,7 +117,7 @@ class Queue:
     async def _run(self, job: Job) -> None:
         """Do a job."""
         self._running, job.state, job.started = job, "running", time.monotonic()
-        job.progress = {"text": "Starting"}
+        job.progress = STARTING
         try:
             await self._speak(job)
         except Exception as error:  # what it said makes no sense: the next job has another process
@@ -124,8 +126,8 @@ class Queue:
         finally:
             self._running, job.seconds = None, time.monotonic() - job.started
 
-    async def _speak(self, job: Job) -> None:
-        """Send a job to the process, and hear of it until it ends."""
+    async def _speak(self, job: Job, *, again: bool = False) -> None:
+        """Send a job to the process, and hear of it until it ends; a process that died idle is replaced once."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -143,7 +145,11 @@ class Queue:
                     self._end(job, told)
                 return
         code = await process.wait()
-        if job.state == "running":
+        if job.progress is STARTING and not again:
+            await self._start()
+            if job.state == "running":  # nobody cancelled it meanwhile
+                await self._speak(job, again=True)
+        elif job.state == "running":
             job.state, job.error = "failed", _why_it_died(code)
 
     @staticmethod
