@@ -240,3 +240,34 @@ def test_the_boutiques_descriptor_says_the_version_and_every_option():
     known = {option for action in parser()._actions for option in action.option_strings}
     flags = {entry["command-line-flag"] for entry in descriptor["inputs"] if "command-line-flag" in entry}
     assert flags < known
+
+
+def test_a_failure_is_in_the_report_of_the_group_until_it_is_completed(dataset, model, tmp_path):
+    raw, out = shutil.copytree(dataset, tmp_path / "raw"), tmp_path / "out"
+    scan = raw / "sub-03/anat/sub-03_T2w.nii.gz"
+    whole = scan.read_bytes()
+    scan.write_bytes(b"damaged")
+    for label, expected in (("03", 1), ("02", 0)):
+        code, _, err = crossmr_bids(raw, out, "participant", "--participant-label", label, "--model", model)
+        assert code == expected, err
+    assert crossmr_bids(raw, out, "group")[0] == 0
+    manifest = json.loads((out / "crossmr" / "manifest.json").read_text())
+    assert ([*manifest["failed"]], sorted(manifest["verdicts"])) == (["sub-03"], ["sub-02", "sub-03"])
+    assert "sub-03,refuse" in (out / "crossmr" / "status.csv").read_text()
+    scan.write_bytes(whole)
+    code, _, err = crossmr_bids(raw, out, "participant", "--participant-label", "03", "--model", model)
+    assert code == 0, err
+    assert json.loads((out / "crossmr" / "manifest.json").read_text())["failed"] == {}
+
+
+def test_files_that_bids_does_not_name_are_called_alike_in_a_part_and_in_the_whole(dataset, tmp_path):
+    raw = tmp_path / "raw"
+    for participant, session in (("01", "1"), ("01", "2"), ("02", "1")):
+        place = raw / f"sub-{participant}" / f"ses-{session}" / "anat"
+        place.mkdir(parents=True)
+        for name in ("t1n", "t2f"):
+            image(make_head(name)).to_filename(place / f"{name}.nii.gz")
+    shutil.copy(dataset / "dataset_description.json", raw)
+    whole = find_studies(raw)
+    assert [study.case for study in whole] == ["sub-01_ses-1", "sub-01_ses-2", "sub-02_ses-1"]
+    assert [study for label in ("01", "02") for study in find_studies(raw / f"sub-{label}")] == whole

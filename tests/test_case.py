@@ -1,5 +1,8 @@
 """One case: what is finished is kept, and said where its settings or files have changed."""
 
+import json
+import os
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -8,7 +11,8 @@ import pytest
 from conftest import Listener, image, make_head, tree
 
 from crossmr.completion.case import CohortSettings
-from crossmr.completion.cohort import complete_cohort
+from crossmr.completion.cohort import complete_cohort, plan_cohort
+from crossmr.completion.private import NAME, read_paths
 from crossmr.display import Display
 from crossmr.networks.inference import Settings
 
@@ -41,11 +45,62 @@ def test_overwriting_leaves_nothing_that_the_new_manifest_does_not_name(model, s
     assert {path.name for path in (out / "Ann").iterdir()} == {"Ann-t2f_synthetic.nii.gz", "manifest.json"}
 
 
-def test_a_finished_case_whose_inputs_changed_is_kept_and_said(model, small, tmp_path, capsys):
-    complete_cohort(small, tmp_path / "out", model, SETTINGS)
-    (changed,) = small.rglob("Ann-t1n.nii.gz")
-    image = nib.load(changed)
-    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * 2, image.affine, image.header), changed)
-    again = complete_cohort(small, tmp_path / "out", model, SETTINGS, display=Display())
-    assert again.skipped == ["Ann"]
-    assert "Ann: finished before with other input files, and kept; --overwrite" in capsys.readouterr().out
+def test_a_finished_case_is_not_taken_for_another_patient_of_its_name(model, small, tmp_path):
+    out, others = tmp_path / "out", tmp_path / "others"
+    complete_cohort(small, out, model, SETTINGS)
+    before, known = tree(out / "Ann"), (out / NAME).read_bytes()
+    for path in sorted(small.rglob("*.nii.gz")):
+        place = others / path.relative_to(small)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        old = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(old.dataobj) * 2, old.affine, old.header), place)
+        os.utime(place, (0, 0))  # older than the result, as what was copied with its times is
+    again = complete_cohort(others, out, model, SETTINGS)
+    assert (again.skipped, [*again.completed], [*again.failed]) == ([], [], ["Ann"])
+    assert "what was made of other scans of this name (t1n, t2w are not the same)" in again.failed["Ann"]
+    assert "Name another folder with -o, or replace it with --overwrite." in again.failed["Ann"]
+    assert (tree(out / "Ann"), (out / NAME).read_bytes()) == (before, known)
+    (planned,) = plan_cohort(others, out, model, SETTINGS)
+    assert (planned.outcome, planned.failed) == ("would fail", again.failed["Ann"])
+    assert complete_cohort(small, out, model, SETTINGS).skipped == ["Ann"]
+    assert [*complete_cohort(others, out, model, SETTINGS, AGAIN).completed] == ["Ann"]
+    assert tree(out / "Ann") != before
+
+
+def test_a_finished_case_whose_scans_moved_is_kept_and_where_they_lie_is_known(model, small, tmp_path):
+    out, place = tmp_path / "out", tmp_path / "elsewhere"
+    complete_cohort(small, out, model, SETTINGS)
+    before = tree(out / "Ann")
+    shutil.copytree(small, place, copy_function=shutil.copyfile)  # with other times
+    shutil.rmtree(small)
+    assert complete_cohort(place, out, model, SETTINGS).skipped == ["Ann"]
+    assert tree(out / "Ann") == before
+    paths = read_paths(out, "Ann")
+    assert {path.resolve() for path in paths.values()} == {path.resolve() for path in place.rglob("*.nii.gz")}
+
+
+def test_a_finished_case_with_more_or_fewer_scans_is_kept_and_said(model, small, tmp_path, capsys):
+    targets = replace(SETTINGS, targets=("t1c",))
+    complete_cohort(small, tmp_path / "out", model, targets)
+    nib.save(image(make_head("t2f", shape=SHAPE)), small / "Ann" / "Ann-t2f.nii.gz")
+    assert complete_cohort(small, tmp_path / "out", model, targets, display=Display()).skipped == ["Ann"]
+    assert "Ann: finished before with more scans now (t2f), and kept; --overwrite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", [("t1n",), ("t1n", "t2w")])
+def test_what_was_refused_is_tried_again_where_some_scans_are_still_the_same(model, small, tmp_path, changed):
+    out = tmp_path / "out"
+    complete_cohort(small, out, model, SETTINGS)
+    path = out / "Ann" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "refused": {"t1c": "T1 seems to be another's."}}))
+    for modality in changed:
+        (scan,) = small.rglob(f"Ann-{modality}.nii.gz")
+        old = nib.load(scan)
+        nib.save(nib.Nifti1Image(np.asarray(old.dataobj) * 2, old.affine, old.header), scan)
+    listener = Listener()
+    again = complete_cohort(small, out, model, SETTINGS, display=listener)
+    if len(changed) == 1:
+        assert [*again.completed] == ["Ann"]
+        assert any("done again: t1c was refused, with other scans" in line for line in listener.said)
+    else:
+        assert [*again.failed] == ["Ann"]

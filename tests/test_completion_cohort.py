@@ -11,12 +11,23 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import Listener, header_alone, image, make_head, sha256, tree, voxels, write_images
+from conftest import (
+    Listener,
+    header_alone,
+    image,
+    make_head,
+    save_untrained,
+    sha256,
+    tree,
+    voxels,
+    write_images,
+    write_study,
+)
 
 from crossmr import files
 from crossmr.completion import case as cases
 from crossmr.completion import inputs, writing
-from crossmr.completion.cohort import CohortSettings, CohortSummary, complete_cohort
+from crossmr.completion.cohort import CohortSettings, CohortSummary, complete_cohort, plan_cohort
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT, complete, memory_needed
 from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
@@ -350,3 +361,22 @@ def test_memory_is_estimated_by_the_headers_of_files_and_images_alike(model, tmp
     assert memory_needed({"t1n": files["t1n"]}, model, SETTINGS) < needed
     files["t1n"].write_bytes(b"no image")
     assert memory_needed({"t1n": files["t1n"], "t2w": tmp_path / "none"}, model, SETTINGS) == 0
+
+
+def test_what_crossmr_wrote_among_the_scans_is_no_scan(tmp_path):
+    """OUT lies in the cohort, beside that of an earlier run."""
+    cohort, both = tmp_path / "cohort", dict.fromkeys(("sources", "targets"), ("t1n", "t1c", "t2w", "t2f"))
+    any_model = load_model(save_untrained(tmp_path / "model", guidance="last", uncertainty=True, **both))
+    write_study(cohort, "Ann", ("t1n", "t2w", "t2f"))
+    before = tree(cohort)
+    first = complete_cohort(cohort, cohort / "out", any_model, SETTINGS)
+    assert first.completed == {"Ann": ["t1c"]}
+    made = tree(cohort / "out" / "Ann")
+    for _ in range(2):  # the same again, and beside another output
+        assert complete_cohort(cohort, cohort / "out", any_model, SETTINGS).skipped == ["Ann"]
+        assert tree(cohort / "out" / "Ann") == made
+        (planned,) = plan_cohort(cohort, cohort / "second", any_model, SETTINGS)
+        assert ([*planned.acquired], planned.synthesise) == (["t1n", "t2w", "t2f"], ["t1c"])
+        second = complete_cohort(cohort, cohort / "second", any_model, SETTINGS, CohortSettings(overwrite=True))
+        assert second.completed == {"Ann": ["t1c"]}
+    assert {name: content for name, content in tree(cohort).items() if name in before} == before

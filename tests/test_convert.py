@@ -466,3 +466,29 @@ def test_dicom_beside_the_folders_of_parts_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"lies beside the folders that --part shares out"):
         convert(tmp_path / "in", tmp_path / "out", part=Part(1, 2))
     assert not (tmp_path / "out").exists()
+
+
+def test_another_patient_of_the_same_kept_name_replaces_nobody(tmp_path):
+    for patient in ("PID1", "PID-1"):
+        write(tmp_path / patient, ("t1n",), patient=patient)
+    (first,) = convert(tmp_path / "PID1", tmp_path / "out", keep_names=True)
+    before = conftest.tree(tmp_path / "out")
+    (second,) = convert(tmp_path / "PID-1", tmp_path / "out", keep_names=True)
+    assert (first.case, first.refused, second.case) == (second.case, "", first.case)
+    assert "was converted from other images. Delete it, or name another folder" in second.refused
+    assert conftest.tree(tmp_path / "out") == before
+    (again,) = convert(tmp_path / "PID1", tmp_path / "out", keep_names=True, mapping={"t2w": "*"})
+    assert [*again.series] == ["t2w"]  # the same images under another name
+
+
+def test_parts_pass_over_a_link_in_a_circle_and_need_no_file_system_with_links(tmp_path, monkeypatch):
+    write(tmp_path / "in" / "a", ("t1n",), patient="A")
+    write(tmp_path / "in" / "b", ("t1n",), patient="B")
+    (tmp_path / "in" / "circle").symlink_to("circle")
+
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "link", unsupported)
+    found = [one for k in (1, 2) for one in convert(tmp_path / "in", tmp_path / "out", part=Part(k, 2))]
+    assert [one.refused for one in found] == ["", ""]

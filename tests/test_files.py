@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,7 +17,17 @@ import pytest
 
 from crossmr import files
 from crossmr.errors import CrossmrWarning, ModelError, NamingError, OutputError, SetError, StudyError
-from crossmr.files import digest, listed_once, locked, read_json, walk, write_atomically, write_json
+from crossmr.files import (
+    LOCK,
+    digest,
+    listed_once,
+    locked,
+    read_json,
+    refuse_foreign,
+    walk,
+    write_atomically,
+    write_json,
+)
 
 
 def names(folder):
@@ -501,3 +512,33 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(NamingError, match=r"cannot be listed \(Permission denied\)\. Check its permissions"):
         list(walk(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no shared locks")
+def test_who_shares_a_folder_waits_for_one_who_leaves_it(tmp_path):
+    import fcntl
+
+    with (tmp_path / LOCK).open("w") as leaving:  # alone for a moment, to see whether to delete the lock
+        fcntl.flock(leaving, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        release = threading.Timer(0.2, fcntl.flock, (leaving, fcntl.LOCK_UN))
+        release.start()
+        with locked(tmp_path, shared=True):
+            assert not release.is_alive()
+    with (tmp_path / LOCK).open("w") as working:
+        fcntl.flock(working, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(OutputError, match="is being written to by another crossmr"), locked(tmp_path):
+            pass
+
+
+def test_what_was_deleted_while_it_was_looked_at_is_no_foreign_file(tmp_path):
+    path = tmp_path / "lock"
+    path.touch()
+
+    def gone(_):
+        path.unlink()
+        return False
+
+    refuse_foreign(path, gone)
+    path.touch()
+    with pytest.raises(OutputError, match="lock is not crossmr's"):
+        refuse_foreign(path, lambda _: False)

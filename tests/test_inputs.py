@@ -10,7 +10,7 @@ from conftest import image, make_head, save_untrained, tree, write_study
 from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
 from crossmr.completion.inputs import find_inputs
 from crossmr.completion.layout import PROFILES
-from crossmr.completion.study import complete
+from crossmr.completion.study import complete, hashes
 from crossmr.data import enhancement
 from crossmr.display import Display
 from crossmr.errors import ConfigError, NamingError
@@ -100,8 +100,9 @@ def test_a_plan_says_what_would_be_made_of_what_and_writes_nothing(model, tmp_pa
     write_study(cohort, "Dan", ("t1n", "t2w"))
     shutil.copy(cohort / "Dan" / "Dan-t1n.nii.gz", cohort / "Dan" / "Dan-T1.nii.gz")
     (tmp_path / "out" / "Eve").mkdir(parents=True)
-    (tmp_path / "out" / "Eve" / "manifest.json").write_text("{}")
     write_study(cohort, "Eve", ("t1n", "t2w"))
+    given = hashes({m: cohort / "Eve" / f"Eve-{m}.nii.gz" for m in ("t1n", "t2w")})
+    (tmp_path / "out" / "Eve" / "manifest.json").write_text(json.dumps({"acquired": [*given], "given": given}))
     write_study(cohort, "Fay", ("t1n", "t2w"))
     for name in ("t1n_bet", "scan"):
         shutil.copy(cohort / "Fay" / "Fay-t1n.nii.gz", cohort / "Fay" / f"Fay-{name}.nii.gz")

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import os
 import re
 import shutil
 import sys
@@ -220,3 +221,14 @@ def test_paths_in_the_manifests_of_earlier_versions_are_deleted(archive, model, 
     path.write_text(json.dumps({**json.loads(whole), "paths": {"t1n": f"../{PATIENT}/t1.nii.gz"}}))
     complete_cohort(tmp_path / "in", tmp_path / "out", load_model(model), SETTINGS, CohortSettings())
     assert path.read_text() == whole
+
+
+def test_scans_on_another_drive_are_named_in_full(archive, tmp_path, monkeypatch):
+    studies = {study.case: study for study in find_studies(archive)}
+
+    def relpath(*_):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", relpath)
+    write_paths(tmp_path, [studies["P1"]])
+    assert read_paths(tmp_path, "P1") == studies["P1"].images()

@@ -201,3 +201,16 @@ def test_tags_that_are_weighed(tags, why, tmp_path):
     (series,) = find_series(tmp_path)
     assert why in series.why
     assert (series.modality is None) == bool(why and "agent" not in why)
+
+
+def test_images_that_share_numbers_with_those_of_other_series_are_all_read(tmp_path):
+    write(tmp_path, ("t1n", "t2f"))
+    edited(tmp_path.rglob("*.dcm"), lambda image, _: setattr(image, "SOPInstanceUID", f"1.2.3.{image.InstanceNumber}"))
+    assert sorted((s.modality, len(s.images)) for s in find_series(tmp_path)) == [("t1n", 24), ("t2f", 24)]
+
+
+def test_images_that_share_numbers_with_those_of_other_patients_are_all_read(tmp_path):
+    for patient in ("PA", "PB"):
+        write(tmp_path / patient, ("t1n",), patient=patient)
+    edited(tmp_path.rglob("*.dcm"), lambda image, _: setattr(image, "SOPInstanceUID", f"1.2.3.{image.InstanceNumber}"))
+    assert sorted((s.patient, len(s.images)) for s in find_series(tmp_path)) == [("PA", 24), ("PB", 24)]

@@ -11,6 +11,9 @@ from crossmr.completion.cohort import CohortSettings, complete_cohort
 from crossmr.completion.status import COLUMNS, NAME, is_status, line_of, write_lines, write_status
 from crossmr.errors import OutputError
 from crossmr.networks.inference import Settings
+from crossmr.output.report import report_completion
+from crossmr.output.viewer import view_case
+from crossmr.parts import Part
 
 SETTINGS = Settings(ddim_steps=1, precision="float32")
 
@@ -117,3 +120,14 @@ def test_words_of_any_kind_are_one_cell(tmp_path):
     assert is_status(tmp_path / NAME)
     assert table(tmp_path)["P,1"]["reasons"] == reason.replace("\udcff", "?")
     assert tuple(table(tmp_path)["P,1"]) == COLUMNS
+
+
+def test_another_output_in_this_one_is_no_case_of_it(small, cohort, model, tmp_path):
+    out = tmp_path / "out"
+    complete_cohort(small, out / "site", model, SETTINGS)
+    for options in (CohortSettings(), CohortSettings(share=True), CohortSettings(part=Part(1, 1))):
+        assert not complete_cohort(cohort / "Bob", out, model, SETTINGS, options).failed
+        assert [*table(out)] == ["Bob"]
+        assert "Bob" in report_completion(out).read_text()
+    with pytest.raises(OutputError, match="is not crossmr's"):
+        view_case(out, "site")

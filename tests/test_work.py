@@ -362,7 +362,7 @@ def test_calls_that_share_an_output_sum_it_up_together(model, cohort, tmp_path, 
     assert not (out / ".crossmr").exists()
     again = complete_cohort(cohort / "Eve", out, model, SETTINGS, share)
     assert again.complete == ["Eve"]
-    assert sorted(json.loads((out / "manifest.json").read_text())["verdicts"]) == ["Ann", "Bob", "Eve"]
+    assert sorted(json.loads((out / "manifest.json").read_text())["verdicts"]) == ["Ann", "Bob", "Dan", "Eve"]
 
 
 def test_a_part_of_dicom_sees_what_lies_beside_it(model, tmp_path):

@@ -44,6 +44,9 @@ REPORT = "report.html"
 """Name of the page that shows what was done."""
 ABANDONED_SECONDS = 24 * 3600
 """An unfinished file that was not written to for so long has no writer any more; a write takes seconds."""
+SHARING_SECONDS = 1.0
+"""So long one who shares a folder waits for its lock: who leaves holds it alone for a moment, to see whether to delete
+it."""
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}
 """What a system says of a lock that another process holds."""
 _WITHOUT_LOCKS = {
@@ -131,12 +134,16 @@ def _acquire(path: Path, *, create: bool = True, shared: bool = False) -> int | 
     Raises:
         BlockingIOError: another process, or another call, holds it. OSError: it cannot be opened.
     """
+    start = time.monotonic()
     for attempt in itertools.count(1):
         descriptor = _open(path, create=create)
         try:
             _lock(descriptor, shared=shared)
         except OSError as error:
             os.close(descriptor)
+            if error.errno in _HELD and shared and time.monotonic() - start < SHARING_SECONDS:
+                time.sleep(0.01)
+                continue
             if error.errno in _HELD:
                 raise BlockingIOError(error.errno, "locked", str(path)) from error
             if error.errno in _WITHOUT_LOCKS:
@@ -249,9 +256,8 @@ def refuse_foreign(path: Path, recognise: Callable[[Path], bool]) -> None:
         known = there.is_dir() if there != path else not path.is_symlink() and recognise(path)
     except (OSError, CrossmrError):
         known = False
-    if not known:
-        path = there
-        raise OutputError(f"{path} is not crossmr's, so it is not replaced. Name another folder, or move it away.")
+    if not known and os.path.lexists(there):  # a lock may just have been deleted by who held it
+        raise OutputError(f"{there} is not crossmr's, so it is not replaced. Name another folder, or move it away.")
 
 
 def is_record(path: Path, kind: str) -> bool:
@@ -352,7 +358,7 @@ def _list(place: str) -> _Listed:
         with os.scandir(place) as entries:
             for entry in entries:
                 if not entry.name.startswith("."):
-                    (folders if _is_folder(entry) else files).append(entry.name)
+                    (folders if is_folder(entry) else files).append(entry.name)
                     links |= {entry.name} if entry.is_symlink() else set()
     except OSError as error:
         raise NamingError(f"{place}: cannot be listed ({error.strerror}). Check its permissions.") from error
@@ -362,7 +368,8 @@ def _list(place: str) -> _Listed:
     return found
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link in a circle

@@ -19,7 +19,7 @@ from crossmr.completion.cohort import CohortSettings, CohortSummary, complete_co
 from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan
 from crossmr.completion.layout import FORMAT, Layout
 from crossmr.completion.status import reasons_of
-from crossmr.completion.unread import unread_series
+from crossmr.completion.unread import unread_series, why_passed_over
 from crossmr.data.formats import ending_of, half, is_volume, parts
 from crossmr.data.naming import DISPLAY_NAMES, MODALITIES, StudyFiles
 from crossmr.dicom.convert import choose
@@ -164,7 +164,7 @@ def _rows_of_files(files: StudyFiles, inputs: Inputs, scans: Path) -> dict[str, 
         rows += [_row(path, scans, modality, "by its name") for path in paths]
     rows += [_row(path, scans, UNKNOWN, "its name says no contrast") for path in files.unrecognised]
     rows += [_row(path, scans, UNUSED, "a mask") for path in files.labels]
-    rows += [_row(path, scans, UNUSED, "a plainer file of its kind is used") for path in files.passed_over]
+    rows += [_row(path, scans, UNUSED, why_passed_over(path)) for path in files.passed_over]
     for path in inputs.beside.get(files.case, ()):
         rows.append(_row(path, scans, UNKNOWN, "of a kind that is not read") | {"readable": False})
     return {"case": files.case, "rows": rows}

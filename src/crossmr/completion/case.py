@@ -14,20 +14,19 @@ import numpy as np
 
 from crossmr.completion.inputs import Inputs
 from crossmr.completion.layout import PICTURES, Layout, Profile, bids_name
-from crossmr.completion.ownership import check_case, earlier_files
+from crossmr.completion.ownership import check_case, earlier_files, is_another, other_scans, why_not_kept
 from crossmr.completion.study import (
     Completed,
     Origin,
     Reference,
     complete_study,
-    hashes,
     settings_record,
 )
 from crossmr.completion.work import Work
 from crossmr.completion.writing import whole_or_absent, write_volumes
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles
 from crossmr.data.study import Study, load_study
-from crossmr.data.volume import read_volume
+from crossmr.data.volume import is_synthetic, read_volume
 from crossmr.dicom.convert import Scans
 from crossmr.display import Display
 from crossmr.errors import NamingError, OutputError, StudyError, names_only
@@ -133,7 +132,7 @@ def place_of_its_own(run: Run, case: str) -> Iterator[None]:
 
 def kept(run: Run, files: StudyFiles) -> Mapping[str, Any] | None:
     """The manifest of a case that was finished before and stays as it is; None of one that is to be completed."""
-    if not is_finished(run, files):
+    if not is_finished(run, files.case):
         return None
     if arrived := why_again(run, files):
         run.display.say(f"{files.case}: finished before, and done again: {arrived}")
@@ -175,9 +174,9 @@ def write_case(
     return manifest
 
 
-def is_finished(run: Run, files: StudyFiles) -> bool:
+def is_finished(run: Run, case: str) -> bool:
     """Whether a case was finished before, and is not to be overwritten; what this run finished never is."""
-    path = run.layout.folder(files.case) / "manifest.json"
+    path = run.layout.folder(case) / "manifest.json"
     return run.work.is_of_this_run(path) if run.options.overwrite else path.exists()
 
 
@@ -187,9 +186,15 @@ def why_again(run: Run, files: StudyFiles) -> str:
     Or what was not filled, because of a file that may be it, is no longer in doubt. Empty where it stays as it is.
     """
     manifest = read_json(run.layout.folder(files.case) / "manifest.json", OutputError)
-    given, images, synthetic = manifest.get("given", {}), files.images(), manifest.get("synthetic", {})
-    acquired = hashes({m: image for m, image in images.items() if m in synthetic})
-    come = {m: entry["file"] for m, entry in acquired.items() if entry != given.get(m)}
+    images, synthetic = files.images(), manifest.get("synthetic", {})
+    if others := other_scans(manifest, images):  # which `finished_before` refuses, unless a user mends what was refused
+        mended = manifest.get("refused") and any(m in images and m not in others for m in manifest["acquired"])
+        return f"{', '.join(manifest['refused'])} was refused, with other scans" if mended else ""
+    come = {
+        m: images[m].name
+        for m in images
+        if m in synthetic and is_another(manifest, m, images[m]) and not is_synthetic(images[m])
+    }
     known = [m for m in images if m in manifest.get("acquired", ()) or m in come]
     unread = [] if run.settings.targets is not None else run.inputs.unread(files, known, run.model)
     come |= {m: one.name for one in unread for m in sorted(one.may_be) if m in synthetic}
@@ -211,7 +216,7 @@ def _tried_again(run: Run, manifest: Mapping[str, Any], images: Mapping[str, Pat
     changed = [
         name for name, key in (("model", "model_sha256"), ("--register", "register")) if before.get(key) != now[key]
     ]
-    changed += ["scans"] if manifest.get("given") != hashes(images) else []
+    changed += ["scans"] if {*manifest.get("given", ())} != {*images} else []
     asked = [m for m in refused if m in (run.settings.targets or ())]
     changed += [f"--targets {','.join(asked)}"] if asked else []
     return f"{', '.join(refused)} was refused, with other {' and '.join(changed)}" if changed else ""
@@ -220,17 +225,18 @@ def _tried_again(run: Run, manifest: Mapping[str, Any], images: Mapping[str, Pat
 def finished_before(run: Run, files: StudyFiles) -> Mapping[str, Any]:
     """The manifest of a case that is kept as it is, after saying what has changed since.
 
-    Files are read only if one of them is newer than the manifest.
+    Raises:
+        StudyError: it was completed from other scans.
     """
     path, images = run.layout.folder(files.case) / "manifest.json", files.images()
-    manifest, written = read_json(path, OutputError), path.stat().st_mtime
+    manifest = read_json(path, OutputError)
+    if changed := other_scans(manifest, images):
+        raise StudyError(why_not_kept(files.case, changed))
     if manifest.pop("paths", None) is not None:  # earlier versions said where the scans lie
         write_json(path, manifest)
-    changed = ["other settings"] if manifest.get("settings") != run.record else []
-    given = manifest.get("given", {})
-    same = {m: image.name for m, image in images.items()} == {m: entry.get("file") for m, entry in given.items()}
-    if not same or (any(image.stat().st_mtime > written for image in images.values()) and given != hashes(images)):
-        changed.append("other input files")
+    given, changed = manifest.get("given", {}), ["other settings"] if manifest.get("settings") != run.record else []
+    for what, those in (("more", {*images} - {*given}), ("fewer", {*given} - {*images})):
+        changed += [f"{what} scans now ({', '.join(sorted(those))})"] if those else []
     if changed:
         what = " and ".join(changed)
         run.display.say(f"{files.case}: finished before with {what}, and kept; --overwrite does it again")

@@ -147,11 +147,11 @@ def complete_cohort(
         if options.share:
             work.share(run.inputs)
             claim = work.claims.wait_for(PATHS)  # which all calls add to
-            write_paths(layout.records, run.inputs.studies)
+            note_paths(run)
             work.claims.give_back(claim)
         elif not shared:
             work.begin(run.inputs)
-            write_paths(layout.records, run.inputs.studies)
+            note_paths(run)
         summary = CohortSummary()
         try:
             with display.logged(layout.records / LOG) as logging:
@@ -161,6 +161,7 @@ def complete_cohort(
             if not shared:
                 write_status(layout.records, _shareable(run, summary))
         if not shared:
+            write_paths(layout.records, [one for one in run.inputs.studies if one.case not in summary.failed])
             _write_manifest(run, summary)
             work.end()
         elif options.share:
@@ -168,6 +169,12 @@ def complete_cohort(
         elif complete and work.is_last():
             finish_cohort(layout)
     return summary
+
+
+def note_paths(run: Run) -> None:
+    """Note where the scans lie, except of what is finished: the result may be of other scans; see `finished_before`."""
+    layout = run.layout
+    write_paths(layout.records, run.inputs.studies, keep=lambda case: (layout.folder(case) / "manifest.json").exists())
 
 
 def _sum_up(run: Run, summary: CohortSummary) -> None:
@@ -267,7 +274,7 @@ def _joined(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
         check_output(layout, inputs.root)
         if inputs.series is not None:
             raise ConfigError(f"{paths[0]} holds DICOM among many other files. Complete it without --part.")
-        write_paths(layout.records, inputs.studies)
+        note_paths(replace(run, inputs=inputs))
         return inputs
 
     return run.work.join(_key(run, paths), find)
@@ -369,6 +376,7 @@ def finish_cohort(layout: Layout) -> None:
         if claim is None or work.is_over():
             return
         cases, failed, shared = work.cases(), work.failures(), work.is_shared
+        failed |= work.failed_before() if shared else {}
         summary, lines, settings = CohortSummary(), dict[str, Line](), dict[str, Any]()
         for path, manifest in read_manifests(layout.records):
             case = str(manifest["case"])

@@ -14,6 +14,8 @@ from typing import Any
 
 from crossmr.baselines import together
 from crossmr.completion.layout import EXPECTED, Layout
+from crossmr.completion.ownership import other_scans, why_not_kept
+from crossmr.completion.private import SCANS
 from crossmr.completion.unread import (
     Unread,
     dicom_beside,
@@ -21,6 +23,7 @@ from crossmr.completion.unread import (
     reasons,
     unread_files,
     unread_series,
+    why_passed_over,
     why_unread,
 )
 from crossmr.completion.verdict import despite
@@ -28,11 +31,11 @@ from crossmr.data.enhancement import doubtful_files, tell_apart
 from crossmr.data.naming import StudyFiles, find_studies, recognise, study_of, unmatched
 from crossmr.data.tree import mapping_key
 from crossmr.data.words import possible_contrasts
-from crossmr.dicom.convert import Scans, choose, convert_case, find_cases
+from crossmr.dicom.convert import Scans, choose, convert_case, find_cases, other_series
 from crossmr.dicom.series import Series, holds_dicom
 from crossmr.display import SILENT, Display
-from crossmr.errors import ConfigError, NamingError
-from crossmr.files import listed_once
+from crossmr.errors import ConfigError, NamingError, OutputError
+from crossmr.files import listed_once, read_json
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import CrossConditionedModel
 
@@ -115,7 +118,7 @@ def find_inputs(
         studies = _told_apart([study_of(files, mapping)], mapping, display)
         _say_unmatched(studies, mapping, display)
         return Inputs(files[0].absolute().parent, studies)
-    root = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.absolute() for path in paths]))
+    root = paths[0] if len(paths) == 1 else _common(paths)
     dicom = [path for path in paths if holds_dicom(path, mapping, exclude=exclude, display=display)]
     if dicom and len(dicom) < len(paths):
         raise ConfigError(f"{dicom[0]} holds DICOM, and other folders do not. Complete them separately.")
@@ -126,7 +129,7 @@ def find_inputs(
             for case, series in in_path.items():
                 cases.setdefault(case, []).extend(series)
         return with_files_beside(Inputs(root, series=cases), paths, exclude, display)
-    in_paths = [find_studies(path, mapping) for path in paths]
+    in_paths = [find_studies(path, mapping, [exclude] if exclude else ()) for path in paths]
     studies = [study for found in in_paths for study in found]
     if repeated := sorted(name for name, n in Counter(study.case for study in studies).items() if n > 1):
         raise ConfigError(f"The folders share study names ({', '.join(repeated[:3])}). Complete them separately.")
@@ -142,6 +145,14 @@ def find_inputs(
         nearby |= beside
         series_nearby |= dicom_beside(path, own, mapping, exclude)
     return Inputs(root, studies, beside=nearby, dicom=series_nearby)
+
+
+def _common(paths: Sequence[Path]) -> Path:
+    """The folder that holds all of them; the first one where they lie on several drives."""
+    try:
+        return Path(os.path.commonpath([path.absolute() for path in paths]))
+    except ValueError:
+        return paths[0].absolute()
 
 
 def with_files_beside(inputs: Inputs, paths: Sequence[Path], exclude: Path | None, display: Display) -> Inputs:
@@ -277,7 +288,10 @@ def plan(
         unread = inputs.unread(files, acquired, model)
         requested, gaps = what_to_fill(acquired, model, settings, unread)
         finished = not overwrite and (layout.folder(files.case) / "manifest.json").exists()
-        if fault := inputs.faults.get(files.case):
+        fault = inputs.faults.get(files.case, "")
+        if not fault and finished and not found["failed"]:
+            fault = _not_kept(files, inputs, layout)
+        if fault:
             found["failed"] = fault
         if found["failed"]:
             requested, gaps = [], {}
@@ -285,6 +299,16 @@ def plan(
         found |= {"synthesise": requested, "not_synthesised": gaps, "unread": doubtful}
         planned.append(PlannedCase(files.case, finished=finished, **found))
     return planned
+
+
+def _not_kept(files: StudyFiles, inputs: Inputs, layout: Layout) -> str:
+    """Why a finished case would fail: its result was made of other scans. Empty where it would be kept."""
+    if inputs.series is not None:
+        others = other_series(files.case, inputs.series[files.case], layout.records / SCANS)
+    else:
+        manifest = read_json(layout.folder(files.case) / "manifest.json", OutputError)
+        others = other_scans(manifest, files.images())
+    return why_not_kept(files.case, others) if others else ""
 
 
 def _found(inputs: Inputs) -> list[tuple[StudyFiles, dict[str, Any]]]:
@@ -297,7 +321,7 @@ def _found(inputs: Inputs) -> list[tuple[StudyFiles, dict[str, Any]]]:
         found.append((_as_files(case, all_series), {"acquired": acquired, "excluded": excluded, "failed": failed}))
     for files in inputs.studies:
         excluded = {path.name: "its name says no contrast" for path in files.unrecognised}
-        excluded |= {path.name: "a plainer file of its kind is used" for path in files.passed_over}
+        excluded |= {path.name: why_passed_over(path) for path in files.passed_over}
         try:
             acquired = {modality: path.name for modality, path in files.images().items()}
             fault = "" if acquired else "the names of its files say no contrast"

@@ -1,12 +1,17 @@
-"""What `complete` replaces or deletes is its own: whatever else has such a name stops it before its first write."""
+"""What `complete` replaces or deletes is its own: whatever else has such a name stops it before its first write.
+
+And what it keeps is of these scans: an earlier result of the same name that was made of others is no result of theirs.
+"""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from crossmr.completion import private, status
 from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, Layout, is_generated
+from crossmr.data.formats import content_sha256, stamp
 from crossmr.data.volume import is_synthetic
 from crossmr.dicom.series import is_derived
 from crossmr.errors import OutputError
@@ -109,3 +114,24 @@ def earlier_files(layout: Layout, case: str, targets: Sequence[str]) -> list[Pat
         *volumes,
         *(path for path in sidecars if path.is_file() and is_generated(path)),
     ]
+
+
+def other_scans(manifest: Mapping[str, Any], images: Mapping[str, Path]) -> list[str]:
+    """The contrasts whose scans are not those that a case was completed from; all where it has none of these."""
+    both = [m for m in images if m in manifest.get("acquired", ())]
+    return [m for m in both if is_another(manifest, m, images[m])] if both else [*images]
+
+
+def is_another(manifest: Mapping[str, Any], modality: str, image: Path) -> bool:
+    """Whether a scan is not the file that a case was completed from; it is read only if size or time has changed."""
+    given, stamps = (manifest.get(name, {}).get(modality) for name in ("given", "stamps"))
+    return given is None or (stamps != stamp(image) and content_sha256(image) != given["sha256"])
+
+
+def why_not_kept(case: str, changed: Sequence[str]) -> str:
+    """What to say of a case whose result in OUT was made of other scans."""
+    return (
+        f"{case}: the output holds what was made of other scans of this name ({', '.join(changed)} "
+        f"{'is' if len(changed) == 1 else 'are'} not the same), which may be another patient's; it stays. "
+        "Name another folder with -o, or replace it with --overwrite."
+    )

@@ -4,7 +4,7 @@ Everything else in an output names files, never folders: their names may be pati
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crossmr.data.naming import StudyFiles
@@ -18,8 +18,8 @@ SCANS = "scans"
 NOTE = "NOT FOR SHARING: where the scans of each case lie, seen from this folder. Only 'crossmr view' reads this file."
 
 
-def write_paths(records: Path, studies: Sequence[StudyFiles]) -> None:
-    """Write where the scans of each study lie; what the file says of other studies stays.
+def write_paths(records: Path, studies: Sequence[StudyFiles], *, keep: Callable[[str], bool] = lambda _: False) -> None:
+    """Write where the scans of each study lie; what the file says of other studies stays, and of those to `keep`.
 
     Raises:
         OutputError: it cannot be written.
@@ -29,12 +29,22 @@ def write_paths(records: Path, studies: Sequence[StudyFiles]) -> None:
         return
     cases = read_json(path, OutputError).get("cases", {}) if os.path.exists(path) else {}
     for files in studies:
+        if files.case in cases and keep(files.case):
+            continue
         try:
             images = files.images()
         except CrossmrError:  # is reported where the study is completed
             continue
-        cases[files.case] = {m: os.path.relpath(image, records).replace(os.sep, "/") for m, image in images.items()}
+        cases[files.case] = {m: _seen_from(records, image) for m, image in images.items()}
     write_json(path, {"note": NOTE, "format": FORMAT, "cases": cases})
+
+
+def _seen_from(folder: Path, path: Path) -> str:
+    """The way to a file; all of it where it lies on another drive."""
+    try:
+        return os.path.relpath(path, folder).replace(os.sep, "/")
+    except ValueError:
+        return path.absolute().as_posix()
 
 
 def read_paths(records: Path, case: str) -> dict[str, Path]:

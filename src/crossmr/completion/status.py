@@ -50,12 +50,17 @@ def finished_cases(records: Path) -> list[str]:
     return [name for name in names if (records / name / "manifest.json").is_file()]
 
 
+def is_case(manifest: Mapping[str, Any], name: str) -> bool:
+    """Whether this is the manifest of a case of this name; another output in this one has a manifest, too."""
+    return manifest.get("format") == FORMAT and manifest.get("case") == name
+
+
 def read_manifests(records: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """Every manifest of a case that was finished here, by case."""
     for name in finished_cases(records):
         path = records / name / "manifest.json"
         with suppress(OutputError):
-            if (manifest := read_json(path, OutputError)).get("format") == FORMAT:
+            if is_case(manifest := read_json(path, OutputError), name):
                 yield path, manifest
 
 

@@ -24,7 +24,7 @@ from crossmr.completion.lesions import Voxel, find_lesions, most_uncertain
 from crossmr.completion.unread import Unread
 from crossmr.completion.verdict import is_refusal, judge, refusals, undertrained, unlearnt, verdict_on
 from crossmr.completion.writing import save_study
-from crossmr.data.formats import content_sha256
+from crossmr.data.formats import content_sha256, stamp
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import StudyFiles, find_studies, modality_name
 from crossmr.data.study import Study, load_study, study_memory
@@ -117,6 +117,8 @@ class Origin:
     """Modality → what the manifest says of its file."""
     unread: Sequence[Unread] = ()
     """What was not used, and may be a contrast that the study lacks."""
+    stamps: Mapping[str, Any] = field(default_factory=dict)
+    """Modality → size and time of its file."""
     doubts: Sequence[str] = ()
     """Why its contrasts may not be what they are taken for."""
 
@@ -125,8 +127,9 @@ class Origin:
         cls, inputs: Inputs, files: StudyFiles, scans: Scans | None, study: Study, model: CrossConditionedModel
     ) -> "Origin":
         """Of a study that was read from these files, which `scans` were converted to if it was DICOM."""
-        unread = inputs.unread(files, tuple(study.volumes), model)
-        return cls(hashes(files.images()), unread, scans.notes if scans is not None else ())
+        images, unread = files.images(), inputs.unread(files, tuple(study.volumes), model)
+        stamps = {m: stamp(image) for m, image in images.items()}  # before they are read: they may change meanwhile
+        return cls(hashes(images), unread, stamps, files.notes if scans is None else scans.notes)
 
 
 class Reference(NamedTuple):
@@ -242,6 +245,7 @@ def complete_study(
         "acquired": list(study.volumes),
         "inputs": {m: entry for m, entry in origin.files.items() if m in study.volumes},
         "given": dict(origin.files),
+        "stamps": dict(origin.stamps),
         "normalisation": {m: asdict(n) for m, n in study.normalisation.items()},
         "intensity": LIKE_INPUT if made.maps else INTENSITY,
         "std": _std_record(model) if made.stds else None,

@@ -7,12 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from crossmr.completion.case import Run, images_of, is_finished, read_case, why_again
+from crossmr.completion.ownership import why_not_kept
 from crossmr.completion.private import SCANS
 from crossmr.completion.study import check_memory, memory_needed
 from crossmr.completion.work import ATTEMPTS
 from crossmr.data.naming import StudyFiles
 from crossmr.data.study import Study
-from crossmr.dicom.convert import Scans
+from crossmr.dicom.convert import Scans, other_series
 from crossmr.errors import CrossmrError
 from crossmr.main_memory import available_memory, reusable_memory
 from crossmr.parts import POLL_SECONDS, Claim
@@ -100,6 +101,8 @@ class Turns:
     def _convert(self, case: str, claim: Claim) -> tuple[Turn | None, str]:
         """A study of DICOM as NIfTI, or why it is not."""
         run, place = self.run, self.run.layout.records / SCANS
+        if is_finished(run, case) and (others := other_series(case, (run.inputs.series or {})[case], place)):
+            return None, why_not_kept(case, others)
         files, scans = run.inputs.convert(case, place, keep_names=run.options.keep_names)
         for line in scans.lines():
             run.display.say(line)
@@ -109,7 +112,7 @@ class Turns:
 
     def _is_finished(self, files: StudyFiles) -> bool:
         try:
-            return is_finished(self.run, files) and not why_again(self.run, files)
+            return is_finished(self.run, files.case) and not why_again(self.run, files)
         except CrossmrError:  # which is said when the case is completed
             return False
 

@@ -162,6 +162,11 @@ def why_unread(path: Path) -> str:
     return next((why for kind, why in _KINDS.items() if kind.fullmatch(path.name)), "")
 
 
+def why_passed_over(path: Path) -> str:
+    """Why a file of `StudyFiles.passed_over` is not used."""
+    return "crossmr synthesised it" if is_synthetic(path) else "a plainer file of its kind is used"
+
+
 def _owners(root: Path, studies: Sequence[StudyFiles]) -> dict[Path, set[str]]:
     """Folder, from `root` down, → the studies that have files in it or below."""
     top = Path(os.path.abspath(root))

@@ -175,7 +175,8 @@ class Work:
         for name in ("failed", "parts", "patients"):
             remove(self._folder / name)
         write_listing(self._listing(), inputs)
-        write_json(self._layout.records / "manifest.json", {"format": FORMAT, "finished": False})
+        failed = self.failed_before() if key == SHARED else {}
+        write_json(self._layout.records / "manifest.json", {"format": FORMAT, "finished": False, "failed": failed})
         self._layout.start(inputs.root)
         identity = {"format": RUN, "key": key, "id": f"{time.time_ns():x}"}
         options = {"profile": self._layout.profile, "overwrite": self._overwrites}
@@ -277,6 +278,20 @@ class Work:
         folder = self._folder / "failed"
         entries = (read_json(path, OutputError) for path in sorted(folder.glob("*.json")))
         return {str(entry["case"]): str(entry["reason"]) for entry in entries}
+
+    def failed_before(self) -> dict[str, str]:
+        """Case → why it failed, of calls before this run that shared OUT, unless it was finished or tried again since.
+
+        Each call completes studies of its own, so what an earlier one said is still so.
+        """
+        path = self._layout.records / "manifest.json"
+        failed = read_json(path, OutputError).get("failed", {}) if path.exists() else {}
+        again = self.cases()
+        return {
+            case: why
+            for case, why in failed.items()
+            if case not in again and not (self._layout.folder(case) / "manifest.json").exists()
+        }
 
     def end(self) -> None:
         """Delete what only matters while the run lasts."""

@@ -180,7 +180,7 @@ def tell_apart(files: StudyFiles) -> StudyFiles:
         candidates={m: found[m] for m in in_usual_order(found)},
         unrecognised=tuple(path for path in files.unrecognised if path not in (t1n[0], t1c)),
         passed_over=tuple(sorted({*files.candidates.get("t1n", ()), *files.passed_over} - {t1n[0], t1c})),
-        notes=(note,),
+        notes=(*files.notes, note),
     )
 
 

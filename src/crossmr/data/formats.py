@@ -155,3 +155,19 @@ def fault_of(start: bytes, path: Path) -> str:
     if not start and os.path.exists(path) and not os.path.getsize(path):
         return "is empty (0 bytes). Copy or download it again"
     return next((fault for kind, fault in _INSTEAD.items() if re.match(kind, start, re.I)), "")
+
+
+def stamp(path: Path) -> list[int]:
+    """Bytes of a volume's file, or of its files, and nanoseconds since 1970 when it was last written to.
+
+    Raises:
+        VolumeError: one is missing or unreadable.
+    """
+    size, written = 0, 0
+    for part in parts(path):
+        try:
+            state = part.stat()
+        except OSError as error:
+            raise unreadable(part, error) from error
+        size, written = size + state.st_size, max(written, state.st_mtime_ns)
+    return [size, written]

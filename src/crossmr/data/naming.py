@@ -1,8 +1,8 @@
 """Which file is which: studies and their modalities, from file names alone.
 
-No file is opened here, and no channel order is ever assumed. `recognise` reads names; `find_studies` walks a folder and
-calls it. A study whose files are ambiguous is still listed: its error comes from `StudyFiles.images()` or `.label()`,
-so that one patient never stops a cohort.
+No channel order is ever assumed, and no file is opened here but for the header of one that may be crossmr's own.
+`recognise` reads names; `find_studies` walks a folder and calls it. A study whose files are ambiguous is still listed:
+its error comes from `StudyFiles.images()` or `.label()`, so that one patient never stops a cohort.
 """
 
 import difflib
@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from crossmr.data.tree import (
     read_channels,
 )
 from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, read
+from crossmr.data.volume import is_synthetic
 from crossmr.data.words import CONTRASTS, LABEL, OTHER, is_raw, spelt
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
@@ -63,7 +64,7 @@ class StudyFiles:
     alike: str = ""
     """What the names of other studies of this patient may begin with, where the name leaves that open; else ''."""
     notes: tuple[str, ...] = ()
-    """What the voxels said of the files, where their names left it open."""
+    """What is doubtful of the files: what the voxels said where their names left it open, or whose they are."""
 
     def files(self) -> list[tuple[str, tuple[Path, ...]]]:
         """What the files were recognised as, and the files."""
@@ -149,13 +150,16 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(meaning if meaning in MODALITIES else name for name, meaning in meanings.items()))
 
 
-def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list[StudyFiles]:
+def find_studies(
+    folder: Path, mapping: Mapping[str, str] | None = None, exclude: Collection[Path] = ()
+) -> list[StudyFiles]:
     """The studies under a folder (at any depth), or the one study that the folder is; sorted by case.
 
     Takes the volumes of every format that `formats` reads, and follows links. Skips hidden files and folders, folders
-    ending in `.partial`, and the derivatives and sourcedata of a BIDS dataset, unless `folder` is such a folder itself.
-    A folder within a BIDS dataset is read as the whole is: sidecars that its images inherit from above count. Returned
-    paths are absolute. `mapping` is as in `recognise`.
+    ending in `.partial`, those in `exclude`, and the derivatives and sourcedata of a BIDS dataset, unless `folder` is
+    such a folder itself. A folder within a BIDS dataset is read as the whole is: its studies are called the same, and
+    sidecars that its images inherit from above count. What crossmr synthesised is no scan. Returned paths are absolute.
+    `mapping` is as in `recognise`.
 
     Raises:
         NamingError: the folder is missing, not a folder, not readable, or holds no volume at all.
@@ -163,6 +167,7 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
     """
     check_studies(folder)
     root = Path(os.path.abspath(folder))
+    left_out = {os.path.abspath(place) for place in exclude}
     paths: list[Path] = []
     sidecars: set[Path] = set()
     others, packed, excluded = 0, "", set[str]()
@@ -170,7 +175,11 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
     for place, folders, files in walk(root):
         derived = EXCLUDED & {*folders} if ROOT in files else set[str]()
         excluded |= derived
-        folders[:] = [name for name in folders if not name.endswith(".partial") and name not in derived]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.endswith(".partial") and name not in derived and os.path.join(place, name) not in left_out
+        ]
         if NNUNET in files:
             channels[Path(place)] = read_channels(Path(place, NNUNET))
         volumes = [name for name in files if is_volume(name)]
@@ -187,7 +196,26 @@ def find_studies(folder: Path, mapping: Mapping[str, str] | None = None) -> list
     dataset = dataset_of(root)
     above = [folder for folder in root.parents if folder.is_relative_to(dataset)]
     sidecars.update(path for folder in above for path in folder.glob("*.json"))
-    return recognise(paths, mapping, root, channels, enhanced_by_sidecar(paths, sidecars, dataset))
+    whole = dataset if above and (dataset / ROOT).is_file() else root
+    studies = recognise(paths, mapping, whole, channels, enhanced_by_sidecar(paths, sidecars, dataset))
+    return [_without_synthetic(study) for study in studies]
+
+
+def _without_synthetic(study: StudyFiles) -> StudyFiles:
+    """The study, of whose candidates those are passed over that crossmr synthesised.
+
+    Of files that are alone only a standard deviation's is opened, `P1-t1c_std`: many a scan is called so, too.
+    """
+    doubtful = [paths for paths in study.candidates.values() if len(paths) > 1 or "_std." in paths[0].name]
+    synthetic = {path for paths in doubtful for path in paths if is_synthetic(path)}
+    if not synthetic:
+        return study
+    left = {m: tuple(path for path in paths if path not in synthetic) for m, paths in study.candidates.items()}
+    return replace(
+        study,
+        candidates={m: paths for m, paths in left.items() if paths},
+        passed_over=tuple(sorted({*study.passed_over, *synthetic})),
+    )
 
 
 def unmatched(studies: Iterable[StudyFiles], mapping: Mapping[str, str] | None) -> list[str]:
@@ -202,6 +230,8 @@ def unmatched(studies: Iterable[StudyFiles], mapping: Mapping[str, str] | None) 
 
 def study_of(files: Sequence[Path], mapping: Mapping[str, str] | None = None) -> StudyFiles:
     """The one study that these files are; its case is theirs if their names agree, else that of their folder.
+
+    Names of several patients or visits are a note of it.
 
     Raises:
         NamingError: a file that is no volume by its name, or whose name says no contrast. ConfigError: see `recognise`.
@@ -219,7 +249,11 @@ def study_of(files: Sequence[Path], mapping: Mapping[str, str] | None = None) ->
     case = names.pop() if len(names) == 1 else paths[0].parent.name or "study"
     patient = _Patient(studies[0].patient if len(studies) == 1 else case)
     together = NamesInTree(paths, mapping, None)
-    return _study(case, together.readings, patient, together)
+    study = _study(case, together.readings, patient, together)
+    if len(heads := {reading.head for _, reading in together.readings if reading.head and not is_mask(reading)}) > 1:
+        note = f"the names of its files begin with {_listed(sorted(heads))}: are they of one patient and one visit?"
+        study = replace(study, notes=(note,))
+    return study
 
 
 def recognise(
@@ -446,5 +480,5 @@ def _assign(path: Path, cases: Collection[str], of_one: Mapping[Path, str | None
     return names.names.get(folder) or folder.name or "study"
 
 
-def _listed(paths: Iterable[Path]) -> str:
+def _listed(paths: Iterable[Path | str]) -> str:
     return ", ".join(map(str, paths))

@@ -5,6 +5,7 @@ peculiarities, enhanced multi-frame images and most transfer syntaxes, and its w
 recognises the contrast of a series from its tags. Cases get pseudonyms unless names are to be kept.
 """
 
+import contextlib
 import errno
 import importlib.util
 import itertools
@@ -15,7 +16,6 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from crossmr.files import (
     refuse_foreign,
     remove,
     temporary_folder,
+    unfinished_path,
     write_json,
 )
 from crossmr.parts import WORK, Claims, Part, note_done
@@ -115,7 +116,7 @@ def convert(
             or something else has the name of what would be written.
     """
     given: Any = {"keep_names": keep_names, "exclude": exclude or out, "display": display}
-    with locked(out, shared=part is not None), closing(Claims(out / WORK / "claims")) as claims:
+    with locked(out, shared=part is not None), contextlib.closing(Claims(out / WORK / "claims")) as claims:
         if part is None:
             cases, refused = find_cases(folder, mapping, **given), list[Scans]()
         else:
@@ -167,15 +168,22 @@ def cases_of_part(
 
 def _first_part(path: Path, part: Part) -> str:
     """The part that was the first to find a patient."""
+    temporary = unfinished_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as file:
-            file.write(str(part))
-    except FileExistsError:
-        return path.read_text() or str(part)
+        temporary.write_text(str(part))
+        try:
+            os.link(temporary, path)  # by one process alone, and never half-written
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            with contextlib.suppress(FileExistsError), path.open("x") as file:
+                file.write(str(part))
+        return path.read_text()
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
-    return str(part)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find_cases(
@@ -226,7 +234,12 @@ def convert_cases(
     with display.task("convert", len(cases)) as task:
         for case, all_series in cases.items():
             claim = claims and claims.wait_for(case)
-            converted.append(convert_case(case, all_series, out, keep_names=keep_names))
+            before = {entry.get("of") for entry in _taken_before(out / case).values()}
+            if keep_names and before and before.isdisjoint(map(_images_of, choose(all_series)[0].values())):
+                why = f"{case}: {out / case} was converted from other images. Delete it, or name another folder."
+                converted.append(Scans(case, {}, {}, refused=why))
+            else:
+                converted.append(convert_case(case, all_series, out, keep_names=keep_names))
             if claims and claim:
                 claims.give_back(claim)
             task.advance(case)
@@ -374,7 +387,6 @@ def convert_case(case: str, all_series: Sequence[Series], out: Path, *, keep_nam
     record = {
         "format": FORMAT,
         "case": case,
-        "of": digest("\n".join(image.sop_instance for series in chosen.values() for image in series.images)),
         "taken": {m: _described(s, keep_names) for m, s in chosen.items()},
         "left_out": left_out,
         "notes": notes,
@@ -409,9 +421,13 @@ def _is_done(path: Path, record: Mapping[str, Any], images: Collection[Path]) ->
 
 def _images(folder: Path, case: str) -> list[Path]:
     """The images that an earlier conversion wrote, or began: those that its series.json lists."""
+    return [folder / f"{case}-{modality}.nii.gz" for modality in _taken_before(folder)]
+
+
+def _taken_before(folder: Path) -> Mapping[str, Any]:
+    """Modality → what series.json says of the series that an earlier conversion took."""
     path = folder / "series.json"
-    taken = read_json(path, OutputError).get("taken", {}) if path.exists() else {}
-    return [folder / f"{case}-{modality}.nii.gz" for modality in taken]
+    return read_json(path, OutputError).get("taken", {}) if path.exists() else {}
 
 
 def check_scans(cases: Mapping[str, Sequence[Series]], out: Path) -> None:
@@ -440,8 +456,23 @@ def _clear(folder: Path, case: str) -> None:
 
 def _described(series: Series, keep_names: bool) -> dict[str, Any]:
     """A series' entry in series.json; its description may name the patient."""
-    entry = {"series": series.number, "why": series.why, "images": len(series.images)}
+    entry = {"series": series.number, "why": series.why, "images": len(series.images), "of": _images_of(series)}
     return {**entry, "description": series.acquisition.description} if keep_names else entry
+
+
+def _images_of(series: Series) -> str:
+    """A hash of which images a series consists of."""
+    return digest("\n".join(image.sop_instance for image in series.images))
+
+
+def other_series(case: str, all_series: Sequence[Series], out: Path) -> list[str]:
+    """The modalities for which an earlier conversion of a case took other images; all where it took none of these.
+
+    [] where there was no earlier one.
+    """
+    before, now = _taken_before(out / case), choose(all_series)[0]
+    both = [m for m in now if m in before]
+    return [m for m in both if before[m].get("of") != _images_of(now[m])] if both or not before else [*now]
 
 
 def _convert_series(case: str, series: Series, path: Path) -> None:

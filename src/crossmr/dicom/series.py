@@ -34,7 +34,7 @@ from crossmr.dicom.contrast import (
 )
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, NamingError
-from crossmr.files import walk
+from crossmr.files import is_folder, walk
 from crossmr.parts import Part
 
 FEWEST_SLICES = 8
@@ -51,6 +51,7 @@ _TAGS = (
     *("PhaseContrast", "TimeOfFlightContrast"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
+_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 _MR = frozenset(
     {
         "1.2.840.10008.5.1.4.1.1.4",  # MR
@@ -179,7 +180,7 @@ def folders_of_part(folder: Path, part: Part, exclude: Path | None = None) -> li
     place, out = Path(os.path.abspath(folder)), None if exclude is None else os.path.abspath(exclude)
     while True:
         with os.scandir(place) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+            found = sorted((entry.name, is_folder(entry)) for entry in entries if not entry.name.startswith("."))
         folders = [place / name for name, is_folder in found if is_folder and str(place / name) != out]
         loose = [place / name for name, is_folder in found if not is_folder and name.upper() != "DICOMDIR"]
         if first := next(filter(_is_dicom, loose), None):
@@ -221,7 +222,7 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
     mapping = {mapping_key(key): glob for key, glob in mapping.items()} if mapping else None
     files: list[File] = []
     unreadable: list[Path] = []
-    instances: set[str] = set()
+    instances: set[tuple[str, ...]] = set()
     with pydicom.config.disable_value_validation():
         for path in _files(folder, exclude):
             header = _header(pydicom, path)
@@ -230,9 +231,10 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
                 continue
             if str(header.get("Modality", "MR")) != "MR" or header.SOPClassUID not in _MR:
                 continue
-            if header.SOPInstanceUID in instances:  # the same image twice in one export
+            image = _patient(header), *(_text(header, uid) for uid in _UIDS)  # some number the images of each series
+            if image in instances:  # twice in one export
                 continue
-            instances.add(str(header.SOPInstanceUID))
+            instances.add(image)
             files.append((path, header))
         series = []
         for study, of_study in _studies(files).items():

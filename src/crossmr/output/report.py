@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from crossmr.completion.layout import FORMAT, records_of
-from crossmr.completion.status import finished_cases, reasons_of
+from crossmr.completion.layout import records_of
+from crossmr.completion.status import finished_cases, is_case, reasons_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.completion.verdict import VERDICTS
 from crossmr.data.naming import DISPLAY_NAMES, in_usual_order
@@ -109,8 +109,8 @@ def report_completion(out: Path) -> Path:
     counts["failed"] = len(cohort["failed"])
     verdicts, where, synthesised = _no_verdicts(cohort["failed"]), dict[str, str](), set[str]()
     for number, (link, page) in reversed([*enumerate(links)]):  # the first one last, which counts them all
-        manifests = (read_json(out / case / "manifest.json", OutputError) for case in page)
-        cases = [case for case in manifests if case.get("format") == FORMAT]
+        manifests = ((name, read_json(out / name / "manifest.json", OutputError)) for name in page)
+        cases = [manifest for name, manifest in manifests if is_case(manifest, name)]
         for case in cases:
             outcome = (
                 "synthesised" if case["synthetic"] else "not synthesised" if case["not_filled"] else "already complete"

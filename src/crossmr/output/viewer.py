@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from crossmr.completion.layout import FORMAT, records_of
+from crossmr.completion.layout import records_of
+from crossmr.completion.ownership import other_scans
 from crossmr.completion.private import read_paths
-from crossmr.completion.status import reasons_of
+from crossmr.completion.status import is_case, reasons_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.data.naming import DISPLAY_NAMES, find_studies
 from crossmr.data.study import Study, load_study
@@ -126,7 +127,7 @@ def _choose(out: Path, case: str | None) -> tuple[str, dict[str, Any]]:
         listed = ", ".join([*manifests][:8]) + (", …" if len(manifests) > 8 else "")
         raise OutputError(f"{out} holds no completed case{f' {case!r}' if case else ''}; it has {listed or 'none'}.")
     manifest = read_json(manifests[case], OutputError)
-    if manifest.get("format") != FORMAT:
+    if not is_case(manifest, case):
         raise OutputError(f"{manifests[case]} is not crossmr's. Name a folder that 'crossmr complete' wrote.")
     return case, manifest
 
@@ -143,7 +144,10 @@ def _acquired(
         return load_study(studies[case], labels=False), []
     try:
         register = manifest.get("settings", {}).get("register", "never")
-        return load_study(read_paths(out, case), case, register=register), []
+        paths = read_paths(out, case)
+        if others := other_scans(manifest, paths):
+            raise OutputError(f"{', '.join(others)} where they lay is another scan now")
+        return load_study(paths, case, register=register), []
     except CrossmrError as error:
         return None, [f"the acquired scans are not shown ({error}); name their folder with --scans"]
 
