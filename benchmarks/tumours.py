@@ -20,7 +20,8 @@ from scipy.spatial import KDTree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossmr.data.dataset import ENHANCING, Case
+from crossmr.data.dataset import Case
+from crossmr.data.labels import ENHANCING
 from crossmr.device import autocast, choose_precision
 from crossmr.display import Display
 from crossmr.errors import ModelError

@@ -152,6 +152,13 @@ def test_drop_correct_cancel_run_look_download(page, tmp_path):
     page.get_by_label("Contrast of Ann_scan2.nii").select_option(label="T2")
     outcome(page, "Would synthesise T1ce, FLAIR from T1, T2")
     assert page.evaluate(NAMELESS) == []
+    page.reload()  # what was corrected stays, also when something else is
+    outcome(page, "Would synthesise T1ce, FLAIR from T1, T2")
+    page.get_by_label("Contrast of Ann_t1n.nii").select_option(label="FLAIR")
+    outcome(page, "Nothing would be synthesised")
+    assert page.get_by_label("Contrast of Ann_scan2.nii").input_value() == "t2w"
+    page.get_by_label("Contrast of Ann_t1n.nii").select_option(label="T1")
+    outcome(page, "Would synthesise T1ce, FLAIR from T1, T2")
 
     page.get_by_role("button", name="Synthesise T1ce, FLAIR").click()
     page.get_by_text("1 of 4 slices").wait_for()

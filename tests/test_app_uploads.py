@@ -284,3 +284,19 @@ def test_a_link_in_the_way_is_not_followed(store, tmp_path):
 def test_what_was_received_can_be_read(store):
     give(store, "Ann/T1.nii", NIFTI)
     assert nib.load(store.folder / "Ann" / "T1.nii").shape == (28, 32, 24)
+
+
+def test_a_page_that_starts_over_while_an_archive_is_unpacked_keeps_nothing_of_it(store, monkeypatch):
+    usual, unpacked = uploads._copy, []
+
+    def copied(file, start, place):
+        usual(file, start, place)
+        unpacked.append(place)
+        if len(unpacked) == 2:
+            store.close()
+
+    monkeypatch.setattr(uploads, "_copy", copied)
+    with pytest.raises(Refused, match="the page started over"):
+        give(store, "all.zip", packed(*((f"P/{k}.nii", NIFTI) for k in range(5))))
+    assert len(unpacked) == 2
+    assert not store.folder.parent.exists()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -18,7 +19,7 @@ from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.display import LOG, Display
 from crossmr.errors import ConfigError, OutputError, StudyError
 from crossmr.evaluation import evaluate as evaluating
-from crossmr.evaluation.challenge import ProtocolSettings, evaluate_by_protocol, warnings_of
+from crossmr.evaluation.challenge import ProtocolSettings, evaluate_by_protocol, summarise_scores, warnings_of
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.protocols import ERASED, REAL, ZEROS, OtherScore, dice, measure_by
 from crossmr.evaluation.segmenter import Segmenter
@@ -289,3 +290,13 @@ def test_the_command_prints_the_table_and_its_summary(cohort, folder, segmenter,
 def test_rows_are_the_fields_of_a_score(measured):
     _, _, rows = measured
     assert list(rows[0]) == list(OtherScore.__dataclass_fields__)
+
+
+def test_a_measure_that_an_image_does_not_have_is_left_out_of_its_mean():
+    scores = [
+        OtherScore(case, "t1n", "t2f", OWN, "ssim_tumour", value) for case, value in (("A", 0.5), ("B", math.nan))
+    ]
+    (summary,) = summarise_scores(scores)
+    assert (summary["mean"], summary["images"]) == (0.5, 1)
+    (summary,) = summarise_scores(scores[1:])
+    assert (summary["mean"], summary["images"]) == (None, 0)

@@ -688,3 +688,11 @@ def test_all_but_one_modality_are_given_unless_every_subset_is_asked_for(any_mod
     body = evaluate(any_model, tmp_path / "cohort", tmp_path / "out", SETTINGS)
     tasks = {(e["sources"], e["target"]) for e in body["summary"]}
     assert tasks == {("+".join(m for m in ALL if m != target), target) for target in ALL}
+
+
+def test_tables_of_an_earlier_evaluation_do_not_stay_beside_those_of_another(evaluated, bare, cohort, tmp_path):
+    shutil.copytree(evaluated[0], tmp_path / "out")
+    assert (tmp_path / "out" / "uncertainty.csv").exists()
+    evaluate(bare, cohort, tmp_path / "out", settings())
+    left = {path.name for path in (tmp_path / "out").glob("*.csv")}
+    assert left == {"metrics.csv", "contrasts.csv"}

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from trainings import gradients
 
 from crossmr.checkpoint import load_checkpoint, save_checkpoint
 from crossmr.display import SILENT, Display
-from crossmr.errors import Interrupted, ModelError
+from crossmr.errors import Interrupted, ModelError, SetError
 from crossmr.training import loop
 from crossmr.training import plan as planning
 from crossmr.training.batches import StepDataset
@@ -548,3 +549,22 @@ def test_batches_that_are_read_ahead_train_the_same(tmp_path):
     ahead.readers = 1
     assert torch.equal(train(tmp_path / "a", ahead, 5).weight, train(tmp_path / "b", between, 5).weight)
     assert ahead.data.asked[1:6] == between.data.asked[1:6]
+
+
+class Broken(StepDataset[Pairs]):
+    """A study whose second batch cannot be read; the first one says what a reader does with signals."""
+
+    steps_per_epoch = 2
+
+    def __getitem__(self, step: int) -> Any:
+        if step:
+            raise SetError("set/cases/P1: images.npy is damaged. Prepare the set again.")
+        return torch.tensor([signal.getsignal(one) == signal.SIG_IGN for one in (signal.SIGINT, signal.SIGTERM)])
+
+
+def test_readers_outlive_the_signals_of_a_training_and_say_what_is_wrong_in_its_own_words():
+    options = {"num_workers": 1, "worker_init_fn": loop._leave_signals_to_the_parent}
+    batches = loop._raising(DataLoader(loop._Told(Broken()), None, sampler=range(2), **options))
+    assert next(batches).tolist() == [True, True]
+    with pytest.raises(SetError, match=r"^set/cases/P1: images\.npy is damaged\. Prepare the set again\.$"):
+        next(batches)

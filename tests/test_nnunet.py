@@ -1,6 +1,7 @@
 """The nnU-Net dataset: every channel where dataset.json says, bit for bit, and labels without gaps."""
 
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -90,3 +91,24 @@ def test_what_cannot_be_exported_is_said(folders, tmp_path):
         export_nnunet(folders / "in", folders / "completed", tmp_path)
     with pytest.raises(StudyError, match=r"No case of .* has all of pdw: it lacks pdw"):
         export_nnunet(folders / "in", folders / "completed", tmp_path / "out", modalities=("pdw",))
+
+
+def test_labels_of_years_that_have_a_3_stay_as_they_are(folders, tmp_path):
+    """4 is what enhances beside a 3 that does not, or the cavity of a resection; it becomes 3 where no study has one."""
+    studies = {"P1": (3, 4), "P2": (1, 4), "BraTS-GLI-02405-100": (1, 4)}
+    for case, (rest, few) in studies.items():
+        write_study(tmp_path / "in", case, ALL_FOUR, lesion=True)
+        path = tmp_path / "in" / case / f"{case}-seg.nii.gz"
+        labels = np.where(np.asarray(nib.load(path).dataobj) > 0, rest, 0).astype(np.uint8)
+        labels[5, 5, 5] = few
+        nib.save(image(labels), path)
+    (tmp_path / "completed").mkdir()
+
+    def exported(name):
+        export_nnunet(tmp_path / "in", tmp_path / "completed", tmp_path / name)
+        made = {path.name.split(".")[0]: nib.load(path) for path in (tmp_path / name / "labelsTr").iterdir()}
+        return {case: tuple(int(value) for value in np.unique(labels.dataobj)[1:]) for case, labels in made.items()}
+
+    assert exported("all") == studies
+    shutil.rmtree(tmp_path / "in" / "P1")
+    assert exported("without") == {"P2": (1, 3), "BraTS-GLI-02405-100": (1, 4)}

@@ -216,3 +216,9 @@ def test_nonsense_cohorts_are_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         write_cohort(tmp_path / "cohort", patients, **options)  # type: ignore[arg-type]
     assert not (tmp_path / "cohort").exists()
+
+
+def test_a_contrast_that_is_missing_now_does_not_stay_of_an_earlier_cohort(tmp_path: Path) -> None:
+    write_cohort(tmp_path, 1, seed=0, **SMALL)
+    write_cohort(tmp_path, 1, seed=1, missing={0: ["t1c"]}, **SMALL)
+    assert not (tmp_path / "PHANTOM-00000-000" / "PHANTOM-00000-000-t1c.nii.gz").exists()

@@ -32,6 +32,7 @@ from crossmr.training.memory import StepMemory
 from crossmr.training.plan import Budget
 from crossmr.training.recipes import RECIPES, TINY, Recipe, TrainConfig, recipe_of
 from crossmr.training.run import WRITTEN, TrainingSettings
+from crossmr.typical import FEWEST
 
 SETTINGS = {
     "crop": "16,16",
@@ -675,3 +676,23 @@ def test_the_memory_of_every_stage_is_estimated(prepared, tmp_path, monkeypatch,
     assert said == list(load_model(tmp_path / "run" / "model").config.stages)
     assert len(estimates) == len(said)
     assert all(estimate.per_sample > 100 for estimate in estimates)
+
+
+def test_what_is_typical_of_too_few_studies_to_tell_is_as_the_initial_model_has_it(prepared, trained, tmp_path):
+    initial = load_model(trained / "model")
+    known = {"with_skull": {"shape 0": [0.1, 0.02]}, "without_skull": {"smooth t1n": [0.9, 0.03]}}
+    initial.record["training"]["typical"] = known
+    assert len(PreparedDataset(prepared).split("train")) < FEWEST
+    train(prepared, tmp_path / "run", None, initial=initial, steps=1)
+    assert load_model(tmp_path / "run" / "model").record["training"]["typical"] == known
+    train(prepared, tmp_path / "without", steps=1)
+    assert not any(load_model(tmp_path / "without" / "model").record["training"]["typical"].values())
+
+
+def test_a_recipe_goes_by_its_name_and_steps_are_whole():
+    assert TrainingSettings(recipe="tiny").chosen_recipe is RECIPES["tiny"]
+    assert TrainingSettings().chosen_recipe is None
+    with pytest.raises(ConfigError, match="There is no recipe 'large': expected one of standard, any, paper, tiny"):
+        TrainingSettings(recipe="large")
+    with pytest.raises(ConfigError, match="steps are whole"):
+        TrainingSettings(steps=1.5)

@@ -200,6 +200,8 @@ class App:
                 "remarks": session.store.remarks,
                 "job": self._job(session),
                 "recognised": session.recognised,
+                "choices": session.choices,
+                "together": session.together,
                 "results": session.results,
             }
         )
@@ -248,6 +250,7 @@ class App:
         choices, together = asked.get("choices", {}), asked.get("together") is True
         if not (isinstance(choices, dict) and all(isinstance(one, str) for one in choices.values())):
             raise Refused("choices is not an object of strings.")
+        session.choices, session.together = choices, together
         place = session.new_folder("sorted")
         arguments = {"scans": str(session.store.folder), "choices": choices, "together": together, "sorted": str(place)}
 

@@ -30,6 +30,10 @@ class Session:
     """When it was last heard of, in seconds of `time.monotonic`."""
     job: Job | None = None
     """What was asked for last."""
+    choices: dict[str, str] = field(default_factory=dict)
+    """What a user has corrected: file or series → contrast."""
+    together: bool = False
+    """Whether a user said that all files are of one study."""
     recognised: dict[str, Any] | None = None
     """What the scans were recognised as; see `worker.recognise`."""
     batches: list[Any] = field(default_factory=list)
@@ -100,7 +104,7 @@ class Sessions:
     def forget(self, session: Session) -> None:
         """Delete all that a page has."""
         self.all.pop(session.key, None)
-        shutil.rmtree(session.folder, ignore_errors=True)
+        session.store.close()
 
     def unheard(self) -> list[Session]:
         """The pages that were closed, as far as one can tell."""

@@ -76,6 +76,13 @@ class Store:
     """Path of a file → why it will not be read."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _taken: int = 0
+    _closed: bool = False
+
+    def close(self) -> None:
+        """Receive nothing any more, and delete the folder of the page."""
+        with self._lock:
+            self._closed = True
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     @property
     def taken(self) -> int:
@@ -107,6 +114,8 @@ class Store:
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
+            if self._closed:  # while it came: what was written since goes, too
+                self.close()
 
     async def _stream(self, temporary: Path, path: PurePosixPath, chunks: AsyncIterator[bytes]) -> int:
         """Write what comes in; returns how many bytes, which count as long as they come."""
@@ -181,6 +190,8 @@ class Store:
     def _reserve(self, path: PurePosixPath, size: int) -> None:
         """Count a file, before it is written."""
         with self._lock:
+            if self._closed:
+                raise Refused(f"{path}: the page started over.", 410)
             if _key(path) in self.names:
                 raise Refused(f"{path} is here already. Rename one of them, or start over.", 409)
             if len(self.names) >= self.limits.files:
@@ -196,6 +207,8 @@ class Store:
     def _take(self, size: int, path: PurePosixPath) -> None:
         """Count bytes; refuse those that are too many, of the limit or of the disk."""
         with self._lock:
+            if size > 0 and self._closed:
+                raise Refused(f"{path}: the page started over.", 410)
             if size > 0 and self._taken + size > self.limits.total:
                 raise self._too_large(path)
             if size > 0 and shutil.disk_usage(self.folder).free - size < self.limits.free:

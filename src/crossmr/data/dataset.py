@@ -23,8 +23,6 @@ from crossmr.paths import check_prepared
 from crossmr.tensors import crop_or_pad, foreground_slices
 
 Array = npt.NDArray[np.float32]
-ENHANCING = 3
-"""Smallest label of enhancing tumour: 4 in BraTS until 2021, 3 from 2023 on."""
 
 
 @dataclass(frozen=True)

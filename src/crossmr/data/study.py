@@ -22,6 +22,7 @@ from crossmr.data.head import (
     head_mask,
     in_threads,
 )
+from crossmr.data.labels import as_counted, note_on
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, in_usual_order
 from crossmr.data.registration import RegistrationMode, register_rigidly
 from crossmr.data.volume import (
@@ -90,7 +91,7 @@ class Study:
     """Whether every volume's background is one exact value, as after skull-stripping or masking."""
     normalisation: Mapping[str, Normalisation]
     labels: npt.NDArray[np.uint8] | None = None
-    """Lesion labels (Z, Y, X), 0 outside, or None."""
+    """Lesion labels (Z, Y, X), 0 outside, or None; see `labels.as_counted`."""
     notes: Sequence[str] = field(default_factory=tuple)
     """Remarks on the input that belong in every report of a result."""
     stripped: Mapping[str, Mask] = field(default_factory=dict)
@@ -169,6 +170,9 @@ def load_study(
         if nan is not None:
             notes.append(_nan_note(m, nan, stripped.get(m, mask) if volumes[m] is volume else None))
     notes += skull_note(volumes, stripped)
+    lesion = None if label is None else _read_labels(case, label, next(iter(volumes.values())))
+    if lesion is not None and (note := note_on(np.unique(lesion), case)):
+        notes.append(note)
     return Study(
         case=case,
         patient=patient,
@@ -176,7 +180,7 @@ def load_study(
         mask=mask,
         masked_background=masked_background,
         normalisation=in_threads(lambda m, volume: fit_normalisation(volume.data, stripped.get(m, mask)), volumes),
-        labels=None if label is None else _read_labels(case, label, next(iter(volumes.values()))),
+        labels=None if lesion is None else as_counted(lesion, case),
         notes=(*notes, *movements),
         stripped=stripped,
     )

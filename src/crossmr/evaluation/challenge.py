@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from crossmr.data.labels import as_counted
 from crossmr.data.naming import in_usual_order
 from crossmr.data.patients import merge
 from crossmr.data.study import Study
@@ -184,10 +185,11 @@ def summarise_scores(scores: Sequence[OtherScore]) -> list[OtherSummary]:
                 target=target if len(targets) > 1 else targets[0],
                 predictor=predictor,
                 measure=measure,
-                images=len(values),
-                mean=mean if np.isfinite(mean := statistics.fmean(values)) else None,
+                images=len(known),
+                mean=mean if known and np.isfinite(mean := statistics.fmean(known)) else None,
             )
             for (predictor, measure), values in groups.items()
+            for known in [[value for value in values if not np.isnan(value)]]
         ]
     return summaries
 
@@ -245,7 +247,7 @@ def _dice(
     full = {name: on_whole_grid(image, subject) for name, image in images.items()}
     others = [m for m in DROPPED if m != target]
     outlined = segmenter.outline(study, target, full, others)
-    return {name or REAL: dice(labels, study.labels) for name, labels in outlined}
+    return {name or REAL: dice(as_counted(labels, study.case), study.labels) for name, labels in outlined}
 
 
 def _summarise(

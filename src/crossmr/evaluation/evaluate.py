@@ -163,8 +163,12 @@ def evaluate(
         evaluation = summarise_all(measured, predictors, set_and_split(Path(data), settings))
         evaluation["finished"] = complete
         if complete:
-            for name, rows in measured.rows().items():
-                write_csv(out / f"{name}.csv", rows)
+            rows = measured.rows()
+            for name in TABLES:
+                if name in rows:
+                    write_csv(out / f"{name}.csv", rows[name])
+                else:  # of an earlier evaluation
+                    remove(out / f"{name}.csv")
             write_json(out / "metrics.json", {**evaluation, "failed": shareable})
             remove(out / WORK)
     return evaluation

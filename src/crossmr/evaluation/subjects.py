@@ -10,7 +10,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from crossmr.data.dataset import ENHANCING, Case, PreparedDataset
+from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.labels import ENHANCING
 from crossmr.data.naming import StudyFiles, find_studies
 from crossmr.data.patients import assign, read_patients
 from crossmr.data.registration import RegistrationMode

@@ -11,6 +11,7 @@ import gzip
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import numpy as np
 
 from crossmr.completion.layout import records_of
 from crossmr.data.formats import is_nifti
+from crossmr.data.labels import cavity_is_labelled
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies, in_usual_order
 from crossmr.data.volume import describe_grid, on_grid, read_labels, read_volume, same_grid, write_volume
 from crossmr.errors import CrossmrError, OutputError, StudyError, names_only
 from crossmr.files import LOCK, locked, read_json, write_atomically, write_json
 
 ENHANCING = {4: 3}
-"""BraTS' label of enhancing tumour until 2022 → since 2023; nnU-Net needs labels without gaps."""
+"""BraTS' label of enhancing tumour from 2016 to 2021 → since 2023; nnU-Net needs labels without gaps."""
 
 Channels = dict[str, tuple[Path, bool]]
 """Modality → its file, and whether that is synthetic."""
@@ -75,12 +77,14 @@ def _write_dataset(
     chosen = list(modalities or in_usual_order({m for channels, _ in cases.values() for m in channels}))
     synthetic: dict[str, list[str]] = {}
     values: set[int] = set()
+    gap = _lacks_three([(case, label) for case, (_, label) in cases.items() if label is not None])
     for case, (channels, label) in cases.items():
         if lacking := [m for m in chosen if m not in channels]:
             left_out[case] = f"it lacks {', '.join(lacking)}; complete it first, or choose --modalities"
             continue
         try:
-            values |= _write_case(out, case, [channels[m][0] for m in chosen], label)
+            renumbered = ENHANCING if gap and not cavity_is_labelled(case) else {}
+            values |= _write_case(out, case, [channels[m][0] for m in chosen], label, renumbered)
         except CrossmrError as error:
             left_out[case] = str(error)
             continue
@@ -126,7 +130,18 @@ def _channels(files: StudyFiles, records: Path) -> Channels:
     return channels
 
 
-def _write_case(out: Path, case: str, paths: Sequence[Path], label: Path | None) -> set[int]:
+def _lacks_three(labels: Sequence[tuple[str, Path]]) -> bool:
+    """Whether no label of the cases is 3, but for those in whose names 4 is a cavity; see `data.labels`."""
+    for case, label in labels:
+        with suppress(CrossmrError):  # which is said when the case is written
+            if not cavity_is_labelled(case) and (read_volume(label).data == 3).any():
+                return False
+    return True
+
+
+def _write_case(
+    out: Path, case: str, paths: Sequence[Path], label: Path | None, renumbered: Mapping[int, int]
+) -> set[int]:
     """Write a case's channels and labels, all or none; returns the values of its labels."""
     split = "Ts" if label is None else "Tr"
     targets = [out / f"images{split}" / f"{case}_{number:04d}.nii.gz" for number in range(len(paths))]
@@ -142,7 +157,7 @@ def _write_case(out: Path, case: str, paths: Sequence[Path], label: Path | None)
     try:
         if label is not None:
             segmentation = read_labels(label, reference)
-            for old, new in ENHANCING.items():
+            for old, new in renumbered.items():
                 segmentation = np.where(segmentation == old, np.uint8(new), segmentation)
             values = {int(value) for value in np.unique(segmentation)}
             targets.append(out / "labelsTr" / f"{case}.nii.gz")

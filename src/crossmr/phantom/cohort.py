@@ -125,7 +125,10 @@ def write_cohort(
         own_seed = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
         phantom = make_phantom(int(own_seed), **kwargs)
         volumes: dict[str, NDArray[np.generic]] = {"seg": phantom.labels}
-        for modality in set(MODALITIES) - set(missing.get(index, ())):
+        for modality in MODALITIES:
+            if modality in missing.get(index, ()):
+                (Path(folder) / name / f"{name}-{modality}.nii.gz").unlink(missing_ok=True)  # of an earlier cohort
+                continue
             volumes[modality] = np.rint(phantom.images[modality].clip(0, 32767)).astype(np.int16)
         for kind, volume in volumes.items():
             _write_volume(Path(folder) / name / f"{name}-{kind}.nii.gz", volume, phantom.affine)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crossmr.data.dataset import ENHANCING, Case
+from crossmr.data.dataset import Case
+from crossmr.data.labels import ENHANCING
 from crossmr.errors import SetError
 from crossmr.ranks import ALONE, Share
 from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from crossmr.checkpoint import load_checkpoint, save_checkpoint
 from crossmr.data.prepare import default_workers
 from crossmr.device import autocast, out_of_memory
 from crossmr.display import Task
-from crossmr.errors import Interrupted, ModelError
+from crossmr.errors import CrossmrError, Interrupted, ModelError
 from crossmr.files import append_line, read_lines, write_atomically
 from crossmr.main_memory import available_memory
 from crossmr.tensors import seeded
@@ -148,7 +148,8 @@ class Trainer:
             return _ahead(self.stage.data, steps)
         gpu = self.compute.device.type == "cuda"
         readers = min(self.stage.readers, max(1, default_workers() // self.ranks.local_size - 1)) if gpu else 0
-        return iter(DataLoader(self.stage.data, None, sampler=steps, num_workers=readers, pin_memory=gpu))
+        options: Any = {"num_workers": readers, "pin_memory": gpu, "worker_init_fn": _leave_signals_to_the_parent}
+        return _raising(DataLoader(_Told(self.stage.data), None, sampler=steps, **options))
 
     def _step(self, raw: Any, plan: Plan) -> float:
         """One step of gradient descent; returns its learning rate."""
@@ -349,6 +350,36 @@ def _truncate_log(log: Path, stage: str, done: int) -> None:
         return
     kept = [line for line in read_lines(log) if line["stage"] != stage or line["step"] <= done]
     write_atomically(log, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+class _Told(Dataset[Any]):
+    """Batches for readers in processes of their own, which give back what is wrong with a study instead of raising it.
+
+    PyTorch would raise it with the reader's traceback in its text.
+    """
+
+    def __init__(self, data: StepDataset[Any]) -> None:
+        self.data = data
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self.data[step]
+        except CrossmrError as error:
+            return error
+
+
+def _raising(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches of `_Told`, up to what is wrong."""
+    for batch in batches:
+        if isinstance(batch, CrossmrError):
+            raise batch
+        yield batch
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Go on until the training has stopped: a scheduler, or Ctrl-C, signals the readers, too."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from crossmr.training.calibration import calibration
 from crossmr.training.choices import choose
 from crossmr.training.loop import Trainer, without_prefix
 from crossmr.training.plan import Budget, Plan, read_plan, write_plan
-from crossmr.training.recipes import STANDARD, Recipe, recipe_of
+from crossmr.training.recipes import RECIPES, STANDARD, Recipe, recipe_of
 from crossmr.training.shared import Compute, Training
 from crossmr.training.stages import STAGES
 from crossmr.typical import describe, summarise
@@ -61,8 +61,8 @@ WRITTEN: dict[str, Callable[[Path], bool]] = {
 class TrainingSettings:
     """What is trained, for how long, and where."""
 
-    recipe: Recipe | None = None
-    """Networks and optimisation; None for STANDARD, or that of the initial model."""
+    recipe: Recipe | str | None = None
+    """Networks and optimisation, or a name of RECIPES; None for STANDARD, or that of the initial model."""
     sources: Sequence[str] | None = None
     """Modalities to read, one or several, in any usual spelling; None for the published T1 and T2, as far as the set
     has them. A recipe of any subset reads and synthesises sources and targets alike; None for all that the set has."""
@@ -85,15 +85,22 @@ class TrainingSettings:
         for name in ("sources", "targets"):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, modality_names(given))
+        if isinstance(self.recipe, str) and self.recipe not in RECIPES:
+            raise ConfigError(f"There is no recipe '{self.recipe}': expected one of {', '.join(RECIPES)}.")
         if isinstance(self.stages, str):
             object.__setattr__(self, "stages", (self.stages,))
         if self.steps is not None and self.minutes is not None:
             raise ConfigError("Give --steps or --minutes, not both.")
         too_short = self.minutes is not None and not 0 < self.minutes < math.inf  # NaN fails too
-        if too_short or (self.steps is not None and self.steps < 1):
-            raise ConfigError("--steps and --minutes are positive.")
+        if too_short or (self.steps is not None and (self.steps < 1 or self.steps != int(self.steps))):
+            raise ConfigError("--steps and --minutes are positive, and steps are whole.")
         if not -(2**63) <= self.seed < 2**64:
             raise ConfigError(f"--seed is {self.seed}; expected a whole number of at most 64 bits.")
+
+    @property
+    def chosen_recipe(self) -> Recipe | None:
+        """The recipe, if one was given."""
+        return RECIPES[self.recipe] if isinstance(self.recipe, str) else self.recipe
 
 
 def train(
@@ -251,7 +258,7 @@ def _recipe(
         raise ModelError(
             "The initial model was never saved, so it has no record. Save it by save_model, name its folder."
         )
-    recipe = settings.recipe or (STANDARD if initial is None else recipe_of(initial))
+    recipe = settings.chosen_recipe or (STANDARD if initial is None else recipe_of(initial))
     if not recipe.by_set:
         return recipe, ()
     return choose(recipe, cases, choose_device(settings.device).type, minutes)
@@ -267,7 +274,7 @@ def _training(
     ranks: Ranks = ALONE,
 ) -> Training:
     """What is trained on what, and where; refuses what makes no sense."""
-    recipe = settings.recipe or STANDARD
+    recipe = settings.chosen_recipe or STANDARD
     device = ranks.device(settings.device)
     config = recipe.model_config(*_modalities(dataset, recipe, settings, initial))
     if initial is not None:
@@ -382,15 +389,17 @@ def _words(budget: Mapping[str, Any]) -> str:
     return next((f"--{name} {value:g}" for name, value in budget.items() if value), "its recipe's epochs")
 
 
-def _baselines(training: Training) -> dict[str, Tensor]:
-    """The baselines, fitted once per run."""
+def _baselines(training: Training, initial: CrossConditionedModel | None) -> dict[str, Tensor]:
+    """The baselines, fitted once per run; what is typical of too few studies to tell is as the initial model has it."""
     place = training.folder / "stages" / "baselines"
 
     def first() -> tuple[dict[str, Tensor], None]:
         if not (place / "baselines.json").exists():
             training.compute.display.say(f"baselines: reading {len(training.train)} training studies")
             fitted = fit_baselines([_reader(case) for case in training.train], training.config.modalities)
-            write_json(place / "typical.json", _typical(training, fitted))
+            known = {} if initial is None else initial.record.get("training", {}).get("typical", {})
+            found = _typical(training, fitted)
+            write_json(place / "typical.json", {g: {**known.get(g, {}), **found.get(g, {})} for g in {*known, *found}})
             save_bundle(place, {"baselines": fitted}, {}, "baselines")
         return load_bundle(place, "baselines")[0]["baselines"], None
 
@@ -418,7 +427,7 @@ def _reader(case: Case) -> Callable[[], dict[str, Any]]:
 def _first_model(training: Training, initial: CrossConditionedModel | None) -> CrossConditionedModel:
     """The networks before their training: with first weights of their own, or the initial model's."""
     model = CrossConditionedModel(training.config, seed=training.compute.seed)
-    model.baselines = _baselines(training)
+    model.baselines = _baselines(training, initial)
     if initial is not None:
         for name, network in model.networks().items():
             network.load_state_dict(initial.networks()[name].state_dict())

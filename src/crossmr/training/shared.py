@@ -39,7 +39,7 @@ class Compute:
         parts = []
         for tensor in batch:
             if tensor is not None:
-                tensor = tensor.to(self.device, non_blocking=True)
+                tensor = tensor.to(self.device, non_blocking=self.device.type == "cuda")  # of pinned memory
                 if tensor.ndim == 4:
                     tensor = tensor.contiguous(memory_format=torch.channels_last)
             parts.append(tensor)

@@ -5,7 +5,7 @@
 const BUSY_MS = 600, IDLE_MS = 10000, AT_ONCE = 3;
 const $ = (id) => document.getElementById(id);
 const state = { key: sessionStorage.getItem("page"), limit: 0, choices: {}, together: false, sending: null, timer: 0, shown: "", quiet: false,
-  known: null, downloaded: false, announced: "" };
+  known: null, loaded: false, downloaded: false, announced: "" };
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -194,6 +194,7 @@ async function refresh() {
   clearTimeout(state.timer);
   if (!state.key) return;
   const told = await ask(page());
+  if (!state.loaded) Object.assign(state, { loaded: true, choices: told.choices, together: told.together });
   show(told);
   const busy = told.job && ["waiting", "running"].includes(told.job.state);
   state.timer = setTimeout(() => refresh().catch(guarded((error) => { throw error; })), busy ? BUSY_MS : IDLE_MS);

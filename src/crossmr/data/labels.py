@@ -1,0 +1,45 @@
+"""Lesion labels, whose meaning BraTS changed from year to year, as crossmr counts them.
+
+        1                      2        3                     4
+-2015   necrosis               oedema   non-enhancing         enhancing
+-2021   necrosis, non-enh.     oedema   -                     enhancing
+2023    necrosis, non-enh.     oedema   enhancing             -
+2024-   necrosis, non-enh.     oedema   enhancing             cavity left by a resection
+
+Which year it is, names and values tell: no file says it.
+"""
+
+import re
+from collections.abc import Container
+
+import numpy as np
+import numpy.typing as npt
+
+Labels = npt.NDArray[np.uint8]
+ENHANCING = 3
+"""Smallest label of enhancing tumour, as crossmr counts them."""
+_SINCE_2023 = re.compile(r"BraTS-(GLI|MET|SSA|GoAT)-", re.I)
+
+
+def cavity_is_labelled(case: str) -> bool:
+    """Whether 4 is a cavity in this case's labels, by its name: `BraTS-GLI-00005-100`."""
+    return bool(_SINCE_2023.search(case))
+
+
+def as_counted(labels: Labels, case: str) -> Labels:
+    """Labels of which 1 and 2 do not enhance, and 3 and 4 do; a cavity is no lesion."""
+    if not (labels == 4).any():
+        return labels
+    if cavity_is_labelled(case):
+        return np.where(labels == 4, np.uint8(0), labels)
+    return np.where(labels == ENHANCING, np.uint8(1), labels)
+
+
+def note_on(values: Container[int], case: str) -> str:
+    """What to say of labels that may be of another year than they are taken for; '' of all others."""
+    if cavity_is_labelled(case) or not (3 in values and 4 in values):
+        return ""
+    return (
+        "its labels 3 and 4 are read as BraTS had them until 2015: 3 does not enhance, 4 does. If 4 is the cavity of a "
+        "resection, as since 2024, the study's name has to begin with BraTS-GLI-."
+    )
