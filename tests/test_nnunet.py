@@ -94,7 +94,7 @@ def test_what_cannot_be_exported_is_said(folders, tmp_path):
 
 
 def test_labels_of_years_that_have_a_3_stay_as_they_are(folders, tmp_path):
-    """4 is what enhances beside a 3 that does not, or the cavity of a resection; it becomes 3 where no study has one."""
+    """4 enhances beside a 3 that does not, or is the cavity of a resection; it becomes 3 where no study has one."""
     studies = {"P1": (3, 4), "P2": (1, 4), "BraTS-GLI-02405-100": (1, 4)}
     for case, (rest, few) in studies.items():
         write_study(tmp_path / "in", case, ALL_FOUR, lesion=True)
