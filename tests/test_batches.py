@@ -16,7 +16,7 @@ from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.prepare import prepare
 from crossmr.errors import SetError
 from crossmr.ranks import Ranks
-from crossmr.tensors import crop_or_pad, foreground_slices, neighbours
+from crossmr.tensors import PLANES, crop_or_pad, foreground_slices, neighbours
 from crossmr.training.augmentation import AugmentationConfig
 from crossmr.training.batches import Batches, BatchSettings, ImageBatch, VectorBatch, Vectors, mapped_at_once
 
@@ -363,3 +363,18 @@ def test_the_lesion_is_cropped_and_flipped_with_its_image(tmp_path, size, contex
         assert batch.neighbours.shape[1] == 3 * context
     unlabelled = replace(case, has_labels=False)
     assert not Batches([unlabelled], MODALITIES, BatchSettings(size=size, batch_size=8, seed=0))[0].lesion.any()
+
+
+def test_sagittal_slices_have_no_sides_to_be_mirrored(tmp_path):
+    """Their columns run upwards."""
+    whole, flipped = case_of(tmp_path, "P", np.random.default_rng(0).random((4, 3, 5, 6))), {}
+    for plane in PLANES:
+        case = whole.in_plane(plane)
+        originals = list(torch.from_numpy(case.images().astype(np.float32)))
+        batches = Batches([case], MODALITIES, BatchSettings(size=case.images().shape[2:], batch_size=8, seed=0))
+        images = torch.cat([batches[step].images for step in range(10)])
+        flipped[plane] = sum(not any(torch.equal(image, one) for one in originals) for image in images)
+    assert case.images().shape == (6, 3, 5, 4)
+    assert 20 < flipped["axial"] < 60
+    assert 20 < flipped["coronal"] < 60
+    assert flipped["sagittal"] == 0

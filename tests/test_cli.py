@@ -222,8 +222,8 @@ def test_expert_options_have_a_panel_of_their_own(verb):
     assert "--debug" in messages
     assert ("--part" in machines) == (verb != "train")
     expected = {
-        "complete": {"guidance", "reference", "ddim-steps", "samples", "seed", "precision"},
-        "evaluate": {"guidance", "ddim-steps", "samples", "seed", "precision"},
+        "complete": {"guidance", "reference", "ddim-steps", "planes", "samples", "seed", "precision"},
+        "evaluate": {"guidance", "ddim-steps", "planes", "samples", "seed", "precision"},
         "train": {"stage", "steps", "set", "seed", "precision"},
     }
     assert set(re.findall(r"^│ +--([a-z-]+)", expert, flags=re.MULTILINE)) == expected[verb]

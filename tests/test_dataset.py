@@ -16,7 +16,7 @@ from crossmr.data.dataset import PreparedDataset
 from crossmr.data.prepare import SPLITS, PrepareSettings, Split, prepare
 from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest
-from crossmr.tensors import crop_or_pad, foreground_slices
+from crossmr.tensors import PLANES, crop_or_pad, foreground_slices
 
 MODALITIES = ("t1n", "t1c", "t2f")
 
@@ -226,3 +226,22 @@ def test_a_damaged_array(copy, name, damage):
         path.write_bytes({"truncated": content[:-1], "empty": b"", "text": b"not an array"}[damage])
     with pytest.raises(SetError, match=rf"{name} is missing or damaged .*Run prepare again"):
         case.images() if name == "images.npy" else case.masks()
+
+
+def test_a_case_in_another_plane_is_the_same_head(prepared):
+    for case in PreparedDataset(prepared).cases:
+        images, masks = case.images(), case.masks()
+        assert case.in_plane("axial") is case
+        for plane, (slices, rows, columns) in PLANES.items():
+            other = case.in_plane(plane)
+            order = (slices, rows, columns)
+            np.testing.assert_array_equal(
+                other.volume(case.modalities[0]), case.volume(case.modalities[0]).transpose(order)
+            )
+            np.testing.assert_array_equal(np.asarray(other.masks())[:, 1], np.asarray(masks)[:, 1].transpose(order))
+            assert other.images().shape[1] == images.shape[1]
+            assert other.shape == tuple(case.shape[axis] for axis in order)
+            assert other.spacing_mm == tuple(case.spacing_mm[axis] for axis in order)
+            assert sum(other.foreground_voxels) == sum(case.foreground_voxels)
+            assert sum(other.lesion_voxels) == sum(case.lesion_voxels)
+            assert len(other.foreground_voxels) == other.shape[0]

@@ -27,7 +27,7 @@ from crossmr.networks.inference import (
 )
 from crossmr.networks.masked_autoencoder import RepresentationConfig
 from crossmr.networks.model import GUIDANCES, CrossConditionedModel, ModelConfig
-from crossmr.tensors import crop_or_pad, pad_to_multiple, seeded
+from crossmr.tensors import PLANES, crop_or_pad, pad_to_multiple, seeded
 
 FORM = {"channels": 4, "multipliers": (1, 2)}
 SHAPE = (6, 10, 13)
@@ -579,3 +579,68 @@ def test_features_that_pass_at_once_do_not_grow_beyond_a_size_of_slices():
     config = random_model().config
     sizes = [passing_memory(config, (side, side, 200)) for side in (64, 256, 512, 1024)]
     assert sizes[0] < sizes[1] == sizes[2] == sizes[3]
+
+
+# Three planes
+
+
+def turned(head, plane):
+    """A head whose axial slices are those of another plane."""
+    slices, rows, columns = PLANES[plane]
+    volumes = {m: np.ascontiguousarray(volume.transpose(PLANES[plane])) for m, volume in head.volumes.items()}
+    counts = (np.stack([*volumes.values()]) > 0).any(0).sum((1, 2)).tolist()
+    sides = (head.spacing_mm, *head.in_plane_mm)
+    return HeadVolumes(volumes, counts, sides[slices], (sides[rows], sides[columns]))
+
+
+def test_three_planes_are_the_mean_of_each_by_itself():
+    model = any_model(guidance="none", uncertainty=True, planes=3)
+    head, shape = a_head(("t1n", "t2w", "t2f")), np.shape(a_head().volumes["t1n"])
+    together = synthesise(model, head, "A", settings(targets=("t1c", "t2f")))
+    images, variances = np.zeros((2, *shape)), np.zeros((2, *shape))
+    for plane, order in PLANES.items():
+        alone = synthesise(model, turned(head, plane), "A", settings(targets=("t1c", "t2f"), planes=1))
+        images += alone.images.numpy().transpose(0, *(1 + axis for axis in order)) / 3
+        variances += alone.stds.numpy().transpose(0, *(1 + axis for axis in order)) ** 2 / 3
+    images[:, [0, 5]] = variances[:, [0, 5]] = 0  # axial slices without head
+    np.testing.assert_allclose(together.images, images, atol=1e-5)
+    np.testing.assert_allclose(together.stds, np.sqrt(variances), atol=1e-5)
+    assert not np.allclose(together.images, synthesise(model, head, "A", settings(planes=1)).images[[1, 3]], atol=1e-3)
+
+
+def test_thick_slices_and_planes_1_are_completed_in_axial_slices_alone():
+    model, seen = any_model(guidance="none", uncertainty=True, planes=3), []
+    axial = any_model(guidance="none", uncertainty=True)
+    axial.load_state_dict(model.state_dict())
+    thick, thin = a_head(spacing_mm=4.0), a_head()
+    with watching(lambda done, total: seen.append((done, total))):
+        for one, other in (
+            (synthesise(model, thick, "A", settings()), synthesise(axial, thick, "A", settings())),
+            (synthesise(model, thin, "A", settings(planes=1)), synthesise(axial, thin, "A", settings())),
+        ):
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.stds, other.stds)
+    assert {total for _, total in seen} == {4}
+    seen.clear()
+    with watching(lambda done, total: seen.append((done, total))):
+        synthesise(model, thin, "A", settings())
+    depth, height, width = thin.volumes["t1n"].shape
+    total = (depth - 2) + (height - 2) + (width - 2)
+    assert (seen[-1], {of for _, of in seen}) == ((total, total), {total})
+    with pytest.raises(ConfigError, match="--planes is 3; this model has learnt 1, so give that, or 1"):
+        check_settings(axial, settings(planes=3))
+    check_settings(model, settings(planes=3))
+
+
+def test_neighbours_are_those_of_the_plane_a_millimetre_apart():
+    """Rows half a millimetre apart have the second next ones as neighbours."""
+    model, given = any_model(guidance="none", uncertainty=True, planes=3), []
+    hook = model.synthesis.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    fine = replace(a_head(("t1n", "t2w", "t2f")), in_plane_mm=(0.5, 1.0))
+    synthesise(model, fine, "A", settings())
+    hook.remove()
+    (coronal,) = [inputs for inputs in given if len(inputs) == SHAPE[1] - 2]
+    channel = 3 * model.config.sources.index("t1n")
+    middle, after = coronal[:, channel + 1], coronal[:, channel + 2]
+    torch.testing.assert_close(after[:-2], middle[2:])
+    assert not torch.equal(after[:-1], middle[1:])

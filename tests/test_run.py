@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from conftest import sha256, tree, write_study
 
+from crossmr import tensors
 from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.prepare import PrepareSettings, Split, prepare
@@ -696,3 +697,16 @@ def test_a_recipe_goes_by_its_name_and_steps_are_whole():
         TrainingSettings(recipe="large")
     with pytest.raises(ConfigError, match="steps are whole"):
         TrainingSettings(steps=1.5)
+
+
+def test_three_planes_are_learnt_in_studies_with_thin_slices(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "NEIGHBOURS_MM", 4.0)  # slices of 7 mm are thin
+    train(prepared, tmp_path / "run", replace(ANY_SMALL, planes=3, guidance="none"), steps=2)
+    model = load_model(tmp_path / "run" / "model")
+    assert model.config.planes == 3
+    case = PreparedDataset(prepared).split("train")[0]
+    head = HeadVolumes({m: case.volume(m) for m in case.modalities[:2]}, case.foreground_voxels, case.spacing_mm[0])
+    three, one = (synthesise(model, head, "P", Settings(planes=count)).images for count in (3, 1))
+    assert not torch.equal(three, one)
+    with pytest.raises(ConfigError, match="planes is 3; expected 1 or 3, and 1 in 3D or with guidance"):
+        train(prepared, tmp_path / "guided", replace(ANY_SMALL, planes=3, guidance="last"), steps=2)

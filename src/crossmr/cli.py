@@ -28,6 +28,7 @@ from crossmr.command import (
     Out,
     PartOption,
     Patients,
+    Planes,
     Precision,
     RayOption,
     Register,
@@ -159,6 +160,7 @@ def complete(
             rich_help_panel=EXPERT,
         ),
     ] = None,
+    planes: Planes = None,
     ddim_steps: DdimSteps = 50,
     samples: Samples = None,
     seed: Seed = 0,
@@ -199,6 +201,7 @@ def complete(
     settings = Settings(
         targets=wanted,
         guidance=guidance,  # type: ignore[arg-type]
+        planes=planes,
         ddim_steps=ddim_steps,
         samples=samples,
         reference=reference,
@@ -385,6 +388,7 @@ def evaluate(
     guidance: Annotated[
         list[str] | None, typer.Option(help="Guidance to measure as well; repeatable.", rich_help_panel=EXPERT)
     ] = None,
+    planes: Planes = None,
     ddim_steps: DdimSteps = 50,
     samples: Samples = None,
     seed: Seed = 0,
@@ -408,6 +412,7 @@ def evaluate(
     from crossmr.output.report import report_evaluation
 
     inference = Settings(
+        planes=planes,
         ddim_steps=ddim_steps,
         samples=samples,
         seed=seed,

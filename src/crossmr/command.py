@@ -117,6 +117,13 @@ Samples = Annotated[
     int | None,
     typer.Option(help="Number of guided syntheses to average, with --guidance sample.", rich_help_panel=EXPERT),
 ]
+Planes = Annotated[
+    int | None,
+    typer.Option(
+        help="1: axial slices alone, in a third of the time; by default all planes that the model has learnt.",
+        rich_help_panel=EXPERT,
+    ),
+]
 DdimSteps = Annotated[
     int, typer.Option("--ddim-steps", help="DDIM steps that sample the guidance.", rich_help_panel=EXPERT)
 ]

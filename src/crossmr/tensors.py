@@ -10,8 +10,15 @@ from crossmr.files import digest
 
 NEIGHBOURS_MM = 1.0
 """Distance of the neighbouring slices that a network is given."""
+PLANES = {"axial": (0, 1, 2), "coronal": (1, 0, 2), "sagittal": (2, 1, 0)}
+"""Plane → where its slices, rows and columns lie in (Z, Y, X); turning a volume twice gives it back."""
 FOREGROUND_FRACTION = 0.1
 """Training skips slices with less foreground than this fraction of the volume's slice with the most."""
+
+
+def planes_of(count: int, spacing_mm: float) -> list[str]:
+    """The planes in which a volume is cut, whose axial slices lie so far apart: thick slices in no other plane."""
+    return [*PLANES][: count if spacing_mm <= 2 * NEIGHBOURS_MM else 1]
 
 
 def foreground_slices(foreground_voxels: Sequence[int]) -> list[int]:

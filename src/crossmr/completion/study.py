@@ -39,6 +39,7 @@ from crossmr.networks.inference import (
     Synthesis,
     check_settings,
     chosen_guidance,
+    chosen_planes,
     passing_memory,
     samples_drawn,
     slices_at_once,
@@ -363,7 +364,8 @@ def _head_volumes(study: Study, modalities: Sequence[str]) -> HeadVolumes:
     """Some of a study's volumes as the networks read them."""
     box = study.box()
     volumes = {m: study.normalised(m, box) for m in modalities}
-    return HeadVolumes(volumes, study.mask[box].sum((1, 2)).tolist(), study.reference.spacing_mm[0])
+    slices_mm, *in_plane_mm = study.reference.spacing_mm
+    return HeadVolumes(volumes, study.mask[box].sum((1, 2)).tolist(), slices_mm, (in_plane_mm[0], in_plane_mm[1]))
 
 
 def _like(modality: str, sources: Sequence[str]) -> str:
@@ -496,6 +498,7 @@ def settings_record(model: CrossConditionedModel, settings: Settings, reference:
         "sources": list(model.config.sources),
         "targets": [t for t in model.config.targets if settings.targets is None or t in settings.targets],
         "guidance": chosen_guidance(model, settings),
+        "planes": chosen_planes(model, settings),
         "ddim_steps": settings.ddim_steps,
         "samples": samples_drawn(model, settings),
         "reference": reference and dict(reference.files),

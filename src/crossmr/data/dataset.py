@@ -1,7 +1,7 @@
 """Reading a prepared dataset: its manifest, its arrays mapped into memory, and its items as tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from crossmr.data.prepare import FORMAT, FORMAT_VERSION
 from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest, read_json
 from crossmr.paths import check_prepared
-from crossmr.tensors import crop_or_pad, foreground_slices
+from crossmr.tensors import PLANES, crop_or_pad, foreground_slices
 
 Array = npt.NDArray[np.float32]
 
@@ -56,6 +56,27 @@ class Case:
     """SHA-256 of each array file, checked when it is first opened in a process."""
     scans: tuple[str, ...] = ()
     """SHA-256 of the voxels of each volume as it was acquired: the same under any name; see `voxels_sha256`."""
+    plane: str = "axial"
+    """In which it is cut; Z, Y and X are slices, rows and columns of this plane throughout. See `in_plane`."""
+
+    def in_plane(self, plane: str) -> "Case":
+        """An axial study, cut in another plane (tensors.PLANES).
+
+        Raises:
+            SetError: its masks are missing or damaged.
+        """
+        if plane == self.plane:
+            return self
+        slices, rows, columns = PLANES[plane]
+        counts = (_turned(self.masks(), plane) > 0).sum((2, 3))
+        return replace(
+            self,
+            plane=plane,
+            foreground_voxels=tuple(counts[:, 0].tolist()),
+            lesion_voxels=tuple(counts[:, 1].tolist()) if self.has_labels else (),
+            shape=(self.shape[slices], self.shape[rows], self.shape[columns]),
+            spacing_mm=(self.spacing_mm[slices], self.spacing_mm[rows], self.spacing_mm[columns]),
+        )
 
     def images(self) -> npt.NDArray[np.float16]:
         """The memory-mapped images, float16 (Z, M, Y, X) in [0, 1], M as in `modalities`."""
@@ -69,7 +90,7 @@ class Case:
 
     def _mapped(self, name: str, channels: int, dtype: npt.DTypeLike) -> Any:
         try:
-            mapped = np.lib.format.open_memmap(self.folder / name, mode="r")
+            mapped = _turned(np.lib.format.open_memmap(self.folder / name, mode="r"), self.plane)
             if mapped.ndim != 4 or mapped.shape[:2] != (len(self.foreground_voxels), channels) or mapped.dtype != dtype:
                 raise ValueError(f"it is {mapped.dtype} {mapped.shape}")
             path = self.folder / name
@@ -198,6 +219,12 @@ class PreparedDataset(Dataset[dict[str, Any]]):
         """SHA-256 of all that a training depends on: the cases, the split and the voxels."""
         files = {name: case["files"] for name, case in self.manifest["cases"].items()}
         return digest({"cases": files, "split": self.manifest["split"]})
+
+
+def _turned(array: npt.NDArray[Any], plane: str) -> npt.NDArray[Any]:
+    """Axial slices (Z, M, Y, X) as those of another plane, uncopied."""
+    slices, *rest = ((0, 2, 3)[axis] for axis in PLANES[plane])
+    return array.transpose(slices, 1, *rest) if array.ndim == 4 else array
 
 
 def _case(folder: Path, name: str, record: Mapping[str, Any]) -> Case:

@@ -28,7 +28,6 @@ from crossmr.data.tree import (
     read_channels,
 )
 from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, read
-from crossmr.data.volume import is_synthetic
 from crossmr.data.words import CONTRASTS, LABEL, OTHER, is_raw, spelt
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
@@ -207,6 +206,10 @@ def _without_synthetic(study: StudyFiles) -> StudyFiles:
     Of files that are alone only a standard deviation's is opened, `P1-t1c_std`: many a scan is called so, too.
     """
     doubtful = [paths for paths in study.candidates.values() if len(paths) > 1 or "_std." in paths[0].name]
+    if not doubtful:
+        return study
+    from crossmr.data.volume import is_synthetic  # imports nibabel
+
     synthetic = {path for paths in doubtful for path in paths if is_synthetic(path)}
     if not synthetic:
         return study

@@ -40,7 +40,7 @@ from crossmr.evaluation.subjects import Array, Found, Subject, each_study, find_
 from crossmr.evaluation.tables import is_table, write_csv
 from crossmr.files import REPORT, digest, is_page, is_record, locked, refuse_foreign, remove, write_json
 from crossmr.main_memory import check_memory
-from crossmr.networks.inference import Settings, chosen_guidance, samples_drawn
+from crossmr.networks.inference import Settings, chosen_guidance, chosen_planes, samples_drawn
 from crossmr.networks.model import CrossConditionedModel, Guidance
 from crossmr.parts import WORK, Part
 from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_most, window
@@ -306,6 +306,7 @@ def settings_of(predictor: Predictor) -> dict[str, Any]:
     model, settings = predictor.model, predictor.settings
     return {
         "seed": settings.seed,
+        "planes": chosen_planes(model, settings),
         "ddim_steps": settings.ddim_steps,
         "samples": samples_drawn(model, settings),
         "device": model.device.type,

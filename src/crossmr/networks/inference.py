@@ -1,5 +1,6 @@
 """From arrays to arrays: the targets of a head, synthesised from its sources; completion and evaluation both use it."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from crossmr.errors import ConfigError
 from crossmr.networks.diffusion import ddim_timesteps
 from crossmr.networks.model import GUIDANCES, CrossConditionedModel, Guidance, ModelConfig
 from crossmr.networks.unet import FEATURES_ALIVE
-from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded, to_model_input
+from crossmr.tensors import PLANES, crop_or_pad, foreground_slices, neighbours, planes_of, seeded, to_model_input
 
 Array = npt.NDArray[np.float32]
 
@@ -50,6 +51,8 @@ class Settings:
     """Guided syntheses whose mean the image is, where it is guided; None for one."""
     reference: Path | None = None
     """Folder of the study that guidance 'reference' represents: an earlier visit, or one of the site's protocol."""
+    planes: int | None = None
+    """1 for axial slices alone, in about a third of the time; None for as many planes as the model has learnt."""
     seed: int = 0
     """Of the sampled representation; each case derives its own from it and its name."""
     device: str = "auto"
@@ -84,6 +87,8 @@ class HeadVolumes:
     """Voxels of head in each axial slice."""
     spacing_mm: float
     """Distance of the axial slices."""
+    in_plane_mm: tuple[float, float] = (1.0, 1.0)
+    """Distance of their rows and columns, which are coronal and sagittal slices."""
 
 
 class Synthesis(NamedTuple):
@@ -126,6 +131,8 @@ def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
         raise ConfigError("This model's MDN was trained without a condition; use guidance 'unconditional'.")
     if settings.samples and guidance in ("none", "reference"):
         raise ConfigError(f"--samples are drawn, and guidance '{guidance}' draws none; add --guidance sample.")
+    if settings.planes not in (None, 1, config.planes):
+        raise ConfigError(f"--planes is {settings.planes}; this model has learnt {config.planes}, so give that, or 1.")
     ddim_timesteps(config.distribution.schedule.steps, settings.ddim_steps)
     choose_precision(settings.precision, model.device)
 
@@ -140,6 +147,11 @@ def samples_drawn(model: CrossConditionedModel, settings: Settings) -> int:
     return 0 if chosen_guidance(model, settings) in ("none", "reference") else settings.samples or 1
 
 
+def chosen_planes(model: CrossConditionedModel, settings: Settings) -> int:
+    """In how many planes a volume with thin slices is completed."""
+    return settings.planes or model.config.planes
+
+
 def slices_at_once(pixels: int) -> int:
     """How many slices of so many pixels pass through the networks at once, while there is memory for them."""
     return max(1, min(BATCH, PIXELS // max(1, pixels)))
@@ -150,7 +162,9 @@ def passing_memory(config: ModelConfig, shape: Sequence[int]) -> int:
     if config.spatial_dims == 3:
         points = math.prod(config.window)
     else:
-        points = slices_at_once(shape[0] * shape[1]) * shape[0] * shape[1]
+        areas = [math.prod(sides) for sides in itertools.combinations(shape, 2)]
+        area = shape[0] * shape[1] if config.planes == 1 else max(areas)
+        points = slices_at_once(area) * area
     pixels = math.prod([config.synthesis.patch] * config.spatial_dims)
     return 4 * FEATURES_ALIVE * config.synthesis.channels * points // pixels
 
@@ -194,7 +208,7 @@ def synthesise(
         if model.config.spatial_dims == 3:
             channels, window = _by_windows(model, head, predictor)
         else:
-            channels, batch = _by_slices(model, head, predictor)
+            channels, batch = _by_slices(model, head, predictor, chosen_planes(model, settings))
     channels[:, [z for z, voxels in enumerate(head.foreground_voxels) if not voxels]] = 0
     images, stds = channels[: len(targets)].clamp_(0, 1), channels[len(targets) :]
     return Synthesis(targets, images, stds if len(stds) else None, batch, window)
@@ -269,29 +283,62 @@ class _Predictor:
         return images[0] if len(images) < 2 else torch.cat([images.mean(0), images.std(0)], 1)
 
 
-def _by_slices(
-    model: CrossConditionedModel, head: HeadVolumes, predict: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, int]:
-    """Predict the axial slices that hold any head, (W, Z, Y, X), and how many passed at once."""
-    config = model.config
-    volumes = _volumes(head.volumes, config.sources)
-    slices = [z for z, voxels in enumerate(head.foreground_voxels) if voxels]
-    around = [neighbours(z, config.context_slices, len(volumes[0][0]), head.spacing_mm) for z in slices]
+def _by_slices(model: CrossConditionedModel, head: HeadVolumes, predict: _Predictor, planes: int) -> tuple[Tensor, int]:
+    """Predict the slices that hold any head, (W, Z, Y, X), in one plane or as the mean of three; how many at once.
 
-    def predict_some(some: slice) -> Tensor:
-        inputs = _inputs(volumes, around[some], 2, config.divisor).to(model.device)
-        return predict(inputs.contiguous(memory_format=torch.channels_last)).cpu()
+    Standard deviations are root mean squares over the planes, of whose mean the error is a little smaller.
+    """
+    volumes, targets = _volumes(head.volumes, model.config.sources), len(predict.chosen)
+    cuts = [_Cut.of(volumes, plane, head) for plane in planes_of(planes, head.spacing_mm)]
+    total, done, batch = sum(len(cut.slices) for cut in cuts), 0, BATCH
+    result = torch.zeros(0)
+    for cut in cuts:
+        around = [
+            neighbours(z, model.config.context_slices, len(cut.volumes[0][0]), cut.spacing_mm) for z in cut.slices
+        ]
 
-    shape, result = volumes[0].shape[1:], torch.zeros(0)
-    batch = slices_at_once(math.prod(shape[1:]))
-    for some, predicted, at_once in in_batches(predict_some, len(slices), batch):
-        batch = at_once
-        if not len(result):
-            result = torch.zeros(predicted.shape[1], *shape)
-        result[:, slices[some]] = crop_or_pad(predicted, shape[1:], [0.5] * 2).transpose(0, 1)
-        if (watch := _watch.get()) is not None:
-            watch(some.stop, len(slices))
+        def predict_some(some: slice, cut: _Cut = cut, around: Sequence[Sequence[int]] = around) -> Tensor:
+            inputs = _inputs(cut.volumes, around[some], 2, model.config.divisor).to(model.device)
+            return predict(inputs.contiguous(memory_format=torch.channels_last)).cpu()
+
+        size = cut.volumes[0].shape[2:]
+        for some, predicted, at_once in in_batches(predict_some, len(cut.slices), slices_at_once(math.prod(size))):
+            batch = at_once
+            if not len(result):
+                result = torch.zeros(predicted.shape[1], *volumes[0].shape[1:])
+            if len(cuts) > 1:
+                predicted[:, targets:] **= 2
+            turned = result.permute(0, *(1 + axis for axis in PLANES[cut.plane]))
+            turned[:, cut.slices[some]] += crop_or_pad(predicted, size, [0.5] * 2).transpose(0, 1)
+            done += len(predicted)
+            if (watch := _watch.get()) is not None:
+                watch(done, total)
+    if len(cuts) > 1:
+        result /= len(cuts)
+        result[targets:] = result[targets:].sqrt()
     return result, batch
+
+
+class _Cut(NamedTuple):
+    """Volumes as they are cut in one plane."""
+
+    plane: str
+    volumes: Sequence[Tensor]
+    """(1, Z, Y, X), of the plane's slices, rows and columns, uncopied."""
+    slices: Sequence[int]
+    """Those that hold any head."""
+    spacing_mm: float
+
+    @classmethod
+    def of(cls, volumes: Sequence[Tensor], plane: str, head: HeadVolumes) -> "_Cut":
+        """Volumes (1, Z, Y, X) in one plane."""
+        if plane == "axial":
+            return cls(
+                plane, volumes, [z for z, voxels in enumerate(head.foreground_voxels) if voxels], head.spacing_mm
+            )
+        turned = [volume.permute(0, *(1 + axis for axis in PLANES[plane])) for volume in volumes]
+        holds = torch.stack([(volume[0] > 0).flatten(1).any(1) for volume in turned]).any(0)
+        return cls(plane, turned, holds.nonzero().flatten().tolist(), head.in_plane_mm[plane == "sagittal"])
 
 
 def _by_windows(

@@ -60,6 +60,8 @@ class ModelConfig:
     """Size of the training crops, in voxels; larger volumes are completed 3D window by 3D window."""
     context_slices: int = 1
     """Axial slices of each source that a synthetic slice is made from: itself and as many above as below."""
+    planes: int = 1
+    """1: the C-UNet learns axial slices. 3: coronal and sagittal ones, too, and the image is the mean of the three."""
     guidance: Literal["joint", "last", "none"] = "joint"
     """How the C-UNet learns to use y_0. 'joint': its condition layers learn with the rest, on samples of the MDN, as
     published. 'last': they learn alone, after the rest, on the true y_0. 'none': no MRM and no MDN, a plain U-Net."""
@@ -88,6 +90,8 @@ class ModelConfig:
             raise ConfigError(f"The crop is {self.window}; expected multiples of {self.stride}, the networks' stride.")
         if self.context_slices not in (1, 3, 5) or (self.context_slices > 1 and self.spatial_dims == 3):
             raise ConfigError(f"context_slices is {self.context_slices}; expected 1, 3 or 5, and 1 in 3D.")
+        if self.planes not in (1, 3) or (self.planes == 3 and (self.spatial_dims == 3 or self.guidance != "none")):
+            raise ConfigError(f"planes is {self.planes}; expected 1 or 3, and 1 in 3D or with guidance.")
         if self.guidance == "joint" and self.any_subset:
             raise ConfigError(
                 "any_subset needs guidance 'last' or 'none': with 'joint' representations are drawn once per case, and "

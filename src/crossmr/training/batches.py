@@ -70,7 +70,7 @@ class BatchSettings:
     seed: int
     """Of the order, the crops, the flips and the augmentation."""
     flip: bool = True
-    """Mirror samples left to right at random."""
+    """Mirror samples left to right at random; sagittal ones have no sides."""
     lesion_draws: int = 1
     """How often a slice that has a lesion is drawn per epoch; every other is drawn once."""
     context: int = 1
@@ -193,7 +193,8 @@ class Batches(StepDataset[ImageBatch]):
         image = self._read_all(*item)
         *offset, coin = place
         image = crop_or_pad(image, self.size, offset)
-        return image.flip(-1) if self.flip and coin < 0.5 else image
+        sides = self.cases[item[0]].plane != "sagittal"  # whose columns do not run from left to right
+        return image.flip(-1) if self.flip and sides and coin < 0.5 else image
 
     def _order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.drawn), generator=seeded("epoch", self.seed, epoch))

@@ -27,7 +27,7 @@ def calibration(
     """
     compute, config = training.compute, training.config
     known = before.get("variance") if before else None
-    usable = training.usable(training.val)
+    usable = training.in_planes(training.usable(training.val))
     if not usable:
         return dict(before or {})
     model.eval()

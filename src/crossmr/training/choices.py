@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from crossmr.data.dataset import Case
-from crossmr.tensors import NEIGHBOURS_MM, foreground_slices, neighbours
+from crossmr.tensors import NEIGHBOURS_MM, PLANES, foreground_slices, neighbours, planes_of
 from crossmr.training.batches import times_drawn
 from crossmr.training.recipes import Recipe
 
@@ -30,13 +30,16 @@ def choose(recipe: Recipe, cases: Sequence[Case], device: str, minutes: float | 
     Returns the recipe, which leaves nothing open any more, and a line for each choice.
     """
     said = []
+    close = [case for case in cases if len({*neighbours(1, 3, 3, case.spacing_mm[0])}) == 3]
     if "context_slices" in recipe.by_set:
-        spacings = [case.spacing_mm[0] for case in cases]
-        close = [spacing for spacing in spacings if len({*neighbours(1, 3, 3, spacing)}) == 3]
         recipe = replace(recipe, context_slices=3 if 2 * len(close) > len(cases) and recipe.spatial_dims == 2 else 1)
         what = "each slice with its two neighbours" if recipe.context_slices == 3 else "each slice by itself"
         if recipe.spatial_dims == 2:
             said.append(f"{what}, because {len(close)} of {len(cases)} studies have slices of {CLOSE_MM:g} mm or less")
+    if "planes" in recipe.by_set and recipe.spatial_dims == 2 and recipe.guidance == "none":
+        recipe = replace(recipe, planes=3 if 2 * len(close) > len(cases) else 1)
+        what = "axial, coronal and sagittal slices" if recipe.planes == 3 else "axial slices alone"
+        said.append(f"{what}, for the same reason")
     if "synthesis.channels" in recipe.by_set:
         width = GPU_WIDTH if device != "cpu" else next(width for most, width in WIDTHS if (minutes or math.inf) <= most)
         recipe = replace(recipe, synthesis=replace(recipe.synthesis, channels=width))
@@ -66,11 +69,13 @@ def _crop(recipe: Recipe, cases: Sequence[Case]) -> tuple[int, ...]:
 def _sides(recipe: Recipe, cases: Sequence[Case]) -> list[int]:
     """Voxels along each axis that this percentile of the heads does not exceed."""
     heads = [case.shape[-recipe.spatial_dims :] for case in cases]
+    for _, rows, columns in [*PLANES.values()][1 : recipe.planes]:
+        heads += [(case.shape[rows], case.shape[columns]) for case in cases if planes_of(3, case.spacing_mm[0])[1:]]
     return [int(side) for side in np.percentile(heads, LARGE_ENOUGH, axis=0, method="higher")]
 
 
 def _epochs(recipe: Recipe, cases: Sequence[Case]) -> float:
-    """The recipe's epochs, or those that make the fewest or the most steps."""
+    """The recipe's epochs, or those that make the fewest or the most steps; three planes make no more of them."""
     if recipe.spatial_dims == 3:
         items = len(cases)
     else:
@@ -78,4 +83,4 @@ def _epochs(recipe: Recipe, cases: Sequence[Case]) -> float:
         items = sum(times_drawn(case, z, recipe.lesion_draws) for case, z in slices)
     per_epoch = max(1, -(-items // recipe.synthesis_train.batch_size))
     steps = min(max(recipe.synthesis_train.epochs * per_epoch, STEPS[0]), STEPS[1])
-    return float(round(steps / per_epoch, 2))
+    return float(round(steps / per_epoch / recipe.planes, 2))

@@ -59,7 +59,7 @@ class TrainConfig:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warm_up)) * fall
 
 
-BY_SET = ("crop", "context_slices", "synthesis.channels", "synthesis_train.epochs")
+BY_SET = ("crop", "context_slices", "planes", "synthesis.channels", "synthesis_train.epochs")
 """All that a recipe can leave to the set."""
 
 
@@ -75,6 +75,8 @@ class Recipe:
     """One model for whatever a patient has and whatever is missing: each training sample hides a random part."""
     context_slices: int = 1
     """Axial slices that a synthetic one is made from: 1, 3 or 5."""
+    planes: int = 1
+    """1: axial slices. 3: coronal and sagittal ones too, in studies with thin slices; see ModelConfig."""
     crop: tuple[int, ...] = (224, 224)
     """Size of the training crops, in voxels."""
     flip: bool = True
@@ -122,6 +124,7 @@ class Recipe:
             spatial_dims=self.spatial_dims,
             window=self.crop,
             context_slices=self.context_slices,
+            planes=self.planes,
             guidance=self.guidance,
             uncertainty=self.uncertainty,
             representation=self.representation,

@@ -12,6 +12,7 @@ from crossmr.device import in_batches
 from crossmr.display import Display
 from crossmr.networks.model import ModelConfig
 from crossmr.ranks import ALONE, Ranks
+from crossmr.tensors import planes_of
 from crossmr.training.batches import Batches, BatchSettings
 from crossmr.training.memory import samples_at_once
 from crossmr.training.plan import Budget
@@ -80,6 +81,10 @@ class Training:
             augmented=len(self.config.sources),
         )
         return Batches(cases, modalities, settings)
+
+    def in_planes(self, cases: Sequence[Case]) -> list[Case]:
+        """Each case as often as the C-UNet learns planes of it."""
+        return [case.in_plane(p) for case in cases for p in planes_of(self.config.planes, case.spacing_mm[0])]
 
     def at_once(self, channels: int, sides: Sequence[int], images: int = 1) -> int:
         """Samples that pass through a network without gradients; see `samples_at_once`."""

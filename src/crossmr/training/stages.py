@@ -283,7 +283,7 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
 
     def __init__(self, training: Training, model: CrossConditionedModel):
         self.training, self.compute, self.config, self.model = training, training.compute, training.config, model
-        cases = training.usable(training.train)
+        cases = training.in_planes(training.usable(training.train))
         super().__init__(model.network_of(self.name), training.batches(self.name, cases, self.config.modalities))
         guiding = len(self.config.targets) * self.config.representation.channels
         channels = max(self.config.synthesis.channels, 0 if self.config.guidance == "none" else guiding)
