@@ -66,7 +66,7 @@ MOST_RATES = 5
 EVERY = 10
 SECONDS_MEASURED = 12.0
 """About, for a predictor and a study: completed and measured."""
-IMAGES = ("ours", "published form", "DynUNet", "pix2pix", "wavelet flow", "diffusion")
+IMAGES = ("ours", "published form", "DynUNet", "three views", "pix2pix", "wavelet flow", "diffusion")
 """Starts of the names of those whose images segmenter.py measures."""
 WHOLE, SOME = "all", "some"
 """Which slices a row is about."""

@@ -288,17 +288,14 @@ def _by_slices(model: CrossConditionedModel, head: HeadVolumes, predict: _Predic
 
     Standard deviations are root mean squares over the planes, of whose mean the error is a little smaller.
     """
-    volumes, targets = _volumes(head.volumes, model.config.sources), len(predict.chosen)
-    cuts = [_Cut.of(volumes, plane, head) for plane in planes_of(planes, head.spacing_mm)]
-    total, done, batch = sum(len(cut.slices) for cut in cuts), 0, BATCH
-    result = torch.zeros(0)
+    config, targets = model.config, len(predict.chosen)
+    volumes, result, done, batch = _volumes(head.volumes, config.sources), torch.zeros(0), 0, BATCH
+    cuts = [_cut(volumes, plane, head, config.context_slices) for plane in planes_of(planes, head.spacing_mm)]
+    total = sum(len(cut.slices) for cut in cuts)
     for cut in cuts:
-        around = [
-            neighbours(z, model.config.context_slices, len(cut.volumes[0][0]), cut.spacing_mm) for z in cut.slices
-        ]
 
-        def predict_some(some: slice, cut: _Cut = cut, around: Sequence[Sequence[int]] = around) -> Tensor:
-            inputs = _inputs(cut.volumes, around[some], 2, model.config.divisor).to(model.device)
+        def predict_some(some: slice, cut: _Cut = cut) -> Tensor:
+            inputs = _inputs(cut.volumes, cut.around[some], 2, config.divisor).to(model.device)
             return predict(inputs.contiguous(memory_format=torch.channels_last)).cpu()
 
         size = cut.volumes[0].shape[2:]
@@ -308,8 +305,7 @@ def _by_slices(model: CrossConditionedModel, head: HeadVolumes, predict: _Predic
                 result = torch.zeros(predicted.shape[1], *volumes[0].shape[1:])
             if len(cuts) > 1:
                 predicted[:, targets:] **= 2
-            turned = result.permute(0, *(1 + axis for axis in PLANES[cut.plane]))
-            turned[:, cut.slices[some]] += crop_or_pad(predicted, size, [0.5] * 2).transpose(0, 1)
+            _turned(result, cut.plane)[:, cut.slices[some]] += crop_or_pad(predicted, size, [0.5] * 2).transpose(0, 1)
             done += len(predicted)
             if (watch := _watch.get()) is not None:
                 watch(done, total)
@@ -324,21 +320,27 @@ class _Cut(NamedTuple):
 
     plane: str
     volumes: Sequence[Tensor]
-    """(1, Z, Y, X), of the plane's slices, rows and columns, uncopied."""
+    """(1, slices, rows, columns), uncopied."""
     slices: Sequence[int]
     """Those that hold any head."""
-    spacing_mm: float
+    around: Sequence[Sequence[int]]
+    """Each with its neighbours."""
 
-    @classmethod
-    def of(cls, volumes: Sequence[Tensor], plane: str, head: HeadVolumes) -> "_Cut":
-        """Volumes (1, Z, Y, X) in one plane."""
-        if plane == "axial":
-            return cls(
-                plane, volumes, [z for z, voxels in enumerate(head.foreground_voxels) if voxels], head.spacing_mm
-            )
-        turned = [volume.permute(0, *(1 + axis for axis in PLANES[plane])) for volume in volumes]
-        holds = torch.stack([(volume[0] > 0).flatten(1).any(1) for volume in turned]).any(0)
-        return cls(plane, turned, holds.nonzero().flatten().tolist(), head.in_plane_mm[plane == "sagittal"])
+
+def _cut(volumes: Sequence[Tensor], plane: str, head: HeadVolumes, context: int) -> _Cut:
+    """Volumes (1, Z, Y, X) in one plane."""
+    turned = [_turned(volume, plane) for volume in volumes]
+    if plane == "axial":
+        slices = [z for z, voxels in enumerate(head.foreground_voxels) if voxels]
+    else:
+        slices = torch.stack([(volume[0] > 0).flatten(1).any(1) for volume in turned]).any(0).nonzero()[:, 0].tolist()
+    spacing_mm = (head.spacing_mm, *head.in_plane_mm)[PLANES[plane][0]]
+    return _Cut(plane, turned, slices, [neighbours(z, context, len(turned[0][0]), spacing_mm) for z in slices])
+
+
+def _turned(channels: Tensor, plane: str) -> Tensor:
+    """Volumes (W, Z, Y, X) as a plane's slices, rows and columns, uncopied."""
+    return channels.permute(0, *(1 + axis for axis in PLANES[plane]))
 
 
 def _by_windows(
