@@ -701,7 +701,10 @@ def test_a_recipe_goes_by_its_name_and_steps_are_whole():
 
 def test_three_planes_are_learnt_in_studies_with_thin_slices(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "NEIGHBOURS_MM", 4.0)  # slices of 7 mm are thin
-    train(prepared, tmp_path / "run", replace(ANY_SMALL, planes=3, guidance="none"), steps=2)
+    recipe = replace(ANY_SMALL, guidance="none")
+    train(prepared, tmp_path / "axial", recipe, steps=1)
+    axial = load_model(tmp_path / "axial" / "model")
+    train(prepared, tmp_path / "run", replace(recipe, planes=3), initial=axial, steps=2)
     model = load_model(tmp_path / "run" / "model")
     assert model.config.planes == 3
     case = PreparedDataset(prepared).split("train")[0]

@@ -323,10 +323,10 @@ def _modalities(
 
 
 def _check_initial(initial: CrossConditionedModel, config: ModelConfig) -> None:
-    """Refuse to start a network from another's weights; by which error it learns may change."""
+    """Refuse to start a network from another's weights; by which error it learns, and which planes, may change."""
     form, wanted = initial.config.synthesis, config.synthesis
     form = replace(form, loss=wanted.loss, lesion_weight=wanted.lesion_weight)
-    own, other = to_dict(replace(initial.config, synthesis=form)), to_dict(config)
+    own, other = to_dict(replace(initial.config, synthesis=form, planes=config.planes)), to_dict(config)
     for key in own:
         if own[key] != other[key]:
             raise ConfigError(
