@@ -116,6 +116,7 @@ def test_manifest_tells_everything(cohort, completed, model_folder):
         "sources": ["t1n", "t2w"],
         "targets": ["t1c", "t2f"],
         "guidance": "sample",
+        "planes": 1,
         "ddim_steps": 3,
         "samples": 1,
         "reference": None,

@@ -221,7 +221,7 @@ def test_json_is_strict_and_holds_what_was_returned(evaluated, model):
     assert json.loads((out / "metrics.json").read_text(), parse_constant=refuse) == body
     assert body["finished"] is True
     assert body["model_sha256"] == model.record["sha256"]
-    wanted = {"seed": 0, "ddim_steps": 3, "samples": 0, "device": "cpu", "precision": "float32"}
+    wanted = {"seed": 0, "planes": 1, "ddim_steps": 3, "samples": 0, "device": "cpu", "precision": "float32"}
     assert body["settings"] == wanted
     assert "slice" in body["protocol"]
     assert set(body["versions"]) == {"crossmr", "torch"}

@@ -695,7 +695,7 @@ def test_a_recipe_goes_by_its_name_and_steps_are_whole():
     assert TrainingSettings().chosen_recipe is None
     with pytest.raises(ConfigError, match="There is no recipe 'large': expected one of standard, any, paper, tiny"):
         TrainingSettings(recipe="large")
-    with pytest.raises(ConfigError, match="steps are whole"):
+    with pytest.raises(ConfigError, match="expected a whole number"):
         TrainingSettings(steps=1.5)
 
 

@@ -51,7 +51,7 @@ def test_a_study_is_cropped_to_its_head_and_normalised(cohort):
 
 
 def test_the_enhancing_part_has_the_last_labels(tmp_path):
-    """1 necrosis, 2 oedema, 3 enhancing (4 before 2023)."""
+    """1 necrosis, 2 oedema, 3 non-enhancing and 4 enhancing, as BraTS had them until 2015."""
     labels = np.zeros(SHAPE, np.uint8)
     for label, x in ((1, 10), (2, 12), (3, 14), (4, 16)):
         labels[x : x + 2, 14:18, 10:13] = label
@@ -60,8 +60,8 @@ def test_the_enhancing_part_has_the_last_labels(tmp_path):
     for folder in ("cohort", "set"):
         ((_, read, *_),) = find_subjects(tmp_path / folder, "train")
         subject = read()
-        assert (subject.tumour.sum(), subject.enhancing.sum()) == (4 * 24, 2 * 24)
-        assert subject.enhancing[..., np.flatnonzero(subject.tumour.any((0, 1)))[-4:]].sum() == 2 * 24
+        assert (subject.tumour.sum(), subject.enhancing.sum()) == (4 * 24, 24)
+        assert subject.enhancing[..., np.flatnonzero(subject.tumour.any((0, 1)))[-2:]].sum() == 24
 
 
 def test_a_prepared_dataset_and_its_cohort_give_the_same_subjects(cohort, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crossmr.baselines import together
-from crossmr.completion.layout import EXPECTED, Layout
+from crossmr.completion.layout import EXPECTED, Layout, records_of
 from crossmr.completion.ownership import other_scans, why_not_kept
 from crossmr.completion.private import SCANS
 from crossmr.completion.unread import (
@@ -129,7 +129,8 @@ def find_inputs(
             for case, series in in_path.items():
                 cases.setdefault(case, []).extend(series)
         return with_files_beside(Inputs(root, series=cases), paths, exclude, display)
-    in_paths = [find_studies(path, mapping, [exclude] if exclude else ()) for path in paths]
+    written = [exclude] if exclude and (records_of(exclude) / "manifest.json").exists() else []
+    in_paths = [find_studies(path, mapping, written) for path in paths]
     studies = [study for found in in_paths for study in found]
     if repeated := sorted(name for name, n in Counter(study.case for study in studies).items() if n > 1):
         raise ConfigError(f"The folders share study names ({', '.join(repeated[:3])}). Complete them separately.")

@@ -92,8 +92,10 @@ class TrainingSettings:
         if self.steps is not None and self.minutes is not None:
             raise ConfigError("Give --steps or --minutes, not both.")
         too_short = self.minutes is not None and not 0 < self.minutes < math.inf  # NaN fails too
-        if too_short or (self.steps is not None and (self.steps < 1 or self.steps != int(self.steps))):
-            raise ConfigError("--steps and --minutes are positive, and steps are whole.")
+        if too_short or (self.steps is not None and self.steps < 1):
+            raise ConfigError("--steps and --minutes are positive.")
+        if self.steps is not None and self.steps != int(self.steps):
+            raise ConfigError(f"steps is {self.steps}; expected a whole number.")
         if not -(2**63) <= self.seed < 2**64:
             raise ConfigError(f"--seed is {self.seed}; expected a whole number of at most 64 bits.")
 
