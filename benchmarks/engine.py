@@ -84,6 +84,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "32 features": {"synthesis.channels": "32"},
     "one slice": {"context_slices": "1"},
     "five slices": {"context_slices": "5"},
+    "three planes": {"planes": "3"},
     "3D": {
         "spatial_dims": "3",
         "context_slices": "1",
