@@ -231,11 +231,7 @@ def main() -> None:
     out, display, model = options.out, Display(), options.out / "run" / "model"
     if not (options.measure or options.ship):
         prepare_all(options.data, out, display)
-        recipe = (
-            replace(RECIPES["any"], by_set=(), planes=3)
-            if options.start is None
-            else recipe_of(load_model(options.start))
-        )
+        recipe = replace(RECIPES["any"], by_set=()) if options.start is None else recipe_of(load_model(options.start))
         recipe = with_settings(recipe, dict(pair.split("=", 1) for pair in options.set))
         wish = TrainingSettings(recipe=recipe, minutes=options.minutes, device=options.device, seed=options.seed)
         train(out / "set", out / "run", wish, initial_model=options.start, display=display)

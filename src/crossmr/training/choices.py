@@ -30,16 +30,12 @@ def choose(recipe: Recipe, cases: Sequence[Case], device: str, minutes: float | 
     Returns the recipe, which leaves nothing open any more, and a line for each choice.
     """
     said = []
-    close = [case for case in cases if len({*neighbours(1, 3, 3, case.spacing_mm[0])}) == 3]
     if "context_slices" in recipe.by_set:
+        close = [case for case in cases if len({*neighbours(1, 3, 3, case.spacing_mm[0])}) == 3]
         recipe = replace(recipe, context_slices=3 if 2 * len(close) > len(cases) and recipe.spatial_dims == 2 else 1)
         what = "each slice with its two neighbours" if recipe.context_slices == 3 else "each slice by itself"
         if recipe.spatial_dims == 2:
             said.append(f"{what}, because {len(close)} of {len(cases)} studies have slices of {CLOSE_MM:g} mm or less")
-    if "planes" in recipe.by_set and recipe.spatial_dims == 2 and recipe.guidance == "none":
-        recipe = replace(recipe, planes=3 if 2 * len(close) > len(cases) else 1)
-        what = "axial, coronal and sagittal slices" if recipe.planes == 3 else "axial slices alone"
-        said.append(f"{what}, for the same reason")
     if "synthesis.channels" in recipe.by_set:
         width = GPU_WIDTH if device != "cpu" else next(width for most, width in WIDTHS if (minutes or math.inf) <= most)
         recipe = replace(recipe, synthesis=replace(recipe.synthesis, channels=width))

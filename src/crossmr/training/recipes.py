@@ -59,7 +59,7 @@ class TrainConfig:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warm_up)) * fall
 
 
-BY_SET = ("crop", "context_slices", "planes", "synthesis.channels", "synthesis_train.epochs")
+BY_SET = ("crop", "context_slices", "synthesis.channels", "synthesis_train.epochs")
 """All that a recipe can leave to the set."""
 
 
