@@ -166,8 +166,7 @@ def synthesised(
 ) -> Mapping[str, Array]:
     """What the model makes of these sources, 0 outside the head."""
     given = {m: subject.volumes[m] for m in sources}
-    slices_mm, *in_plane_mm = subject.spacing_mm
-    head = HeadVolumes(given, subject.head.sum((1, 2)).tolist(), slices_mm, (in_plane_mm[0], in_plane_mm[1]))
+    head = HeadVolumes.of(given, subject.head, subject.spacing_mm)
     images = synthesise(model, head, subject.name, Settings(targets=tuple(targets))).images.numpy() * subject.head
     return dict(zip(targets, images, strict=True))
 

@@ -121,7 +121,7 @@ def batches_of(study: Study, target: str, model: CrossConditionedModel) -> tuple
     """The study's sources without the target, and what the C-UNet reads of them, `BATCH` slices at once."""
     box, config = study.box(), model.config
     sources = {m: study.normalised(m, box) for m in study.volumes if m != target}
-    head = HeadVolumes(sources, study.mask[box].sum((1, 2)).tolist(), study.reference.spacing_mm[0])
+    head = HeadVolumes.of(sources, study.mask[box], study.reference.spacing_mm)
     nothing = np.zeros_like(next(iter(sources.values())))
     stacked = torch.from_numpy(np.stack([sources.get(m, nothing) for m in config.sources]))
     available = torch.tensor([[float(m in sources) for m in config.sources]])

@@ -139,7 +139,7 @@ def synthesised(study: Study, target: str, model: CrossConditionedModel, out: Pa
     if not path.exists():
         box = study.box()
         volumes = {m: study.normalised(m, box) for m in study.volumes if m != target}
-        head = HeadVolumes(volumes, study.mask[box].sum((1, 2)).tolist(), study.reference.spacing_mm[0])
+        head = HeadVolumes.of(volumes, study.mask[box], study.reference.spacing_mm)
         image = synthesise(model, head, study.case, Settings(targets=(target,))).images[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, image=image.numpy().astype(np.float16))

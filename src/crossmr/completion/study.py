@@ -129,7 +129,7 @@ class Origin:
     ) -> "Origin":
         """Of a study that was read from these files, which `scans` were converted to if it was DICOM."""
         images, unread = files.images(), inputs.unread(files, tuple(study.volumes), model)
-        stamps = {m: stamp(image) for m, image in images.items()}  # before they are read: they may change meanwhile
+        stamps = {m: stamp(image) for m, image in images.items()}  # before they are hashed: they may change meanwhile
         return cls(hashes(images), unread, stamps, files.notes if scans is None else scans.notes)
 
 
@@ -364,8 +364,7 @@ def _head_volumes(study: Study, modalities: Sequence[str]) -> HeadVolumes:
     """Some of a study's volumes as the networks read them."""
     box = study.box()
     volumes = {m: study.normalised(m, box) for m in modalities}
-    slices_mm, *in_plane_mm = study.reference.spacing_mm
-    return HeadVolumes(volumes, study.mask[box].sum((1, 2)).tolist(), slices_mm, (in_plane_mm[0], in_plane_mm[1]))
+    return HeadVolumes.of(volumes, study.mask[box], study.reference.spacing_mm)
 
 
 def _like(modality: str, sources: Sequence[str]) -> str:

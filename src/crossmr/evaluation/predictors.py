@@ -135,9 +135,7 @@ def predict(subject: Subject, sources: Sequence[str], predictors: Sequence[Predi
     """
     model = predictors[0].model
     targets = [m for m in model.config.targets if m in subject.volumes and m not in sources]
-    slices_mm, *in_plane_mm = subject.spacing_mm
-    given = {m: subject.volumes[m] for m in sources}
-    head = HeadVolumes(given, subject.head.sum((1, 2)).tolist(), slices_mm, (in_plane_mm[0], in_plane_mm[1]))
+    head = HeadVolumes.of({m: subject.volumes[m] for m in sources}, subject.head, subject.spacing_mm)
 
     def by_target(volumes: Sequence[Array] | Tensor) -> dict[str, Array]:
         pairs = zip(targets, map(np.asarray, volumes), strict=True)

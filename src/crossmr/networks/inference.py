@@ -90,6 +90,14 @@ class HeadVolumes:
     in_plane_mm: tuple[float, float] = (1.0, 1.0)
     """Distance of their rows and columns, which are coronal and sagittal slices."""
 
+    @classmethod
+    def of(
+        cls, volumes: Mapping[str, Array], head: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float]
+    ) -> "HeadVolumes":
+        """Volumes with their head's mask, all (Z, Y, X), and the distance of their voxels along these."""
+        slices_mm, rows_mm, columns_mm = spacing_mm
+        return cls(volumes, head.sum((1, 2)).tolist(), slices_mm, (rows_mm, columns_mm))
+
 
 class Synthesis(NamedTuple):
     """The synthetic targets of one head."""
