@@ -79,6 +79,11 @@ def test_both_spellings_and_labels_with_their_entity_are_one():
     assert parser().parse_args(scores).participant_label == ["01", "sub-02"]
 
 
+def test_what_a_model_cannot_do_is_refused_as_by_complete(dataset, model, tmp_path):
+    code, _, err = crossmr_bids(dataset, tmp_path / "out", "participant", "--planes", "3", "--model", model)
+    assert (code, "--planes is 3; this model has learnt 1" in " ".join(err.split())) == (1, True), err
+
+
 @pytest.mark.parametrize(
     ("participants", "sessions", "folders"),
     [

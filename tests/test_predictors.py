@@ -71,6 +71,15 @@ def expected(model, subject, sources, settings, targets=TARGETS):
     return {target: synthesis.images[model.config.targets.index(target)].numpy() for target in targets}
 
 
+def test_the_second_model_has_the_planes_that_it_can(folders, tmp_path):
+    model = load_model(save_untrained(tmp_path / "model", guidance="none", uncertainty=True, planes=3))
+    planes = [
+        [predictor.settings.planes for predictor in find_predictors(model, replace(SETTINGS, planes=asked), (), second)]
+        for asked, second in ((3, folders["plain"]), (1, folders["plain"]), (1, tmp_path / "model"))
+    ]
+    assert planes == [[3, None], [1, 1], [1, 1]]
+
+
 def test_each_predictor_s_images_are_its_own(model, subject, folders, baselines):
     predictors = find_predictors(model, SETTINGS, ("sample", "unconditional"), folders["any"])
     names = ["unguided", "guided: sample", "guided: unconditional", "against: any"]

@@ -15,7 +15,7 @@ from crossmr.errors import ConfigError, CrossmrError
 from crossmr.files import walk
 from crossmr.paths import check_completed
 
-VALUED = {"model": "MODEL", "targets": "CONTRASTS", "device": "DEVICE"}
+VALUED = {"model": "MODEL", "targets": "CONTRASTS", "planes": "N", "device": "DEVICE"}
 FLAGS = ("overwrite", "register", "dry-run", "quiet", "debug", "json")
 """Options that `crossmr complete` is given as they are; its help says what they mean."""
 LISTED = 10

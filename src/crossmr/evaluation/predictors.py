@@ -82,7 +82,7 @@ def _guided(settings: Settings, guidance: Guidance) -> Settings:
 
 
 def _second_model(model: CrossConditionedModel, against: Path | str, settings: Settings) -> Predictor:
-    """The model named `against`, by its own default guidance, on the first one's device."""
+    """The model named `against`, by its own default guidance and the planes that it can, on the first one's device."""
     folder = find_model(against)
     second = load_model(folder, model.device)
     if not _same_task(model.config, second.config):
@@ -96,6 +96,8 @@ def _second_model(model: CrossConditionedModel, against: Path | str, settings: S
     else:
         name = str(against)  # a registered model
     guidance = chosen_guidance(second, replace(settings, guidance=None))
+    if settings.planes != 1:
+        settings = replace(settings, planes=None)
     return Predictor(f"{AGAINST}{name}", second, _guided(settings, guidance))
 
 

@@ -294,10 +294,12 @@ class _Predictor:
 def _by_slices(model: CrossConditionedModel, head: HeadVolumes, predict: _Predictor, planes: int) -> tuple[Tensor, int]:
     """Predict the slices that hold any head, (W, Z, Y, X), in one plane or as the mean of three; how many at once.
 
-    Standard deviations are root mean squares over the planes, of whose mean the error is a little smaller.
+    The squared error of a mean is the mean squared error less the spread about the mean: so much, over the head, is
+    taken from the planes' mean variance, down to a third, where their errors are independent.
     """
     config, targets = model.config, len(predict.chosen)
     volumes, result, done, batch = _volumes(head.volumes, config.sources), torch.zeros(0), 0, BATCH
+    squares = torch.zeros(targets, dtype=torch.float64)
     cuts = [_cut(volumes, plane, head, config.context_slices) for plane in planes_of(planes, head.spacing_mm)]
     total = sum(len(cut.slices) for cut in cuts)
     for cut in cuts:
@@ -313,13 +315,19 @@ def _by_slices(model: CrossConditionedModel, head: HeadVolumes, predict: _Predic
                 result = torch.zeros(predicted.shape[1], *volumes[0].shape[1:])
             if len(cuts) > 1:
                 predicted[:, targets:] **= 2
-            _turned(result, cut.plane)[:, cut.slices[some]] += crop_or_pad(predicted, size, [0.5] * 2).transpose(0, 1)
+            cropped = crop_or_pad(predicted, size, [0.5] * 2).transpose(0, 1)
+            squares += (cropped[:targets].double() ** 2).flatten(1).sum(1)
+            _turned(result, cut.plane)[:, cut.slices[some]] += cropped
             done += len(predicted)
             if (watch := _watch.get()) is not None:
                 watch(done, total)
     if len(cuts) > 1:
         result /= len(cuts)
-        result[targets:] = result[targets:].sqrt()
+        if len(variances := result[targets:]):
+            spread = squares / len(cuts) - (result[:targets].double() ** 2).flatten(1).sum(1)
+            share = 1 - spread / variances.double().flatten(1).sum(1).clamp(min=1e-12)
+            variances *= share.clamp(1 / len(cuts), 1)[:, None, None, None].to(variances)
+            variances.sqrt_()
     return result, batch
 
 
