@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import Listener
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainings import gradients
@@ -549,6 +550,25 @@ def test_batches_that_are_read_ahead_train_the_same(tmp_path):
     ahead.readers = 1
     assert torch.equal(train(tmp_path / "a", ahead, 5).weight, train(tmp_path / "b", between, 5).weight)
     assert ahead.data.asked[1:6] == between.data.asked[1:6]
+
+
+@pytest.mark.parametrize(("free", "readers"), [(64 * 2**20, 0), (96 * 2**20, 1), (2**33, 4)])
+def test_no_more_processes_read_than_shared_memory_has_room_for(free, readers, tmp_path, monkeypatch):
+    """A container has 64 MB of it, if nobody says more, and a reader without room ends a training."""
+    stage, listener = Line(), Listener()
+    monkeypatch.setattr(loop, "shared_memory", lambda: free)
+    monkeypatch.setattr(loop, "default_workers", lambda: 5)
+    monkeypatch.setattr(Line, "readers", 16)
+    monkeypatch.setattr(Five, "__getitem__", lambda self, step: Pairs(*torch.zeros(3, 5, 2**18)))  # 16 MB
+    one = trainer(tmp_path, stage)
+    one.compute = replace(one.compute, device=torch.device("cuda"), display=listener)
+    given = []
+    monkeypatch.setattr(loop, "DataLoader", lambda *_, **options: given.append(options["num_workers"]) or [])
+    monkeypatch.setattr(loop, "_ahead", lambda *_: given.append(0) or [])
+    assert [*one._batches(Plan(((0, 5),)))] == []
+    assert given == [readers]
+    want = f"line: {readers} instead of 4 processes read batches of 16 MB, for /dev/shm has {free / 1e6:.0f} MB"
+    assert listener.said == [want + "; a container has more by --shm-size=1g"] * (readers < 4)
 
 
 class Broken(StepDataset[Pairs]):

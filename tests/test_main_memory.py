@@ -111,3 +111,12 @@ def test_an_older_c_library_keeps_what_it_can(monkeypatch, largest):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
     keep_memory()
     assert options == ({-1: 2**30, -3: largest, -8: 1} if sys.platform == "linux" else {})
+
+
+def test_shared_memory_is_what_is_free_where_there_is_any(monkeypatch, tmp_path):
+    monkeypatch.setattr(main_memory, "SHARED", str(tmp_path))
+    monkeypatch.setattr(main_memory.shutil, "disk_usage", lambda place: SimpleNamespace(free=len(place)))
+    assert main_memory.shared_memory() == len(str(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr(main_memory, "SHARED", str(tmp_path / "none"))
+    assert main_memory.shared_memory() == sys.maxsize

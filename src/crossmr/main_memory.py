@@ -5,12 +5,15 @@ Memory that runs out is no error that can be caught: the kernel kills the proces
 
 import ctypes
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from crossmr.errors import StudyError
 
+SHARED = "/dev/shm"
+"""Where Linux has what processes hand each other."""
 KEPT = 2**30
 """Bytes: freed memory up to this is kept, and blocks up to this come from it."""
 KEPT_BY_OLD = 2**25
@@ -36,6 +39,14 @@ def available_memory() -> int:
     """The bytes of main memory that this process may still take; `sys.maxsize` where nothing is known of it."""
     limits = [*_machine(), *_control_groups(), *_resource_limits()]
     return max(0, min(limits, default=sys.maxsize))
+
+
+def shared_memory() -> int:
+    """The bytes that processes may still hand each other, of which a container may have few; or `sys.maxsize`."""
+    try:
+        return shutil.disk_usage(SHARED).free
+    except OSError:
+        return sys.maxsize
 
 
 def reusable_memory() -> int:

@@ -32,7 +32,7 @@ from crossmr.device import autocast, out_of_memory
 from crossmr.display import Task
 from crossmr.errors import CrossmrError, Interrupted, ModelError
 from crossmr.files import append_line, read_lines, write_atomically
-from crossmr.main_memory import available_memory
+from crossmr.main_memory import SHARED, available_memory, shared_memory
 from crossmr.tensors import seeded
 from crossmr.training.batches import StepDataset
 from crossmr.training.memory import explain, micro_batches, step_memory
@@ -44,6 +44,8 @@ from crossmr.training.stages import Stage
 SECONDS_BETWEEN_CHECKPOINTS = float(os.environ.get("CROSSMR_SECONDS_BETWEEN_CHECKPOINTS", 60))
 VALIDATION_FRACTION = 0.1
 """Of a stage's time at most, where a budget decides the steps; the last step is validated if there is any time left."""
+READ_AHEAD, IN_USE = 2, 3
+"""Batches that lie in shared memory at once: of each process that reads, and of the training."""
 LOGGED = 200
 """Lines that a stage writes into the log."""
 
@@ -144,12 +146,25 @@ class Trainer:
         if plan.total is not None and self.done >= plan.total:
             return iter(())
         steps: Any = itertools.count(self.done)
-        if self.compute.device.type != "cuda" and self.stage.readers:
-            return _ahead(self.stage.data, steps)
         gpu = self.compute.device.type == "cuda"
-        readers = min(self.stage.readers, max(1, default_workers() // self.ranks.local_size - 1)) if gpu else 0
+        readers = self._readers() if gpu and self.stage.readers else 0
+        if self.stage.readers and not readers:
+            return _ahead(self.stage.data, steps)
         options: Any = {"num_workers": readers, "pin_memory": gpu, "worker_init_fn": _leave_signals_to_the_parent}
         return _raising(DataLoader(_Told(self.stage.data), None, sampler=steps, **options))
+
+    def _readers(self) -> int:
+        """How many processes read batches for a GPU: as far as there are cores, and shared memory, for them."""
+        wanted = min(self.stage.readers, max(1, default_workers() // self.ranks.local_size - 1))
+        batch, left = sum(int(tensor.nbytes) for tensor in self.stage.data[self.done]), shared_memory()
+        fit = max(0, left // self.ranks.local_size // batch - IN_USE) // READ_AHEAD
+        if fit < wanted:
+            enough = 2 * self.ranks.local_size * (READ_AHEAD * wanted + IN_USE) * batch
+            self.compute.display.say(
+                f"{self.stage.name}: {fit} instead of {wanted} processes read batches of {batch / 1e6:.0f} MB, for "
+                f"{SHARED} has {left / 1e6:.0f} MB; a container has more by --shm-size={math.ceil(enough / 2**30)}g"
+            )
+        return min(wanted, fit)
 
     def _step(self, raw: Any, plan: Plan) -> float:
         """One step of gradient descent; returns its learning rate."""
