@@ -17,7 +17,8 @@ T1 + T2 -> T1ce + FLAIR with all of them, three seeds of unguided, published and
 unguided and true. `--site SSA --start MODEL --patients 5`: few patients of a scanner that the model, one of
 patients.py, has not seen; unguided and true start from it, and are measured on the site's test and validation patients;
 MRM and MDN stay those of all. The three patients who have two visits are training patients of the shipped weights, of
-MRM and of MDN, not of these networks; they have a table of their own.
+MRM and of MDN, not of these networks; they have a table of their own, and with `--site` those of the site another one:
+there MODEL has not seen them either.
 
 python benchmarks/guidance.py runs/default -o runs/evidence --seeds 0 1 2    # goes on where it was stopped
 python benchmarks/guidance.py runs/default -o runs/evidence --site SSA --patients 5 --start \
@@ -122,6 +123,7 @@ AT_VISITS = {
     "unguided": ("nothing",),
     "true": ("truth of the volume", "the other visit", "a patient of the source"),
 }
+VISITS = "visits"
 BASELINE = "unguided: nothing"
 KEEP = {"unguided": "unguided twin", "published": "published guidance"}
 """Networks whose images the segmenter measures, and how it calls them."""
@@ -259,7 +261,9 @@ def measure_net(experiment: Experiment, net: Net, wanted: Sequence[str], part: s
     """Rows of a network on each study of a part, completed with each of `wanted`; those that are kept are left out."""
     guide, (sources, targets) = experiment.guide(net.task), net.task
     visits = [case for case in experiment.cases("train") if case.name in OTHER_VISIT]
-    cases = visits if part == "visits" else experiment.test()
+    if experiment.site:
+        visits = [case for case in visits if of_site(case.name, experiment.site)]
+    cases = visits if part.startswith(VISITS) else experiment.test()
     key = {"part": part, "seed": net.seed, "sources": "+".join(sources), "target": targets[-1]}
     missing = [
         (case, completion)
@@ -277,7 +281,7 @@ def measure_net(experiment: Experiment, net: Net, wanted: Sequence[str], part: s
         predictor = f"{net.variant}: {completion}"
         if net == Net(PUBLISHED, net.variant, 0) and part == "test" and net.variant in KEEP:
             keep_images(experiment.out, KEEP[net.variant], subject, images)
-        if part == "visits":
+        if part.startswith(VISITS):
             subject = replace(subject, patient=min(case.name, OTHER_VISIT[case.name]))
         work.add(subject, sources, images, predictor=predictor, seed=net.seed, part=part)
     work.finish()
@@ -301,20 +305,20 @@ def as_shipped(experiment: Experiment, task: Task, work: Measuring) -> None:
 
 def planned(options: argparse.Namespace) -> list[tuple[Net, Sequence[str], str]]:
     """What is trained and measured, the most important first: network, completions, studies."""
-    few = options.patients
+    few, plan = options.patients, list[tuple[Net, Sequence[str], str]]()
     chosen = [name for name in VARIANTS if not options.only or name in options.only]
     if few is not None:
         site = options.site
         nets = [(Net(PUBLISHED, name, seed, few, site), OF_FEW[name]) for seed in options.seeds for name in OF_FEW]
-        return [(net, wanted, f"{few} patients of {site}") for net, wanted in nets if net.variant in chosen]
-    plan: list[tuple[Net, Sequence[str], str]] = []
+        plan = [(net, wanted, f"{few} patients of {site}") for net, wanted in nets if net.variant in chosen]
+        return plan + [(net, AT_VISITS[net.variant], f"{VISITS} of {site}") for net, _, _ in plan]
     for seed in options.seeds:
         for name in chosen:
             wanted = VARIANTS[name].always if seed else VARIANTS[name].completions
             plan += [(Net(PUBLISHED, name, seed), wanted, "test")] * bool(wanted)
     first = [name for name in chosen if 0 in options.seeds]
     plan += [(Net(THREE, name, 0), OF_FEW[name][:2], "test") for name in first if name in OF_FEW]
-    return plan + [(Net(PUBLISHED, name, 0), AT_VISITS[name], "visits") for name in first if name in AT_VISITS]
+    return plan + [(Net(PUBLISHED, name, 0), AT_VISITS[name], VISITS) for name in first if name in AT_VISITS]
 
 
 def say_how_long(experiment: Experiment, plan: Sequence[tuple[Net, Sequence[str], str]]) -> None:
