@@ -185,7 +185,7 @@ def write_dicom(folder, series, **more):
         )
 
 
-def test_series_of_dicom_are_corrected_by_their_numbers_and_come_back_as_dicom(ask):
+def test_series_of_dicom_are_corrected_and_come_back_as_dicom(ask):
     write_dicom(ask.scans, (("t1n", "T1"), ("t2w", "T2"), ("?", "same"), ("?", "same")))
     found = ask.recognise()
     (case,) = found["cases"]
@@ -200,6 +200,35 @@ def test_series_of_dicom_are_corrected_by_their_numbers_and_come_back_as_dicom(a
     assert result["dicom"]
     series = list((ask.out / "result" / case["case"]).glob("*_synthetic_dicom"))
     assert [len(list(one.iterdir())) for one in series] == [22]
+
+
+def test_a_correction_is_of_one_series_whatever_the_others_are_called(ask):
+    """Two echoes and two T1 share a number each, and a FLAIR of an earlier number arrives after the correction."""
+    affine = np.diag([6.0, 6.0, 7.0, 1.0])
+
+    def write(name, modality, number, **tags):
+        voxels = np.rint(make_head("t1n", shape=(26, 28, 22)))
+        dicoms.write_series(ask.scans / name, voxels, affine, modality, number=number, **tags)
+
+    echoes = {"description": "pd t2", "RepetitionTime": 3000}
+    for name, modality, number, tags in (
+        ("pd", "t2w", 4, {"EchoTime": 15, "SeriesInstanceUID": "1.2.4.1", **echoes}),
+        ("t2", "t2w", 4, {"EchoTime": 95, "SeriesInstanceUID": "1.2.4.2", **echoes}),
+        ("first", "t1n", 5, {"description": "a [T1] *", "SeriesInstanceUID": "1.2.5.1"}),
+        ("second", "t1n", 5, {"description": "", "SeriesInstanceUID": "1.2.5.2"}),
+    ):
+        write(name, modality, number, **tags)
+    rows = ask.recognise()["cases"][0]["rows"]
+    assert [row["contrast"] for row in rows] == ["pdw", "t2w", "t1n", "unknown"]
+    for chosen, other in ((2, 3), (3, 2)):
+        found = ask.recognise({rows[chosen]["key"]: "t1c"})
+        again = found["cases"][0]["rows"]
+        assert [row["key"] for row in again] == [row["key"] for row in rows]
+        assert found["cases"][0]["acquired"] == ["t1n", "t1c", "t2w", "pdw"], (chosen, other)
+    write("flair", "t2f", 3)
+    (case,) = ask.recognise({rows[3]["key"]: "t1c"})["cases"]
+    assert [(row["contrast"], row["why"]) for row in case["rows"]][-1] == ("t1c", "chosen by you")
+    assert case["acquired"] == ["t1n", "t1c", "t2w", "t2f", "pdw"]
 
 
 def test_the_derivative_is_valid_bids(ask):

@@ -4,11 +4,14 @@ It loads the model once, before there is a job. It ends when its input does, as 
 then deletes the folder of all pages.
 """
 
+import glob
+import hashlib
 import json
 import os
 import shutil
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,11 +185,14 @@ def _rows(case: str, inputs: Inputs) -> dict[str, Any]:
     chosen, _, _ = choose(all_series)
     taken = {id(series): modality for modality, series in chosen.items()}
     doubtful = {one.name for one in unread_series(all_series)}
-    for index, series in enumerate(all_series):
+    keys: Counter[str] = Counter()
+    for series in all_series:
+        key = _key(case, series)
+        keys[key] += 1
         number = "Series" if series.number is None else f"Series {series.number}"
         rows.append(
             {
-                "key": f"{case}/{index}",
+                "key": key if keys[key] == 1 else f"{key}/{keys[key]}",
                 "name": f"{number} · {series.acquisition.description or 'without a description'}",
                 "contrast": taken.get(id(series), UNKNOWN if series.name in doubtful else UNUSED),
                 "why": series.why if id(series) in taken or series.modality is None else "another one is preferred",
@@ -195,6 +201,13 @@ def _rows(case: str, inputs: Inputs) -> dict[str, Any]:
             }
         )
     return {"case": case, "rows": rows}
+
+
+def _key(case: str, series: Series) -> str:
+    """What a series is known by, whichever others arrive."""
+    acquisition = series.acquisition
+    told = series.uid, series.number, acquisition.te_ms, sorted(acquisition.kinds), acquisition.description
+    return f"{case}/{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
 
 
 def _said_twice(case: Mapping[str, Any]) -> str:
@@ -243,16 +256,17 @@ def _link_files(case: Mapping[str, Any], scans: Path, place: Path) -> dict[str, 
 
 
 def _link_series(case: Mapping[str, Any], all_series: Sequence[Series], place: Path) -> dict[str, str]:
-    """Link the series of a study; those that were chosen are called by their numbers."""
+    """Link the series of a study; the mapping says what was chosen, and the rest is recognised as before."""
     mapping = {}
     for index, (row, series) in enumerate(zip(case["rows"], all_series, strict=True)):
-        if row["contrast"] == UNUSED and row["why"] == "chosen by you":
+        own, chosen = place / f"{index:03d}", row["why"] == "chosen by you"
+        if chosen and row["contrast"] == UNUSED:
             continue
-        if row["contrast"] not in (UNUSED, UNKNOWN):
-            mapping[row["contrast"]] = series.name if series.number is not None else series.acquisition.description
-        (place / f"{index:03d}").mkdir()
+        if chosen and row["contrast"] != UNKNOWN:
+            mapping[row["contrast"]] = f"{glob.escape(Path(os.path.abspath(own)).as_posix())}/*"
+        own.mkdir()
         for number, path in enumerate([*(image.path for image in series.images), *series.unreadable]):
-            _link(path, place / f"{index:03d}" / f"{number:05d}.dcm")
+            _link(path, own / f"{number:05d}.dcm")
     return mapping
 
 

@@ -98,6 +98,8 @@ class Series:
     date: str
     number: int | None
     time: str
+    uid: str
+    """Of the series; empty where it is missing. Two echoes may share one."""
     images: tuple[DicomImage, ...]
     orientation: Floats
     """(2, 3) directions of rows and columns, LPS; empty where unknown."""
@@ -440,7 +442,7 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
     places = _evened(images, orientations)
     even = images if places is None else [replace(i, position=p) for i, p in zip(images, places, strict=True)]
     fault, slice_distance = _fault(even, orientations)
-    verdict = _verdict(first, acquisition, mapping)
+    verdict = _verdict(files[0], acquisition, mapping)
     if verdict.modality is not None and fault:
         verdict = Verdict(None, fault, True)
     voxel_mm = tuple(float(side) for side in (*spacings[0], slice_distance))
@@ -455,6 +457,7 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
         date=str(first.get("StudyDate", "")),
         number=None if (number := _number(first, "SeriesNumber")) is None else int(number),
         time=_time(first),
+        uid=_text(first, "SeriesInstanceUID"),
         images=tuple(images),
         orientation=orientations[0],
         voxel_mm=voxel_mm,
@@ -468,8 +471,12 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
     )
 
 
-def _verdict(header: Any, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Verdict:
-    """The contrast of a series: by its tags, or by the pattern of `mapping` that its description or name matches."""
+def _verdict(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Verdict:
+    """The contrast of a series: by its tags, or by what of `mapping` is its name, or matches its description or path.
+
+    Paths are matched by patterns with a slash alone.
+    """
+    path, header = file
     if (_number(header, "SamplesPerPixel") or 1) != 1:
         return Verdict(None, "in colour", True)
     description = acquisition.description
@@ -480,7 +487,8 @@ def _verdict(header: Any, acquisition: Acquisition, mapping: Mapping[str, str] |
         verdict = Verdict(None, "of another part of the body than the head", False)
     name = _name(_number(header, "SeriesNumber"))
     for modality, glob in (mapping or {}).items():
-        if fnmatch.fnmatchcase(description, glob) or glob == name:
+        of_path = "/" in glob and fnmatch.fnmatchcase(path.as_posix(), glob)
+        if of_path or fnmatch.fnmatchcase(description, glob) or glob == name:
             return Verdict(modality, BY_USER, True)
     if mapping and verdict.modality in mapping:
         return Verdict(None, f"not the {verdict.modality} that --map names", True)
