@@ -3,8 +3,10 @@
 Of the shipped any-subset network all is frozen but the decoder's finest level and the last layers. These learn again,
 by the absolute error and a discriminator of patches (least squares, MONAI), which sees the four contrasts of a slice,
 the hidden ones synthetic or true. They are given y_0: the true one of the hidden contrasts in training, a sample of
-p(y_0 | sources) at completion. Controls: a map of noise instead; the adversary with nothing given; and the same steps
-without the adversary.
+p(y_0 | sources) at completion. Controls: a map of noise instead; the adversary with nothing given; an adversary of an
+eightieth of the weight; and the same steps without one. On three validation studies weights of 1, 4 and 16, 250 steps
+each with noise, raised FLAIR's power above .25 cycles/mm from .30 of the real one to .33, .39 and .51, and lowered its
+correlation from .853 to .852, .844 and .813.
 
 Measured on the test studies, FLAIR, T1ce and T2 from the three others each: the rows of grid.py; the power of axial
 patches within the brain, synthetic over real, in three bands of cycles per millimetre; the area under the ROC curve of
@@ -12,7 +14,7 @@ a small network that tells synthetic patches from real ones (1/2: it cannot), tr
 and millilitres of bright areas that the true FLAIR does not have. At the end stands whether the conditions hold under
 which this would be shipped as `--style realistic`.
 
-python benchmarks/realism.py runs/default -o runs/evidence    # 25 minutes; goes on where it was stopped; --table
+python benchmarks/realism.py runs/default -o runs/evidence    # two hours; goes on where it was stopped; --table
 """
 
 import time
@@ -72,12 +74,12 @@ from crossmr.training.batches import Batches
 from crossmr.training.stages import random_subsets
 
 STEPS = 700
-ADVERSARIAL = 0.2
+ADVERSARIAL, WEAK_ADVERSARIAL = 16.0, 0.2
 """Weight of the discriminator's loss beside the absolute error, in robust standard deviations."""
 TARGETS = ("t2f", "t1c", "t2w")
 SHIPPED, Y_0, NOISE = "shipped", "realistic: y_0", "realistic: noise"
-ALONE, ERROR = "realistic: nothing given", "absolute error alone"
-LEARNT = Y_0, NOISE, ALONE, ERROR
+ALONE, WEAK, ERROR = "realistic: nothing given", "realistic: y_0, weak adversary", "absolute error alone"
+LEARNT = Y_0, ALONE, NOISE, WEAK, ERROR
 TEXTURE = {
     "power, .03–.1": ("power_low", 2),
     "power, .1–.25": ("power_middle", 2),
@@ -98,7 +100,7 @@ class Textured(nn.Module):
         self.noise, noise = kind == NOISE, int(kind == NOISE)
         outputs = len(config.targets) * (1 + config.uncertainty)
         with first_weights(seed, "realism"):
-            guided = dim if kind == Y_0 else None
+            guided = dim if kind in (Y_0, WEAK) else None
             self.network = CUNet(config.synthesis, config.inputs + noise, outputs, representation_dim=guided)
         for name in ("encoder.stem.conv.weight", "decoder.out.correct.0.weight") if self.noise else ():
             weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name][:, :1])], 1)
@@ -154,7 +156,7 @@ def realistic_loss(
         given: Tensor | None = None
         if cast(Textured, network).noise:
             given = torch.randn(len(raw.images), 1, *raw.images.shape[2:], generator=generator)
-        elif kind == Y_0:
+        elif kind in (Y_0, WEAK):
             given = guide.of_crops(raw.images, hidden)
         inputs = shipped.inputs(raw.neighbours, available).contiguous(memory_format=torch.channels_last)
         prediction, truth = network(inputs, given)[:, : len(MODALITIES)], standardise(raw.images)
@@ -165,7 +167,8 @@ def realistic_loss(
             return error / count.clamp(min=1)
         synthetic = torch.where(wanted > 0, prediction.float(), truth)
         adversary.learn(truth, synthetic)
-        return error / count.clamp(min=1) + ADVERSARIAL * adversary.found_out(synthetic)
+        strength = WEAK_ADVERSARIAL if kind == WEAK else ADVERSARIAL
+        return error / count.clamp(min=1) + strength * adversary.found_out(synthetic)
 
     return loss
 
@@ -222,7 +225,7 @@ def trained(experiment: Experiment, kind: str) -> Textured:
     """A network with texture, trained or read."""
     seed, dim = experiment.seed, experiment.mrm.config.representation.dim * len(MODALITIES)
     network = Textured(experiment.shipped, kind, dim, seed)
-    name = f"{kind.removeprefix('realistic: ').replace(' ', '-')}-{seed}"
+    name = f"{kind.removeprefix('realistic: ').replace(', ', ' ').replace(' ', '-')}-{seed}"
     path = experiment.out / "realism" / f"{name}.safetensors"
     if not path.exists():
         how = replace(HOW, learning_rate=3e-4, warm_up=50, ema_decay=0.99)

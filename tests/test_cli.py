@@ -304,13 +304,13 @@ def test_the_summary_counts_every_study_once_and_failures_first(cohort, study, m
     for path in fourth.iterdir():
         path.rename(path.with_name(path.name.replace(one, "fourth")))
     result = crossmr("complete", folder, "-o", tmp_path / "out", "--model", model)
-    expected = "4 studies: 1 failed, 1 not synthesised, 1 synthesised, 1 already complete; in "
+    expected = "4 studies: 1 failed, 1 not synthesised, 1 synthesised, 1 nothing to synthesise; in "
     assert result.stdout.splitlines()[-1].startswith(expected), result.stdout
     assert f"{two}: t1c not synthesised: the model needs t1n, t2w, and t1n is missing" in result.stdout
     again = crossmr("complete", folder, "-o", tmp_path / "out", "--model", model, "--json")
     assert again.stderr.splitlines()[-1].startswith("4 studies: 1 failed, 3 finished before; in ")
     counts = json.loads(again.stdout)["counts"]  # nothing but JSON on the standard output
-    expected = {"failed": 1, "not synthesised": 0, "synthesised": 0, "already complete": 0, "finished before": 3}
+    expected = {"failed": 1, "not synthesised": 0, "synthesised": 0, "nothing to synthesise": 0, "finished before": 3}
     assert counts == expected
     assert list(json.loads(again.stdout)["failed"]) == [three]
     log = (tmp_path / "out" / "crossmr.log").read_text()

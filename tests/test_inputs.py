@@ -112,7 +112,7 @@ def test_a_plan_says_what_would_be_made_of_what_and_writes_nothing(model, tmp_pa
     assert {name: case.outcome for name, case in planned.items()} == {
         "Ann": "to be synthesised",
         "Bob": "not to be synthesised",
-        "Cem": "already complete",
+        "Cem": "nothing to synthesise",
         "Dan": "would fail",
         "Eve": "finished before",
         "Fay": "not to be synthesised",
@@ -128,6 +128,33 @@ def test_a_plan_says_what_would_be_made_of_what_and_writes_nothing(model, tmp_pa
     ]
     again = plan_cohort(cohort, tmp_path / "out", model, SETTINGS, CohortSettings(overwrite=True))
     assert {case.case: case.outcome for case in again}["Eve"] == "to be synthesised"
+
+
+def test_a_plan_says_what_is_done_again(model, tmp_path):
+    """A scan of what was synthesised has come; the plan calls finished what the run keeps, and nothing else."""
+    write_study(tmp_path / "in", "Ann", ("t1n", "t2w"))
+    write_study(tmp_path / "in", "Bob", ("t1n", "t2w"), seed=1)
+    complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
+    write_study(tmp_path / "more", "Ann", ("t1c",))
+    shutil.copy(tmp_path / "more" / "Ann" / "Ann-t1c.nii.gz", tmp_path / "in" / "Ann")
+    planned = plan_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
+    assert [case.outcome for case in planned] == ["to be synthesised", "finished before"]
+    assert planned[0].synthesise == ["t2f"]
+    done = complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
+    assert (done.completed, done.skipped) == ({"Ann": ["t2f"]}, ["Bob"])
+
+
+def test_a_plan_of_dicom_says_what_is_done_again(model, tmp_path):
+    dicoms = pytest.importorskip("dicoms", reason="pip install crossmr[dicom]", exc_type=ImportError)
+    pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
+    dicoms.write(tmp_path / "in", ("t1n", "t2w"))
+    complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
+    (case,) = plan_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
+    assert case.outcome == "finished before"
+    dicoms.write(tmp_path / "in", ("t1n", "t2w", "t2f"))
+    (case,) = plan_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
+    assert (case.outcome, case.synthesise) == ("to be synthesised", ["t1c"])
+    assert complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS).completed == {case.case: ["t1c"]}
 
 
 def test_a_plan_of_dicom_names_every_series_and_converts_none(model, tmp_path, monkeypatch):

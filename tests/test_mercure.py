@@ -121,7 +121,7 @@ def test_a_complete_study_sends_nothing_and_its_own_series_are_no_scans(task, tm
     assert (code, result["status"], sent) == (0, "complete", [])
     assert result[ROUTING] == {"discard": True}
     assert result[NOTIFICATION] == {
-        "text": f"Nothing sent: no contrast is missing. {mercure.LABEL}",
+        "text": f"Nothing sent: there is nothing to synthesise. {mercure.LABEL}",
         "requested": False,
     }
 

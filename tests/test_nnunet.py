@@ -93,6 +93,21 @@ def test_what_cannot_be_exported_is_said(folders, tmp_path):
         export_nnunet(folders / "in", folders / "completed", tmp_path / "out", modalities=("pdw",))
 
 
+def test_synthetic_volumes_are_never_another_patient_s_and_never_called_acquired(folders, tmp_path):
+    write_study(tmp_path / "in", "Bob", ("t1n", "t2w", "t2f"), seed=9)  # another one of this name
+    with pytest.raises(StudyError, match=r"Bob was made of other scans of this name \(t1n, t2w, t2f\)"):
+        export_nnunet(tmp_path / "in", folders / "completed", tmp_path / "out")
+    shutil.rmtree(tmp_path / "in" / "Bob")
+    shutil.copytree(folders / "in" / "Bob", tmp_path / "in" / "Bob")
+    made = folders / "completed" / "Bob" / "Bob-t1c_synthetic.nii.gz"
+    shutil.copy(made, tmp_path / "in" / "Bob" / "Bob-t1c.nii.gz")  # as a challenge's output lies
+    for name, completed in (("one", folders / "completed"), ("two", tmp_path / "none")):
+        completed.mkdir(exist_ok=True)
+        record = export_nnunet(tmp_path / "in", completed, tmp_path / name)
+        assert record["synthetic"] == {"Bob": ["t1c"]}
+        assert (tmp_path / name / "imagesTs" / "Bob_0001.nii.gz").read_bytes() == made.read_bytes()
+
+
 def test_labels_of_years_that_have_a_3_stay_as_they_are(folders, tmp_path):
     """4 enhances beside a 3 that does not, or is the cavity of a resection; it becomes 3 where no study has one."""
     studies = {"P1": (3, 4), "P2": (1, 4), "BraTS-GLI-02405-100": (1, 4)}

@@ -124,7 +124,7 @@ def test_a_completed_cohort_is_one_page(completed):
     for synthesis in manifest["synthetic"].values():
         assert f"{synthesis['file']}, {synthesis['std']} · from T1, T2" in page.text
     counts = re.findall(r"<b>(\d+)</b>([a-z ]+)<", page.source)
-    assert counts == [("1", "failed"), ("0", "not synthesised"), ("1", "synthesised"), ("1", "already complete")]
+    assert counts == [("1", "failed"), ("0", "not synthesised"), ("1", "synthesised"), ("1", "nothing to synthesise")]
     assert len(page.all("span", **{"class": "chip made"})) == 2
 
 

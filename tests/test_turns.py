@@ -33,7 +33,7 @@ def turns_of(tmp_path, studies, options, settings):
     given, layout = Inputs(tmp_path, studies), Layout(tmp_path / "out")
     run = SimpleNamespace(
         inputs=given,
-        model=None,
+        model=SimpleNamespace(record={}),
         layout=layout,
         work=Work(layout),
         options=options,

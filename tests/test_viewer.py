@@ -106,6 +106,14 @@ def test_with_the_scans_of_all_the_truth_stands_beside(completed):
     assert [name for name in volumes if name.endswith("truth")] == ["T1ce truth", "FLAIR truth"]
 
 
+def test_scans_of_another_patient_of_the_same_name_are_said(completed, tmp_path):
+    out, truth = completed
+    assert view_case(out, "Ann", scans=truth)[1] == []
+    write_study(tmp_path, "Ann", ALL_FOUR, seed=7)
+    _, (note,) = view_case(out, "Ann", scans=tmp_path)
+    assert note == f"t1n, t2w of {tmp_path} is not what Ann was completed from, and may be another patient's"
+
+
 def test_scans_that_moved_are_named_or_left_out(completed, tmp_path):
     out, _ = completed
     shutil.copytree(out, tmp_path / "copy" / "out")

@@ -236,7 +236,7 @@ def complete(
 
 def _planned(planned: Sequence["PlannedCase"]) -> Summary:
     """What would become of each study."""
-    outcomes = ("would fail", "not to be synthesised", "to be synthesised", "already complete", "finished before")
+    outcomes = ("would fail", "not to be synthesised", "to be synthesised", "nothing to synthesise", "finished before")
     counts = {outcome: sum(case.outcome == outcome for case in planned) for outcome in outcomes}
     failures = {case.case: case.failed for case in planned if case.outcome == outcomes[0]}
     record = {"studies": [asdict(case) for case in planned]}

@@ -200,7 +200,7 @@ def _notification(studies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "sent": f"Sent: {names}; verdict {study['verdict']}.",
             "held back": f"Nothing sent: the verdict is {study['verdict']}, and the setting 'send' excludes it.",
             "not synthesised": f"Nothing sent: nothing was synthesised; verdict {study['verdict']}.",
-            "complete": "Nothing sent: no contrast is missing.",
+            "complete": "Nothing sent: there is nothing to synthesise.",
         }[study["status"]]
         reasons = study["reasons"] or ([] if study["synthetic"] else study["not_synthesised"].values())
         said.append(" ".join([what, *dict.fromkeys(reasons)]))

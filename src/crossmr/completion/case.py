@@ -12,9 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from crossmr.completion.inputs import Inputs
+from crossmr.completion.inputs import Inputs, why_redone
 from crossmr.completion.layout import PICTURES, Layout, Profile, bids_name
-from crossmr.completion.ownership import check_case, earlier_files, is_another, other_scans, why_not_kept
+from crossmr.completion.ownership import (
+    check_case,
+    earlier_files,
+    other_scans,
+    why_not_kept,
+)
 from crossmr.completion.study import (
     Completed,
     Origin,
@@ -134,8 +139,8 @@ def kept(run: Run, files: StudyFiles) -> Mapping[str, Any] | None:
     """The manifest of a case that was finished before and stays as it is; None of one that is to be completed."""
     if not is_finished(run, files.case):
         return None
-    if arrived := why_again(run, files):
-        run.display.say(f"{files.case}: finished before, and done again: {arrived}")
+    if why := why_done_again(run, files):
+        run.display.say(f"{files.case}: finished before, and done again: {why}")
         return None
     return finished_before(run, files)
 
@@ -180,46 +185,10 @@ def is_finished(run: Run, case: str) -> bool:
     return run.work.is_of_this_run(path) if run.options.overwrite else path.exists()
 
 
-def why_again(run: Run, files: StudyFiles) -> str:
-    """Why a case that was finished before is not any more: a scan of what was synthesised has come, or may have come.
-
-    Or what was not filled, because of a file that may be it, is no longer in doubt. Empty where it stays as it is.
-    """
+def why_done_again(run: Run, files: StudyFiles) -> str:
+    """Why a case that was finished before is completed again; empty where it stays as it is."""
     manifest = read_json(run.layout.folder(files.case) / "manifest.json", OutputError)
-    images, synthetic = files.images(), manifest.get("synthetic", {})
-    if others := other_scans(manifest, images):  # which `finished_before` refuses, unless a user mends what was refused
-        mended = manifest.get("refused") and any(m in images and m not in others for m in manifest["acquired"])
-        return f"{', '.join(manifest['refused'])} was refused, with other scans" if mended else ""
-    come = {
-        m: images[m].name
-        for m in images
-        if m in synthetic and is_another(manifest, m, images[m]) and not is_synthetic(images[m])
-    }
-    known = [m for m in images if m in manifest.get("acquired", ()) or m in come]
-    unread = [] if run.settings.targets is not None else run.inputs.unread(files, known, run.model)
-    come |= {m: one.name for one in unread for m in sorted(one.may_be) if m in synthetic}
-    if come:
-        listed = ", ".join(f"{m} ({name})" for m, name in come.items())
-        return f"{listed} was synthesised and has arrived since, so the synthetic one goes"
-    if why := _tried_again(run, manifest, images):
-        return why
-    doubted = [m for m in manifest.get("unread", {}) if not any(m in one.may_be for one in unread)]
-    wanted = [m for m in doubted if run.settings.targets is None or m in run.settings.targets]
-    return f"{', '.join(wanted)} is no longer in doubt" if wanted else ""
-
-
-def _tried_again(run: Run, manifest: Mapping[str, Any], images: Mapping[str, Path]) -> str:
-    """Why what was refused before may be synthesised now; empty where nothing has changed."""
-    if not (refused := manifest.get("refused", ())):
-        return ""
-    before, now = manifest.get("settings", {}), run.record
-    changed = [
-        name for name, key in (("model", "model_sha256"), ("--register", "register")) if before.get(key) != now[key]
-    ]
-    changed += ["scans"] if {*manifest.get("given", ())} != {*images} else []
-    asked = [m for m in refused if m in (run.settings.targets or ())]
-    changed += [f"--targets {','.join(asked)}"] if asked else []
-    return f"{', '.join(refused)} was refused, with other {' and '.join(changed)}" if changed else ""
+    return why_redone(manifest, files, run.inputs, run.model, run.settings)
 
 
 def finished_before(run: Run, files: StudyFiles) -> Mapping[str, Any]:
@@ -235,7 +204,8 @@ def finished_before(run: Run, files: StudyFiles) -> Mapping[str, Any]:
     if manifest.pop("paths", None) is not None:  # earlier versions said where the scans lie
         write_json(path, manifest)
     given, changed = manifest.get("given", {}), ["other settings"] if manifest.get("settings") != run.record else []
-    for what, those in (("more", {*images} - {*given}), ("fewer", {*given} - {*images})):
+    more = {m for m in {*images} - {*given} if not is_synthetic(images[m])}
+    for what, those in (("more", more), ("fewer", {*given} - {*images})):
         changed += [f"{what} scans now ({', '.join(sorted(those))})"] if those else []
     if changed:
         what = " and ".join(changed)

@@ -38,7 +38,7 @@ class CohortSummary:
     completed: dict[str, list[str]] = field(default_factory=dict)
     """Case → modalities synthesised now."""
     complete: list[str] = field(default_factory=list)
-    """Cases that lack nothing."""
+    """Cases that lack nothing of what was asked for."""
     skipped: list[str] = field(default_factory=list)
     """Cases that were finished before."""
     failed: dict[str, str] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class CohortSummary:
             "failed": len(self.failed),
             "not synthesised": len(self.not_filled.keys() - self.completed.keys() - set(self.skipped)),
             "synthesised": len(self.completed),
-            "already complete": len(self.complete),
+            "nothing to synthesise": len(self.complete),
             "finished before": len(self.skipped),
         }
 

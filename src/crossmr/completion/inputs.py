@@ -14,7 +14,7 @@ from typing import Any
 
 from crossmr.baselines import together
 from crossmr.completion.layout import EXPECTED, Layout, records_of
-from crossmr.completion.ownership import other_scans, why_not_kept
+from crossmr.completion.ownership import Now, arrived, other_scans, why_again, why_not_kept
 from crossmr.completion.private import SCANS
 from crossmr.completion.unread import (
     Unread,
@@ -267,7 +267,7 @@ class PlannedCase:
             return "finished before"
         if self.synthesise:
             return "to be synthesised"
-        return "not to be synthesised" if self.not_synthesised else "already complete"
+        return "not to be synthesised" if self.not_synthesised else "nothing to synthesise"
 
     def lines(self) -> list[str]:
         """What a user reads of it."""
@@ -291,7 +291,7 @@ def plan(
         finished = not overwrite and (layout.folder(files.case) / "manifest.json").exists()
         fault = inputs.faults.get(files.case, "")
         if not fault and finished and not found["failed"]:
-            fault = _not_kept(files, inputs, layout)
+            finished, fault = _kept(files, found["acquired"], inputs, layout, model, settings)
         if fault:
             found["failed"] = fault
         if found["failed"]:
@@ -302,14 +302,56 @@ def plan(
     return planned
 
 
-def _not_kept(files: StudyFiles, inputs: Inputs, layout: Layout) -> str:
-    """Why a finished case would fail: its result was made of other scans. Empty where it would be kept."""
-    if inputs.series is not None:
-        others = other_series(files.case, inputs.series[files.case], layout.records / SCANS)
+def _kept(
+    files: StudyFiles,
+    acquired: Mapping[str, str],
+    inputs: Inputs,
+    layout: Layout,
+    model: CrossConditionedModel,
+    settings: Settings,
+) -> tuple[bool, str]:
+    """Whether the result of a finished case would be kept; and why it would fail: it was made of other scans."""
+    manifest = read_json(layout.folder(files.case) / "manifest.json", OutputError)
+    if inputs.series is None:
+        why, others = why_redone(manifest, files, inputs, model, settings), other_scans(manifest, files.images())
     else:
-        manifest = read_json(layout.folder(files.case) / "manifest.json", OutputError)
-        others = other_scans(manifest, files.images())
-    return why_not_kept(files.case, others) if others else ""
+        others = other_series(files.case, inputs.series[files.case], layout.records / SCANS)
+        come = {m: name for m, name in acquired.items() if m in manifest.get("synthetic", {})}
+        why = why_again(manifest, _now(manifest, [*acquired], files, inputs, model, settings, others, come))
+    return not why, why_not_kept(files.case, others) if others and not why else ""
+
+
+def why_redone(
+    manifest: Mapping[str, Any],
+    files: StudyFiles,
+    inputs: Inputs,
+    model: CrossConditionedModel,
+    settings: Settings,
+) -> str:
+    """Why a case that was finished before is completed again; empty where it stays as it is."""
+    images = files.images()
+    come = {m: images[m].name for m in arrived(manifest, images)}
+    now = _now(manifest, [*images], files, inputs, model, settings, other_scans(manifest, images), come)
+    return why_again(manifest, now)
+
+
+def _now(
+    manifest: Mapping[str, Any],
+    acquired: Sequence[str],
+    files: StudyFiles,
+    inputs: Inputs,
+    model: CrossConditionedModel,
+    settings: Settings,
+    others: Sequence[str],
+    come: Mapping[str, str],
+) -> Now:
+    """What there is of a finished case, files included that are not read."""
+    known = [m for m in acquired if m in manifest.get("acquired", ()) or m in come]
+    unread = [] if settings.targets is not None else inputs.unread(files, known, model)
+    may_be = {m: one.name for one in unread for m in sorted(one.may_be)}
+    come = {**come, **{m: name for m, name in may_be.items() if m in manifest.get("synthetic", {})}}
+    what = {"model_sha256": model.record.get("sha256"), "register": settings.register}
+    return Now(acquired, others, come, [*may_be], settings.targets, what)
 
 
 def _found(inputs: Inputs) -> list[tuple[StudyFiles, dict[str, Any]]]:

@@ -5,6 +5,7 @@ And what it keeps is of these scans: an earlier result of the same name that was
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,57 @@ def is_another(manifest: Mapping[str, Any], modality: str, image: Path) -> bool:
     """Whether a scan is not the file that a case was completed from; it is read only if size or time has changed."""
     given, stamps = (manifest.get(name, {}).get(modality) for name in ("given", "stamps"))
     return given is None or (stamps != stamp(image) and content_sha256(image) != given["sha256"])
+
+
+def arrived(manifest: Mapping[str, Any], images: Mapping[str, Path]) -> list[str]:
+    """The contrasts that a case has synthesised, and of which there is a scan now."""
+    synthetic = manifest.get("synthetic", {})
+    return [m for m in images if m in synthetic and is_another(manifest, m, images[m]) and not is_synthetic(images[m])]
+
+
+@dataclass(frozen=True)
+class Now:
+    """What there is of a case that was finished before, beside its manifest."""
+
+    acquired: Sequence[str]
+    """Contrasts that have a scan."""
+    others: Sequence[str]
+    """Those whose scan is not the one that the case was completed from."""
+    come: Mapping[str, str]
+    """Those that it has synthesised → the scan that is there now, or may be."""
+    doubted: Sequence[str]
+    """Contrasts that a file may be which is not read."""
+    targets: Sequence[str] | None
+    """Contrasts that are asked for."""
+    settings: Mapping[str, Any]
+    """'model_sha256' and 'register'."""
+
+
+def why_again(manifest: Mapping[str, Any], now: Now) -> str:
+    """Why a case that was finished before is not any more: a scan of what was synthesised has come, or may have come.
+
+    Or what was not filled, because of a file that may be it, is no longer in doubt. Empty where it stays as it is, or
+    is refused because its scans are others.
+    """
+    refused = manifest.get("refused", ())
+    if now.others:  # which is refused, unless a user mends what was refused
+        mended = refused and any(m in now.acquired and m not in now.others for m in manifest["acquired"])
+        return f"{', '.join(refused)} was refused, with other scans" if mended else ""
+    if now.come:
+        listed = ", ".join(f"{m} ({name})" for m, name in now.come.items())
+        return f"{listed} was synthesised and has arrived since, so the synthetic one goes"
+    if refused:
+        before = manifest.get("settings", {})
+        names = {"model": "model_sha256", "--register": "register"}
+        changed = [name for name, key in names.items() if before.get(key) != now.settings[key]]
+        changed += ["scans"] if {*manifest.get("given", ())} != {*now.acquired} else []
+        asked = [m for m in refused if m in (now.targets or ())]
+        changed += [f"--targets {','.join(asked)}"] if asked else []
+        if changed:
+            return f"{', '.join(refused)} was refused, with other {' and '.join(changed)}"
+    settled = [m for m in manifest.get("unread", {}) if m not in now.doubted]
+    wanted = [m for m in settled if now.targets is None or m in now.targets]
+    return f"{', '.join(wanted)} is no longer in doubt" if wanted else ""
 
 
 def why_not_kept(case: str, changed: Sequence[str]) -> str:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from crossmr.completion.layout import records_of
+from crossmr.completion.ownership import other_scans
 from crossmr.data.formats import is_nifti
 from crossmr.data.labels import cavity_is_labelled
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies, in_usual_order
-from crossmr.data.volume import describe_grid, on_grid, read_labels, read_volume, same_grid, write_volume
+from crossmr.data.volume import describe_grid, is_synthetic, on_grid, read_labels, read_volume, same_grid, write_volume
 from crossmr.errors import CrossmrError, OutputError, StudyError, names_only
 from crossmr.files import LOCK, locked, read_json, write_atomically, write_json
 
@@ -118,15 +119,26 @@ def _find_cases(
 
 
 def _channels(files: StudyFiles, records: Path) -> Channels:
-    """The channels of a case: acquired, and where it lacks one, synthetic."""
-    channels = {modality: (path, False) for modality, path in files.images().items()}
+    """The channels of a case: acquired, and where it lacks one, synthetic.
+
+    Raises:
+        CrossmrError: its files' names contradict each other, its manifest is not crossmr's, or what was synthesised is
+            of other scans.
+    """
+    channels = {modality: (path, is_synthetic(path)) for modality, path in files.images().items()}
     folder = records / files.case
     if (path := folder / "manifest.json").exists():
         manifest = read_json(path, OutputError)
         if "synthetic" not in manifest:
             raise OutputError(f"{path} is not crossmr's. Name the folder that 'crossmr complete' wrote.")
+        if others := other_scans(manifest, {m: path for m, (path, synthetic) in channels.items() if not synthetic}):
+            raise StudyError(
+                f"{folder} was made of other scans of this name ({', '.join(others)}), which may be another patient's. "
+                "Complete these."
+            )
         for modality, record in manifest["synthetic"].items():
-            channels.setdefault(modality, (folder / record["file"], True))
+            if channels.get(modality, (None, True))[1]:
+                channels[modality] = folder / record["file"], True
     return channels
 
 

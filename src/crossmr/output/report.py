@@ -105,16 +105,15 @@ def report_completion(out: Path) -> Path:
     names = [case for case in finished_cases(out) if case not in cohort["failed"]]
     pages = [names[k : k + CASES_PER_PAGE] for k in range(0, len(names), CASES_PER_PAGE)] or [[]]
     links = [("report.html", pages[0]), *((f"report/{k}.html", page) for k, page in enumerate(pages[1:], 2))]
-    counts = dict.fromkeys(("failed", "not synthesised", "synthesised", "already complete"), 0)
+    counts = dict.fromkeys(("failed", "not synthesised", "synthesised", "nothing to synthesise"), 0)
     counts["failed"] = len(cohort["failed"])
     verdicts, where, synthesised = _no_verdicts(cohort["failed"]), dict[str, str](), set[str]()
     for number, (link, page) in reversed([*enumerate(links)]):  # the first one last, which counts them all
         manifests = ((name, read_json(out / name / "manifest.json", OutputError)) for name in page)
         cases = [manifest for name, manifest in manifests if is_case(manifest, name)]
         for case in cases:
-            outcome = (
-                "synthesised" if case["synthetic"] else "not synthesised" if case["not_filled"] else "already complete"
-            )
+            outcome = "not synthesised" if case["not_filled"] else "nothing to synthesise"
+            outcome = "synthesised" if case["synthetic"] else outcome
             counts[outcome] += 1
             verdicts[case.get("verdict", "look")][case["case"]] = reasons_of(case)
             where[case["case"]] = f"{link if number else ''}#{case['case']}"

@@ -141,7 +141,10 @@ def _acquired(
         studies = {files.case: files for files in find_studies(scans, mapping)}
         if case not in studies:
             raise OutputError(f"{scans} holds no study {case}; it has {', '.join([*studies][:8])}.")
-        return load_study(studies[case], labels=False), []
+        given = {m: path for m, path in studies[case].images().items() if m in manifest["acquired"]}
+        listed = ", ".join(other_scans(manifest, given))
+        said = f"{listed} of {scans} is not what {case} was completed from, and may be another patient's"
+        return load_study(studies[case], labels=False), [said] if listed else []
     try:
         register = manifest.get("settings", {}).get("register", "never")
         paths = read_paths(out, case)
