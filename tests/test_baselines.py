@@ -13,6 +13,7 @@ from crossmr.baselines import (
     linear_regression,
     linear_weights,
     predict_baselines,
+    with_earlier,
 )
 from crossmr.data import head
 
@@ -199,3 +200,15 @@ def test_any_subset_gives_the_regression_of_the_cases_that_have_it(sources):
     want = np.linalg.lstsq(columns, np.concatenate([c["t2f"].ravel() for c in usable]), rcond=None)[0]
     fitted = fit_baselines(cases(*made), MODALITIES)
     np.testing.assert_allclose(linear_weights(fitted, [MODALITIES.index(m) for m in sources], 3), want, atol=1e-5)
+
+
+def test_of_modalities_that_no_new_case_has_the_earlier_fit_stays():
+    first = fit_baselines(cases(volumes(1), volumes(2, without=("t2w",))), MODALITIES)
+    own = fit_baselines(cases(volumes(3, without=("t2w",)), volumes(4, without=("t2w", "t2f"))), MODALITIES)
+    both = with_earlier(own, first)
+    assert both["present"].tolist() == [[1, 0, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1]]
+    t1n, t1c = 0, 2
+    np.testing.assert_array_equal(linear_weights(both, [t1n, 1], t1c), linear_weights(first, [t1n, 1], t1c))
+    assert torch.equal(both["mean_image"][[0, 2, 3]], own["mean_image"][[0, 2, 3]])
+    assert torch.equal(both["mean_image"][1], first["mean_image"][1])
+    assert all(torch.equal(tensor, own[name]) for name, tensor in with_earlier(own, own).items())

@@ -248,7 +248,7 @@ def test_what_a_protocol_is_not_for_is_refused(cohort, folder, fixed, segmenter,
 def test_the_two_kinds_of_evaluation_never_replace_one_another(measured, cohort, folder, tmp_path):
     out, _, _ = measured
     before = (out / "metrics.json").read_bytes()
-    with pytest.raises(OutputError, match=r"metrics\.json"):
+    with pytest.raises(OutputError, match=r"holds an evaluation by another protocol\. Name another folder"):
         evaluate(folder, cohort, out)
     with pytest.raises(OutputError, match=r"by another protocol, which has no page: see its metrics\.csv"):
         report_evaluation(out)

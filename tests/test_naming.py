@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from crossmr.data.naming import MODALITIES, StudyFiles, find_studies, modality_name, recognise, unmatched
+from crossmr.data.naming import LONGEST, MODALITIES, StudyFiles, find_studies, modality_name, recognise, unmatched
 from crossmr.errors import ConfigError, NamingError
 
 SCANS = Path(__file__).parents[2] / "shared" / "data"
@@ -377,6 +377,19 @@ class TestFindStudies:
         assert all(s.label() for s in everyone["openms"])
         assert all(s.patient == s.case for s in everyone["lgg"] + everyone["lgg_incomplete"])
         assert not any(s.unrecognised for found in everyone.values() for s in found)
+
+
+def test_a_case_of_a_very_long_name_has_one_that_files_can_have(tmp_path):
+    above = tmp_path / ("a" * 90)
+    paths = [above / ("ü" * 45) / f"{last}{'c' * 80}" / f"{m}.nii.gz" for last in "xy" for m in ("T1", "T2")]
+    studies = recognise(paths, root=tmp_path)
+    names = [study.case for study in studies]
+    assert [len(name.encode()) <= LONGEST for name in names] == [True, True]
+    assert len({*names}) == 2
+    assert [[*study.candidates] for study in studies] == [["t1n", "t2w"]] * 2
+    assert [study.case for study in recognise(paths[:2], root=tmp_path)] == [
+        study.case for study in studies if paths[0] in study.paths()
+    ]  # whatever lies beside
 
 
 def test_a_pattern_that_matches_no_file_is_said(tmp_path):

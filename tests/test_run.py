@@ -19,6 +19,7 @@ import torch
 from conftest import sha256, tree, write_study
 
 from crossmr import tensors
+from crossmr.baselines import together
 from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.prepare import PrepareSettings, Split, prepare
@@ -582,6 +583,7 @@ def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run,
     assert len(find(model.patients[:1], {case.name: names_of(case.patient, ()) for case in own})) == len(own) == 2
     assert torch.equal(model.calibration["variance"], earlier.calibration["variance"])  # nobody here to calibrate on
     assert model.record["training"]["seen"]["studies"] == earlier.record["training"]["seen"]["studies"] + 2
+    assert together(model.baselines, range(4)).any()  # it completes studies that have T2, as before
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run" / "model").values())
 
 

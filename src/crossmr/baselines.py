@@ -54,6 +54,15 @@ def fit_baselines(cases: Sequence[Callable[[], Mapping[str, Array]]], modalities
     }
 
 
+def with_earlier(fitted: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fitted baselines; of modalities that none of their cases has, those of earlier ones of the same modalities."""
+    absent = ~fitted["present"].bool().any(0)
+    kept = earlier["present"].bool()[:, absent].any(1)
+    mean = torch.where(absent[:, None, None, None], earlier["mean_image"], fitted["mean_image"])
+    both = {name: torch.cat([fitted[name], earlier[name][kept]]) for name in ("present", "gram")}
+    return {"mean_image": mean, **both}
+
+
 def together(fitted: Mapping[str, Tensor], known: Sequence[int]) -> Tensor:
     """Which of the combinations of modalities that training patients had hold all of these, bool (P,)."""
     return fitted["present"][:, list(known)].bool().all(1)

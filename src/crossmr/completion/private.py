@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crossmr.data.naming import StudyFiles
+from crossmr.dicom.series import CONVERTED
 from crossmr.errors import CrossmrError, OutputError
 from crossmr.files import read_json, write_json
 
@@ -53,7 +54,7 @@ def read_paths(records: Path, case: str) -> dict[str, Path]:
     Raises:
         OutputError: nobody knows where they lie.
     """
-    if os.path.exists(converted := records / SCANS / case / "series.json"):
+    if os.path.exists(converted := records / SCANS / case / CONVERTED):
         taken = read_json(converted, OutputError).get("taken", {})
         return {modality: converted.with_name(f"{case}-{modality}.nii.gz") for modality in taken}
     cases = read_json(records / NAME, OutputError).get("cases")

@@ -7,6 +7,7 @@ its error comes from `StudyFiles.images()` or `.label()`, so that one patient ne
 
 import difflib
 import fnmatch
+import hashlib
 import os
 import re
 from collections import Counter, defaultdict
@@ -38,6 +39,8 @@ MODALITIES = CONTRASTS
 DISPLAY_NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
 """Names of the modalities for people to read."""
 
+LONGEST = 160
+"""Bytes of a case's name; file systems have names of 255, and what is written of a case has more in its own."""
 _SPELLINGS = ("t1n", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2w", "t2", "t2f", "flair", "pdw", "pd")
 """Spellings of modalities that a misspelt one is compared with."""
 
@@ -329,7 +332,15 @@ def recognise(
             if own in cases or not named or path in names.mapped:
                 studies[own].append((path, reading))
     patients = _patients(studies, names, root)
-    return [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
+    found = [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
+    return [replace(study, case=_short(study.case)) for study in found]
+
+
+def _short(case: str) -> str:
+    """A case's name, of which files can have names: a longer one's beginning, and a hash."""
+    if len(name := case.encode(errors="surrogateescape")) <= LONGEST:
+        return case
+    return f"{name[: LONGEST - 9].decode(errors='ignore').rstrip()}-{hashlib.sha256(name).hexdigest()[:8]}"
 
 
 def _study(case: str, files: list[File], patient: "_Patient", names: NamesInTree) -> StudyFiles:

@@ -27,7 +27,7 @@ from crossmr.data.naming import in_usual_order
 from crossmr.data.volume import Volume, on_grid, read_volume, write_volume
 from crossmr.dicom.agents import tell_apart, undecided
 from crossmr.dicom.contrast import covers, says_agent
-from crossmr.dicom.series import TELLING, Series, find_series, folders_of_part, import_pydicom, listed
+from crossmr.dicom.series import CONVERTED, TELLING, Series, find_series, folders_of_part, import_pydicom, listed
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
 from crossmr.files import (
@@ -393,10 +393,10 @@ def convert_case(case: str, all_series: Sequence[Series], out: Path, *, keep_nam
     }
     scans = Scans(case, chosen, left_out, notes=notes, unreadable=unreadable)
     paths = {m: folder / f"{case}-{m}.nii.gz" for m in chosen}
-    if _is_done(folder / "series.json", record, paths.values()):
+    if _is_done(folder / CONVERTED, record, paths.values()):
         return scans
     _clear(folder, case)
-    write_json(folder / "series.json", {**record, "finished": False})
+    write_json(folder / CONVERTED, {**record, "finished": False})
     faults = []
     for modality, series in chosen.items():
         try:
@@ -410,7 +410,7 @@ def convert_case(case: str, all_series: Sequence[Series], out: Path, *, keep_nam
     if faults:  # without one of its scans the study would look incomplete, and the scan would be synthesised
         _clear(folder, case)
         return replace(scans, series={}, refused="; ".join(faults), unreadable=unreadable)
-    write_json(folder / "series.json", record)
+    write_json(folder / CONVERTED, record)
     return scans
 
 
@@ -426,7 +426,7 @@ def _images(folder: Path, case: str) -> list[Path]:
 
 def _taken_before(folder: Path) -> Mapping[str, Any]:
     """Modality → what series.json says of the series that an earlier conversion took."""
-    path = folder / "series.json"
+    path = folder / CONVERTED
     return read_json(path, OutputError).get("taken", {}) if path.exists() else {}
 
 
@@ -438,7 +438,7 @@ def check_scans(cases: Mapping[str, Sequence[Series]], out: Path) -> None:
     """
     for case, all_series in cases.items():
         folder = out / case
-        refuse_foreign(folder / "series.json", partial(is_record, kind=FORMAT))
+        refuse_foreign(folder / CONVERTED, partial(is_record, kind=FORMAT))
         earlier = _images(folder, case)
         for path in (*earlier, *(folder / f"{case}-{modality}.nii.gz" for modality in taken(all_series))):
             refuse_foreign(path, partial(_is_among, paths=earlier))
@@ -450,7 +450,7 @@ def _is_among(path: Path, paths: Collection[Path]) -> bool:
 
 def _clear(folder: Path, case: str) -> None:
     """Delete what an earlier conversion wrote, and nothing else."""
-    for path in (*_images(folder, case), folder / "series.json"):
+    for path in (*_images(folder, case), folder / CONVERTED):
         path.unlink(missing_ok=True)
 
 

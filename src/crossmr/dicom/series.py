@@ -37,6 +37,8 @@ from crossmr.errors import ConfigError, NamingError
 from crossmr.files import is_folder, walk
 from crossmr.parts import Part
 
+CONVERTED = "series.json"
+"""Lies in the folder of a study that was converted, and says from which series."""
 FEWEST_SLICES = 8
 UNEVEN = 0.05
 """Fraction of the slice distance by which single distances may differ from it."""
@@ -138,8 +140,8 @@ def holds_dicom(
 ) -> bool:
     """Whether a folder is to be read as DICOM: it holds DICOM, and no NIfTI whose name says a contrast.
 
-    Where it holds both, `display` says that the DICOM is passed over. `exclude` is a folder in it that is not searched,
-    `mapping` as in `find_studies`.
+    NIfTI that crossmr converted from DICOM does not count. Where it holds both, `display` says that the DICOM is passed
+    over. `exclude` is a folder in it that is not searched, `mapping` as in `find_studies`.
     """
     nifti: list[Path] = []
     others: list[Path] = []
@@ -150,7 +152,7 @@ def holds_dicom(
     dicom = next((path for path in others if path.name.upper() == "DICOMDIR" or _is_dicom(path)), None)
     if dicom is None:
         return False
-    if named := _named(nifti, mapping):
+    if named := _named((path for path in nifti if not (path.parent / CONVERTED).exists()), mapping):
         display.say(
             f"{folder} holds NIfTI ({', '.join(named[:3])}{', …' if len(named) > 3 else ''}) and DICOM ({dicom.name}): "
             "the DICOM is passed over. Give the folder of the DICOM alone to complete that."

@@ -19,9 +19,11 @@ from crossmr.data.study import Study
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, StudyError, names_only
 from crossmr.evaluation.evaluate import (
+    BY_PROTOCOL,
     EvaluationSettings,
     SecondModel,
     describe,
+    refuse_others,
     set_and_split,
     settings_of,
     versions,
@@ -54,11 +56,10 @@ from crossmr.evaluation.subjects import (
     subject_of_study,
 )
 from crossmr.evaluation.tables import BASELINE, OtherSummary, is_table, write_csv
-from crossmr.files import is_record, locked, refuse_foreign, write_json
+from crossmr.files import locked, refuse_foreign, write_json
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.registry import load_model
 
-FORMAT = "crossmr-evaluation-by-protocol"
 ALL = "all"
 """What stands for a target where the mean is over all of them."""
 
@@ -137,7 +138,7 @@ def evaluate_by_protocol(
     dropped = dropped_contrasts([one.name for one in subjects]) if settings.protocol == "brasyn" else {}
 
     with locked(out):
-        refuse_foreign(out / "metrics.json", partial(is_record, kind=FORMAT))
+        refuse_others(out, BY_PROTOCOL)
         refuse_foreign(out / "metrics.csv", partial(is_table, kind=OtherScore))
         with display.logged(out / LOG) as logging:
 
@@ -261,7 +262,7 @@ def _summarise(
     scans = {name: one.scans for name, one in measured.items()}
     patients, _ = merge({name: one.patient for name, one in measured.items()}, scans)
     return ProtocolEvaluation(
-        format=FORMAT,
+        format=BY_PROTOCOL,
         protocol=settings.protocol,
         text=TEXT,
         summary=summarise_scores([score for one in measured.values() for score in one.scores]),

@@ -15,7 +15,7 @@ import numpy as np
 
 from crossmr.device import choose_precision
 from crossmr.display import LOG, SILENT, Display
-from crossmr.errors import ConfigError, StudyError, names_only
+from crossmr.errors import ConfigError, OutputError, StudyError, names_only
 from crossmr.evaluation.measurements import TABLES, Measurements, Outcome, Picture, read_parts, write_part
 from crossmr.evaluation.measures import (
     PROTOCOL,
@@ -46,7 +46,7 @@ from crossmr.parts import WORK, Part
 from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_most, window
 from crossmr.registry import load_model
 
-FORMAT = "crossmr-evaluation"
+FORMAT, BY_PROTOCOL = "crossmr-evaluation", "crossmr-evaluation-by-protocol"
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,21 @@ def warn_of_memory(
         display.say(warning)
 
 
+def refuse_others(out: Path, kind: str) -> None:
+    """Refuse to replace metrics.json where it is not crossmr's, or of another kind of evaluation.
+
+    Raises:
+        OutputError: it is.
+    """
+    path = out / "metrics.json"
+    if any(is_record(path, other) for other in {FORMAT, BY_PROTOCOL} - {kind}):
+        raise OutputError(f"{out} holds an evaluation by another protocol. Name another folder, or delete that one.")
+    refuse_foreign(path, partial(is_record, kind=kind))
+
+
 def _refuse_foreign(out: Path, names: Sequence[str], targets: Sequence[str]) -> None:
     """Refuse an output folder where anything but an evaluation has the name of a file to be written."""
-    refuse_foreign(out / "metrics.json", partial(is_record, kind=FORMAT))
+    refuse_others(out, FORMAT)
     refuse_foreign(out / REPORT, is_page)
     for name, kind in TABLES.items():
         refuse_foreign(out / f"{name}.csv", partial(is_table, kind=kind))

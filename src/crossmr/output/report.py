@@ -20,8 +20,7 @@ from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.completion.verdict import VERDICTS
 from crossmr.data.naming import DISPLAY_NAMES, in_usual_order
 from crossmr.errors import OutputError
-from crossmr.evaluation.challenge import FORMAT as BY_PROTOCOL
-from crossmr.evaluation.evaluate import Evaluation, overlap_warnings
+from crossmr.evaluation.evaluate import BY_PROTOCOL, Evaluation, overlap_warnings
 from crossmr.evaluation.measurements import Picture
 from crossmr.evaluation.measures import KEPT, STRUCTURES, Score
 from crossmr.evaluation.predictors import AGAINST

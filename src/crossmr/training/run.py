@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossmr.baselines import fit_baselines
+from crossmr.baselines import fit_baselines, with_earlier
 from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
 from crossmr.config import from_dict, to_dict
 from crossmr.data.dataset import Case, PreparedDataset
@@ -121,7 +121,7 @@ def train(
         settings: what is trained, for how long, and where.
         initial_model: a trained model, loaded, as folder or by name, from whose weights every network starts.
             Modalities and networks are then its own; a model of any subset goes on with those of its modalities that
-            the set has.
+            the set has, and keeps what it knew of the others, which nothing trains.
         display: where progress goes.
 
     Returns:
@@ -392,13 +392,18 @@ def _words(budget: Mapping[str, Any]) -> str:
 
 
 def _baselines(training: Training, initial: CrossConditionedModel | None) -> dict[str, Tensor]:
-    """The baselines, fitted once per run; what is typical of too few studies to tell is as the initial model has it."""
+    """The baselines, fitted once per run.
+
+    What is typical of too few studies to tell is as the initial model has it; so is all of modalities that none has.
+    """
     place = training.folder / "stages" / "baselines"
 
     def first() -> tuple[dict[str, Tensor], None]:
         if not (place / "baselines.json").exists():
             training.compute.display.say(f"baselines: reading {len(training.train)} training studies")
             fitted = fit_baselines([_reader(case) for case in training.train], training.config.modalities)
+            if initial is not None and initial.baselines and training.config.any_subset:
+                fitted = with_earlier(fitted, initial.baselines)
             known = {} if initial is None else initial.record.get("training", {}).get("typical", {})
             found = _typical(training, fitted)
             write_json(place / "typical.json", {g: {**known.get(g, {}), **found.get(g, {})} for g in {*known, *found}})
