@@ -319,7 +319,7 @@ def test_a_conversion_that_was_killed_goes_on(tmp_path, monkeypatch):
 
 def test_bad_folders(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    assert holds_dicom(tmp_path)  # what was converted from it does not hide it
+    assert not holds_dicom(tmp_path)
     with pytest.raises(NamingError, match="no MR image"):
         convert(tmp_path, tmp_path / "out")
     with pytest.raises(NamingError, match="is a file"):

@@ -22,6 +22,7 @@ from crossmr.data.bids import ROOT as BIDS_ROOT
 from crossmr.data.formats import is_nifti, is_volume
 from crossmr.data.naming import recognise
 from crossmr.data.tree import mapping_key
+from crossmr.data.volume import is_synthetic
 from crossmr.dicom.contrast import (
     Acquisition,
     Verdict,
@@ -140,8 +141,8 @@ def holds_dicom(
 ) -> bool:
     """Whether a folder is to be read as DICOM: it holds DICOM, and no NIfTI whose name says a contrast.
 
-    NIfTI that crossmr converted from DICOM does not count. Where it holds both, `display` says that the DICOM is passed
-    over. `exclude` is a folder in it that is not searched, `mapping` as in `find_studies`.
+    NIfTI that crossmr converted or synthesised does not count. Where it holds both, `display` says that the DICOM is
+    passed over. `exclude` is a folder in it that is not searched, `mapping` as in `find_studies`.
     """
     nifti: list[Path] = []
     others: list[Path] = []
@@ -152,7 +153,8 @@ def holds_dicom(
     dicom = next((path for path in others if path.name.upper() == "DICOMDIR" or _is_dicom(path)), None)
     if dicom is None:
         return False
-    if named := _named((path for path in nifti if not (path.parent / CONVERTED).exists()), mapping):
+    scans = (path for path in nifti if not (path.parent / CONVERTED).exists() and not is_synthetic(path))
+    if named := _named(scans, mapping):
         display.say(
             f"{folder} holds NIfTI ({', '.join(named[:3])}{', …' if len(named) > 3 else ''}) and DICOM ({dicom.name}): "
             "the DICOM is passed over. Give the folder of the DICOM alone to complete that."
