@@ -14,12 +14,7 @@ import numpy as np
 
 from crossmr.completion.inputs import Inputs, why_redone
 from crossmr.completion.layout import PICTURES, Layout, Profile, bids_name
-from crossmr.completion.ownership import (
-    check_case,
-    earlier_files,
-    other_scans,
-    why_not_kept,
-)
+from crossmr.completion.ownership import check_case, earlier_files, other_scans, why_not_kept
 from crossmr.completion.study import (
     Completed,
     Origin,

@@ -313,10 +313,10 @@ def _by_slices(model: CrossConditionedModel, head: HeadVolumes, predict: _Predic
             batch = at_once
             if not len(result):
                 result = torch.zeros(predicted.shape[1], *volumes[0].shape[1:])
-            if len(cuts) > 1:
-                predicted[:, targets:] **= 2
             cropped = crop_or_pad(predicted, size, [0.5] * 2).transpose(0, 1)
-            squares += (cropped[:targets].double() ** 2).flatten(1).sum(1)
+            if len(cuts) > 1:
+                cropped[targets:] **= 2
+                squares += (cropped[:targets].double() ** 2).flatten(1).sum(1)
             _turned(result, cut.plane)[:, cut.slices[some]] += cropped
             done += len(predicted)
             if (watch := _watch.get()) is not None:
