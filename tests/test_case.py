@@ -8,7 +8,7 @@ from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import Listener, image, make_head, tree
+from conftest import Listener, image, make_head, tree, write_study
 
 from crossmr.completion.case import CohortSettings
 from crossmr.completion.cohort import complete_cohort, plan_cohort
@@ -104,3 +104,13 @@ def test_what_was_refused_is_tried_again_where_some_scans_are_still_the_same(mod
         assert any("done again: t1c was refused, with other scans" in line for line in listener.said)
     else:
         assert [*again.failed] == ["Ann"]
+
+
+def test_a_study_called_like_a_file_of_the_output_fails_alone(model, tmp_path):
+    for seed, name in enumerate(("Ann", "status.csv", "report.html")):
+        write_study(tmp_path / "in", name, ("t1n", "t2w"), seed=seed)
+    done = complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
+    assert [*done.completed] == ["Ann"]
+    assert done.failed["status.csv"] == "status.csv: crossmr writes a file of this name into OUT. Rename the study."
+    assert done.failed.keys() == {"status.csv", "report.html"}
+    assert (tmp_path / "out" / "status.csv").is_file()

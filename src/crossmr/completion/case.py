@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from crossmr.completion import private, status
 from crossmr.completion.inputs import Inputs, why_redone
 from crossmr.completion.layout import PICTURES, Layout, Profile, bids_name
 from crossmr.completion.ownership import check_case, earlier_files, other_scans, why_not_kept
@@ -28,13 +29,16 @@ from crossmr.data.naming import DISPLAY_NAMES, StudyFiles
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import is_synthetic, read_volume
 from crossmr.dicom.convert import Scans
-from crossmr.display import Display
+from crossmr.display import LOG, Display
 from crossmr.errors import NamingError, OutputError, StudyError, names_only
-from crossmr.files import read_json, remove, write_json
+from crossmr.files import REPORT, read_json, remove, write_json
 from crossmr.networks.inference import Settings
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.parts import Claim, Part
 from crossmr.picture import Array, Kind, Panel, middle, save_panels
+
+RECORDS = {"manifest.json", LOG, REPORT, status.NAME, private.NAME}
+"""Files of a cohort; no case can have a folder of such a name."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def complete_case(
     Raises:
         Lost: another process has taken it over. CrossmrError: it cannot be completed.
     """
+    if run.layout.folder(files.case) in {run.layout.records / name for name in RECORDS}:
+        raise StudyError(f"{files.case}: crossmr writes a file of this name into OUT. Rename the study.")
     if (manifest := kept(run, files)) is not None:
         return manifest, True
     start = time.perf_counter()
