@@ -252,6 +252,12 @@ def test_too_small_is_refused(shape):
     assert message.startswith("P1: ")
 
 
+@pytest.mark.parametrize("factor", [0.001, 0.1, 10])
+def test_voxels_in_metres_or_centimetres_are_refused(factor):
+    grown = image(make_head(), np.diag([6.0 * factor, 6.0 * factor, 7.0 * factor, 1.0]))
+    refusal(StudyError, lambda: load_study({"t1n": grown}, "P1"), "no scan of a head is", "they are in mm")
+
+
 def test_few_slices_are_not_too_small():
     data = make_head(shape=(28, 32, 5))
     assert overlap(load(t1n=data).mask, ellipsoid(data.shape).T) > 0.9

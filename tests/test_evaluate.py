@@ -510,8 +510,10 @@ def test_a_split_is_measured_alone(bare, cohort, tmp_path):
         body = evaluate(bare, tmp_path / "set", tmp_path / split, settings(split=split))
         assert body["cases"] == manifest["split"][split]
         assert 0 < len(body["cases"]) < len(CASES)
+    before = tree(tmp_path / "test")
     with pytest.raises(StudyError, match="the split 'val' is empty"):
-        evaluate(bare, tmp_path / "set", tmp_path / "by val", settings(split="val"))
+        evaluate(bare, tmp_path / "set", tmp_path / "test", settings(split="val"))
+    assert tree(tmp_path / "test") == before
     with pytest.raises(ConfigError, match="'tset'"):
         evaluate(bare, tmp_path / "set", tmp_path / "by typo", settings(split="tset"))
 

@@ -134,7 +134,7 @@ def test_a_run_keeps_what_was_said_and_unforeseen_errors_in_its_log(trained, pre
     assert "not for sharing" in first
     assert [line.partition("  ")[0].split(maxsplit=2)[2] for line in said] == [
         *(f"{stage}: finished before" for stage in STAGES),
-        "calibration of the uncertainty on validation patients",
+        "standard deviations: calibrated on validation patients",
     ]
 
     def fail(*_):

@@ -134,11 +134,18 @@ VALIDATION = {
 
 
 def test_a_model_that_is_no_better_than_a_linear_regression():
-    (found,) = undertrained(VALIDATION, ("t1c", "t2f", "t2w"))
+    (found,) = undertrained(VALIDATION, ("t1c", "t2f"))
     assert (found.kind, found.severity, found.contrasts) == ("undertrained", "look", ("t1c",))
     assert "regression of the same sources (T1ce: correlation 0.41 against 0.65): train longer." in found.words
-    assert undertrained(VALIDATION, ("t2f",)) == undertrained({}, ("t1c",)) == []
+    assert undertrained(VALIDATION, ("t2f",)) == undertrained(None, ("t1c",)) == []
     assert len(undertrained({"t1c": {"correlation": 0.65, "linear_regression": 0.65}}, ("t1c",))) == 1
+
+
+def test_a_model_whose_contrast_no_validation_patient_had():
+    (found,) = undertrained({"t2f": VALIDATION["t2f"]}, ("t1c", "t2f", "t2w"))
+    assert (found.kind, found.severity, found.contrasts) == ("not validated", "look", ("t1c", "t2w"))
+    assert found.words.startswith("No validation patient has shown how good this model's T1ce and T2 is")
+    assert [one.kind for one in undertrained({}, ("t1c",))] == ["not validated"]
 
 
 def test_what_such_a_model_makes_is_to_be_looked_at(tmp_path):

@@ -106,6 +106,21 @@ def test_with_the_scans_of_all_the_truth_stands_beside(completed):
     assert [name for name in volumes if name.endswith("truth")] == ["T1ce truth", "FLAIR truth"]
 
 
+def test_scans_that_were_registered_are_registered_again(tmp_path):
+    pytest.importorskip("SimpleITK", reason="pip install crossmr[register]")
+    model = load_model(save_untrained(tmp_path / "model", guidance="last"))
+    write_study(tmp_path / "in", "Ann", ("t1n", "t2w"))
+    path = tmp_path / "in" / "Ann" / "Ann-t2w.nii.gz"
+    scan = nib.load(path)
+    moved = scan.affine.copy()
+    moved[:3, 3] += 4
+    nib.save(nib.Nifti1Image(np.asarray(scan.dataobj)[1:], moved), path)
+    complete_cohort(tmp_path / "in", tmp_path / "out", model, Settings(precision="float32", register="always"))
+    pages = [shown(view_case(tmp_path / "out", "Ann", scans=scans)[0]) for scans in (None, tmp_path / "in")]
+    for name, volume in pages[0].items():
+        np.testing.assert_array_equal(volume.dataobj, pages[1][name].dataobj)
+
+
 def test_scans_of_another_patient_of_the_same_name_are_said(completed, tmp_path):
     out, truth = completed
     assert view_case(out, "Ann", scans=truth)[1] == []

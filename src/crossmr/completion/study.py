@@ -224,7 +224,7 @@ def complete_study(
         *(Finding("doubtful recognition", "look", doubt) for doubt in origin.doubts),
         *check(study, model.baselines, model.config.modalities, training),
         *unlearnt(training.get("seen", {}), sources, requested, stripped=study.masked_background),
-        *undertrained(training.get("validation", {}), requested),
+        *undertrained(training.get("validation"), requested),
         *_asked_for(requested, origin.unread),
     ]
     refused = {m: why for m, why in not_filled.items() if is_refusal(why, m)}

@@ -60,8 +60,13 @@ def unlearnt(
     return found
 
 
-def undertrained(validation: Mapping[str, Mapping[str, float]], targets: Sequence[str]) -> list[Finding]:
-    """Targets of which a model has learnt too little: target → correlations, as its record has them, where it does."""
+def undertrained(validation: Mapping[str, Mapping[str, float]] | None, targets: Sequence[str]) -> list[Finding]:
+    """Targets of which a model has learnt too little, or nobody knows how much.
+
+    `validation` is target → correlations, as the model's record has them; None where it is older than that.
+    """
+    if validation is None:
+        return []
     said = "On its validation patients this model is no better than a linear regression of the same sources"
     found = []
     for target in [m for m in targets if m in validation]:
@@ -69,6 +74,10 @@ def undertrained(validation: Mapping[str, Mapping[str, float]], targets: Sequenc
         numbers = f"{DISPLAY_NAMES.get(target, target)}: correlation {own:.2f} against {linear:.2f}"
         if own <= linear:
             found.append(Finding("undertrained", "look", f"{said} ({numbers}): train longer.", (target,)))
+    if unknown := [m for m in targets if m not in validation]:
+        names = " and ".join(DISPLAY_NAMES.get(m, m) for m in unknown)
+        words = f"No validation patient has shown how good this model's {names} is: measure it with crossmr evaluate."
+        found.append(Finding("not validated", "look", words, tuple(unknown)))
     return found
 
 

@@ -37,6 +37,8 @@ from crossmr.data.volume import (
 from crossmr.errors import StudyError, VolumeError
 
 EVERYTHING: Box = (slice(None), slice(None), slice(None))
+SMALLEST_MM, LARGEST_MM = 30, 1000
+"""The longest side of a scan of a head lies between these."""
 LARGEST = 1e15
 """Largest intensity that is taken for one: some programs mark missing voxels with larger numbers."""
 NOTED = 0.01
@@ -239,13 +241,19 @@ def _same_shape_hint(a: Volume, b: Volume) -> str:
 def _checked(case: str, modality: str, volume: Volume) -> tuple[Volume, Mask | None]:
     """A volume whose NaN outside the head is background, and where that was, if anywhere.
 
-    Refuses volumes that are too small, constant, infinite, of impossible intensities, or NaN within the head.
+    Refuses volumes of impossible sizes or intensities, and those that are constant, infinite, or NaN within the head.
     """
     data = volume.data
     if sorted(data.shape)[1] < SMALLEST_SIDE:
         raise StudyError(
             f"{case}: {modality} is {describe_grid(volume)}; that is too small to be a scan of a head. "
             "Export the whole series, or leave this study out."
+        )
+    extent = max(count * side for count, side in zip(data.shape, volume.spacing_mm, strict=True))
+    if not SMALLEST_MM < extent < LARGEST_MM:
+        raise StudyError(
+            f"{case}: {modality} is {describe_grid(volume)}; no scan of a head is {extent:.3g} mm long. "
+            "Correct the sizes of the voxels in its header: they are in mm."
         )
     nan = np.isnan(data)
     lowest, largest = (float(f(data, initial=end, where=~nan)) for f, end in ((np.min, np.inf), (np.max, -np.inf)))

@@ -139,6 +139,8 @@ def evaluate(
     predictors = find_predictors(model, settings.inference, settings.guidances, settings.against)
     source = settings.mapping, settings.inference.register, settings.patients
     subjects = find_subjects(Path(data), settings.split, *source)
+    if not subjects:  # an earlier evaluation in OUT stays
+        raise StudyError(f"No study of {data} could be measured: the split '{settings.split}' is empty")
     own = subjects if part is None else part.take(subjects)
     with locked(out, shared=part is not None):
         _refuse_foreign(out, [one.name for one in own], predictors[0].model.config.targets)
@@ -157,8 +159,7 @@ def evaluate(
         complete = len(outcomes) == len(subjects)
         measured = Measurements.of(outcomes)
         if not measured.scores and complete:
-            reason = next(iter(measured.failed.values()), f"the split '{settings.split}' is empty")
-            raise StudyError(f"No study of {data} could be measured: {reason}")
+            raise StudyError(f"No study of {data} could be measured: {next(iter(measured.failed.values()))}")
         measured = measured.by_patient()
         evaluation = summarise_all(measured, predictors, set_and_split(Path(data), settings))
         evaluation["finished"] = complete

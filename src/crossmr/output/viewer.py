@@ -136,7 +136,7 @@ def _acquired(
     out: Path, manifest: Mapping[str, Any], scans: Path | None, mapping: Mapping[str, str] | None
 ) -> tuple[Study | None, list[str]]:
     """The scans that a case was completed from; None, and a note, if they cannot be read any more."""
-    case = manifest["case"]
+    case, register = manifest["case"], manifest.get("settings", {}).get("register", "never")
     if scans is not None:
         studies = {files.case: files for files in find_studies(scans, mapping)}
         if case not in studies:
@@ -144,9 +144,8 @@ def _acquired(
         given = {m: path for m, path in studies[case].images().items() if m in manifest["acquired"]}
         listed = ", ".join(other_scans(manifest, given))
         said = f"{listed} of {scans} is not what {case} was completed from, and may be another patient's"
-        return load_study(studies[case], labels=False), [said] if listed else []
+        return load_study(studies[case], register=register, labels=False), [said] if listed else []
     try:
-        register = manifest.get("settings", {}).get("register", "never")
         paths = read_paths(out, case)
         if others := other_scans(manifest, paths):
             raise OutputError(f"{', '.join(others)} where they lay is another scan now")

@@ -221,7 +221,9 @@ def _train_model(
     model = _first_model(training, initial)
     if _train_stages(training, model, chosen, steps):
         if model.config.uncertainty:
-            training.compute.display.say("calibration of the uncertainty on validation patients")
+            known = "as they are, since there is no validation patient"
+            how = "calibrated on validation patients" if training.usable(training.val) else known
+            training.compute.display.say(f"standard deviations: {how}")
             model.calibration = calibration(training, model, None if initial is None else initial.calibration)
         if not training.compute.ranks.first:
             return
