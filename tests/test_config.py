@@ -97,7 +97,7 @@ def test_settings_are_read_from_text(path, text, want):
 def test_several_nested_settings_at_once_leave_the_rest_alone():
     changed = with_settings(
         replace(TINY, guidance="last"),
-        {"synthesis.channels": "32", "synthesis.multipliers": "1,2", "crop": "64,64", "guidance": "none"},
+        {"synthesis.channels": "32", "synthesis.multipliers": "[1, 2]", "crop": "64,64", "guidance": "none"},
     )
     assert (changed.synthesis.channels, changed.synthesis.multipliers) == (32, (1, 2))
     assert (changed.crop, changed.guidance) == ((64, 64), "none")  # 'none' is a word here, not a missing value

@@ -88,7 +88,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
             return value
         raise ConfigError(f"{where} is {value!r}; it may be one of: {', '.join(map(str, arguments))}.")
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = value.strip("[]() ").split(",") if isinstance(value, str) else value
         if isinstance(items, (list, tuple)) and (arguments[-1] is ... or len(items) == len(arguments)):
             kinds = [arguments[0]] * len(items) if arguments[-1] is ... else arguments
             return tuple(_parse(kind, item, where) for kind, item in zip(kinds, items, strict=True))
