@@ -37,7 +37,7 @@ from crossmr.data.volume import (
 from crossmr.errors import StudyError, VolumeError
 
 EVERYTHING: Box = (slice(None), slice(None), slice(None))
-SMALLEST_MM, LARGEST_MM = 30, 1000
+SMALLEST_MM, LARGEST_MM = 5, 1000
 """The longest side of a scan of a head lies between these."""
 LARGEST = 1e15
 """Largest intensity that is taken for one: some programs mark missing voxels with larger numbers."""
