@@ -313,12 +313,13 @@ def _kept(
     """Whether the result of a finished case would be kept; and why it would fail: it was made of other scans."""
     manifest = read_json(layout.folder(files.case) / "manifest.json", OutputError)
     if inputs.series is None:
-        why, others = why_redone(manifest, files, inputs, model, settings), other_scans(manifest, files.images())
+        now = _now_of_files(manifest, files, inputs, model, settings)
     else:
         others = other_series(files.case, inputs.series[files.case], layout.records / SCANS)
         come = {m: name for m, name in acquired.items() if m in manifest.get("synthetic", {})}
-        why = why_again(manifest, _now(manifest, [*acquired], files, inputs, model, settings, others, come))
-    return not why, why_not_kept(files.case, others) if others and not why else ""
+        now = _now(manifest, [*acquired], files, inputs, model, settings, others, come)
+    why = why_again(manifest, now)
+    return not why, why_not_kept(files.case, now.others) if now.others and not why else ""
 
 
 def why_redone(
@@ -328,11 +329,20 @@ def why_redone(
     model: CrossConditionedModel,
     settings: Settings,
 ) -> str:
-    """Why a case that was finished before is completed again; empty where it stays as it is."""
+    """Why a case of files that was finished before is completed again; empty where it stays as it is."""
+    return why_again(manifest, _now_of_files(manifest, files, inputs, model, settings))
+
+
+def _now_of_files(
+    manifest: Mapping[str, Any],
+    files: StudyFiles,
+    inputs: Inputs,
+    model: CrossConditionedModel,
+    settings: Settings,
+) -> Now:
     images = files.images()
     come = {m: images[m].name for m in arrived(manifest, images)}
-    now = _now(manifest, [*images], files, inputs, model, settings, other_scans(manifest, images), come)
-    return why_again(manifest, now)
+    return _now(manifest, [*images], files, inputs, model, settings, other_scans(manifest, images), come)
 
 
 def _now(

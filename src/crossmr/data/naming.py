@@ -332,8 +332,7 @@ def recognise(
             if own in cases or not named or path in names.mapped:
                 studies[own].append((path, reading))
     patients = _patients(studies, names, root)
-    found = [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
-    return [replace(study, case=_short(study.case)) for study in found]
+    return [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
 
 
 def _short(case: str) -> str:
@@ -376,7 +375,7 @@ def _study(case: str, files: list[File], patient: "_Patient", names: NamesInTree
     used = {path for paths in (*chosen.values(), labels) for path in paths}
     others = [path for path, _ in by_meaning.get(OTHER, [])]
     return StudyFiles(
-        case=case,
+        case=_short(case),
         patient=patient.name,
         confidence=patient.confidence,
         alike=patient.alike,
