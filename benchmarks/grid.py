@@ -101,6 +101,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return options
 
 
+DIFFERENCES: dict[str, Any] = {"action": "store_true", "help": "print differences to what * compares with"}
+"""The option --differences of those whose tables the evidence page shows so."""
+
+
 def arguments(options: argparse.ArgumentParser) -> argparse.Namespace:
     """What the command line says; a rehearsal has a folder of its own in OUT."""
     given = options.parse_args()

@@ -25,6 +25,7 @@ from rival_networks import (
     PublishedForm,
     RestormerSmall,
     Rival,
+    ThreeAxial,
     ThreeViews,
 )
 from torch import Tensor, nn
@@ -213,6 +214,6 @@ class WaveletFlow(Rival):
         return made.float()
 
 
-REGRESSIONS = (Ours, PublishedForm, DynUNet2D, DynUNet3D, ThreeViews, RestormerSmall)
+REGRESSIONS = (Ours, PublishedForm, DynUNet2D, DynUNet3D, ThreeViews, ThreeAxial, RestormerSmall)
 RIVALS: dict[str, type[Rival]] = {kind.name: kind for kind in (*REGRESSIONS, Pix2Pix, WaveletFlow, Diffusion)}
 """All of them, in the tables' order."""

@@ -8,7 +8,7 @@ are written from the papers that their classes name.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -153,6 +153,16 @@ class Ours(Rival):
         """7.2 M parameters."""
         return CUNet(OURS, CHANNELS, len(TARGETS))
 
+    def completions(self, network: nn.Module) -> Mapping[str, Callable[[Subject], Images]]:
+        """As it is; and the mean of that and what it makes of the study mirrored left to right, mirrored back."""
+        predict = partial(self.predict, network)
+
+        def both(inputs: Tensor) -> Tensor:
+            return (predict(inputs) + predict(inputs.flip(-1)).flip(-1)) / 2
+
+        mirrored = {f"mirror images, too: {self.name}": partial(self.complete, both)} if type(self) is Ours else {}
+        return {**super().completions(network), **mirrored}
+
 
 class PublishedForm(Rival):
     """The C-UNet of recipe paper without guidance: every pixel by itself, squared error (Xing et al. 2024)."""
@@ -271,10 +281,16 @@ class ThreeViews(Ours):
             for (order, size), flip in zip(VIEWS.values(), (True, True, False), strict=True)
         ]
 
-    def complete(self, predict: Predict, subject: Subject) -> Images:
-        """The mean of the three views."""
+    def completions(self, network: nn.Module) -> Mapping[str, Callable[[Subject], Images]]:
+        """The mean of the three views, and each by itself."""
+        predict = partial(self.predict, network)
+        alone = {f"{view} slices of {self.name}": partial(self.seen_in, predict, (view,)) for view in VIEWS}
+        return {self.name: partial(self.seen_in, predict, tuple(VIEWS)), **alone}
+
+    def seen_in(self, predict: Predict, views: Sequence[str], subject: Subject) -> Images:
+        """The mean of some views."""
         sums = {target: np.zeros(subject.head.shape, np.float32) for target in TARGETS}
-        for order, _ in VIEWS.values():
+        for order in (VIEWS[view][0] for view in views):
             a, b, c = order
             seen = replace(
                 subject,
@@ -282,9 +298,28 @@ class ThreeViews(Ours):
                 head=subject.head.transpose(order),
                 spacing_mm=(subject.spacing_mm[a], subject.spacing_mm[b], subject.spacing_mm[c]),
             )
-            for target, volume in super().complete(predict, seen).items():
-                sums[target] += volume.transpose(np.argsort(order)) / len(VIEWS)
+            for target, volume in self.complete(predict, seen).items():
+                sums[target] += volume.transpose(np.argsort(order)) / len(views)
         return sums
+
+
+class ThreeAxial(Ours):
+    """The control of three views: the mean of three networks of axial slices, which learn in turn."""
+
+    name = "three axial networks"
+
+    def build(self) -> nn.Module:
+        """Three networks, with first weights of their own."""
+        return nn.ModuleList([super(ThreeAxial, self).build() for _ in VIEWS])
+
+    def loss(self, network: nn.Module, step: int) -> Tensor:
+        """The error of the one whose turn it is."""
+        one = cast(nn.ModuleList, network)[step % len(VIEWS)]
+        return super().loss(one, step)
+
+    def predict(self, network: nn.Module, inputs: Tensor) -> Tensor:
+        """The mean of the three."""
+        return torch.stack([super(ThreeAxial, self).predict(one, inputs) for one in network.children()]).mean(0)
 
 
 class RestormerSmall(Rival):

@@ -10,7 +10,7 @@ Seconds and memory are those of a process of its own that completes the first te
 
 python benchmarks/rivals.py runs/default -o runs/evidence    # goes on with what is missing
 python benchmarks/rivals.py runs/default -o runs/evidence --only ours "DynUNet 2D" --seeds 0 1 2
-python benchmarks/rivals.py runs/default -o runs/evidence --table
+python benchmarks/rivals.py runs/default -o runs/evidence --table --differences
 python benchmarks/rivals.py runs/default -o runs/evidence --tiny
 
 A training that is killed starts again; what is finished (a rate, a training, a study) is kept. One training of the
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from grid import (
     COLUMNS,
+    DIFFERENCES,
     HOW,
     THREE,
     Kept,
@@ -306,10 +307,11 @@ def print_tables(experiment: Experiment) -> None:
         return next((k for k, name in enumerate(order) if row["predictor"].startswith(name)), len(order))
 
     rows = sorted(experiment.rows.rows, key=place)
-    print(f"\nAll slices; * differs from ours.{table([row for row in rows if row['slices'] == WHOLE], 'ours')}")
+    whole, some = ([row for row in rows if row["slices"] == which] for which in (WHOLE, SOME))
+    shown = partial(table, against="ours", differences=experiment.options.differences)
+    print(f"\nAll slices; * differs from ours.{shown(whole)}")
     columns = {heading: column for heading, column in COLUMNS.items() if "SSIM" not in heading}
-    some = [row for row in rows if row["slices"] == SOME]
-    print(f"\nOne slice of every {every}, without SSIM, which is of volumes.{table(some, 'ours', columns)}\n")
+    print(f"\nOne slice of every {every}, without SSIM, which is of volumes.{shown(some, columns=columns)}\n")
     print(
         "| | M parameters | GFLOP a step | steps | TFLOP | rate | minutes | s a study | GiB |" + "\n" + "|---" * 9 + "|"
     )
@@ -337,6 +339,7 @@ def main() -> None:
     options.add_argument("--teraflop", type=float, default=TERAFLOP, help="floating-point operations of a training")
     options.add_argument("--every", type=int, default=EVERY, help="diffusion completes one slice of so many; 1: all")
     options.add_argument("--cost", choices=list(RIVALS), help="complete one study, and print what it took")
+    options.add_argument("--differences", **DIFFERENCES)
     given = arguments(options)
     given.teraflop = 0.0 if given.tiny else given.teraflop
     experiment = opened(given)

@@ -26,7 +26,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from grid import PUBLISHED, Kept, Row, arguments, column, four_contrasts, parser, seconds
+from grid import DIFFERENCES, PUBLISHED, Kept, Row, arguments, column, four_contrasts, parser, seconds
 from replacements import Maker, by_baseline, by_images, by_model, sources_known
 from scans import cohort_of
 from tumours import (
@@ -250,7 +250,7 @@ def best_threshold(subject: Subject, flair: Array | None) -> tuple[float, float]
     return float(threshold), best
 
 
-def table(rows: Sequence[Row], against: str) -> str:
+def table(rows: Sequence[Row], against: str, *, differences: bool = False) -> str:
     """Markdown, a table for each set of missing contrasts; * differs from `against`, by the segmenter of all four."""
     whole = [row for row in rows if not row["missing"]]
     parts = []
@@ -267,7 +267,13 @@ def table(rows: Sequence[Row], against: str) -> str:
             )
         }
         cells = [
-            column({key: of_region(its, region) for key, its in groups.items()}, (against, "all four"), value, digits)
+            column(
+                {key: of_region(its, region) for key, its in groups.items()},
+                (against, "all four"),
+                value,
+                digits,
+                differences=differences,
+            )
             for region, value, digits in COLUMNS.values()
         ]
         for (predictor, which), its in groups.items():
@@ -316,6 +322,7 @@ def main() -> None:
     known.add_argument("--patch", type=int, default=2, choices=(1, 2), help="the segmenter's patches")
     known.add_argument("--part", default="test", choices=("val", "test"), help="whose patients are measured")
     known.add_argument("--against", default="ours", help="whom * compares with, such as dropped")
+    known.add_argument("--differences", **DIFFERENCES)
     known.add_argument("--fine-tune", action="store_true", help="the engine, by several losses")
     options = arguments(known)
     if options.tiny:
@@ -331,7 +338,7 @@ def main() -> None:
         say_how_long(options, kept, replaced)
         measure(options, kept, replaced)
         find_ms(options, kept, replaced)
-    print(table(kept.rows, options.against))
+    print(table(kept.rows, options.against, differences=options.differences))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from crossmr.networks.model import first_weights
 from crossmr.networks.scale import standardise
 from crossmr.tensors import seeded
 
-BANDS = {"power_low": (0.03, 0.1), "power_middle": (0.1, 0.25), "power_high": (0.25, 0.5)}
+BANDS = {"power_low": (0.03, 0.1), "power_middle": (0.1, 0.25), "power_high": (0.25, 0.45)}
 """Cycles per millimetre."""
+FINEST = 0.48
+"""Cycles per voxel, along rows or columns: from here on lies the grid of a network of patches of 2 x 2."""
 SIDE = 64
 """Of a patch, in voxels."""
 BRIGHT, SURELY_NOT, SMALLEST = 3.0, 1.5, 50
@@ -44,12 +46,15 @@ def patches(volume: Array, at: Sequence[tuple[int, int, int]]) -> Tensor:
 
 
 def band_power(cut: Tensor, spacing_mm: float) -> dict[str, float]:
-    """The power of patches (P, SIDE, SIDE) in each band, by Hann-windowed Fourier transforms."""
+    """The power of patches (P, SIDE, SIDE) in each band and in `power_grid`, by Hann-windowed Fourier transforms."""
     window = torch.outer(*[torch.hann_window(SIDE, periodic=False)] * 2)
     power = torch.fft.fft2((cut - cut.mean((1, 2), keepdim=True)) * window).abs().square().mean(0)
     frequency = torch.fft.fftfreq(SIDE, spacing_mm)
     radius = (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt()
-    return {name: float(power[(radius >= low) & (radius < high)].sum()) for name, (low, high) in BANDS.items()}
+    finest = torch.fft.fftfreq(SIDE).abs() >= FINEST
+    grid = power[finest[:, None] | finest[None]].sum()
+    bands = {name: power[(radius >= low) & (radius < high)].sum() for name, (low, high) in BANDS.items()}
+    return {name: float(total) for name, total in {**bands, "power_grid": grid}.items()}
 
 
 def invented_ml(truth: Array, synthetic: Array, head: Mask, spacing_mm: Sequence[float]) -> float:
@@ -67,7 +72,7 @@ def texture_row(subject: Subject, target: str, synthetic: Array) -> Row:
     row: Row = {}
     if at:
         made, true = (band_power(patches(v, at), subject.spacing_mm[1]) for v in (synthetic, truth))
-        row |= {name: made[name] / true[name] for name in BANDS}
+        row |= {name: made[name] / true[name] for name in made}
     if target == "t2f":
         row["invented_ml"] = invented_ml(truth, synthetic, subject.head, subject.spacing_mm)
     return row

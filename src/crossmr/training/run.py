@@ -221,8 +221,8 @@ def _train_model(
     model = _first_model(training, initial)
     if _train_stages(training, model, chosen, steps):
         if model.config.uncertainty:
-            known = "as they are, since there is no validation patient"
-            how = "calibrated on validation patients" if training.usable(training.val) else known
+            validated = training.usable(training.val)
+            how = "calibrated on validation patients" if validated else "as they are, without validation patients"
             training.compute.display.say(f"standard deviations: {how}")
             model.calibration = calibration(training, model, None if initial is None else initial.calibration)
         if not training.compute.ranks.first:
