@@ -10,9 +10,10 @@ and three validation studies: `--weights`.
 Measured on the test studies, FLAIR, T1ce and T2 from the three others each: the rows of grid.py; the power of axial
 patches within the brain, synthetic over real, in three bands of cycles per millimetre, and from .48 cycles per voxel on
 along rows or columns, where the grid of the network's own patches of 2 x 2 would lie; the area under the ROC curve of
-a small network that tells synthetic patches from real ones (1/2: it cannot), trained on the other half of the patients;
-and millilitres of bright areas that the true FLAIR does not have. At the end stands whether the conditions hold under
-which this would be shipped as `--style realistic`.
+a small network that tells synthetic patches from real ones (1/2: it cannot), trained on the other half of the patients,
+all with noise of a grey level's size, since real scans have few of them; and millilitres of bright areas that the true
+FLAIR does not have. At the end stands whether the conditions hold under which this would be shipped as
+`--style realistic`.
 
 python benchmarks/realism.py runs/default -o runs/evidence    # two hours; goes on where it was stopped; --table
 python benchmarks/realism.py runs/default -o runs/evidence --weights 1 4 16    # half an hour
@@ -60,7 +61,7 @@ from representations import (
 )
 from safetensors.torch import load_file
 from scans import cohort_of
-from texture import TELLING, area, patches, places, telling_apart, texture_row
+from texture import TELLING, area, patches, places, telling_apart, texture_row, without_levels
 from torch import Tensor, nn
 
 from crossmr.data.dataset import Case
@@ -323,7 +324,9 @@ def measure_texture(experiment: Experiment, predictor: str, target: str, kept: K
     for case in experiment.test:
         subject, at = subject_of_case(case), places(case.masks()[:, 0] > 0)
         synthetic = np.load(images_folder(folder_of(experiment), predictor) / f"{case.name}-{target}.npy")
-        pairs.append((patches(subject.volumes[target], at), patches(synthetic, at)))
+        both = enumerate((subject.volumes[target], synthetic))
+        real, made = (without_levels(patches(volume, at), case.name, target, which) for which, volume in both)
+        pairs.append((real, made))
         facts = {"case": case.name, "patient": case.patient, "cohort": cohort_of(case.name)}
         row = {"sources": "+".join(experiment.guide(target).task[0]), **facts, **key}
         rows.append(row | texture_row(subject, target, synthetic))

@@ -22,6 +22,8 @@ SIDE = 64
 """Of a patch, in voxels."""
 BRIGHT, SURELY_NOT, SMALLEST = 3.0, 1.5, 50
 """Robust standard deviations above the median; a bright area has so many voxels."""
+GREY_LEVEL = 0.06
+"""Robust standard deviations from one grey level of a real scan to the next, where these are few."""
 TELLING = 300
 """Steps in which a network learns to tell synthetic from real."""
 
@@ -76,6 +78,11 @@ def texture_row(subject: Subject, target: str, synthetic: Array) -> Row:
     if target == "t2f":
         row["invented_ml"] = invented_ml(truth, synthetic, subject.head, subject.spacing_mm)
     return row
+
+
+def without_levels(cut: Tensor, *key: object) -> Tensor:
+    """Patches with noise of a grey level's size, so that not the levels tell real ones from synthetic ones."""
+    return cut + GREY_LEVEL * torch.randn(cut.shape, generator=seeded("grey levels", *key))
 
 
 def telling_apart(pairs: Sequence[tuple[Tensor, Tensor]], steps: int, seed: int) -> nn.Module:
