@@ -87,6 +87,20 @@ def test_a_finished_case_with_more_or_fewer_scans_is_kept_and_said(model, small,
     assert "Ann: finished before with more scans now (t2f), and kept; --overwrite" in capsys.readouterr().out
 
 
+def test_a_case_of_which_nothing_could_be_made_is_done_when_the_scan_has_come(model, small, tmp_path):
+    out, aside = tmp_path / "out", tmp_path / "Ann-t2w.nii.gz"
+    (scan,) = small.rglob("Ann-t2w.nii.gz")
+    shutil.move(scan, aside)
+    complete_cohort(small, out, model, SETTINGS)
+    assert not json.loads((out / "Ann" / "manifest.json").read_text())["synthetic"]
+    assert complete_cohort(small, out, model, SETTINGS).skipped == ["Ann"]
+    shutil.move(aside, scan)
+    listener = Listener()
+    assert [*complete_cohort(small, out, model, SETTINGS, display=listener).completed] == ["Ann"]
+    assert any("done again: nothing was synthesised, with other scans" in line for line in listener.said)
+    assert {*json.loads((out / "Ann" / "manifest.json").read_text())["synthetic"]} == {"t1c", "t2f"}
+
+
 @pytest.mark.parametrize("changed", [("t1n",), ("t1n", "t2w")])
 def test_what_was_refused_is_tried_again_where_some_scans_are_still_the_same(model, small, tmp_path, changed):
     out = tmp_path / "out"

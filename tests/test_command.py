@@ -111,6 +111,8 @@ def test_pairs_and_modalities():
     for wrong in ("a", "=b", "a="):
         with pytest.raises(ConfigError, match=f"--set is '{wrong}'; expected KEY=VALUE, such as x=1"):
             pairs([wrong], "--set", "x=1")
+    with pytest.raises(ConfigError, match="--set gives a twice: '1' and '2'"):
+        pairs(["a=1", "b=3", "a =2"], "--set", "x=1")
     assert modalities_of("T1ce, FLAIR") == ("t1c", "t2f")
     assert modalities_of(None) is None
     with pytest.raises(ConfigError, match="t1x"):

@@ -249,8 +249,8 @@ def test_a_patient_who_was_trained_on_is_known_by_a_scan_under_another_name(coho
     patients = [remember(names_of("B2", [scan]), [])]
     model = load_model(save_untrained(tmp_path / "model", guidance="none", patients=patients))
     prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1.0, 0.0, 0.0)))
-    for folder in ("cohort", "set"):
-        body = evaluate(model, tmp_path / folder, tmp_path / "of" / folder, settings(split="train"))
+    for folder, split in {"cohort": None, "set": "train"}.items():
+        body = evaluate(model, tmp_path / folder, tmp_path / "of" / folder, settings(split=split))
         assert body["overlap"]["trained_on"] == ["X"]
 
 
@@ -544,7 +544,7 @@ def test_a_study_that_cannot_fit_is_refused_by_its_headers_and_one_that_takes_mu
     (tmp_path / "cohort" / "Big").mkdir()
     for modality in ALL:
         header_alone(tmp_path / "cohort" / "Big" / f"Big-{modality}.nii.gz", 20_000)
-    (found, _) = find_subjects(tmp_path / "cohort", "test")
+    (found, _) = find_subjects(tmp_path / "cohort")
     needed = memory_needed(found, find_predictors(bare, SETTINGS.inference))
     monkeypatch.setattr(main_memory, "available_memory", lambda: int(1.5 * needed))
     monkeypatch.setattr(main_memory, "reusable_memory", lambda: 0)

@@ -302,7 +302,7 @@ def test_memory_is_estimated_by_headers_models_and_targets(folders, tmp_path):
     (tmp_path / "P").mkdir()
     for modality in ALL:
         header_alone(tmp_path / "P" / f"P-{modality}.nii.gz", 300)
-    (found,) = find_subjects(tmp_path, "test")
+    (found,) = find_subjects(tmp_path)
 
     def needed(name, found=found, *, every_subset=False, device="cpu", **others):
         model = load_model(folders[name])
@@ -314,7 +314,7 @@ def test_memory_is_estimated_by_headers_models_and_targets(folders, tmp_path):
     assert needed("any") < needed("any", every_subset=True)  # three targets at once
     assert needed("main", device="meta") < needed("main")  # features are elsewhere
     (tmp_path / "P" / "P-t1c.nii.gz").unlink()
-    (fewer,) = find_subjects(tmp_path, "test")
+    (fewer,) = find_subjects(tmp_path)
     assert needed("main", fewer) < needed("main")
     for path in (tmp_path / "P").iterdir():
         path.write_bytes(b"no image")

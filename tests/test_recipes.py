@@ -115,6 +115,9 @@ def test_the_rate_first_grows_from_0_in_even_steps(schedule):
         assert other == pytest.approx(one * min(1, (step + 1) / 10))
     assert rates(warm)[0] == pytest.approx(warm.learning_rate / 10)
     assert rates(replace(warm, warm_up=1)) == rates(plain)
+    long = rates(replace(plain, warm_up=300))
+    assert long[1:30] == pytest.approx([one * step / 50 for step, one in enumerate(rates(plain))][1:30])
+    assert long[50:] == rates(plain)[50:]  # in a training of fewer steps it lasts half of these
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,8 @@ def test_the_record_says_what_was_trained_on_whom(prepared, trained):
     assert record["budget"] == {"steps": STEPS, "minutes": None}
     assert record["seed"] == 5
     opened = PreparedDataset(prepared)
-    assert record["seen"]["studies"] == len(opened.split("train"))
+    usable = [case for case in opened.split("train") if set(SOURCES) <= set(case.modalities)]
+    assert record["seen"]["studies"] == len(usable) < len(opened.split("train"))  # who teaches nothing is not seen
     assert set(record["seen"]["contrasts"]) == {"with_skull", "without_skull"}
     assert set(record["typical"]) <= {"with_skull", "without_skull"}
     assert record["set"] == opened.fingerprint
@@ -181,10 +182,41 @@ def test_the_record_says_what_was_trained_on_whom(prepared, trained):
     }
 
 
+def test_a_run_says_how_many_studies_can_serve(prepared, tmp_path):
+    def said_of(name: str, recipe: Recipe) -> str:
+        train(prepared, tmp_path / name, recipe, steps=1, display=Display())
+        return (tmp_path / name / LOG).read_text()
+
+    count = len(PreparedDataset(prepared).split("train"))
+    said = said_of("fixed", UNGUIDED)
+    assert f"{count - 1} of {count} training studies can serve, since it needs t1n + t2w and a target" in said
+    assert f"synthesis: of {count - 1} training studies, t2f from {count - 2}" in said
+    said = said_of("any", replace(ANY_SMALL, guidance="none"))
+    assert "can serve" not in said
+    assert f"synthesis: of {count} training studies, t2w from {count - 1}, t2f from {count - 1}" in said
+
+
+def test_a_target_that_no_training_study_shows_is_refused(tmp_path):
+    for name, had in {"A": ("t1n", "t1c", "t2f"), "B": ("t1n", "t2w"), "C": MODALITIES}.items():
+        write_study(tmp_path / "cohort", name, had, seed=ord(name))
+    table = tmp_path / "whose.csv"
+    table.write_text("case,patient,part\nA,A,train\nB,B,train\nC,C,test\n")
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(patients=table))
+    with pytest.raises(SetError, match=r"No training study of .*set has t1c and t1n \+ t2w\. Prepare more patients"):
+        train(tmp_path / "set", tmp_path / "run", SMALL)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "whose.csv").write_text("case,patient,part\nA,A,train\nB,B,test\nC,C,test\n")
+    prepare(tmp_path / "cohort", tmp_path / "other", PrepareSettings(patients=table))
+    with pytest.raises(SetError, match="has t2w and another contrast"):
+        train(tmp_path / "other", tmp_path / "run", ANY_SMALL, sources=MODALITIES, targets=MODALITIES)
+    assert not (tmp_path / "run").exists()
+
+
 def test_of_a_run_that_never_measured_the_regression_nothing_is_said_of_it(prepared, trained, tmp_path):
     run_ = shutil.copytree(trained, tmp_path / "run")
     lines = [{k: v for k, v in line.items() if not k.startswith("regression")} for line in records(trained)]
-    (run_ / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run_ / "metrics.jsonl").write_bytes(b'{"damaged": "\xff"}\n' + text.encode() + b'{"cut')
     model = load_model(train(prepared, run_, steps=STEPS, seed=5))
     assert model.record["training"]["validation"] == {}
 
@@ -400,6 +432,14 @@ def test_a_run_is_never_continued_with_other_settings(prepared, trained):
         train(prepared, trained, steps=STEPS, seed=7)
     with pytest.raises(ConfigError, match="holds a run with another recipe"):
         train(prepared, trained, TINY, steps=STEPS, seed=5)
+
+
+def test_a_run_is_not_continued_on_a_set_that_changed(prepared, trained, tmp_path):
+    changed = shutil.copytree(prepared, tmp_path / "set")
+    write_study(tmp_path / "cohort", "New", MODALITIES, seed=99)
+    prepare(tmp_path / "cohort", changed, PrepareSettings(split=Split(1, 0, 0), prune=True))
+    with pytest.raises(ConfigError, match=r"a run on another set, or on this one before it changed\. Prepare it as it"):
+        train(changed, trained, steps=STEPS, seed=5)
 
 
 # First weights
@@ -620,13 +660,15 @@ def test_the_list_of_patients_of_an_old_run_is_left_out(prepared, trained, tmp_p
     assert len(model.patients) == 1
 
 
-def test_a_training_starts_from_no_other_network(prepared, trained, tmp_path):
+def test_a_training_starts_from_no_other_network(prepared, trained, any_run, tmp_path):
     with pytest.raises(ConfigError, match="has another synthesis"):
         train(prepared, tmp_path, with_settings(SMALL, {"synthesis.channels": "8"}), initial=trained / "model")
     with pytest.raises(ConfigError, match="has another sources"):
         train(prepared, tmp_path, sources=("t1n", "t2f"), targets=("t1c",), initial=trained / "model")
     with pytest.raises(ModelError, match="neither a folder nor"):
         train(prepared, tmp_path, initial="nowhere")
+    with pytest.raises(ConfigError, match="initial model is of any subset"):
+        train(prepared, tmp_path, SMALL, initial=any_run / "model")
     other_error = with_settings(SMALL, {"synthesis.loss": "absolute", "synthesis.lesion_weight": "3"})
     model = load_model(train(prepared, tmp_path / "error", other_error, initial=trained / "model", steps=1))
     assert (model.config.synthesis.loss, model.config.synthesis.lesion_weight) == ("absolute", 3)

@@ -30,7 +30,7 @@ def cohort(tmp_path_factory):
 
 
 def test_a_study_is_cropped_to_its_head_and_normalised(cohort):
-    subjects = {name: read() for name, read, *_ in find_subjects(cohort, "test")}
+    subjects = {name: read() for name, read, *_ in find_subjects(cohort)}
     assert list(subjects) == ["Ann", "Bob", "Cem", "Dan"]
     ann = subjects["Ann"]
     assert (ann.name, ann.patient, ann.spacing_mm, ann.masked_background) == ("Ann", "Ann", (7.0, 6.0, 6.0), False)
@@ -57,8 +57,8 @@ def test_the_enhancing_part_has_the_last_labels(tmp_path):
         labels[x : x + 2, 14:18, 10:13] = label
     write_study(tmp_path / "cohort", "P", ALL, replace={"seg": labels})
     prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1.0, 0.0, 0.0)))
-    for folder in ("cohort", "set"):
-        ((_, read, *_),) = find_subjects(tmp_path / folder, "train")
+    for folder, split in {"cohort": None, "set": "train"}.items():
+        ((_, read, *_),) = find_subjects(tmp_path / folder, split)
         subject = read()
         assert (subject.tumour.sum(), subject.enhancing.sum()) == (4 * 24, 24)
         assert subject.enhancing[..., np.flatnonzero(subject.tumour.any((0, 1)))[-2:]].sum() == 24
@@ -66,7 +66,7 @@ def test_the_enhancing_part_has_the_last_labels(tmp_path):
 
 def test_a_prepared_dataset_and_its_cohort_give_the_same_subjects(cohort, tmp_path):
     manifest = prepare(cohort, tmp_path / "set", PrepareSettings(split=Split(0.5, 0.0, 0.5, seed=0)))
-    of_cohort = {name: read() for name, read, *_ in find_subjects(cohort, "test")}
+    of_cohort = {name: read() for name, read, *_ in find_subjects(cohort)}
     for split in ("train", "test"):
         of_set = {name: read() for name, read, *_ in find_subjects(tmp_path / "set", split)}
         assert 0 < len(of_set) < len(of_cohort)
@@ -82,12 +82,16 @@ def test_a_prepared_dataset_and_its_cohort_give_the_same_subjects(cohort, tmp_pa
     assert find_subjects(tmp_path / "set", "val") == []
     with pytest.raises(ConfigError, match="tset"):
         find_subjects(tmp_path / "set", "tset")
+    with pytest.raises(ConfigError, match=r"--split is for a prepared set: of .*, a folder of studies, all are"):
+        find_subjects(cohort, "val")
+    with pytest.raises(ConfigError, match="--map and --register are for a folder of studies"):
+        find_subjects(tmp_path / "set", None, {"t1n": "*"}, "always")
 
 
 def test_a_mapping_names_the_files(tmp_path):
     for modality, name in {"t1n": "MPRAGE", "t2w": "TSE"}.items():
         nib.save(image(make_head(modality)), tmp_path / f"P_{name}.nii.gz")
-    ((name, read, *_),) = find_subjects(tmp_path, "test", {"t1n": "*_MPRAGE*", "t2w": "*_TSE*"})
+    ((name, read, *_),) = find_subjects(tmp_path, None, {"t1n": "*_MPRAGE*", "t2w": "*_TSE*"})
     assert name == "P"
     assert set(read().volumes) == {"t1n", "t2w"}
 
@@ -105,7 +109,7 @@ def test_volumes_on_other_grids_are_registered_only_if_asked(tmp_path):
 
 def test_a_folder_without_studies_is_refused(tmp_path):
     with pytest.raises(NamingError, match=r"no volume"):
-        find_subjects(tmp_path, "test")
+        find_subjects(tmp_path)
 
 
 def test_a_fixed_model_is_given_its_sources():
@@ -137,6 +141,6 @@ def test_a_synthetic_volume_is_no_truth(tmp_path):
     write_study(tmp_path, "P", ("t1n", "t2w"))
     fake = image(make_head("t2f"), description="SYNTHETIC t2f by crossmr")
     nib.save(fake, tmp_path / "P" / "P-t2f.nii.gz")
-    ((_, read, *_),) = find_subjects(tmp_path, "test")
+    ((_, read, *_),) = find_subjects(tmp_path)
     with pytest.raises(StudyError, match="it has none of t1c, t2f"):
         patterns(FIXED, read())

@@ -363,7 +363,9 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a trained model, or the name of a registered one.")],
     data: Annotated[Path, typer.Argument(metavar="SET_OR_COHORT", help="A prepared set, or a folder of studies.")],
     out: Out,
-    split: Annotated[str, typer.Option(help="Split of a prepared set: train, val or test.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Split of a prepared set: train, val or test, which is the default.")
+    ] = None,
     protocol: Annotated[
         str,
         typer.Option(help="How to measure: crossmr, brasyn (the challenge's) or published (whole scans)."),

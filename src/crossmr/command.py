@@ -231,14 +231,16 @@ def pairs(items: Sequence[str] | None, option: str, example: str) -> dict[str, s
     """Read KEY=VALUE as often as an option was given.
 
     Raises:
-        ConfigError: one that is none.
+        ConfigError: one that is none, or a key that comes twice.
     """
-    read = {}
+    read = dict[str, str]()
     for item in items or ():
         key, separator, value = item.partition("=")
         if not separator or not key or not value:
             raise ConfigError(f"{option} is '{item}'; expected KEY=VALUE, such as {example}.")
-        read[key.strip()] = value.strip()
+        if (key := key.strip()) in read:
+            raise ConfigError(f"{option} gives {key} twice: '{read[key]}' and '{value.strip()}'. Give it once.")
+        read[key] = value.strip()
     return read
 
 

@@ -421,7 +421,7 @@ def append_line(path: Path, line: str) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a log that `append_line` wrote; a line that was cut off, its writer killed, is left out."""
     whole = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():  # what a disk has damaged need not be UTF-8
         with contextlib.suppress(ValueError):
             whole.append(json.loads(line))
     return whole

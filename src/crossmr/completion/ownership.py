@@ -156,17 +156,19 @@ class Now:
 def why_again(manifest: Mapping[str, Any], now: Now) -> str:
     """Why a case that was finished before is not any more: a scan of what was synthesised has come, or may have come.
 
-    Or what was not filled, because of a file that may be it, is no longer in doubt. Empty where it stays as it is, or
-    is refused because its scans are others.
+    Or what was not filled, because of a file that may be it, is no longer in doubt; or nothing could be synthesised of
+    the scans that there were, or by that model. Empty where it stays as it is, or is refused because its scans are
+    others.
     """
     refused = manifest.get("refused", ())
+    nothing = bool(manifest.get("not_filled")) and not manifest.get("synthetic")
     if now.others:  # which is refused, unless a user mends what was refused
         mended = refused and any(m in now.acquired and m not in now.others for m in manifest["acquired"])
         return f"{', '.join(refused)} was refused, with other scans" if mended else ""
     if now.come:
         listed = ", ".join(f"{m} ({name})" for m, name in now.come.items())
         return f"{listed} was synthesised and has arrived since, so the synthetic one goes"
-    if refused:
+    if refused or nothing:
         before = manifest.get("settings", {})
         names = {"model": "model_sha256", "--register": "register"}
         changed = [name for name, key in names.items() if before.get(key) != now.settings[key]]
@@ -174,7 +176,8 @@ def why_again(manifest: Mapping[str, Any], now: Now) -> str:
         asked = [m for m in refused if m in (now.targets or ())]
         changed += [f"--targets {','.join(asked)}"] if asked else []
         if changed:
-            return f"{', '.join(refused)} was refused, with other {' and '.join(changed)}"
+            what = f"{', '.join(refused)} was refused" if refused else "nothing was synthesised"
+            return f"{what}, with other {' and '.join(changed)}"
     settled = [m for m in manifest.get("unread", {}) if m not in now.doubted]
     wanted = [m for m in settled if now.targets is None or m in now.targets]
     return f"{', '.join(wanted)} is no longer in doubt" if wanted else ""

@@ -46,6 +46,7 @@ from crossmr.evaluation.protocols import (
 )
 from crossmr.evaluation.segmenter import Segmenter
 from crossmr.evaluation.subjects import (
+    SPLIT,
     Array,
     Found,
     Subject,
@@ -150,7 +151,7 @@ def evaluate_by_protocol(
         measured = {name: one for name, one, _ in outcomes if one is not None}
         failed = {name: reason for name, _, reason in outcomes if reason}
         if not measured:
-            reason = next(iter(failed.values()), f"the split '{chosen.split}' is empty")
+            reason = next(iter(failed.values()), f"the split '{chosen.split or SPLIT}' is empty")
             raise StudyError(f"No study of {data} could be measured: {reason}")
         result = _summarise(measured, predictors, settings, set_and_split(data, chosen))
         result |= {"dropped": dropped, "failed": failed}

@@ -36,7 +36,7 @@ from crossmr.evaluation.statistics import (
     summarise_contrasts,
     summarise_uncertainty,
 )
-from crossmr.evaluation.subjects import Array, Found, Subject, each_study, find_subjects, open_prepared, patterns
+from crossmr.evaluation.subjects import SPLIT, Array, Found, Subject, each_study, find_subjects, open_prepared, patterns
 from crossmr.evaluation.tables import is_table, write_csv
 from crossmr.files import REPORT, digest, is_page, is_record, locked, refuse_foreign, remove, write_json
 from crossmr.main_memory import check_memory
@@ -53,8 +53,8 @@ FORMAT, BY_PROTOCOL = "crossmr-evaluation", "crossmr-evaluation-by-protocol"
 class EvaluationSettings:
     """What to measure, and how to synthesise it."""
 
-    split: str = "test"
-    """Of a prepared dataset: 'train', 'val' or 'test'."""
+    split: str | None = None
+    """Of a prepared dataset: 'train', 'val' or 'test', which None means, too."""
     every_subset: bool = False
     """Give a model of any subset every subset of what a study has, not only all but one modality."""
     guidances: tuple[Guidance, ...] = ()
@@ -140,7 +140,7 @@ def evaluate(
     source = settings.mapping, settings.inference.register, settings.patients
     subjects = find_subjects(Path(data), settings.split, *source)
     if not subjects:  # an earlier evaluation in OUT stays
-        raise StudyError(f"No study of {data} could be measured: the split '{settings.split}' is empty")
+        raise StudyError(f"No study of {data} could be measured: the split '{settings.split or SPLIT}' is empty")
     own = subjects if part is None else part.take(subjects)
     with locked(out, shared=part is not None):
         _refuse_foreign(out, [one.name for one in own], predictors[0].model.config.targets)
@@ -351,7 +351,7 @@ def describe(
 def set_and_split(data: Path, settings: EvaluationSettings) -> tuple[str, str] | None:
     """Fingerprint and split of a prepared dataset; None of a folder of studies."""
     dataset = open_prepared(data)
-    return None if dataset is None else (dataset.fingerprint, settings.split)
+    return None if dataset is None else (dataset.fingerprint, settings.split or SPLIT)
 
 
 def overlap_warnings(evaluation: Evaluation) -> list[str]:

@@ -22,6 +22,8 @@ from crossmr.display import Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError
 from crossmr.networks.model import ModelConfig
 
+SPLIT = "test"
+"""Of a prepared dataset, unless another one is asked for."""
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 T = TypeVar("T")
@@ -79,23 +81,31 @@ def open_prepared(data: Path) -> PreparedDataset | None:
 
 def find_subjects(
     data: Path,
-    split: str,
+    split: str | None = None,
     mapping: Mapping[str, str] | None = None,
     register: RegistrationMode = "never",
     patients: Path | None = None,
 ) -> list[Found]:
     """Each study, not yet read: those of a prepared dataset's split, or all of a folder of studies.
 
-    `mapping`, `register` and `patients`, a table (see `read_patients`), are of a folder of studies.
+    `split`, SPLIT unless given, is of a prepared dataset; `mapping`, `register` and `patients`, a table (see
+    `read_patients`), are of a folder of studies.
 
     Raises:
-        ConfigError: no such split, or a table of patients that is wrong. NamingError: the folder holds no study.
+        ConfigError: no such split, a table of patients that is wrong, or what is of the other kind of folder.
+            NamingError: the folder holds no study.
     """
     dataset = open_prepared(data)
-    if dataset is not None and patients is not None:
-        raise ConfigError("--patients is for a folder of studies: a prepared set knows whose its studies are.")
     if dataset is not None:
-        return [_found_case(case) for case in dataset.split(split)]
+        of_folders = {"--patients": patients is not None, "--map": bool(mapping), "--register": register != "never"}
+        if given := [option for option, there in of_folders.items() if there]:
+            raise ConfigError(
+                f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for a folder of studies: a prepared set "
+                "knows whose its studies are and what they hold."
+            )
+        return [_found_case(case) for case in dataset.split(split or SPLIT)]
+    if split is not None:
+        raise ConfigError(f"--split is for a prepared set: of {data}, a folder of studies, all are measured.")
     studies = find_studies(data, mapping)
     if patients is not None:
         studies = assign(studies, read_patients(patients), patients)

@@ -33,7 +33,7 @@ class TrainConfig:
     schedule: Literal["polynomial", "cosine"] = "polynomial"
     """How the rate falls to 0: by a polynomial of power 0.9, or along half a cosine."""
     warm_up: int = 0
-    """Steps in which the rate first grows from 0."""
+    """Steps in which the rate first grows from 0; at most half of a short training."""
     optimiser: Literal["adam", "adamw"] = "adam"
     """Adam (Kingma & Ba 2015), or with decoupled weight decay (Loshchilov & Hutter 2019)."""
     beta_2: float = 0.999
@@ -56,7 +56,7 @@ class TrainConfig:
     def rate(self, step: int, progress: float) -> float:
         """The learning rate of a step, `progress` being what is done before it, from 0 to 1."""
         fall = (1 - progress) ** DECAY if self.schedule == "polynomial" else (1 + math.cos(math.pi * progress)) / 2
-        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warm_up)) * fall
+        return self.learning_rate * min(1.0, max((step + 1) / max(1, self.warm_up), 2 * progress)) * fall
 
 
 BY_SET = ("crop", "context_slices", "synthesis.channels", "synthesis_train.epochs")

@@ -218,6 +218,8 @@ def _train_model(
     training: Training, initial: CrossConditionedModel | None, chosen: Sequence[str], steps: int | None
 ) -> None:
     """Train the chosen stages, and write the model if all stages are finished."""
+    for line in _learnt_from(training):
+        training.compute.display.say(line)
     model = _first_model(training, initial)
     if _train_stages(training, model, chosen, steps):
         if model.config.uncertainty:
@@ -228,6 +230,24 @@ def _train_model(
         if not training.compute.ranks.first:
             return
         save_model(training.folder / "model", model, _record(training, initial), _patients(training, initial))
+
+
+def _learnt_from(training: Training) -> list[str]:
+    """Of how many studies the synthesis learns, and is validated by, where others cannot serve; and what few have."""
+    config, lines = training.config, list[str]()
+    for cases, what in ((training.train, "training"), (training.val, "validation")):
+        usable = training.usable(cases)
+        if len(usable) < len(cases):
+            needed = "two contrasts" if config.any_subset else f"{' + '.join(config.sources)} and a target"
+            advice = "" if config.any_subset else ", or train a model that needs none of them: --recipe any"
+            lines.append(
+                f"synthesis: {len(usable)} of {len(cases)} {what} studies can serve, since it needs {needed}"
+                + (advice if what == "training" else "")
+            )
+        counts = {target: sum(target in case.modalities for case in usable) for target in config.targets}
+        if lacking := [f"{target} from {count}" for target, count in counts.items() if count < len(usable)]:
+            lines.append(f"synthesis: of {len(usable)} {what} studies, {', '.join(lacking)}")
+    return lines
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -292,7 +312,22 @@ def _training(
                 f"--set {stage}_train.batch_size={ranks.size} or more."
             )
     compute = Compute(device, dtype, settings.seed, display if ranks.first else SILENT, ranks)
-    return Training(folder, recipe, config, dataset.split("train"), dataset.split("val"), compute, budget)
+    training = Training(folder, recipe, config, dataset.split("train"), dataset.split("val"), compute, budget)
+    if initial is None:
+        _refuse_unseen(training, dataset)
+    return training
+
+
+def _refuse_unseen(training: Training, dataset: PreparedDataset) -> None:
+    """Refuse a target that no training study shows together with the sources."""
+    config, usable = training.config, training.usable(training.train)
+    for target in config.targets:
+        if not any(target in case.modalities for case in usable):
+            beside = "another contrast" if config.any_subset else " + ".join(config.sources)
+            raise SetError(
+                f"No training study of {dataset.folder} has {target} and {beside}. Prepare more patients, or with "
+                "another --split; or name other --sources and --targets."
+            )
 
 
 def _minutes(folder: Path, settings: TrainingSettings) -> float | None:
@@ -313,12 +348,16 @@ def _modalities(
     if initial is not None and not (recipe.any_subset and (sources or targets)):
         sources, targets = sources or initial.config.sources, targets or initial.config.targets
     if recipe.any_subset:
-        present = {m for case in dataset.split("train") for m in case.modalities}
+        cases = dataset.split("train")
+        several = [case for case in cases if len(case.modalities) > 1] or cases
+        present = {m for case in several for m in case.modalities}
         sources = targets = tuple(in_usual_order({*(sources or ()), *(targets or ())} or present))
     else:
         sources = tuple(sources or [m for m in PUBLISHED_SOURCES if m in known and m not in (targets or ())])
         targets = tuple(targets or [m for m in PUBLISHED_TARGETS if m in known and m not in sources])
-        if both := set(sources) & set(targets):
+        if (both := set(sources) & set(targets)) and initial is not None and initial.config.any_subset:
+            raise ConfigError("The initial model is of any subset. Leave --recipe, --sources and --targets away.")
+        if both:
             raise ConfigError(f"{min(both)} is both source and target; for any subset of modalities use recipe 'any'.")
     for modality in () if initial is not None and recipe.any_subset else (*sources, *targets):
         if modality not in known:
@@ -383,6 +422,11 @@ def _check_identity(
             "go on with its own plan, or name another folder."
         )
     for key, value in {"initial_model": None, **identity}.items():
+        if earlier.get(key) != value and key == "set":
+            raise ConfigError(
+                f"{folder} holds a run on another set, or on this one before it changed. Prepare it as it was to go "
+                "on, or name another folder; patients who were added are learnt from with --start OLD_RUN/model."
+            )
         if earlier.get(key) != value:
             raise ConfigError(f"{folder} holds a run with another {key}; name another folder, or repeat its settings.")
     return planned["steps"], planned["minutes"]
@@ -417,7 +461,8 @@ def _baselines(training: Training, initial: CrossConditionedModel | None) -> dic
 
 def _typical(training: Training, baselines: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the training's patients look like, of some of them; phantoms count only where there is nothing else."""
-    cases = [case for case in training.train if not case.name.startswith(PHANTOM)] or training.train
+    usable = training.usable(training.train)
+    cases = [case for case in usable if not case.name.startswith(PHANTOM)] or usable
     some = cases[:: max(1, math.ceil(len(cases) / DESCRIBED))]
     return summarise((case.masked_background, _described(case, training, baselines)) for case in some)
 
@@ -506,7 +551,8 @@ def _plan(training: Training, name: str, steps: int) -> Plan:
 def _record(training: Training, initial: CrossConditionedModel | None) -> dict[str, Any]:
     """What a model keeps of its training."""
     folder = training.folder
-    seen = count_seen((case.name, case.modalities, case.masked_background) for case in training.train)
+    learnt = training.usable(training.train)
+    seen = count_seen((case.name, case.modalities, case.masked_background) for case in learnt)
     if initial is not None:
         seen = add_seen(seen, initial.record["training"].get("seen", {}))
     run = {key: value for key, value in read_json(folder / "run.json").items() if key != "patients"}  # of old runs
