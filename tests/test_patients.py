@@ -140,3 +140,18 @@ def test_the_grouping_is_said_in_a_few_lines():
     )
     assert "--patients FILE.csv (columns case, patient)" in warning
     assert grouping(studies("A", "B"), {"A": "A", "B": "B"}, []) == []
+
+
+def test_numbered_folders_are_no_patients_by_themselves():
+    """1 may be the first patient of a group, or the first visit of a patient, but not the 1 of another cohort."""
+
+    def found(*folders):
+        return recognise([Path("cohort", folder, "t1.nii.gz") for folder in folders], root=Path("cohort"))
+
+    assert {study.patient for study in found("Meier_A/1", "Weiss_D/2")} == {"Meier_A_1", "Weiss_D_2"}
+    assert {study.patient for study in found("1", "2")} == {"1", "2"}
+    assert {study.patient for study in found("HC/1023", "HC/1024")} == {"1023", "1024"}
+    (first, second) = doubts(found("Meier_A/1", "Meier_A/2", "Huber_B/1", "Huber_B/2"))
+    assert first == "Huber_B_1, Huber_B_2 are taken for studies of different patients"
+    assert second == "Meier_A_1, Meier_A_2 are taken for studies of different patients"
+    assert doubts(found(*(f"{group}/{n}" for group in ("HC", "MS") for n in range(11)))) == []

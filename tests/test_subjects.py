@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import SHAPE, image, make_head, write_study
+from conftest import SHAPE, Listener, image, make_head, write_study
 
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.errors import ConfigError, NamingError, StudyError
+from crossmr.evaluation.evaluate import say_notes
 from crossmr.evaluation.subjects import Subject, find_subjects, patterns, subject_of_files
 
 ALL = ("t1n", "t2w", "t1c", "t2f")
@@ -56,10 +57,15 @@ def test_the_enhancing_part_has_the_last_labels(tmp_path):
     for label, x in ((1, 10), (2, 12), (3, 14), (4, 16)):
         labels[x : x + 2, 14:18, 10:13] = label
     write_study(tmp_path / "cohort", "P", ALL, replace={"seg": labels})
-    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1.0, 0.0, 0.0)))
+    listener = Listener()
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1.0, 0.0, 0.0)), display=listener)
+    assert any(line.startswith("note on P: its labels 3 and 4 are read as BraTS had them") for line in listener.said)
     for folder, split in {"cohort": None, "set": "train"}.items():
         ((_, read, *_),) = find_subjects(tmp_path / folder, split)
-        subject = read()
+        subject, said = read(), Listener()
+        assert say_notes(subject, said) is subject
+        assert said.said == ([] if split else [f"P: {note}" for note in subject.notes])
+        assert any("its labels 3 and 4" in line for line in said.said) == (split is None)
         assert (subject.tumour.sum(), subject.enhancing.sum()) == (4 * 24, 24)
         assert subject.enhancing[..., np.flatnonzero(subject.tumour.any((0, 1)))[-2:]].sum() == 24
 

@@ -26,6 +26,7 @@ from crossmr.data.tree import (
     NamesInTree,
     folder_names,
     is_mask,
+    parts,
     read_channels,
 )
 from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, read
@@ -39,6 +40,8 @@ MODALITIES = CONTRASTS
 DISPLAY_NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
 """Names of the modalities for people to read."""
 
+BARE = re.compile(r"\d{1,3}")
+"""A folder's name that may be a patient's of one cohort, or the number of a visit, but never tells people apart."""
 LONGEST = 160
 """Bytes of a case's name; file systems have names of 255, and what is written of a case has more in its own."""
 _SPELLINGS = ("t1n", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2w", "t2", "t2f", "flair", "pdw", "pd")
@@ -440,6 +443,9 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
     if len(patients) > 2 and len({(p.name, p.folder) for p in patients.values()}) == 1:
         patients = {case: p if p.confidence == "sure" else _Patient(case) for case, p in patients.items()}
     called = folder_names({patient.folder for patient in patients.values() if patient.folder is not None}, root)
+    for folder, name in called.items():  # 1 of another cohort is another patient: Meier/1, Huber/1
+        if BARE.fullmatch(name) and len(words := parts(folder, root)) > 1:
+            called[folder] = f"{words[-2]}_{name}"
     return {
         case: patient if patient.folder is None else patient._replace(name=called[patient.folder])
         for case, patient in patients.items()
@@ -469,7 +475,8 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
         if reading.patient:
             if place != folder and confidence == "weak" and not re.search(r"\d", reading.patient):
                 break
-            above = str(place.parent) if below(place.parent) and re.search(r"\d", place.parent.name) else ""
+            named = re.search(r"\d", place.parent.name) or BARE.fullmatch(place.name)
+            above = str(place.parent) if below(place.parent) and named else ""
             alike = (look_alike(place.name) or above) if reading.patient == place.name and place == folder else ""
             own = place.with_name(reading.patient)
             while own.parent.name == own.name and below(own.parent):  # P1/P1_baseline

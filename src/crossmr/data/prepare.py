@@ -44,6 +44,8 @@ NORMALISATION = (
     f"0 to 1 from {-LOWEST:g} robust standard deviations (quartile range / 1.349) below each volume's median within "
     f"the head to {HIGHEST:g} above it, saturating; exactly 0 is outside the head, or not acquired"
 )
+NOTES = 8
+"""So many different notes on studies are said; all are kept."""
 MARGIN = 4
 """Voxels of background kept around the head's bounding box."""
 PROCESS = 120 * 10**6
@@ -162,6 +164,8 @@ def prepare(
         gone = _gone(out, names, prune=settings.prune)
         with display.logged(out / LOG) as logging:
             cases, refused = _prepare_all(studies, out, settings, logging)
+            for line in _notes(cases):
+                logging.say(line)
         if not cases:
             reasons = "; ".join(list(refused.values())[:3])
             raise SetError(f"None of the {len(studies)} studies could be prepared: {reasons}")
@@ -174,6 +178,20 @@ def prepare(
         stored = {**manifest, "refused": _shareable(manifest["refused"], studies, [*folders, out])}
         write_json(out / "manifest.json", {**stored, "sha256": digest(stored)})
         return manifest
+
+
+def _notes(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is to be known of how studies were read, each with the studies it is of; those of most studies first."""
+    of: dict[str, list[str]] = {}
+    for case in sorted(cases):
+        for note in cases[case]["notes"]:
+            of.setdefault(note, []).append(case)
+    lines = [
+        f"note on {', '.join(which[:3])}{f' and {len(which) - 3} more' if len(which) > 3 else ''}: {note}"
+        for note, which in sorted(of.items(), key=lambda item: -len(item[1]))
+    ]
+    more = [f"{len(lines) - NOTES} more notes are in the case.json of their studies"] if len(lines) > NOTES else []
+    return lines[:NOTES] + more
 
 
 @dataclass(frozen=True)

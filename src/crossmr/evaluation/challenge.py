@@ -24,6 +24,7 @@ from crossmr.evaluation.evaluate import (
     SecondModel,
     describe,
     refuse_others,
+    say_notes,
     set_and_split,
     settings_of,
     versions,
@@ -145,7 +146,7 @@ def evaluate_by_protocol(
 
             def measure_one(found: Found) -> _Measured:
                 warn_of_memory(found, predictors, logging)
-                return _measure_study(found, predictors, settings, dropped.get(found.name))
+                return _measure_study(found, predictors, settings, dropped.get(found.name), logging)
 
             outcomes = list(each_study(subjects, measure_one, logging))
         measured = {name: one for name, one, _ in outcomes if one is not None}
@@ -213,11 +214,15 @@ def _check(model: CrossConditionedModel, data: Path, settings: ProtocolSettings)
 
 
 def _measure_study(
-    found: Found, predictors: Sequence[Predictor], settings: ProtocolSettings, dropped: str | None
+    found: Found,
+    predictors: Sequence[Predictor],
+    settings: ProtocolSettings,
+    dropped: str | None,
+    display: Display,
 ) -> _Measured:
     """Measure one study; `dropped` is the contrast to be hidden, None for every one that the model makes."""
     study = found.study() if settings.segmenter is not None and found.study is not None else None
-    subject = found.read() if study is None else subject_of_study(study)
+    subject = say_notes(found.read() if study is None else subject_of_study(study), display)
     config = predictors[0].model.config
     if dropped is None:
         subsets = patterns(config, subject)

@@ -201,9 +201,17 @@ def _measure_all(
 
     def measure_one(found: Found) -> Measurements:
         warn_of_memory(found, predictors, display, every_subset=settings.every_subset)
-        return measure_subject(found.read(), predictors, out, every_subset=settings.every_subset)
+        subject = say_notes(found.read(), display)
+        return measure_subject(subject, predictors, out, every_subset=settings.every_subset)
 
     return [Outcome(name, measured, failed) for name, measured, failed in each_study(subjects, measure_one, display)]
+
+
+def say_notes(subject: Subject, display: Display) -> Subject:
+    """A study, of which is said what is to be known of how its files were read."""
+    for note in subject.notes:
+        display.say(f"{subject.name}: {note}")
+    return subject
 
 
 def warn_of_memory(

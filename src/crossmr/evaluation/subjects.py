@@ -52,6 +52,8 @@ class Subject:
     """Voxel (Z, Y, X) of the whole scan at which the volumes begin."""
     grid: tuple[int, int, int] = (1, 1, 1)
     """Voxels of the whole scan, (Z, Y, X)."""
+    notes: tuple[str, ...] = ()
+    """What is to be known of how its files were read; of a prepared dataset `prepare` has said it."""
 
     def head_of(self, modality: str) -> Mask:
         """What one volume has of the head: it may lack slices, or be without the skull that others have."""
@@ -170,6 +172,7 @@ def subject_of_study(study: Study) -> Subject:
         scans=tuple(voxels_sha256(volume) for volume in study.volumes.values()),
         corner=(box[0].start, box[1].start, box[2].start),
         grid=(study.mask.shape[0], study.mask.shape[1], study.mask.shape[2]),
+        notes=tuple(study.notes),
     )
 
 
