@@ -180,7 +180,11 @@ def test_every_subset_has_two_tables_for_each_predictor_but_the_baselines():
         for sources, target in subsets
         for predictor, value in psnr.items()
     ]
-    shown = tables(summarise(rows))
+    fullest, shown = (made := tables(summarise(rows), intervals=False))[:2], made[2:]
+    assert [table.title for table in fullest] == [
+        "t2f from t1n+t1c: mean over 1 patients",
+        "t1c from t1n: mean over 1 patients",
+    ]
     assert [table.title for table in shown] == [
         f"{metric} over the brain, {predictor} (linear regression)"
         for predictor in ("own", "against: plain")
@@ -192,6 +196,16 @@ def test_every_subset_has_two_tables_for_each_predictor_but_the_baselines():
     assert own["t1c"] == ["23.00 (22.00)", ""]
     assert own["t2f"] == ["23.00 (22.00)", "27.00 (26.00)"]
     assert second["t2f"] == ["24.00 (22.00)", "28.00 (26.00)"]
+
+
+def test_of_several_subsets_the_one_that_most_patients_have_is_shown_in_full():
+    """One study that lacks a contrast does not hide what is known of the others."""
+    whole = [score(case, "own", sources="t1n+t1c+t2w", target="t2f") for case in "ABC"]
+    lacking = [score("D", "own", sources="t1n+t1c", target="t2f")]
+    for rows in ([*whole, *lacking], [*lacking, *whole]):
+        first, *rest = tables(summarise(rows), intervals=False)
+        assert first.title == "t2f from t1n+t1c+t2w: mean over 3 patients"
+        assert len(rest) == 2
 
 
 def test_uncertainty_is_one_table():

@@ -69,15 +69,26 @@ def tables(
 ) -> list[Table]:
     """A table for each target: brain and tumour by the protocol 'volume', and how often lesion and fluid are kept.
 
-    Where a target was synthesised from several subsets of sources: two tables for each predictor instead.
+    Where a target was synthesised from several subsets of sources, of the subset that most patients have, and of such
+    the largest; and for each predictor two tables of all subsets.
     """
-    tasks = dict.fromkeys((entry["target"], entry["sources"]) for entry in summary)
-    if len(tasks) == len({target for target, _ in tasks}):
-        by_target = {target: [e for e in summary if e["target"] == target] for target, _ in tasks}
-        return [_target_table(entries, contrasts, intervals) for entries in by_target.values()]
+    tasks: dict[tuple[str, str], list[Summary]] = {}
+    for entry in summary:
+        tasks.setdefault((entry["target"], entry["sources"]), []).append(entry)
+    fullest: dict[str, list[Summary]] = {}
+    for (target, _), entries in tasks.items():
+        fullest[target] = max(fullest.get(target, entries), entries, key=_size)
+    made = [_target_table(entries, contrasts, intervals) for entries in fullest.values()]
+    if len(tasks) == len(fullest):
+        return made
     predictors = [name for name in dict.fromkeys(entry["predictor"] for entry in summary) if name not in BASELINES]
     shown: tuple[tuple[Metric, int], ...] = (("psnr", 2), ("ssim", 3))
-    return [_subsets_table(summary, predictor, *column) for predictor in predictors for column in shown]
+    return made + [_subsets_table(summary, predictor, *column) for predictor in predictors for column in shown]
+
+
+def _size(entries: Sequence[Summary]) -> tuple[int, int]:
+    """How many patients, and how many sources, the images of one target from one subset of sources have."""
+    return max(entry["patients"] for entry in entries), len(entries[0]["sources"].split("+"))
 
 
 def uncertainty_table(summary: Sequence[UncertaintySummary]) -> Table:
