@@ -48,7 +48,7 @@ from grid import (
     table,
 )
 from rival_generators import RIVALS, Diffusion, WaveletFlow
-from rival_networks import VALIDATION, Images, Rival, some_slices
+from rival_networks import VALIDATION, VIEWS, Images, Rival, ThreeViews, some_slices
 from torch import nn
 
 from crossmr.baselines import BASELINES
@@ -67,6 +67,8 @@ MOST_RATES = 5
 EVERY = 10
 SECONDS_MEASURED = 12.0
 """About, for a predictor and a study: completed and measured."""
+CONTROLS = ("mirror images, too: ours", "three axial networks", *(f"{v} slices of {ThreeViews.name}" for v in VIEWS))
+"""What tells planes from the mean of several images; in a table of its own, beside ours and the three views."""
 IMAGES = ("ours", "published form", "DynUNet", "three views", "pix2pix", "wavelet flow", "diffusion")
 """Starts of the names of those whose images segmenter.py measures."""
 WHOLE, SOME = "all", "some"
@@ -307,9 +309,14 @@ def print_tables(experiment: Experiment) -> None:
         return next((k for k, name in enumerate(order) if row["predictor"].startswith(name)), len(order))
 
     rows = sorted(experiment.rows.rows, key=place)
+    controls = [
+        row for row in rows if row["slices"] == WHOLE and row["predictor"] in (*CONTROLS, "ours", ThreeViews.name)
+    ]
+    rows = [row for row in rows if row["predictor"] not in CONTROLS]
     whole, some = ([row for row in rows if row["slices"] == which] for which in (WHOLE, SOME))
     shown = partial(table, against="ours", differences=experiment.options.differences)
     print(f"\nAll slices; * differs from ours.{shown(whole)}")
+    print(f"\nThe controls of three views.{shown(controls)}")
     columns = {heading: column for heading, column in COLUMNS.items() if "SSIM" not in heading}
     print(f"\nOne slice of every {every}, without SSIM, which is of volumes.{shown(some, columns=columns)}\n")
     print(
