@@ -19,6 +19,8 @@ from crossmr.data.study import load_study
         ("BraTS-GLI-00000-000", [0, 1, 2, 3], [0, 1, 2, 3]),
         ("BraTS-GLI-02405-100", [0, 1, 2, 3, 4], [0, 1, 2, 3, 0]),
         ("BraTS-MET-00002-000", [0, 2, 4], [0, 2, 0]),
+        ("P1", [0, 255], [0, 1]),
+        ("BraTS-GLI-02405-100", [0, 4, 7], [0, 0, 1]),
     ],
 )
 def test_what_enhances_is_3_or_4_and_a_cavity_is_no_lesion(case, given, counted):
@@ -37,3 +39,4 @@ def test_labels_that_may_be_of_two_years_are_said(tmp_path):
     assert ["as BraTS had them until 2015" in note for note in given.notes] == [True]
     assert named.notes == ()
     assert note_on({1, 2, 4}, "P1") == note_on({1, 2, 3}, "P1") == ""
+    assert note_on([0, 255], "P1") == "its labels above 4 (255) count as lesion that does not enhance."

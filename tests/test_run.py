@@ -190,10 +190,10 @@ def test_a_run_says_how_many_studies_can_serve(prepared, tmp_path):
     count = len(PreparedDataset(prepared).split("train"))
     said = said_of("fixed", UNGUIDED)
     assert f"{count - 1} of {count} training studies can serve, since it needs t1n + t2w and a target" in said
-    assert f"synthesis: of {count - 1} training studies, t2f from {count - 2}" in said
+    assert f"synthesis: of {count - 1} training studies {count - 2} have t2f" in said
     said = said_of("any", replace(ANY_SMALL, guidance="none"))
     assert "can serve" not in said
-    assert f"synthesis: of {count} training studies, t2w from {count - 1}, t2f from {count - 1}" in said
+    assert f"synthesis: of {count} training studies {count - 1} have t2w, {count - 1} have t2f" in said
 
 
 def test_a_target_that_no_training_study_shows_is_refused(tmp_path):

@@ -6,11 +6,12 @@
 2023    necrosis, non-enh.     oedema   enhancing             -
 2024-   necrosis, non-enh.     oedema   enhancing             cavity left by a resection
 
-Which year it is, names and values tell: no file says it.
+Which year it is, names and values tell: no file says it. Labels above 4, such as a mask's 255, are lesion of which
+nobody says that it enhances.
 """
 
 import re
-from collections.abc import Container
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ import numpy.typing as npt
 Labels = npt.NDArray[np.uint8]
 ENHANCING = 3
 """Smallest label of enhancing tumour, as crossmr counts them."""
+LAST = 4
+"""Largest label of which a meaning is known."""
 _SINCE_2023 = re.compile(r"BraTS-(GLI|MET|SSA|GoAT)-", re.I)
 
 
@@ -28,6 +31,7 @@ def cavity_is_labelled(case: str) -> bool:
 
 def as_counted(labels: Labels, case: str) -> Labels:
     """Labels of which 1 and 2 do not enhance, and 3 and 4 do; a cavity is no lesion."""
+    labels = np.where(labels > LAST, np.uint8(1), labels)
     if not (labels == 4).any():
         return labels
     if cavity_is_labelled(case):
@@ -35,8 +39,10 @@ def as_counted(labels: Labels, case: str) -> Labels:
     return np.where(labels == ENHANCING, np.uint8(1), labels)
 
 
-def note_on(values: Container[int], case: str) -> str:
-    """What to say of labels that may be of another year than they are taken for; '' of all others."""
+def note_on(values: Collection[int], case: str) -> str:
+    """What to say of labels that may mean something else than they are taken for; '' of all others."""
+    if unknown := [int(value) for value in values if value > LAST]:
+        return f"its labels above {LAST} ({', '.join(map(str, unknown[:3]))}) count as lesion that does not enhance."
     if cavity_is_labelled(case) or not (3 in values and 4 in values):
         return ""
     return (

@@ -245,8 +245,8 @@ def _learnt_from(training: Training) -> list[str]:
                 + (advice if what == "training" else "")
             )
         counts = {target: sum(target in case.modalities for case in usable) for target in config.targets}
-        if lacking := [f"{target} from {count}" for target, count in counts.items() if count < len(usable)]:
-            lines.append(f"synthesis: of {len(usable)} {what} studies, {', '.join(lacking)}")
+        if lacking := [f"{count} have {target}" for target, count in counts.items() if count < len(usable)]:
+            lines.append(f"synthesis: of {len(usable)} {what} studies {', '.join(lacking)}")
     return lines
 
 
