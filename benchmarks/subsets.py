@@ -5,6 +5,7 @@ others that are named, and the linear regression of the same sources. Rows stay 
 
 python benchmarks/subsets.py runs/default -o runs/evidence
 python benchmarks/subsets.py runs/default -o runs/evidence --models default before=runs/before/model
+python benchmarks/subsets.py runs/default -o runs/evidence --models planes=runs/planes/run/model --fullest
 """
 
 import itertools
@@ -23,6 +24,7 @@ from grid import (
     number,
     parser,
     synthesised,
+    table,
 )
 
 from crossmr.baselines import predict_baselines
@@ -34,10 +36,12 @@ from crossmr.networks.model import CrossConditionedModel
 from crossmr.registry import load_model
 
 
-def rows_of(subject: Subject, model: CrossConditionedModel, name: str, baseline: bool) -> list[Row]:
-    """Rows of every subset of one study's contrasts, and of the linear regression from the same sources."""
+def rows_of(
+    subject: Subject, model: CrossConditionedModel, name: str, *, baseline: bool, every_subset: bool
+) -> list[Row]:
+    """Rows of the subsets of one study's contrasts, and of the linear regression from the same sources."""
     rows = []
-    for sources in patterns(model.config, subject, every_subset=True):
+    for sources in patterns(model.config, subject, every_subset=every_subset):
         targets = [m for m in model.config.modalities if m in subject.volumes and m not in sources]
         images = synthesised(model, subject, sources, targets)
         rows += light_measures(subject, sources, images, predictor=name, seed=0)
@@ -60,6 +64,9 @@ def print_tables(rows: Sequence[Row]) -> None:
             cells = []
             for predictor in predictors:
                 some = [row for row in own if (row["sources"], row["predictor"]) == (sources, predictor)]
+                if not some:
+                    cells.append("–")
+                    continue
                 means = (by_patient(some, f"correlation_{name}").values() for name in ("deep", "smooth"))
                 sharp, smooth = map(statistics.fmean, means)
                 cells.append(f"{sharp:.3f} ({smooth:.3f}); {kept_share(some)}; {kept_share(some, 'fluid')}")
@@ -73,7 +80,10 @@ def print_tables(rows: Sequence[Row]) -> None:
             middle = " | ".join(f"{statistics.median(s[k] for k in shares[0]):.2f}" for s in shares)
             both = f"{kept_share(some)} | {kept_share(some, value='step')}"
             print(f"| {predictor} | {DISPLAY_NAMES[target]} | {both} | {middle} |")
-    for predictor in predictors:
+    fullest = [row for row in rows if row["sources"].count("+") == 2 and row["predictor"] != BASELINE]
+    print("\nFrom all others, differences of the correlation to the first model")
+    print(table(fullest, predictors[0], {"correlation, deep": ("correlation_deep", 3)}, differences=True))
+    for predictor in (p for p in predictors if any("+" not in row["sources"] for row in rows if row["predictor"] == p)):
         print(f"\n{predictor}: {further_sources([row for row in rows if row['predictor'] == predictor])}")
 
 
@@ -110,17 +120,20 @@ def main() -> None:
     """Add the rows that are missing, and print the tables."""
     own = parser(__doc__)
     own.add_argument("--models", nargs="+", default=["default"], metavar="[NAME=]MODEL")
+    own.add_argument("--fullest", action="store_true", help="each contrast from all others alone")
     options = arguments(own)
     kept = Kept(options.out, "subsets")
     cases = [] if options.table else four_contrasts(options.base, "test")
-    for k, text in enumerate(() if options.table else options.models):
+    for text in () if options.table else options.models:
         name, _, folder = text.rpartition("=")
         model = load_model(folder, options.device)
         name = name or f"{folder} {str(model.record['sha256'])[:12]}"
         with Display().task(name, len(cases)) as task:
             for case in cases[:1] if options.tiny else cases:
                 if not kept.has(predictor=name, case=case.name):
-                    kept.add(rows_of(subject_of_case(case), model, name, baseline=k == 0))
+                    baseline = not kept.has(predictor=BASELINE, case=case.name)
+                    every = not options.fullest
+                    kept.add(rows_of(subject_of_case(case), model, name, baseline=baseline, every_subset=every))
                 task.advance(case.name)
     print_tables(kept.rows)
 
