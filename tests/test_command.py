@@ -7,7 +7,16 @@ import typer
 from typer.testing import CliRunner
 
 from crossmr import command
-from crossmr.command import MESSAGE_OPTIONS, Summary, check_extra, check_paths, modalities_of, pairs, speaks
+from crossmr.command import (
+    MESSAGE_OPTIONS,
+    Summary,
+    check_extra,
+    check_paths,
+    mapping_of,
+    modalities_of,
+    pairs,
+    speaks,
+)
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError
 
 FAILED = Summary({"failed": 1, "made": 2, "kept": 0}, {"Bob": "no scan"}, "in out", {"more": 3}, ["Ann: made t2f"])
@@ -111,8 +120,8 @@ def test_pairs_and_modalities():
     for wrong in ("a", "=b", "a="):
         with pytest.raises(ConfigError, match=f"--set is '{wrong}'; expected KEY=VALUE, such as x=1"):
             pairs([wrong], "--set", "x=1")
-    with pytest.raises(ConfigError, match="--set gives a twice: '1' and '2'"):
-        pairs(["a=1", "b=3", "a =2"], "--set", "x=1")
+    assert pairs(["a=1", "a=2"], "--set", "x=1") == {"a": "2"}
+    assert mapping_of(["t1n=*_A*", "t2w=*_T2*", "t1n =*_B*"]) == {"t1n": "*_A*|*_B*", "t2w": "*_T2*"}
     assert modalities_of("T1ce, FLAIR") == ("t1c", "t2f")
     assert modalities_of(None) is None
     with pytest.raises(ConfigError, match="t1x"):

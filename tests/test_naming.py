@@ -399,3 +399,17 @@ def test_a_pattern_that_matches_no_file_is_said(tmp_path):
         "--map t2w='*_T2' matches no file; files go by their names."
     ]
     assert unmatched(studies, None) == []
+
+
+def test_sites_may_name_one_contrast_differently(tmp_path):
+    touch(tmp_path, "A/A_SAGMP.nii.gz", "A/A_flair.nii.gz", "B/B_BRAVO1.nii.gz", "C/C_x|y.nii.gz")
+    mapping = {"t1n": "*_SAGMP.nii.gz|*_BRAVO*|*_BRAVO1.nii.gz", "t2w": "*_x[|]y.nii.gz|*_none*"}
+    found = {study.case: names(study) for study in find_studies(tmp_path, mapping)}
+    assert found == {
+        "A": {"t1n": "A_SAGMP.nii.gz", "t2f": "A_flair.nii.gz"},
+        "B": {"t1n": "B_BRAVO1.nii.gz"},
+        "C": {"t2w": "C_x|y.nii.gz"},
+    }
+    assert unmatched(find_studies(tmp_path, mapping), mapping) == [
+        "--map t2w='*_none*' matches no file; files go by their names."
+    ]

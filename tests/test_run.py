@@ -133,6 +133,9 @@ def test_a_run_keeps_what_was_said_and_unforeseen_errors_in_its_log(trained, pre
     first, *said = (again / LOG).read_text().splitlines()
     assert "not for sharing" in first
     assert [line.partition("  ")[0].split(maxsplit=2)[2] for line in said] == [
+        "synthesis: 3 of 4 training studies can serve, since it needs t1n + t2w and a target; a model of --recipe any "
+        "needs none of them",
+        "synthesis: of 3 training studies 2 have t2f",
         *(f"{stage}: finished before" for stage in STAGES),
         "standard deviations: calibrated on validation patients",
     ]

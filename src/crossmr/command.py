@@ -227,26 +227,25 @@ def check_extra(extra: str, *modules: str) -> None:
         raise ConfigError(f'{" and ".join(absent)} not installed. Install with: pip install "crossmr[{extra}]"')
 
 
-def pairs(items: Sequence[str] | None, option: str, example: str) -> dict[str, str]:
-    """Read KEY=VALUE as often as an option was given.
+def pairs(items: Sequence[str] | None, option: str, example: str, *, joined_by: str = "") -> dict[str, str]:
+    """Read KEY=VALUE as often as an option was given; of a key that comes twice the last, or all values, joined.
 
     Raises:
-        ConfigError: one that is none, or a key that comes twice.
+        ConfigError: one that is none.
     """
     read = dict[str, str]()
     for item in items or ():
         key, separator, value = item.partition("=")
         if not separator or not key or not value:
             raise ConfigError(f"{option} is '{item}'; expected KEY=VALUE, such as {example}.")
-        if (key := key.strip()) in read:
-            raise ConfigError(f"{option} gives {key} twice: '{read[key]}' and '{value.strip()}'. Give it once.")
-        read[key] = value.strip()
+        key, value = key.strip(), value.strip()
+        read[key] = f"{read[key]}{joined_by}{value}" if joined_by and key in read else value
     return read
 
 
 def mapping_of(items: Sequence[str] | None) -> dict[str, str] | None:
-    """Contrast → pattern, as --map gives them."""
-    return pairs(items, "--map", "t1n='*_MPRAGE.nii.gz'") or None
+    """Contrast → pattern, as --map gives them, or several; see `data.tree.alternatives`."""
+    return pairs(items, "--map", "t1n='*_MPRAGE.nii.gz'", joined_by="|") or None
 
 
 def part_of(text: str | None) -> "Part | None":

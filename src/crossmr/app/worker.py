@@ -263,7 +263,7 @@ def _link_series(case: Mapping[str, Any], all_series: Sequence[Series], place: P
         if chosen and row["contrast"] == UNUSED:
             continue
         if chosen and row["contrast"] != UNKNOWN:
-            mapping[row["contrast"]] = f"{glob.escape(Path(os.path.abspath(own)).as_posix())}/*"
+            mapping[row["contrast"]] = f"{glob.escape(Path(os.path.abspath(own)).as_posix()).replace('|', '[|]')}/*"
         own.mkdir()
         for number, path in enumerate([*(image.path for image in series.images), *series.unreadable]):
             _link(path, own / f"{number:05d}.dcm")

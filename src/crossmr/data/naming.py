@@ -24,6 +24,7 @@ from crossmr.data.tree import (
     Channels,
     File,
     NamesInTree,
+    alternatives,
     folder_names,
     is_mask,
     parts,
@@ -231,9 +232,10 @@ def unmatched(studies: Iterable[StudyFiles], mapping: Mapping[str, str] | None) 
     """What to say of each pattern of a mapping that matches no file of these studies."""
     names = {path.name for study in studies for path in study.paths()}
     return [
-        f"--map {key}='{glob}' matches no file; files go by their names."
+        f"--map {key}='{one}' matches no file; files go by their names."
         for key, glob in (mapping or {}).items()
-        if not any(fnmatch.fnmatchcase(name, glob) for name in names)
+        for one in alternatives(glob)
+        if not any(fnmatch.fnmatchcase(name, one) for name in names)
     ]
 
 
@@ -297,11 +299,12 @@ def recognise(
     6. Masks and segmentations make no case: they join that of their name or folder.
 
     A `mapping` from modality to a glob on the file name adds to these rules, for instance
-    `{"t1n": "*_MPRAGE.nii.gz", "swi": "*_SWI*"}` (case-sensitive). A file that matches a glob is what the mapping says;
-    all others go by the rules, but no other file of the same study is then taken for that modality. Keys are modalities
-    in any spelling, `seg` for the segmentation, or new names in lower-case letters and digits. The case of a file that
-    matches is what the leading `*` of the glob stands for (the shortest match, without trailing separators; in BIDS
-    names `sub-X[_ses-Y]`), or else the folder's name.
+    `{"t1n": "*_MPRAGE.nii.gz|*_BRAVO.nii.gz", "swi": "*_SWI*"}` (case-sensitive; of several globs with `|` between them
+    any may match, `[|]` is the character). A file that matches a glob is what the mapping says; all others go by the
+    rules, but no other file of the same study is then taken for that modality. Keys are modalities in any spelling,
+    `seg` for the segmentation, or new names in lower-case letters and digits. The case of a file that matches is what
+    the leading `*` of the glob stands for (the shortest match, without trailing separators; in BIDS names
+    `sub-X[_ses-Y]`), or else the folder's name.
 
     Raises:
         ConfigError: a key of the mapping is not a name for a modality.

@@ -85,11 +85,12 @@ class NamesInTree:
         self.enhanced = enhanced
         self.mapped: set[Path] = set()
         self._folders: dict[Path, Path] = {}
-        globs = [(mapping_key(key), glob) for key, glob in (mapping or {}).items()]
+        globs = [(mapping_key(key), alternatives(glob)) for key, glob in (mapping or {}).items()]
         self.readings: list[File] = []
         beside: dict[Path, list[File]] = defaultdict(list)
         for path in paths:
-            matches = [Reading(_glob_case(path.name, g), meaning=key) for key, g in globs if _fits(path, g)]
+            fitting = [(key, next((g for g in some if _fits(path, g)), "")) for key, some in globs]
+            matches = [Reading(_glob_case(path.name, glob), meaning=key) for key, glob in fitting if glob]
             if matches:
                 self.mapped.add(path)
                 self.readings += [(path, match) for match in matches]
@@ -300,6 +301,11 @@ def _read_name(name: str) -> Reading:
     """What a file name says by itself."""
     stem = stem_of(name)
     return read_bids(stem) or read_words(stem)
+
+
+def alternatives(glob: str) -> list[str]:
+    """The patterns of one contrast in a mapping: `*_MPRAGE.nii.gz|*_BRAVO.nii.gz`; `[|]` is the character itself."""
+    return re.split(r"(?<!\[)\|", glob)
 
 
 def mapping_key(key: str) -> str:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from crossmr.data.bids import ROOT as BIDS_ROOT
 from crossmr.data.formats import is_nifti, is_volume
 from crossmr.data.naming import recognise
-from crossmr.data.tree import mapping_key
+from crossmr.data.tree import alternatives, mapping_key
 from crossmr.data.volume import is_synthetic
 from crossmr.dicom.contrast import (
     Acquisition,
@@ -490,7 +490,7 @@ def _verdict(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | 
     if verdict.modality is not None and covers(acquisition.part, description) == 0:
         verdict = Verdict(None, "of another part of the body than the head", False)
     name = _name(_number(header, "SeriesNumber"))
-    for modality, glob in (mapping or {}).items():
+    for modality, glob in ((m, one) for m, globs in (mapping or {}).items() for one in alternatives(globs)):
         of_path = "/" in glob and fnmatch.fnmatchcase(path.as_posix(), glob)
         if of_path or fnmatch.fnmatchcase(description, glob) or glob == name:
             return Verdict(modality, BY_USER, True)

@@ -239,7 +239,7 @@ def _learnt_from(training: Training) -> list[str]:
         usable = training.usable(cases)
         if len(usable) < len(cases):
             needed = "two contrasts" if config.any_subset else f"{' + '.join(config.sources)} and a target"
-            advice = "" if config.any_subset else ", or train a model that needs none of them: --recipe any"
+            advice = "" if config.any_subset else "; a model of --recipe any needs none of them"
             lines.append(
                 f"synthesis: {len(usable)} of {len(cases)} {what} studies can serve, since it needs {needed}"
                 + (advice if what == "training" else "")
