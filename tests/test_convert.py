@@ -144,7 +144,7 @@ def test_an_agent_on_every_series_that_nothing_resolves_is_said(description, not
 def test_map_names_series_by_their_descriptions(tmp_path):
     for number, description in enumerate(("mine a", "mine b", "no"), 1):
         dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, "?", number=number, description=description)
-    (scans,) = convert(tmp_path, tmp_path / "out", mapping={"T1CE": "*a", "swi": "* b"})
+    (scans,) = convert(tmp_path, tmp_path / "out", mapping={"T1CE": "*none|*a", "swi": "* b"})
     assert {m: s.number for m, s in scans.series.items()} == {"t1c": 1, "swi": 2}
     assert "tell its contrast" in scans.left_out["series 3"]
 
