@@ -30,6 +30,7 @@ from crossmr.networks.inference import Settings, Synthesis
 from crossmr.networks.model import load_model
 from crossmr.networks.trained_on import names_of, remember
 from crossmr.output.report import report_evaluation
+from crossmr.parts import Part
 from crossmr.picture import GAP, PANEL
 
 INFERENCE = Settings(ddim_steps=3, precision="float32")
@@ -502,6 +503,13 @@ def test_the_spread_of_samples_is_an_uncertainty_too(other, cohort, tmp_path):
 
 
 # Datasets, cohorts and failures
+
+
+def test_parts_that_name_the_usual_split_and_that_do_not_are_of_one_evaluation(bare, cohort, tmp_path):
+    prepare(cohort, tmp_path / "set", PrepareSettings(split=Split(0.34, 0.0, 0.66, seed=0)))
+    for number, split in enumerate(("test", None), 1):
+        body = evaluate(bare, tmp_path / "set", tmp_path / "out", settings(split=split, part=Part(number, 2)))
+    assert body["finished"]
 
 
 def test_a_split_is_measured_alone(bare, cohort, tmp_path):

@@ -187,7 +187,8 @@ def _key(
     """
     studies = {one.name: [(path.name, path.stat().st_size) for path in one.paths if of_set is None] for one in subjects}
     models = [(one.name, one.model.record.get("sha256")) for one in predictors]
-    return digest({"studies": studies, "set": of_set, "models": models, "settings": repr(replace(settings, part=None))})
+    same = replace(settings, part=None, split=None)  # the split is of_set's
+    return digest({"studies": studies, "set": of_set, "models": models, "settings": repr(same)})
 
 
 def _measure_all(

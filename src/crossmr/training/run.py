@@ -422,13 +422,14 @@ def _check_identity(
             "go on with its own plan, or name another folder."
         )
     for key, value in {"initial_model": None, **identity}.items():
-        if earlier.get(key) != value and key == "set":
+        if earlier.get(key) == value:
+            continue
+        if key == "set":
             raise ConfigError(
                 f"{folder} holds a run on another set, or on this one before it changed. Prepare it as it was to go "
                 "on, or name another folder; patients who were added are learnt from with --start OLD_RUN/model."
             )
-        if earlier.get(key) != value:
-            raise ConfigError(f"{folder} holds a run with another {key}; name another folder, or repeat its settings.")
+        raise ConfigError(f"{folder} holds a run with another {key}; name another folder, or repeat its settings.")
     return planned["steps"], planned["minutes"]
 
 
