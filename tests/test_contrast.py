@@ -34,6 +34,15 @@ PLAIN = (
     "T1_NO_GAD",
     "T1 vor KM",
     "T1 POST OP",
+    "AX T1 POST FOSSA",
+    "SAG T1 POST SURGERY",
+    "T1 POST RT",
+    "T1 POST TREATMENT",
+    "T1 POST ICTAL",
+    "T1 POST PROCESSED",
+    "T1 apres chirurgie",
+    "T1 dopo intervento",
+    "T1 INJURY PROTOCOL",
     "T1 SAG+COR",
     "T1 pre contrast",
 )
@@ -49,7 +58,15 @@ ENHANCED = (
     "T1 +C",
     "T1C+",
     "t1 gd",
+    "T1 VIBE POST OP +GD",
+    "T1 PRE OP GAD",
+    "T1 POST RT POST GD",
+    "T1 apres injection",
+    "AX T1 +GD LARGE FIELD",
 )
+
+HARMLESS = ("AX T2 FSE FLOW COMP", "T2 AX PHASE RL", "t2_tse_cor_EPI", "T2W_TSE_DRIVE", "T2 pre-op")
+"""Of which a part would say something else."""
 
 
 @pytest.mark.parametrize(
@@ -81,6 +98,9 @@ ENHANCED = (
         (acquisition(description="t1_se_tra_KM"), "t1c"),
         (acquisition(description="T1 w/o contrast"), "t1n"),
         (acquisition("SE", 3000, 15, 0), "pdw"),  # TI 0: nothing was inverted
+        *((acquisition("SE", 4500, 100, description=text), "t2w") for text in HARMLESS),
+        (acquisition("SE IR", 9000, 110, 2500, description="FLAIR EPI"), "t2f"),
+        (acquisition("RM", 800, 20, description="AX T1"), "t1n"),
         *((acquisition("SE", 500, 12, description=text), "t1n") for text in PLAIN),
         *((acquisition("SE", 500, 12, description=text), "t1c") for text in ENHANCED),
     ],
@@ -109,6 +129,15 @@ def test_ours(given, modality):
         ),
         (acquisition(description="ep2d_diff_trace"), "description"),
         (acquisition(description="AX T2*"), "description"),
+        (acquisition("RM", 800, 20, description="AX T2"), "called T2"),
+        (acquisition("RM", 800, 20, description="AX T2 GRE"), "susceptibility"),
+        (acquisition("SE", 4500, 90, description="sDWI"), "diffusion"),
+        (acquisition("SE", 4500, 90, description="T2 EPI"), "diffusion"),
+        (acquisition("SE", 4500, 90, description="T2 DRIVE"), "steady state"),
+        (acquisition("SE", 4500, 90, description="gre_field_mapping"), "field map"),
+        (acquisition("SE IR", 9000, 110, 2500, description="3D Double Inversion Recovery"), "double inversion"),
+        (acquisition("SE IR", 9000, 110, 2500, description="FLAIR SUBTRACTION"), "subtraction"),
+        (acquisition("SE IR", 9000, 110, 2500, description="FLAIR MIP"), "projection"),
         (acquisition("SE", 1500, 50), "neither"),
         (acquisition(), "neither"),
         (acquisition(description="T1 and T2"), "neither"),

@@ -111,6 +111,51 @@ def test_the_finer_the_original_and_the_later_series_is_taken(tmp_path):
     assert "no tag says which" in scans.notes[0]
 
 
+@pytest.mark.parametrize(("time", "unsure"), [("100200", False), ("101500", True)])
+def test_what_a_scanner_makes_of_one_t1_leaves_no_doubt(time, unsure, tmp_path):
+    write(tmp_path, ("t1n", "t2w"))
+    kinds = ["DERIVED", "PRIMARY", "MPR", "ND"]
+    dicoms.write_series(tmp_path / "9", head(), OBLIQUE, number=9, ImageType=kinds, AcquisitionTime=time)
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert scans.series["t1n"].number == 2
+    assert any("no tag says which" in note for note in scans.notes) == unsure
+
+
+def test_a_series_that_covers_half_of_what_the_others_do_is_said(tmp_path):
+    write(tmp_path, ("t1n", "t2w"))
+    for path in sorted((tmp_path / "2").iterdir())[12:]:
+        path.unlink()
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert scans.notes == [
+        "series 2 (t1n) covers 60% of what series 3 does: a part of it may be missing. Export the whole series."
+    ]
+
+
+def test_voxels_come_on_the_scale_that_each_slice_says(tmp_path):
+    voxels = head()
+    paths = dicoms.write_series(tmp_path / "in", voxels, OBLIQUE)
+    for k, path in enumerate(paths):
+        image, slope = pydicom.dcmread(path), 1 + 0.5 * (k % 3)
+        image.PixelData = np.rint(image.pixel_array / slope).astype("<u2").tobytes()
+        image.RescaleSlope, image.RescaleIntercept = slope, 0
+        image.save_as(path)
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    data = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz").data
+    assert np.abs(data - truth("t1n").data).max() <= 2.0 / 2
+
+
+def test_what_was_not_acquired_is_0(tmp_path):
+    for path in dicoms.write_series(tmp_path / "in", head(), OBLIQUE):
+        image = pydicom.dcmread(path)
+        pixels = image.pixel_array.astype("<i2")
+        pixels[:3] = -32768
+        image.PixelData, image.PixelRepresentation = pixels.tobytes(), 1
+        image.add_new("PixelPaddingValue", "SS", -32768)
+        image.save_as(path)
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    assert read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz").data.min() == 0
+
+
 SMALL = np.diag([2.0, 2.0, 3.0, 1.0])  # a slab of the head, in small voxels
 
 

@@ -18,6 +18,8 @@ from crossmr.display import Display
     [
         ({"ImagePositionPatient": None}, "do not say where they lie"),
         ({"SamplesPerPixel": 3}, "in colour"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "in colour"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "Export it as MONOCHROME2"),
         ({"SeriesDescription": "SYNTHETIC T1"}, "itself synthetic"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "P"]}, "a phase image"),
     ],
@@ -159,6 +161,71 @@ def test_two_patients_are_never_one_case(missing, keyword, tmp_path):
         assert sorted(list(s.series) for s in convert(tmp_path, tmp_path / "out")) == [["t1n"], ["t2w"]]
 
 
+def of_series_3(image, keyword, value):
+    if image.SeriesNumber == 3:
+        setattr(image, keyword, value)
+
+
+@pytest.mark.parametrize("value", ["", "00MRN0042", "mrn-0042 "])
+def test_an_id_that_one_series_lacks_or_pads_is_the_same_patient(value, tmp_path):
+    write(tmp_path, ("t1n", "t2w", "t2f"))
+    edited(tmp_path.rglob("*.dcm"), lambda image, _: of_series_3(image, "PatientID", value))
+    (scans,) = convert(tmp_path, tmp_path / "out", keep_names=True)
+    assert list(scans.series) == ["t1n", "t2w", "t2f"]
+    assert scans.case == "sub-MRN0042_ses-20240131"
+
+
+def test_slices_that_are_shifted_against_each_other_are_no_volume(tmp_path):
+    paths = dicoms.write_series(tmp_path, head(), np.diag([6.0, 5.0, 7.0, 1.0]))
+
+    def shift(image, k):
+        image.ImagePositionPatient = [image.ImagePositionPatient[0] + 0.8 * k, *image.ImagePositionPatient[1:]]
+
+    edited(paths, shift)
+    (series,) = find_series(tmp_path)
+    assert series.modality is None
+    assert "shifted against each other by up to 9.2 mm" in series.why
+
+
+def test_a_file_without_a_preamble_that_begins_with_the_length_of_its_group(tmp_path):
+    write(tmp_path, ("t1n",), habit="without preamble")
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\x08\x00\x00\x00\x04\x00\x00\x00\x86\x00\x00\x00" + path.read_bytes())
+    assert holds_dicom(tmp_path)
+    assert [series.modality for series in find_series(tmp_path)] == ["t1n"]
+
+
+def test_an_enhanced_image_says_of_what_kind_it_is(tmp_path):
+    write(tmp_path, ("t1n", "t2w"), habit="enhanced", ContrastBolusAgent="Dotarem")
+
+    def change(image, _):
+        shared = image.SharedFunctionalGroupsSequence[0]
+        if image.SeriesNumber == 2:
+            used = pydicom.Dataset()
+            used.ContrastBolusAgentAdministered = "NO"
+            shared.ContrastBolusUsageSequence = [used]
+        else:
+            shared.MRModifierSequence[0].EchoPlanarPulseSequence = "YES"
+
+    edited(tmp_path.rglob("*.dcm"), change)
+    assert [(s.modality, s.why.split("; ")[-1]) for s in find_series(tmp_path)] == [
+        ("t1n", "no contrast agent by its tag"),
+        (None, "echo-planar: diffusion, perfusion or function"),
+    ]
+
+
+def test_map_takes_no_fat_where_it_names_water_too(tmp_path):
+    for k, kind in enumerate(("W", "F")):
+        dicoms.write_series(tmp_path / kind, head(), OBLIQUE, number=2, ImageType=["DERIVED", "PRIMARY", "DIXON", kind])
+        edited((tmp_path / kind).iterdir(), lambda image, _, k=k: setattr(image, "SeriesInstanceUID", f"1.2.{k + 1}"))
+    fat, water = sorted(find_series(tmp_path, {"t1n": "series 2"}), key=lambda series: series.modality or "")
+    assert (water.modality, fat.modality) == ("t1n", None)
+    assert fat.why == "the fat of a Dixon acquisition, and --map names another one alike"
+    (alone,) = find_series(tmp_path / "F", {"t1n": "series 2"})
+    assert alone.modality == "t1n"
+
+
 @pytest.mark.parametrize("numbered", [True, False])
 def test_one_series_uid_for_all_images(numbered, tmp_path):
     for number, (modality, description) in enumerate((("t1n", "AX T1"), ("t1c", "AX T1 GD"), ("t2w", "AX T2")), 2):
@@ -194,6 +261,7 @@ def test_the_echoes_of_a_gradient_echo_are_no_t1(tmp_path):
         ({"description": "BRAIN T1", "BodyPartExamined": "SPINE"}, ""),
         ({"NumberOfTemporalPositions": 20}, "several times"),
         ({"ContrastBolusAgent": "Dotarem", "ContrastBolusStartTime": "103000"}, "no contrast agent by its tag"),
+        ({"ContrastBolusAgent": "Dotarem", "ContrastBolusStartTime": "235800"}, "contrast agent named"),  # midnight
     ],
 )
 def test_tags_that_are_weighed(tags, why, tmp_path):

@@ -6,6 +6,7 @@ import zipfile
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from conftest import SHAPE, Listener, image, make_head, voxels, write_study
 from typer.testing import CliRunner
@@ -261,6 +262,11 @@ def series_of(folder, *made):
         )
         if "lost" in description:
             paths[9].unlink()
+        if tags is TWICE:
+            for k, path in enumerate(paths):
+                second = pydicom.dcmread(path)
+                second.SOPInstanceUID, second.PixelData = f"1.2.{k}", bytes(len(second.PixelData))
+                second.save_as(path.with_name(f"second-{k}.dcm"))
     return {one.name: {*one.may_be} for one in unread_series(find_series(folder))}
 
 
@@ -269,6 +275,9 @@ AGENT, PLAIN, UNTIMED = (
     {"ContrastBolusAgent": "NONE"},
     {"RepetitionTime": None, "EchoTime": None},
 )
+T2 = {"RepetitionTime": 4500, "EchoTime": 95}
+TWICE = {"RepetitionTime": 3000, "EchoTime": 15}
+"""Of which each place has two images."""
 
 
 @pytest.mark.parametrize(
@@ -280,6 +289,9 @@ AGENT, PLAIN, UNTIMED = (
             {"series 3": {"t1c"}, "series 4": {"t1c"}},
         ),
         ([("t1n", "AX T1 PRE", {}), ("t1n", "AX T1", {})], {"series 3": {"t1c"}}),
+        ([("t1n", "AX T1", {}), ("t1n", "SAG T1", {}), ("t2w", "AX T2", T2)], {}),  # before all others: both plain
+        ([("t1n", "AX T1", {}), ("t2w", "AX T2", T2), ("t1n", "SAG T1", {})], {"series 4": {"t1c"}}),
+        ([("t1n", "AX T1", {}), ("t2w", "AX PD/T2", TWICE)], {"series 3": {"pdw", "t2w"}}),
         ([("t1n", "AX T1 PRE", {}), ("t1n", "SAG T1 NATIV", {})], {}),
         ([("t1n", "AX T1", PLAIN), ("t1n", "SAG T1", PLAIN)], {}),
         ([("t1n", "AX T1", {}), ("t1n", "SAG T1", {}), ("t1c", "AX T1 GD", {})], {}),

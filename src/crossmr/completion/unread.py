@@ -25,7 +25,7 @@ from crossmr.data.naming import (
 )
 from crossmr.data.volume import is_synthetic, read_header, read_volume
 from crossmr.data.words import possible_contrasts
-from crossmr.dicom.agents import OTHER, may_be_other, undecided
+from crossmr.dicom.agents import OTHER, are_first, may_be_other, undecided
 from crossmr.dicom.contrast import recognise_contrast
 from crossmr.dicom.convert import choose
 from crossmr.dicom.series import FEWEST_SLICES, Series, find_series, first_dicom
@@ -187,7 +187,8 @@ def _owners_of(path: Path, owners: Mapping[Path, set[str]]) -> Collection[str]:
 def unread_series(all_series: Sequence[Series]) -> list[Unread]:
     """Of a study's series, those that were left out for a doubt, and what they may be."""
     found = [_left_out(series) for series in all_series if series.modality is None]
-    if alike := undecided(all_series):
+    alike = undecided(all_series)
+    if alike and not (alike[0].modality == "t1n" and are_first(alike, all_series)):
         modality = str(alike[0].modality)
         best, other = choose(all_series)[0][modality], OTHER[modality]
         for series in alike:
@@ -195,7 +196,8 @@ def unread_series(all_series: Sequence[Series]) -> list[Unread]:
                 volumes = ", nor do their volumes" if series.compared else ""
                 why = (
                     f"is a second T1 beside {best.name}, and nothing says which of them was acquired with contrast "
-                    f"agent{volumes}; name it with --map {other}='DESCRIPTION'"
+                    f"agent{volumes}; name it with --map {other}='DESCRIPTION', or if there is none, name the one to "
+                    f"use with --map {modality}='{best.name}'"
                 )
                 found.append(Unread(series.name, frozenset({other}), why))
     return [unread for unread in found if unread.may_be]
@@ -211,6 +213,8 @@ def _left_out(series: Series) -> Unread:
         directions, few = "several directions" in series.why, "slices only" in series.why and images < FEWEST_SLICES
         if not (directions or few) or (images > 3 and verdict.modality in _said(description)):
             may_be = frozenset({verdict.modality})
+        if "lie at one place" in series.why:  # perhaps echoes; the tags are those of the first
+            may_be |= _said(description) | ({"t2w"} if verdict.modality == "pdw" else set())
     elif verdict.why.startswith("neither its tags") and not decided:
         may_be = possible_contrasts(description)
     remedy = "" if "Export" in series.why else "; export it again"

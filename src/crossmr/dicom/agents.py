@@ -19,9 +19,29 @@ def undecided(all_series: Sequence[Series]) -> list[Series]:
     """The T1 series of a study where all of several are taken for T1, or all for T1ce, and some may be the other."""
     for modality, other in OTHER.items():
         alike = [series for series in all_series if series.modality == modality]
-        if len(alike) > 1 and not any(series.modality == other for series in all_series):
+        if several_acquisitions(alike, all_series) and not any(series.modality == other for series in all_series):
             return alike if any(may_be_other(series) for series in alike) else []
     return []
+
+
+def several_acquisitions(alike: Sequence[Series], all_series: Sequence[Series]) -> bool:
+    """Whether series of one contrast were not all acquired at once: what a scanner makes of one acquisition is alike.
+
+    Its reformats, filtered images and water and fat share a time and their timing, and no other contrast has that time.
+    """
+    others = {s.time for s in all_series if s.modality and all(s.modality != one.modality for one in alike)}
+    acquisitions = {
+        (s.time, a.tr_ms, a.te_ms, a.ti_ms) if s.time and s.time not in others else k
+        for k, s in enumerate(alike)
+        for a in [s.acquisition]
+    }
+    return len(acquisitions) > 1
+
+
+def are_first(alike: Sequence[Series], all_series: Sequence[Series]) -> bool:
+    """Whether these were acquired before all other contrasts, as T1 without agent usually are."""
+    others = [series.time for series in all_series if series.modality and series.modality != alike[0].modality]
+    return bool(others) and all(series.time for series in alike) and max(s.time for s in alike) < min(others)
 
 
 def may_be_other(series: Series) -> bool:

@@ -65,6 +65,7 @@ _NOT_ANATOMY = {
 _ACQUIRED = {"T1": "t1n", "T2": "t2w", "FLUID_ATTENUATED": "t2f", "PROTON_DENSITY": "pdw"}
 """Acquisition Contrast of enhanced images (DICOM PS3.3 C.8.13.3.1)."""
 
+_PROJECTED = "a projection or a subtraction"
 _NOT_WORDS = {
     "a localiser or a calibration": r"locs?|\w*locali[sz]er\w*|\w*scout\w*|\w*survey\w*|(sense|coil)-?ref\w*|"
     r"b1-?map\w*|3-?plane|cal|calib\w*|shim\w*|smartbrain|b0|b1|posdisp",
@@ -72,21 +73,28 @@ _NOT_WORDS = {
     r"trance|twist|tricks|4d-trak|cemr[av]|pcmr\w*|pc-mr\w*|[23]d-?pc|pc-?[23]d|pca|venc\w*|phase-contrast|qiss",
     "a flow image": r"\w*flow|4d-?flow|fluss|flusso|flujo",
     "weighted by susceptibility": r"swi\w*|swan|venobold|qsm|t2star|hemo|hemosid\w*|flash2d-?t2star|megre|gre-?me|"
-    r"me-?gre|multi-?echo-?gre|multiecho|medic|merge",
-    "a diffusion image": r"dwi|dti|adc|trace\w*|diff\w*|ep2d|epi|noddi|hardi",
+    r"me-?gre|multi-?echo-?gre|multiecho|medic|merge|"
+    r"t2-(?:gre|ffe|fl2d)|gre-t2",
+    "a diffusion image": r"\w*dwi|\w*dti|\w*adc|trace\w*|diff\w*|ep2d|epi|noddi|hardi",
     "a perfusion image": r"perf\w*|dsc|dce|asl|pcasl",
     "one of several times": r"dyn\w*|time-?resolved|zeitaufgel\w*",
     "a functional image": r"fmri|bold",
     "a spectrum": r"spectro\w*|svs|csi",
-    "a projection or a subtraction": r"mip|minip|sub|subtr\w*",
+    _PROJECTED: r"mip|minip|sub|subtr\w*",
     "balanced steady state": r"ciss|fiesta|drive|truefisp|trufi",
-    "a phase image or a field map": r"phase|pha|phs|field|fieldmap|\w+fieldmap",
-    "of short or double inversion": r"stir|dir",
+    "a phase image or a field map": r"phase|pha|phs|field-?map\w*|\w+fieldmap\w*",
+    "of short or double inversion": r"stir|dir|double-?ir|double-inv\w*",
     "one inversion of an MP2RAGE, not its UNI": r"inv-?[12]",
     "an image with white matter nulled": r"\w*fgatir\w*|wmn|wmn-?mprage|wm-?null\w*|white-matter-null\w*|wmnull\w*",
     "a map of relaxation times": r"t[12]-?maps?|r2star|r[12]-?maps?|mp2rage-t1-images",
 }
 """What a series is → the words of the description, or adjacent words joined by -, that say so; none is one of ours."""
+_HARMLESS = re.compile(
+    r"\b(?:(?:pre|post|peri|intra) ?op\w*|flow ?comp\w*|phase ?(?:rl|lr|ap|pa|hf|fh|is|si|swap\w*|enc\w*|over\w*))\b"
+)
+"""Words that say how or when a series was acquired, of which a part would say that it is none of ours; folded."""
+_SPIN_ECHO_TRAIN = re.compile(r"\b(?:tse|fse|frfse|space|cube|vista)\b")
+"""Where one is named, "epi" is epilepsy, and "drive" but a pulse at the train's end."""
 _DIXON = re.compile(
     r"\b(?:dixon|mdixon|ideal|flex|vibe|lava|thrive)\b.*"
     r"\b(?:f|fat|opp|op|out|opposed|outphase|outofphase|ff)\b(?! ?(?:s\b|sat|sup))|"
@@ -97,13 +105,13 @@ _DIXON = re.compile(
 
 _AGENT_WORDS = {
     "English": (
-        r"gd|gad\w*|ce|contrast\w*|agent|enh\w*|inj\w*|post(?:c\w*|g\w*|km|k|inj\w*)?|pc|dotarem|multihance|magnevist|"
+        r"gd|gad\w*|ce|contrast\w*|agent|enh\w*|inj(?!ur)\w*|post(?:c\w*|g\w*|km|k|inj\w*)?|pc|dotarem|multihance|magnevist|"
         r"prohance|omniscan|clariscan|elucirem|vueway|optimark|eovist|primovist|feraheme",
         "without|wo|w o|before|no|not|non|pre",
         r"unenh\w*|plain|noncon\w*|noncm|pre(?:con\w*|gd|gad\w*|inj\w*|km)?",
     ),
     "German": (r"km|kontrast\w*|mitkm|nachkm", "ohne|vor|kein|keine", r"nativ\w*|ohnekm"),
-    "French": (r"inj\w*|gado\w*|apres|pdc|contraste", "sans|avant|non", r"native?s?"),
+    "French": (r"inj(?!ur)\w*|gado\w*|apres|pdc|contraste", "sans|avant|non", r"native?s?"),
     "Spanish": (r"contraste|contrastad\w*|civ|gadolinio", "sin|antes|previo|previa", r"simple|basal"),
     "Portuguese": (r"contraste|pos|apos|gadolinio", "sem|antes|nao", ""),
     "Italian": (r"mdc|contrasto|dopo", "senza|prima", r"basal[ei]|diretta"),
@@ -137,6 +145,12 @@ def _column(index: int) -> str:
     return "|".join(dict.fromkeys(words[index] for words in _AGENT_WORDS.values() if words[index]))
 
 
+_NO_AGENT = re.compile(
+    r"\b(?:post?|apres|dopo|nach|apos|pos) ?(?:op|fossa|surg|rt\b|rad|xrt|chemo|chimio|tx\b|treat|therap|trait|tumou?r|"
+    r"biops|stroke|ictal|trauma|tbi|proc|resec|emboli|clip|shunt|dbs|partum|birth|natal|cirurg|cirug|chir|interv)\w*|"
+    r"\bpr(?:e|ae|a) ?op\w*"
+)
+"""Before or after an event that is no injection, or behind the rest; folded."""
 _AGENT = re.compile(rf"(?:{_column(0)})\Z")
 _DENIED = re.compile(
     rf"\b(?:{_column(1)})(?: (?:{_FILLERS}))* ?(?:{_column(0)})\b(?:(?: (?:{_FILLERS}))* (?:{_column(0)})\b)*|"
@@ -329,8 +343,8 @@ def recognise_contrast(acquisition: Acquisition) -> Verdict:
 
 def _none_of_ours(acquisition: Acquisition, words: Collection[str]) -> Verdict | None:
     """Why a series is nothing that crossmr uses, whatever its times are; None where it may be."""
-    for kind in sorted(acquisition.kinds & _NOT_ANATOMY.keys()):
-        return Verdict(None, _NOT_ANATOMY[kind], True)
+    if what := no_anatomy(acquisition.kinds):
+        return Verdict(None, what, True)
     if acquisition.diffusion or acquisition.acquired == "DIFFUSION":
         return Verdict(None, "a diffusion image", True)
     if acquisition.angiography or acquisition.acquired in ("TOF", "FLOW_ENCODED"):
@@ -340,7 +354,7 @@ def _none_of_ours(acquisition: Acquisition, words: Collection[str]) -> Verdict |
     if acquisition.times > 1:
         return Verdict(None, "one of several times", True)
     for word in sorted(words):
-        if word.startswith("not: ") and "t2f" not in words:
+        if word.startswith("not: ") and ("t2f" not in words or word == f"not: {_PROJECTED}"):
             return Verdict(None, f"{word.removeprefix('not: ')}, by its description", False)
     return None
 
@@ -363,6 +377,8 @@ def _by_tags(acquisition: Acquisition, words: Collection[str]) -> tuple[str | No
         return None, ""
     if ti is not None and ti < 300:
         return None, f"short inversion time ({why})"
+    if "RM" in families and not families & {"SE", "IR"} and "t2w" in words and "t1n" not in words and tr < 1800:
+        return None, f"called T2, with the times of a T1 or of one weighted by T2* ({why})"
     if te <= 40 and (tr <= 1300 or (ti is not None and ti <= 1300 and tr <= 3500)):
         return "t1n", why
     if ti is not None or tr < 1800:
@@ -425,7 +441,7 @@ def says_agent(description: str) -> bool | None:
     text = re.sub(r"(?<!\w)s/(?:c\b|contrast\w*|gd|gad\w*|km)", " unenhanced ", text)
     text = re.sub(r"\+c\b|\bc\+|\bc ?\(\+\)", " gd ", text)
     text = re.sub(r"\b(?:gd|gad|km|ce|c)(?:-(?![\w-])| ?\(-\))|(?:造影|增强|增強) ?\(?-\)?", " unenhanced ", text)
-    text = re.sub(r"\bpost? ?op\w*", " ", _spaced(text))
+    text = _NO_AGENT.sub(" ", _spaced(text))
     text = re.sub(r"\bt1(ce|gd|c|km|post\w*)\b", "t1 gd", text)
     text = _BOTH.sub(" ", _OTHER_LACK.sub(" ", text))
     text, denials = _DENIED.subn(" unenhanced ", text)
@@ -443,6 +459,11 @@ def says_agent(description: str) -> bool | None:
 def means(kinds: Collection[str]) -> frozenset[str]:
     """The values of Image Type that say what an image shows; the others tell how it was corrected or stored."""
     return frozenset(kinds) & (_NOT_ANATOMY.keys() | {"W", "WATER", "IP", "IN_PHASE", "UNI"})
+
+
+def no_anatomy(kinds: Collection[str]) -> str:
+    """What values of Image Type say that an image shows instead of anatomy; '' where they say nothing of that kind."""
+    return next((_NOT_ANATOMY[kind] for kind in sorted(kinds) if kind in _NOT_ANATOMY), "")
 
 
 def covers(part: str, description: str) -> int:
@@ -465,7 +486,9 @@ def covers(part: str, description: str) -> int:
 
 def _meanings(description: str) -> frozenset[str]:
     """Keys of `_WORD`, and what else the description says that a series is: values of `_NOT_WORDS`, after "not: "."""
-    text = _spaced(_plain(description).replace("t2*", "t2star"))
+    text = _HARMLESS.sub(" ", _spaced(_plain(description).replace("t2*", "t2star")))
+    if _SPIN_ECHO_TRAIN.search(text):
+        text = re.sub(r"\b(?:epi|drive)\b", " ", text)
     words = text.split()
     terms = [*words, *("-".join(pair) for pair in itertools.pairwise(words))]
     terms += ["-".join(three) for three in zip(words, words[1:], words[2:], strict=False)]

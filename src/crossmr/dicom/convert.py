@@ -25,7 +25,7 @@ import numpy as np
 
 from crossmr.data.naming import in_usual_order
 from crossmr.data.volume import Volume, on_grid, read_volume, write_volume
-from crossmr.dicom.agents import tell_apart, undecided
+from crossmr.dicom.agents import several_acquisitions, tell_apart, undecided
 from crossmr.dicom.contrast import covers, says_agent
 from crossmr.dicom.series import CONVERTED, TELLING, Series, find_series, folders_of_part, import_pydicom, listed
 from crossmr.display import LOG, SILENT, Display
@@ -53,8 +53,9 @@ HEAD_MM = 140.0
 """What a series covers beyond this length, along any axis, counts for nothing."""
 PATIENCE, BYTES_PER_SECOND, FILES_PER_SECOND = 300.0, 1e6, 2.0
 """Seconds that dcm2niix may take for any series, and what it gets through at the least: a hundredth of the usual."""
-COVERS = 0.8
-"""A series that covers less than this fraction of what another does is not taken before it."""
+COVERS, PARTLY = 0.8, 0.65
+"""A series that covers less than the first fraction of what another does is not taken before it; one that covers less
+than the second fraction of what another contrast does may lack a part."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,10 +261,10 @@ def choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, s
         if series.modality is None:
             left_out[_unique_name(series, left_out)] = series.why
     common = _common_planes(all_series)
-    for modality in in_usual_order({s.modality for s in all_series if s.modality}):
+    for modality in in_usual_order(known := {s.modality for s in all_series if s.modality}):
         candidates = [s for s in all_series if s.modality == modality]
         # Of several T1, none of which is known to be enhanced, one may be: the agent is given last.
-        unsure = modality == "t1n" and len(candidates) > 1 and not any(s.modality == "t1c" for s in all_series)
+        unsure = modality == "t1n" and several_acquisitions(candidates, all_series) and "t1c" not in known
         best = candidates[0]
         for candidate in candidates[1:]:
             if _preferred(candidate, best, common, earlier=unsure):
@@ -284,6 +285,13 @@ def choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, s
         notes.append(f"{taken_for} was taken for T1ce: {told}. Name it with --map if that is wrong.")
     if note := _agent_everywhere(all_series, chosen):
         notes.append(note)
+    largest = max(chosen.values(), key=_covered, default=None)
+    notes += [
+        f"{series.name} ({modality}) covers {_covered(series) / _covered(largest):.0%} of what {largest.name} does: "
+        "a part of it may be missing. Export the whole series."
+        for modality, series in chosen.items()
+        if largest and _covered(series) < PARTLY * _covered(largest)
+    ]
     return chosen, left_out, notes
 
 
@@ -331,8 +339,12 @@ def _shows(series: Series) -> int:
 
 def _covers_less(series: Series, other: Series) -> bool:
     """Whether its box holds less of a head than another's."""
-    ours, others = (math.prod(min(side, HEAD_MM) for side in s.extent_mm) for s in (series, other))
-    return ours < COVERS * others
+    return _covered(series) < COVERS * _covered(other)
+
+
+def _covered(series: Series) -> float:
+    """How much of a head its box holds, mm³."""
+    return math.prod(min(side, HEAD_MM) for side in series.extent_mm)
 
 
 def _plane(series: Series) -> int:
@@ -351,7 +363,9 @@ def _difference(series: Series, best: Series, common: Collection[int]) -> str:
     for inferior, ours, others in _ranks(series, best, common):
         if ours < others:
             return inferior
-    return "earlier than" if series.time <= best.time else "later than"
+    if series.time == best.time:
+        return "of the same time as"
+    return "earlier than" if series.time < best.time else "later than"
 
 
 def _unique_name(series: Series, names: Collection[str]) -> str:
@@ -524,6 +538,8 @@ def _read_converted(case: str, series: Series, volumes: Sequence[Path], complain
             f"{case}: {series.name} has {images} images, of which dcm2niix made {slices} slices. "
             "Export it again, or leave it out of the folder."
         )
+    if series.padding is not None:
+        volume.data[volume.data == series.padding] = 0
     return volume
 
 
@@ -567,8 +583,8 @@ def patience(paths: Sequence[Path]) -> float:
 def _run(converter: str, inside: Path, outside: Path, name: str) -> tuple[list[Path], str]:
     """Run dcm2niix on a folder that holds one series; returns the volumes and its first error or warning."""
     outside.mkdir(exist_ok=True)
-    # no rotation, no cropping, no defaults of the user; scaled for display; slices merged to one volume
-    options = ["-g", "i", "-b", "n", "-z", "n", "-x", "i", "-p", "n", "-m", "y", "-w", "1", "-d", "0", "-f", "volume"]
+    # no rotation, no cropping, no defaults of the user; scales that differ between slices are applied; one volume
+    options = ["-g", "i", "-b", "n", "-z", "n", "-x", "i", "-p", "y", "-m", "y", "-w", "1", "-d", "0", "-f", "volume"]
     command: list[str | Path] = [converter, *options, "-o", outside, inside]
     try:
         seconds = patience(list(inside.iterdir()))

@@ -30,6 +30,7 @@ from crossmr.dicom.contrast import (
     is_unclear,
     means,
     names_agent,
+    no_anatomy,
     recognise_contrast,
     resolve_agents,
 )
@@ -51,7 +52,8 @@ _TAGS = (
     *("DiffusionBValue", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns"),
     *("NumberOfFrames", "EchoPulseSequence", "InversionRecovery", "SamplesPerPixel", "ManufacturerModelName"),
     *("PatientName", "FrameOfReferenceUID", "BodyPartExamined", "NumberOfTemporalPositions", "ContrastBolusStartTime"),
-    *("PhaseContrast", "TimeOfFlightContrast"),
+    *("PhaseContrast", "TimeOfFlightContrast", "EchoPlanarPulseSequence", "PatientBirthDate"),
+    *("PhotometricInterpretation", "PixelPaddingValue", "RescaleSlope", "RescaleIntercept"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 _UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
@@ -67,10 +69,19 @@ TELLING = ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "EchoTime", 
 BY_USER = "named so by --map"
 SAME_ECHO = 1.01
 """Echo times of one series that differ by less than this factor are one."""
+HALF_A_DAY = 120000
+"""As the difference of two times of DICOM, HHMMSS; those that differ by more have midnight between them."""
+SHIFTED_MM = 1.0
+"""So far from a line along the normal may slices lie."""
 FIRST_FILES = 1000
 """So many files tell whether a folder is one of DICOM, where nobody wants to look at all."""
 _ENDINGS = (".dcm", ".ima", ".dicom")
 _WORDS = "im|img|image|slice|mr|i|e|s|se|ser|series|dcm|ima|dicom"
+_WITHOUT_PREAMBLE = (
+    *(b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x02\x00\x00\x00"),
+    *(b"\x08\x00\x00\x00UL\x04\x00", b"\x08\x00\x00\x00\x04\x00\x00\x00"),
+)
+"""How files without a preamble begin: a first element of group 0002 or 0008, or the length of the latter."""
 _IMPERSONAL = re.compile(rf"([-_. ]|\d|(?<![a-z])({_WORDS})(?![a-z]))+", re.I)
 """A name of numbers and words of this kind alone."""
 _ENHANCED = _MR - {"1.2.840.10008.5.1.4.1.1.4"}
@@ -125,6 +136,8 @@ class Series:
     """Whether its voxels were compared with another T1's, as nothing else says which was acquired with agent."""
     told: str = ""
     """What they told, and how sure that is."""
+    padding: float | None = None
+    """The value of voxels that were not acquired, which stand for 0; None where it is 0 or there are none."""
 
     @cached_property
     def name(self) -> str:
@@ -247,9 +260,22 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
             groups = [(_without_copies(pydicom, group), echoes) for group, echoes in _groups(of_study)]
             groups.sort(key=lambda item: (_time(item[0][0][1]), _number(item[0][0][1], "SeriesNumber") or 0))
             acquisitions = resolve_agents([replace(_acquisition(g[0][1]), echoes=echoes) for g, echoes in groups])
-            series += [_series(study, g, a, mapping) for (g, _), a in zip(groups, acquisitions, strict=True)]
+            own = [_series(study, g, a, mapping) for (g, _), a in zip(groups, acquisitions, strict=True)]
+            patient = Counter(one.patient for one in own if one.patient).most_common(1)
+            series += [replace(one, patient=patient[0][0] if patient else "") for one in _anatomy_of_mapped(own)]
     series = _without_lost(series, unreadable)
     return sorted(series, key=lambda s: (s.patient, s.date, s.study, s.number or 0, s.time, str(s.images[0].path)))
+
+
+def _anatomy_of_mapped(all_series: Sequence[Series]) -> list[Series]:
+    """The series of a study; of several that --map names alike, such as a Dixon's, without those of no anatomy."""
+    anatomy = {s.modality for s in all_series if s.why == BY_USER and not no_anatomy(s.acquisition.kinds)}
+    return [
+        replace(s, modality=None, why=f"{what}, and --map names another one alike")
+        if s.why == BY_USER and s.modality in anatomy and (what := no_anatomy(s.acquisition.kinds))
+        else s
+        for s in all_series
+    ]
 
 
 def _without_lost(all_series: Sequence[Series], unreadable: Sequence[Path]) -> list[Series]:
@@ -347,12 +373,28 @@ def _studies(files: Sequence[File]) -> dict[str, list[File]]:
     for path, header in files:
         studies[_study(header, path)].append((path, header))
     for study, of_study in list(studies.items()):
-        patients = {patient for _, header in of_study if (patient := _patient(header))}
-        if len(patients) > 1:  # one UID of several patients' studies
+        patients = _patients([header for _, header in of_study])
+        if len({patient for patient in patients if patient}) > 1:  # one UID of several patients' studies
             del studies[study]
-            for path, header in of_study:
-                studies[f"{study} {_patient(header)}"].append((path, header))
+            for file, patient in zip(of_study, patients, strict=True):
+                studies[f"{study} {patient}"].append(file)
     return studies
+
+
+def _patients(headers: Sequence[Any]) -> list[str]:
+    """What tells patients apart within a study, for each image: the ID, or the name where there is none.
+
+    IDs are compared without zeros before them and signs. An image without one is of the patient who alone has its name.
+    """
+    ids = [re.sub(r"[\W_]", "", _upper(header, "PatientID")).lstrip("0") for header in headers]
+    names = [_upper(header, "PatientName") for header in headers]
+    of_name: dict[str, set[str]] = defaultdict(set)
+    for name, known in zip(names, ids, strict=True):
+        of_name[name] |= {known} - {""}
+    return [
+        known or (next(iter(of_name[name])) if name and len(of_name[name]) == 1 else name)
+        for known, name in zip(ids, names, strict=True)
+    ]
 
 
 def _groups(files: Sequence[File]) -> Iterator[tuple[list[File], int]]:
@@ -472,7 +514,14 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
         places=places,
         mixed=len({tuple(str(header.get(keyword)) for keyword in TELLING) for _, header in files}) > 1,
         why=verdict.why,
+        padding=_padding(first),
     )
+
+
+def _padding(header: Any) -> float | None:
+    """Pixel Padding Value on the scale of the voxels, None where it is 0 or missing."""
+    value, slope, offset = (_number(header, f) for f in ("PixelPaddingValue", "RescaleSlope", "RescaleIntercept"))
+    return float(np.float32(value * (1.0 if slope is None else slope) + (offset or 0.0))) if value else None
 
 
 def _verdict(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Verdict:
@@ -481,8 +530,11 @@ def _verdict(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | 
     Paths are matched by patterns with a slash alone.
     """
     path, header = file
-    if (_number(header, "SamplesPerPixel") or 1) != 1:
+    shades = _text(header, "PhotometricInterpretation")
+    if (_number(header, "SamplesPerPixel") or 1) != 1 or shades == "PALETTE COLOR":
         return Verdict(None, "in colour", True)
+    if shades == "MONOCHROME1":
+        return Verdict(None, "stored with white for the lowest value (MONOCHROME1). Export it as MONOCHROME2", True)
     description = acquisition.description
     if description.upper().startswith("SYNTHETIC") or header.get("ManufacturerModelName") == "crossmr":
         return Verdict(None, "itself synthetic", True)
@@ -514,8 +566,12 @@ def _study(header: Any, path: Path) -> str:
 
 
 def _patient(header: Any) -> str:
-    """What tells patients apart within a study: the ID, or the name where there is none."""
-    return " ".join((_text(header, "PatientID") or _text(header, "PatientName")).upper().split())
+    """What tells patients apart: the ID, or the name where there is none."""
+    return _upper(header, "PatientID") or _upper(header, "PatientName")
+
+
+def _upper(header: Any, keyword: str) -> str:
+    return " ".join(_text(header, keyword).upper().split())
 
 
 def _sequence(header: Any) -> tuple[str, ...]:
@@ -607,6 +663,10 @@ def _fault(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> tupl
             f"its slices are {step:.2f} mm apart, but {steps[k]:.2f} mm between the {k + 1}th and the next of "
             f"{len(along)}: some are missing. Export the whole series"
         ), step
+    places = np.concatenate([np.atleast_2d(image.position) for image in images])
+    aside = places - np.outer(places @ normal, normal)
+    if (shift := float(np.abs(aside - np.median(aside, axis=0)).max())) > SHIFTED_MM:
+        return f"its slices are shifted against each other by up to {shift:.1f} mm within their planes", step
     return "", step
 
 
@@ -628,18 +688,18 @@ def _acquisition(header: Any) -> Acquisition:
     pulse = {"SPIN": {"SE"}, "GRADIENT": {"GR"}, "BOTH": {"SE", "GR"}}.get(
         str(_find(header, "EchoPulseSequence")), set()
     )
-    families = {*_texts(header, "ScanningSequence"), *pulse} | (
-        {"IR"} if _find(header, "InversionRecovery") == "YES" else set()
-    )
+    told = {"InversionRecovery": "IR", "EchoPlanarPulseSequence": "EP"}
+    also = {family for keyword, family in told.items() if _find(header, keyword) == "YES"}
+    families = {*_texts(header, "ScanningSequence"), *pulse, *also}
     b_value = _number(header, "DiffusionBValue")
     text = str(header.get("ContrastBolusAgent") or "")
     agent = names_agent(text)
     unclear = agent is None and is_unclear(text)
     injected = (_number(header, "ContrastBolusVolume") or 0) > 0
     if header.get("ContrastBolusAgentSequence") or (agent is None and injected):
-        agent = True
+        agent = _find(header, "ContrastBolusAgentAdministered") != "NO"
     start, begun = _number(header, "ContrastBolusStartTime"), _number(header, "AcquisitionTime")
-    if agent and start and begun and begun < start:  # injected after it was acquired
+    if agent and start and begun and 0 < start - begun < HALF_A_DAY:  # injected after it was acquired
         agent = False
     return Acquisition(
         families=frozenset(families),
@@ -677,9 +737,7 @@ def _is_dicom(path: Path) -> bool:
             start = file.read(132)
     except OSError:
         return False
-    return start[128:132] == b"DICM" or (
-        len(start) > 8 and start[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x02\x00\x00\x00")
-    )
+    return start[128:132] == b"DICM" or (len(start) > 8 and start.startswith(_WITHOUT_PREAMBLE))
 
 
 def _header(pydicom: Any, path: Path) -> Any:

@@ -41,7 +41,8 @@ _SERIES_NUMBERS = 9000
 _COPIED = (
     *("SpecificCharacterSet", "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
     *("PatientAge", "PatientSize", "PatientWeight", "OtherPatientIDs", "PatientIdentityRemoved"),
-    *("DeidentificationMethod", "StudyInstanceUID", "StudyID", "StudyDate", "StudyTime", "StudyDescription"),
+    *("DeidentificationMethod", "DeidentificationMethodCodeSequence", "StudyInstanceUID", "StudyID", "StudyDate"),
+    *("StudyTime", "StudyDescription", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
     *("AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID", "PositionReferenceIndicator"),
     *("PatientPosition", "BodyPartExamined", "MagneticFieldStrength", "InstitutionName", "TimezoneOffsetFromUTC"),
 )
