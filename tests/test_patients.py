@@ -109,6 +109,15 @@ def test_weak_groupings_and_look_alikes_are_doubtful():
     ]
 
 
+def test_folders_of_years_are_doubtful():
+    names = [
+        Path("c", f"Smith_{who}/{year}/{m}.nii") for who in ("J", "A") for year in (2019, 2020) for m in ("T1", "T2")
+    ]
+    found = recognise(names, root=Path("c"))
+    assert [s.patient for s in found] == ["Smith_A_2019", "Smith_A_2020", "Smith_J_2019", "Smith_J_2020"]
+    assert len(doubts(found)) == 2
+
+
 @pytest.mark.parametrize(
     "cases",
     [

@@ -266,6 +266,37 @@ class TestWhatOtherFilesSay:
     def test_cases(self, files: str, cases: str) -> None:
         assert sorted(found_in(*files.split())) == sorted(cases.split())
 
+    @pytest.mark.parametrize(
+        ("files", "t1c", "cases"),
+        [
+            # after a T1, pre or post with a number or a date is of the agent, unless another contrast has it
+            ("P1/{T1_1,T1_post_1,T2_1,FLAIR_1}.nii", "T1_post_1", "P1"),
+            ("P1/{T1_20190101,T1_post_20190101,T2_20190101}.nii", "T1_post_20190101", "P1_20190101"),
+            ("P1_{T1_post1,T1_pre1,T2}.nii", "P1_T1_post1", "P1"),
+            ("P1/{T1_post_1,T2_post_1,T1_pre_1,T2_pre_1}.nii", "", "P1_post_1 P1_pre_1"),
+            ("P1_{T1_post1,T1_pre1,T2_post1,T2_pre1}.nii", "", "P1_post1 P1_pre1"),
+            # as dcm2niix names them, with the series at the end
+            (
+                "P1/P1_{t1_sag_20200101101010_3,t1_sag_post_20200101101010_7,t2_tirm_dark-fluid_20200101101010_6}.nii",
+                "P1_t1_sag_post_20200101101010_7",
+                "P1_20200101101010",
+            ),
+            # what is denied before the contrast
+            ("{P1,P2}/{non_contrast_T1,T2,FLAIR}.nii", "", "P1 P2"),
+            ("{P1,P2}/{no_gad_T1,wo_contrast_T2}.nii", "", "P1 P2"),
+            ("P1_{without_contrast_T1,T1}.nii", "", "P1"),
+            # folders named after the agent
+            ("{P1,P2}/{T1_pre,T1_post}/T1.nii {P1,P2}/T2/T2.nii", "T1", "P1 P2"),
+            ("{P1,P2}/{pre_contrast,post_contrast}/NIFTI/T1.nii {P1,P2}/T2/T2.nii", "T1", "P1 P2"),
+            ("P1/{pre,post}/{T1,T2}.nii", "", "P1_pre P1_post"),
+        ],
+    )
+    def test_an_agent_before_or_after(self, files: str, t1c: str, cases: str) -> None:
+        found = found_in(*files.split())
+        assert sorted(found) == sorted(cases.split())
+        assert {images.get("t1c", "").removesuffix(".nii") for images in found.values()} == {t1c}
+        assert all(images.keys() & {"t1n", "t2w"} for images in found.values())
+
     def test_several_series_of_one_contrast_are_never_several_patients(self) -> None:
         found = study("P1/2_T1.nii", "P1/3_T2.nii", "P1/7_T1.nii")
         with pytest.raises(NamingError, match="2 files claim to be t1n"):

@@ -66,7 +66,9 @@ def _meaning(suffix: str, entities: Mapping[str, str]) -> str:
 def _agent(value: str | None, acquisition: str) -> bool | None:
     """Whether a contrast agent was given; None where `ce-` leaves that open."""
     if value is None:
-        return any(agent_of_word(word) for word in (acquisition, *re.split(r"(?<=[a-z0-9])(?=[A-Z])", acquisition)))
+        words = [acquisition, *re.split(r"(?<=[a-z0-9])(?=[A-Z])", acquisition)]
+        denied = any(agent_of_word(word) is False or _NO_AGENT.fullmatch(word) for word in words)
+        return not denied and any(agent_of_word(word) for word in words)
     if _NO_AGENT.fullmatch(value):
         return False
     return None if _UNKNOWN.fullmatch(value) else True

@@ -41,7 +41,7 @@ MODALITIES = CONTRASTS
 DISPLAY_NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
 """Names of the modalities for people to read."""
 
-BARE = re.compile(r"\d{1,3}")
+BARE = re.compile(r"\d{1,3}|(19|20)\d\d")
 """A folder's name that may be a patient's of one cohort, or the number of a visit, but never tells people apart."""
 LONGEST = 160
 """Bytes of a case's name; file systems have names of 255, and what is written of a case has more in its own."""

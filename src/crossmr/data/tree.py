@@ -59,6 +59,7 @@ class _Beside:
         before = {r.head for r in sure if r.meaning == "t1c" and r.head.lower().endswith("pre")}  # before surgery
         self.heads |= {f"{head[:-3]}{post}" for head in before for post in ("post", "Post", "POST")}
         self.imaged = {reading.head for _, reading in files if reading.contrasts and not reading.mask}
+        self.visits = {(reading.head, reading.visit) for reading in sure if reading.visit}
         self.images = sum(not reading.mask for _, reading in files)
         numbered: dict[str, set[str]] = defaultdict(set)
         for path, reading in files:
@@ -119,10 +120,16 @@ class NamesInTree:
         """The reading that the other files of a folder leave of those that a name allows."""
         if reading.doubt:
             literal = read_words(stem_of(path.name), literal=True)
-            if literal.head == path.parent.name or (
-                beside.numbers_patients if reading.doubt == "number" else literal.head in beside.heads
-            ):
+            if literal.visit != reading.visit:  # T1_post_1
+                others = (literal.head, literal.visit) in beside.visits
+            elif reading.doubt == "number":
+                others = beside.numbers_patients
+            else:
+                others = literal.head in beside.heads
+            if others or (literal.visit == reading.visit and literal.head == path.parent.name):
                 return literal
+        if reading.meaning == "t1n" and not reading.mask and self._of_agent(path.parent):
+            return replace(reading, meaning="t1c")
         if reading.weak and reading.head not in beside.imaged:
             return Reading()
         if not reading.meaning and not reading.mask and (said := self._said_by_folders_alike(path)):
@@ -216,6 +223,20 @@ class NamesInTree:
             )
         )
 
+    def _of_agent(self, folder: Path) -> bool:
+        """Whether a folder is named after an enhanced T1, or its agent, and all its files after T1: `T1_post/T1`."""
+        while folder.name.lower() in _ANONYMOUS and folder.parent.name:
+            folder = folder.parent
+        return self._says_agent(folder) == "t1c"
+
+    def _says_agent(self, folder: Path) -> str:
+        """T1 or T1ce, where a folder's name says an agent, or that none was given, and its files' names T1; else ''."""
+        said = read_words(folder.name)
+        if said.head or said.visit or said.mask or (said.weak and len(folder.name) < 6):  # post, gd: of who knows what
+            return ""
+        files = {reading.meaning for _, reading in self._below.get(folder, []) if not reading.mask}
+        return said.meaning if said.meaning in ("t1n", "t1c") and files <= {"t1n", said.meaning, OTHER} else ""
+
     def _siblings(self, folder: Path) -> set[Path]:
         return self._children[folder.parent] - {folder}
 
@@ -223,7 +244,7 @@ class NamesInTree:
         """Whether a folder is named after a contrast, and so are its files, or their names say nothing."""
         said = _contrast_of_folder(folder.name)
         read_in_it = {reading.meaning for _, reading in self._below[folder] if not reading.mask}
-        return bool(said) and read_in_it <= {said, OTHER}
+        return (bool(said) and read_in_it <= {said, OTHER}) or bool(self._says_agent(folder))
 
     def case(self, path: Path, reading: Reading) -> str:
         """The case of a file: what its name begins with, or else its folder; with the time point, if it says one."""

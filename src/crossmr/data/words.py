@@ -118,6 +118,9 @@ _KINDS = frozenset(["seg", "segm", "segmentation", "segmentations", "mask", "mas
 _WORD = re.compile(r"[^-_. ()\[\]+,]+")
 _ARCHIVE = re.compile(r"VSD\.Brain(_\dmore)?\.XX\.[A-Z]\.(?=(MR|OT)\b|(MR|OT)_)", re.IGNORECASE)
 """How names of the Virtual Skeleton Database begin (BraTS 2013 to 2015, ISLES 2015): the same for every patient."""
+_TIME = re.compile(r"(19|20)\d{12}")
+"""Day and time of a scan, as dcm2niix writes them."""
+_AGENT_OR_VISIT = re.compile(r"(pre|post)(\d{1,2})?")
 _GE_WITHOUT = re.compile(r"(?<![a-z])c-(?=[-_. ]|$)", re.IGNORECASE)
 
 
@@ -182,8 +185,14 @@ def read(stem: str, *, literal: bool = False) -> Reading:
     stem = _ARCHIVE.sub("", stem)
     words = _cut(_GE_WITHOUT.sub("pre", stem))
     words, after, space = _at_link(words)
+    if len(words) > 2 and _TIME.fullmatch(words[-2].text) and _number(words[-1]):  # dcm2niix: of which series
+        words = words[:-1]
     visit = ""
     found = trailing_visit([word.text for word in words])
+    agent = [] if literal or not found else _agent_instead(words[-found:], words[:-found])
+    if agent:
+        words = [*words[:-found], *agent]
+        found = trailing_visit([word.text for word in agent[1:]])
     if found and not all(word.pieces for word in words[len(words) - found :]):  # "post_3D" is no visit
         left = words[: len(words) - found]
         if left and (left[-1].pieces or _number(left[-1])) and any(w.has("contrast", "mask", "sequence") for w in left):
@@ -204,8 +213,22 @@ def read(stem: str, *, literal: bool = False) -> Reading:
         visit=visit,
         space=space,
         extras=said.extras + moved,
-        doubt=doubt,
+        doubt=doubt or ("agent" if agent else ""),
     )
+
+
+def _agent_instead(visit: Sequence[Word], before: Sequence[Word]) -> list[Word]:
+    """The words of a visit with `post` or `pre` read as of an agent, where a T1 is before them; else none.
+
+    They may be with a number or a date: T1_post_1, T1_post1, T1_post_20200101.
+    """
+    named = _AGENT_OR_VISIT.fullmatch(visit[0].text.lower())
+    said = _meaning(_tail(before, literal=False)[0])
+    if named is None or any(re.search("[a-z]", word.text.lower()) for word in visit[1:]):
+        return []
+    if said is None or said.meaning != "t1n" or said.weak:
+        return []
+    return [visit[0]._replace(pieces=_pieces(named[1])), *visit[1:]]
 
 
 def spelt(text: str) -> str:
@@ -385,6 +408,8 @@ def _admits(word: Word, said: Sequence[Word], contrast: str, *, first: bool) -> 
         return first and not any(other.has("mask") for other in said), "number"
     if not word.pieces or not contrast:
         return bool(word.pieces), ""
+    if word.has("denial") and said[0].has("agent"):  # non_contrast_T1
+        return True, ""
     after_only = word.text.lower() in _ONLY_AFTER or word.has("link", "space")
     if word.has("agent") and not after_only:
         visit_word = word.text.lower() in ("pre", "post")
