@@ -163,6 +163,31 @@ def test_finished_cases_are_skipped_and_overwrite_redoes_them(model, small, tmp_
     assert {path: path.read_bytes() for path in first} == first
 
 
+def test_what_was_not_asked_for_then_is_made_now_and_what_goes_is_said(model, small, tmp_path):
+    out, listener = tmp_path / "out", Listener()
+    fluid, enhanced = (replace(SETTINGS, targets=(m,)) for m in ("t2f", "t1c"))
+    assert complete_cohort(small, out, model, fluid).completed == {"Ann": ["t2f"]}
+    assert complete_cohort(small, out, model, enhanced).skipped == ["Ann"]  # t2f would go
+    assert complete_cohort(small, out, model, SETTINGS, display=listener).completed == {"Ann": ["t1c", "t2f"]}
+    assert "Ann: finished before, and done again: t1c was not asked for then" in listener.said
+    assert complete_cohort(small, out, model, fluid).skipped == ["Ann"]
+    redone = complete_cohort(small, out, model, fluid, AGAIN, display=listener)
+    assert redone.completed == {"Ann": ["t2f"]}
+    assert "Ann: synthesised before, not asked for now, and deleted: t1c" in listener.said
+    assert not list(out.rglob("*t1c*"))
+
+
+def test_a_full_disk_ends_the_run(model, small, tmp_path, monkeypatch):
+    for name in ("Bob", "Cem"):
+        shutil.copytree(small / "Ann", small / name)
+        for path in (small / name).iterdir():
+            path.rename(path.with_name(path.name.replace("Ann", name)))
+    break_writing(monkeypatch, "second volume", OSError(errno.ENOSPC, "No space left on device"))
+    failed = complete_cohort(small, tmp_path / "out", model, SETTINGS).failed
+    assert all("could not be written" in failed[name] for name in ("Ann", "Bob"))
+    assert failed["Cem"].startswith("Cem: not tried, because nothing can be written; make room")
+
+
 @pytest.mark.parametrize("failing", ["second volume", "manifest"])
 @pytest.mark.parametrize("again", [False, True], ids=["first-time", "overwriting"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OutputError("disk full")])

@@ -387,6 +387,19 @@ def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is(tmp_path):
     assert load_checkpoint(tmp_path / "stages" / "line") is None
 
 
+def test_weights_that_the_last_step_spoils_are_no_model(tmp_path, monkeypatch):
+    def spoil(optimiser: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimiser.param_groups:
+            for weights in group["params"]:
+                weights.data.fill_(math.inf)
+
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        monkeypatch.setattr(kind, "step", spoil)
+    with pytest.raises(ModelError, match=r"the weights are not finite any more at step 1.*line_train\.learning_rate"):
+        train(tmp_path, Line(), 1)
+    assert load_checkpoint(tmp_path / "stages" / "line") is None
+
+
 # Numerics
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import header_alone, image, make_head, write_study
+from conftest import Listener, header_alone, image, make_head, write_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -219,6 +219,21 @@ def test_run_again_keeps_what_is_finished(cohort, tmp_path):
     assert prepare(cohort, tmp_path / "set") == first
     assert inodes(tmp_path / "set") == before
     assert tree(tmp_path / "set") == files
+
+
+def test_studies_that_change_their_part_are_said(cohort, tmp_path):
+    patients = [f"P{k}" for k in range(1, 9)]
+    for seed, case in enumerate(patients):
+        write_study(tmp_path / "cohort", case, ("t1n",), seed=seed)
+    split, listener = Split(0.5, 0.25, 0.25, seed=5), Listener()
+    first = prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=split), display=listener)
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=split), display=listener)
+    assert not any("change their part" in line for line in listener.said)
+    second = prepare(tmp_path / "cohort", tmp_path / "set", display=listener)
+    moved = [case for case in patients if first["cases"][case]["part"] != second["cases"][case]["part"]]
+    (line,) = (line for line in listener.said if "change their part" in line)
+    assert f"{moved[0]} from {first['cases'][moved[0]]['part']} to {second['cases'][moved[0]]['part']}" in line
+    assert "--split 50/25/25 --seed 5" in line
 
 
 def test_a_changed_input_is_prepared_again(cohort, tmp_path):

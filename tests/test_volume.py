@@ -220,6 +220,14 @@ class TestRead:
         assert read_volume(scan(np.eye(4))).name == "in-memory image"
         assert read_volume(str(plain), name="P1 t1n").name == "P1 t1n"
 
+    def test_an_images_own_affine_counts_where_its_header_says_another(self, plain: Path, tmp_path: Path) -> None:
+        image = nib.load(plain)
+        image.affine[:3, 3] += (10, 20, 30)
+        nib.save(image, tmp_path / "saved.nii")
+        given, saved = read_volume(image), read_volume(tmp_path / "saved.nii")
+        np.testing.assert_array_equal(given.affine, saved.affine)
+        np.testing.assert_array_equal(given.image.affine, image.affine)
+
     def test_in_memory_data_is_not_shared(self) -> None:
         data = np.zeros(SHAPE, np.float32, order="F")
         read_volume(nib.Nifti1Image(data, np.eye(4))).data[:] = 1

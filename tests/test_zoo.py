@@ -154,6 +154,12 @@ def pair(study: Path) -> None:
     nifti(magic=b"ni1")(study)
 
 
+def two_slices(study: Path) -> None:
+    for path in study.iterdir():
+        image = nib.load(path)
+        nib.save(image.slicer[:, :, 11:13], path)
+
+
 def lonely(study: Path) -> None:
     """T1 is all there is, and a single bright voxel is all of it."""
     voxels(one_voxel)(study)
@@ -256,6 +262,7 @@ PATIENTS: list[tuple[str, Spoil, str]] = [
     ("beyond float32", voxels(lambda d: where(1e300)(d.astype(np.float64))), INFINITE),
     ("beyond all scans", voxels(where(-3e38)), r"t1n has intensities of 3e\+38, as no scan has\. Repair them"),
     ("all NaN", voxels(lambda d: np.full_like(d, np.nan)), r"voxels that are NaN or infinite\. Repair them"),
+    ("two slices", two_slices, r"28×32×2; a side has 2 of the at least 3 voxels.*Give the whole volumes"),
     ("head of one voxel", lonely, r"no head was found \(0 voxels.*Look at the volumes"),
     ("too small", voxels(lambda d: d[:4, :4]), r"t1n is 4×4×24 .* too small to be a scan.*Export the whole series"),
     ("one row", voxels(lambda d: d[:1, :1]), r"too small to be a scan of a head\. Export the whole series"),

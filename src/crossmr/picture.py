@@ -162,7 +162,7 @@ def _tile(title: str, image: Array) -> Image.Image:
 
 def _pixels(image: Array) -> Image.Image:
     """A plane in the radiological convention, 0 to 1 as 0 to 255."""
-    return Image.fromarray((np.clip(image[::-1, ::-1], 0, 1) * 255).astype(np.uint8))
+    return Image.fromarray((np.clip(np.nan_to_num(image[::-1, ::-1]), 0, 1) * 255).astype(np.uint8))
 
 
 _ANCHORS = np.linspace(0, 255, len(COLOURS))

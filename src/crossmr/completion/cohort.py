@@ -3,6 +3,7 @@
 Several processes may share the studies and OUT; `work` says how.
 """
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +24,7 @@ from crossmr.device import ends_the_run
 from crossmr.dicom.convert import cases_of_part, check_scans, taken
 from crossmr.dicom.series import Series, begins_with_dicom, folders_of_part
 from crossmr.display import LOG, SILENT, Display
-from crossmr.errors import ConfigError, CrossmrError, NamingError
+from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import digest, write_json
 from crossmr.networks.inference import Settings, check_settings
 from crossmr.networks.model import CrossConditionedModel
@@ -333,7 +334,7 @@ def complete_studies(run: Run, summary: CohortSummary, done: Callable[[str], Non
         summary.fail({case: why})
         run.work.record_failure(case, run.without_folders(case, why))
 
-    turns = Turns(run, fail)
+    turns, unwritten = Turns(run, fail), 0
     for turn, study in read_ahead(turns):  # no enumerate, which would keep the study before
         case = turn.files.case
         try:
@@ -347,20 +348,29 @@ def complete_studies(run: Run, summary: CohortSummary, done: Callable[[str], Non
             run.display.say(str(error))
             turns.left.append(case)
             continue
-        except CrossmrError as error:
-            fail(case, str(error))
-        except Exception as error:  # nobody foresaw it: the other patients go on all the same
-            fail(case, f"{case}: {run.display.unforeseen(error)}")
-            if reason := ends_the_run(error):
+        except Exception as error:  # the other patients go on all the same, also where nobody foresaw it
+            known = isinstance(error, CrossmrError)
+            fail(case, str(error) if known else f"{case}: {run.display.unforeseen(error)}")
+            unwritten = unwritten + 1 if _has_no_room(error) else 0
+            full = "nothing can be written; make room, and run the same command again"
+            if reason := full if unwritten > 1 else ends_the_run(error):  # one may be larger than the others
                 left = [other for other in run.inputs.cases if other not in summary.verdicts]
                 summary.fail({other: f"{other}: not tried, because {reason}" for other in left})
                 return False
+        else:
+            unwritten = 0
         finally:
             if turn.claim is not None:
                 run.work.claims.give_back(turn.claim)
         done(case)
         del study  # before the next one is read
     return True
+
+
+def _has_no_room(error: Exception) -> bool:
+    """Whether a case could not be written as a disk, or what a user may have of it, is full."""
+    reason = error.__cause__ if isinstance(error, OutputError) else None
+    return isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def finish_cohort(layout: Layout) -> None:

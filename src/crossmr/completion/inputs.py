@@ -193,8 +193,12 @@ def _say_unmatched(studies: Sequence[StudyFiles], mapping: Mapping[str, str] | N
 
 
 def lacking(acquired: Sequence[str], model: CrossConditionedModel) -> list[str]:
-    """The contrasts of a complete study, and the model's targets, that were not acquired."""
-    return [m for m in dict.fromkeys((*EXPECTED, *model.config.targets)) if m not in acquired]
+    """The contrasts of a complete study, and the model's targets, that were not acquired.
+
+    A model of contrasts of one's own says by itself what a complete study has.
+    """
+    usual = EXPECTED if {*model.config.modalities} <= {*EXPECTED} else ()
+    return [m for m in dict.fromkeys((*usual, *model.config.targets)) if m not in acquired]
 
 
 def what_to_fill(
@@ -361,7 +365,7 @@ def _now(
     may_be = {m: one.name for one in unread for m in sorted(one.may_be)}
     come = {**come, **{m: name for m, name in may_be.items() if m in manifest.get("synthetic", {})}}
     what = {"model_sha256": model.record.get("sha256"), "register": settings.register}
-    return Now(acquired, others, come, [*may_be], settings.targets, what)
+    return Now(acquired, others, come, [*may_be], settings.targets, model.config.targets, what)
 
 
 def _found(inputs: Inputs) -> list[tuple[StudyFiles, dict[str, Any]]]:

@@ -148,7 +148,9 @@ class Now:
     doubted: Sequence[str]
     """Contrasts that a file may be which is not read."""
     targets: Sequence[str] | None
-    """Contrasts that are asked for."""
+    """Contrasts that are asked for by name; None for all that the model makes."""
+    makes: Sequence[str]
+    """Contrasts that the model makes."""
     settings: Mapping[str, Any]
     """'model_sha256' and 'register'."""
 
@@ -178,9 +180,20 @@ def why_again(manifest: Mapping[str, Any], now: Now) -> str:
         if changed:
             what = f"{', '.join(refused)} was refused" if refused else "nothing was synthesised"
             return f"{what}, with other {' and '.join(changed)}"
+    if added := _asked_for_since(manifest, now):
+        return f"{', '.join(added)} was not asked for then"
     settled = [m for m in manifest.get("unread", {}) if m not in now.doubted]
     wanted = [m for m in settled if now.targets is None or m in now.targets]
     return f"{', '.join(wanted)} is no longer in doubt" if wanted else ""
+
+
+def _asked_for_since(manifest: Mapping[str, Any], now: Now) -> list[str]:
+    """Contrasts that are asked for now beside all that a case has synthesised by the same model, and were not then."""
+    asked = now.makes if now.targets is None else now.targets
+    known = {*manifest.get("synthetic", {}), *manifest.get("not_filled", {}), *manifest.get("acquired", ())}
+    same = manifest.get("settings", {}).get("model_sha256") == now.settings["model_sha256"]
+    covered = {*manifest.get("synthetic", {})} <= {*asked}
+    return [m for m in asked if m not in known and m not in now.acquired] if same and covered else []
 
 
 def why_not_kept(case: str, changed: Sequence[str]) -> str:

@@ -24,8 +24,9 @@ DARKEST = 2.0**-10
 """What the darkest voxels of the head saturate to: exactly 0 is where nothing was acquired, or was masked."""
 RIM_MM = 6.0
 """Skull and scalp are thicker than this, and brains by two methods of stripping differ by less."""
-SMALLEST_SIDE = 8
-"""Voxels; a volume with a shorter side than this in two directions is no scan of a head."""
+SMALLEST_SIDE, THINNEST = 8, 3
+"""Voxels; a volume with a shorter side than the first in two directions is no scan of a head, and with one shorter than
+the second none at all."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool, dic
     Raises:
         StudyError: there is no head, or a masked volume has nothing of it.
     """
+    shape = next(iter(volumes.values())).data.shape
+    if min(shape) < THINNEST:
+        raise StudyError(
+            f"{case}: its volumes are {'×'.join(map(str, reversed(shape)))}; a side has {min(shape)} of the at least "
+            f"{THINNEST} voxels that a volume needs. Give the whole volumes, not single slices."
+        )
     foregrounds = in_threads(lambda _, volume: foreground(volume.data), volumes)
     masked_background = all(exact for _, exact in foregrounds.values())
     union = np.logical_or.reduce([mask for mask, _ in foregrounds.values()])

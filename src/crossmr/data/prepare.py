@@ -175,6 +175,8 @@ def prepare(
         for line in grouping(studies, patients.of, patients.shared):
             display.say(line)
         manifest = _manifest(cases, refused, settings.split, patients)
+        if moved := _moved(out, manifest):
+            display.say(f"warning: {moved}")
         stored = {**manifest, "refused": _shareable(manifest["refused"], studies, [*folders, out])}
         write_json(out / "manifest.json", {**stored, "sha256": digest(stored)})
         return manifest
@@ -192,6 +194,25 @@ def _notes(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
     more = [f"{len(lines) - NOTES} more notes are in the case.json of their studies"] if len(lines) > NOTES else []
     return lines[:NOTES] + more
+
+
+def _moved(out: Path, manifest: Mapping[str, Any]) -> str:
+    """What to say where studies of an earlier set at `out` change their part, or ''."""
+    try:
+        earlier = read_json(out / "manifest.json", SetError)
+        parts, split = {case: of["part"] for case, of in earlier["cases"].items()}, earlier["split"]
+        how = f"--split {'/'.join(f'{100 * share:g}' for share in split['shares'])} --seed {split['seed']}"
+    except (SetError, KeyError, TypeError, AttributeError):  # none, or a damaged one
+        return ""
+    now = {case: of["part"] for case, of in manifest["cases"].items()}
+    moved = [f"{case} from {parts[case]} to {part}" for case, part in now.items() if parts.get(case, part) != part]
+    if not moved:
+        return ""
+    listed = f"{', '.join(moved[:3])}{f' and {len(moved) - 3} more' if len(moved) > 3 else ''}"
+    return (
+        f"studies change their part ({listed}), so a model that was trained on this set has seen patients of other "
+        f"parts. To keep the parts, give what the set was prepared with: {how}, and --patients if there was one."
+    )
 
 
 @dataclass(frozen=True)

@@ -390,6 +390,8 @@ def _read_image(image: Any, name: str) -> tuple[Any, np.ndarray]:
             f"{name}: got {type(image).__name__}, expected a file, an image of nibabel, or (array, affine). "
             "Convert it first."
         )
+    if image.affine is not None:  # it counts where the header has another one, as when nibabel writes
+        image = type(image)(image.dataobj, image.affine, image.header)
     header = image.header.copy()
     header.extensions.clear()
     header = _repaired(header, name)

@@ -250,10 +250,17 @@ class Trainer:
     def _validate(self, clock: Clock) -> dict[str, float]:
         """What the stage measures of the averaged network; once per step."""
         if self.measured[0] != self.done:
+            self._check_weights()
             _synchronise(self.compute.device)
             begin = time.monotonic()
             picture = self.folder / "pictures" / f"{self.stage.name}-{self.done:06d}.png"
             self.measured = self.done, self.stage.validate(self.averaged, picture)
+            if any(
+                math.isnan(value)
+                for name, value in self.measured[1].items()
+                if name.startswith(("val_error_", "val_loss"))
+            ):
+                raise self._diverged("what it makes of the validation patients is")
             (self.validation_seconds,) = self.ranks.numbers(time.monotonic() - begin)
             clock.pause(self.validation_seconds)
         return self.measured[1]
@@ -281,13 +288,24 @@ class Trainer:
         """
         values = torch.stack(self.recent)  # (steps, 2)
         if self.ranks.first and not bool(values.isfinite().all()):
-            name = self.stage.name
-            raise ModelError(
-                f"{name}: the loss or its gradient is not finite any more at step {self.done}; what was saved before "
-                "that is kept. Start in another folder with "
-                f"--set {name}_train.learning_rate={self.config.learning_rate / 4:g}"
-            )
+            raise self._diverged("the loss or its gradient is")
         return float(values[:, 0].mean())
+
+    def _check_weights(self) -> None:
+        """Refuse averaged weights that are not finite, as the last step may leave them.
+
+        Raises:
+            ModelError: they are not.
+        """
+        if self.ranks.first and not all(bool(weights.isfinite().all()) for weights in self.averaged.parameters()):
+            raise self._diverged("the weights are")
+
+    def _diverged(self, what: str) -> ModelError:
+        name = self.stage.name
+        return ModelError(
+            f"{name}: {what} not finite any more at step {self.done}; what was saved before that is kept. Start in "
+            f"another folder with --set {name}_train.learning_rate={self.config.learning_rate / 4:g}"
+        )
 
     def _save(self, plan: Plan) -> None:
         """Write a checkpoint, unless the loss is not finite any more; rank 0 does."""
@@ -295,6 +313,7 @@ class Trainer:
             return
         if self.recent:
             self._finite_loss()
+        self._check_weights()
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.averaged.state_dict().items()}
         for index, slots in self.optimiser.state_dict()["state"].items():
