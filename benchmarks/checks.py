@@ -42,6 +42,12 @@ def checked(case: Case, model: CrossConditionedModel) -> Iterator[tuple[str, str
             volumes | {a: volumes[b], b: volumes[a]},
         )
         yield change, "swap", bool(checks.swaps(changed, head, baselines, known))
+    for a, b in itertools.combinations(case.modalities, 2):
+        if "t2w" in (a, b):
+            pair, names = {a: volumes[a], b: volumes[b]}, f"{DISPLAY_NAMES[a]} and {DISPLAY_NAMES[b]} alone"
+            yield names, "swap", bool(checks.swaps(pair, head, baselines, known))
+            exchanged = {a: volumes[b], b: volumes[a]}
+            yield f"{names}, exchanged", "swap", bool(checks.swaps(exchanged, head, baselines, known))
     yield "T1 given as T1ce, too", "same", bool(checks.same_images(volumes | {"t1c": volumes["t1n"] * 0.9}, head))
 
 

@@ -26,6 +26,7 @@ from crossmr.cli import app
 from crossmr.errors import ConfigError
 
 TOKEN = "a-token-that-nobody-guesses"
+NO_FILE = "There is no file that can be read yet; hidden files are not read. Drop a study first."
 NOTHING = server.NOTHING.encode()
 
 
@@ -225,7 +226,7 @@ def test_a_study_from_its_files_to_its_zips(client, address):
 
 def test_a_choice_is_taken_and_nonsense_is_not(client):
     client.open()
-    assert client.page("POST", "/recognise", {}) == (409, {"error": "There is no file yet. Drop a study first."})
+    assert client.page("POST", "/recognise", {}) == (409, {"error": NO_FILE})
     assert client.page("POST", "/complete", {})[0] == 409
     client.give_study()
     for body in (b"[]", b"nonsense", b'{"choices": [1]}', b'{"choices": {"a": 1}}', b"[" * 100_000, bytes(2**22 + 1)):

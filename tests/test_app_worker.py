@@ -215,7 +215,7 @@ def test_a_correction_is_of_one_series_whatever_the_others_are_called(ask):
         ("pd", "t2w", 4, {"EchoTime": 15, "SeriesInstanceUID": "1.2.4.1", **echoes}),
         ("t2", "t2w", 4, {"EchoTime": 95, "SeriesInstanceUID": "1.2.4.2", **echoes}),
         ("first", "t1n", 5, {"description": "a [T1] *", "SeriesInstanceUID": "1.2.5.1"}),
-        ("second", "t1n", 5, {"description": "", "SeriesInstanceUID": "1.2.5.2"}),
+        ("second", "t1n", 5, {"description": "", "SeriesInstanceUID": "1.2.5.2", "AcquisitionTime": "102000"}),
     ):
         write(name, modality, number, **tags)
     rows = ask.recognise()["cases"][0]["rows"]

@@ -91,13 +91,23 @@ def test_exchanged_names_are_found_out(volumes, baselines, pair):
 
 def test_names_are_not_judged_without_enough_to_go_by(volumes, baselines):
     images, head, _ = volumes
-    exchanged = {"t1n": images["t2w"], "t2w": images["t1n"]}
+    exchanged = {"t1n": images["t2f"], "t2f": images["t1n"]}
     assert checks.swaps(exchanged, head, baselines, MODALITIES) == []
     exchanged |= {"t1c": images["t1c"]}
     assert checks.swaps(exchanged, head, {}, MODALITIES) == []
     assert len(checks.swaps(exchanged, head, baselines, MODALITIES)) == 1
     apart = {**baselines, "present": torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])}  # never all of them in one patient
     assert checks.swaps(exchanged, head, apart, MODALITIES) == []
+
+
+@pytest.mark.parametrize("other", ["t1n", "t1c", "t2f"])
+def test_of_two_scans_t2_is_told_from_the_other(volumes, baselines, other):
+    images, head, _ = volumes
+    pair = {other: images[other], "t2w": images["t2w"]}
+    assert checks.swaps(pair, head, baselines, MODALITIES) == []
+    (found,) = checks.swaps({other: images["t2w"], "t2w": images[other]}, head, baselines, MODALITIES)
+    assert "T2" in found.words
+    assert found.severity == "refuse"
 
 
 @pytest.mark.parametrize(("smooth", "severity"), [(0.0, "refuse"), (9.0, "look")])

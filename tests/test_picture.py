@@ -82,13 +82,16 @@ def test_volumes_are_cut_in_three_side_by_side_in_the_radiological_convention(tm
     error = np.full_like(head, BRIGHTEST)
     panels = [Panel.of("t1n", "acquired", head, at), Panel.of("t1n", "error", error, at)]
     assert [plane.shape for plane in panels[0].planes] == [(40, 20), (10, 20), (10, 40)]
-    kinds = save_panels(tmp_path / "new" / "a.webp", panels, (4.0, 1.0, 1.0))
+    kinds = save_panels(tmp_path / "new" / "a.webp", panels, (4.0, 1.0, 1.0), {"t1n": "T1"})
     assert kinds == [{"modality": "t1n", "kind": "acquired"}, {"modality": "t1n", "kind": "error"}]
     with Image.open(tmp_path / "new" / "a.webp") as image:
         assert image.format == "WEBP"
         pixels = np.asarray(image.convert("RGB")).astype(int)
     # 40 mm of the sagittal plane fill a panel, so the axial one is 100 wide and 200 high, both others 200 high
-    assert pixels.shape == (600 + 2 * GAP, 2 * PANEL + GAP, 3)
+    assert pixels.shape == (BAND + 600 + 2 * GAP, 2 * PANEL + GAP, 3)
+    assert pixels[:BAND].max() > 100  # what it is
+    pixels = pixels[BAND:]
+    assert pixels[90:110, :12].max() > 80  # the patient's right
     first, second = pixels[:, :PANEL], pixels[:, PANEL + GAP :]
     axial, coronal, sagittal = (first[top : top + 200] for top in (0, 200 + GAP, 400 + 2 * GAP))
     for plane, left, right in ((axial, 50, 150), (coronal, 50, 150)):
@@ -98,6 +101,17 @@ def test_volumes_are_cut_in_three_side_by_side_in_the_radiological_convention(tm
     assert (sagittal[5, 5] > 240).all()  # the face looks left
     assert (sagittal[5, -5] < 15).all()
     np.testing.assert_allclose(second[100, 100], COLOURS[-1], atol=12)
+
+
+def test_a_synthetic_panel_says_so_in_its_pixels(tmp_path):
+    head = np.full((10, 40, 20), 0.5, np.float32)
+    panels = [Panel.of("t1n", kind, head, (5, 20, 10)) for kind in ("synthetic", "truth")]
+    save_panels(tmp_path / "a.webp", panels, (4.0, 1.0, 1.0), {})
+    with Image.open(tmp_path / "a.webp") as image:
+        band = np.asarray(image.convert("RGB")).astype(int)[:BAND]
+    made, true = band[:, :PANEL], band[:, PANEL + GAP :]
+    assert (made[..., 0] - made[..., 2]).max() > 55  # in a colour that no grey has
+    assert abs(true[..., 0] - true[..., 2]).max() < 40
 
 
 def test_a_volume_is_shown_in_its_own_window_or_another_s():

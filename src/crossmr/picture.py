@@ -28,6 +28,8 @@ PANEL = 200
 """Pixels of a panel's width."""
 GAP = 4
 """Pixels between planes."""
+MADE, PLAIN = (224, 164, 88), (200, 200, 200)
+"""In which the name of a synthetic panel is written, and that of any other."""
 MAPS: tuple[Kind, ...] = ("error", "standard deviation")
 """Kinds that are shown in colours, not in greys."""
 BRIGHTEST = 0.2
@@ -86,11 +88,14 @@ def middle(region: npt.NDArray[np.bool_]) -> tuple[int, int, int]:
     return z, y, x
 
 
-def save_panels(path: Path, panels: Sequence[Panel], spacing_mm: Sequence[float]) -> list[Mapping[str, str]]:
+def save_panels(
+    path: Path, panels: Sequence[Panel], spacing_mm: Sequence[float], names: Mapping[str, str]
+) -> list[Mapping[str, str]]:
     """Write panels side by side as one WebP; returns modality and kind of each.
 
     `spacing_mm` is of (Z, Y, X). Axial planes are oriented as by `save_picture`; coronal and sagittal planes have the
-    top of the head up, the sagittal one with the face to the left. Errors and standard deviations are in colours.
+    top of the head up, the sagittal one with the face to the left. Errors and standard deviations are in colours. Each
+    panel says in its pixels what it shows, modalities by their `names`, and where the patient's right is.
     """
     depth, height, width = spacing_mm
     sides = [(height, width), (depth, width), (depth, height)]
@@ -98,15 +103,22 @@ def save_panels(path: Path, panels: Sequence[Panel], spacing_mm: Sequence[float]
     extents = [(a.shape[0] * mm[0], a.shape[1] * mm[1]) for a, mm in zip(planes, sides, strict=True)]
     factor = PANEL / max(across for _, across in extents)
     sizes = [(max(1, round(across * factor)), max(1, round(up * factor))) for up, across in extents]
-    total = sum(up for _, up in sizes) + GAP * (len(sizes) - 1)
+    total = BAND + sum(up for _, up in sizes) + GAP * (len(sizes) - 1)
     canvas = Image.new("RGB", (len(panels) * (PANEL + GAP) - GAP, total))
+    pen = ImageDraw.Draw(canvas)
     for number, panel in enumerate(panels):
-        top = 0
+        top, left = BAND, number * (PANEL + GAP)
+        name = names.get(panel.modality, panel.modality)
+        made = panel.kind == "synthetic"
+        title = f"SYNTHETIC {name}" if made else f"{name} {panel.kind}"
+        pen.text((left + 2, 2), title, fill=MADE if made else PLAIN)
         for plane, (across, up) in zip(panel.planes, sizes, strict=True):
             tile = _pixels(windowed(plane, panel.window)).resize((across, up), RESAMPLING)
             if panel.kind in MAPS:
                 tile.putpalette(_PALETTE)
-            canvas.paste(tile.convert("RGB"), (number * (PANEL + GAP) + (PANEL - across) // 2, top))
+            canvas.paste(tile.convert("RGB"), (left + (PANEL - across) // 2, top))
+            if plane is not panel.planes[2]:  # the patient's right; the sagittal plane has none
+                pen.text((left + 2, top + up // 2 - 5), "R", fill=(150, 150, 150))
             top += up + GAP
     buffer = BytesIO()
     canvas.save(buffer, format="WEBP", quality=85, exif=_signature())

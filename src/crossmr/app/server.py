@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import platform
 import secrets
 import signal
 import sys
@@ -44,6 +45,8 @@ STATIC = {
 }
 """Files that all pages share."""
 TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".gz": "application/gzip"}
+UNSPECIFIED = ("0.0.0.0", "::")
+"""To listen on these is to listen on all addresses; none is an address to open."""
 SWEEP_SECONDS = 10.0
 """Between two looks for pages that were closed."""
 NOTHING = "There is nothing here. Open the address that crossmr app has printed."
@@ -127,7 +130,8 @@ class Guard:
         """Whether a Host header names this computer: by a name that is not looked up anywhere, or the one of --host."""
         name = called.rsplit(":", 1)[0] if called.rpartition(":")[2].isdecimal() else called
         name = name.strip("[]").lower()
-        if name in ("localhost", self.host.lower()):
+        own = platform.node() if self.host in UNSPECIFIED else self.host
+        if name in ("localhost", own.lower()):
             return True
         try:
             address = ipaddress.ip_address(name)
@@ -245,7 +249,7 @@ class App:
         """Ask what the scans are, with what a user has chosen."""
         session, asked = self._session(request), await _body(request)
         if not session.store.names:
-            raise Refused("There is no file yet. Drop a study first.", 409)
+            raise Refused("There is no file that can be read yet; hidden files are not read. Drop a study first.", 409)
 
         choices, together = asked.get("choices", {}), asked.get("together") is True
         if not (isinstance(choices, dict) and all(isinstance(one, str) for one in choices.values())):
@@ -435,7 +439,8 @@ def make_server(root: Path, settings: AppSettings, token: str, listening: Callab
 
 def _say_address(root: Path, settings: AppSettings, token: str, display: Display, port: int) -> None:
     """Print where the page is, and open it if that was asked for."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    host = platform.node() if settings.host in UNSPECIFIED else settings.host
+    host = f"[{host}]" if ":" in host else host
     address = f"http://{host}:{port}/{token}/"
     display.say(f"{address}\nOpen it in a browser of this computer. Ctrl-C ends it and deletes what was sent and made.")
     if not is_loopback(settings.host):

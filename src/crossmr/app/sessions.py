@@ -92,7 +92,8 @@ class Sessions:
             Refused: there is none, or it was forgotten.
         """
         if (session := self.all.get(key)) is None:
-            raise Refused("This study is not here any more: the page was not heard of for some minutes.", 404)
+            why = "it was deleted, or its page was not heard of for some minutes"
+            raise Refused(f"This study is not here any more: {why}.", 404)
         session.heard = time.monotonic()
         return session
 

@@ -155,9 +155,14 @@ def _outcome(planned: PlannedCase) -> dict[str, Any]:
     return {
         "acquired": [*planned.acquired],
         "synthesise": [*planned.synthesise],
-        "not_synthesised": dict(planned.not_synthesised),
-        "failed": planned.failed,
+        "not_synthesised": {m: _as_given(why, planned.case) for m, why in planned.not_synthesised.items()},
+        "failed": _as_given(planned.failed, planned.case),
     }
+
+
+def _as_given(text: str, case: str) -> str:
+    """A text with the names of files as they were given, not as `_link_files` links them."""
+    return text.replace(f"{case}{MARK}", "")
 
 
 def _rows_of_files(files: StudyFiles, inputs: Inputs, scans: Path) -> dict[str, Any]:
@@ -303,23 +308,23 @@ def complete(model: CrossConditionedModel, job: Mapping[str, Any], tell: Speak) 
     tell({"text": "Preparing the downloads"})
     write_bids(out / "result", out / "bids", [m for m in manifests if m.get("synthetic")])
     folders = [Path(folder) for folder, _ in job["batches"]]
-    failed = {case: names_only(why, folders) for case, why in summary.failed.items()}
+    failed = {case: _as_given(names_only(why, folders), case) for case, why in summary.failed.items()}
     dicom = any(entry.get("dicom") for manifest in manifests for entry in manifest["synthetic"].values())
     return {"cases": cases, "failed": failed, "dicom": dicom}
 
 
 def _result(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the page says of a completed study."""
-    synthetic = manifest["synthetic"]
+    synthetic, case = manifest["synthetic"], manifest["case"]
     return {
-        "case": manifest["case"],
+        "case": case,
         "verdict": manifest.get("verdict", "look"),
-        "reasons": [reason["text"] for reason in reasons_of(manifest)],
-        "notes": list(manifest["notes"]),
+        "reasons": [_as_given(reason["text"], case) for reason in reasons_of(manifest)],
+        "notes": [_as_given(note, case) for note in manifest["notes"]],
         "acquired": list(manifest["acquired"]),
         "synthetic": {m: {"from": entry["from"], "verdict": entry["verdict"]} for m, entry in synthetic.items()},
         "warnings": list(dict.fromkeys(text for entry in synthetic.values() for text in entry["warnings"])),
-        "not_filled": dict(manifest["not_filled"]),
+        "not_filled": {m: _as_given(why, case) for m, why in manifest["not_filled"].items()},
         "refused": list(manifest.get("refused", ())),
         "seconds": manifest["seconds"],
     }

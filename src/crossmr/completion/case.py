@@ -175,7 +175,7 @@ def write_case(
         inputs = [image for modality, image in files.images().items() if modality in manifest["acquired"]]
         written += run.layout.finish(files.case, manifest, run.inputs.root, inputs)
         if shown := _panels(study, result):
-            panels = save_panels(picture, shown, study.reference.spacing_mm)
+            panels = save_panels(picture, shown, study.reference.spacing_mm, DISPLAY_NAMES)
             manifest["picture"] = {"file": f"{PICTURES}/{picture.name}", "panels": panels}
             written.append(picture)
         manifest["seconds"] = round(time.perf_counter() - start, 3)

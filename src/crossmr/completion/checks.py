@@ -10,8 +10,9 @@ import numpy.typing as npt
 from scipy import fft, ndimage
 from torch import Tensor
 
-from crossmr.baselines import linear_weights, together
+from crossmr.baselines import linear_weights, resize, together
 from crossmr.data.enhancement import compare_within
+from crossmr.data.head import bounding_box
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.study import Study, skull_note
 from crossmr.typical import describe, deviations
@@ -32,6 +33,8 @@ GRID_MM = 2.0
 """What volumes are thinned to before they are moved about."""
 SWAPPED = 0.9
 """Of the error of the linear regressions, what is left of it when two contrasts exchange their names."""
+MISNAMED = -0.1
+"""How much worse T2 and another volume correlate with the mean images of their names than with each other's, in sum."""
 VOXELS = 40_000
 """Of the head, from which names are judged."""
 SAME = 0.995
@@ -230,8 +233,17 @@ def swaps(
     baselines: Mapping[str, Tensor],
     modalities: Sequence[str],
 ) -> list[Finding]:
-    """Two contrasts of three or more that fit the model's linear regressions far better with their names exchanged."""
+    """Two contrasts that look like each other's.
+
+    T2 and another that fit the mean images of the training better with their names exchanged; or two of three or more
+    that fit the model's linear regressions far better so.
+    """
     known = sorted((m for m in volumes if m in modalities), key=modalities.index)
+    if "t2w" in known and "mean_image" in baselines:
+        means = {m: baselines["mean_image"][modalities.index(m)].float().numpy() for m in known}
+        fits = _fits_of_names(volumes, head, means)
+        if fits and min(fits.values()) < MISNAMED:
+            return _swapped(sorted(("t2w", min(fits, key=lambda m: fits[m])), key=modalities.index))
     if (
         len(known) < 3
         or "present" not in baselines
@@ -255,9 +267,29 @@ def swaps(
             best, pair = error, (known[i], known[j])
     if pair is None or best > SWAPPED * before:
         return []
+    return _swapped(pair)
+
+
+def _swapped(pair: Sequence[str]) -> list[Finding]:
     names = " and ".join(DISPLAY_NAMES.get(m, m) for m in pair)
     words = f"{names} may be swapped: they look like each other's contrast. Compare them before using anything."
     return [Finding("swapped", "refuse", words)]
+
+
+def _fits_of_names(
+    volumes: Mapping[str, Array], head: npt.NDArray[np.bool_], means: Mapping[str, Array]
+) -> dict[str, float]:
+    """How much better T2 and each other volume correlate with the mean images of their names than with each other's."""
+    box = bounding_box(head, 0)
+    inside = head[box]
+    stretched = {m: resize(mean, inside.shape) for m, mean in means.items()}
+
+    def fit(volume: str, mean: str) -> float:
+        values, like = volumes[volume][box], stretched[mean]
+        both = inside & (values > 0) & (like > 0)
+        return float(np.corrcoef(values[both], like[both])[0, 1]) if both.sum() > 1 else 0.0
+
+    return {m: fit(m, m) + fit("t2w", "t2w") - fit(m, "t2w") - fit("t2w", m) for m in means if m != "t2w"}
 
 
 def _error_of_regressions(voxels: Sequence[Array], named: Sequence[int], baselines: Mapping[str, Tensor]) -> float:

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.device import choose_precision
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, OutputError, StudyError, names_only
@@ -267,7 +268,7 @@ def measure_subject(
     for sources, by_target in pictured.items():
         for target, panels in by_target.items():
             file = f"pictures/{subject.name}-{target}.webp"
-            shown = save_panels(out / file, panels, subject.spacing_mm)
+            shown = save_panels(out / file, panels, subject.spacing_mm, DISPLAY_NAMES)
             measured.pictures.append(
                 Picture(case=subject.name, sources=list(sources), target=target, file=file, panels=shown)
             )

@@ -101,6 +101,7 @@ def _page(manifest: Mapping[str, Any], volumes: Sequence[dict[str, Any]], **how:
         ],
         licence=(PAGES / "niivue.LICENSE").read_text(),
         version=version("crossmr"),
+        brightest=BRIGHTEST,
         **how,
     )
     return page.encode(errors="replace")

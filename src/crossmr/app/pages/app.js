@@ -2,10 +2,10 @@
 // One page is one study, or a few: files are sent, recognised, corrected, completed, looked at and downloaded.
 // The server knows all of it; the page asks for the state and shows it.
 
-const BUSY_MS = 600, IDLE_MS = 10000, AT_ONCE = 3;
+const BUSY_MS = 600, IDLE_MS = 10000, AWAY_MS = 3000, AT_ONCE = 3;
 const $ = (id) => document.getElementById(id);
 const state = { key: sessionStorage.getItem("page"), limit: 0, choices: {}, together: false, sending: null, timer: 0, shown: "", quiet: false,
-  known: null, loaded: false, downloaded: false, announced: "" };
+  known: null, loaded: false, downloaded: false, announced: "", away: false, changed: false };
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -15,12 +15,14 @@ function element(tag, properties = {}, ...children) {
 
 // ---- asking the server
 
+const AWAY = "The program does not answer at the moment; this page tries again. If it was ended, what was sent and made is deleted.";
+
 async function ask(path, options = {}) {
   let answer;
   try {
     answer = await fetch(path, options);
   } catch {
-    throw new Error("The program does not answer: it was ended. What was sent and made is deleted.");
+    throw new Error(AWAY);
   }
   const body = answer.headers.get("content-type")?.includes("json") ? await answer.json() : null;
   if (!answer.ok) throw Object.assign(new Error(body?.error ?? `The program answered ${answer.status}.`), { status: answer.status });
@@ -79,7 +81,7 @@ function goTo(step) {
 function forgetHere() {
   sessionStorage.removeItem("page");
   clearTimeout(state.timer);
-  Object.assign(state, { key: null, choices: {}, together: false, known: null, downloaded: false });
+  Object.assign(state, { key: null, choices: {}, together: false, known: null, downloaded: false, quiet: false, changed: false, away: false });
   goTo("study");
   offer([]);
   $("restart").hidden = true;
@@ -193,11 +195,30 @@ async function complete(targets = null) {
 async function refresh() {
   clearTimeout(state.timer);
   if (!state.key) return;
-  const told = await ask(page());
+  let told;
+  try {
+    told = await ask(page());
+  } catch (error) {
+    if (!error.status) { // a lost connection; what was made is still there
+      state.away = true;
+      state.timer = setTimeout(poll, AWAY_MS);
+    }
+    throw error;
+  }
+  if (state.away) alertOf("");
+  state.away = false;
   if (!state.loaded) Object.assign(state, { loaded: true, choices: told.choices, together: told.together });
   show(told);
   const busy = told.job && ["waiting", "running"].includes(told.job.state);
-  state.timer = setTimeout(() => refresh().catch(guarded((error) => { throw error; })), busy ? BUSY_MS : IDLE_MS);
+  state.timer = setTimeout(poll, busy ? BUSY_MS : IDLE_MS);
+}
+
+function poll() {
+  const key = state.key;
+  refresh().catch((error) => {
+    if (error.status === 404 && state.key === key) forgetHere();
+    alertOf(error);
+  });
 }
 
 // ---- showing
@@ -212,6 +233,11 @@ function show(told) {
   if (busy) return showJob(job);
   if (state.quiet) state.known = null;
   state.quiet = false;
+  if (state.changed) {
+    state.changed = false;
+    guarded(recogniseQuietly)();
+    return;
+  }
   if (job?.state === "failed") alertOf(job.error);
   if (told.results && state.shown !== "check") return showResults(told.results);
   if (told.recognised) return showCheck(told);
@@ -306,15 +332,25 @@ function byReason(reasons) {
 const plain = (text) => text.replace(/ To synthesise \S+ all the same, pass --targets \S+\.$/, "").replace(/; name it,? (such as|with) --map \S+='[^']*'/gi, "");
 
 async function recogniseQuietly() {
+  if (state.quiet) { // one reading at a time: the next one has all that was chosen meanwhile
+    state.changed = true;
+    return;
+  }
   state.quiet = true;
   $("go").disabled = true;
-  await post(page("/recognise"), { choices: state.choices, together: state.together });
+  try {
+    await post(page("/recognise"), { choices: state.choices, together: state.together });
+  } catch (error) {
+    state.quiet = state.changed = false;
+    throw error;
+  }
   await refresh();
 }
 
 // ---- results
 
-const WORDS = { use: ["Use", "Nothing speaks against it. Look at it all the same."], look: ["Look", "Look at these before you use it."], refuse: ["Refuse", "Do not use it."] };
+const WORDS = { use: ["Use", "Nothing speaks against it. Look at it all the same."], look: ["Look", "Look at these before you use it."], refuse: ["Refuse", "Do not use it."],
+  failed: ["Failed", "Nothing was synthesised."] };
 const LABELS = { t1n: "T1", t1c: "T1ce", t2w: "T2", t2f: "FLAIR", pdw: "PD" };
 
 function showResults(results) {
@@ -322,7 +358,7 @@ function showResults(results) {
   const same = JSON.stringify(results);
   if (state.known === same) return;
   state.known = same;
-  const all = [...results.cases, ...Object.entries(results.failed).map(([name, why]) => ({ case: name, verdict: "refuse", reasons: [why], notes: [], synthetic: {}, acquired: [], not_filled: {}, refused: [], warnings: [], view: false }))];
+  const all = [...results.cases, ...Object.entries(results.failed).map(([name, why]) => ({ case: name, verdict: "failed", reasons: [why], notes: [], synthetic: {}, acquired: [], not_filled: {}, refused: [], warnings: [], view: false }))];
   const select = $("case");
   select.replaceChildren(...all.map((one, index) => element("option", { value: index, textContent: `${one.case}: ${WORDS[one.verdict][0].toLowerCase()}` })));
   $("case-label").hidden = all.length < 2;
@@ -336,9 +372,9 @@ function showResults(results) {
 function showCase(one, said) {
   const [word, what] = WORDS[one.verdict];
   const card = element("div", { className: `verdict ${one.verdict}` }, element("b", { textContent: `Verdict: ${word}` }), element("p", { textContent: what }));
-  if (one.reasons.length) card.append(element("ul", {}, ...one.reasons.map((text) => element("li", { textContent: text }))));
+  if (one.reasons.length) card.append(element("ul", {}, ...one.reasons.map((text) => element("li", { textContent: plain(text) }))));
   const notes = one.notes.filter((text) => !one.reasons.includes(text));
-  if (notes.length) card.append(element("details", {}, element("summary", { textContent: `${notes.length} more ${notes.length === 1 ? "note" : "notes"}` }), element("ul", {}, ...notes.map((text) => element("li", { textContent: text })))));
+  if (notes.length) card.append(element("details", {}, element("summary", { textContent: `${notes.length} more ${notes.length === 1 ? "note" : "notes"}` }), element("ul", {}, ...notes.map((text) => element("li", { textContent: plain(text) })))));
   $("verdict").replaceChildren(card);
   const list = element("dl"), order = Object.keys(LABELS);
   const known = [...new Set([...one.acquired, ...Object.keys(one.synthetic), ...Object.keys(one.not_filled)])];
@@ -351,7 +387,7 @@ function showCase(one, said) {
   $("anyway").hidden = !one.refused.length || $("case").options.length > 1;
   $("anyway").textContent = `Synthesise ${one.refused.map((m) => LABELS[m] ?? m).join(", ")} all the same`;
   $("anyway").onclick = guarded(() => complete([...Object.keys(one.synthetic), ...one.refused]));
-  $("made").replaceChildren(element("div", { className: "card made" }, list, ...one.warnings.map((textContent) => element("p", { textContent }))));
+  $("made").replaceChildren(element("div", { className: "card made" }, list, ...one.warnings.map((text) => element("p", { textContent: plain(text) }))));
   const viewer = one.view ? element("iframe", { title: `Viewer of ${one.case}: acquired and synthetic volumes`, src: page(`/view/${encodeURIComponent(one.case)}/index.html`) }) : element("p", { textContent: "There is nothing to look at: nothing was synthesised." });
   $("viewer").replaceChildren(viewer);
   if (said) announce(`${one.case}: ${word}`);

@@ -10,7 +10,9 @@ const find = (modality, kind) => images.find((v) => v.modality === modality && v
 const options = { backColor: [0, 0, 0, 1], crosshairColor: [0.88, 0.64, 0.35, 0.6], crosshairWidth: 1, crosshairWidthUnit: "mm", crosshairGap: 6, show3Dcrosshair: false,
   isRadiologicalConvention: true, sagittalNoseLeft: true, multiplanarShowRender: 0, multiplanarForceRender: false,
   dragAndDropEnabled: false, isColorbar: false, loadingText: "", fontSizeScaling: 0.4, logLevel: "error",
-  viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "" };
+  viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "",
+  dragMode: 0 }; // none: by dragging, one pane alone would get another window, or move
+const NIIVUES = "hjklmv"; // keys that NiiVue would take, for one pane alone
 const layouts = [["all planes", 3], ["axial", 0], ["coronal", 1], ["sagittal", 2]];
 
 const panes = ["left", "right"].map((id) => ({ id, nv: new Niivue({ ...options }), shown: null, busy: Promise.resolve() }));
@@ -42,11 +44,15 @@ function show(pane, entry) {
   pane.shown = entry;
   for (const button of document.querySelectorAll(`#${pane.id} nav button`))
     button.setAttribute("aria-pressed", button.textContent.endsWith(entry.name));
+  const name = document.querySelector(`#${pane.id} .name`);
+  name.textContent = entry.kind === "synthetic" ? `SYNTHETIC ${entry.name.replace(" synthetic", "")}` : entry.name;
+  name.className = `name ${entry.kind}`;
   pane.busy = pane.busy.then(async () => {
     if (pane.shown !== entry) return;
     const { nv } = pane, layers = [await load(pane, entry)];
     const std = volumes.find((v) => v.kind === "standard deviation" && v.modality === entry.modality);
     if (state.overlay && std && entry.kind === "synthetic") layers.push(await load(pane, std));
+    layers[0].cal_min = layers[0].black;
     layers[0].cal_max = layers[0].black + state.white * (layers[0].white - layers[0].black);
     if (layers[1]) layers[1].opacity = state.opacity;
     const at = nv.volumes.length ? [...nv.scene.crosshairPos] : null;
@@ -114,6 +120,7 @@ window.addEventListener("keydown", (event) => {
   else if (event.key === "l") setLayout(state.layout + 1);
   else if (event.key === "+" || event.key === "=") setWhite(state.white - 0.05);
   else if (event.key === "-") setWhite(state.white + 0.05);
+  else if (NIIVUES.includes(event.key.toLowerCase())) { /* nothing */ }
   else if (steps[event.key]) { panes[0].nv.moveCrosshairInVox(...steps[event.key]); goTo(panes[0].nv.scene.crosshairPos); }
   else return;
   event.preventDefault();
