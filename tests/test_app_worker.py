@@ -192,6 +192,7 @@ def test_series_of_dicom_are_corrected_and_come_back_as_dicom(ask):
     assert found["dicom"]
     assert [row["contrast"] for row in case["rows"]] == ["t1n", "t2w", "unknown", "unknown"]
     assert case["rows"][2]["name"] == "Series 3 · same"
+    assert case["whose"].startswith("MRN-0042 · 20240131 · ")
     assert case["rows"][2]["images"] == 22
     found = ask.recognise({case["rows"][3]["key"]: "t2f", case["rows"][2]["key"]: "unused"})
     (case,) = found["cases"]

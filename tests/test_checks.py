@@ -110,6 +110,14 @@ def test_of_two_scans_t2_is_told_from_the_other(volumes, baselines, other):
     assert found.severity == "refuse"
 
 
+@pytest.mark.parametrize(("surely", "severity"), [(1.0, "refuse"), (0.0, "look")])
+def test_without_t2_exchanged_names_may_be_doubtful(volumes, baselines, surely, severity, monkeypatch):
+    images, head, _ = volumes
+    monkeypatch.setattr(checks, "SURELY_SWAPPED", surely)
+    three = {"t1n": images["t2f"], "t1c": images["t1c"], "t2f": images["t1n"]}
+    assert [one.severity for one in checks.swaps(three, head, baselines, MODALITIES)] == [severity]
+
+
 @pytest.mark.parametrize(("smooth", "severity"), [(0.0, "refuse"), (9.0, "look")])
 def test_exchanged_names_are_only_to_be_looked_at_where_the_images_are_unlike_the_training_s(
     studies, baselines, smooth, severity

@@ -22,6 +22,7 @@ from typing import IO
 from anyio import to_thread
 
 from crossmr.data.formats import fault_of, first_bytes, half, is_archive, is_volume
+from crossmr.dicom.series import begins_as_dicom
 from crossmr.errors import CrossmrError
 
 DEEPEST, LONGEST, LONGEST_PATH = 24, 180, 900
@@ -36,8 +37,6 @@ _BESIDE = (".json", ".mat", ".raw", ".raw.gz", ".zraw")
 """Endings of what belongs to a volume."""
 _NO_NAMES = re.compile(r"\.|__MACOSX$|Thumbs\.db$|desktop\.ini$", re.I)
 """How what a system keeps for itself is called."""
-_BARE_DICOM = (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x02\x00\x00\x00")
-"""How DICOM without a preamble begins."""
 _HEAD = 132
 """Bytes that tell what a file is."""
 
@@ -267,7 +266,7 @@ def is_read(name: str, start: bytes) -> bool:
     """Whether a file is of a kind that crossmr reads, by its name and its first bytes."""
     if is_volume(name) or half(name) or name.lower().endswith(_BESIDE):
         return True
-    return start[128:132] == b"DICM" or (len(start) > 8 and start[:4] in _BARE_DICOM)
+    return begins_as_dicom(start)
 
 
 def check_directory(archive: Path, name: str, most: int) -> None:

@@ -205,7 +205,9 @@ def _rows(case: str, inputs: Inputs) -> dict[str, Any]:
                 "images": len(series.images),
             }
         )
-    return {"case": case, "rows": rows}
+    first = all_series[0]  # for the page of this computer alone, which has the scans
+    whose = " · ".join(filter(None, (first.patient, first.date, first.images[0].path.parent.name)))
+    return {"case": case, "rows": rows, "whose": whose}
 
 
 def _key(case: str, series: Series) -> str:

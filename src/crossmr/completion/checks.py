@@ -31,8 +31,9 @@ FAR_MM = 4.0
 FARTHEST_MM = 25.0
 GRID_MM = 2.0
 """What volumes are thinned to before they are moved about."""
-SWAPPED = 0.9
-"""Of the error of the linear regressions, what is left of it when two contrasts exchange their names."""
+SWAPPED, SURELY_SWAPPED = 0.9, 0.85
+"""Of the error of the linear regressions, what is left of it when two contrasts exchange names; the second surely,
+without a T2 among them, which tells more than the others."""
 MISNAMED = -0.1
 """How much worse T2 and another volume correlate with the mean images of their names than with each other's, in sum."""
 VOXELS = 40_000
@@ -267,13 +268,13 @@ def swaps(
             best, pair = error, (known[i], known[j])
     if pair is None or best > SWAPPED * before:
         return []
-    return _swapped(pair)
+    return _swapped(pair, "refuse" if "t2w" in known or best <= SURELY_SWAPPED * before else "look")
 
 
-def _swapped(pair: Sequence[str]) -> list[Finding]:
+def _swapped(pair: Sequence[str], severity: Severity = "refuse") -> list[Finding]:
     names = " and ".join(DISPLAY_NAMES.get(m, m) for m in pair)
     words = f"{names} may be swapped: they look like each other's contrast. Compare them before using anything."
-    return [Finding("swapped", "refuse", words)]
+    return [Finding("swapped", severity, words)]
 
 
 def _fits_of_names(

@@ -731,12 +731,16 @@ def _files(folder: Path, exclude: Path | None = None) -> Iterator[Path]:
 
 
 def _is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM does; a file without a preamble begins with group 0002 or 0008."""
+    """Whether a file begins as DICOM does."""
     try:
         with path.open("rb") as file:
-            start = file.read(132)
+            return begins_as_dicom(file.read(132))
     except OSError:
         return False
+
+
+def begins_as_dicom(start: bytes) -> bool:
+    """Whether the first 132 bytes of a file are as DICOM's, with a preamble or without."""
     return start[128:132] == b"DICM" or (len(start) > 8 and start.startswith(_WITHOUT_PREAMBLE))
 
 

@@ -319,7 +319,7 @@ function caseCard(one, contrasts, dicom) {
   else if (one.synthesise.length) outcome.append(element("p", { className: "will", textContent: `Would synthesise ${names(one.synthesise)} from ${names(one.acquired)}` }));
   else outcome.append(element("p", { textContent: Object.keys(one.not_synthesised).length ? "Nothing would be synthesised" : "Nothing is missing" }));
   for (const [why, missing] of byReason(one.not_synthesised)) outcome.append(element("p", { className: "not", textContent: `Not ${names(missing)}: ${why}` }));
-  return element("section", { className: "card case" }, element("h3", { textContent: one.case }), element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)), outcome);
+  return element("section", { className: "card case" }, element("h3", {}, one.case, one.whose ? element("small", { className: "quiet", textContent: one.whose }) : null), element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)), outcome);
 }
 
 function byReason(reasons) {
