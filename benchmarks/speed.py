@@ -36,7 +36,7 @@ from crossmr.completion.checks import check
 from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import complete_study
 from crossmr.data.formats import content_sha256
-from crossmr.data.naming import find_studies
+from crossmr.data.naming import DISPLAY_NAMES, find_studies
 from crossmr.data.prepare import PrepareSettings, Split, prepare, prepare_case
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import write_volume
@@ -163,7 +163,7 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
             "read, normalise, find the head": lambda: load_study(paths),
             "check the input": lambda: check(study, model.baselines, model.config.modalities),
             "write image and std": lambda: [write_volume(image, out / name) for name, image in written.items()],
-            "picture": lambda: save_panels(out / "picture.webp", panels, study.reference.spacing_mm),
+            "picture": lambda: save_panels(out / "picture.webp", panels, study.reference.spacing_mm, DISPLAY_NAMES),
         }
         calls = {name: inferring(call, dtype) for name, (_, call) in networks.items()}
         whole = {

@@ -14,6 +14,7 @@ from crossmr.data.naming import find_studies, recognise
     [
         *[(f"acq-{a}_T1w", "t1c") for a in ("postgad", "gd", "T1Gd", "ce", "post", "MPRAGEGd", "mprageKM", "contrast")],
         *[(f"acq-{a}_T1w", "t1n") for a in ("pre", "mprage", "3d", "highres", "postop", "nativ", "FLAIR", "ax")],
+        *[(f"acq-{a}_T1w", "t1c") for a in ("GdNoFS", "gdNoFatSat", "postNoNorm", "ceNoGap")],
         *[(f"acq-{a}_T1w", "t1n") for a in ("preGd", "nonGd", "mprageNoGd", "preContrast", "withoutContrast")],
         *[(f"ce-{c}_T1w", "t1c") for c in ("gadolinium", "gad", "Gadovist", "GADOLINIUM", "1")],
         *[(f"ce-{c}_T1w", "t1n") for c in ("none", "no", "pre", "NONE", "without")],

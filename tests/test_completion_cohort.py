@@ -173,7 +173,7 @@ def test_what_was_not_asked_for_then_is_made_now_and_what_goes_is_said(model, sm
     assert complete_cohort(small, out, model, fluid).skipped == ["Ann"]
     redone = complete_cohort(small, out, model, fluid, AGAIN, display=listener)
     assert redone.completed == {"Ann": ["t2f"]}
-    assert "Ann: synthesised before, not asked for now, and deleted: t1c" in listener.said
+    assert "Ann: synthesised before, not made now, and deleted: t1c" in listener.said
     assert not list(out.rglob("*t1c*"))
 
 

@@ -121,6 +121,13 @@ def test_what_a_scanner_makes_of_one_t1_leaves_no_doubt(time, unsure, tmp_path):
     assert any("no tag says which" in note for note in scans.notes) == unsure
 
 
+def test_of_t1_alone_no_time_says_that_they_are_one(tmp_path):
+    for number in (2, 5):
+        dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, number=number, AcquisitionTime="000000")
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert any("no tag says which" in note for note in scans.notes)
+
+
 def test_a_series_that_covers_half_of_what_the_others_do_is_said(tmp_path):
     write(tmp_path, ("t1n", "t2w"))
     for path in sorted((tmp_path / "2").iterdir())[12:]:
@@ -144,13 +151,16 @@ def test_voxels_come_on_the_scale_that_each_slice_says(tmp_path):
     assert np.abs(data - truth("t1n").data).max() <= 2.0 / 2
 
 
-def test_what_was_not_acquired_is_0(tmp_path):
+@pytest.mark.parametrize("slope", [None, 0.7, 0.9991])
+def test_what_was_not_acquired_is_0(slope, tmp_path):
     for path in dicoms.write_series(tmp_path / "in", head(), OBLIQUE):
         image = pydicom.dcmread(path)
         pixels = image.pixel_array.astype("<i2")
         pixels[:3] = -32768
         image.PixelData, image.PixelRepresentation = pixels.tobytes(), 1
         image.add_new("PixelPaddingValue", "SS", -32768)
+        if slope is not None:
+            image.RescaleSlope, image.RescaleIntercept = slope, 0
         image.save_as(path)
     (scans,) = convert(tmp_path / "in", tmp_path / "out")
     assert read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz").data.min() == 0

@@ -166,13 +166,20 @@ def of_series_3(image, keyword, value):
         setattr(image, keyword, value)
 
 
-@pytest.mark.parametrize("value", ["", "00MRN0042", "mrn-0042 "])
+@pytest.mark.parametrize("value", ["", "00MRN-0042", "mrn-0042 "])
 def test_an_id_that_one_series_lacks_or_pads_is_the_same_patient(value, tmp_path):
     write(tmp_path, ("t1n", "t2w", "t2f"))
     edited(tmp_path.rglob("*.dcm"), lambda image, _: of_series_3(image, "PatientID", value))
     (scans,) = convert(tmp_path, tmp_path / "out", keep_names=True)
     assert list(scans.series) == ["t1n", "t2w", "t2f"]
     assert scans.case == "sub-MRN0042_ses-20240131"
+
+
+@pytest.mark.parametrize("value", ["MRN-004-2", "MRN-00421"])
+def test_another_id_is_another_patient(value, tmp_path):
+    write(tmp_path, ("t1n", "t2w"))
+    edited(tmp_path.rglob("*.dcm"), lambda image, _: of_series_3(image, "PatientID", value))
+    assert sorted(list(s.series) for s in convert(tmp_path, tmp_path / "out")) == [["t1n"], ["t2w"]]
 
 
 def test_slices_that_are_shifted_against_each_other_are_no_volume(tmp_path):

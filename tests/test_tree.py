@@ -289,6 +289,10 @@ class TestWhatOtherFilesSay:
             ("{P1,P2}/{T1_pre,T1_post}/T1.nii {P1,P2}/T2/T2.nii", "T1", "P1 P2"),
             ("{P1,P2}/{pre_contrast,post_contrast}/NIFTI/T1.nii {P1,P2}/T2/T2.nii", "T1", "P1 P2"),
             ("P1/{pre,post}/{T1,T2}.nii", "", "P1_pre P1_post"),
+            ("P1/space-T1c/T1.nii", "", "P1_space-T1c"),
+            ("{T1/P1_T1,FLAIR/P1_FLAIR}_{pre1,post1}.nii", "", "P1_pre1 P1_post1"),  # whichever folders they are in
+            ("P1_{T1_post_20200101_3,FLAIR_post_20200101_3}.nii", "", "P1_post_20200101_3"),
+            ("P1_T1_{pre1,post1,post2}.nii", "", "P1 P1_post1 P1_post2"),
         ],
     )
     def test_an_agent_before_or_after(self, files: str, t1c: str, cases: str) -> None:
@@ -296,6 +300,15 @@ class TestWhatOtherFilesSay:
         assert sorted(found) == sorted(cases.split())
         assert {images.get("t1c", "").removesuffix(".nii") for images in found.values()} == {t1c}
         assert all(images.keys() & {"t1n", "t2w"} for images in found.values())
+
+    def test_a_folder_of_an_agent_overrules_no_file_that_says_another(self) -> None:
+        for files in ("P1/contrast/{T1_pre,T1_post}.nii", "P1/T1Gd/{T1_noGd,T1_Gd}.nii", "P1/T1c/{T1n,T1c}.nii"):
+            (images,) = found_in(files).values()
+            assert sorted(images) == ["t1c", "t1n"]
+        assert found_in("{P1,P2}_T1.nii") == {"P1": {"t1n": "P1_T1.nii"}, "P2": {"t1n": "P2_T1.nii"}}
+
+    def test_a_name_like_a_denial_is_a_patient_s_beside_another_contrast(self) -> None:
+        assert found_in("{Sin,Kim}_{Gd_T1,T2}.nii").keys() == {"Sin", "Kim"}
 
     def test_several_series_of_one_contrast_are_never_several_patients(self) -> None:
         found = study("P1/2_T1.nii", "P1/3_T2.nii", "P1/7_T1.nii")

@@ -33,7 +33,7 @@ def turns_of(tmp_path, studies, options, settings):
     given, layout = Inputs(tmp_path, studies), Layout(tmp_path / "out")
     run = SimpleNamespace(
         inputs=given,
-        model=SimpleNamespace(record={}),
+        model=SimpleNamespace(record={}, config=SimpleNamespace(targets=("t1c",))),
         layout=layout,
         work=Work(layout),
         options=options,
@@ -69,7 +69,7 @@ def test_one_study_is_read_ahead_and_no_more(monkeypatch, tmp_path):
 
 def test_finished_studies_are_not_read(monkeypatch, tmp_path):
     (tmp_path / "out" / "0").mkdir(parents=True)
-    (tmp_path / "out" / "0" / "manifest.json").write_text("{}")
+    (tmp_path / "out" / "0" / "manifest.json").write_text('{"synthetic": {"t1c": {}}}')
     monkeypatch.setattr(cases, "load_study", lambda files, **_: files.case)
     studies = [StudyFiles(case, case, {}, (), ()) for case in "01"]
     for options, read in ((CohortSettings(), [None, "1"]), (AGAIN, ["0", "1"])):

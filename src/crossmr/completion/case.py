@@ -165,7 +165,7 @@ def write_case(
     earlier, picture = earlier_files(run.layout, files.case, run.model.config.targets), run.layout.picture(files.case)
     before = read_json(path, OutputError).get("synthetic", {}) if path.exists() else {}
     if lost := [m for m in before if m not in result.images and m not in manifest["acquired"]]:
-        run.display.say(f"{files.case}: synthesised before, not asked for now, and deleted: {', '.join(lost)}")
+        run.display.say(f"{files.case}: synthesised before, not made now, and deleted: {', '.join(lost)}")
     with whole_or_absent(path.parent) as written:
         for old in (path, picture, *earlier):
             remove(old)

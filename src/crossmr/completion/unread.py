@@ -196,8 +196,8 @@ def unread_series(all_series: Sequence[Series]) -> list[Unread]:
                 volumes = ", nor do their volumes" if series.compared else ""
                 why = (
                     f"is a second T1 beside {best.name}, and nothing says which of them was acquired with contrast "
-                    f"agent{volumes}; name it with --map {other}='DESCRIPTION', or if there is none, name the one to "
-                    f"use with --map {modality}='{best.name}'"
+                    f"agent{volumes}; name it with --map {other}='DESCRIPTION', or, where none is "
+                    f"{DISPLAY_NAMES[other]}, name the one to use with --map {modality}='{best.name}'"
                 )
                 found.append(Unread(series.name, frozenset({other}), why))
     return [unread for unread in found if unread.may_be]

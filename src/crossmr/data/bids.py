@@ -67,8 +67,10 @@ def _agent(value: str | None, acquisition: str) -> bool | None:
     """Whether a contrast agent was given; None where `ce-` leaves that open."""
     if value is None:
         words = [acquisition, *re.split(r"(?<=[a-z0-9])(?=[A-Z])", acquisition)]
-        denied = any(agent_of_word(word) is False or _NO_AGENT.fullmatch(word) for word in words)
-        return not denied and any(agent_of_word(word) for word in words)
+        said = [agent_of_word(word) for word in words]
+        before = zip(words[1:], said[2:], strict=False)  # noGd, but not gdNoFS
+        denied = False in said or any(_NO_AGENT.fullmatch(word) and named for word, named in before)
+        return not denied and True in said
     if _NO_AGENT.fullmatch(value):
         return False
     return None if _UNKNOWN.fullmatch(value) else True

@@ -14,7 +14,17 @@ from pathlib import Path
 from crossmr.data.bids import case_of, read_bids
 from crossmr.data.formats import stem_of
 from crossmr.data.visits import read
-from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, describes, is_raw, possible_contrasts, spelt
+from crossmr.data.words import (
+    CONTRASTS,
+    LABEL,
+    OTHER,
+    Reading,
+    agent_of_word,
+    describes,
+    is_raw,
+    possible_contrasts,
+    spelt,
+)
 from crossmr.data.words import read as read_words
 from crossmr.errors import ConfigError
 from crossmr.files import digest
@@ -28,6 +38,8 @@ _ANONYMOUS = frozenset(
 NNUNET = "dataset.json"
 _ADNI = re.compile(r"ADNI_(?P<subject>\d{3}_S_\d{4,5})_M[RT]_(?P<what>.+?)(_[Bb]r)?(_raw)?_\d{14,}(_\d+)?_S\d+_I\d+")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
+_AGENTS = re.compile(r"(pre|post|with|without|non?)[-_. ]?[a-z]", re.I)
+"""How a folder's name begins that is of an agent and names no contrast: post_contrast, but not post, or contrast."""
 
 Channels = Mapping[str, str]
 """Number of a channel of nnU-Net, such as '0000' → the modality, '' where it is another."""
@@ -59,7 +71,6 @@ class _Beside:
         before = {r.head for r in sure if r.meaning == "t1c" and r.head.lower().endswith("pre")}  # before surgery
         self.heads |= {f"{head[:-3]}{post}" for head in before for post in ("post", "Post", "POST")}
         self.imaged = {reading.head for _, reading in files if reading.contrasts and not reading.mask}
-        self.visits = {(reading.head, reading.visit) for reading in sure if reading.visit}
         self.images = sum(not reading.mask for _, reading in files)
         numbered: dict[str, set[str]] = defaultdict(set)
         for path, reading in files:
@@ -99,6 +110,7 @@ class NamesInTree:
                 beside[path.parent].append(
                     (path, _channel(path, channels or {}) or _of_adni(path) or _read_name(path.name))
                 )
+        self._visits = _visits([file for files in beside.values() for file in files])
         self._below = _below([file for files in beside.values() for file in files], self.mapped)
         self._children: dict[Path, set[Path]] = defaultdict(set)
         for folder in self._below:
@@ -121,7 +133,7 @@ class NamesInTree:
         if reading.doubt:
             literal = read_words(stem_of(path.name), literal=True)
             if literal.visit != reading.visit:  # T1_post_1
-                others = (literal.head, literal.visit) in beside.visits
+                others = (literal.head, literal.visit) in self._visits
             elif reading.doubt == "number":
                 others = beside.numbers_patients
             else:
@@ -231,11 +243,15 @@ class NamesInTree:
 
     def _says_agent(self, folder: Path) -> str:
         """T1 or T1ce, where a folder's name says an agent, or that none was given, and its files' names T1; else ''."""
-        said = read_words(folder.name)
-        if said.head or said.visit or said.mask or (said.weak and len(folder.name) < 6):  # post, gd: of who knows what
+        if folder == self.root or (self.root is not None and self.root not in folder.parents):
             return ""
-        files = {reading.meaning for _, reading in self._below.get(folder, []) if not reading.mask}
-        return said.meaning if said.meaning in ("t1n", "t1c") and files <= {"t1n", said.meaning, OTHER} else ""
+        said = read_words(folder.name)
+        space = said.space or "space" in folder.name.lower()
+        if said.head or said.visit or said.mask or space or (said.weak and not _AGENTS.match(folder.name)):
+            return ""
+        files = [(path, reading) for path, reading in self._below.get(folder, []) if not reading.mask]
+        plain = all(reading.meaning == "t1n" and not reading.space and not _says_plain(path) for path, reading in files)
+        return said.meaning if plain and said.meaning in ("t1n", "t1c") else ""
 
     def _siblings(self, folder: Path) -> set[Path]:
         return self._children[folder.parent] - {folder}
@@ -303,6 +319,22 @@ def _of_adni(path: Path) -> Reading | None:
     meaning = min(may_be) if len(may_be) == 1 else OTHER
     words = len(re.findall(r"[A-Za-z0-9]+", found["what"]))
     return Reading("_".join(filter(None, (found["subject"], day))), meaning=meaning, extras=words)
+
+
+def _says_plain(path: Path) -> bool:
+    """Whether a file's name says that no agent was given: T1n, T1_pre, T1_native."""
+    return any(agent_of_word(word) is False for word in re.split(r"[^A-Za-z0-9]+", stem_of(path.name)) if word)
+
+
+def _visits(files: Iterable[File]) -> set[tuple[str, str]]:
+    """Heads with the time points after their contrasts: of T2 or FLAIR, or of several T1 that else were of an agent."""
+    found, doubtful = set(), defaultdict[tuple[str, str], set[str]](set)
+    for path, reading in files:
+        if reading.visit and not reading.doubt:
+            found.add((reading.head, reading.visit))
+        elif reading.doubt == "agent" and (literal := read_words(stem_of(path.name), literal=True)).visit:
+            doubtful[literal.head, literal.visit.lower()[:3]].add(literal.visit)  # pre, post
+    return found | {(head, visit) for (head, _), several in doubtful.items() if len(several) > 1 for visit in several}
 
 
 def _fits(path: Path, glob: str) -> bool:

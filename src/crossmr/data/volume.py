@@ -391,6 +391,7 @@ def _read_image(image: Any, name: str) -> tuple[Any, np.ndarray]:
             "Convert it first."
         )
     if image.affine is not None:  # it counts where the header has another one, as when nibabel writes
+        _check_affine(image.affine, name)
         image = type(image)(image.dataobj, image.affine, image.header)
     header = image.header.copy()
     header.extensions.clear()

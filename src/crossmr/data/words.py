@@ -228,7 +228,9 @@ def _agent_instead(visit: Sequence[Word], before: Sequence[Word]) -> list[Word]:
         return []
     if said is None or said.meaning != "t1n" or said.weak:
         return []
-    return [visit[0]._replace(pieces=_pieces(named[1])), *visit[1:]]
+    agent, dated = visit[0]._replace(pieces=_pieces(named[1])), trailing_visit([word.text for word in visit[1:]])
+    others = visit[1 : len(visit) - dated]
+    return [agent, *visit[1:]] if all(_number(word) for word in others) else []
 
 
 def spelt(text: str) -> str:
@@ -408,8 +410,8 @@ def _admits(word: Word, said: Sequence[Word], contrast: str, *, first: bool) -> 
         return first and not any(other.has("mask") for other in said), "number"
     if not word.pieces or not contrast:
         return bool(word.pieces), ""
-    if word.has("denial") and said[0].has("agent"):  # non_contrast_T1
-        return True, ""
+    if word.has("denial") and said[0].has("agent"):  # non_contrast_T1; Sin_Gd_T1 is of Sin, if there is a Sin_T2
+        return True, "agent"
     after_only = word.text.lower() in _ONLY_AFTER or word.has("link", "space")
     if word.has("agent") and not after_only:
         visit_word = word.text.lower() in ("pre", "post")

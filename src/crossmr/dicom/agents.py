@@ -27,11 +27,12 @@ def undecided(all_series: Sequence[Series]) -> list[Series]:
 def several_acquisitions(alike: Sequence[Series], all_series: Sequence[Series]) -> bool:
     """Whether series of one contrast were not all acquired at once: what a scanner makes of one acquisition is alike.
 
-    Its reformats, filtered images and water and fat share a time and their timing, and no other contrast has that time.
+    Its reformats, filtered images and water and fat share a time and their timing, and other contrasts have other
+    times: where there are none, the time may be made up.
     """
     others = {s.time for s in all_series if s.modality and all(s.modality != one.modality for one in alike)}
     acquisitions = {
-        (s.time, a.tr_ms, a.te_ms, a.ti_ms) if s.time and s.time not in others else k
+        (s.time, a.tr_ms, a.te_ms, a.ti_ms) if s.time and any(others) and s.time not in others else k
         for k, s in enumerate(alike)
         for a in [s.acquisition]
     }

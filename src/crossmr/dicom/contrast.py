@@ -75,14 +75,15 @@ _NOT_WORDS = {
     "weighted by susceptibility": r"swi\w*|swan|venobold|qsm|t2star|hemo|hemosid\w*|flash2d-?t2star|megre|gre-?me|"
     r"me-?gre|multi-?echo-?gre|multiecho|medic|merge|"
     r"t2-(?:gre|ffe|fl2d)|gre-t2",
-    "a diffusion image": r"\w*dwi|\w*dti|\w*adc|trace\w*|diff\w*|ep2d|epi|noddi|hardi",
+    "a diffusion image": r"\w*dwi|[esi]?dti|(?:[esi]|av)?adc|trace\w*|diff\w*|ep2d|epi|noddi|hardi",
     "a perfusion image": r"perf\w*|dsc|dce|asl|pcasl",
     "one of several times": r"dyn\w*|time-?resolved|zeitaufgel\w*",
     "a functional image": r"fmri|bold",
     "a spectrum": r"spectro\w*|svs|csi",
-    _PROJECTED: r"mip|minip|sub|subtr\w*",
+    _PROJECTED: r"mi?n?ip|subtr\w*",
+    "a subtraction": r"sub",
     "balanced steady state": r"ciss|fiesta|drive|truefisp|trufi",
-    "a phase image or a field map": r"phase|pha|phs|field-?map\w*|\w+fieldmap\w*",
+    "a phase image or a field map": r"phase|pha|phs|field|field-?map\w*|\w+fieldmap\w*",
     "of short or double inversion": r"stir|dir|double-?ir|double-inv\w*",
     "one inversion of an MP2RAGE, not its UNI": r"inv-?[12]",
     "an image with white matter nulled": r"\w*fgatir\w*|wmn|wmn-?mprage|wm-?null\w*|white-matter-null\w*|wmnull\w*",
@@ -90,7 +91,8 @@ _NOT_WORDS = {
 }
 """What a series is → the words of the description, or adjacent words joined by -, that say so; none is one of ours."""
 _HARMLESS = re.compile(
-    r"\b(?:(?:pre|post|peri|intra) ?op\w*|flow ?comp\w*|phase ?(?:rl|lr|ap|pa|hf|fh|is|si|swap\w*|enc\w*|over\w*))\b"
+    r"\b(?:(?:pre|post|peri|intra) ?op\w*|(?:large|full|wide|big|small) field|field of view|flow ?comp\w*|"
+    r"phase ?(?:rl|lr|ap|pa|hf|fh|is|si|swap\w*|enc\w*|over\w*))\b"
 )
 """Words that say how or when a series was acquired, of which a part would say that it is none of ours; folded."""
 _SPIN_ECHO_TRAIN = re.compile(r"\b(?:tse|fse|frfse|space|cube|vista)\b")
@@ -146,9 +148,9 @@ def _column(index: int) -> str:
 
 
 _NO_AGENT = re.compile(
-    r"\b(?:post?|apres|dopo|nach|apos|pos) ?(?:op|fossa|surg|rt\b|rad|xrt|chemo|chimio|tx\b|treat|therap|trait|tumou?r|"
-    r"biops|stroke|ictal|trauma|tbi|proc|resec|emboli|clip|shunt|dbs|partum|birth|natal|cirurg|cirug|chir|interv)\w*|"
-    r"\bpr(?:e|ae|a) ?op\w*"
+    r"\b(?:post?|apres|dopo|nach|apos|pos) ?(?:op(?!t)|fossa|surg|rt\b|rad(?!ial)|xrt|chemo|chimio|tx\b|treat|therap|"
+    r"trait|biops|stroke|ictal|trauma|tbi|resec|emboli|clip|shunt|dbs|partum|birth|natal|cirurg|cirug|chir|interv)\w*\b"
+    r"(?! ?(?:plan|nav|stealth|brainlab|protoc))|\bpr(?:e|ae|a) ?op(?!t)\w*"
 )
 """Before or after an event that is no injection, or behind the rest; folded."""
 _AGENT = re.compile(rf"(?:{_column(0)})\Z")
@@ -377,7 +379,8 @@ def _by_tags(acquisition: Acquisition, words: Collection[str]) -> tuple[str | No
         return None, ""
     if ti is not None and ti < 300:
         return None, f"short inversion time ({why})"
-    if "RM" in families and not families & {"SE", "IR"} and "t2w" in words and "t1n" not in words and tr < 1800:
+    research = "RM" in families and not families & {"SE", "IR"}
+    if research and "t2w" in words and "t1n" not in words and ti is None and te <= 40 and tr < 1800:
         return None, f"called T2, with the times of a T1 or of one weighted by T2* ({why})"
     if te <= 40 and (tr <= 1300 or (ti is not None and ti <= 1300 and tr <= 3500)):
         return "t1n", why

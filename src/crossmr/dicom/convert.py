@@ -539,7 +539,7 @@ def _read_converted(case: str, series: Series, volumes: Sequence[Path], complain
             "Export it again, or leave it out of the folder."
         )
     if series.padding is not None:
-        volume.data[volume.data == series.padding] = 0
+        volume.data[np.isclose(volume.data, series.padding, rtol=3e-6, atol=1e-6)] = 0
     return volume
 
 

@@ -384,13 +384,18 @@ def _studies(files: Sequence[File]) -> dict[str, list[File]]:
 def _patients(headers: Sequence[Any]) -> list[str]:
     """What tells patients apart within a study, for each image: the ID, or the name where there is none.
 
-    IDs are compared without zeros before them and signs. An image without one is of the patient who alone has its name.
+    An image without ID is of the one who alone has its name. IDs that zeros before them alone tell apart are one where
+    name and date of birth agree.
     """
-    ids = [re.sub(r"[\W_]", "", _upper(header, "PatientID")).lstrip("0") for header in headers]
-    names = [_upper(header, "PatientName") for header in headers]
+    ids, names, born = (
+        [_upper(header, keyword) for header in headers] for keyword in ("PatientID", "PatientName", "PatientBirthDate")
+    )
     of_name: dict[str, set[str]] = defaultdict(set)
-    for name, known in zip(names, ids, strict=True):
-        of_name[name] |= {known} - {""}
+    first: dict[tuple[str, ...], str] = {}
+    for k, (known, name) in enumerate(zip(ids, names, strict=True)):
+        if known and name and born[k]:
+            ids[k] = first.setdefault((known.lstrip("0"), name, born[k]), known)
+        of_name[name] |= {ids[k]} - {""}
     return [
         known or (next(iter(of_name[name])) if name and len(of_name[name]) == 1 else name)
         for known, name in zip(ids, names, strict=True)
