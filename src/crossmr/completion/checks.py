@@ -290,7 +290,8 @@ def _fits_of_names(
         both = inside & (values > 0) & (like > 0)
         return float(np.corrcoef(values[both], like[both])[0, 1]) if both.sum() > 1 else 0.0
 
-    return {m: fit(m, m) + fit("t2w", "t2w") - fit(m, "t2w") - fit("t2w", m) for m in means if m != "t2w"}
+    own = fit("t2w", "t2w")
+    return {m: fit(m, m) + own - fit(m, "t2w") - fit("t2w", m) for m in means if m != "t2w"}
 
 
 def _error_of_regressions(voxels: Sequence[Array], named: Sequence[int], baselines: Mapping[str, Tensor]) -> float:
