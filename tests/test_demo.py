@@ -53,6 +53,25 @@ def test_the_hole_is_filled_on_the_study_s_own_grid(out, completed):
         assert image.header["descrip"].item().startswith(b"SYNTHETIC")
 
 
+def test_the_shipped_weights_show_the_lesion_in_flair(out):
+    """As the sentence above the picture says: oedema is bright and fluid dark, as in truth."""
+    (case,) = (path.name for path in (out / "incomplete").iterdir())
+
+    def read(folder: str, name: str) -> np.ndarray:
+        return nib.load(out / folder / case / f"{case}-{name}.nii.gz").get_fdata()
+
+    labels, t1, t2 = (read("truth", name) for name in ("seg", "t1n", "t2w"))
+    brain = t1 > 0
+    fluid = (t2 > np.percentile(t2[brain], 97)) & (labels == 0)
+    contrasts = []
+    for flair in (read("truth", "t2f"), read("completed", "t2f_synthetic")):
+        low, median, high = np.percentile(flair[brain], (25, 50, 75))
+        contrasts.append([(flair[where].mean() - median) / (high - low) for where in (labels == 2, fluid)])
+    (lesion, dark), (own_lesion, own_dark) = contrasts
+    assert own_lesion > 0.5 * lesion > 0.5
+    assert own_dark < 0.25 * dark < -0.25
+
+
 def test_the_evaluation_stands_beside_its_baselines(out):
     summary = json.loads((out / "evaluation" / "metrics.json").read_text())["summary"]
     predictors = {entry["predictor"] for entry in summary}

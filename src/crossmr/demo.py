@@ -25,16 +25,17 @@ from crossmr.training.recipes import TINY
 from crossmr.training.run import TrainingSettings, train
 
 PATIENTS = 16
-SHAPE, SPACING_MM = (72, 84, 56), (2.6, 2.6, 3.2)
+HEAD: dict[str, Any] = {"shape": (96, 112, 36), "spacing_mm": (1.6, 1.6, 4.0), "skull": False}
+"""Without skull, as most that the shipped weights learnt from."""
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
-RECIPE = replace(TINY, crop=(88, 72))
+RECIPE = replace(TINY, crop=(112, 96))
 """The phantom's slices, up to a multiple of the network's stride."""
 MINUTES = 2.0
 """Of training."""
 FORMAT = "crossmr-demo"
 PICTURES = ("shipped", "trained")
 """What was completed with the shipped weights, and with those trained here."""
-LOOK = "the lesion should be bright in FLAIR, and the ventricles dark; what enhances in T1ce cannot be known"
+LOOK = "as in truth, FLAIR should show the lesion bright and fluid dark; T1 and T2 do not tell what enhances in T1ce"
 """What to see in the pictures."""
 
 
@@ -99,10 +100,9 @@ def _demo(out: Path, seed: int, minutes: float, display: Display) -> Evaluation:
 
 def _write_phantoms(out: Path, seed: int) -> str:
     """Heads to learn from, one that lacks the targets, and its truth; returns the name of that one."""
-    form: dict[str, Any] = {"shape": SHAPE, "spacing_mm": SPACING_MM}
-    write_cohort(out / "cohort", PATIENTS, seed=seed, **form)
-    (case,) = write_cohort(out / "incomplete", 1, seed=seed + 1, missing={0: TARGETS}, lesion=True, **form)
-    write_cohort(out / "truth", 1, seed=seed + 1, lesion=True, **form)
+    write_cohort(out / "cohort", PATIENTS, seed=seed, **HEAD)
+    (case,) = write_cohort(out / "incomplete", 1, seed=seed + 1, missing={0: TARGETS}, lesion=True, **HEAD)
+    write_cohort(out / "truth", 1, seed=seed + 1, lesion=True, **HEAD)
     return case
 
 
