@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from crossmr.errors import ModelError
 from crossmr.training import plan as planning
 from crossmr.training.plan import Budget, Clock, Plan, read_plan, write_plan
 
@@ -109,3 +110,12 @@ def test_slow_steps_are_planned_early(clock):
     assert measured.pace(2) == pytest.approx(4)  # the first step warms up
     measured.pause(1)
     assert measured.pace(2) == pytest.approx(3)
+
+
+def test_a_damaged_plan_is_named(tmp_path):
+    write_plan(tmp_path, "synthesis", Plan(segments=((0, 8),)))
+    assert read_plan(tmp_path, "synthesis") == Plan(segments=((0, 8),))
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"synthesis": {"segmants": [[0, 8]]}}))
+    with pytest.raises(ModelError, match=r"plan\.json is damaged: 'segmants' is not a setting of Plan"):
+        read_plan(tmp_path, "synthesis")

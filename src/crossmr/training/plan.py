@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crossmr.config import from_dict, to_dict
+from crossmr.errors import ConfigError, ModelError
 from crossmr.files import read_json, write_json
 
 VALIDATIONS = 10
@@ -78,10 +79,17 @@ class Plan:
 
 
 def read_plan(folder: Path, stage: str) -> Plan | None:
-    """The plan of a stage in a run's folder, if it has one."""
+    """The plan of a stage in a run's folder, if it has one.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
     path = folder / "plan.json"
     plans = read_json(path) if path.exists() else {}
-    return from_dict(Plan, plans[stage]) if stage in plans else None
+    try:
+        return from_dict(Plan, plans[stage]) if stage in plans else None
+    except ConfigError as error:
+        raise ModelError(f"{path} is damaged: {error} Copy it again, or train anew.") from error
 
 
 def write_plan(folder: Path, stage: str, plan: Plan) -> None:
