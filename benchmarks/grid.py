@@ -1,4 +1,4 @@
-"""What the experiments of docs/evidence.md share: patients, trainings, kept rows and tables.
+"""What the experiments of docs/evidence*.md share: patients, trainings, kept rows and tables.
 
 BASE is the output of default_weights.py: its prepared set and its split are those of the shipped weights. An experiment
 trains networks, measures what they make of the test patients, and keeps a row for each image in OUT/EXPERIMENT.jsonl;
