@@ -242,3 +242,15 @@ def head(modality="t1n"):
 def write(folder, modalities=("t1n", "t1c", "t2w", "t2f"), *, habit="plain", affine=OBLIQUE, **others):
     for number, modality in enumerate(modalities, 2):
         write_series(folder / str(number), head(modality), affine, modality, number=number, habit=habit, **others)
+
+
+def edited(paths, edit):
+    """Change images in place: `edit` gets each and its index."""
+    for k, path in enumerate(paths):
+        image = pydicom.dcmread(path)
+        edit(image, k)
+        image.save_as(path)
+
+
+def rounded(image, _):
+    image.ImagePositionPatient = [round(float(v)) for v in image.ImagePositionPatient]

@@ -138,19 +138,6 @@ def test_lists_where_one_value_belongs_are_damage(tmp_path, keyword):
             read_dicom(path)
 
 
-@pytest.mark.parametrize("value", [7, 1.5, [1, 2], b"x", "SK"])
-def test_numbers_where_texts_belong_are_texts(value):
-    """Drawn below once."""
-    pydicom = pytest.importorskip("pydicom")
-    from crossmr.dicom.series import _texts
-
-    class Header(dict):
-        """Any value, as of a damaged VR."""
-
-    assert pydicom
-    assert all(isinstance(text, str) for text in _texts(Header(SequenceVariant=value), "SequenceVariant"))
-
-
 def slices(folder: Path) -> list[bytes]:
     """The files of two small series, one of them a multi-frame image."""
     import dicoms

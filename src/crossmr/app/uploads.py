@@ -22,7 +22,7 @@ from typing import IO
 from anyio import to_thread
 
 from crossmr.data.formats import fault_of, first_bytes, half, is_archive, is_volume
-from crossmr.dicom.series import begins_as_dicom
+from crossmr.dicom.headers import begins_as_dicom
 from crossmr.errors import CrossmrError
 
 DEEPEST, LONGEST, LONGEST_PATH = 24, 180, 900

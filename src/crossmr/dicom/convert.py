@@ -27,7 +27,8 @@ from crossmr.data.naming import in_usual_order
 from crossmr.data.volume import Volume, on_grid, read_volume, write_volume
 from crossmr.dicom.agents import several_acquisitions, tell_apart, undecided
 from crossmr.dicom.contrast import covers, says_agent
-from crossmr.dicom.series import CONVERTED, TELLING, Series, find_series, folders_of_part, import_pydicom, listed
+from crossmr.dicom.headers import import_pydicom
+from crossmr.dicom.series import CONVERTED, TELLING, Series, find_series, folders_of_part, listed
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, StudyError
 from crossmr.files import (

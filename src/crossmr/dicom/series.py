@@ -4,19 +4,17 @@ pydicom is an extra (`pip install crossmr[dicom]`). contrast.py recognises the c
 """
 
 import fnmatch
-import hashlib
 import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from crossmr.data.bids import ROOT as BIDS_ROOT
 from crossmr.data.formats import is_nifti, is_volume
@@ -28,15 +26,32 @@ from crossmr.dicom.contrast import (
     Verdict,
     covers,
     is_unclear,
-    means,
     names_agent,
     no_anatomy,
     recognise_contrast,
     resolve_agents,
 )
+from crossmr.dicom.grouping import groups_of, patient_of, studies_of, without_copies
+from crossmr.dicom.headers import (
+    MR,
+    UIDS,
+    File,
+    Floats,
+    description_of,
+    files_in,
+    find,
+    geometry_of,
+    import_pydicom,
+    is_dicom,
+    number_of,
+    read_header,
+    text_of,
+    texts_of,
+    time_of,
+)
 from crossmr.display import SILENT, Display
-from crossmr.errors import ConfigError, NamingError
-from crossmr.files import is_folder, walk
+from crossmr.errors import ConfigError
+from crossmr.files import is_folder
 from crossmr.parts import Part
 
 CONVERTED = "series.json"
@@ -44,31 +59,9 @@ CONVERTED = "series.json"
 FEWEST_SLICES = 8
 UNEVEN = 0.05
 """Fraction of the slice distance by which single distances may differ from it."""
-_TAGS = (
-    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID", "StudyDate"),
-    *("Modality", "ImageType", "SeriesNumber", "SeriesDescription", "ProtocolName", "AcquisitionTime", "SeriesTime"),
-    *("ScanningSequence", "SequenceVariant", "RepetitionTime", "EchoTime", "InversionTime", "AngioFlag"),
-    *("ContrastBolusAgent", "ContrastBolusAgentSequence", "ContrastBolusVolume", "AcquisitionContrast"),
-    *("DiffusionBValue", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns"),
-    *("NumberOfFrames", "EchoPulseSequence", "InversionRecovery", "SamplesPerPixel", "ManufacturerModelName"),
-    *("PatientName", "FrameOfReferenceUID", "BodyPartExamined", "NumberOfTemporalPositions", "ContrastBolusStartTime"),
-    *("PhaseContrast", "TimeOfFlightContrast", "EchoPlanarPulseSequence", "PatientBirthDate"),
-    *("PhotometricInterpretation", "PixelPaddingValue", "RescaleSlope", "RescaleIntercept"),
-    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
-)
-_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
-_MR = frozenset(
-    {
-        "1.2.840.10008.5.1.4.1.1.4",  # MR
-        "1.2.840.10008.5.1.4.1.1.4.1",  # enhanced MR
-        "1.2.840.10008.5.1.4.1.1.4.4",  # legacy converted enhanced MR
-    }
-)
 TELLING = ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "EchoTime", "ImageType")
 """Tags that differ between series, and should not differ within one."""
 BY_USER = "named so by --map"
-SAME_ECHO = 1.01
-"""Echo times of one series that differ by less than this factor are one."""
 HALF_A_DAY = 120000
 """As the difference of two times of DICOM, HHMMSS; those that differ by more have midnight between them."""
 SHIFTED_MM = 1.0
@@ -77,18 +70,8 @@ FIRST_FILES = 1000
 """So many files tell whether a folder is one of DICOM, where nobody wants to look at all."""
 _ENDINGS = (".dcm", ".ima", ".dicom")
 _WORDS = "im|img|image|slice|mr|i|e|s|se|ser|series|dcm|ima|dicom"
-_WITHOUT_PREAMBLE = (
-    *(b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x02\x00\x00\x00"),
-    *(b"\x08\x00\x00\x00UL\x04\x00", b"\x08\x00\x00\x00\x04\x00\x00\x00"),
-)
-"""How files without a preamble begin: a first element of group 0002 or 0008, or the length of the latter."""
 _IMPERSONAL = re.compile(rf"([-_. ]|\d|(?<![a-z])({_WORDS})(?![a-z]))+", re.I)
 """A name of numbers and words of this kind alone."""
-_ENHANCED = _MR - {"1.2.840.10008.5.1.4.1.1.4"}
-
-Floats = npt.NDArray[np.float64]
-File = tuple[Path, Any]
-"""A path and its tags."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +142,11 @@ def holds_dicom(
     """
     nifti: list[Path] = []
     others: list[Path] = []
-    for path in _files(folder, exclude):
+    for path in files_in(folder, exclude):
         (nifti if is_nifti(path.name) else others).append(path)
     if (folder / BIDS_ROOT).exists() and _named(nifti, mapping):
         return False  # any DICOM in it is its source data: not worth a search, nor a message
-    dicom = next((path for path in others if path.name.upper() == "DICOMDIR" or _is_dicom(path)), None)
+    dicom = next((path for path in others if path.name.upper() == "DICOMDIR" or is_dicom(path)), None)
     if dicom is None:
         return False
     scans = (path for path in nifti if not (path.parent / CONVERTED).exists() and not is_synthetic(path))
@@ -182,10 +165,10 @@ def _named(nifti: Iterable[Path], mapping: Mapping[str, str] | None) -> list[str
 
 def begins_with_dicom(folder: Path, exclude: Path | None = None) -> bool:
     """Whether the first files of a folder, in the order of their names, hold DICOM and no volume of another format."""
-    for path in itertools.islice(_files(folder, exclude), FIRST_FILES):
+    for path in itertools.islice(files_in(folder, exclude), FIRST_FILES):
         if is_volume(path.name):
             return False
-        if _is_dicom(path):
+        if is_dicom(path):
             return True
     return False
 
@@ -202,7 +185,7 @@ def folders_of_part(folder: Path, part: Part, exclude: Path | None = None) -> li
             found = sorted((entry.name, is_folder(entry)) for entry in entries if not entry.name.startswith("."))
         folders = [place / name for name, is_folder in found if is_folder and str(place / name) != out]
         loose = [place / name for name, is_folder in found if not is_folder and name.upper() != "DICOMDIR"]
-        if first := next(filter(_is_dicom, loose), None):
+        if first := next(filter(is_dicom, loose), None):
             raise ConfigError(
                 f"{first} lies beside the folders that --part shares out. Put each patient into a folder of its own."
             )
@@ -213,8 +196,8 @@ def folders_of_part(folder: Path, part: Part, exclude: Path | None = None) -> li
 
 def first_dicom(folder: Path, exclude: Path | None = None) -> Path | None:
     """A file of DICOM in a folder or below, outside `exclude`; None where there is none."""
-    files = (path for path in _files(folder, exclude) if not is_volume(path.name))
-    return next((path for path in files if _is_dicom(path)), None)
+    files = (path for path in files_in(folder, exclude) if not is_volume(path.name))
+    return next((path for path in files if is_dicom(path)), None)
 
 
 def is_derived(folder: Path) -> bool:
@@ -243,22 +226,22 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
     unreadable: list[Path] = []
     instances: set[tuple[str, ...]] = set()
     with pydicom.config.disable_value_validation():
-        for path in _files(folder, exclude):
-            header = _header(pydicom, path)
-            if header is None or (header.SOPClassUID in _MR and "Rows" not in header):  # cut off within the tags
+        for path in files_in(folder, exclude):
+            header = read_header(pydicom, path)
+            if header is None or (header.SOPClassUID in MR and "Rows" not in header):  # cut off within the tags
                 unreadable.append(path)
                 continue
-            if str(header.get("Modality", "MR")) != "MR" or header.SOPClassUID not in _MR:
+            if str(header.get("Modality", "MR")) != "MR" or header.SOPClassUID not in MR:
                 continue
-            image = _patient(header), *(_text(header, uid) for uid in _UIDS)  # some number the images of each series
+            image = patient_of(header), *(text_of(header, uid) for uid in UIDS)  # some number the images of each series
             if image in instances:  # twice in one export
                 continue
             instances.add(image)
             files.append((path, header))
         series = []
-        for study, of_study in _studies(files).items():
-            groups = [(_without_copies(pydicom, group), echoes) for group, echoes in _groups(of_study)]
-            groups.sort(key=lambda item: (_time(item[0][0][1]), _number(item[0][0][1], "SeriesNumber") or 0))
+        for study, of_study in studies_of(files).items():
+            groups = [(without_copies(pydicom, group), echoes) for group, echoes in groups_of(of_study)]
+            groups.sort(key=lambda item: (time_of(item[0][0][1]), number_of(item[0][0][1], "SeriesNumber") or 0))
             acquisitions = resolve_agents([replace(_acquisition(g[0][1]), echoes=echoes) for g, echoes in groups])
             own = [_series(study, g, a, mapping) for (g, _), a in zip(groups, acquisitions, strict=True)]
             patient = Counter(one.patient for one in own if one.patient).most_common(1)
@@ -367,126 +350,12 @@ def listed(lost: Sequence[Path]) -> str:
     return f" ({', '.join(names)}{', …' if len(lost) > 3 else ''})"
 
 
-def _studies(files: Sequence[File]) -> dict[str, list[File]]:
-    """Study → its files: by its UID; by patient, date and so on where there is none; never of two patients."""
-    studies: dict[str, list[File]] = defaultdict(list)
-    for path, header in files:
-        studies[_study(header, path)].append((path, header))
-    for study, of_study in list(studies.items()):
-        patients = _patients([header for _, header in of_study])
-        if len({patient for patient in patients if patient}) > 1:  # one UID of several patients' studies
-            del studies[study]
-            for file, patient in zip(of_study, patients, strict=True):
-                studies[f"{study} {patient}"].append(file)
-    return studies
-
-
-def _patients(headers: Sequence[Any]) -> list[str]:
-    """What tells patients apart within a study, for each image: the ID, or the name where there is none.
-
-    An image without ID is of the one who alone has its name. IDs that zeros before them alone tell apart are one where
-    name and date of birth agree.
-    """
-    ids, names, born = (
-        [_upper(header, keyword) for header in headers] for keyword in ("PatientID", "PatientName", "PatientBirthDate")
-    )
-    of_name: dict[str, set[str]] = defaultdict(set)
-    first: dict[tuple[str, ...], str] = {}
-    for k, (known, name) in enumerate(zip(ids, names, strict=True)):
-        if known and name and born[k]:
-            ids[k] = first.setdefault((known.lstrip("0"), name, born[k]), known)
-        of_name[name] |= {ids[k]} - {""}
-    return [
-        known or (next(iter(of_name[name])) if name and len(of_name[name]) == 1 else name)
-        for known, name in zip(ids, names, strict=True)
-    ]
-
-
-def _groups(files: Sequence[File]) -> Iterator[tuple[list[File], int]]:
-    """The series among the files of one study, and the number of echo times of the scanner's series."""
-    uids = Counter(_text(header, "SeriesInstanceUID") for _, header in files)
-    single = [
-        header for _, header in files if uids[_text(header, "SeriesInstanceUID")] == 1 and not _is_enhanced(header)
-    ]
-    numbers: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for header in single:
-        numbers[_looks(header)].append(_text(header, "SeriesNumber"))
-    # a UID for each slice says nothing, nor does a number for each
-    alone = {looks for looks, of_looks in numbers.items() if len(of_looks) > 1}
-    unnumbered = {looks for looks in alone if len(set(numbers[looks])) == len(numbers[looks])}
-    groups: dict[tuple[Any, ...], list[File]] = defaultdict(list)
-    for path, header in files:
-        uid, number, looks = _text(header, "SeriesInstanceUID"), _text(header, "SeriesNumber"), ()
-        if not _is_enhanced(header) and uids[uid] == 1 and _looks(header) in alone:
-            uid, looks = "", _looks(header)
-            number = "" if looks in unnumbered else number
-        place = "" if uid or number or looks else str(path.parent)
-        groups[(uid, number, *_sequence(header), looks, place)].append((path, header))
-    for group in groups.values():
-        if _is_enhanced(group[0][1]):
-            yield group, 1
-            continue
-        echoes = _by_echo(group)
-        for echo in echoes:
-            for part in _by_type(echo):
-                yield part, len(echoes)
-
-
-def _by_echo(files: Sequence[File]) -> list[list[File]]:
-    """The files by echo time; times within a hundredth are one."""
-    parts: list[list[File]] = []
-    latest: float | None = None
-    for time, file in sorted(((_number(f[1], "EchoTime"), f) for f in files), key=lambda item: item[0] or 0.0):
-        if not parts or (time or 0.0) > SAME_ECHO * (latest or 0.0) or (time is None) != (latest is None):
-            parts.append([])
-        parts[-1].append(file)
-        latest = time
-    order = {path: k for k, (path, _) in enumerate(files)}
-    return [sorted(part, key=lambda file: order[file[0]]) for part in parts]
-
-
-def _by_type(files: Sequence[File]) -> list[list[File]]:
-    """The files by Image Type; types that mean the same are one where their slices lie at different places."""
-    types: dict[tuple[str, ...], list[File]] = defaultdict(list)
-    for path, header in files:
-        types[tuple(_texts(header, "ImageType"))].append((path, header))
-    parts: dict[tuple[Any, ...], list[list[File]]] = defaultdict(list)
-    for kinds, part in types.items():
-        places = {_place(header) for _, header in part}
-        same = parts[(means(kinds), _looks(part[0][1]))]
-        for other in same:
-            if places.isdisjoint(_place(header) for _, header in other) and "" not in places:
-                other += part
-                break
-        else:
-            same.append(list(part))
-    return [part for same in parts.values() for part in same]
-
-
-def _without_copies(pydicom: Any, files: Sequence[File]) -> list[File]:
-    """The files without those that show the same pixels at the same place, as a study that was sent twice holds."""
-    places = Counter(_place(header) for _, header in files)
-    if _is_enhanced(files[0][1]) or max(places.values()) == 1 or "" in places:
-        return list(files)
-    kept: list[File] = []
-    seen: set[tuple[str, bytes]] = set()
-    for path, header in files:
-        if places[place := _place(header)] > 1:
-            pixels = pydicom.dcmread(path, force=True, specific_tags=["PixelData"]).get("PixelData") or b""
-            key = place, hashlib.sha256(pixels).digest()
-            if key in seen:
-                continue
-            seen.add(key)
-        kept.append((path, header))
-    return kept
-
-
 def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Series:
     """One series from the paths and tags of its files."""
     first = files[0][1]
     images, orientations, spacings = [], [], []
     for path, header in files:
-        position, orientation, spacing = _geometry(header)
+        position, orientation, spacing = geometry_of(header)
         images.append(DicomImage(path, str(header.SOPClassUID), str(header.SOPInstanceUID), position))
         orientations.append(orientation)
         spacings.append(spacing)
@@ -506,9 +375,9 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
         patient=str(first.get("PatientID", "")),
         study=study,
         date=str(first.get("StudyDate", "")),
-        number=None if (number := _number(first, "SeriesNumber")) is None else int(number),
-        time=_time(first),
-        uid=_text(first, "SeriesInstanceUID"),
+        number=None if (number := number_of(first, "SeriesNumber")) is None else int(number),
+        time=time_of(first),
+        uid=text_of(first, "SeriesInstanceUID"),
         images=tuple(images),
         orientation=orientations[0],
         voxel_mm=voxel_mm,
@@ -525,7 +394,7 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
 
 def _padding(header: Any) -> float | None:
     """Pixel Padding Value on the scale of the voxels, None where it is 0 or missing."""
-    value, slope, offset = (_number(header, f) for f in ("PixelPaddingValue", "RescaleSlope", "RescaleIntercept"))
+    value, slope, offset = (number_of(header, f) for f in ("PixelPaddingValue", "RescaleSlope", "RescaleIntercept"))
     return float(np.float32(value * (1.0 if slope is None else slope) + (offset or 0.0))) if value else None
 
 
@@ -535,8 +404,8 @@ def _verdict(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | 
     Paths are matched by patterns with a slash alone.
     """
     path, header = file
-    shades = _text(header, "PhotometricInterpretation")
-    if (_number(header, "SamplesPerPixel") or 1) != 1 or shades == "PALETTE COLOR":
+    shades = text_of(header, "PhotometricInterpretation")
+    if (number_of(header, "SamplesPerPixel") or 1) != 1 or shades == "PALETTE COLOR":
         return Verdict(None, "in colour", True)
     if shades == "MONOCHROME1":
         return Verdict(None, "stored with white for the lowest value (MONOCHROME1). Export it as MONOCHROME2", True)
@@ -546,7 +415,7 @@ def _verdict(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | 
     verdict = recognise_contrast(acquisition)
     if verdict.modality is not None and covers(acquisition.part, description) == 0:
         verdict = Verdict(None, "of another part of the body than the head", False)
-    name = _name(_number(header, "SeriesNumber"))
+    name = _name(number_of(header, "SeriesNumber"))
     for modality, glob in ((m, one) for m, globs in (mapping or {}).items() for one in alternatives(globs)):
         of_path = "/" in glob and fnmatch.fnmatchcase(path.as_posix(), glob)
         if of_path or fnmatch.fnmatchcase(description, glob) or glob == name:
@@ -558,61 +427,6 @@ def _verdict(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | 
 
 def _name(number: float | None) -> str:
     return "series without a number" if number is None else f"series {int(number)}"
-
-
-def _study(header: Any, path: Path) -> str:
-    """The study's UID; where it was removed, patient and date, else the frame of reference, else the folder."""
-    patient, date = _text(header, "PatientID"), _text(header, "StudyDate")
-    if uid := _text(header, "StudyInstanceUID"):
-        return uid
-    if patient and date:
-        return str((patient, date))
-    return str((patient, date, _text(header, "FrameOfReferenceUID") or str(path.parent)))
-
-
-def _patient(header: Any) -> str:
-    """What tells patients apart: the ID, or the name where there is none."""
-    return _upper(header, "PatientID") or _upper(header, "PatientName")
-
-
-def _upper(header: Any, keyword: str) -> str:
-    return " ".join(_text(header, keyword).upper().split())
-
-
-def _sequence(header: Any) -> tuple[str, ...]:
-    """What all images of a series share: description and scanning sequence."""
-    return _description(header), *_texts(header, "ScanningSequence")
-
-
-def _looks(header: Any) -> tuple[Any, ...]:
-    """Description, sequence and geometry, for images whose UIDs do not say of which series they are."""
-    _, orientation, spacing = _geometry(header)
-    shape = header.get("Rows"), header.get("Columns")
-    return (*_sequence(header), *shape, *(float(v) + 0.0 for v in np.round([*orientation.ravel(), *spacing], 2)))
-
-
-def _place(header: Any) -> str:
-    """Position to a hundredth of a mm, and direction; '' where they are missing."""
-    position, orientation, _ = _geometry(header)
-    return (
-        str((np.round([*np.atleast_2d(position)[0], *orientation.ravel()], 2) + 0.0).tolist()) if len(position) else ""
-    )
-
-
-def _is_enhanced(header: Any) -> bool:
-    return header.SOPClassUID in _ENHANCED
-
-
-def _text(header: Any, keyword: str) -> str:
-    return str(header.get(keyword) or "").strip()
-
-
-def _time(header: Any) -> str:
-    return str(header.get("AcquisitionTime", "") or header.get("SeriesTime", ""))
-
-
-def _description(header: Any) -> str:
-    return str(header.get("SeriesDescription") or header.get("ProtocolName") or "")
 
 
 def _evened(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> Floats | None:
@@ -675,152 +489,42 @@ def _fault(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> tupl
     return "", step
 
 
-def _geometry(image: Any) -> tuple[Floats, Floats, Floats]:
-    """Position (3,), or (F, 3) of an enhanced image, orientation (2, 3) and pixel spacing (2,); empty where missing."""
-    nothing = np.zeros(0)
-    orientation = _numbers(_find(image, "ImageOrientationPatient"))
-    spacing = _numbers(_find(image, "PixelSpacing"))
-    frames = image.get("PerFrameFunctionalGroupsSequence") or [image]
-    positions = [_numbers(_find(frame, "ImagePositionPatient")) for frame in frames]
-    if len(orientation) != 6 or len(spacing) != 2 or any(len(p) != 3 for p in positions):
-        return nothing, nothing, nothing
-    position = np.stack(positions) if image.SOPClassUID in _ENHANCED else positions[0]
-    return position, orientation.reshape(2, 3), spacing
-
-
 def _acquisition(header: Any) -> Acquisition:
     """The tags that tell contrasts apart."""
     pulse = {"SPIN": {"SE"}, "GRADIENT": {"GR"}, "BOTH": {"SE", "GR"}}.get(
-        str(_find(header, "EchoPulseSequence")), set()
+        str(find(header, "EchoPulseSequence")), set()
     )
     told = {"InversionRecovery": "IR", "EchoPlanarPulseSequence": "EP"}
-    also = {family for keyword, family in told.items() if _find(header, keyword) == "YES"}
-    families = {*_texts(header, "ScanningSequence"), *pulse, *also}
-    b_value = _number(header, "DiffusionBValue")
+    also = {family for keyword, family in told.items() if find(header, keyword) == "YES"}
+    families = {*texts_of(header, "ScanningSequence"), *pulse, *also}
+    b_value = number_of(header, "DiffusionBValue")
     text = str(header.get("ContrastBolusAgent") or "")
     agent = names_agent(text)
     unclear = agent is None and is_unclear(text)
-    injected = (_number(header, "ContrastBolusVolume") or 0) > 0
+    injected = (number_of(header, "ContrastBolusVolume") or 0) > 0
     if header.get("ContrastBolusAgentSequence") or (agent is None and injected):
-        agent = _find(header, "ContrastBolusAgentAdministered") != "NO"
-    start, begun = _number(header, "ContrastBolusStartTime"), _number(header, "AcquisitionTime")
+        agent = find(header, "ContrastBolusAgentAdministered") != "NO"
+    start, begun = number_of(header, "ContrastBolusStartTime"), number_of(header, "AcquisitionTime")
     if agent and start and begun and 0 < start - begun < HALF_A_DAY:  # injected after it was acquired
         agent = False
     return Acquisition(
         families=frozenset(families),
-        variants=frozenset(_texts(header, "SequenceVariant")),
-        tr_ms=_number(header, "RepetitionTime"),
-        te_ms=_first(_number(header, "EffectiveEchoTime"), _number(header, "EchoTime")),
-        ti_ms=_first(_number(header, "InversionTime"), _number(header, "InversionTimes")),
+        variants=frozenset(texts_of(header, "SequenceVariant")),
+        tr_ms=number_of(header, "RepetitionTime"),
+        te_ms=_first(number_of(header, "EffectiveEchoTime"), number_of(header, "EchoTime")),
+        ti_ms=_first(number_of(header, "InversionTime"), number_of(header, "InversionTimes")),
         agent=agent,
         unclear=unclear and agent is None,
-        acquired=str(_find(header, "AcquisitionContrast") or ""),
-        kinds=frozenset({*_texts(header, "ImageType"), *_texts(header, "FrameType")}),
+        acquired=str(find(header, "AcquisitionContrast") or ""),
+        kinds=frozenset({*texts_of(header, "ImageType"), *texts_of(header, "FrameType")}),
         angiography=header.get("AngioFlag") == "Y"
-        or "YES" in (_find(header, "PhaseContrast"), _find(header, "TimeOfFlightContrast")),
-        times=int(_number(header, "NumberOfTemporalPositions") or 1),
-        part=_text(header, "BodyPartExamined"),
+        or "YES" in (find(header, "PhaseContrast"), find(header, "TimeOfFlightContrast")),
+        times=int(number_of(header, "NumberOfTemporalPositions") or 1),
+        part=text_of(header, "BodyPartExamined"),
         diffusion=b_value is not None and b_value > 0,
-        description=_description(header),
+        description=description_of(header),
     )
-
-
-def _files(folder: Path, exclude: Path | None = None) -> Iterator[Path]:
-    """Every file under a folder that is neither hidden nor below `exclude`; sorted, links followed."""
-    root = Path(os.path.abspath(folder))
-    if os.path.isfile(root):
-        raise NamingError(f"{folder}: is a file, not a folder: give the folder that holds it.")
-    for place, folders, files in walk(root) if os.path.isdir(root) else ():
-        folders[:] = [f for f in folders if exclude is None or os.path.join(place, f) != os.path.abspath(exclude)]
-        yield from (Path(place, name) for name in files)
-
-
-def _is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM does."""
-    try:
-        with path.open("rb") as file:
-            return begins_as_dicom(file.read(132))
-    except OSError:
-        return False
-
-
-def begins_as_dicom(start: bytes) -> bool:
-    """Whether the first 132 bytes of a file are as DICOM's, with a preamble or without."""
-    return start[128:132] == b"DICM" or (len(start) > 8 and start.startswith(_WITHOUT_PREAMBLE))
-
-
-def _header(pydicom: Any, path: Path) -> Any:
-    """A file's tags, or None where it is no DICOM image."""
-    if path.name.upper() == "DICOMDIR" or not _is_dicom(path):
-        return None
-    try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS))
-        _drop_broken(header)
-        uids = header.get("SOPClassUID"), header.get("SOPInstanceUID")  # several in one element are none
-        return header if all(uid and isinstance(uid, str) for uid in uids) else None
-    except Exception:  # pydicom raises whatever its parsing runs into
-        return None
-
-
-def _drop_broken(item: Any) -> None:
-    """Delete elements whose values cannot be parsed; pydicom parses them only when they are read."""
-    for tag in list(item.keys()):
-        try:
-            element = item[tag]
-            if element.VR == "SQ":
-                for nested in element.value:
-                    _drop_broken(nested)
-        except Exception:  # whatever pydicom's parsing runs into
-            del item[tag]
-
-
-def _find(item: Any, keyword: str) -> Any:
-    """The value of a tag in the image, or in the functional groups that are shared or of its first frame."""
-    if keyword in item and item.get(keyword) not in (None, ""):
-        return item.get(keyword)
-    for element in item:
-        if element.VR == "SQ" and element.value and element.keyword != "ReferencedImageSequence":
-            value = _find(element.value[0], keyword)
-            if value is not None:
-                return value
-    return None
-
-
-def _number(item: Any, keyword: str) -> float | None:
-    try:
-        value = _find(item, keyword)
-        number = float(value[0] if isinstance(value, (list, tuple)) or hasattr(value, "append") else value)
-    except (TypeError, ValueError, IndexError):
-        return None
-    return number if np.isfinite(number) else None
-
-
-def _numbers(value: Any) -> Floats:
-    try:
-        return np.atleast_1d(np.array(value, dtype=np.float64)) if value is not None else np.zeros(0)
-    except (TypeError, ValueError):
-        return np.zeros(0)
-
-
-def _texts(item: Any, keyword: str) -> list[str]:
-    value = _find(item, keyword)
-    if value is None:
-        return []
-    several = not isinstance(value, str) and hasattr(value, "__iter__")  # a damaged VR makes numbers of texts
-    return [str(part).strip() for part in (value if several else [value])]
 
 
 def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
-
-
-def import_pydicom() -> Any:
-    """The module pydicom, or a ConfigError that says how to install it."""
-    try:
-        import pydicom
-        import pydicom.config
-    except ImportError as error:
-        raise ConfigError(
-            "DICOM needs pydicom and dcm2niix. Install them with: pip install 'crossmr[dicom]'"
-        ) from error
-    return pydicom

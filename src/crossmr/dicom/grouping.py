@@ -1,0 +1,169 @@
+"""Which images of DICOM are of one study, and of one series: what UIDs say, and where they do not, what they show."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossmr.dicom.contrast import means
+from crossmr.dicom.headers import (
+    File,
+    description_of,
+    geometry_of,
+    is_enhanced,
+    number_of,
+    place_of,
+    text_of,
+    texts_of,
+)
+
+SAME_ECHO = 1.01
+"""Echo times of one series that differ by less than this factor are one."""
+
+
+def studies_of(files: Sequence[File]) -> dict[str, list[File]]:
+    """Study → its files: by its UID; by patient, date and so on where there is none; never of two patients."""
+    studies: dict[str, list[File]] = defaultdict(list)
+    for path, header in files:
+        studies[_study(header, path)].append((path, header))
+    for study, of_study in list(studies.items()):
+        patients = _patients([header for _, header in of_study])
+        if len({patient for patient in patients if patient}) > 1:  # one UID of several patients' studies
+            del studies[study]
+            for file, patient in zip(of_study, patients, strict=True):
+                studies[f"{study} {patient}"].append(file)
+    return studies
+
+
+def _study(header: Any, path: Path) -> str:
+    """The study's UID; where it was removed, patient and date, else the frame of reference, else the folder."""
+    patient, date = text_of(header, "PatientID"), text_of(header, "StudyDate")
+    if uid := text_of(header, "StudyInstanceUID"):
+        return uid
+    if patient and date:
+        return str((patient, date))
+    return str((patient, date, text_of(header, "FrameOfReferenceUID") or str(path.parent)))
+
+
+def _patients(headers: Sequence[Any]) -> list[str]:
+    """What tells patients apart within a study, for each image: the ID, or the name where there is none.
+
+    An image without ID is of the one who alone has its name. IDs that zeros before them alone tell apart are one where
+    name and date of birth agree.
+    """
+    ids, names, born = (
+        [_upper(header, keyword) for header in headers] for keyword in ("PatientID", "PatientName", "PatientBirthDate")
+    )
+    of_name: dict[str, set[str]] = defaultdict(set)
+    first: dict[tuple[str, ...], str] = {}
+    for k, (known, name) in enumerate(zip(ids, names, strict=True)):
+        if known and name and born[k]:
+            ids[k] = first.setdefault((known.lstrip("0"), name, born[k]), known)
+        of_name[name] |= {ids[k]} - {""}
+    return [
+        known or (next(iter(of_name[name])) if name and len(of_name[name]) == 1 else name)
+        for known, name in zip(ids, names, strict=True)
+    ]
+
+
+def patient_of(header: Any) -> str:
+    """What tells patients apart: the ID, or the name where there is none."""
+    return _upper(header, "PatientID") or _upper(header, "PatientName")
+
+
+def _upper(header: Any, keyword: str) -> str:
+    return " ".join(text_of(header, keyword).upper().split())
+
+
+def groups_of(files: Sequence[File]) -> Iterator[tuple[list[File], int]]:
+    """The series among the files of one study, and the number of echo times of the scanner's series."""
+    uids = Counter(text_of(header, "SeriesInstanceUID") for _, header in files)
+    single = [
+        header for _, header in files if uids[text_of(header, "SeriesInstanceUID")] == 1 and not is_enhanced(header)
+    ]
+    numbers: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for header in single:
+        numbers[_looks(header)].append(text_of(header, "SeriesNumber"))
+    # a UID for each slice says nothing, nor does a number for each
+    alone = {looks for looks, of_looks in numbers.items() if len(of_looks) > 1}
+    unnumbered = {looks for looks in alone if len(set(numbers[looks])) == len(numbers[looks])}
+    groups: dict[tuple[Any, ...], list[File]] = defaultdict(list)
+    for path, header in files:
+        uid, number, looks = text_of(header, "SeriesInstanceUID"), text_of(header, "SeriesNumber"), ()
+        if not is_enhanced(header) and uids[uid] == 1 and _looks(header) in alone:
+            uid, looks = "", _looks(header)
+            number = "" if looks in unnumbered else number
+        place = "" if uid or number or looks else str(path.parent)
+        groups[(uid, number, *_sequence(header), looks, place)].append((path, header))
+    for group in groups.values():
+        if is_enhanced(group[0][1]):
+            yield group, 1
+            continue
+        echoes = _by_echo(group)
+        for echo in echoes:
+            for part in _by_type(echo):
+                yield part, len(echoes)
+
+
+def _by_echo(files: Sequence[File]) -> list[list[File]]:
+    """The files by echo time; times within a hundredth are one."""
+    parts: list[list[File]] = []
+    latest: float | None = None
+    for time, file in sorted(((number_of(f[1], "EchoTime"), f) for f in files), key=lambda item: item[0] or 0.0):
+        if not parts or (time or 0.0) > SAME_ECHO * (latest or 0.0) or (time is None) != (latest is None):
+            parts.append([])
+        parts[-1].append(file)
+        latest = time
+    order = {path: k for k, (path, _) in enumerate(files)}
+    return [sorted(part, key=lambda file: order[file[0]]) for part in parts]
+
+
+def _by_type(files: Sequence[File]) -> list[list[File]]:
+    """The files by Image Type; types that mean the same are one where their slices lie at different places."""
+    types: dict[tuple[str, ...], list[File]] = defaultdict(list)
+    for path, header in files:
+        types[tuple(texts_of(header, "ImageType"))].append((path, header))
+    parts: dict[tuple[Any, ...], list[list[File]]] = defaultdict(list)
+    for kinds, part in types.items():
+        places = {place_of(header) for _, header in part}
+        same = parts[(means(kinds), _looks(part[0][1]))]
+        for other in same:
+            if places.isdisjoint(place_of(header) for _, header in other) and "" not in places:
+                other += part
+                break
+        else:
+            same.append(list(part))
+    return [part for same in parts.values() for part in same]
+
+
+def _sequence(header: Any) -> tuple[str, ...]:
+    """What all images of a series share: description and scanning sequence."""
+    return description_of(header), *texts_of(header, "ScanningSequence")
+
+
+def _looks(header: Any) -> tuple[Any, ...]:
+    """Description, sequence and geometry, for images whose UIDs do not say of which series they are."""
+    _, orientation, spacing = geometry_of(header)
+    shape = header.get("Rows"), header.get("Columns")
+    return (*_sequence(header), *shape, *(float(v) + 0.0 for v in np.round([*orientation.ravel(), *spacing], 2)))
+
+
+def without_copies(pydicom: Any, files: Sequence[File]) -> list[File]:
+    """The files without those that show the same pixels at the same place, as a study that was sent twice holds."""
+    places = Counter(place_of(header) for _, header in files)
+    if is_enhanced(files[0][1]) or max(places.values()) == 1 or "" in places:
+        return list(files)
+    kept: list[File] = []
+    seen: set[tuple[str, bytes]] = set()
+    for path, header in files:
+        if places[place := place_of(header)] > 1:
+            pixels = pydicom.dcmread(path, force=True, specific_tags=["PixelData"]).get("PixelData") or b""
+            key = place, hashlib.sha256(pixels).digest()
+            if key in seen:
+                continue
+            seen.add(key)
+        kept.append((path, header))
+    return kept

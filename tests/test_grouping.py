@@ -1,0 +1,165 @@
+"""Which images are of one study, and of one series, where UIDs, numbers and tags say it badly."""
+
+import dicoms
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from dicoms import OBLIQUE, edited, head, rounded, write
+
+from crossmr.data.volume import read_volume
+from crossmr.dicom.convert import convert
+from crossmr.dicom.grouping import groups_of, studies_of
+from crossmr.dicom.headers import read_header
+from crossmr.dicom.series import find_series
+
+
+def test_the_files_of_two_series_are_two_groups_of_one_study(tmp_path):
+    write(tmp_path, ("t1n", "t2w"))
+    files = [(path, read_header(pydicom, path)) for path in sorted(tmp_path.rglob("*.dcm"))]
+    ((study, of_study),) = studies_of(files).items()
+    assert study == files[0][1].StudyInstanceUID
+    groups = list(groups_of(of_study))
+    assert [({path.parent.name for path, _ in group}, len(group), echoes) for group, echoes in groups] == [
+        ({"2"}, 24, 1),
+        ({"3"}, 24, 1),
+    ]
+
+
+def one_of(values, keyword):
+    return lambda image, k: setattr(image, keyword, values[k % len(values)])
+
+
+def own_series(image, k):
+    image.SeriesInstanceUID = dicoms.uid("slice", k)
+
+
+def own_series_and_number(image, k):
+    own_series(image, k)
+    image.SeriesNumber = 100 + k
+
+
+SPREAD = {
+    "echo times that differ by rounding": one_of((12.0003, 11.9997), "EchoTime"),
+    "echo times within a hundredth": one_of((12.0, 12.1), "EchoTime"),
+    "alternating Image Type": one_of(
+        (["ORIGINAL", "PRIMARY", "M", "ND"], ["ORIGINAL", "PRIMARY", "M", "NORM", "DIS2D"]), "ImageType"
+    ),
+    "a UID for each slice": own_series,
+    "a UID and a number for each slice": own_series_and_number,
+    "positions in whole millimetres": rounded,
+}
+
+
+@pytest.mark.parametrize("habit", SPREAD)
+def test_one_series_whose_tags_differ_between_its_slices(habit, tmp_path):
+    edited(dicoms.write_series(tmp_path / "1", head("t1n"), OBLIQUE, number=1), SPREAD[habit])
+    dicoms.write_series(tmp_path / "2", head("t2w"), OBLIQUE, "t2w", number=2)
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert not scans.refused
+    assert not scans.left_out
+    assert {m: len(s.images) for m, s in scans.series.items()} == {"t1n": 24, "t2w": 24}
+    t1, t2 = (read_volume(tmp_path / "out" / scans.case / f"{scans.case}-{m}.nii.gz") for m in ("t1n", "t2w"))
+    wanted = read_volume(nib.Nifti1Image(head("t1n").astype(np.float32), OBLIQUE))
+    np.testing.assert_array_equal(t1.data, wanted.data)
+    np.testing.assert_allclose(t1.affine, t2.affine, atol=0.6 if habit.startswith("positions") else 1e-3)
+
+
+def test_a_study_that_was_sent_twice_is_one(tmp_path):
+    for copy in ("a", "b"):
+        edited(
+            dicoms.write_series(tmp_path / copy, head(), OBLIQUE),
+            lambda image, k, copy=copy: setattr(image, "SOPInstanceUID", dicoms.uid(copy, k)),
+        )
+    (series,) = find_series(tmp_path)
+    assert (series.modality, len(series.images)) == ("t1n", 24)
+
+
+@pytest.mark.parametrize(
+    "removed", [("StudyInstanceUID",), ("StudyInstanceUID", "StudyDate"), ("StudyInstanceUID", "PatientID")]
+)
+def test_series_without_a_study_are_one_case(removed, tmp_path):
+    write(tmp_path, ("t1n", "t2w", "t2f"))
+    edited(tmp_path.rglob("*.dcm"), lambda image, _: [delattr(image, keyword) for keyword in removed])
+    assert [sorted(s.series) for s in convert(tmp_path, tmp_path / "out")] == [["t1n", "t2f", "t2w"]]
+
+
+@pytest.mark.parametrize("missing", [None, "StudyInstanceUID"])
+@pytest.mark.parametrize("keyword", ["PatientID", "PatientName"])
+def test_two_patients_are_never_one_case(missing, keyword, tmp_path):
+    write(tmp_path, ("t1n", "t2w"))
+
+    def of_another(image, _):
+        image.PatientName, image.PatientID = ("Roe^John", "") if keyword == "PatientName" else ("", "MRN-7")
+
+    def unnamed(image, _):
+        image.PatientID = ""
+
+    if keyword == "PatientName":
+        edited(tmp_path.rglob("*.dcm"), unnamed)
+    edited((tmp_path / "3").iterdir(), of_another)
+    if missing is None or keyword == "PatientID":
+        if missing:
+            edited(tmp_path.rglob("*.dcm"), lambda image, _: delattr(image, missing))
+        assert sorted(list(s.series) for s in convert(tmp_path, tmp_path / "out")) == [["t1n"], ["t2w"]]
+
+
+def of_series_3(image, keyword, value):
+    if image.SeriesNumber == 3:
+        setattr(image, keyword, value)
+
+
+@pytest.mark.parametrize("value", ["", "00MRN-0042", "mrn-0042 "])
+def test_an_id_that_one_series_lacks_or_pads_is_the_same_patient(value, tmp_path):
+    write(tmp_path, ("t1n", "t2w", "t2f"))
+    edited(tmp_path.rglob("*.dcm"), lambda image, _: of_series_3(image, "PatientID", value))
+    (scans,) = convert(tmp_path, tmp_path / "out", keep_names=True)
+    assert list(scans.series) == ["t1n", "t2w", "t2f"]
+    assert scans.case == "sub-MRN0042_ses-20240131"
+
+
+@pytest.mark.parametrize("value", ["MRN-004-2", "MRN-00421"])
+def test_another_id_is_another_patient(value, tmp_path):
+    write(tmp_path, ("t1n", "t2w"))
+    edited(tmp_path.rglob("*.dcm"), lambda image, _: of_series_3(image, "PatientID", value))
+    assert sorted(list(s.series) for s in convert(tmp_path, tmp_path / "out")) == [["t1n"], ["t2w"]]
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_one_series_uid_for_all_images(numbered, tmp_path):
+    for number, (modality, description) in enumerate((("t1n", "AX T1"), ("t1c", "AX T1 GD"), ("t2w", "AX T2")), 2):
+        dicoms.write_series(
+            tmp_path / str(number), head(modality), OBLIQUE, modality, number=number, description=description
+        )
+
+    def as_one(image, _):
+        image.SeriesInstanceUID = "1.2.3.4"
+        if not numbered:
+            del image.SeriesNumber
+
+    edited(tmp_path.rglob("*.dcm"), as_one)
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert sorted(scans.series) == ["t1c", "t1n", "t2w"]
+    assert not scans.left_out
+
+
+def test_the_echoes_of_a_gradient_echo_are_no_t1(tmp_path):
+    for echo, time in enumerate((3, 6, 9, 15)):
+        tags = {"ScanningSequence": "GR", "SequenceVariant": "SP", "RepetitionTime": 700, "EchoTime": time}
+        habit = dicoms.Habit(name=f"e{echo}-{{0}}")
+        paths = dicoms.write_series(tmp_path, head(), OBLIQUE, "?", habit=habit, **tags)
+        edited(paths, lambda image, k, echo=echo: setattr(image, "SOPInstanceUID", dicoms.uid(echo, k)))
+    assert {series.modality for series in find_series(tmp_path)} == {None}
+
+
+def test_images_that_share_numbers_with_those_of_other_series_are_all_read(tmp_path):
+    write(tmp_path, ("t1n", "t2f"))
+    edited(tmp_path.rglob("*.dcm"), lambda image, _: setattr(image, "SOPInstanceUID", f"1.2.3.{image.InstanceNumber}"))
+    assert sorted((s.modality, len(s.images)) for s in find_series(tmp_path)) == [("t1n", 24), ("t2f", 24)]
+
+
+def test_images_that_share_numbers_with_those_of_other_patients_are_all_read(tmp_path):
+    for patient in ("PA", "PB"):
+        write(tmp_path / patient, ("t1n",), patient=patient)
+    edited(tmp_path.rglob("*.dcm"), lambda image, _: setattr(image, "SOPInstanceUID", f"1.2.3.{image.InstanceNumber}"))
+    assert sorted((s.patient, len(s.images)) for s in find_series(tmp_path)) == [("PA", 24), ("PB", 24)]
