@@ -5,6 +5,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pydicom
 from conftest import make_head
@@ -12,6 +13,8 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import UID
 from pydicom.valuerep import DSfloat
 from scipy.spatial.transform import Rotation
+
+from crossmr.data.volume import read_volume
 
 MR, ENHANCED = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
 TIMING = {
@@ -242,6 +245,10 @@ def head(modality="t1n"):
 def write(folder, modalities=("t1n", "t1c", "t2w", "t2f"), *, habit="plain", affine=OBLIQUE, **others):
     for number, modality in enumerate(modalities, 2):
         write_series(folder / str(number), head(modality), affine, modality, number=number, habit=habit, **others)
+
+
+def truth(modality, affine=OBLIQUE):
+    return read_volume(nib.Nifti1Image(head(modality).astype(np.float32), affine))
 
 
 def edited(paths, edit):

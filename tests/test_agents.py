@@ -16,7 +16,8 @@ from crossmr.data.naming import find_studies
 from crossmr.data.volume import read_volume
 from crossmr.dicom import agents
 from crossmr.dicom.agents import may_be_other, tell_apart, undecided
-from crossmr.dicom.convert import choose, convert
+from crossmr.dicom.convert import convert
+from crossmr.dicom.selection import choose
 from crossmr.dicom.series import find_series
 from crossmr.display import Display
 from crossmr.errors import StudyError

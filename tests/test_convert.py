@@ -1,24 +1,19 @@
 """DICOM in: every habit gives the same voxels in the same place; what is no scan of ours is left out and named."""
 
 import errno
-import json
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 
 import conftest
 import dicoms
-import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
 from conftest import judge
-from dicoms import OBLIQUE, SAGITTAL, head, write
+from dicoms import OBLIQUE, SAGITTAL, head, truth, write
 from typer.testing import CliRunner
 
-import crossmr.dicom.convert as module
+import crossmr.dicom.converter as converting
 from crossmr.cli import app
 from crossmr.data.naming import find_studies
 from crossmr.data.volume import read_volume, same_grid
@@ -26,10 +21,6 @@ from crossmr.dicom.convert import convert
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.parts import WORK, Part
-
-
-def truth(modality, affine=OBLIQUE):
-    return read_volume(nib.Nifti1Image(head(modality).astype(np.float32), affine))
 
 
 @pytest.mark.parametrize("habit", dicoms.HABITS)
@@ -95,107 +86,6 @@ def test_visits_of_one_patient_share_the_subject(tmp_path):
     assert len({study.patient for study in find_studies(tmp_path / "out")}) == 1
 
 
-def test_the_finer_the_original_and_the_later_series_is_taken(tmp_path):
-    coarse = OBLIQUE @ np.diag([1, 1, 1.5, 1])
-    dicoms.write_series(tmp_path / "1", head(), coarse, number=1)
-    dicoms.write_series(tmp_path / "2", head(), OBLIQUE, number=2)
-    dicoms.write_series(tmp_path / "3", head(), OBLIQUE, number=3, ContrastBolusAgent="NONE")
-    dicoms.write_series(tmp_path / "4", head(), OBLIQUE, number=4, ImageType=["DERIVED", "SECONDARY", "MPR"])
-    (scans,) = convert(tmp_path, tmp_path / "out")
-    assert scans.series["t1n"].number == 3
-    assert scans.left_out == {
-        "series 1": "another t1n, coarser than series 3",
-        "series 2": "another t1n, earlier than series 3",
-        "series 4": "another t1n, derived, unlike series 3",
-    }
-    assert "no tag says which" in scans.notes[0]
-
-
-@pytest.mark.parametrize(("time", "unsure"), [("100200", False), ("101500", True)])
-def test_what_a_scanner_makes_of_one_t1_leaves_no_doubt(time, unsure, tmp_path):
-    write(tmp_path, ("t1n", "t2w"))
-    kinds = ["DERIVED", "PRIMARY", "MPR", "ND"]
-    dicoms.write_series(tmp_path / "9", head(), OBLIQUE, number=9, ImageType=kinds, AcquisitionTime=time)
-    (scans,) = convert(tmp_path, tmp_path / "out")
-    assert scans.series["t1n"].number == 2
-    assert any("no tag says which" in note for note in scans.notes) == unsure
-
-
-def test_of_t1_alone_no_time_says_that_they_are_one(tmp_path):
-    for number in (2, 5):
-        dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, number=number, AcquisitionTime="000000")
-    (scans,) = convert(tmp_path, tmp_path / "out")
-    assert any("no tag says which" in note for note in scans.notes)
-
-
-def test_a_series_that_covers_half_of_what_the_others_do_is_said(tmp_path):
-    write(tmp_path, ("t1n", "t2w"))
-    for path in sorted((tmp_path / "2").iterdir())[12:]:
-        path.unlink()
-    (scans,) = convert(tmp_path, tmp_path / "out")
-    assert scans.notes == [
-        "series 2 (t1n) covers 60% of what series 3 does: a part of it may be missing. Export the whole series."
-    ]
-
-
-def test_voxels_come_on_the_scale_that_each_slice_says(tmp_path):
-    voxels = head()
-    paths = dicoms.write_series(tmp_path / "in", voxels, OBLIQUE)
-    for k, path in enumerate(paths):
-        image, slope = pydicom.dcmread(path), 1 + 0.5 * (k % 3)
-        image.PixelData = np.rint(image.pixel_array / slope).astype("<u2").tobytes()
-        image.RescaleSlope, image.RescaleIntercept = slope, 0
-        image.save_as(path)
-    (scans,) = convert(tmp_path / "in", tmp_path / "out")
-    data = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz").data
-    assert np.abs(data - truth("t1n").data).max() <= 2.0 / 2
-
-
-@pytest.mark.parametrize("slope", [None, 0.7, 0.9991])
-def test_what_was_not_acquired_is_0(slope, tmp_path):
-    for path in dicoms.write_series(tmp_path / "in", head(), OBLIQUE):
-        image = pydicom.dcmread(path)
-        pixels = image.pixel_array.astype("<i2")
-        pixels[:3] = -32768
-        image.PixelData, image.PixelRepresentation = pixels.tobytes(), 1
-        image.add_new("PixelPaddingValue", "SS", -32768)
-        if slope is not None:
-            image.RescaleSlope, image.RescaleIntercept = slope, 0
-        image.save_as(path)
-    (scans,) = convert(tmp_path / "in", tmp_path / "out")
-    assert read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz").data.min() == 0
-
-
-SMALL = np.diag([2.0, 2.0, 3.0, 1.0])  # a slab of the head, in small voxels
-
-
-@pytest.mark.parametrize(
-    ("affine", "tags", "why"),
-    [
-        (SMALL, {}, "covers less than"),
-        (OBLIQUE @ np.diag([0.6, 0.6, 0.9, 1]), {"description": "T1 SELLA"}, "of a part of the head, unlike"),
-        (SAGITTAL, {}, "in another plane than"),
-        (OBLIQUE, {"ImageType": ["DERIVED", "SECONDARY"]}, "derived, unlike"),
-    ],
-)
-def test_the_series_of_the_whole_head_like_the_others_of_its_study(affine, tags, why, tmp_path):
-    write(tmp_path, ("t1n", "t2w", "t2f"))
-    dicoms.write_series(tmp_path / "9", head(), affine, number=9, **tags)
-    (scans,) = convert(tmp_path, tmp_path / "out")
-    assert scans.series["t1n"].number == 2
-    assert scans.left_out == {"series 9": f"another t1n, {why} series 2"}
-
-
-@pytest.mark.parametrize(("description", "noted"), [("AX T1", True), ("AX T1 GD", False)])
-def test_an_agent_on_every_series_that_nothing_resolves_is_said(description, noted, tmp_path):
-    for number, (modality, text) in enumerate((("t1n", description), ("t2w", "AX T2")), 2):
-        tags = {"description": text, "ContrastBolusAgent": "Gadavist"}
-        dicoms.write_series(tmp_path / str(number), head(modality), OBLIQUE, modality, number=number, **tags)
-    (scans,) = convert(tmp_path, tmp_path / "out")
-    assert list(scans.series) == ["t1c", "t2w"]
-    assert any("every series names a contrast agent" in note for note in scans.notes) == noted
-
-
 def test_map_names_series_by_their_descriptions(tmp_path):
     for number, description in enumerate(("mine a", "mine b", "no"), 1):
         dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, "?", number=number, description=description)
@@ -224,23 +114,6 @@ def test_map_leaves_the_rest_to_recognition_and_what_was_taken_before_goes(tmp_p
     assert [p.name for p in (tmp_path / "out").rglob("*.nii.gz")] == [f"{scans.case}-swi.nii.gz"]
 
 
-def test_of_two_t1_without_a_word_of_the_agent_the_earlier_is_the_plain_one(tmp_path):
-    for number, hour in ((1, "101500"), (2, "103000")):
-        dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, number=number, AcquisitionTime=hour)
-    (scans,) = convert(tmp_path, tmp_path / "out")
-    assert scans.series["t1n"].number == 1
-    assert scans.left_out == {"series 2": "another t1n, later than series 1"}
-    assert "no tag says which" in scans.notes[0]
-
-
-def test_thin_slices_are_finer_than_thick_ones_of_small_pixels(tmp_path):
-    fine = np.diag([1.0, 1, 1, 1])
-    dicoms.write_series(tmp_path / "1", head(), fine @ np.diag([0.4, 0.4, 5, 1]), number=1)
-    dicoms.write_series(tmp_path / "2", head(), fine, number=2)
-    (scans,) = convert(tmp_path, tmp_path / "out")
-    assert scans.series["t1n"].number == 2
-
-
 def test_missing_slices_are_named(tmp_path):
     write(tmp_path / "in", ("t1n", "t2f"))
     (tmp_path / "in" / "3" / "IM3009.dcm").unlink()
@@ -259,64 +132,6 @@ def test_two_echoes_are_two_contrasts(tmp_path):
             image.save_as(path)
     (scans,) = convert(tmp_path, tmp_path / "out")
     assert list(scans.series) == ["t2w", "pdw"]
-
-
-def test_damaged_pixels_refuse_the_study_and_leave_nothing(tmp_path):
-    paths = dicoms.write_series(tmp_path / "in", head(), OBLIQUE, habit="JPEG-LS")
-    write(tmp_path / "in" / "good", ("t2f",), patient="MRN-1")
-    for path in paths:
-        path.write_bytes(path.read_bytes()[:-300])
-    bad, good = sorted(convert(tmp_path / "in", tmp_path / "out"), key=lambda scans: not scans.refused)
-    assert "series 1" in bad.refused
-    assert not good.refused
-    assert [study.case for study in find_studies(tmp_path / "out")] == [good.case]
-
-
-def full(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_full_tmpdir_refuses_the_study_and_the_others_go_on(tmp_path, monkeypatch):
-    for patient in ("MRN-1", "MRN-2"):
-        write(tmp_path / "in" / patient, ("t1n", "t2f"), patient=patient)
-    usual, asked = tempfile.TemporaryDirectory, []
-
-    def first_is_full(*given, **named):
-        asked.append(named)
-        return full() if len(asked) == 1 else usual(*given, **named)
-
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", first_is_full)
-    bad, good = sorted(convert(tmp_path / "in", tmp_path / "out"), key=lambda scans: not scans.refused)
-    assert f"series 2 is converted in {tempfile.gettempdir()}: no temporary file could be written" in bad.refused
-    assert "No space left on device. Free space there, or set TMPDIR to a folder with more space." in bad.refused
-    assert list(good.series) == ["t1n", "t2f"]
-    assert [study.case for study in find_studies(tmp_path / "out")] == [good.case]
-
-
-@pytest.mark.parametrize("leaves", ["nothing", "half a volume"])
-@pytest.mark.parametrize("free", [0, 10**9])
-def test_space_that_dcm2niix_lacked_is_named_and_nothing_else_is_taken_for_it(tmp_path, monkeypatch, leaves, free):
-    write(tmp_path / "in", ("t1n",))
-
-    def run(_, __, outside, ___):
-        outside.mkdir(exist_ok=True)
-        (outside / "volume.nii").write_bytes(nib.Nifti1Image(head("t1n").astype(np.float32), OBLIQUE).to_bytes()[:999])
-        return ([] if leaves == "nothing" else [outside / "volume.nii"]), "Error: cannot write"
-
-    monkeypatch.setattr(module, "_run", run)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, free))
-    monkeypatch.setattr(module, "_unpack", lambda *given: shutil.copy(given[2], given[3]))
-    (scans,) = convert(tmp_path / "in", tmp_path / "out")
-    assert ("set TMPDIR" in scans.refused) == (free == 0)
-    assert ("became no volumes" in scans.refused or "truncated" in scans.refused) == (free > 0)
-
-
-def test_a_converter_that_cannot_be_run_is_named(tmp_path, monkeypatch):
-    write(tmp_path / "in", ("t1n",))
-    (tmp_path / "dcm2niix").write_text("no program")
-    monkeypatch.setattr(module, "_converter", lambda: str(tmp_path / "dcm2niix"))
-    (scans,) = convert(tmp_path / "in", tmp_path / "out")
-    assert "dcm2niix could not be run: Permission denied. Install dcm2niix again" in scans.refused
 
 
 def test_done_once_and_again_when_the_series_change(tmp_path):
@@ -362,7 +177,7 @@ def test_a_conversion_that_was_killed_goes_on(tmp_path, monkeypatch):
     convert(tmp_path / "in", tmp_path / "whole")
     (series,) = (tmp_path / "whole").rglob("series.json")
     for name in ("write_volume", "read_volume"):
-        monkeypatch.setattr(module, name, kill)
+        monkeypatch.setattr(converting, name, kill)
         with pytest.raises(KeyboardInterrupt):
             convert(tmp_path / "in", tmp_path / "out")
     monkeypatch.undo()
@@ -395,51 +210,6 @@ def test_the_verb_says_what_it_took_and_other_verbs_name_it(tmp_path):
     refused = CliRunner().invoke(app, ["prepare", str(tmp_path / "in"), "-o", str(tmp_path / "set")])
     assert isinstance(refused.exception, CrossmrError)
     assert "crossmr convert" in str(refused.exception)
-
-
-def test_what_is_written_here_is_what_dcm2niix_reads(tmp_path):
-    """The maker of these tests' series is itself checked: by the reader that everybody uses."""
-    import dcm2niix
-
-    write(tmp_path / "in", ("t1n",))
-    subprocess.run(
-        [dcm2niix.bin, "-x", "i", "-f", "v", "-o", tmp_path, tmp_path / "in"], check=True, capture_output=True
-    )
-    volume = read_volume(tmp_path / "v.nii")
-    assert same_grid(volume, truth("t1n"))
-    assert json.loads((tmp_path / "v.json").read_text())["EchoTime"] == 0.012
-
-
-def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
-    write(tmp_path / "in", ("t1n",))
-    monkeypatch.setitem(sys.modules, "dcm2niix", None)
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match=r"pip install 'crossmr\[dicom\]'"):
-        convert(tmp_path / "in", tmp_path / "out")
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ConfigError, match=r"pip install 'crossmr\[dicom\]'"):
-        convert(tmp_path / "in", tmp_path / "out")
-
-
-def test_the_converter_is_found_without_importing_its_package(tmp_path, monkeypatch):
-    """Releases of dcm2niix without the program in them fetch it from the network when they are imported."""
-    bare = tmp_path / "dcm2niix"
-    bare.mkdir()
-    (bare / "__init__.py").write_text("raise AssertionError('imported')")
-    monkeypatch.delitem(sys.modules, "dcm2niix", raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    write(tmp_path / "in", ("t1n",))
-    with pytest.raises(ConfigError, match=r"pip install 'crossmr\[dicom\]'"):
-        convert(tmp_path / "in", tmp_path / "out")
-    for place in (bare, tmp_path / "nowhere"):
-        place.mkdir(exist_ok=True)
-        program = place / "dcm2niix"
-        program.write_text(f"#!{sys.executable}\nprint('Error: asked {place.name}')")
-        program.chmod(0o755)
-        (scans,) = convert(tmp_path / "in", tmp_path / "out")
-        assert f"Error: asked {place.name}" in scans.refused
-        program.unlink()
 
 
 def test_patients_without_uids_are_not_mixed(tmp_path):

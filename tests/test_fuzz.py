@@ -156,7 +156,8 @@ def damaged_slices(rng: random.Random, whole: list[bytes]) -> Iterator[bytes]:
 
 def read_dicom(path: Path) -> None:
     """What every verb does with a folder of DICOM before it is converted."""
-    from crossmr.dicom.convert import choose, find_cases
+    from crossmr.dicom.convert import find_cases
+    from crossmr.dicom.selection import choose
     from crossmr.dicom.series import holds_dicom
 
     holds_dicom(path.parent)

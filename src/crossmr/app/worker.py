@@ -25,7 +25,7 @@ from crossmr.completion.status import reasons_of
 from crossmr.completion.unread import unread_series, why_passed_over
 from crossmr.data.formats import ending_of, half, is_volume, parts
 from crossmr.data.naming import DISPLAY_NAMES, MODALITIES, StudyFiles
-from crossmr.dicom.convert import choose
+from crossmr.dicom.selection import choose
 from crossmr.dicom.series import Series, first_dicom
 from crossmr.display import Display, Task
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, names_only

@@ -21,7 +21,8 @@ from crossmr.completion.study import read_reference, registering
 from crossmr.completion.turns import Turns, read_ahead
 from crossmr.completion.work import FINISH, PATHS, Work
 from crossmr.device import ends_the_run
-from crossmr.dicom.convert import cases_of_part, check_scans, taken
+from crossmr.dicom.convert import cases_of_part, check_scans
+from crossmr.dicom.selection import taken
 from crossmr.dicom.series import Series, begins_with_dicom, folders_of_part
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError

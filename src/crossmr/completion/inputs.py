@@ -31,7 +31,8 @@ from crossmr.data.enhancement import doubtful_files, tell_apart
 from crossmr.data.naming import StudyFiles, find_studies, recognise, study_of, unmatched
 from crossmr.data.tree import mapping_key
 from crossmr.data.words import possible_contrasts
-from crossmr.dicom.convert import Scans, choose, convert_case, find_cases, other_series
+from crossmr.dicom.convert import Scans, convert_case, find_cases, other_series
+from crossmr.dicom.selection import choose
 from crossmr.dicom.series import Series, holds_dicom
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, NamingError, OutputError

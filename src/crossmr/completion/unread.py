@@ -27,7 +27,7 @@ from crossmr.data.volume import is_synthetic, read_header, read_volume
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.agents import OTHER, are_first, may_be_other, undecided
 from crossmr.dicom.contrast import recognise_contrast
-from crossmr.dicom.convert import choose
+from crossmr.dicom.selection import choose
 from crossmr.dicom.series import FEWEST_SLICES, Series, find_series, first_dicom
 from crossmr.errors import ConfigError, VolumeError
 from crossmr.files import walk
