@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from scans import cohort_of, write_set
+from scans import cohort_of, patient_of, write_set
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
@@ -384,7 +384,7 @@ def by_patient(rows: Iterable[Row], value: str) -> dict[str, float]:
     for row in rows:
         number = row.get(value)
         if number is not None and math.isfinite(number):
-            found.setdefault(row["patient"], []).append(number)
+            found.setdefault(patient_of(row["case"]), []).append(number)
     return {patient: statistics.fmean(numbers) for patient, numbers in found.items()}
 
 
@@ -447,7 +447,7 @@ def table(
         task = [row for row in rows if (row["sources"], row["target"]) == (sources, target)]
         groups = by_predictor(task)
         names = " + ".join(DISPLAY_NAMES[m] for m in sources.split("+"))
-        patients = len({row["patient"] for row in task})
+        patients = len({patient_of(row["case"]) for row in task})
         parts.append(f"\n**{names} → {DISPLAY_NAMES[target]}**, {patients} patients\n")
         parts.append("| | seeds | " + " | ".join([*columns, "lesions kept", "fluid kept"]) + " |")
         parts.append("|---" * (len(columns) + 4) + "|")

@@ -42,7 +42,7 @@ from curves import MEASURES, WANTED, over_patients, over_steps, starts
 from default_weights import TEST, VALIDATION
 from grid import Kept, Row, arguments, four_contrasts, parser, seconds
 from restoring import Restoring
-from scans import SECOND_VISITS, write_set
+from scans import patient_of, write_set
 from thin import rows_of
 
 from crossmr.config import with_settings
@@ -150,11 +150,6 @@ def tested(base: Path, part: str) -> list[Case]:
     """On whom a part is measured: the test studies, or, where it is a site, its own, those of the validation too."""
     cases = four_contrasts(base, "test")
     return [c for c in cases + four_contrasts(base, "val") if of_site(c.name, part)] if part in SITES else cases
-
-
-def patient_of(case: str) -> str:
-    """The patient of a case, one for all visits."""
-    return SECOND_VISITS.get(case, case)
 
 
 class Experiment:

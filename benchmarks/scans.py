@@ -49,6 +49,11 @@ SMALL = {
 """Settings of networks that two processor cores can train."""
 
 
+def patient_of(case: str) -> str:
+    """The patient of a case, by the name of the first visit."""
+    return SECOND_VISITS.get(case, case)
+
+
 def cohort_of(case: str) -> str:
     """The cohort that a case belongs to."""
     return next(cohort for cohort, starts in COHORTS.items() if case.startswith(starts))
