@@ -1,9 +1,14 @@
-"""Which losses of the engine move Dice: the part --fine-tune of segmenter.py.
+"""Which losses of the engine move Dice.
 
 The shipped weights go on for the same steps on the four-contrast training studies, by the error that they were trained
 by, its lesions weighted otherwise, or with one term more: the difference between the features that a segmenter's
 encoder has of one synthetic and of the real contrast, among three real others. That segmenter is "dropout", and the
-other, "all four", measures. What is kept are model folders, OUT/segmenter/fine-tuned-NAME-SEED.
+other, "all four", measures; both are segmenter.py's, and are trained where OUT lacks them. What is kept are model
+folders, OUT/segmenter/fine-tuned-NAME-SEED.
+
+python benchmarks/losses.py runs/default -o runs/evidence
+python benchmarks/losses.py runs/default -o runs/evidence --only "lesion weight 0.5" features
+python benchmarks/losses.py --table -o runs/evidence                             # from kept rows alone
 """
 
 import argparse
@@ -13,9 +18,23 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from grid import HOW, Kept, Row, batches, by_predictor, column, fit, four_contrasts, kept_share, light_measures, seconds
+from grid import (
+    HOW,
+    Kept,
+    Row,
+    arguments,
+    batches,
+    by_predictor,
+    column,
+    fit,
+    four_contrasts,
+    kept_share,
+    light_measures,
+    parser,
+    seconds,
+)
 from replacements import by_model
-from segmenter import LARGE, of_region, scored, trained, tumours
+from segmenter import LARGE, of_region, scored, trained, tumours, with_training
 from torch import Tensor, nn
 from tumours import CONTRASTS, REGIONS, Segmenter, segment
 
@@ -31,7 +50,7 @@ from crossmr.tensors import seeded
 from crossmr.training.augmentation import AugmentationConfig
 from crossmr.training.stages import DEVIATION_WEIGHT, SynthesisBatch, view
 
-RATE, WARM_UP = 2e-4, 20
+STEPS, RATE, WARM_UP = 400, 2e-4, 20
 CONTROL = "lesion weight 0.5"
 """The loss of the shipped weights, whom the others are compared with."""
 SHIPPED = "as shipped"
@@ -183,8 +202,14 @@ def say_how_long(options: argparse.Namespace, names: Sequence[str]) -> None:
     )
 
 
-def fine_tuned(options: argparse.Namespace) -> None:
+def main() -> None:
     """Train what is missing, measure what is missing, print the tables."""
+    known = with_training(parser(__doc__))
+    known.add_argument("--only", nargs="+", choices=VARIANTS)
+    known.add_argument("--tuning-steps", type=int, default=STEPS, help="of a fine-tuning, eight slices each")
+    options = arguments(known)
+    if options.tiny:
+        options.steps, options.tuning_steps = 3, 2
     kept = Kept(options.out, "losses")
     if not options.table:
         names = [name for name in VARIANTS if not options.only or name in options.only]
@@ -195,3 +220,7 @@ def fine_tuned(options: argparse.Namespace) -> None:
                 measure(options, kept, name, seed)
         measure(options, kept, SHIPPED, options.seeds[0])
     print(table([row for row in kept.rows if row["part"] == options.part]))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,6 @@ image itself.
 
 python benchmarks/segmenter.py runs/default -o runs/evidence                     # trains, measures, prints the table
 python benchmarks/segmenter.py runs/default -o runs/evidence --model before=OLD --only before     # one predictor more
-python benchmarks/segmenter.py runs/default -o runs/evidence --fine-tune         # which losses move Dice
 python benchmarks/segmenter.py runs/default -o runs/evidence --table             # from kept rows alone
 python benchmarks/segmenter.py --apply runs/evidence/segmenter STUDY LABELS.nii.gz   # labels 1, 2, 3 of one study
 """
@@ -57,8 +56,8 @@ from crossmr.evaluation.subjects import Subject, subject_of_case
 from crossmr.networks.scale import RANGE
 from crossmr.registry import load_model
 
-STEPS, TUNING_STEPS = 1200, 400
-"""Of a segmenter's training, BATCH slices each, and of a fine-tuning of the engine, eight slices each."""
+STEPS = 1200
+"""Of a segmenter's training, BATCH slices each."""
 SEGMENTERS = {"all four": False, "dropout": True}
 """Name → whether contrasts are dropped in its training."""
 MISSING = (*((m,) for m in CONTRASTS), PUBLISHED[1])
@@ -306,32 +305,30 @@ def pair(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
+def with_training(known: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A parser with the options of a segmenter's training, and of whom it is for."""
+    known.add_argument("--steps", type=int, default=STEPS, help="of a segmenter's training")
+    known.add_argument("--patch", type=int, default=2, choices=(1, 2), help="the segmenter's patches")
+    known.add_argument("--part", default="test", choices=("val", "test"), help="whose patients are measured")
+    return known
+
+
 def main() -> None:
     """Train what is missing, measure what is missing, print the tables."""
-    known = parser(__doc__)
+    known = with_training(parser(__doc__))
     known.add_argument("--apply", nargs=3, type=Path, metavar=("SEGMENTERS", "STUDY", "LABELS"), action=Apply)
     known.add_argument(
         "--model", nargs="+", action="extend", type=pair, default=[], metavar="NAME=FOLDER", help="models beside ours"
     )
-    known.add_argument("--only", nargs="+", metavar="NAME", help="these predictors; of --fine-tune, these variants")
+    known.add_argument("--only", nargs="+", metavar="NAME", help="these predictors")
     known.add_argument("--segmenters", nargs="+", choices=SEGMENTERS, default=list(SEGMENTERS))
     each = ["+".join(some) for some in MISSING]
     known.add_argument("--missing", nargs="+", choices=each, default=each)
-    known.add_argument("--steps", type=int, default=STEPS, help="of a segmenter's training")
-    known.add_argument("--tuning-steps", type=int, default=TUNING_STEPS, help="of a fine-tuning")
-    known.add_argument("--patch", type=int, default=2, choices=(1, 2), help="the segmenter's patches")
-    known.add_argument("--part", default="test", choices=("val", "test"), help="whose patients are measured")
     known.add_argument("--against", default="ours", help="whom * compares with, such as dropped")
     known.add_argument("--differences", **DIFFERENCES)
-    known.add_argument("--fine-tune", action="store_true", help="the engine, by several losses")
     options = arguments(known)
     if options.tiny:
-        options.steps, options.tuning_steps = 3, 2
-    if options.fine_tune:
-        from losses import fine_tuned
-
-        fine_tuned(options)
-        return
+        options.steps = 3
     kept = Kept(options.out, "segmenter" if options.part == "test" else f"segmenter-{options.part}")
     if not options.table:
         replaced = makers(options)
