@@ -12,6 +12,7 @@ one, in another OUT.
 python benchmarks/engine.py runs/default -o runs/evidence --minutes 8
 python benchmarks/engine.py runs/default -o runs/evidence --minutes 8 --only "as it is" "squared error" --seeds 1 2
 python benchmarks/engine.py runs/default -o runs/evidence --scales --steps 500
+python benchmarks/engine.py runs/default -o runs/evidence --true-contrasts    # of FLAIR's lesions, on each scale
 """
 
 import shutil
@@ -165,30 +166,60 @@ SCALES: dict[str, Callable[[Array, float, Array], Array]] = {
 """Name → map of a volume's intensities within the head, in robust standard deviations about the median."""
 
 
-def scaled_set(base: Path, folder: Path, name: str) -> PreparedDataset:
-    """The base set's LGG and whole studies with intensities mapped anew; BraTS-Africa is for the test alone."""
+def part_of(case: str, before: str) -> str | None:
+    """The base set's LGG and whole studies; BraTS-Africa is for the test alone."""
+    if cohort_of(case) == "phantoms":
+        return None
+    return "test" if cohort_of(case) == AFRICA or before == "val" else "train" if before == "train" else None
 
-    def split(case: str, before: str) -> str | None:
-        if cohort_of(case) == "phantoms":
-            return None
-        return "test" if cohort_of(case) == AFRICA or before == "val" else "train" if before == "train" else None
 
-    dataset = split_set(base / "set", folder, split)
-    landmarks = {
+def landmarks_of(dataset: PreparedDataset) -> dict[str, Array]:
+    """Modality → the percentiles of the mean training study."""
+    return {
         m: np.mean([np.percentile(inside(case, m), LANDMARKS) for case in some], 0)
         for m in dataset.modalities
         if (some := [case for case in dataset.split("train") if m in case.modalities])
     }
 
+
+def scaled_set(base: Path, folder: Path, name: str) -> PreparedDataset:
+    """A set of the same studies with intensities mapped anew."""
+    landmarks = landmarks_of(split_set(base / "set", folder, part_of))
+
     def change(case: Case, modality: str, stored: Array) -> Array:
-        z = stored[stored > 0] * (HIGHEST - LOWEST) + LOWEST
-        air = case.air[modality] * (HIGHEST - LOWEST) + LOWEST
-        mapped = SCALES[name](z, air, landmarks[modality])
         changed = np.zeros_like(stored)
-        changed[stored > 0] = np.clip((mapped - LOWEST) / (HIGHEST - LOWEST), 1e-3, 1)
+        changed[stored > 0] = on_scale(name, case, modality, stored[stored > 0], landmarks[modality])
         return changed
 
-    return split_set(base / "set", folder, split, change)
+    return split_set(base / "set", folder, part_of, change)
+
+
+def on_scale(name: str, case: Case, modality: str, stored: Array, landmarks: Array) -> Array:
+    """Stored intensities of a volume's head, mapped anew, on [0, 1]."""
+    z = stored * (HIGHEST - LOWEST) + LOWEST
+    air = case.air[modality] * (HIGHEST - LOWEST) + LOWEST
+    mapped: Array = np.clip((SCALES[name](z, air, landmarks) - LOWEST) / (HIGHEST - LOWEST), 1e-3, 1)
+    return mapped
+
+
+def true_contrasts(base: Path, folder: Path) -> None:
+    """Print, for each scale, the contrast that FLAIR's lesions have in the scans of BraTS-Africa."""
+    dataset = split_set(base / "set", folder, part_of)
+    landmarks = landmarks_of(dataset)["t2f"]
+    cases = [case for case in dataset.split("test") if cohort_of(case.name) == AFRICA and case.has_labels]
+    print("| | studies | mean contrast | standard deviation / mean | correlation with the lesion's size |")
+    print("|---|---|---|---|---|")
+    for name in SCALES:
+        found = []
+        for case in cases:
+            stored, lesion = case.volume("t2f"), case.masks()[:, 1] > 0
+            lesion = lesion[stored > 0]
+            volume = on_scale(name, case, "t2f", stored[stored > 0], landmarks)
+            low, median, high = np.percentile(volume[~lesion], (25, 50, 75))
+            found.append([(volume[lesion].mean() - median) / (high - low), lesion.mean()])
+        contrast, size = np.array(found).T
+        spread, same = contrast.std() / contrast.mean(), np.corrcoef(contrast, size)[0, 1]
+        print(f"| {name} | {len(cases)} | {contrast.mean():.2f} | {spread:.2f} | {same:.2f} |")
 
 
 def inside(case: Case, modality: str) -> Array:
@@ -235,9 +266,15 @@ def main() -> None:
     own = parser(__doc__)
     own.add_argument("--minutes", type=float, default=8.0, help="of each variant's training, on the processor")
     own.add_argument("--scales", action="store_true", help="compare intensity scales")
+    own.add_argument(
+        "--true-contrasts", action="store_true", help="of FLAIR's lesions on each scale; nothing is trained"
+    )
     own.add_argument("--steps", type=int, default=500, help="of each scale's training")
     own.add_argument("--only", nargs="+", choices=[*VARIANTS, *SCALES])
     options = arguments(own)
+    if options.true_contrasts:
+        true_contrasts(options.base, options.out / "work" / "contrasts")
+        return
     kept = Kept(options.out, "scales" if options.scales else "engine")
     for seed in options.seeds if not options.table else ():
         for name in options.only or (SCALES if options.scales else VARIANTS):
