@@ -293,7 +293,7 @@ def status(
 def report(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that 'crossmr complete' or 'evaluate' wrote.")],
 ) -> None:
-    """Write report.html anew, and of a cohort status.csv; of one that is not finished, what there is."""
+    """Write report.html anew; of a run that is not finished, status.csv too, of what there is."""
     from crossmr.completion.cohort import finish_cohort
     from crossmr.completion.work import find_run
     from crossmr.display import Display
@@ -374,7 +374,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="COMMAND",
-            help="With brasyn, a command with {study} and {labels}: Dice of what it outlines with the image.",
+            help="With brasyn, a command that segments {study} into {labels}: adds the Dice of its result.",
         ),
     ] = None,
     every_subset: Annotated[
@@ -476,7 +476,7 @@ def _evaluate_by_protocol(
 @speaks()
 def prepare(
     cohort: Annotated[
-        list[Path], typer.Argument(help="Folders of studies, named as in BraTS, UPenn-GBM, IXI or BIDS.")
+        list[Path], typer.Argument(help="Folders of studies; file names say the contrasts, or --map does.")
     ],
     out: Out,
     split: Annotated[str, typer.Option(help="Percent of patients for training, validation and test.")] = "70/10/20",
@@ -533,7 +533,11 @@ def train(
     sources: Annotated[str | None, typer.Option(help="Contrasts to synthesise from, e.g. t1n,t2w or T1,T2.")] = None,
     targets: Targets = None,
     stage: Annotated[
-        list[str] | None, typer.Option(help="Stage to train, instead of all; repeatable.", rich_help_panel=EXPERT)
+        list[str] | None,
+        typer.Option(
+            help="Stage to train, instead of all: representation, distribution, synthesis or guidance; repeatable.",
+            rich_help_panel=EXPERT,
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of every stage.", rich_help_panel=EXPERT)] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes that the whole training may take.")] = None,

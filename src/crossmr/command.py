@@ -58,7 +58,7 @@ Names = Annotated[
     typer.Option(
         "--map",
         metavar="CONTRAST=GLOB",
-        help="Say which file names are a contrast, e.g. --map t1n='*_MPRAGE.nii.gz'; repeatable.",
+        help="Say which files, or which DICOM series, are a contrast, e.g. --map t1n='*_MPRAGE.nii.gz'; repeatable.",
     ),
 ]
 Register = Annotated[
@@ -109,7 +109,7 @@ RetryFailed = Annotated[
     bool,
     typer.Option(
         "--retry-failed",
-        help="With --part or --ray, try again what failed before in this run; without, that is always done.",
+        help="With --part or --ray, also try what failed before in this run; other calls always do.",
         rich_help_panel=MACHINES,
     ),
 ]

@@ -26,7 +26,7 @@ from crossmr.training.run import TrainingSettings, train
 
 PATIENTS = 16
 HEAD: dict[str, Any] = {"shape": (96, 112, 36), "spacing_mm": (1.6, 1.6, 4.0), "skull": False}
-"""Without skull, as most that the shipped weights learnt from."""
+"""Without skull: the shipped weights learnt T2 of heads with skull from phantoms alone."""
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 RECIPE = replace(TINY, crop=(112, 96))
 """The phantom's slices, up to a multiple of the network's stride."""
