@@ -212,13 +212,13 @@ def sample_of(dims):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_no_deformation_moves_nothing(dims):
     sample = sample_of(dims)
-    torch.testing.assert_close(deform(sample, [0.0] + [1.0] * dims, dims), sample, atol=1e-5, rtol=0)
+    torch.testing.assert_close(deform(sample, [0.0] + [1.0] * dims, [1.0] * dims), sample, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_quarter_turn_is_a_quarter_turn_in_the_axial_plane(dims):
     sample = torch.rand(3, 2, *[16] * dims)
-    turned = deform(sample, [math.pi / 2] + [1.0] * dims, dims)
+    turned = deform(sample, [math.pi / 2] + [1.0] * dims, [1.0] * dims)
     torch.testing.assert_close(turned, sample.rot90(1, (-2, -1)), atol=1e-4, rtol=0)
 
 
@@ -227,16 +227,23 @@ def test_a_factor_stretches_its_axis_and_turns_keep_lengths(axis):
     image = torch.zeros(2, 1, 64, 48)
     image[..., 28:36, 20:28] = 0.5
     factors = [1.5, 1.0] if axis == -1 else [1.0, 1.5]
-    sides = [int((deform(image, [0.0, *factors], 2)[0, 0] > 0).any(1 - k).sum()) for k in (0, 1)]
+    sides = [int((deform(image, [0.0, *factors], (1, 1))[0, 0] > 0).any(1 - k).sum()) for k in (0, 1)]
     assert sides == ([8, 12] if axis == -1 else [12, 8])
-    turned = deform(image, [math.pi / 2, 1.0, 1.0], 2)[0, 0] > 0
+    turned = deform(image, [math.pi / 2, 1.0, 1.0], (1, 1))[0, 0] > 0
     assert [int(turned.any(1).sum()), int(turned.any(0).sum())] == [8, 8]  # the grid is no square, the voxels are
+
+
+def test_a_turn_keeps_lengths_in_mm():
+    image = torch.zeros(2, 1, 64, 64)
+    image[..., 30:34, 16:48] = 0.5  # 8 mm by 32 mm, in slices of 2 mm
+    turned = deform(image, [math.pi / 2, 1.0, 1.0], (2.0, 1.0))[0, 0] > 0
+    assert [int(turned.any(1).sum()), int(turned.any(0).sum())] == [16, 8]
 
 
 def test_nothing_is_not_mixed_into_tissue_and_labels_stay_labels():
     sample = sample_of(2).clamp(min=0)
     sample[0] = torch.where(sample[0] > 0, 0.6, 0.0)
-    moved = deform(sample, [0.2, 1.1, 0.9], 2)
+    moved = deform(sample, [0.2, 1.1, 0.9], (1, 1))
     assert all(abs(value - 0.6) < 1e-4 for value in moved[0][moved[0] > 0].tolist())
     assert set(moved[-1].unique().tolist()) == {0.0, 2.0}
     assert (moved[0] - sample[0]).abs().max() > 0.5

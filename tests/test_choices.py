@@ -68,6 +68,8 @@ def test_epochs_make_neither_too_few_nor_too_many_steps():
     assert some.synthesis_train.epochs == STANDARD.synthesis_train.epochs
     planes, _ = choose(replace(STANDARD, planes=3), [case(lesion=(5,) * 155)] * 30, "cpu", None)
     assert 3 * planes.synthesis_train.epochs == pytest.approx(some.synthesis_train.epochs, rel=0.01)  # as many steps
+    thick, _ = choose(replace(STANDARD, planes=3), [case(lesion=(5,) * 155, spacing=5.0)] * 30, "cpu", None)
+    assert thick.synthesis_train.epochs == some.synthesis_train.epochs  # which are cut in one plane
     less, _ = choose(STANDARD, [case(lesion=(5,) * 155)], "cpu", None)
     assert less.synthesis_train.epochs == pytest.approx(few.synthesis_train.epochs / 2, rel=0.05)  # drawn twice
 

@@ -244,6 +244,30 @@ def test_heads_masked_differently_and_brains_stripped_differently_are_not_told_a
         assert not any("skull" in note for note in study.notes)
 
 
+@pytest.mark.parametrize("lost", ["a rim", "the front"])
+def test_what_one_masked_volume_lacks_of_the_head_is_nothing_and_does_not_enter_its_scale(lost):
+    tight = ndimage.binary_erosion(HEAD.T, structure=np.ones((3, 1, 1)))
+    if lost == "the front":
+        first, last = np.flatnonzero(HEAD.any((0, 2)))[[0, -1]]
+        tight = HEAD.T & (np.arange(SHAPE[1])[:, None] < last - 0.2 * (last - first))
+    whole, part = masked("t1n", 0, HEAD.T), masked("t2f", 0, tight)
+    study, alone = load(t1n=whole, t2f=part), load(t2f=part)
+    assert not study.stripped
+    assert overlap(study.mask_of("t2f"), tight.T) > 0.95
+    np.testing.assert_allclose(study.normalised("t2f"), alone.normalised("t2f"), atol=1e-6)
+    assert not study.normalised("t2f")[study.mask & ~study.mask_of("t2f")].any()
+    assert any("less of the head than the others: what it lacks counts as not acquired" in n for n in study.notes)
+
+
+def test_slices_that_were_not_acquired_do_not_enter_the_scale():
+    whole = make_head("t2f")
+    cut = np.where(np.arange(SHAPE[2]) < 10, np.float32(0), whole)
+    study, full = load(t1n=make_head(), t2f=cut), load(t1n=make_head(), t2f=whole)
+    assert np.median(study.normalised("t2f")[10:][study.mask[10:]]) == pytest.approx(1 / 3, abs=1e-3)
+    fitted, wanted = study.normalisation["t2f"], full.normalisation["t2f"]
+    assert (fitted.high - fitted.low) / (wanted.high - wanted.low) == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize("shape", [(7, 7, 24), (1, 6, 40), (4, 4, 4)])
 def test_too_small_is_refused(shape):
     data = np.random.default_rng(0).random(shape).astype(np.float32)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.prepare import SPLITS, PrepareSettings, Split, prepare
 from crossmr.errors import ConfigError, SetError
-from crossmr.files import digest
+from crossmr.files import digest, write_json
 from crossmr.tensors import PLANES, crop_or_pad, foreground_slices
 
 MODALITIES = ("t1n", "t1c", "t2f")
@@ -162,6 +162,13 @@ def test_the_fingerprint_is_of_pixels_and_split(prepared, tmp_path):
     fingerprint = PreparedDataset(prepared).fingerprint
     assert PreparedDataset(tmp_path / "again").fingerprint == fingerprint
     assert PreparedDataset(tmp_path / "split").fingerprint != fingerprint
+    shutil.copytree(prepared, tmp_path / "whose")
+    for change in ({"patient": "another"}, {"part": "another"}, {"spacing_mm": [9.0, 9.0, 9.0]}):
+        manifest = json.loads((prepared / "manifest.json").read_text())
+        next(iter(manifest["cases"].values())).update(change)
+        body = {key: value for key, value in manifest.items() if key != "sha256"}
+        write_json(tmp_path / "whose" / "manifest.json", {**body, "sha256": digest(body)})
+        assert PreparedDataset(tmp_path / "whose").fingerprint != fingerprint
     shutil.copytree(cohort, tmp_path / "cohort")
     write_study(tmp_path / "cohort", "P-00000-000", seed=99)
     prepare(tmp_path / "cohort", tmp_path / "pixels")

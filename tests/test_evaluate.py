@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -509,6 +510,17 @@ def test_parts_that_name_the_usual_split_and_that_do_not_are_of_one_evaluation(b
     prepare(cohort, tmp_path / "set", PrepareSettings(split=Split(0.34, 0.0, 0.66, seed=0)))
     for number, split in enumerate(("test", None), 1):
         body = evaluate(bare, tmp_path / "set", tmp_path / "out", settings(split=split, part=Part(number, 2)))
+    assert body["finished"]
+
+
+def test_parts_on_two_devices_of_a_kind_with_one_rival_by_two_paths_are_of_one_evaluation(
+    bare, other, cohort, tmp_path
+):
+    (tmp_path / "link").symlink_to(other)
+    for number, (device, against) in enumerate((("cpu", other), ("cpu:0", tmp_path / "link")), 1):
+        chosen = settings(part=Part(number, 2), against=against)
+        chosen = replace(chosen, inference=replace(chosen.inference, device=device))
+        body = evaluate(bare, cohort, tmp_path / "out", chosen)
     assert body["finished"]
 
 

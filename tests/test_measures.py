@@ -46,7 +46,7 @@ def block():
     head[10, 9:12, 9:12] = True  # 9 of 196 voxels: less than a tenth
     truth = np.where(head, rng.uniform(0.2, 1, head.shape), 0).astype(np.float32)
     nowhere = np.zeros_like(head)
-    return Subject("P", "P", {"t2f": truth}, {"t2f": 0.0}, head, nowhere, nowhere, False)
+    return Subject("P", "P", {"t2f": truth}, {"t2f": 0.0}, head, nowhere, nowhere)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def brain():
             deviations[mask] = level + 0.2 * deviations[mask]
         volumes[modality] = np.where(head, np.clip((5 + deviations) / 15, 2**-10, 1), 0).astype(np.float32)
     air = dict.fromkeys(volumes, -0.3)
-    subject = Subject("P1", "P", volumes, air, head, tumour, enhancing, True)
+    subject = Subject("P1", "P", volumes, air, head, tumour, enhancing)
     return subject, fluid
 
 

@@ -583,7 +583,7 @@ def test_studies_that_share_a_scan_go_together_under_any_name_header_and_packing
     (shared,) = {*cases["A"]["scans"].values()} & {*cases["F"]["scans"].values()}
     opened = {case.name: case for case in PreparedDataset(tmp_path / "set").cases}
     assert shared in opened["A"].scans
-    assert opened["F"].patient == "A"
+    assert (opened["A"].named, opened["F"].patient, opened["F"].named) == ("", "A", "F")
     (tmp_path / "patients.csv").write_text("case,patient,part\nA,A,train\nF,F,test\n")
     chosen = PrepareSettings(patients=tmp_path / "patients.csv")
     with pytest.raises(ConfigError, match=r"puts F into test and A into train, but they share a scan"):

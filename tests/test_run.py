@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -760,3 +761,12 @@ def test_three_planes_are_learnt_in_studies_with_thin_slices(prepared, tmp_path,
     assert not torch.equal(three, one)
     with pytest.raises(ConfigError, match="planes is 3; expected 1 or 3, and 1 in 3D or with guidance"):
         train(prepared, tmp_path / "guided", replace(ANY_SMALL, planes=3, guidance="last"), steps=2)
+
+
+def test_both_names_of_a_patient_are_remembered_where_a_shared_scan_joins_two(quick_hashes):
+    one, joined = (
+        SimpleNamespace(patient="A", named="", scans=("a",)),
+        SimpleNamespace(patient="A", named="F", scans=()),
+    )
+    (patients,) = run._patients(SimpleNamespace(train=[one, joined], val=[]), None)
+    assert find([patients], {who: names_of(who, ()) for who in ("A", "F", "G")}) == {"A": "train", "F": "train"}

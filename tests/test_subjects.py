@@ -19,7 +19,7 @@ ANY = SimpleNamespace(sources=ALL, targets=ALL, modalities=ALL, any_subset=True)
 
 
 def subject_with(*modalities):
-    return Subject("P", "P", dict.fromkeys(modalities), {}, None, None, None, False)
+    return Subject("P", "P", dict.fromkeys(modalities), {}, None, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_a_study_is_cropped_to_its_head_and_normalised(cohort):
     subjects = {name: read() for name, read, *_ in find_subjects(cohort)}
     assert list(subjects) == ["Ann", "Bob", "Cem", "Dan"]
     ann = subjects["Ann"]
-    assert (ann.name, ann.patient, ann.spacing_mm, ann.masked_background) == ("Ann", "Ann", (7.0, 6.0, 6.0), False)
+    assert (ann.name, ann.patient, ann.spacing_mm) == ("Ann", "Ann", (7.0, 6.0, 6.0))
     assert set(ann.volumes) == set(ALL)
     for volume in (*ann.volumes.values(), ann.head, ann.tumour, ann.enhancing):
         assert volume.shape == ann.head.shape

@@ -8,7 +8,7 @@ from crossmr.completion.checks import unlike
 from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
 from crossmr.phantom import write_cohort
-from crossmr.typical import describe, deviations, is_typical, summarise
+from crossmr.typical import PARTS, _shape, describe, deviations, is_typical, summarise
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 FORM = {"shape": (72, 84, 40), "spacing_mm": (2.6, 2.6, 4.0), "skull": False}
@@ -89,6 +89,14 @@ def test_a_head_that_is_turned_or_cut_has_another_shape(found, brains):
     cut = mask.copy()
     cut[:, : mask.shape[1] // 3] = False
     assert "shape" in dict(found(head=cut))
+
+
+def test_a_head_in_few_slices_has_the_shape_of_its_other_axes(brains):
+    _, mask, _ = brains[9]
+    thick = mask[:: len(mask) // 5][:5]
+    whole, few = _shape(mask), _shape(thick)
+    assert set(few) == set(whole) - {f"shape {k}" for k in range(PARTS)}
+    assert max(abs(few[name] - whole[name]) for name in few) < 0.1
 
 
 def test_two_volumes_alone_accuse_each_other():

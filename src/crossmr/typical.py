@@ -116,10 +116,13 @@ def _summary(name: str, values: Sequence[float]) -> list[float]:
 
 
 def _shape(head: Mask) -> dict[str, float]:
-    """The area of the head in each of PARTS slabs, along each axis, as a share of the largest slice's."""
-    areas = [head.sum(tuple({0, 1, 2} - {axis})).astype(float) for axis in range(3)]
-    shares = [float(part.mean() / area.max()) for area in areas for part in np.array_split(area, PARTS) if part.size]
-    return {f"shape {number}": share for number, share in enumerate(shares)}
+    """The area of the head in each of PARTS slabs, as a share of the largest slice's, along axes that are so long."""
+    found = {}
+    for axis in (axis for axis in range(3) if head.shape[axis] >= PARTS):
+        area = head.sum(tuple({0, 1, 2} - {axis})).astype(float)
+        for k, part in enumerate(np.array_split(area, PARTS)):
+            found[f"shape {axis * PARTS + k}"] = float(part.mean() / area.max())
+    return found
 
 
 def _correlation(a: Array, b: Array) -> float:

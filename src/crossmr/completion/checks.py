@@ -102,7 +102,7 @@ def check(
     found += swaps(volumes, head, baselines, modalities)
     if {"t1n", "t1c"} <= volumes.keys():
         both = study.mask_of("t1n")[box] & study.mask_of("t1c")[box] & (volumes["t1n"] > 0) & (volumes["t1c"] > 0)
-        stripped = study.masked_background or not study.stripped.keys().isdisjoint(("t1n", "t1c"))
+        stripped = study.masked_background or not {"t1n", "t1c"}.isdisjoint(study.stripped)
         t1n, t1c = (study.volumes[m].data[box] for m in ("t1n", "t1c"))
         found += unenhanced(t1n, t1c, both, study.reference.spacing_mm, stripped)
     if "typical" in training:

@@ -56,6 +56,8 @@ class Case:
     """SHA-256 of each array file, checked when it is first opened in a process."""
     scans: tuple[str, ...] = ()
     """SHA-256 of the voxels of each volume as it was acquired: the same under any name; see `voxels_sha256`."""
+    named: str = ""
+    """The patient by the study's own name or by the table, where scans that it shares make it another one's."""
     plane: str = "axial"
     """In which it is cut; Z, Y and X are slices, rows and columns of this plane throughout. See `in_plane`."""
 
@@ -123,7 +125,7 @@ class PreparedDataset(Dataset[dict[str, Any]]):
       the head, or missing.
     - "present": float32 (M,), 1 where the study has the modality, else 0.
     - "head": float32 (1, *S), 1 within the head, else 0.
-    - "label": int64 (1, *S), the lesion's labels as they were given, 0 outside; 0 where the study has none.
+    - "label": int64 (1, *S), the lesion's labels as `labels.as_counted` has them, 0 outside; 0 where there are none.
     - "spacing_mm": float32 (3,) of (Z, Y, X).
     - "case", "patient": their names.
     - "slice": of slices, the index along Z.
@@ -216,9 +218,10 @@ class PreparedDataset(Dataset[dict[str, Any]]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that a training depends on: the cases, the split and the voxels."""
-        files = {name: case["files"] for name, case in self.manifest["cases"].items()}
-        return digest({"cases": files, "split": self.manifest["split"]})
+        """SHA-256 of all that a training depends on: the cases, whose they are, their part and their voxels."""
+        what = ("files", "part", "patient", "named", "modalities", "spacing_mm")
+        cases = {name: {key: case.get(key) for key in what} for name, case in self.manifest["cases"].items()}
+        return digest({"cases": cases, "split": self.manifest["split"]})
 
 
 def _turned(array: npt.NDArray[Any], plane: str) -> npt.NDArray[Any]:
@@ -246,6 +249,7 @@ def _case(folder: Path, name: str, record: Mapping[str, Any]) -> Case:
         folder=folder / "cases" / name,
         files=record["files"],
         scans=tuple(record["scans"].values()),
+        named=record.get("named", ""),
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ DARKEST = 2.0**-10
 """What the darkest voxels of the head saturate to: exactly 0 is where nothing was acquired, or was masked."""
 RIM_MM = 6.0
 """Skull and scalp are thicker than this, and brains by two methods of stripping differ by less."""
+LACKS = 0.05
+"""Of the head: where a masked volume shows so much less of it than others, the rest of it was not acquired."""
 SMALLEST_SIDE, THINNEST = 8, 3
 """Voxels; a volume with a shorter side than the first in two directions is no scan of a head, and with one shorter than
 the second none at all."""
@@ -58,11 +60,21 @@ class Normalisation:
         return (self.air - self.low) / (self.high - self.low)
 
 
-def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool, dict[str, Mask]]:
-    """Find the head in a study's volumes: bool (Z, Y, X), and whether every background is one exact value.
+class Head(NamedTuple):
+    """Where the head is in a study's volumes."""
 
-    The head is the union of the volumes' foregrounds, its largest component, filled slice by slice. Where some volumes
-    have a skull and others have none, also returns what each of the others has of it.
+    mask: Mask
+    """Bool (Z, Y, X): the union of the volumes' foregrounds, its largest component, filled slice by slice."""
+    masked: bool
+    """Whether every background is one exact value."""
+    stripped: list[str]
+    """The volumes without skull, where others have one."""
+    parts: dict[str, Mask]
+    """Modality → what a volume shows of the head, of those that are stripped or lack more than LACKS of it."""
+
+
+def find_head(case: str, volumes: Mapping[str, Volume]) -> Head:
+    """Find the head in a study's volumes.
 
     Raises:
         StudyError: there is no head, or a masked volume has nothing of it.
@@ -91,7 +103,25 @@ def head_mask(case: str, volumes: Mapping[str, Volume]) -> tuple[Mask, bool, dic
                 "Register it to them, export it again, or leave it out."
             )
     stripped = without_skull(foregrounds, next(iter(volumes.values())).spacing_mm)
-    return union, masked_background, {m: fill_slices(foregrounds[m][0]) & union for m in stripped}
+    shown = {m: fill_slices(mask) & union for m, (mask, exact) in foregrounds.items() if exact}
+    parts = {m: part for m, part in shown.items() if m in stripped or _lacks(volumes[m].data, union, part) > LACKS}
+    return Head(union, masked_background, stripped, parts)
+
+
+def acquired(data: Array, mask: Mask) -> Mask:
+    """A mask (Z, Y, X) without the axial slices in which a volume has but one value: they were not acquired."""
+    there = [bool((plane != plane[0, 0]).any()) for plane in data]
+    if all(there) or not mask[there].any():
+        return mask
+    result = mask.copy()
+    result[~np.array(there)] = False
+    return result
+
+
+def _lacks(data: Array, head: Mask, part: Mask) -> float:
+    """Fraction of the head, in slices that were acquired, that a volume does not show."""
+    inside = acquired(data, head)
+    return 1 - float((part & inside).sum() / inside.sum())
 
 
 def without_skull(foregrounds: Mapping[str, tuple[Mask, bool]], spacing_mm: tuple[float, float, float]) -> list[str]:
@@ -176,7 +206,8 @@ def otsu_threshold(data: Array) -> float:
 
 
 def fit_normalisation(data: Array, mask: Mask) -> Normalisation:
-    """Choose the intensities that become 0 and 1, from the voxels inside and outside the head."""
+    """Choose the intensities that become 0 and 1, from the voxels inside and outside the head that were acquired."""
+    mask = acquired(data, mask)
     inside = data[mask]
     deviation = float(inside.std())  # before the values are sorted in place: of them all, there is one copy at a time
     quantiles = np.percentile(inside, (0.5, 5, 25, 50, 75, 95), overwrite_input=True)

@@ -225,6 +225,8 @@ class _Patients:
     """Groups of cases that share a scan."""
     fixed: Mapping[str, str]
     """Patient → split, of those whom the table gives one."""
+    named: Mapping[str, str]
+    """Case → patient by name or table, of those whom a shared scan makes another one's."""
 
 
 def _manifest(
@@ -245,7 +247,15 @@ def _manifest(
         },
         "patients": {"several_studies": several_studies(patients.of), "share_a_scan": patients.shared},
         "refused": [{"case": case, "reason": refused[case]} for case in sorted(refused)],
-        "cases": {case: {"part": splits[who], "patient": who, **cases[case]} for case, who in patients.of.items()},
+        "cases": {
+            case: {
+                "part": splits[who],
+                "patient": who,
+                **({"named": patients.named[case]} if case in patients.named else {}),
+                **cases[case],
+            }
+            for case, who in patients.of.items()
+        },
     }
 
 
@@ -267,7 +277,8 @@ def _patients(studies: Sequence[StudyFiles], cases: Mapping[str, Any], entries: 
                 f"--patients puts {' and '.join(f'{case} into {part}' for part, case in sorted(by_part.items()))}, but "
                 f"they share a scan, directly or through others, and so are one patient ({patient}). Choose one part."
             )
-    return _Patients(dict(sorted(of.items())), shared, {who: next(iter(by_part)) for who, by_part in parts.items()})
+    fixed = {who: next(iter(by_part)) for who, by_part in parts.items()}
+    return _Patients(dict(sorted(of.items())), shared, fixed, {c: who for c, who in stated.items() if who != of[c]})
 
 
 def _shareable(

@@ -14,12 +14,13 @@ from crossmr.data.head import (
     SMALLEST_SIDE,
     Array,
     Box,
+    Head,
     Mask,
     Normalisation,
     bounding_box,
+    find_head,
     fit_normalisation,
     foreground,
-    head_mask,
     in_threads,
 )
 from crossmr.data.labels import as_counted, note_on
@@ -96,12 +97,14 @@ class Study:
     """Lesion labels (Z, Y, X), 0 outside, or None; see `labels.as_counted`."""
     notes: Sequence[str] = field(default_factory=tuple)
     """Remarks on the input that belong in every report of a result."""
-    stripped: Mapping[str, Mask] = field(default_factory=dict)
-    """Modality → the brain, bool (Z, Y, X), of the volumes without skull where others have one; empty elsewhere."""
+    stripped: Sequence[str] = ()
+    """The volumes without skull, where others have one."""
+    parts: Mapping[str, Mask] = field(default_factory=dict)
+    """Modality → what a volume shows of the head, bool (Z, Y, X), of those that show clearly less than others."""
 
     def mask_of(self, modality: str) -> Mask:
-        """What one volume has of the head."""
-        return self.stripped.get(modality, self.mask)
+        """What one volume shows of the head."""
+        return self.parts.get(modality, self.mask)
 
     @property
     def reference(self) -> Volume:
@@ -167,11 +170,11 @@ def load_study(
         )
     checked = {m: _checked(case, m, volume) for m, volume in volumes.items()}
     volumes, movements = _on_one_grid(case, {m: volume for m, (volume, _) in checked.items()}, register)
-    mask, masked_background, stripped = head_mask(case, volumes)
+    head = find_head(case, volumes)
     for m, (volume, nan) in checked.items():
         if nan is not None:
-            notes.append(_nan_note(m, nan, stripped.get(m, mask) if volumes[m] is volume else None))
-    notes += skull_note(volumes, stripped)
+            notes.append(_nan_note(m, nan, head.parts.get(m, head.mask) if volumes[m] is volume else None))
+    notes += [*skull_note(volumes, head.stripped), *_less_note(head)]
     lesion = None if label is None else _read_labels(case, label, next(iter(volumes.values())))
     if lesion is not None and (note := note_on(np.unique(lesion), case)):
         notes.append(note)
@@ -179,12 +182,15 @@ def load_study(
         case=case,
         patient=patient,
         volumes=volumes,
-        mask=mask,
-        masked_background=masked_background,
-        normalisation=in_threads(lambda m, volume: fit_normalisation(volume.data, stripped.get(m, mask)), volumes),
+        mask=head.mask,
+        masked_background=head.masked,
+        normalisation=in_threads(
+            lambda m, volume: fit_normalisation(volume.data, head.parts.get(m, head.mask)), volumes
+        ),
         labels=None if lesion is None else as_counted(lesion, case),
         notes=(*notes, *movements),
-        stripped=stripped,
+        stripped=head.stripped,
+        parts=head.parts,
     )
 
 
@@ -300,7 +306,17 @@ def _nan_note(modality: str, nan: Mask, head: Mask | None) -> str:
     return note + (f" They are {share:.0%} of what other volumes show of the head." if share > NOTED else "")
 
 
-def skull_note(volumes: Mapping[str, Volume], stripped: Mapping[str, Mask]) -> list[str]:
+def _less_note(head: Head) -> list[str]:
+    """What is to be said of volumes that show less of the head than others, but for the skull."""
+    return [
+        f"{DISPLAY_NAMES.get(m, m)} shows {1 - part.sum() / head.mask.sum():.0%} less of the head than the others: "
+        "what it lacks counts as not acquired."
+        for m, part in head.parts.items()
+        if m not in head.stripped
+    ]
+
+
+def skull_note(volumes: Mapping[str, Volume], stripped: Sequence[str]) -> list[str]:
     """What is to be said where some volumes have a skull and others have none."""
     if not stripped:
         return []

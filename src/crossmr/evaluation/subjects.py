@@ -43,7 +43,6 @@ class Subject:
     """The lesion, every label of it."""
     enhancing: Mask
     """Its enhancing part: labels from ENHANCING on."""
-    masked_background: bool
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Of (Z, Y, X)."""
     scans: tuple[str, ...] = ()
@@ -141,7 +140,6 @@ def subject_of_case(case: Case) -> Subject:
         head=head > 0,
         tumour=labels > 0,
         enhancing=labels >= ENHANCING,
-        masked_background=case.masked_background,
         spacing_mm=case.spacing_mm,
         scans=case.scans,
         corner=case.corner,
@@ -167,7 +165,6 @@ def subject_of_study(study: Study) -> Subject:
         head=head,
         tumour=labels > 0,
         enhancing=labels >= ENHANCING,
-        masked_background=study.masked_background,
         spacing_mm=study.reference.spacing_mm,
         scans=tuple(voxels_sha256(volume) for volume in study.volumes.values()),
         corner=(box[0].start, box[1].start, box[2].start),

@@ -119,18 +119,21 @@ def draw_deformations(config: AugmentationConfig, samples: int, dims: int, gener
     return torch.where(coins < config.deformation, chosen, same)
 
 
-def deform(sample: Tensor, deformation: Sequence[float], dims: int) -> Tensor:
-    """Rotate a sample (..., *S) about its middle in the axial plane and stretch its axes; 0 comes in from outside.
+def deform(sample: Tensor, deformation: Sequence[float], spacing_mm: Sequence[float]) -> Tensor:
+    """Rotate a sample (..., *S) about its middle, in the plane of its last two axes, and stretch all; 0 comes in.
+
+    `spacing_mm` is of the axes *S.
 
     The last entry of the first axis holds labels, the others images in [0, 1]. Where an image is exactly 0 it has
     nothing, which is not mixed into what it has: its edge moves, and no voxel is darker for it.
     """
     angle, *factors = deformation
+    dims = len(spacing_mm)
     size = sample.shape[-dims:]
-    sides = torch.tensor(size[::-1], dtype=torch.float32)  # X first, as grid_sample counts
+    sides = torch.tensor([n * mm for n, mm in zip(size, spacing_mm, strict=True)][::-1])  # X first, as in grid_sample
     turn = torch.eye(dims)
     turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    linear = turn / torch.tensor(factors)[:, None] * sides[None] / sides[:, None]  # from voxels to [-1, 1] and back
+    linear = turn / torch.tensor(factors)[:, None] * sides[None] / sides[:, None]  # from mm to [-1, 1] and back
     theta = torch.cat([linear, torch.zeros(dims, 1)], 1)[None]
     channels = sample.reshape(1, -1, *size)
     grid = F.affine_grid(theta, [1, 1, *size], align_corners=False)

@@ -2,7 +2,8 @@
 
 Because step N always gives the same batch, training resumes in the middle of an epoch with nothing to
 restore, and neither worker processes nor the number of those that train together can change the result: each of these
-draws the random numbers of the whole batch and reads its part of the samples.
+draws the random numbers of the whole batch and reads its part of the samples. (Sums over a head are rounded by the
+number of threads: a changed image may differ by 1e-6.)
 """
 
 import sys
@@ -133,8 +134,8 @@ class Batches(StepDataset[ImageBatch]):
         samples = [self._sample(*both) for both in zip(chosen, places, strict=True)]
         if self.deformation is not None:
             drawn = draw_deformations(self.deformation, self.batch_size, len(self.size), generator)
-            pairs = zip(samples, self.part.of(drawn).tolist(), strict=True)
-            samples = [deform(sample, how, len(self.size)) for sample, how in pairs]
+            spacings = [self.cases[index].spacing_mm[-len(self.size) :] for index, _ in chosen]
+            samples = [deform(*one) for one in zip(samples, self.part.of(drawn).tolist(), spacings, strict=True)]
         batch = self._batch(samples, chosen)
         return batch if self.augment is None else self._augmented(batch, self.augment, generator)
 

@@ -72,11 +72,14 @@ def _sides(recipe: Recipe, cases: Sequence[Case]) -> list[int]:
 
 def _epochs(recipe: Recipe, cases: Sequence[Case]) -> float:
     """The recipe's epochs, or those that make the fewest or the most steps; three planes make no more of them."""
-    if recipe.spatial_dims == 3:
-        items = len(cases)
-    else:
-        slices = ((case, z) for case in cases for z in foreground_slices(case.foreground_voxels))
-        items = sum(times_drawn(case, z, recipe.lesion_draws) for case, z in slices)
+    items = cut = 0  # of axial slices alone, and of all planes
+    for case in cases:
+        drawn = planes = 1
+        if recipe.spatial_dims == 2:
+            slices = foreground_slices(case.foreground_voxels)
+            drawn = sum(times_drawn(case, z, recipe.lesion_draws) for z in slices)
+            planes = len(planes_of(recipe.planes, case.spacing_mm[0]))
+        items, cut = items + drawn, cut + drawn * planes
     per_epoch = max(1, -(-items // recipe.synthesis_train.batch_size))
     steps = min(max(recipe.synthesis_train.epochs * per_epoch, STEPS[0]), STEPS[1])
-    return float(round(steps / per_epoch / recipe.planes, 2))
+    return float(round(steps / per_epoch * items / max(cut, 1), 2))

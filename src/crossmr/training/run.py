@@ -587,7 +587,8 @@ def _patients(training: Training, initial: CrossConditionedModel | None) -> list
     """On whom the model was trained, those of the initial model included, or that nobody knows who these were."""
 
     def names(cases: Sequence[Case]) -> list[str]:
-        return [name for case in cases for name in names_of(case.patient, case.scans)]
+        also = [name for case in cases if case.named for name in names_of(case.named, ())]
+        return [*also, *(name for case in cases for name in names_of(case.patient, case.scans))]
 
     earlier = () if initial is None else (initial.patients or (PatientList(),))
     return [remember(names(training.train), names(training.val)), *earlier]
