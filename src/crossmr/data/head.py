@@ -103,8 +103,11 @@ def find_head(case: str, volumes: Mapping[str, Volume]) -> Head:
                 "Register it to them, export it again, or leave it out."
             )
     stripped = without_skull(foregrounds, next(iter(volumes.values())).spacing_mm)
-    shown = {m: fill_slices(mask) & union for m, (mask, exact) in foregrounds.items() if exact}
-    parts = {m: part for m, part in shown.items() if m in stripped or _lacks(volumes[m].data, union, part) > LACKS}
+    parts = {}
+    for modality in [m for m, (_, exact) in foregrounds.items() if exact]:
+        part = fill_slices(foregrounds[modality][0]) & union
+        if modality in stripped or _lacks(volumes[modality].data, union, part) > LACKS:
+            parts[modality] = part
     return Head(union, masked_background, stripped, parts)
 
 
