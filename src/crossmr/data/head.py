@@ -104,10 +104,12 @@ def find_head(case: str, volumes: Mapping[str, Volume]) -> Head:
             )
     stripped = without_skull(foregrounds, next(iter(volumes.values())).spacing_mm)
     parts = {}
-    for modality in [m for m, (_, exact) in foregrounds.items() if exact]:
-        part = fill_slices(foregrounds[modality][0]) & union
-        if modality in stripped or _lacks(volumes[modality].data, union, part) > LACKS:
-            parts[modality] = part
+    for modality, (mask, exact) in foregrounds.items():
+        alone = modality in stripped
+        if exact and (alone or _lacks(volumes[modality].data, union, mask) > LACKS):  # with its holes: quick to see
+            part = fill_slices(mask) & union
+            if alone or _lacks(volumes[modality].data, union, part) > LACKS:
+                parts[modality] = part
     return Head(union, masked_background, stripped, parts)
 
 
