@@ -37,10 +37,11 @@ from grid import (
     kept_share,
     light_measures,
     parser,
+    patients_in,
     split_set,
     synthesised,
 )
-from scans import cohort_of, patient_of
+from scans import cohort_of
 from scipy import ndimage, stats
 from torch import Tensor
 
@@ -301,7 +302,7 @@ def print_table(rows: Sequence[Row], value: str, first: str) -> None:
     targets, cohorts = (sorted({row[key] for row in rows}) for key in ("target", "cohort"))
     for group in [[cohort] for cohort in cohorts] if value == "rank_deep" else [cohorts]:
         here = by_predictor(row for row in rows if row["cohort"] in group)
-        patients = len({patient_of(row["case"]) for own in here.values() for row in own})
+        patients = patients_in(row for own in here.values() for row in own)
         print(f"\n**{', '.join(group)}**, {patients} patients; below the first line differences to it, in pairs\n")
         heads = ["", "seeds", "steps", "M parameters", "minutes", *(DISPLAY_NAMES[target] for target in targets)]
         print(f"| {' | '.join(heads)} | FLAIR lesions kept |\n{'|---' * (len(heads) + 1)}|")

@@ -378,6 +378,11 @@ def network_inputs(slices: Tensor, context: int) -> Tensor:
     return torch.cat([standardise(slices), head.to(slices)], 1)
 
 
+def patients_in(rows: Iterable[Row]) -> int:
+    """Of how many patients rows are."""
+    return len({patient_of(row["case"]) for row in rows})
+
+
 def by_patient(rows: Iterable[Row], value: str) -> dict[str, float]:
     """Patient → mean of a value over seeds and visits, where it exists."""
     found: dict[str, list[float]] = {}
@@ -447,8 +452,7 @@ def table(
         task = [row for row in rows if (row["sources"], row["target"]) == (sources, target)]
         groups = by_predictor(task)
         names = " + ".join(DISPLAY_NAMES[m] for m in sources.split("+"))
-        patients = len({patient_of(row["case"]) for row in task})
-        parts.append(f"\n**{names} → {DISPLAY_NAMES[target]}**, {patients} patients\n")
+        parts.append(f"\n**{names} → {DISPLAY_NAMES[target]}**, {patients_in(task)} patients\n")
         parts.append("| | seeds | " + " | ".join([*columns, "lesions kept", "fluid kept"]) + " |")
         parts.append("|---" * (len(columns) + 4) + "|")
         cells = [column(groups, against, *one, differences=differences) for one in columns.values()]

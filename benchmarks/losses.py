@@ -31,6 +31,7 @@ from grid import (
     kept_share,
     light_measures,
     parser,
+    patients_in,
     seconds,
 )
 from replacements import by_model
@@ -164,7 +165,7 @@ def table(rows: Sequence[Row]) -> str:
     parts = []
     for missing in dict.fromkeys(row["missing"] for row in rows):
         own = [row for row in rows if row["missing"] == missing]
-        parts.append(f"\n**{DISPLAY_NAMES[missing]} synthetic**, {len({row['patient'] for row in own})} patients\n")
+        parts.append(f"\n**{DISPLAY_NAMES[missing]} synthetic**, {patients_in(own)} patients\n")
         heads = [
             "Dice WT",
             "Dice TC",

@@ -25,7 +25,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from grid import DIFFERENCES, PUBLISHED, Kept, Row, arguments, column, four_contrasts, parser, seconds
+from grid import DIFFERENCES, PUBLISHED, Kept, Row, arguments, column, four_contrasts, parser, patients_in, seconds
 from replacements import Maker, by_baseline, by_images, by_model, sources_known
 from scans import cohort_of
 from tumours import (
@@ -256,7 +256,7 @@ def table(rows: Sequence[Row], against: str, *, differences: bool = False) -> st
     for missing in dict.fromkeys(row["missing"] for row in rows if row["missing"] and row["region"] != MS):
         own = [*whole, *(row for row in rows if row["missing"] == missing and row["region"] != MS)]
         names = " and ".join(DISPLAY_NAMES[m] for m in missing.split("+"))
-        parts.append(f"\n**{names} missing**, {len({row['patient'] for row in own})} patients\n")
+        parts.append(f"\n**{names} missing**, {patients_in(own)} patients\n")
         parts.append("| replaced by | segmenter | seeds | " + " | ".join(COLUMNS) + " |")
         parts.append("|---" * (len(COLUMNS) + 3) + "|")
         groups = {

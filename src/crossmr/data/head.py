@@ -113,9 +113,14 @@ def find_head(case: str, volumes: Mapping[str, Volume]) -> Head:
     return Head(union, masked_background, stripped, parts)
 
 
+def was_acquired(plane: Array) -> bool:
+    """Whether an axial slice (Y, X) holds more than one value; else it lies beyond the field of view."""
+    return bool((plane != plane[0, 0]).any())
+
+
 def acquired(data: Array, mask: Mask) -> Mask:
-    """A mask (Z, Y, X) without the axial slices in which a volume has but one value: they were not acquired."""
-    there = [bool((plane != plane[0, 0]).any()) for plane in data]
+    """A mask (Z, Y, X) without the axial slices of a volume that were not acquired."""
+    there = [was_acquired(plane) for plane in data]
     if all(there) or not mask[there].any():
         return mask
     result = mask.copy()

@@ -22,6 +22,7 @@ from crossmr.data.head import (
     fit_normalisation,
     foreground,
     in_threads,
+    was_acquired,
 )
 from crossmr.data.labels import as_counted, note_on
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, in_usual_order
@@ -112,14 +113,11 @@ class Study:
         return next(iter(self.volumes.values()))
 
     def normalised(self, modality: str, within: Box = EVERYTHING) -> Array:
-        """One volume in [0, 1], float32 (Z, Y, X), 0 outside the head and in axial slices that hold but one value.
-
-        The latter were not acquired: they lie beyond the field of view.
-        """
+        """One volume in [0, 1], float32 (Z, Y, X), 0 outside the head and in axial slices that were not acquired."""
         data, mask = self.volumes[modality].data[within], self.mask_of(modality)[within]
         result = np.zeros(data.shape, np.float32)
         for made, plane, head in zip(result, data, mask, strict=True):
-            if (plane != plane[0, 0]).any():
+            if was_acquired(plane):
                 np.copyto(made, self.normalisation[modality].apply(plane), where=head)
         return result
 

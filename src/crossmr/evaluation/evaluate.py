@@ -188,8 +188,7 @@ def _key(
     """
     studies = {one.name: [(path.name, path.stat().st_size) for path in one.paths if of_set is None] for one in subjects}
     models = [(one.name, one.model.record.get("sha256")) for one in predictors]
-    device = predictors[0].model.device.type if predictors else settings.inference.device
-    inference = replace(settings.inference, device=device)  # any of its kind
+    inference = replace(settings.inference, device=predictors[0].model.device.type)  # any of its kind
     same = replace(settings, part=None, split=None, against=None, inference=inference)  # the split is of_set's
     return digest({"studies": studies, "set": of_set, "models": models, "settings": repr(same)})
 

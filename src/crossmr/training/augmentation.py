@@ -39,7 +39,7 @@ class AugmentationConfig:
     angle: float = 0.03
     """Largest misregistration about each axis, in radians."""
     deformation: float = 0.0
-    """Probability of a sample to be rotated in the axial plane and stretched, as a whole; 0: none."""
+    """Probability of a sample to be rotated in the plane of its slices and stretched, as a whole; 0: none."""
     rotation: float = 0.25
     """Largest angle of that rotation, in radians."""
     stretch: float = 1.2
