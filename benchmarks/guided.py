@@ -90,7 +90,7 @@ def conversion_error(shipped: CrossConditionedModel, fixed: FixedTask, task: Tas
         around = [neighbours(z, config.context_slices, len(nothing), spacing)]
         slices = to_model_input(everything, around, 2, 32)
         available = torch.tensor([[float(m in sources) for m in config.sources]])
-        theirs = shipped.predict(shipped.inputs(slices, available))[0][:, chosen]
+        theirs = shipped.predict(shipped.network_input(slices, available))[0][:, chosen]
         inputs = network_inputs(to_model_input(own, around, 2, 32), config.context_slices)
         apart = (on_unit_scale(theirs) - on_unit_scale(fixed(inputs))).abs()
         differences.append(apart[(inputs[:, -1:] > 0).expand_as(apart)])

@@ -94,7 +94,7 @@ class Lessons:
         generator, model = seeded("fine-tune", self.seed, step), self.model
         batch = view(model.config, self.data[step], None, generator)
         batch = SynthesisBatch._make(None if tensor is None else tensor.to(model.device) for tensor in batch)
-        prediction, log_scale = model.split(network(model.inputs(batch.neighbours, batch.available)))
+        prediction, log_scale = model.split(network(model.network_input(batch.neighbours, batch.available)))
         truth = standardise(batch.truth)
         wanted = (batch.truth > 0) * batch.target_mask[..., None, None]
         weight = wanted * (1 + self.variant.lesion_weight * batch.lesion)

@@ -277,8 +277,8 @@ class Experiment:
 def step_seconds(recipe: Recipe, device: torch.device) -> float:
     """How long a step of eight slices takes here and now."""
     config = recipe.model_config(tuple(WANTED), tuple(WANTED))
-    network = CUNet(config.synthesis, config.inputs, 2 * len(WANTED)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(8, config.inputs, *recipe.crop, device=device).to(memory_format=torch.channels_last)
+    network = CUNet(config.synthesis, config.in_channels, 2 * len(WANTED)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(8, config.in_channels, *recipe.crop, device=device).to(memory_format=torch.channels_last)
 
     def step() -> None:
         with autocast(device, choose_precision("auto", device)):

@@ -105,7 +105,7 @@ class Textured(nn.Module):
         outputs = len(config.targets) * (1 + config.uncertainty)
         with first_weights(seed, "realism"):
             guided = dim if kind in (Y_0, WEAK) else None
-            self.network = CUNet(config.synthesis, config.inputs + noise, outputs, representation_dim=guided)
+            self.network = CUNet(config.synthesis, config.in_channels + noise, outputs, representation_dim=guided)
         for name in ("encoder.stem.conv.weight", "decoder.out.correct.0.weight") if self.noise else ():
             weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name][:, :1])], 1)
         self.network.load_state_dict(weights, strict=False)
@@ -162,7 +162,7 @@ def realistic_loss(
             given = torch.randn(len(raw.images), 1, *raw.images.shape[2:], generator=generator)
         elif kind in (Y_0, WEAK):
             given = guide.of_crops(raw.images, hidden)
-        inputs = shipped.inputs(raw.neighbours, available).contiguous(memory_format=torch.channels_last)
+        inputs = shipped.network_input(raw.neighbours, available).contiguous(memory_format=torch.channels_last)
         prediction, truth = network(inputs, given)[:, : len(MODALITIES)], standardise(raw.images)
         wanted = hidden[:, :, None, None] * (raw.images > 0)
         error, count = synthesis_error(prediction, truth, wanted * (1 + LESION_WEIGHT * raw.lesion), absolute=True)

@@ -11,7 +11,7 @@ from crossmr.networks.c_unet import deviation_error, synthesis_error
 from crossmr.networks.masked_autoencoder import random_mask
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.networks.scale import standardise
-from crossmr.ranks import ALONE, Share
+from crossmr.ranks import ALONE, Shard
 from crossmr.training.batches import ImageBatch
 from crossmr.training.shared import Training
 from crossmr.training.stages import DEVIATION_WEIGHT, SynthesisBatch, SynthesisStage
@@ -34,19 +34,19 @@ class Restoring(SynthesisStage):
     def __init__(self, training: Training, model: CrossConditionedModel):
         super().__init__(Everything(**{field.name: getattr(training, field.name) for field in fields(training)}), model)
 
-    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Share | None = None) -> SynthesisBatch:
+    def batch(self, raw: ImageBatch, generator: torch.Generator, shard: Shard | None = None) -> SynthesisBatch:
         """Draw a scan of each sample, and its hidden patches."""
-        part = part or ALONE.part(len(raw.images))
-        shape = (part.whole, *raw.images.shape[2:])
-        drawn = part.of(torch.rand(part.whole, raw.present.shape[1], generator=generator)) + raw.present
+        shard = shard or ALONE.shard(len(raw.images))
+        shape = (shard.whole, *raw.images.shape[2:])
+        drawn = shard.of(torch.rand(shard.whole, raw.present.shape[1], generator=generator)) + raw.present
         shown = torch.nn.functional.one_hot(drawn.argmax(1), raw.present.shape[1]).float() * raw.present
         return SynthesisBatch(
-            raw.neighbours, shown, raw.images, shown, part.of(random_mask(shape, PATCH, HIDDEN, generator)), None
+            raw.neighbours, shown, raw.images, shown, shard.of(random_mask(shape, PATCH, HIDDEN, generator)), None
         )
 
     def loss(self, network: torch.nn.Module, batch: SynthesisBatch) -> tuple[Tensor, Tensor]:
         """The absolute error, and the likelihood of that error, in the hidden patches."""
-        inputs = self.model.inputs(batch.neighbours, batch.available)
+        inputs = self.model.network_input(batch.neighbours, batch.available)
         inputs[:, :-1] *= 1 - batch.lesion  # all but the map of the head
         prediction, log_scale = self.model.split(network(inputs))
         truth = standardise(batch.truth)

@@ -131,7 +131,7 @@ def batches_of(study: Study, target: str, model: CrossConditionedModel) -> tuple
         chosen = slices[start : start + BATCH]
         around = [neighbours(z, config.context_slices, stacked.shape[1], head.spacing_mm) for z in chosen]
         images = to_model_input(stacked, around, 2, config.divisor).contiguous(memory_format=torch.channels_last)
-        batches.append(model.inputs(images, available.expand(len(chosen), -1)))
+        batches.append(model.network_input(images, available.expand(len(chosen), -1)))
     return head, batches
 
 
@@ -332,12 +332,12 @@ def peer(model: CrossConditionedModel, rounds: int) -> None:
     while size < count and channels <= 256:
         channels += 2
         wide = (channels, 2 * channels, 3 * channels, 4 * channels)
-        both = config.inputs + len(config.targets)
+        both = config.in_channels + len(config.targets)
         network = DiffusionModelUNet(2, both, len(config.targets), channels=wide, **form).eval()
         size = sum(p.numel() for p in network.parameters())
     images, times = torch.rand(BATCH, both, 184, 144), torch.full((BATCH,), 500)
     calls = {
-        "ours": inferring(lambda: model.synthesis(images[:, : config.inputs])),
+        "ours": inferring(lambda: model.synthesis(images[:, : config.in_channels])),
         "theirs": inferring(lambda: network(images, times)),
     }
     seconds = interleaved(calls, rounds)
@@ -361,7 +361,7 @@ def gpu(folder: Path, target: str, device: torch.device, rounds: int, batch: int
     a = torch.rand(side, side, device=device, dtype=torch.bfloat16)
     product = 2 * side**3 / interleaved({"product": lambda: [a @ a, wait()]}, 9)["product"]
     model = CrossConditionedModel(recipe.model_config(*PUBLISHED)).to(device)
-    shape = batch, model.config.inputs, *recipe.crop
+    shape = batch, model.config.in_channels, *recipe.crop
     images = torch.rand(shape, device=device).contiguous(memory_format=torch.channels_last)
     truth = torch.rand(batch, 2, *recipe.crop, device=device)
     y_0 = torch.rand(batch, 2 * model.config.representation.dim, device=device)

@@ -130,7 +130,7 @@ def test_processes_that_train_together_read_parts_of_the_same_batch(prepared, si
     monkeypatch.setattr(Batches, "_read_all", lambda *given: read.append(given) or read_one(*given))
     whole = Batches(cases, MODALITIES, form)[2]
     del read[:]
-    parts = [Batches(cases, MODALITIES, replace(form, part=Ranks(rank, 3).part(5)))[2] for rank in range(3)]
+    parts = [Batches(cases, MODALITIES, replace(form, shard=Ranks(rank, 3).shard(5)))[2] for rank in range(3)]
     assert [len(part.images) for part in parts] == [1, 2, 2]
     assert len(read) == 5
     assert equal(ImageBatch(*map(torch.cat, zip(*parts, strict=True))), whole)

@@ -102,10 +102,10 @@ def test_images_of_another_shape_are_refused_in_words(dims, shape):
 
 
 def test_a_network_is_made_of_a_few_numbers():
-    network = crossmr.CUNet(SMALL, inputs=3)
+    network = crossmr.CUNet(SMALL, in_channels=3)
     assert network(torch.zeros(1, 3, 9, 9)).shape == (1, 1, 9, 9)
     assert crossmr.networks.CUNet is crossmr.CUNet is CUNet
-    for wrong in ({"inputs": 0}, {"outputs": 0}, {"spatial_dims": 4}):
+    for wrong in ({"in_channels": 0}, {"out_channels": 0}, {"spatial_dims": 4}):
         with pytest.raises(ConfigError, match="expected"):
             CUNet(SMALL, **wrong)
 

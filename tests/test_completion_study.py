@@ -348,7 +348,7 @@ def test_a_volume_that_fits_the_3d_window_is_one_pass_of_the_network(tmp_path):
     result = synthesise(model, HeadVolumes(by_name(sources), [1] * 13, 1.0), "P", SETTINGS).images
     padded = torch.zeros(1, 2, 16, 32, 32)
     padded[0, :, 2:15, 8:25, 2:30] = sources
-    expected = unguided(model, model.inputs(padded, torch.ones(1, 2)))[0, :, 2:15, 8:25, 2:30]
+    expected = unguided(model, model.network_input(padded, torch.ones(1, 2)))[0, :, 2:15, 8:25, 2:30]
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
@@ -387,7 +387,7 @@ def synthesised(model, case="Ann", scans=None, **changes):
 
 def inputs_with_head(model):
     """What the C-UNet reads of them."""
-    return model.inputs(slices_with_head(), torch.ones(4, 2))
+    return model.network_input(slices_with_head(), torch.ones(4, 2))
 
 
 def guided_by_hand(model, y_0):
@@ -702,7 +702,7 @@ def test_a_slice_is_made_of_its_neighbours_and_of_what_is_available(any_model, g
     volume = torch.zeros(4, 6, 16, 24)
     volume[1], volume[3] = (torch.from_numpy(volumes[m]) for m in ("t1c", "t2f"))
     neighbours = torch.stack([volume[:, [max(z - 1, 0), z, min(z + 1, 5)]].flatten(0, 1) for z in range(6)])
-    inputs = any_model.inputs(torch.nn.functional.pad(neighbours, (4, 4)), torch.tensor([[0.0, 1, 0, 1]] * 6))
+    inputs = any_model.network_input(torch.nn.functional.pad(neighbours, (4, 4)), torch.tensor([[0.0, 1, 0, 1]] * 6))
     if guidance == "none":
         with torch.no_grad():
             want = unguided(any_model, inputs).transpose(0, 1)[[0, 2]]

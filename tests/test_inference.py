@@ -89,7 +89,7 @@ def padded_slices(head, modalities, slices):
 def whole_inputs(model, head, slices=(1, 2, 3, 4)):
     """What the C-UNet reads of these slices where t1n and t2w are all it needs."""
     sources = padded_slices(head, ("t1n", "t2w"), list(slices))
-    return model.inputs(sources, torch.ones(len(sources), 2))
+    return model.network_input(sources, torch.ones(len(sources), 2))
 
 
 def as_volume(channels):
@@ -143,7 +143,7 @@ def test_a_slice_is_what_the_network_makes_of_it():
 def test_a_volume_is_what_the_network_makes_of_it():
     model, head = volume_model(), a_head()
     whole = pad_to_multiple(as_tensor(head, ("t1n", "t2w"))[None], 3, 16)
-    want = crop_or_pad(unguided(model, model.inputs(whole, torch.ones(1, 2)))[0], SHAPE, [0.5] * 3)
+    want = crop_or_pad(unguided(model, model.network_input(whole, torch.ones(1, 2)))[0], SHAPE, [0.5] * 3)
     result = synthesise(model, head, "A", settings(guidance="none"))
     torch.testing.assert_close(result.images[:, 1:5], want[:, 1:5], atol=1e-5, rtol=1e-5)
     assert result.batch == 1

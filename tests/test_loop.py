@@ -72,7 +72,7 @@ class Line(Stage[Pairs, Pairs]):
         self.sizes: list[int] = []
         self.validated: list[float] = []
 
-    def batch(self, raw: Pairs, generator: torch.Generator, part=None) -> Pairs:
+    def batch(self, raw: Pairs, generator: torch.Generator, shard=None) -> Pairs:
         return raw._replace(x=raw.x + 0.01 * torch.randn(raw.x.shape, generator=generator))
 
     def loss(self, network: nn.Module, batch: Pairs) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,7 @@ class Convolution(Stage[Masked, Masked]):
         torch.manual_seed(0)
         super().__init__(nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3)), Five())  # type: ignore
 
-    def batch(self, raw: Masked, generator: torch.Generator, part=None) -> Masked:
+    def batch(self, raw: Masked, generator: torch.Generator, shard=None) -> Masked:
         return raw
 
     def loss(self, network: nn.Module, batch: Masked) -> tuple[Tensor, Tensor]:
@@ -444,7 +444,7 @@ class Slow(Line):
         super().__init__()
         self.clock, self.seconds, self.validation = clock, seconds, validation
 
-    def batch(self, raw: Pairs, generator: torch.Generator, part=None) -> Pairs:
+    def batch(self, raw: Pairs, generator: torch.Generator, shard=None) -> Pairs:
         self.clock.sleep(20.0 if len(self.data.asked) == 2 else 0.0)  # processes start, memory is estimated
         return super().batch(raw, generator)
 
@@ -503,7 +503,7 @@ def test_with_next_to_no_time_there_is_one_step(tmp_path, clock):
 @pytest.mark.parametrize("stop", [4, 60, 110])
 def test_a_resumed_run_follows_the_recorded_plan_and_spends_what_is_left(tmp_path, clock, stop):
     class Interrupted_(Slow):
-        def batch(self, raw: Pairs, generator: torch.Generator, part=None) -> Pairs:
+        def batch(self, raw: Pairs, generator: torch.Generator, shard=None) -> Pairs:
             if len(self.data.asked) == stop + 1:
                 signal.raise_signal(signal.SIGTERM)
             return super().batch(raw, generator)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.errors import ModelError
 from crossmr.main_memory import available_memory
-from crossmr.networks.unet import Decoder, Encoder, Form
+from crossmr.networks.unet import Decoder, Encoder, UNetShape
 from crossmr.phantom import write_cohort
 from crossmr.training import memory
 from crossmr.training.memory import StepMemory, explain, micro_batches, samples_at_once, step_memory
@@ -31,7 +31,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels: int = 8, dims: int = 2):
         super().__init__()
-        form = Form(dims, channels, (1, 2, 2), 1)
+        form = UNetShape(dims, channels, (1, 2, 2), 1)
         self.encoder, self.decoder = Encoder(form, 3), Decoder(form, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:

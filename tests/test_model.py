@@ -79,7 +79,7 @@ def images(count=3, channels=2, seed=9):
 def outputs(model):
     """What every network of the model makes."""
     sources, made = images(), []
-    inputs = model.inputs(sources, torch.ones(3, 2))
+    inputs = model.network_input(sources, torch.ones(3, 2))
     y_0 = None
     if model.representation is not None:
         pooled = model.pooled(sources)
@@ -185,7 +185,7 @@ def test_any_subset_is_every_modality_read_and_synthesised():
     config = a_config(sources=THREE, targets=THREE, context_slices=3)
     assert config.any_subset
     assert config.modalities == config.sources == config.targets
-    assert config.inputs == 3 * 3 + 3 + 1
+    assert config.in_channels == 3 * 3 + 3 + 1
     other = a_config(context_slices=5)
     assert not other.any_subset
     assert other.modalities == ("t1n", "t2w", "t1c", "t2f")
@@ -267,7 +267,7 @@ FORMS = pytest.mark.parametrize(
 
 def read(model, sources):
     """What the C-UNet reads where all sources are there."""
-    return model.inputs(sources, torch.ones(sources.shape[:2]))
+    return model.network_input(sources, torch.ones(sources.shape[:2]))
 
 
 @pytest.mark.parametrize("guidance", ["joint", "last"])
@@ -393,7 +393,7 @@ def test_a_model_of_volumes_works_alike():
     sources = torch.rand(1, 1, 4, 8, 8)
     condition = model.condition(model.pooled(sources), torch.ones(1, 1))
     y_0 = model.draw(generators(1), condition, steps=2)
-    inputs = model.inputs(sources, torch.ones(1, 1))
+    inputs = model.network_input(sources, torch.ones(1, 1))
     assert inputs.shape == (1, 2, 4, 8, 8)
     assert model.predict(inputs, y_0)[0].shape == (1, 2, 4, 8, 8)
 
@@ -406,7 +406,7 @@ def test_a_gpu_gives_what_the_processor_gives():
         pooled = model.pooled(sources)
         condition = model.condition(pooled[:1], torch.ones(1, 2).to(sources.device))
         y_0 = model.draw(generators(1), condition.cpu(), torch.ones(1, 2), steps=2)
-        standardised, log_scale = model.predict(model.inputs(sources, torch.ones(1, 2).to(sources.device)), y_0)
+        standardised, log_scale = model.predict(model.network_input(sources, torch.ones(1, 2).to(sources.device)), y_0)
         return pooled, y_0, standardised, model.std(log_scale)
 
     want = made(images(1))
@@ -433,7 +433,7 @@ def neighbours_of(model, count=2, side=8, seed=0):
 def test_what_is_not_available_is_not_read():
     model = any_model()
     neighbours, available = neighbours_of(model), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
-    inputs = model.inputs(neighbours, available)
+    inputs = model.network_input(neighbours, available)
     assert inputs.shape == (2, 9 + 3 + 1, 8, 8)
     head = torch.zeros(8, 8)
     head[1:-1, 1:-1] = 1
@@ -445,26 +445,26 @@ def test_what_is_not_available_is_not_read():
         assert torch.equal(inputs[row, -1], head)
     changed = neighbours.clone()
     changed[0, 3:6], changed[1, 6:] = 0.9, 0.9  # outside the head, too
-    assert torch.equal(model.inputs(changed, available), inputs)
+    assert torch.equal(model.network_input(changed, available), inputs)
 
 
 def test_a_black_slice_of_a_source_was_not_acquired_there():
     model = any_model()
     neighbours = neighbours_of(model)
     neighbours[1, 7] = 0  # the middle slice of the last source
-    inputs = model.inputs(neighbours, torch.ones(2, 3))
+    inputs = model.network_input(neighbours, torch.ones(2, 3))
     assert inputs[:, 9:12].amax((2, 3)).tolist() == [[1, 1, 1], [1, 1, 0]]
     assert not inputs[1, 6:9].any()
     assert inputs[0, 6:9].any()
     neighbours[0] = 0
-    assert not model.inputs(neighbours, torch.ones(2, 3))[0].any()
+    assert not model.network_input(neighbours, torch.ones(2, 3))[0].any()
 
 
 def test_a_median_voxel_is_not_taken_for_one_outside():
     for model in (any_model(), random_model()):
         neighbours = neighbours_of(model)
         neighbours[:, :, 4, 4] = 1 / 3
-        inputs = model.inputs(neighbours, torch.ones(2, len(model.config.sources)))
+        inputs = model.network_input(neighbours, torch.ones(2, len(model.config.sources)))
         torch.testing.assert_close(inputs[:, : neighbours.shape[1], 4, 4], torch.zeros(2, neighbours.shape[1]))
         assert (inputs[:, neighbours.shape[1] :, 4, 4] == 1).all()
         assert not inputs[:, :, 0].any()
@@ -476,7 +476,7 @@ def test_the_head_is_where_any_available_source_is():
     neighbours = torch.zeros(1, 9, 8, 8)
     neighbours[0, 1, :3], neighbours[0, 4, 5:], neighbours[0, 7, 3:5] = 0.5, DARKEST, 0.5
     neighbours[0, 0] = 0.5  # another slice, which says nothing of this one
-    inputs = model.inputs(neighbours, torch.tensor([[1.0, 1, 0]]))
+    inputs = model.network_input(neighbours, torch.tensor([[1.0, 1, 0]]))
     rows = inputs[0, -1].amax(1)
     assert rows.tolist() == [1, 1, 1, 0, 0, 1, 1, 1]
     maps = inputs[0, 9:12].amax(2)
@@ -487,20 +487,20 @@ def test_the_head_is_where_any_available_source_is():
 def test_a_model_of_one_task_reads_all_its_sources_and_the_head(context):
     model = random_model(context_slices=context)
     neighbours = neighbours_of(model)
-    inputs = model.inputs(neighbours, torch.zeros(2, 2))  # what is available is not asked
+    inputs = model.network_input(neighbours, torch.zeros(2, 2))  # what is available is not asked
     assert inputs.shape == (2, 2 * context + 1, 8, 8)
     assert torch.equal(inputs[:, :-1], standardise(neighbours))
     assert torch.equal(inputs[:, -1], (neighbours[:, 0] > 0).float())
     if context > 1:
         neighbours[:, context // 2] = 0  # the middle slice of one source alone is black: its neighbours are read
-        assert torch.equal(model.inputs(neighbours, torch.ones(2, 2))[:, :-1], standardise(neighbours))
+        assert torch.equal(model.network_input(neighbours, torch.ones(2, 2))[:, :-1], standardise(neighbours))
 
 
 def test_a_model_of_any_subset_in_volumes():
     model = any_model(context_slices=1, spatial_dims=3, window=(4, 8, 8))
     volumes = torch.rand(1, 3, 4, 8, 8)
     volumes[:, :, 2] = 0
-    inputs = model.inputs(volumes, torch.tensor([[1.0, 0, 1]]))
+    inputs = model.network_input(volumes, torch.tensor([[1.0, 0, 1]]))
     assert inputs.shape == (1, 7, 4, 8, 8)
     assert inputs[:, 3:].amax((0, 2, 3, 4)).tolist() == [1, 0, 1, 1]
     assert not inputs[:, :, 2].any()
@@ -512,7 +512,7 @@ def test_a_model_of_any_subset_in_volumes():
 def test_inputs_are_of_the_sources_precision_and_layout():
     model = any_model()
     neighbours = neighbours_of(model).bfloat16()
-    inputs = model.inputs(neighbours, torch.ones(2, 3))
+    inputs = model.network_input(neighbours, torch.ones(2, 3))
     assert inputs.dtype == torch.bfloat16
     assert inputs.is_contiguous(memory_format=torch.channels_last)
 
@@ -523,7 +523,7 @@ def test_inputs_are_of_the_sources_precision_and_layout():
 @pytest.mark.parametrize("make", [random_model, any_model])
 def test_nothing_outside_the_head_is_synthetic(make):
     model = make(uncertainty=True)
-    inputs = model.inputs(neighbours_of(model), torch.ones(2, len(model.config.sources)))
+    inputs = model.network_input(neighbours_of(model), torch.ones(2, len(model.config.sources)))
     image = unguided(model, inputs)
     assert torch.equal(image > 0, (inputs[:, -1:] > 0).expand_as(image))
     assert image[image > 0].min() >= DARKEST
@@ -535,7 +535,7 @@ def test_nothing_outside_the_head_is_synthetic(make):
 
 def test_the_error_is_learnt_beside_the_image():
     model = random_model(uncertainty=True)
-    inputs = model.inputs(neighbours_of(model), torch.ones(2, 2))
+    inputs = model.network_input(neighbours_of(model), torch.ones(2, 2))
     outputs = model.synthesis(inputs)
     assert outputs.shape[1] == 2 * 2
     standardised, log_scale = model.predict(inputs)
@@ -556,7 +556,7 @@ def test_representations_are_of_standardised_images():
 
 def test_standard_deviations_are_calibrated_target_by_target():
     model = random_model(uncertainty=True)
-    _, log_scale = model.predict(model.inputs(neighbours_of(model), torch.ones(2, 2)))
+    _, log_scale = model.predict(model.network_input(neighbours_of(model), torch.ones(2, 2)))
     raw = model.std(log_scale)
     torch.testing.assert_close(raw, 2**0.5 * log_scale.exp() / 15)
     assert raw.shape == (2, 2, 8, 8)

@@ -76,10 +76,10 @@ def test_processes_of_srun_meet_on_the_first_machine_at_a_port_of_the_job_and_st
 
 @pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 5), (3, 24), (4, 4), (4, 2)])
 def test_the_parts_are_all_there_is_and_of_equal_size_but_for_one(size, count):
-    parts = [Ranks(rank, size).part(count) for rank in range(size)]
+    shards = [Ranks(rank, size).shard(count) for rank in range(size)]
     rows = torch.arange(count)
-    assert torch.equal(torch.cat([part.of(rows) for part in parts]), rows)
-    assert len({len(part.of(rows)) for part in parts}) <= 2
+    assert torch.equal(torch.cat([shard.of(rows) for shard in shards]), rows)
+    assert len({len(shard.of(rows)) for shard in shards}) <= 2
 
 
 def test_one_process_is_told_what_it_says_and_needs_no_process_group():
@@ -88,11 +88,11 @@ def test_one_process_is_told_what_it_says_and_needs_no_process_group():
         assert alone.first
         assert alone.any(True)
         assert not alone.any(False)
-        assert alone.each(7) == [7]
-        assert alone.numbers(1.5, 2) == (1.5, 2)
-        assert alone.told(lambda: [1]) == [1]
-        alone.sum_(torch.ones(2))
-        alone.wait()
+        assert alone.all_gather(7) == [7]
+        assert alone.broadcast_numbers(1.5, 2) == (1.5, 2)
+        assert alone.broadcast_json(lambda: [1]) == [1]
+        alone.all_reduce(torch.ones(2))
+        alone.barrier()
     assert not torch.distributed.is_initialized()
 
 

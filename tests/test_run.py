@@ -255,7 +255,7 @@ def test_guidance_last_leaves_the_unguided_pass_as_it_is_bit_for_bit(trained):
     learning = {name for name in state if "condition" in name.split(".")}
     assert moved
     assert moved <= learning
-    inputs = torch.rand(2, model.config.inputs, 16, 16)
+    inputs = torch.rand(2, model.config.in_channels, 16, 16)
     before = model.synthesis(inputs)
     assert (model.synthesis(inputs, torch.randn(2, 16)) - before).abs().max() > 0
     model.synthesis.load_state_dict({name: finished[f"ema.{name}"] for name in state})
@@ -324,7 +324,7 @@ def test_recipes_keep_what_they_set_when_they_are_made_small(prepared, tmp_path,
 def test_one_model_of_any_subset_learns_from_patients_who_lack_something(any_run):
     model = load_model(any_run / "model")
     assert model.config.sources == model.config.targets == MODALITIES
-    assert model.config.inputs == 4 + 4 + 1
+    assert model.config.in_channels == 4 + 4 + 1
     assert model.calibration["variance"].shape == (4, 2)
     assert list(dict.fromkeys(line["stage"] for line in records(any_run))) == list(STAGES)
     present = {tuple(row) for row in model.baselines["present"].tolist()}

@@ -83,12 +83,12 @@ def test_what_processes_draw_together_is_what_one_draws(start, recipe, size):
     """Batches of six, whose samples differ in what they lack; a process reads and draws for its own alone."""
     recipe = replace(recipe, flip=True, augmentation=AugmentationConfig(probability=0.5))
     for stage in every_stage(start, recipe):
-        whole, parts = some(stage, 3), [Ranks(rank, size).part(6) for rank in range(size)]
+        whole, shards = some(stage, 3), [Ranks(rank, size).shard(6) for rank in range(size)]
         drawn = []
-        for part in parts:
-            stage.data.part = part
-            drawn.append(stage.batch(stage.data[3], seeded("test", 3), part))
-        assert [len(batch[0]) for batch in drawn] == [part.stop - part.start for part in parts]
+        for shard in shards:
+            stage.data.shard = shard
+            drawn.append(stage.batch(stage.data[3], seeded("test", 3), shard))
+        assert [len(batch[0]) for batch in drawn] == [shard.stop - shard.start for shard in shards]
         for tensor, *shares in zip(whole, *drawn, strict=True):
             assert shares[0] is tensor is None or torch.equal(torch.cat(shares), tensor), stage.name
 

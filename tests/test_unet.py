@@ -9,18 +9,18 @@ from torch.nn import functional as F
 from crossmr.networks.unet import (
     Decoder,
     Encoder,
-    Form,
-    Gather,
     LightDecoder,
     LightEncoder,
+    PatchEmbed,
+    PatchExpand,
     ResidualBlock,
     SelfAttention,
-    Spread,
+    UNetShape,
     group_norm,
     zero_init,
 )
 
-FORM = Form(2, 4, (1, 2, 3), 1)
+FORM = UNetShape(2, 4, (1, 2, 3), 1)
 HALVES = {"published": (Encoder, Decoder), "light": (LightEncoder, LightDecoder)}
 both_forms = pytest.mark.parametrize("halves", HALVES.values(), ids=HALVES)
 
@@ -158,7 +158,7 @@ def test_a_block_without_a_condition_is_one_whose_layer_is_zero():
 @pytest.mark.parametrize("size", [(8, 8), (12, 20), (4, 36), (4, 8, 12)])
 @pytest.mark.parametrize("form", ["published", "skip-free", "light"])
 def test_any_multiple_of_the_stride_fits(size, blocks, form):
-    shared = Form(len(size), 4, (1, 2, 3), blocks)
+    shared = UNetShape(len(size), 4, (1, 2, 3), blocks)
     skip = {"skips": False} if form == "skip-free" else {}
     encode, decode = HALVES["light" if form == "light" else "published"]
     encoder, decoder = conditioned(encode(shared, 3)), conditioned(decode(shared, 3, 2, **skip))
@@ -173,7 +173,7 @@ def test_any_multiple_of_the_stride_fits(size, blocks, form):
 
 @both_forms
 def test_a_single_level_is_a_network_too(halves):
-    form, images = Form(2, 4, (1,), 1), torch.randn(1, 1, 5, 7)
+    form, images = UNetShape(2, 4, (1,), 1), torch.randn(1, 1, 5, 7)
     features, skips = halves[0](form, 1)(images)
     assert features.shape == (1, 4, 5, 7)
     assert halves[1](form, 1, 1)(features, skips, images).shape == (1, 1, 5, 7)
@@ -227,7 +227,7 @@ def test_only_a_decoder_with_skips_sees_past_the_bottleneck():
 @both_forms
 @pytest.mark.parametrize("patch", [1, 2])
 def test_every_skip_is_used_and_every_parameter_learns(halves, patch):
-    form = Form(2, 4, (1, 2, 3), 2, patch)
+    form = UNetShape(2, 4, (1, 2, 3), 2, patch)
     encoder, decoder = awake(conditioned(halves[0](form, 1))), awake(conditioned(halves[1](form, 1, 1)))
     c, images = torch.randn(2, 5), torch.randn(2, 1, 8 * patch, 8 * patch)
     features, skips = encoder(images, c)
@@ -244,7 +244,7 @@ def test_every_skip_is_used_and_every_parameter_learns(halves, patch):
 
 
 def test_the_light_form_has_a_skip_per_level_but_the_deepest_at_its_resolution():
-    features, skips = LightEncoder(Form(2, 4, (1, 2, 3), 2), 1)(torch.randn(1, 1, 16, 8))
+    features, skips = LightEncoder(UNetShape(2, 4, (1, 2, 3), 2), 1)(torch.randn(1, 1, 16, 8))
     assert features.shape == (1, 12, 4, 2)
     assert [tuple(skip.shape[1:]) for skip in skips] == [(4, 16, 8), (8, 8, 4)]
 
@@ -267,7 +267,7 @@ def test_the_light_form_costs_less_than_the_published_one_per_pixel():
         def count(layer, _, out):
             total[0] += layer.weight[0].numel() * out.numel()
 
-        form = Form(2, 16, (1, 2, 4, 6), 1)
+        form = UNetShape(2, 16, (1, 2, 4, 6), 1)
         encoder, decoder = encode(form, 3), decode(form, 3, 1)
         for layer in (*encoder.modules(), *decoder.modules()):
             if isinstance(layer, torch.nn.Conv2d):
@@ -285,7 +285,7 @@ def test_the_light_form_costs_less_than_the_published_one_per_pixel():
 @pytest.mark.parametrize("patch", [1, 2, 4])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_patch_divides_every_resolution_and_the_image_comes_back_whole(halves, patch, dims):
-    form, side = Form(dims, 4, (1, 2), 1, patch), 2 * patch
+    form, side = UNetShape(dims, 4, (1, 2), 1, patch), 2 * patch
     encoder, decoder = awake(halves[0](form, 3)), awake(halves[1](form, 3, 2))
     images = torch.randn(2, 3, *[2 * side] * (dims - 1), side)
     features, skips = encoder(images)
@@ -298,14 +298,14 @@ def test_a_patch_divides_every_resolution_and_the_image_comes_back_whole(halves,
 @pytest.mark.parametrize("dims", [2, 3])
 def test_gathered_patches_overlap_and_are_centred(patch, dims):
     """One pixel reaches the patches within half a patch of it, and flipped images give flipped features."""
-    gather = Gather(Form(dims, 1, (1,), 1, patch), 1)
+    embed = PatchEmbed(UNetShape(dims, 1, (1,), 1, patch), 1)
     with torch.no_grad():
-        gather.conv.weight.fill_(1)
-        gather.conv.bias.zero_()
+        embed.conv.weight.fill_(1)
+        embed.conv.bias.zero_()
     images = torch.randn(1, 1, *[6 * patch] * dims)
-    features = gather(images)
+    features = embed(images)
     assert features.shape == (1, 1, *[6] * dims)
-    torch.testing.assert_close(gather(images.flip(-1)).flip(-1), features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embed(images.flip(-1)).flip(-1), features, atol=1e-5, rtol=1e-5)
     reach = 3 if patch == 1 else 2 * patch
     start = 2 * patch - (1 if patch == 1 else patch // 2)
     window = images[(0, 0, *[slice(start, start + reach)] * dims)]
@@ -315,12 +315,12 @@ def test_gathered_patches_overlap_and_are_centred(patch, dims):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_pixels_of_a_patch_lie_where_they_belong(dims):
     """The correction starts at zero, so what is known of each of 2 x 2 pixels comes out as it is."""
-    patch, spread = 2, Spread(Form(dims, 4, (1,), 1, 2), 1, 3)
-    torch.nn.init.zeros_(spread.out.weight)
+    patch, expand = 2, PatchExpand(UNetShape(dims, 4, (1,), 1, 2), 1, 3)
+    torch.nn.init.zeros_(expand.out.weight)
     known = torch.arange(3.0 * patch**dims)
     with torch.no_grad():
-        spread.out.bias.copy_(known)
-    made = spread(torch.randn(1, 4, *[2] * dims), torch.randn(1, 1, *[4] * dims))
+        expand.out.bias.copy_(known)
+    made = expand(torch.randn(1, 4, *[2] * dims), torch.randn(1, 1, *[4] * dims))
     assert made.shape == (1, 3, *[4] * dims)
     for feature in (0, 2):
         block = made[(0, feature, *[slice(2, 4)] * dims)]
@@ -330,7 +330,7 @@ def test_pixels_of_a_patch_lie_where_they_belong(dims):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_patches_leave_the_sources_detail_within_reach(dims):
     """The features being fixed, one pixel of the images moves its neighbours alone."""
-    form = Form(dims, 4, (1, 2), 1, 2)
+    form = UNetShape(dims, 4, (1, 2), 1, 2)
     encoder, decoder = awake(LightEncoder(form, 1)), awake(LightDecoder(form, 1, 1))
     images = torch.randn(1, 1, *[8] * dims)
     changed = images.clone()
@@ -340,5 +340,5 @@ def test_patches_leave_the_sources_detail_within_reach(dims):
     assert moved[(4,) * dims]
     assert not moved[(0,) * dims]
     assert moved.sum() <= 5**dims
-    plain = Decoder(Form(dims, 4, (1, 2), 1), 1, 1)
+    plain = Decoder(UNetShape(dims, 4, (1, 2), 1), 1, 1)
     assert not [name for name, _ in plain.named_parameters() if "correct" in name]

@@ -31,7 +31,7 @@ PORTS = 20_000
 """First of the ports at which processes that srun started meet, unless MASTER_PORT says otherwise."""
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Which samples of a batch one process has."""
 
     start: int
@@ -55,7 +55,7 @@ class Ranks:
     local_size: int = 1
     gpu_each: bool = False
     """Whether each process sees no GPU but its own, if it sees one: so SLURM may bind them."""
-    waiting: Any = None
+    broadcast_group: Any = None
     """The process group in which the others wait while rank 0 works alone."""
 
     @property
@@ -63,11 +63,11 @@ class Ranks:
         """Whether this process speaks and writes."""
         return self.rank == 0
 
-    def part(self, count: int) -> Share:
-        """This process's share of so many samples: contiguous, and as large as any other's, or smaller by one."""
-        return Share(count * self.rank // self.size, count * (self.rank + 1) // self.size, count)
+    def shard(self, count: int) -> Shard:
+        """This process's shard of so many samples: contiguous, and as large as any other's, or smaller by one."""
+        return Shard(count * self.rank // self.size, count * (self.rank + 1) // self.size, count)
 
-    def sum_(self, *tensors: "Tensor") -> None:
+    def all_reduce(self, *tensors: "Tensor") -> None:
         """Replace each tensor by its sum over the processes, which is the same on all of them, to the bit.
 
         Raises:
@@ -82,13 +82,13 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
-        return any(self.each(int(flag)))
+        return any(self.all_gather(int(flag)))
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the processes' numbers, which are not negative."""
-        return max(self.each(number))
+        return max(self.all_gather(number))
 
-    def each(self, number: int) -> list[int]:
+    def all_gather(self, number: int) -> list[int]:
         """The numbers of all processes, by rank."""
         if self.size == 1:
             return [number]
@@ -96,24 +96,24 @@ class Ranks:
 
         numbers = torch.zeros(self.size, dtype=torch.int64)
         numbers[self.rank] = number
-        self.sum_(numbers)
+        self.all_reduce(numbers)
         return [int(one) for one in numbers]
 
-    def numbers(self, *numbers: float) -> tuple[float, ...]:
+    def broadcast_numbers(self, *numbers: float) -> tuple[float, ...]:
         """Rank 0's numbers."""
         if self.size == 1:
             return numbers
         import torch
 
-        told = torch.tensor(numbers if self.first else [0.0] * len(numbers), dtype=torch.float64)
-        self.sum_(told)
-        return tuple(told.tolist())
+        values = torch.tensor(numbers if self.first else [0.0] * len(numbers), dtype=torch.float64)
+        self.all_reduce(values)
+        return tuple(values.tolist())
 
-    def told(self, make: Callable[[], Any]) -> Any:
+    def broadcast_json(self, make: Callable[[], Any]) -> Any:
         """What rank 0 makes, alone, as JSON holds it."""
-        return self.given(lambda: ({}, make()))[1]
+        return self.broadcast(lambda: ({}, make()))[1]
 
-    def given(self, make: Callable[[], tuple[Mapping[str, "Tensor"], Any]]) -> tuple[dict[str, "Tensor"], Any]:
+    def broadcast(self, make: Callable[[], tuple[Mapping[str, "Tensor"], Any]]) -> tuple[dict[str, "Tensor"], Any]:
         """The tensors, on the CPU, and JSON data that rank 0 makes, alone.
 
         Raises:
@@ -139,14 +139,14 @@ class Ranks:
 
         with _noticing():
             length = torch.tensor([len(content)])
-            dist.broadcast(length, 0, group=self.waiting)
+            dist.broadcast(length, 0, group=self.broadcast_group)
             sent = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0).byte()
             if not self.first:
                 sent = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(sent, 0, group=self.waiting)
+            dist.broadcast(sent, 0, group=self.broadcast_group)
         return sent.numpy().tobytes()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here."""
         self.any(False)
 
@@ -227,9 +227,9 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size, timeout=TIMEOUT)
     try:
         _end_by_sigterm()
-        ranks = replace(ranks, waiting=dist.new_group(backend="gloo", timeout=ALONE_AT_MOST))
+        ranks = replace(ranks, broadcast_group=dist.new_group(backend="gloo", timeout=ALONE_AT_MOST))
         host = int(hashlib.sha256(platform.node().encode()).hexdigest()[:15], 16)
-        yield replace(ranks, local_size=ranks.each(host).count(host))
+        yield replace(ranks, local_size=ranks.all_gather(host).count(host))
     finally:
         dist.destroy_process_group()
 

@@ -416,7 +416,7 @@ def _std_record(model: CrossConditionedModel) -> dict[str, Any]:
     return {
         "of": "the unguided synthesis's error, learnt, "
         + ("fitted to the errors on validation patients" if factors else "uncalibrated"),
-        "calibration": factors and {target: {"a": a, "b": b} for target, (a, b) in factors.items()},
+        "calibration": factors and {target: {"a": a, "c": c} for target, (a, c) in factors.items()},
     }
 
 

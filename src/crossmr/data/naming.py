@@ -68,7 +68,7 @@ class StudyFiles:
     confidence: Confidence = "sure"
     """How surely the name says who the patient is; see `visits`."""
     alike: str = ""
-    """What the names of other studies of this patient may begin with, where the name leaves that open; else ''."""
+    """How names of this patient's other studies may begin, as GBM_07; '' where the name leaves no doubt."""
     notes: tuple[str, ...] = ()
     """What is doubtful of the files: what the voxels said where their names left it open, or whose they are."""
 
@@ -326,14 +326,13 @@ def recognise(
 
     studies: dict[str, list[File]] = defaultdict(list)
     for path, case, reading in named:
-        studies[
-            case if reading.meaning or (reading.head and case in cases) else _assign(path, cases, of_one, names)
-        ].append((path, reading))
+        own = case if reading.meaning or (reading.head and case in cases) else _assign(path, cases, of_one, names)
+        studies[own].append((path, reading))
     for path, reading in names.readings:
         if is_mask(reading):
             case = names.case(path, reading) if reading.meaning else ""
-            own = _assign(path, cases, of_one, names)
-            own = case if case in cases or (case and own not in cases) else own
+            assigned = _assign(path, cases, of_one, names)
+            own = case if case in cases or (case and assigned not in cases) else assigned
             # A mask makes no case, except where there is nothing else, or where a mapping says what it is.
             if own in cases or not named or path in names.mapped:
                 studies[own].append((path, reading))

@@ -16,7 +16,7 @@ from crossmr.errors import ConfigError
 SPLITS = ("train", "val", "test")
 COLUMNS = ("case", "patient", "part")
 LARGEST_FAMILY = 10
-"""Studies that are named alike, and more of which are rather many patients than many visits of one."""
+"""More studies than this, named alike, are taken for many patients, not for many visits of one."""
 SHOWN = 5
 
 

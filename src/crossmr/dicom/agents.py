@@ -31,12 +31,13 @@ def several_acquisitions(alike: Sequence[Series], all_series: Sequence[Series]) 
     times: where there are none, the time may be made up.
     """
     others = {s.time for s in all_series if s.modality and all(s.modality != one.modality for one in alike)}
-    acquisitions = {
-        (s.time, a.tr_ms, a.te_ms, a.ti_ms) if s.time and any(others) and s.time not in others else k
-        for k, s in enumerate(alike)
-        for a in [s.acquisition]
-    }
-    return len(acquisitions) > 1
+
+    def acquisition(number: int, series: Series) -> object:
+        timing = series.acquisition
+        is_real = series.time and any(others) and series.time not in others
+        return (series.time, timing.tr_ms, timing.te_ms, timing.ti_ms) if is_real else number
+
+    return len({acquisition(number, series) for number, series in enumerate(alike)}) > 1
 
 
 def are_first(alike: Sequence[Series], all_series: Sequence[Series]) -> bool:

@@ -3,14 +3,13 @@
 OUT gets metrics.csv, a row for each measure of each image, and metrics.json, with means over the cases.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
-
-import numpy as np
 
 from crossmr.data.labels import as_counted
 from crossmr.data.naming import in_usual_order
@@ -183,17 +182,18 @@ def summarise_scores(scores: Sequence[OtherScore]) -> list[OtherSummary]:
         for score in scores:
             if target in (ALL, score.target):
                 groups.setdefault((score.predictor, score.measure), []).append(score.value)
-        summaries += [
-            OtherSummary(
-                target=target if len(targets) > 1 else targets[0],
-                predictor=predictor,
-                measure=measure,
-                images=len(known),
-                mean=mean if known and np.isfinite(mean := statistics.fmean(known)) else None,
+        for (predictor, measure), values in groups.items():
+            known = [value for value in values if not math.isnan(value)]
+            mean = statistics.fmean(known) if known else math.nan
+            summaries.append(
+                OtherSummary(
+                    target=target if len(targets) > 1 else targets[0],
+                    predictor=predictor,
+                    measure=measure,
+                    images=len(known),
+                    mean=mean if math.isfinite(mean) else None,
+                )
             )
-            for (predictor, measure), values in groups.items()
-            for known in [[value for value in values if not np.isnan(value)]]
-        ]
     return summaries
 
 

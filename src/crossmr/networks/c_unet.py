@@ -17,10 +17,10 @@ from crossmr.errors import ConfigError
 from crossmr.networks.unet import (
     Decoder,
     Encoder,
-    Form,
     LightDecoder,
     LightEncoder,
     ResidualBlock,
+    UNetShape,
     check_images,
     crop_to,
     pad_to_stride,
@@ -79,29 +79,31 @@ class ConditionEmbedding(nn.Module):
 class CUNet(nn.Module):
     """U-Net from input channels to output channels; without `representation_dim`, one that nothing guides.
 
-    `CUNet(SynthesisConfig(channels=32), inputs=3, outputs=1)` for slices of three channels; `spatial_dims=3` for
-    volumes; `representation_dim=D` for a network that vectors of D features guide. The condition layers are made last,
-    so that the rest starts as a network that nothing guides does; they start at zero where they are trained last
-    (`zero_condition`).
+    `CUNet(SynthesisConfig(channels=32), in_channels=3, out_channels=1)` for slices of three channels;
+    `spatial_dims=3` for volumes; `representation_dim=D` for a network that vectors of D features guide. The condition
+    layers are made last, so that the rest starts as a network that nothing guides does; they start at zero where they
+    are trained last (`zero_condition`).
     """
 
     def __init__(
         self,
         config: SynthesisConfig = SynthesisConfig(),
-        inputs: int = 1,
-        outputs: int = 1,
+        in_channels: int = 1,
+        out_channels: int = 1,
         spatial_dims: int = 2,
         *,
         representation_dim: int | None = None,
     ):
         super().__init__()
-        if min(inputs, outputs) < 1:
-            raise ConfigError(f"inputs is {inputs}, outputs {outputs}; expected at least 1 channel each.")
-        self.inputs, self.spatial_dims, self.stride = inputs, spatial_dims, config.stride
-        form = Form(spatial_dims, config.channels, config.multipliers, config.blocks, config.patch)
+        if min(in_channels, out_channels) < 1:
+            raise ConfigError(f"in_channels is {in_channels}, out_channels {out_channels}; expected at least 1 each.")
+        self.in_channels, self.spatial_dims, self.stride = in_channels, spatial_dims, config.stride
+        shape = UNetShape(spatial_dims, config.channels, config.multipliers, config.blocks, config.patch)
         light = config.form == "light"
-        self.encoder = LightEncoder(form, inputs) if light else Encoder(form, inputs)
-        self.decoder = LightDecoder(form, inputs, outputs) if light else Decoder(form, inputs, outputs)
+        self.encoder = LightEncoder(shape, in_channels) if light else Encoder(shape, in_channels)
+        self.decoder = (
+            LightDecoder(shape, in_channels, out_channels) if light else Decoder(shape, in_channels, out_channels)
+        )
         self.condition: ConditionEmbedding | None = None
         if representation_dim is not None:
             width = config.condition_width or representation_dim
@@ -110,16 +112,17 @@ class CUNet(nn.Module):
                 block.add_condition(width)
 
     def forward(self, inputs: Tensor, y_0: Tensor | None = None) -> Tensor:
-        """Map inputs (B, inputs, *S) to (B, outputs, *S), both in robust standard deviations about the head's median.
+        """Map images (B, in_channels, *S) to (B, out_channels, *S).
 
-        S is (Y, X) or (Z, Y, X) of any size: within, the last pixels are repeated up to multiples of `stride`. A
-        model's inputs lie in [-5, 10], 0 where nothing is (`scale.standardise`); its outputs have no bounds. y_0 (B, D)
-        is the guidance, z-scored; without, the condition layers add nothing.
+        Both are in robust standard deviations about the head's median. A model's inputs lie in [-5, 10], 0 where
+        nothing is (`scale.standardise`); its outputs have no bounds. S is (Y, X) or (Z, Y, X) of any size: within, the
+        last pixels are repeated up to multiples of `stride`. y_0 (B, D) is the guidance, z-scored; without, the
+        condition layers add nothing.
 
         Raises:
             ValueError: inputs of another number of axes or channels.
         """
-        check_images(inputs, self.spatial_dims, self.inputs)
+        check_images(inputs, self.spatial_dims, self.in_channels)
         size, inputs = inputs.shape[2:], pad_to_stride(inputs, self.stride)
         c = None if self.condition is None or y_0 is None else self.condition(y_0)
         features, skips = self.encoder(inputs, c)

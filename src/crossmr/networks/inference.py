@@ -277,14 +277,14 @@ class _Predictor:
     def __call__(self, neighbours: Tensor) -> Tensor:
         """Map sources (N, S·C, *S) to images and, where there are any, standard deviations, as channels (N, W, *S)."""
         model = self.model
-        inputs = model.inputs(neighbours, self.available.expand(len(neighbours), -1))
-        standardised, log_scale = torch.zeros(0), None
-        if self.vectors is None or model.config.uncertainty:
-            standardised, log_scale = model.predict(inputs)
-        images = standardised[None]
+        inputs = model.network_input(neighbours, self.available.expand(len(neighbours), -1))
+        syntheses, log_scale = list[Tensor](), None
+        if self.vectors is None or model.config.uncertainty:  # the standard deviation is that of the unguided one
+            unguided, log_scale = model.predict(inputs)
+            syntheses = [unguided]
         if self.vectors is not None:
-            images = torch.stack([model.predict(inputs, y_0.expand(len(inputs), -1))[0] for y_0 in self.vectors])
-        images = torch.stack([model.image(one, inputs) for one in images])[:, :, self.chosen]  # (K, N, W, *S)
+            syntheses = [model.predict(inputs, y_0.expand(len(inputs), -1))[0] for y_0 in self.vectors]
+        images = torch.stack([model.image(one, inputs)[:, self.chosen] for one in syntheses])  # (K, N, W, *S)
         if log_scale is not None:
             std = model.std(log_scale)[:, self.chosen] * (inputs[:, -1:] > 0)
             return torch.cat([images.mean(0), std], 1)
@@ -292,11 +292,7 @@ class _Predictor:
 
 
 def _by_slices(model: CrossConditionedModel, head: HeadVolumes, predict: _Predictor, planes: int) -> tuple[Tensor, int]:
-    """Predict the slices that hold any head, (W, Z, Y, X), in one plane or as the mean of three; how many at once.
-
-    The squared error of a mean is the mean squared error less the spread about the mean: so much, over the head, is
-    taken from the planes' mean variance, down to a third, where their errors are independent.
-    """
+    """Predict the slices that hold any head, (W, Z, Y, X), in one plane or as the mean of three; how many at once."""
     config, targets = model.config, len(predict.chosen)
     volumes, result, done, batch = _volumes(head.volumes, config.sources), torch.zeros(0), 0, BATCH
     squares = torch.zeros(targets, dtype=torch.float64)
@@ -322,13 +318,31 @@ def _by_slices(model: CrossConditionedModel, head: HeadVolumes, predict: _Predic
             if (watch := _watch.get()) is not None:
                 watch(done, total)
     if len(cuts) > 1:
-        result /= len(cuts)
-        if len(variances := result[targets:]):
-            spread = squares / len(cuts) - (result[:targets].double() ** 2).flatten(1).sum(1)
-            share = 1 - spread / variances.double().flatten(1).sum(1).clamp(min=1e-12)
-            variances *= share.clamp(1 / len(cuts), 1)[:, None, None, None].to(variances)
-            variances.sqrt_()
+        _average_planes(result[:targets], result[targets:], squares, len(cuts))
     return result, batch
+
+
+def _average_planes(images: Tensor, variances: Tensor, squares: Tensor, planes: int) -> None:
+    """Make sums over planes their mean image and its standard deviation, in place.
+
+    The squared error of a mean image is the planes' mean squared error less their spread about it (ambiguity
+    decomposition, Krogh and Vedelsby 1995). The planes' mean variance is scaled by what that leaves over the volume,
+    target by target, but to no less than 1/`planes`, which is right where the planes' errors are independent.
+
+    Args:
+        planes: how many were added up.
+        images: (T, Z, Y, X), sums of the planes' images.
+        variances: (T, Z, Y, X), sums of their variances, or empty.
+        squares: (T,), sums over planes and voxels of the squared images.
+    """
+    images /= planes
+    if not len(variances):
+        return
+    variances /= planes
+    spread = squares / planes - (images.double() ** 2).flatten(1).sum(1)
+    left = 1 - spread / variances.double().flatten(1).sum(1).clamp(min=1e-12)
+    variances *= left.clamp(1 / planes, 1)[:, None, None, None].to(variances)
+    variances.sqrt_()
 
 
 class _Cut(NamedTuple):

@@ -13,7 +13,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from crossmr.errors import ConfigError
-from crossmr.networks.unet import Decoder, Encoder, Form, check_images, crop_to, pad_to_stride
+from crossmr.networks.unet import Decoder, Encoder, UNetShape, check_images, crop_to, pad_to_stride
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, config: RepresentationConfig = RepresentationConfig(), spatial_dims: int = 2):
         super().__init__()
         self.config, self.dim, self.spatial_dims = config, config.dim, spatial_dims
-        form = Form(spatial_dims, config.channels, config.multipliers, config.blocks)
-        self.encoder = Encoder(form, 1)
-        self.decoder = Decoder(form, 1, 1, skips=config.decoder == "u-net")
+        shape = UNetShape(spatial_dims, config.channels, config.multipliers, config.blocks)
+        self.encoder = Encoder(shape, 1)
+        self.decoder = Decoder(shape, 1, 1, skips=config.decoder == "u-net")
 
     def forward(self, masked: Tensor) -> Tensor:
         """Reconstruct images (B, M, *S), of any number of modalities M, whose hidden patches are zero (`random_mask`).

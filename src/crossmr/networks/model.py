@@ -118,7 +118,7 @@ class ModelConfig:
         return self.modalities if self.distribution.conditional else self.targets
 
     @property
-    def inputs(self) -> int:
+    def in_channels(self) -> int:
         """Channels that the C-UNet reads."""
         return len(self.sources) * (self.context_slices + self.any_subset) + 1
 
@@ -152,7 +152,7 @@ class CrossConditionedModel(nn.Module):
 
     `seed` and a network's name decide its first weights, so that no network changes another's. `baselines` holds the
     fitted baselines; `calibration` 'variance' (T, 2): the squared error of a target, in robust standard deviations, is
-    a·variance + b. `record`, once loaded, is its SHA-256 and how it was trained, `patients` on whom, as far as known.
+    a·variance + c. `record`, once loaded, is its SHA-256 and how it was trained, `patients` on whom, as far as known.
     """
 
     representation: MaskedAutoencoder | None
@@ -173,7 +173,7 @@ class CrossConditionedModel(nn.Module):
         with first_weights(seed, "synthesis"):
             self.synthesis = CUNet(
                 config.synthesis,
-                config.inputs,
+                config.in_channels,
                 targets * (1 + config.uncertainty),
                 dims,
                 representation_dim=targets * dim if guided else None,
@@ -198,7 +198,7 @@ class CrossConditionedModel(nn.Module):
         """The network that a stage trains."""
         return self.networks()["synthesis" if stage == "guidance" else stage]
 
-    def inputs(self, neighbours: Tensor, available: Tensor) -> Tensor:
+    def network_input(self, neighbours: Tensor, available: Tensor) -> Tensor:
         """What the C-UNet reads of the sources.
 
         Args:
@@ -206,7 +206,7 @@ class CrossConditionedModel(nn.Module):
             available: (N, S), 0 where a source is missing or to be hidden, where any subset may be; else ignored.
 
         Returns:
-            (N, inputs, *S): the standardised images, 0 where nothing is available; then, where any subset may be
+            (N, in_channels, *S): the standardised images, 0 where nothing is available; then, where any subset may be
             missing, for each source a map of where it is available and more than 0; then a map of the head, where any
             available source is more than 0. Of fixed sources no map tells what one lacks alone from its median.
         """
@@ -217,7 +217,7 @@ class CrossConditionedModel(nn.Module):
             middle = middle & (available > 0)[(...,) + (None,) * (middle.ndim - 2)]
         head = middle.any(1, keepdim=True)
         layout = torch.channels_last if neighbours.ndim == 4 else torch.contiguous_format
-        shape = len(neighbours), config.inputs, *neighbours.shape[2:]
+        shape = len(neighbours), config.in_channels, *neighbours.shape[2:]
         whole = torch.empty(shape, dtype=neighbours.dtype, device=neighbours.device, memory_format=layout)
         whole[:, :count] = standardise(neighbours)
         if config.any_subset:
@@ -228,7 +228,7 @@ class CrossConditionedModel(nn.Module):
         return whole
 
     def predict(self, inputs: Tensor, y_0: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """What the C-UNet makes of inputs (N, inputs, *S), guided by y_0 (N, T·D) or by nothing; float32.
+        """What the C-UNet makes of inputs (N, in_channels, *S), guided by y_0 (N, T·D) or by nothing; float32.
 
         Returns standardised images (N, T, *S) and, where it learns them, the logarithms (N, T, *S) of the absolute
         errors that are to be expected of them.
@@ -243,7 +243,7 @@ class CrossConditionedModel(nn.Module):
         return outputs[:, :targets], outputs[:, targets:].clamp(SMALLEST, LARGEST)
 
     def image(self, standardised: Tensor, inputs: Tensor) -> Tensor:
-        """Standardised images (N, T, *S) in [0, 1], exactly 0 outside the head of the inputs (N, inputs, *S)."""
+        """Standardised images (N, T, *S) in [0, 1], exactly 0 outside the head of the inputs (N, in_channels, *S)."""
         return on_unit_scale(standardised) * (inputs[:, -1:] > 0)
 
     def pooled(self, images: Tensor) -> Tensor:
@@ -297,9 +297,9 @@ class CrossConditionedModel(nn.Module):
         """Standard deviations (N, T, *S) on the [0, 1] scale, from the logarithms of `predict`; calibrated if known."""
         variance = laplace_variance(log_scale)
         if self.calibration:
-            a, b = self.calibration["variance"].to(variance).unbind(1)
+            a, c = self.calibration["variance"].to(variance).unbind(1)
             whole = (...,) + (None,) * (variance.ndim - 2)
-            variance = a[whole] * variance + b[whole]
+            variance = a[whole] * variance + c[whole]
         return variance.sqrt() / RANGE
 
 

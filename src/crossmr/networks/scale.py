@@ -14,10 +14,10 @@ RANGE = HIGHEST - LOWEST
 
 
 def standardise(images: Tensor) -> Tensor:
-    """Images in [0, 1] in robust standard deviations about the head's median, 0 where they are exactly 0."""
+    """Map [0, 1] to robust standard deviations about the head's median, in [-5, 10]; exact zeros stay 0."""
     return torch.where(images > 0, images * RANGE + LOWEST, 0)
 
 
 def on_unit_scale(images: Tensor) -> Tensor:
-    """Images in robust standard deviations about the head's median in [DARKEST, 1], saturating."""
+    """Map robust standard deviations about the head's median to [DARKEST, 1]; what is beyond is cut off."""
     return ((images - LOWEST) / RANGE).clamp(DARKEST, 1)

@@ -1,6 +1,6 @@
 """On whom a model was trained: counts in its record, and a list of hashes beside it, patients.json.
 
-The list tells whoever has a patient already.
+Whoever has a patient's name or scan can ask the list whether that patient was used; nobody else learns who was.
 
 A hash is salted, with another salt for every training, and slow, so that nobody finds patients by trying all names or
 record numbers: one try costs some 5 ms of a processor, a check of a thousand patients seconds, all record numbers of
@@ -55,11 +55,13 @@ def count_seen(studies: Iterable[tuple[str, Sequence[str], bool]]) -> dict[str, 
     known = list(studies)
     patients = [study for study in known if not study[0].startswith(PHANTOM)] or known
     modalities = sorted({m for _, had, _ in known for m in had})
+
+    def count(modality: str, *, without_skull: bool) -> int:
+        return sum(modality in had and without == without_skull for _, had, without in patients)
+
     contrasts = {
-        part: {
-            m: sum(m in had and without == (part == WITHOUT_SKULL) for _, had, without in patients) for m in modalities
-        }
-        for part in (WITH_SKULL, WITHOUT_SKULL)
+        WITH_SKULL: {m: count(m, without_skull=False) for m in modalities},
+        WITHOUT_SKULL: {m: count(m, without_skull=True) for m in modalities},
     }
     return {"studies": len(known), WITHOUT_SKULL: sum(study[2] for study in known), "contrasts": contrasts}
 

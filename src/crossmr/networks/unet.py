@@ -48,9 +48,9 @@ def crop_to(images: Tensor, size: Sequence[int]) -> Tensor:
     return images[(slice(None), slice(None), *(slice(side) for side in size))]
 
 
-def convolution(dims: int, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Module:
+def convolution(dims: int, in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Module:
     """A convolution over `dims` spatial axes that keeps the shape (or divides it by `stride`)."""
-    return CONVOLUTION[dims](inputs, outputs, size, stride=stride, padding=size // 2)
+    return CONVOLUTION[dims](in_channels, out_channels, size, stride=stride, padding=size // 2)
 
 
 def zero_init(module: nn.Module) -> nn.Module:
@@ -72,21 +72,23 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice; a condition, once there is a layer for it, is added after the first one [C]."""
 
-    def __init__(self, dims: int, inputs: int, outputs: int):
+    def __init__(self, dims: int, in_channels: int, out_channels: int):
         super().__init__()
-        self.outputs = outputs
-        self.norm_1, self.norm_2 = group_norm(inputs), group_norm(outputs)
-        self.conv_1 = convolution(dims, inputs, outputs)
-        self.conv_2 = zero_init(convolution(dims, outputs, outputs))
-        self.shortcut = nn.Identity() if inputs == outputs else convolution(dims, inputs, outputs, size=1)
+        self.out_channels = out_channels
+        self.norm_1, self.norm_2 = group_norm(in_channels), group_norm(out_channels)
+        self.conv_1 = convolution(dims, in_channels, out_channels)
+        self.conv_2 = zero_init(convolution(dims, out_channels, out_channels))
+        self.shortcut = (
+            nn.Identity() if in_channels == out_channels else convolution(dims, in_channels, out_channels, size=1)
+        )
         self.condition: nn.Linear | None = None
 
     def add_condition(self, dim: int) -> None:
         """Give the block a layer that lets a condition (B, dim) in."""
-        self.condition = nn.Linear(dim, self.outputs)
+        self.condition = nn.Linear(dim, self.out_channels)
 
     def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
-        """Map features (B, inputs, *S) and condition (B, dim) to (B, outputs, *S)."""
+        """Map features (B, in_channels, *S) and condition (B, dim) to (B, out_channels, *S)."""
         h = self.conv_1(F.silu(self.norm_1(x)))
         if self.condition is not None and c is not None:
             h += self.condition(F.silu(c))[(...,) + (None,) * (h.ndim - 2)]
@@ -117,13 +119,15 @@ class SelfAttention(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where asked."""
 
-    def __init__(self, dims: int, inputs: Sequence[int], outputs: int, attention: bool):
+    def __init__(self, dims: int, in_channels: Sequence[int], out_channels: int, attention: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(ResidualBlock(dims, n, outputs) for n in inputs)
-        self.attentions = nn.ModuleList(SelfAttention(dims, outputs) if attention else nn.Identity() for _ in inputs)
+        self.blocks = nn.ModuleList(ResidualBlock(dims, width, out_channels) for width in in_channels)
+        self.attentions = nn.ModuleList(
+            SelfAttention(dims, out_channels) if attention else nn.Identity() for _ in in_channels
+        )
 
     def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
-        """Map features (B, inputs, *S) to (B, outputs, *S)."""
+        """Map features (B, in_channels, *S) to (B, out_channels, *S)."""
         for block, attention in self.steps():
             x = attention(block(x, c))
         return x
@@ -134,8 +138,8 @@ class Level(nn.Module):
 
 
 @dataclass(frozen=True)
-class Form:
-    """The form that the two halves of one U-Net share."""
+class UNetShape:
+    """Levels and widths that the two halves of one U-Net share."""
 
     dims: int
     """Spatial axes, 2 or 3."""
@@ -158,25 +162,25 @@ class Form:
         return [self.channels * m for m in self.multipliers]
 
 
-class Gather(nn.Module):
-    """The first layer: images (B, inputs, *S) to features (B, width, *S/patch), overlapping where patch > 1."""
+class PatchEmbed(nn.Module):
+    """The first layer: images (B, in_channels, *S) to features (B, width, *S/patch), overlapping where patch > 1."""
 
-    def __init__(self, form: Form, inputs: int):
+    def __init__(self, shape: UNetShape, in_channels: int):
         super().__init__()
-        patch, width = form.patch, form.widths[0]
+        patch, width = shape.patch, shape.widths[0]
         self.conv = (
-            convolution(form.dims, inputs, width)
+            convolution(shape.dims, in_channels, width)
             if patch == 1
-            else CONVOLUTION[form.dims](inputs, width, 2 * patch, stride=patch, padding=patch // 2)
+            else CONVOLUTION[shape.dims](in_channels, width, 2 * patch, stride=patch, padding=patch // 2)
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Gather."""
+        """Embed."""
         return cast(Tensor, self.conv(images))
 
 
-class Spread(nn.Module):
-    """The last layer: features (B, width, *S/patch) to images (B, outputs, *S).
+class PatchExpand(nn.Module):
+    """The last layer: features (B, width, *S/patch) to images (B, out_channels, *S).
 
     Where patch > 1, one convolution makes all pixels of a patch; two more, at full resolution, then correct them beside
     the images that the U-Net read, so that patches leave no pattern and the sources' detail is not lost. The correction
@@ -185,18 +189,18 @@ class Spread(nn.Module):
 
     HIDDEN = 16
 
-    def __init__(self, form: Form, inputs: int, outputs: int):
+    def __init__(self, shape: UNetShape, in_channels: int, out_channels: int):
         super().__init__()
-        dims, self.patch, width = form.dims, form.patch, form.widths[0]
+        dims, self.patch, width = shape.dims, shape.patch, shape.widths[0]
         self.norm = group_norm(width)
-        self.out = convolution(dims, width, outputs * self.patch**dims)
+        self.out = convolution(dims, width, out_channels * self.patch**dims)
         self.correct: nn.Module | None = None
         if self.patch > 1:
-            last = zero_init(convolution(dims, self.HIDDEN, outputs))
-            self.correct = nn.Sequential(convolution(dims, outputs + inputs, self.HIDDEN), nn.SiLU(), last)
+            last = zero_init(convolution(dims, self.HIDDEN, out_channels))
+            self.correct = nn.Sequential(convolution(dims, out_channels + in_channels, self.HIDDEN), nn.SiLU(), last)
 
     def forward(self, x: Tensor, images: Tensor) -> Tensor:
-        """Spread features x, beside the images (B, inputs, *S) of full resolution."""
+        """Expand features x, beside the images (B, in_channels, *S) of full resolution."""
         x = self.out(F.silu(self.norm(x)))
         if self.correct is None:
             return x
@@ -211,23 +215,23 @@ class Spread(nn.Module):
 class Encoder(nn.Module):
     """Input convolution, the downward half of a U-Net, and its middle block."""
 
-    def __init__(self, form: Form, inputs: int):
+    def __init__(self, shape: UNetShape, in_channels: int):
         super().__init__()
-        dims, widths = form.dims, form.widths
-        self.stem = Gather(form, inputs)
+        dims, widths = shape.dims, shape.widths
+        self.stem = PatchEmbed(shape, in_channels)
         self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
         width = widths[0]
-        for depth, outputs in enumerate(widths):
+        for depth, out_channels in enumerate(widths):
             last = depth == len(widths) - 1
-            self.levels.append(Level(dims, [width] + [outputs] * (form.blocks - 1), outputs, last))
-            self.downs.append(nn.Identity() if last else convolution(dims, outputs, outputs, stride=2))
-            width = outputs
+            self.levels.append(Level(dims, [width] + [out_channels] * (shape.blocks - 1), out_channels, last))
+            self.downs.append(nn.Identity() if last else convolution(dims, out_channels, out_channels, stride=2))
+            width = out_channels
         self.middle_1 = ResidualBlock(dims, width, width)
         self.middle_attention = SelfAttention(dims, width)
         self.middle_2 = ResidualBlock(dims, width, width)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Map images (B, inputs, *S) to features (B, width, *S/stride) and the skips, finest first."""
+        """Map images (B, in_channels, *S) to features (B, width, *S/stride) and the skips, finest first."""
         x = self.stem(x)
         skips = [x]
         for depth, (level, down) in enumerate(zip(self.levels, self.downs, strict=True)):
@@ -244,26 +248,26 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The upward half of a U-Net, with or without the skips from its encoder."""
 
-    def __init__(self, form: Form, inputs: int, outputs: int, *, skips: bool = True):
+    def __init__(self, shape: UNetShape, in_channels: int, out_channels: int, *, skips: bool = True):
         super().__init__()
-        dims, widths, blocks = form.dims, form.widths, form.blocks
-        from_below = [widths[0]]
+        dims, widths, blocks = shape.dims, shape.widths, shape.blocks
+        skip_widths = [widths[0]]  # of the first layer; then, by level, of its blocks and what halves it
         for depth, width in enumerate(widths):
-            from_below += [width] * (blocks + (depth < len(widths) - 1))
+            skip_widths += [width] * (blocks + (depth < len(widths) - 1))
         self.skips = skips
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
         width = widths[-1]
         for depth in reversed(range(len(widths))):
             joined = []
             for _ in range(blocks + 1):
-                joined.append(width + (from_below.pop() if skips else 0))
+                joined.append(width + (skip_widths.pop() if skips else 0))
                 width = widths[depth]
             self.levels.append(Level(dims, joined, width, depth == len(widths) - 1))
             self.ups.append(convolution(dims, width, width) if depth else nn.Identity())
-        self.out = Spread(form, inputs, outputs)
+        self.out = PatchExpand(shape, in_channels, out_channels)
 
     def forward(self, x: Tensor, skips: list[Tensor], images: Tensor, c: Tensor | None = None) -> Tensor:
-        """Map deep features, skips and the encoder's images (B, inputs, *S) to images (B, outputs, *S)."""
+        """Map deep features, skips and the encoder's images (B, in_channels, *S) to images (B, out_channels, *S)."""
         skips = list(skips)
         for depth, (level, up) in enumerate(zip(self.levels, self.ups, strict=True)):
             for block, attention in cast(Level, level).steps():
@@ -278,18 +282,18 @@ class Decoder(nn.Module):
 class LightEncoder(nn.Module):
     """The downward half of a U-Net that hands on one skip per level, and its middle blocks."""
 
-    def __init__(self, form: Form, inputs: int):
+    def __init__(self, shape: UNetShape, in_channels: int):
         super().__init__()
-        dims, widths = form.dims, form.widths
-        self.stem = Gather(form, inputs)
-        self.levels = nn.ModuleList(Level(dims, [width] * form.blocks, width, False) for width in widths)
+        dims, widths = shape.dims, shape.widths
+        self.stem = PatchEmbed(shape, in_channels)
+        self.levels = nn.ModuleList(Level(dims, [width] * shape.blocks, width, False) for width in widths)
         self.downs = nn.ModuleList(
             CONVOLUTION[dims](fine, coarse, 2, stride=2) for fine, coarse in itertools.pairwise(widths)
         )
         self.middle = Level(dims, [widths[-1]] * 2, widths[-1], False)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Map images (B, inputs, *S) to features (B, width, *S/stride) and the skips, finest first."""
+        """Map images (B, in_channels, *S) to features (B, width, *S/stride) and the skips, finest first."""
         x, skips = self.stem(x), []
         for depth, level in enumerate(self.levels):
             x = level(x, c)
@@ -302,18 +306,18 @@ class LightEncoder(nn.Module):
 class LightDecoder(nn.Module):
     """The upward half: per level, features are narrowed, doubled in size, and joined with the skip."""
 
-    def __init__(self, form: Form, inputs: int, outputs: int):
+    def __init__(self, shape: UNetShape, in_channels: int, out_channels: int):
         super().__init__()
-        dims, widths = form.dims, form.widths
+        dims, widths = shape.dims, shape.widths
         pairs = list(itertools.pairwise(widths))[::-1]
         self.ups = nn.ModuleList(convolution(dims, coarse, fine, size=1) for fine, coarse in pairs)
         self.levels = nn.ModuleList(
-            Level(dims, [2 * fine] + [fine] * (form.blocks - 1), fine, False) for fine, _ in pairs
+            Level(dims, [2 * fine] + [fine] * (shape.blocks - 1), fine, False) for fine, _ in pairs
         )
-        self.out = Spread(form, inputs, outputs)
+        self.out = PatchExpand(shape, in_channels, out_channels)
 
     def forward(self, x: Tensor, skips: list[Tensor], images: Tensor, c: Tensor | None = None) -> Tensor:
-        """Map deep features, skips and the encoder's images (B, inputs, *S) to images (B, outputs, *S)."""
+        """Map deep features, skips and the encoder's images (B, in_channels, *S) to images (B, out_channels, *S)."""
         for up, level, skip in zip(self.ups, self.levels, reversed(skips), strict=True):
             x = level(torch.cat([F.interpolate(up(x), scale_factor=2.0, mode="nearest"), skip], 1), c)
         return cast(Tensor, self.out(x, images))

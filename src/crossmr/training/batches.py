@@ -2,7 +2,7 @@
 
 Because step N always gives the same batch, training resumes in the middle of an epoch with nothing to
 restore, and neither worker processes nor the number of those that train together can change the result: each of these
-draws the random numbers of the whole batch and reads its part of the samples. (Sums over a head are rounded by the
+draws the random numbers of the whole batch and reads its shard of the samples. (Sums over a head are rounded by the
 number of threads: a changed image may differ by 1e-6.)
 """
 
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from crossmr.data.dataset import Case
 from crossmr.data.labels import ENHANCING
 from crossmr.errors import SetError
-from crossmr.ranks import ALONE, Share
+from crossmr.ranks import ALONE, Shard
 from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded
 from crossmr.training.augmentation import Augmentation, AugmentationConfig, deform, draw_deformations
 
@@ -80,7 +80,7 @@ class BatchSettings:
     """What changes the neighbours; None for nothing."""
     augmented: int | None = None
     """How many of the first modalities are changed; None for all."""
-    part: Share | None = None
+    shard: Shard | None = None
     """Which samples of a batch are read here; None for all."""
 
 
@@ -95,7 +95,7 @@ class Batches(StepDataset[ImageBatch]):
         self.cases, self.modalities, self.context = tuple(cases), tuple(modalities), settings.context
         self.size, self.batch_size = tuple(settings.size), settings.batch_size
         self.seed, self.flip, augmentation = settings.seed, settings.flip, settings.augmentation
-        self.part = settings.part or ALONE.part(settings.batch_size)
+        self.shard = settings.shard or ALONE.shard(settings.batch_size)
         self.augmented = len(self.modalities) if settings.augmented is None else settings.augmented
         self.augment = None
         self.deformation = augmentation if augmentation is not None and augmentation.deformation > 0 else None
@@ -126,23 +126,23 @@ class Batches(StepDataset[ImageBatch]):
     def __getitem__(self, step: int) -> ImageBatch:
         """The batch of one step."""
         first, count = step * self.batch_size, len(self.drawn)
-        positions = range(first + self.part.start, first + self.part.stop)
+        positions = range(first + self.shard.start, first + self.shard.stop)
         orders = {epoch: self._order(epoch) for epoch in {p // count for p in positions}}
         chosen = [self.drawn[int(orders[p // count][p % count])] for p in positions]
         generator = seeded("batch", self.seed, step)
-        places = self.part.of(torch.rand(self.batch_size, len(self.size) + 1, generator=generator)).tolist()
+        places = self.shard.of(torch.rand(self.batch_size, len(self.size) + 1, generator=generator)).tolist()
         samples = [self._sample(*both) for both in zip(chosen, places, strict=True)]
         if self.deformation is not None:
             drawn = draw_deformations(self.deformation, self.batch_size, len(self.size), generator)
             spacings = [self.cases[index].spacing_mm[-len(self.size) :] for index, _ in chosen]
-            samples = [deform(*one) for one in zip(samples, self.part.of(drawn).tolist(), spacings, strict=True)]
+            samples = [deform(*one) for one in zip(samples, self.shard.of(drawn).tolist(), spacings, strict=True)]
         batch = self._batch(samples, chosen)
         return batch if self.augment is None else self._augmented(batch, self.augment, generator)
 
     def _augmented(self, batch: ImageBatch, augment: Augmentation, generator: torch.Generator) -> ImageBatch:
         """The batch as other scanners might have given its sources."""
         sources = batch.neighbours.reshape(len(batch.images), len(self.modalities), -1, *self.size).clone()
-        for index in range(-self.part.start, self.part.whole - self.part.start):
+        for index in range(-self.shard.start, self.shard.whole - self.shard.start):
             for channel in range(self.augmented):
                 drawn = augment.draw(generator)
                 if 0 <= index < len(sources):
@@ -234,9 +234,9 @@ class VectorBatch(NamedTuple):
 class Vectors(StepDataset[VectorBatch]):
     """Batches of vectors held in memory, drawn from the seed and the step alone."""
 
-    def __init__(self, vectors: VectorBatch, batch_size: int, seed: int, part: Share | None = None):
+    def __init__(self, vectors: VectorBatch, batch_size: int, seed: int, shard: Shard | None = None):
         self.vectors, self.batch_size, self.seed = vectors, batch_size, seed
-        self.part = part or ALONE.part(batch_size)
+        self.shard = shard or ALONE.shard(batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -246,5 +246,5 @@ class Vectors(StepDataset[VectorBatch]):
     def __getitem__(self, step: int) -> VectorBatch:
         """The batch of one step."""
         generator = seeded("vectors", self.seed, step)
-        chosen = self.part.of(torch.randint(len(self.vectors.pooled), (self.batch_size,), generator=generator))
+        chosen = self.shard.of(torch.randint(len(self.vectors.pooled), (self.batch_size,), generator=generator))
         return VectorBatch(self.vectors.pooled[chosen], self.vectors.present[chosen])

@@ -19,11 +19,11 @@ from crossmr.training.stages import VALIDATION_SLICES, SynthesisBatch, validatio
 def calibration(
     training: Training, model: CrossConditionedModel, before: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """'variance' (T, 2), squared error = a·variance + b of each target, a, b >= 0, within validation patients' heads.
+    """'variance' (T, 2): for each target a, c >= 0 of squared error = a·variance + c within validation patients' heads.
 
     Both are in squared robust standard deviations. By the Gaussian likelihood, for which a few large errors do not
-    outweigh the rest. Where no validation patient has what it takes, it is that of `before`. Of several processes each
-    computes a share of the errors, and rank 0 fits.
+    outweigh the rest. A target that no validation patient has keeps its pair of `before`, or else gets (1, 0). Of
+    several processes each computes its shard of the errors, and rank 0 fits.
     """
     compute, config = training.compute, training.config
     known = before.get("variance") if before else None
@@ -53,7 +53,7 @@ def _squared_errors(training: Training, model: CrossConditionedModel, batch: Syn
 
     def measure(some: slice) -> None:
         part = compute.place(cut(batch, some))
-        prediction, log_scale = model.predict(model.inputs(part.neighbours, part.available))
+        prediction, log_scale = model.predict(model.network_input(part.neighbours, part.available))
         variance = laplace_variance(cast(Tensor, log_scale))
         squared = (prediction - standardise(part.truth)) ** 2
         both[:, some] = torch.stack([variance, squared]).cpu().double()  # Apple's GPUs have no float64
@@ -62,16 +62,16 @@ def _squared_errors(training: Training, model: CrossConditionedModel, batch: Syn
     with autocast(compute.device, compute.dtype):
         at_once = training.at_once(training.config.synthesis.channels, batch.truth.shape[2:])
         in_chunks(measure, len(batch.truth), at_once, compute.ranks)
-    compute.ranks.sum_(both)
+    compute.ranks.all_reduce(both)
     return both
 
 
 def _likeliest(variance: Tensor, squared: Tensor) -> Tensor:
-    """(a, b) under which squared errors (N,) are likeliest, if Gaussian of variance a·variance + b (N,)."""
+    """(a, c) under which errors (N,), squared, are likeliest, if Gaussian of variance a·variance + c (N,)."""
 
     def cost(logs: Any) -> float:
-        a, b = torch.from_numpy(logs).exp()
-        fitted = a * variance + b
+        a, c = torch.from_numpy(logs).exp()
+        fitted = a * variance + c
         return float((fitted.log() + squared / fitted).mean())
 
     floor = max(float(squared.mean()), 1e-12)

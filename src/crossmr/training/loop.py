@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from crossmr.checkpoint import load_checkpoint, save_checkpoint
@@ -71,7 +72,7 @@ def _divided(network: nn.Module, total: Tensor, count: Tensor, compute: Compute)
     grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     if compute.ranks.size > 1:
         flat = torch.cat([*(grad.flatten() for grad in grads), torch.stack([total, count])])
-        compute.ranks.sum_(flat)
+        compute.ranks.all_reduce(flat)
         *sums, ends = torch.split(flat, [*(grad.numel() for grad in grads), 2])
         for grad, summed in zip(grads, sums, strict=True):
             grad.copy_(summed.view(grad.shape))
@@ -88,7 +89,7 @@ class Trainer:
     def __init__(self, folder: Path, stage: Stage[Any, Any], config: TrainConfig, compute: Compute, budget: Budget):
         self.folder, self.stage, self.config, self.compute, self.budget = folder, stage, config, compute, budget
         self.checkpoints, self.log = folder / "stages" / stage.name, folder / "metrics.jsonl"
-        self.ranks, self.part = compute.ranks, compute.ranks.part(config.batch_size)
+        self.ranks, self.shard = compute.ranks, compute.ranks.shard(config.batch_size)
         self.network = stage.network.requires_grad_(False)
         self.learning = stage.learning
         for parameter in self.learning:
@@ -105,7 +106,7 @@ class Trainer:
         """The last validation: after how many steps, and what it measured."""
         self.validation_seconds = 0.0
         self._restore()
-        self.micro_batches = self.ranks.largest(self._parts())
+        self.micro_batches = self.ranks.all_reduce_max(self._parts())
 
     def train(self, plan: Plan) -> nn.Module:
         """Train to the plan's last step and return the averaged network.
@@ -136,7 +137,7 @@ class Trainer:
                 if last:
                     break
                 if stop:
-                    self.ranks.wait()  # for the checkpoint: where one process ends, torchrun ends the others
+                    self.ranks.barrier()  # for the checkpoint: where one process ends, torchrun ends the others
                     steps = f"step {self.done} of {plan.total}" if plan.total else f"step {self.done}"
                     raise Interrupted(f"Stopped at {steps} of {self.stage.name}; the same command goes on from there.")
         return self.averaged
@@ -181,8 +182,8 @@ class Trainer:
         return rate
 
     def _draw(self, raw: Any) -> Any:
-        """This process's part of this step's batch, everything random drawn."""
-        return self.stage.batch(raw, seeded(self.stage.name, self.compute.seed, self.done), self.part)
+        """This process's shard of this step's batch, everything random drawn."""
+        return self.stage.batch(raw, seeded(self.stage.name, self.compute.seed, self.done), self.shard)
 
     def _backward(self, batch: Any) -> Tensor:
         """The gradients of a batch's mean error, and that mean, in as many parts as memory wants.
@@ -229,15 +230,15 @@ class Trainer:
 
     def _corrected(self, plan: Plan, clock: Clock) -> Plan:
         """The plan, made anew from the measured pace where that is due."""
-        if (until := plan.until) is None or not self.ranks.numbers(clock.due(plan, self.done))[0]:
+        if (until := plan.until) is None or not self.ranks.broadcast_numbers(clock.due(plan, self.done))[0]:
             return plan
         _synchronise(self.compute.device)
-        pace, left = self.ranks.numbers(clock.pace(self.done), until - self.budget.spent())
+        pace, left = self.ranks.broadcast_numbers(clock.pace(self.done), until - self.budget.spent())
         if plan.total is None and left <= 0:
             plan = replace(plan, validations=0)
         elif plan.total is None:
             self._validate(clock)  # to see how long it takes
-            (left,) = self.ranks.numbers(until - self.budget.spent())
+            (left,) = self.ranks.broadcast_numbers(until - self.budget.spent())
             most = VALIDATION_FRACTION * left / max(1e-9, self.validation_seconds)
             plan = replace(plan, validations=max(1, min(VALIDATIONS, int(most))))
         coming = math.ceil(plan.validations * (1 - plan.progress(self.done))) + self.stage.later_validations
@@ -261,7 +262,7 @@ class Trainer:
                 if name.startswith(("val_error_", "val_loss"))
             ):
                 raise self._diverged("what it makes of the validation patients is")
-            (self.validation_seconds,) = self.ranks.numbers(time.monotonic() - begin)
+            (self.validation_seconds,) = self.ranks.broadcast_numbers(time.monotonic() - begin)
             clock.pause(self.validation_seconds)
         return self.measured[1]
 
@@ -329,7 +330,7 @@ class Trainer:
         def read() -> tuple[Mapping[str, Tensor], dict[str, Any]]:
             return load_checkpoint(self.checkpoints, say) or ({f"network.{k}": v for k, v in fresh.items()}, {})
 
-        tensors, data = self.ranks.given(read)
+        tensors, data = self.ranks.broadcast(read)
         if not data and self.ranks.size == 1:
             return
         if not data:
@@ -375,7 +376,7 @@ def _synchronise(device: torch.device) -> None:
 @torch.no_grad()
 def _average(averaged: nn.Module, network: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the network's by 1 - decay."""
-    torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
+    get_ema_multi_avg_fn(decay)(list(averaged.parameters()), list(network.parameters()), 0)
 
 
 def _truncate_log(log: Path, stage: str, done: int) -> None:

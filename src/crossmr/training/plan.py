@@ -73,7 +73,7 @@ class Plan:
         return progress + (1 - progress) * (step - first) / (total - first) if total > first else progress
 
     def due(self, done: int, times: int) -> bool:
-        """Whether something that happens so many times, after the last step too, happens after `done` steps."""
+        """Whether one of `times` evenly spaced events follows step `done`; one always follows the last step."""
         total = self.total or done
         return times > 0 and (done >= total or done * times // total > (done - 1) * times // total)
 
@@ -99,7 +99,7 @@ def write_plan(folder: Path, stage: str, plan: Plan) -> None:
 
 
 class Clock:
-    """How fast the steps of this call are, without validation; the first one, which warms up, does not count."""
+    """Times the steps of this call, without validation and without the first step, which warms up."""
 
     def __init__(self, done: int, budget: Budget):
         self.first, self.budget, self.begin, self.from_step, self.start = done, budget, budget.spent(), done, 0.0

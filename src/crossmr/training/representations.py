@@ -24,10 +24,10 @@ def pooled_features(
     until: float | None = None,
     every: int = 1,
 ) -> list[VectorBatch]:
-    """Of each case's slices with enough head (2D), or `every` so many, or of its volume (3D), on the CPU.
+    """Pooled features of each case, on the CPU: of every `every`-th slice with enough head (2D), or of the volume (3D).
 
-    Of several processes each takes its turn with the next case, and all have the features of all of them. Ends before
-    the last case where the budget has spent more than `until`.
+    Of several processes each takes its turn with the next case, and all get the features of all cases. Ends early once
+    the budget has spent more than `until` seconds.
     """
     cast(nn.Module, model.representation).eval()
     compute, ranks, features = training.compute, training.compute.ranks, []
@@ -43,11 +43,16 @@ def pooled_features(
                 features.append(VectorBatch(torch.zeros(*shape, width), torch.zeros(shape)))
             task.advance()
             round_ends, last = (index + 1) % ranks.size == 0, index + 1 == len(cases)
-            if until is not None and round_ends and not last and ranks.numbers(training.budget.spent())[0] > until:
+            if (
+                until is not None
+                and round_ends
+                and not last
+                and ranks.broadcast_numbers(training.budget.spent())[0] > until
+            ):
                 compute.display.say(f"represent: no time for more than {index + 1} of {len(cases)} studies")
                 break
     for part in features:
-        ranks.sum_(*part)
+        ranks.all_reduce(*part)
     return features
 
 
@@ -83,5 +88,5 @@ def draw_representations(training: Training, model: CrossConditionedModel, cases
                 generators = [seeded("drawn", compute.seed, case.name, k) for k in range(training.recipe.samples)]
                 drawn[index] = model.draw(generators, condition).cpu()
             task.advance()
-    compute.ranks.sum_(drawn)
+    compute.ranks.all_reduce(drawn)
     return drawn

@@ -155,7 +155,7 @@ def train(
                 logging.say(f"{ranks.size} processes train together, {ranks.local_size} of them on this machine")
             training = replace(begun.training, compute=replace(begun.training.compute, display=logging))
             _train_model(training, begun.initial, begun.chosen, steps)
-            ranks.wait()  # where one process ends, torchrun ends the others
+            ranks.barrier()  # where one process ends, torchrun ends the others
     return folder / "model"
 
 
@@ -173,26 +173,29 @@ def _agree(
     begin: Callable[[float | None, Ranks], _Begun], folder: Path, settings: TrainingSettings, ranks: Ranks
 ) -> tuple[_Begun, int | None, float | None]:
     """What is trained, its steps and minutes: rank 0 begins, and keeps the run; the others begin the same."""
-    begun: list[_Begun] = []
-
-    def first() -> dict[str, Any]:
+    begun, agreed = None, dict[str, Any]()
+    if ranks.first:
         _refuse_foreign(folder)
         minutes = _minutes(folder, settings)
-        begun.append(begin(minutes, ranks))
-        kept = _check_identity(folder, begun[0].identity, settings)  # all else makes sense: a run keeps it
-        return {"minutes": minutes, "kept": kept, "identity": begun[0].identity}
+        begun = begin(minutes, ranks)
+        kept = _check_identity(folder, begun.identity, settings)  # last: a run keeps it
+        agreed = {"minutes": minutes, "kept": kept, "identity": begun.identity}
+    agreed = ranks.broadcast_json(lambda: agreed)
+    if begun is None:
+        begun = begin(agreed["minutes"], ranks)
+        _check_same(begun.identity, agreed["identity"])
+    steps, minutes = agreed["kept"]
+    return begun, steps, minutes
 
-    told = ranks.told(first)
-    if not begun:
-        begun.append(begin(told["minutes"], ranks))
-        for key, value in begun[0].identity.items():
-            if value != told["identity"].get(key):
-                raise ConfigError(
-                    f"{key} is {value} here, {told['identity'].get(key)} for rank 0; give all processes the same "
-                    "command, set and kind of machine, or say --precision float32."
-                )
-    steps, minutes = told["kept"]
-    return begun[0], steps, minutes
+
+def _check_same(own: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Refuse to train another model than rank 0 does."""
+    for key, value in own.items():
+        if value != first.get(key):
+            raise ConfigError(
+                f"{key} is {value} here, {first.get(key)} for rank 0; give all processes the same "
+                "command, set and kind of machine, or say --precision float32."
+            )
 
 
 def _locked_by_first(folder: Path, ranks: Ranks) -> AbstractContextManager[None]:
@@ -201,7 +204,7 @@ def _locked_by_first(folder: Path, ranks: Ranks) -> AbstractContextManager[None]
 
 @contextmanager
 def _only_own_failures(ranks: Ranks, display: Display) -> Iterator[None]:
-    """Of all but rank 0 tell nothing but what only they know: an error of their own."""
+    """Let a process above rank 0 say errors of its own alone: rank 0 says what all share, as a stop."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -273,14 +276,18 @@ def _is_run(path: Path) -> bool:
 def _recipe(
     dataset: PreparedDataset, settings: TrainingSettings, initial: CrossConditionedModel | None, minutes: float | None
 ) -> tuple[Recipe, Sequence[str]]:
-    """By which recipe, and why so, where the set chooses; refuses to learn from nobody, or from where nobody knows."""
+    """The recipe, and a line for each setting that the set decides.
+
+    Raises:
+        SetError: no training patient. ModelError: nothing tells how the initial model was trained.
+    """
     if not (cases := dataset.split("train")):
         raise SetError(
             f"No patient of {dataset.folder} is for training. Run prepare with another --split or --patients."
         )
     if initial is not None and not initial.record:
         raise ModelError(
-            "The initial model was never saved, so it has no record. Save it by save_model, name its folder."
+            "The initial model has no record of its training. Name the folder of a trained model, or a registered one."
         )
     recipe = settings.chosen_recipe or (STANDARD if initial is None else recipe_of(initial))
     if not recipe.by_set:
@@ -457,7 +464,7 @@ def _baselines(training: Training, initial: CrossConditionedModel | None) -> dic
             save_bundle(place, {"baselines": fitted}, {}, "baselines")
         return load_bundle(place, "baselines")[0]["baselines"], None
 
-    return training.compute.ranks.given(first)[0]
+    return training.compute.ranks.broadcast(first)[0]
 
 
 def _typical(training: Training, baselines: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -500,7 +507,7 @@ def _load_finished(training: Training, model: CrossConditionedModel, stage: str)
             return {}, {}
         return without_prefix(checkpoint[0], "ema."), checkpoint[1]
 
-    tensors, data = training.compute.ranks.given(averaged)
+    tensors, data = training.compute.ranks.broadcast(averaged)
     if not data:
         return False
     model.network_of(stage).load_state_dict(tensors)
@@ -529,7 +536,7 @@ def _train_stage(training: Training, model: CrossConditionedModel, name: str, st
     stage, config = STAGES[name](training, model.eval()), training.recipe.train_config(name)
     trainer = Trainer(training.folder, stage, config, training.compute, training.budget)
     steps = steps or max(1, round(config.epochs * stage.data.steps_per_epoch))
-    plan = training.compute.ranks.told(lambda: to_dict(_plan(training, name, steps)))
+    plan = training.compute.ranks.broadcast_json(lambda: to_dict(_plan(training, name, steps)))
     averaged = trainer.train(from_dict(Plan, plan))
     stage.network.load_state_dict(averaged.state_dict())
     stage.network.requires_grad_(False)

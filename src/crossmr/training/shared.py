@@ -72,7 +72,7 @@ class Training:
         settings = BatchSettings(
             size=self.recipe.crop,
             batch_size=batch_size,
-            part=self.compute.ranks.part(batch_size),
+            shard=self.compute.ranks.shard(batch_size),
             seed=self.compute.seed,
             flip=self.recipe.flip,
             lesion_draws=1 if masked else self.recipe.lesion_draws,
@@ -102,7 +102,7 @@ class Training:
 def in_chunks(
     function: Callable[[slice], Result], count: int, chunk: int = CHUNK, ranks: Ranks = ALONE
 ) -> list[Result]:
-    """What `function` makes of this process's part of so many samples, `chunk` at once, or fewer if memory runs out."""
-    first, end, _ = ranks.part(count)
+    """What `function` makes of this process's shard of `count` samples, `chunk` at once, fewer if memory runs out."""
+    first, end, _ = ranks.shard(count)
     shifted = in_batches(lambda some: function(slice(first + some.start, first + some.stop)), end - first, chunk)
     return [result for _, result, _ in shifted]

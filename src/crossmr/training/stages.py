@@ -25,7 +25,7 @@ from crossmr.networks.masked_autoencoder import MaskedAutoencoder, masked_square
 from crossmr.networks.model import CrossConditionedModel, ModelConfig
 from crossmr.networks.scale import on_unit_scale, standardise
 from crossmr.picture import BRIGHTEST, save_picture, window, windowed
-from crossmr.ranks import ALONE, Share
+from crossmr.ranks import ALONE, Shard
 from crossmr.tensors import foreground_slices, seeded
 from crossmr.training.batches import ImageBatch, StepDataset, VectorBatch, Vectors
 from crossmr.training.representations import draw_representations, pooled_features
@@ -67,10 +67,10 @@ class Stage(ABC, Generic[Raw, Drawn]):
         return list(self.network.parameters())
 
     @abstractmethod
-    def batch(self, raw: Raw, generator: torch.Generator, part: Share | None = None) -> Drawn:
+    def batch(self, raw: Raw, generator: torch.Generator, shard: Shard | None = None) -> Drawn:
         """A batch of tensors (B, ...) on the CPU, for which everything random has been drawn.
 
-        `part` says which samples of a batch `raw` holds; None: all of them.
+        `shard` says which samples of a batch `raw` holds; None: all of them.
         """
 
     @abstractmethod
@@ -95,7 +95,7 @@ def mean_loss(stage: Stage[Any, Drawn], network: nn.Module, batch: Drawn | None,
 
     with autocast(compute.device, compute.dtype):
         in_chunks(add, len(batch[0]), stage.chunk, compute.ranks)
-    compute.ranks.sum_(sums)
+    compute.ranks.all_reduce(sums)
     return {"val_loss": float(sums[0] / sums[1].clamp(min=1))}
 
 
@@ -129,11 +129,11 @@ class RepresentationStage(Stage[ImageBatch, MaskedBatch]):
             fixed = training.batches(self.name, val, training.config.represented, masked=True).fixed(VALIDATION_SLICES)
             self.fixed = self.batch(fixed, seeded("validate", self.compute.seed))
 
-    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Share | None = None) -> MaskedBatch:
+    def batch(self, raw: ImageBatch, generator: torch.Generator, shard: Shard | None = None) -> MaskedBatch:
         """Draw the patches that are hidden, the same in all modalities of a sample."""
-        part = part or ALONE.part(len(raw.images))
-        shape = (part.whole, *raw.images.shape[2:])
-        mask = part.of(random_mask(shape, self.config.patch_size, self.config.mask_ratio, generator))
+        shard = shard or ALONE.shard(len(raw.images))
+        shape = (shard.whole, *raw.images.shape[2:])
+        mask = shard.of(random_mask(shape, self.config.patch_size, self.config.mask_ratio, generator))
         return MaskedBatch(raw.images, mask, raw.present)
 
     def loss(self, network: nn.Module, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
@@ -176,7 +176,7 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
         known = self._vectors(training)
         vectors = known["train"]
         batch_size, ranks = training.recipe.train_config(self.name).batch_size, self.compute.ranks
-        data = Vectors(vectors, batch_size, self.compute.seed, ranks.part(batch_size))
+        data = Vectors(vectors, batch_size, self.compute.seed, ranks.shard(batch_size))
         super().__init__(model.network_of(self.name), data)
         y_0 = model.y_0(*(part[:, self._targets] for part in vectors))
         features = model.target_features(vectors.present[:, self._targets])
@@ -202,7 +202,7 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
         Where a budget is too short for all of them, they are of the first studies in a random order.
         """
         place, ranks = training.folder / "stages" / "vectors", self.compute.ranks
-        if not ranks.told((place / "vectors.json").exists):
+        if not ranks.broadcast_json((place / "vectors.json").exists):
             some = partial(training.usable, with_sources=self._conditional)
             train, val = some(training.train), some(training.val)
             if not train:
@@ -222,7 +222,7 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
             groups = load_bundle(place, "vectors")[0].items()
             return {f"{name}.{key}": tensor for name, group in groups for key, tensor in group.items()}, None
 
-        tensors, _ = ranks.given(load)
+        tensors, _ = ranks.broadcast(load)
         names = {key.partition(".")[0] for key in tensors}
         return {name: VectorBatch(tensors[f"{name}.pooled"], tensors[f"{name}.present"]) for name in names}
 
@@ -231,22 +231,22 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
         parts = pooled_features(training, self.model, cases, self.config.represented, until=until, every=every)
         return VectorBatch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
-    def batch(self, raw: VectorBatch, generator: torch.Generator, part: Share | None = None) -> DiffusionBatch:
+    def batch(self, raw: VectorBatch, generator: torch.Generator, shard: Shard | None = None) -> DiffusionBatch:
         """Draw, for any subset, what is available; then steps of diffusion, noise, and whose condition is kept."""
-        part = part or ALONE.part(len(raw.pooled))
+        shard = shard or ALONE.shard(len(raw.pooled))
         target_mask = raw.present[:, self._targets]
         available = raw.present[:, self._sources]
         if self.config.any_subset:
-            available = random_subsets(target_mask, generator, part)
+            available = random_subsets(target_mask, generator, shard)
             target_mask = target_mask - available
         y_0 = self.model.y_0(raw.pooled[:, self._targets], target_mask)
-        t = part.of(torch.randint(self.config.distribution.schedule.steps, (part.whole,), generator=generator))
-        noise = part.of(torch.randn(part.whole, y_0.shape[1], generator=generator))
+        t = shard.of(torch.randint(self.config.distribution.schedule.steps, (shard.whole,), generator=generator))
+        noise = shard.of(torch.randn(shard.whole, y_0.shape[1], generator=generator))
         condition = keep = None
         if self._conditional:
             condition = self.model.condition(raw.pooled[:, self._sources], available)
             dropout = self.config.distribution.condition_dropout
-            keep = (part.of(torch.rand(part.whole, 1, generator=generator)) >= dropout).float()
+            keep = (shard.of(torch.rand(shard.whole, 1, generator=generator)) >= dropout).float()
         return DiffusionBatch(y_0, self.model.target_features(target_mask), t, noise, condition, keep)
 
     def loss(self, network: nn.Module, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
@@ -300,9 +300,9 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
         """(cases, K, T·D), drawn for each of them; None where nothing is."""
         return draw_representations(self.training, self.model, cases) if self.config.guidance == "joint" else None
 
-    def batch(self, raw: ImageBatch, generator: torch.Generator, part: Share | None = None) -> SynthesisBatch:
+    def batch(self, raw: ImageBatch, generator: torch.Generator, shard: Shard | None = None) -> SynthesisBatch:
         """Draw, for any subset, what is available, and which of a patient's representations guides."""
-        return view(self.config, raw, self.drawn, generator, part)
+        return view(self.config, raw, self.drawn, generator, shard)
 
     def guide(self, batch: SynthesisBatch) -> Tensor | None:
         """What the C-UNet is guided by, (B, T·D)."""
@@ -310,7 +310,7 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
 
     def predict(self, network: nn.Module, batch: SynthesisBatch) -> tuple[Tensor, Tensor | None]:
         """The synthesis (B, T, *S), standardised, and, where it is learnt, the logarithm of its expected error."""
-        inputs = self.model.inputs(batch.neighbours, batch.available)
+        inputs = self.model.network_input(batch.neighbours, batch.available)
         return self.model.split(cast(CUNet, network)(inputs, self.guide(batch)))
 
     def loss(self, network: nn.Module, batch: SynthesisBatch) -> tuple[Tensor, Tensor]:
@@ -340,7 +340,7 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
 
         with autocast(compute.device, compute.dtype):
             in_chunks(predict, len(prediction), self.chunk, compute.ranks)
-        compute.ranks.sum_(prediction)
+        compute.ranks.all_reduce(prediction)
         truth, scores = standardise(fixed.truth), {}
         for index, target in enumerate(self.config.targets):
             chosen = fixed.target_mask[:, index] > 0
@@ -411,36 +411,38 @@ def view(
     raw: ImageBatch,
     drawn: Tensor | None,
     generator: torch.Generator,
-    part: Share | None = None,
+    shard: Shard | None = None,
 ) -> SynthesisBatch:
     """A batch of `config.modalities` as sources and targets; for any subset a random part of each sample is hidden."""
-    part = part or ALONE.part(len(raw.images))
+    shard = shard or ALONE.shard(len(raw.images))
     count = len(config.sources)
     available, truth, target_mask = raw.present[:, :count], raw.images[:, count:], raw.present[:, count:]
     if config.any_subset:
-        available, truth = random_subsets(raw.present, generator, part), raw.images
+        available, truth = random_subsets(raw.present, generator, shard), raw.images
         target_mask = raw.present - available
     y_0 = None
     if drawn is not None:
-        y_0 = drawn[raw.case, part.of(torch.randint(drawn.shape[1], (part.whole,), generator=generator))]
+        y_0 = drawn[raw.case, shard.of(torch.randint(drawn.shape[1], (shard.whole,), generator=generator))]
     neighbours = raw.neighbours[:, : count * config.context_slices]
     return SynthesisBatch(neighbours, available, truth, target_mask, raw.lesion, y_0)
 
 
-def random_subsets(present: Tensor, generator: torch.Generator, part: Share | None = None) -> Tensor:
+def random_subsets(present: Tensor, generator: torch.Generator, shard: Shard | None = None) -> Tensor:
     """For each row of present (B, M) one of the non-empty proper subsets of its ones.
 
     Each further missing one is half as likely, and subsets of one size are equally likely. A row of less than two ones
     stays as it is. Each row takes as many random numbers as any other, whatever it holds.
     """
-    part, chosen = part or ALONE.part(len(present)), present.clone()
-    uniform = part.of(torch.rand(part.whole, 1 + present.shape[1], generator=generator))
-    for row, is_there, (how_many, *order) in zip(chosen, present > 0, uniform, strict=True):
-        own = is_there.nonzero().flatten()
-        if len(own) > 1:
-            up_to = (0.5 ** torch.arange(1.0, len(own))).cumsum(0)
-            hidden = 1 + int((how_many * up_to[-1] >= up_to[:-1]).sum())
-            row[own[torch.stack(order)[own].argsort()[:hidden]]] = 0
+    shard, chosen = shard or ALONE.shard(len(present)), present.clone()
+    uniform = shard.of(torch.rand(shard.whole, 1 + present.shape[1], generator=generator))
+    for row, numbers in zip(chosen, uniform, strict=True):
+        there = row.nonzero().flatten()
+        if len(there) < 2:
+            continue
+        cumulative = (0.5 ** torch.arange(1.0, len(there))).cumsum(0)  # of hiding 1, 2, ... of them, not normalised
+        hidden = 1 + int((numbers[0] * cumulative[-1] >= cumulative[:-1]).sum())
+        shuffled = there[numbers[1:][there].argsort()]
+        row[shuffled[:hidden]] = 0
     return chosen
 
 
