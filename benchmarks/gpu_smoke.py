@@ -24,7 +24,7 @@ from crossmr.data.volume import read_volume
 from crossmr.device import choose_device
 from crossmr.display import Display
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.phantom import write_cohort
 from crossmr.training.recipes import RECIPES
 from crossmr.training.run import TrainingSettings, train
@@ -110,14 +110,14 @@ def main() -> None:
     for guidance in ("none", "sample"):
         for where, precision in ((options.device, "bfloat16"), ("cpu", "float32")):
             begun, folder = time.monotonic(), out / f"{guidance}-{precision}"
-            wish = Settings(guidance=guidance, ddim_steps=10, device=where, precision=precision)
+            wish = InferenceSettings(guidance=guidance, ddim_steps=10, device=where, precision=precision)
             summary = complete_cohort(out / "incomplete", folder, model, settings=wish)
             if summary.failed or not summary.completed:
                 raise SystemExit(f"not completed: {summary.failed or summary.not_filled}")
             row(f"complete on {where} in {precision}, guidance {guidance}", begun)
         differences[guidance] = largest_difference(out / f"{guidance}-bfloat16", out / f"{guidance}-float32")
     begun = time.monotonic()
-    wanted = EvaluationSettings(inference=Settings(device=options.device))
+    wanted = EvaluationSettings(inference=InferenceSettings(device=options.device))
     result = evaluate(model, out / "set", out / "evaluation", wanted)
     row(f"evaluate {len(result['cases'])} studies", begun)
     seconds, worst = time.monotonic() - start, max(differences.values())

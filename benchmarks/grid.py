@@ -36,7 +36,7 @@ from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.display import Display
 from crossmr.evaluation.measures import KEPT, measure, measure_contrasts, regions_of, structures_of
 from crossmr.evaluation.subjects import Array, Subject
-from crossmr.networks.inference import HeadVolumes, Settings, synthesise
+from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.networks.scale import on_unit_scale, standardise
 from crossmr.tensors import crop_or_pad, neighbours, to_model_input
@@ -171,7 +171,9 @@ def synthesised(
     """What the model makes of these sources, 0 outside the head."""
     given = {m: subject.volumes[m] for m in sources}
     head = HeadVolumes.of(given, subject.head, subject.spacing_mm)
-    images = synthesise(model, head, subject.name, Settings(targets=tuple(targets))).images.numpy() * subject.head
+    images = (
+        synthesise(model, head, subject.name, InferenceSettings(targets=tuple(targets))).images.numpy() * subject.head
+    )
     return dict(zip(targets, images, strict=True))
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from crossmr.completion.cohort import complete_cohort
 from crossmr.display import Display
 from crossmr.main_memory import keep_memory
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.output.report import report_completion
 from crossmr.phantom import write_cohort
 
@@ -111,7 +111,8 @@ def measure(cohort: Path, out: Path, count: int, answer: Any) -> None:
     keep_memory()
     watch = Watch(count)
     start = time.perf_counter()
-    named = Settings(targets=("t1n", "t1c", "t2w", "t2f"))  # T2 of a head with skull is refused unless it is named
+    # T2 of a head with skull is refused unless it is named
+    named = InferenceSettings(targets=("t1n", "t1c", "t2w", "t2f"))
     summary = complete_cohort(cohort, out, settings=named, display=watch)
     seconds = time.perf_counter() - start
     report_completion(out)

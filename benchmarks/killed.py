@@ -30,7 +30,7 @@ from crossmr.completion.cohort import complete_cohort
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.data.volume import read_volume
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.output.report import report_completion
 from crossmr.phantom import write_cohort
 from crossmr.training import loop
@@ -56,7 +56,7 @@ RECIPE = replace(
 BETWEEN = 5
 """Kills before a verb may finish."""
 TIMES = re.compile(rb'"(seconds|created|pace|steps_per_second)": [^,\n}]+')
-SETTINGS = Settings(precision="float32", guidance="sample", samples=2)
+SETTINGS = InferenceSettings(precision="float32", guidance="sample", samples=2)
 
 
 def verbs(folder: Path) -> dict[str, Callable[[Path], None]]:

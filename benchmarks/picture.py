@@ -11,7 +11,7 @@ import crossmr
 from crossmr.data.naming import DISPLAY_NAMES, find_studies
 from crossmr.data.study import load_study
 from crossmr.data.volume import read_volume
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.phantom import write_cohort
 from crossmr.picture import save_picture, window, windowed
 
@@ -37,7 +37,7 @@ def main() -> None:
         for target in MODALITIES:
             truth = study.normalised(target)
             others = {m: path for m, path in files.images().items() if m != target}
-            result = crossmr.complete(others, model=args.model, settings=Settings(targets=(target,)))
+            result = crossmr.complete(others, model=args.model, settings=InferenceSettings(targets=(target,)))
             synthetic = read_volume(result.images[target]).data
             shown, name = window(truth), DISPLAY_NAMES[target]
             truths.append((f"{name}: truth", windowed(truth[z, y, x], shown)))

@@ -32,7 +32,7 @@ from crossmr.device import choose_device
 from crossmr.display import Display
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.tables import BASELINE
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.training.plan import read_plan
 from crossmr.training.recipes import RECIPES
@@ -80,7 +80,7 @@ def measure(name: str, hidden: Path, out: Path, options: argparse.Namespace, ans
         replace(RECIPES[name], by_set=()), SETTINGS | dict(pair.split("=", 1) for pair in options.set)
     )
     task = {} if recipe.any_subset else {"sources": SOURCES, "targets": TARGETS}
-    settings = Settings(device=options.device)
+    settings = InferenceSettings(device=options.device)
     shutil.rmtree(folder, ignore_errors=True)
     start = time.monotonic()
     wish = TrainingSettings(recipe, minutes=options.minutes, device=options.device, seed=options.seed, **task)

@@ -44,7 +44,7 @@ from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.main_memory import keep_memory
 from crossmr.metrics import psnr
 from crossmr.networks.c_unet import synthesis_error
-from crossmr.networks.inference import BATCH, HeadVolumes, Settings, synthesise
+from crossmr.networks.inference import BATCH, HeadVolumes, InferenceSettings, synthesise
 from crossmr.networks.model import CrossConditionedModel, load_model
 from crossmr.phantom import write_cohort
 from crossmr.picture import Panel, middle, save_panels
@@ -139,7 +139,7 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
     """One study, step by step."""
     (files,) = find_studies(folder)
     paths = {m: path for m, path in files.images().items() if m != target}
-    study, settings = load_study(paths), Settings(targets=(target,))
+    study, settings = load_study(paths), InferenceSettings(targets=(target,))
     dtype = choose_precision("auto", CPU)
     product, copied = peak(dtype), bandwidth()
     head, batches = batches_of(study, target, model)
@@ -190,7 +190,9 @@ def parts(folder: Path, target: str, model: CrossConditionedModel, rounds: int) 
     print(f"in a cohort, one study read ahead, a further study takes {each:.2f} s: {each / own - 1:.0%} around them")
 
 
-def in_a_cohort(paths: Mapping[str, Path], model: CrossConditionedModel, settings: Settings, count: int) -> float:
+def in_a_cohort(
+    paths: Mapping[str, Path], model: CrossConditionedModel, settings: InferenceSettings, count: int
+) -> float:
     """Seconds that a further study takes in a cohort of one study under so many names."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, watch = Path(temporary), Watch(count)
@@ -395,7 +397,7 @@ def gpu(folder: Path, target: str, device: torch.device, rounds: int, batch: int
         load_study({m: p for m, p in files.images().items() if m != target}),
         load_model(find_model(), device),
     )
-    call = {"study": lambda: [complete_study(study, shipped, Settings(targets=(target,))), wait()]}
+    call = {"study": lambda: [complete_study(study, shipped, InferenceSettings(targets=(target,))), wait()]}
     print(f"\none study, read beforehand, by the shipped weights: {interleaved(call, 3)['study']:.2f} s")
     if device.type == "cuda":
         print(f"peak memory of the card: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")

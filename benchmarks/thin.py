@@ -11,7 +11,7 @@ from grid import Row
 from crossmr import metrics
 from crossmr.evaluation.measures import above_air, measure_contrasts, regions_of
 from crossmr.evaluation.subjects import Array, Subject
-from crossmr.networks.inference import HeadVolumes, Settings, synthesise
+from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
 from crossmr.networks.model import CrossConditionedModel
 
 FOUR = ("t1n", "t1c", "t2w", "t2f")
@@ -32,7 +32,7 @@ def made(
     targets = tuple(m for m in model.config.targets if m in subject.volumes and m not in sources)
     voxels = [0 if z % every else int(count) for z, count in enumerate(subject.head.sum((1, 2)))]
     head = HeadVolumes({m: subject.volumes[m] for m in sources}, voxels, subject.spacing_mm[0])
-    result = synthesise(model, head, subject.name, Settings(targets=targets))
+    result = synthesise(model, head, subject.name, InferenceSettings(targets=targets))
     inside = subject.head[::every]
     images, stds = (
         {

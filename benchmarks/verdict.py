@@ -26,7 +26,7 @@ from crossmr.data.head import fit_normalisation
 from crossmr.data.naming import find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.evaluation.measures import LOST, STANDS_OUT
-from crossmr.networks.inference import HeadVolumes, Settings, synthesise
+from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.registry import load_model
 
@@ -140,7 +140,7 @@ def synthesised(study: Study, target: str, model: CrossConditionedModel, out: Pa
         box = study.box()
         volumes = {m: study.normalised(m, box) for m in study.volumes if m != target}
         head = HeadVolumes.of(volumes, study.mask[box], study.reference.spacing_mm)
-        image = synthesise(model, head, study.case, Settings(targets=(target,))).images[0]
+        image = synthesise(model, head, study.case, InferenceSettings(targets=(target,))).images[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, image=image.numpy().astype(np.float16))
     return np.asarray(np.load(path)["image"], np.float32)

@@ -248,10 +248,10 @@ def cohort(tmp_path_factory):
 def completed(cohort, model, tmp_path_factory):
     """The cohort, completed once: the folder and what was returned."""
     from crossmr.completion.cohort import complete_cohort
-    from crossmr.networks.inference import Settings
+    from crossmr.networks.inference import InferenceSettings
 
     out = tmp_path_factory.mktemp("completed")
-    return out, complete_cohort(cohort, out, model, Settings(ddim_steps=3, precision="float32"))
+    return out, complete_cohort(cohort, out, model, InferenceSettings(ddim_steps=3, precision="float32"))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from crossmr.dicom.selection import choose
 from crossmr.dicom.series import find_series
 from crossmr.display import Display
 from crossmr.errors import StudyError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.phantom import write_cohort
 
 SILENT = {"description": "AX T1"}
@@ -63,7 +63,7 @@ def test_vessels_tell_which_of_two_silent_t1_is_enhanced(plain, bright, phantom,
 def test_the_decision_stands_in_the_manifest_and_the_terminal(phantom, tmp_path, capsys):
     write(tmp_path / "in", phantom, _2="t1n", _3="t2w", _4="t2f", _5="t1c")
     model = save_untrained(tmp_path / "model")
-    settings = Settings(ddim_steps=2, device="cpu", precision="float32")
+    settings = InferenceSettings(ddim_steps=2, device="cpu", precision="float32")
     summary = complete_cohort(tmp_path / "in", tmp_path / "out", model, settings, display=Display())
     (case,) = summary.complete
     manifest = json.loads((tmp_path / "out" / case / "manifest.json").read_text())

@@ -14,10 +14,10 @@ from crossmr.completion.case import CohortSettings
 from crossmr.completion.cohort import complete_cohort, plan_cohort
 from crossmr.completion.private import NAME, read_paths
 from crossmr.display import Display
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 
 SHAPE = (26, 28, 22)
-SETTINGS = Settings(ddim_steps=3, device="cpu", precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=3, device="cpu", precision="float32")
 AGAIN = CohortSettings(overwrite=True)
 
 

@@ -25,7 +25,7 @@ from crossmr.evaluation.protocols import ERASED, REAL, ZEROS, OtherScore, dice, 
 from crossmr.evaluation.segmenter import Segmenter
 from crossmr.evaluation.subjects import subject_of_files
 from crossmr.evaluation.tables import BASELINE, other_tables
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.output.report import report_evaluation
 from crossmr.parts import Part
 
@@ -44,7 +44,7 @@ nib.save(nib.Nifti1Image(found, images["t1n"].affine), labels)
 
 
 def settings(protocol="brasyn", segmenter=None, **changes):
-    changes = {"inference": Settings(ddim_steps=3, precision="float32"), **changes}
+    changes = {"inference": InferenceSettings(ddim_steps=3, precision="float32"), **changes}
     return ProtocolSettings(protocol, segmenter, EvaluationSettings(**changes))
 
 

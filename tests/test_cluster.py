@@ -24,10 +24,10 @@ from crossmr.completion.cohort import CohortSettings, CohortSummary, Job, comple
 from crossmr.completion.inputs import find_inputs
 from crossmr.completion.work import find_run, read_progress
 from crossmr.errors import ConfigError, CrossmrError, ModelError, OutputError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.parts import Part
 
-SETTINGS = Settings(ddim_steps=1, precision="float32", device="cpu")
+SETTINGS = InferenceSettings(ddim_steps=1, precision="float32", device="cpu")
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'crossmr[cluster]'"
 )
@@ -416,7 +416,7 @@ def test_without_ray_the_way_to_get_it_is_said(patients, tmp_path, monkeypatch):
 def test_what_does_not_go_with_ray(patients, tmp_path):
     for settings, options, why in (
         (SETTINGS, CohortSettings(part=Part(1, 2)), "leave --part and --share away"),
-        (Settings(device="cuda:1"), CohortSettings(), "auto, cpu or cuda"),
+        (InferenceSettings(device="cuda:1"), CohortSettings(), "auto, cpu or cuda"),
     ):
         with pytest.raises(ConfigError, match=why):
             complete_on_ray(Job(patients, tmp_path / "out", None, settings, options), "auto", Listener())

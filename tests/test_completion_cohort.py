@@ -32,11 +32,11 @@ from crossmr.completion.study import DISCLAIMER, ENHANCEMENT, complete, memory_n
 from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
 from crossmr.errors import NamingError, OutputError, StudyError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 
 SHAPE = (26, 28, 22)
-SETTINGS = Settings(ddim_steps=3, device="cpu", precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=3, device="cpu", precision="float32")
 AGAIN = CohortSettings(overwrite=True)
 
 

@@ -24,13 +24,13 @@ from crossmr.data.head import DARKEST
 from crossmr.data.study import load_study
 from crossmr.errors import ConfigError, ModelError, NamingError, StudyError
 from crossmr.networks import inference
-from crossmr.networks.inference import HeadVolumes, Settings, synthesise
+from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
 from crossmr.networks.model import load_model
 from crossmr.picture import window
 from crossmr.tensors import pad_to_multiple, seeded
 
 SHAPE = (26, 28, 22)
-SETTINGS = Settings(ddim_steps=3, device="cpu", precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=3, device="cpu", precision="float32")
 TURN = nib.eulerangles.euler2mat(0.2, -0.15, 0.1)
 
 
@@ -175,7 +175,7 @@ def test_only_wanted_targets_are_filled(model, tmp_path):
 @pytest.mark.parametrize("one", ["t2f", "FLAIR", ["t2f"], ("flair", "t2f"), "T2-FLAIR"])
 def test_a_target_is_a_name_and_not_its_letters(model, tmp_path, one):
     study = write_images(tmp_path, "P", ("t1n", "t2w"))
-    assert Settings(targets=one).targets == ("t2f",)
+    assert InferenceSettings(targets=one).targets == ("t2f",)
     for made in (complete(study, model, SETTINGS, targets=one), complete(study, model, with_settings(targets=one))):
         assert list(made.images) == ["t2f"]
         assert made.manifest["settings"]["targets"] == ["t2f"]
@@ -184,7 +184,7 @@ def test_a_target_is_a_name_and_not_its_letters(model, tmp_path, one):
 
 def test_no_target_at_all_and_one_that_is_none_are_refused(model, tmp_path):
     with pytest.raises(ConfigError, match="No modality is named"):
-        Settings(targets=[])
+        InferenceSettings(targets=[])
     for wrong in ("f", "t2f, t1c"):
         with pytest.raises(ConfigError, match=f"cannot synthesise {wrong}; it was trained for t1c, t2f"):
             complete(write_images(tmp_path, "P", ("t1n", "t2w")), model, SETTINGS, targets=wrong)
@@ -205,13 +205,13 @@ def test_a_target_the_model_does_not_know_is_refused_before_anything_runs(model,
     with pytest.raises(ConfigError, match=f"cannot synthesise {target}; it was trained for t1c, t2f"):
         complete(cohort / "Ann", model, with_settings(targets=(target,)))
     with pytest.raises(ConfigError, match=f"cannot synthesise {target}"):
-        complete_cohort(cohort, tmp_path / "out", model, Settings(targets=("t1c", target)))
+        complete_cohort(cohort, tmp_path / "out", model, InferenceSettings(targets=("t1c", target)))
     assert not (tmp_path / "out").exists()
 
 
 def test_settings_that_make_no_sense_are_refused(model, cohort, tmp_path):
     with pytest.raises(ConfigError, match="--guidance is 'oracle'"):
-        Settings(guidance="oracle")
+        InferenceSettings(guidance="oracle")
     unconditional = load_model(save_untrained(tmp_path / "unconditional", conditional=False))
     unguided = load_model(save_untrained(tmp_path / "unguided", guidance="none"))
     for one, changes, match in (
@@ -799,7 +799,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(last_folder, monkeypatch):
 def test_intensities_like_an_acquired_volume_can_be_mapped_back(tmp_path, uncertainty):
     model = load_model(save_untrained(tmp_path / "model", guidance="none", uncertainty=uncertainty))
     study = {m: image(500 * make_head(m)) for m in ("t1n", "t2w")}
-    unit, like = (complete(study, model, Settings(device="cpu", scale=scale)) for scale in ("unit", "input"))
+    unit, like = (complete(study, model, InferenceSettings(device="cpu", scale=scale)) for scale in ("unit", "input"))
     assert unit.manifest["synthetic"]["t2f"]["scale"] is None
     assert (unit.manifest["settings"]["scale"], like.manifest["settings"]["scale"]) == ("unit", "input")
     for modality, mapped in like.images.items():
@@ -819,7 +819,7 @@ def test_intensities_like_an_acquired_volume_can_be_mapped_back(tmp_path, uncert
             scaled = entry["slope"] * np.asarray(unit.stds[modality].dataobj)
             np.testing.assert_allclose(np.asarray(like.stds[modality].dataobj), scaled, rtol=1e-5)
     with pytest.raises(ConfigError, match="--scale is 'huge'; expected one of unit, input"):
-        Settings(scale="huge")
+        InferenceSettings(scale="huge")
 
 
 def test_what_is_exactly_0_within_the_head_stays_so_on_another_scale():

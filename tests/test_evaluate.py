@@ -27,14 +27,14 @@ from crossmr.evaluation.measures import METRICS, measure, measure_contrasts
 from crossmr.evaluation.predictors import find_predictors, memory_needed, predict
 from crossmr.evaluation.subjects import find_subjects, subject_of_files
 from crossmr.evaluation.tables import read_scores, tables, uncertainty_table
-from crossmr.networks.inference import Settings, Synthesis
+from crossmr.networks.inference import InferenceSettings, Synthesis
 from crossmr.networks.model import load_model
 from crossmr.networks.trained_on import names_of, remember
 from crossmr.output.report import report_evaluation
 from crossmr.parts import Part
 from crossmr.picture import GAP, PANEL
 
-INFERENCE = Settings(ddim_steps=3, precision="float32")
+INFERENCE = InferenceSettings(ddim_steps=3, precision="float32")
 SETTINGS = EvaluationSettings(inference=INFERENCE)
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 ALL = (*SOURCES, *TARGETS)
@@ -496,7 +496,7 @@ def test_without_standard_deviations_no_uncertainty_is_measured(bare, cohort, ot
 
 
 def test_the_spread_of_samples_is_an_uncertainty_too(other, cohort, tmp_path):
-    inference = Settings(samples=2, ddim_steps=2, precision="float32")
+    inference = InferenceSettings(samples=2, ddim_steps=2, precision="float32")
     body = evaluate(other, cohort / "A1", tmp_path, EvaluationSettings(inference=inference))
     assert body["own"] == GUIDED
     assert body["settings"]["samples"] == 2
@@ -639,11 +639,14 @@ def test_what_cannot_work_is_refused_before_anything_is_written(bare, cohort, tm
 
 
 def test_settings_that_mean_nothing_are_refused():
-    for wrong in ({"guidances": ("reference",)}, {"inference": Settings(guidance="reference", reference="study")}):
+    for wrong in (
+        {"guidances": ("reference",)},
+        {"inference": InferenceSettings(guidance="reference", reference="study")},
+    ):
         with pytest.raises(ConfigError, match="knows no reference; measure sample, unconditional or none"):
             EvaluationSettings(**wrong)
     with pytest.raises(ConfigError, match="every target"):
-        EvaluationSettings(inference=Settings(targets=("t1c",)))
+        EvaluationSettings(inference=InferenceSettings(targets=("t1c",)))
 
 
 def test_names_and_a_mapping_are_enough(folder, tmp_path):
@@ -651,7 +654,7 @@ def test_names_and_a_mapping_are_enough(folder, tmp_path):
     for modality, name in {"t1n": "MPRAGE", "t2w": "TSE", "t2f": "TIRM"}.items():
         nib.save(image(make_head(modality)), tmp_path / "cohort" / f"P_{name}.nii.gz")
     mapping = {"t1n": "*_MPRAGE*", "t2w": "*_TSE*", "t2f": "*_TIRM*"}
-    inference = Settings(guidance="sample", ddim_steps=3, precision="float32", device="cpu")
+    inference = InferenceSettings(guidance="sample", ddim_steps=3, precision="float32", device="cpu")
     chosen = EvaluationSettings(guidances=("none", "sample"), inference=inference, mapping=mapping)
     body = evaluate(str(folder), str(tmp_path / "cohort"), str(tmp_path / "out"), chosen)
     assert body["cases"] == ["P"]

@@ -33,7 +33,7 @@ from crossmr.data.volume import (
 )
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import NamingError, StudyError, VolumeError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 
 ITK = ("mha", "mhd", "nrrd", "nhdr")
@@ -370,7 +370,7 @@ def model(tmp_path_factory):
     return load_model(save_untrained(tmp_path_factory.mktemp("model")))
 
 
-SETTINGS = Settings(ddim_steps=2, device="cpu", precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=2, device="cpu", precision="float32")
 
 
 def test_formats_may_be_mixed_in_a_study_and_change_nothing(model, tmp_path):

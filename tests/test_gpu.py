@@ -12,7 +12,7 @@ from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.device import autocast
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.networks.distribution import DistributionConfig
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.masked_autoencoder import RepresentationConfig
 from crossmr.networks.model import load_model
 from crossmr.phantom import write_cohort
@@ -78,7 +78,7 @@ def test_everything_runs_on_a_gpu(cohort, tmp_path, monkeypatch, recipe, precisi
     monkeypatch.setattr(stages.Stage, "readers", 0)
     monkeypatch.setattr(stages, "VALIDATION_SLICES", 4)
     settings = TrainingSettings(recipe=RECIPES[recipe], steps=1, device="cuda", precision=precision)
-    inference = Settings(ddim_steps=1, device="cuda", precision=precision)
+    inference = InferenceSettings(ddim_steps=1, device="cuda", precision=precision)
     study = next((cohort / "incomplete").iterdir())
     with fake_cuda(no_float64=True):
         folder = train(cohort / "set", tmp_path / "run", settings)

@@ -16,7 +16,7 @@ from crossmr.networks.c_unet import SynthesisConfig
 from crossmr.networks.distribution import DistributionConfig
 from crossmr.networks.inference import (
     HeadVolumes,
-    Settings,
+    InferenceSettings,
     check_settings,
     chosen_guidance,
     passing_memory,
@@ -74,7 +74,7 @@ def a_head(modalities=("t1n", "t2w"), seed=0, shape=SHAPE, voxels=VOXELS, spacin
 def settings(**changes):
     if changes.get("guidance") == "reference":
         changes["reference"] = Path("another")
-    return Settings(**FAST | changes)
+    return InferenceSettings(**FAST | changes)
 
 
 def as_tensor(head, modalities):
@@ -549,7 +549,7 @@ def test_what_a_model_can_do_is_not(model, fine):
 )
 def test_settings_that_make_no_sense_are_refused(wrong, match):
     with pytest.raises(ConfigError, match=match):
-        Settings(**wrong)
+        InferenceSettings(**wrong)
 
 
 @pytest.mark.parametrize(

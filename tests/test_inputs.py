@@ -14,10 +14,10 @@ from crossmr.completion.study import complete, hashes
 from crossmr.data import enhancement
 from crossmr.display import Display
 from crossmr.errors import ConfigError, NamingError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 
-SETTINGS = Settings(ddim_steps=2, device="cpu", precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=2, device="cpu", precision="float32")
 
 
 @pytest.fixture(scope="module")

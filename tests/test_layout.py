@@ -23,13 +23,13 @@ from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.completion.work import Work
 from crossmr.data.naming import find_studies
 from crossmr.errors import ConfigError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.output.nnunet import export_nnunet
 from crossmr.output.report import report_completion
 from crossmr.output.viewer import view_case
 
-SETTINGS = Settings(precision="float32")
+SETTINGS = InferenceSettings(precision="float32")
 BIDS, CHALLENGE = (CohortSettings(profile=profile) for profile in ("bids", "challenge"))
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 VALIDATOR = Path(sys.executable).with_name("bids-validator-deno")

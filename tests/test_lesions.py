@@ -10,7 +10,7 @@ from crossmr.completion.lesions import find_lesions, most_uncertain
 from crossmr.completion.study import complete
 from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.phantom import write_cohort
 
@@ -114,7 +114,7 @@ def test_what_the_model_does_not_take_shows_lesions_all_the_same(cohort, studies
     sick, _ = studies
     model = save_untrained(tmp_path / "model", guidance="none", sources=("t1n",), targets=("t2w",))
     paths = find_studies(cohort)[0].images()
-    made = complete({m: paths[m] for m in ("t1n", "t2f")}, model, Settings(precision="float32"))
+    made = complete({m: paths[m] for m in ("t1n", "t2f")}, model, InferenceSettings(precision="float32"))
     assert "unchecked lesions" not in [reason["kind"] for reason in made.manifest["reasons"]]
     x, y, z = np.rint(np.linalg.inv(sick.reference.affine) @ (*made.manifest["look_at"]["mm"], 1))[:3].astype(int)
     assert sick.labels[z, y, x] > 0
@@ -143,7 +143,9 @@ def test_manifest_and_picture_say_where_the_lesion_is(cohort, studies, model, tm
     sick, _ = studies
     images = {m: sick.volumes[m] for m in ("t1n", "t2f")}
     paths = find_studies(cohort)[0].images()
-    made = complete({m: paths[m] for m in images}, model, Settings(precision="float32"), targets=("t2w", "t1c"))
+    made = complete(
+        {m: paths[m] for m in images}, model, InferenceSettings(precision="float32"), targets=("t2w", "t1c")
+    )
     kinds = {reason["kind"]: reason["contrasts"] for reason in made.manifest["reasons"]}
     assert kinds["lost enhancement"] == ["t1c"]
     assert made.manifest["verdict"] == "look"
@@ -154,5 +156,5 @@ def test_manifest_and_picture_say_where_the_lesion_is(cohort, studies, model, tm
     (tmp_path / "in").mkdir()
     for modality in images:
         (tmp_path / "in" / f"P-{modality}.nii.gz").write_bytes(paths[modality].read_bytes())
-    complete_cohort(tmp_path / "in", tmp_path / "out", model, Settings(precision="float32"))
+    complete_cohort(tmp_path / "in", tmp_path / "out", model, InferenceSettings(precision="float32"))
     assert (tmp_path / "out" / "pictures" / "P.webp").exists()

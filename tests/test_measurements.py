@@ -9,11 +9,11 @@ from conftest import save_untrained, tree, write_study
 from crossmr.errors import OutputError
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.measurements import Measurements, Outcome, read_parts, write_part
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.parts import WORK, Part
 
 ALL = ("t1n", "t1c", "t2w", "t2f")
-INFERENCE = Settings(ddim_steps=2, precision="float32")
+INFERENCE = InferenceSettings(ddim_steps=2, precision="float32")
 
 
 @pytest.fixture(scope="module")

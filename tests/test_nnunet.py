@@ -10,7 +10,7 @@ from conftest import SHAPE, image, make_head, save_untrained, write_study
 
 from crossmr.completion.cohort import complete_cohort
 from crossmr.errors import OutputError, StudyError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.output.nnunet import export_nnunet
 
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     write_study(root / "in", "Cem", ("t1n", "t2w"), seed=2)
     nib.save(image(make_head("t2w", shape=(20, 20, 20))), root / "in" / "Cem" / "Cem-t2w.nii.gz")
     model = load_model(save_untrained(root / "model", guidance="last", sources=ALL_FOUR, targets=ALL_FOUR))
-    complete_cohort(root / "in", root / "completed", model, Settings(precision="float32"))
+    complete_cohort(root / "in", root / "completed", model, InferenceSettings(precision="float32"))
     return root
 
 

@@ -24,7 +24,7 @@ from crossmr.demo import _claimed as claim_demo
 from crossmr.errors import CrossmrError, OutputError
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.files import locked, write_json
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.output.nnunet import export_nnunet
 from crossmr.output.report import report_completion, report_evaluation
@@ -36,7 +36,7 @@ from crossmr.registry import export_model
 from crossmr.training.run import WRITTEN
 from crossmr.training.run import _refuse_foreign as refuse_run
 
-SETTINGS = Settings(ddim_steps=1, precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=1, precision="float32")
 BIDS, CHALLENGE = (CohortSettings(profile=profile) for profile in ("bids", "challenge"))
 
 

@@ -13,10 +13,10 @@ from crossmr.evaluation import predictors as module
 from crossmr.evaluation.measures import measure
 from crossmr.evaluation.predictors import find_predictors, memory_needed, predict
 from crossmr.evaluation.subjects import find_subjects, subject_of_files
-from crossmr.networks.inference import HeadVolumes, Settings, synthesise
+from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
 from crossmr.networks.model import load_model
 
-SETTINGS = Settings(ddim_steps=3, precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=3, precision="float32")
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
 ALL = (*SOURCES, *TARGETS)
 

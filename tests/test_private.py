@@ -21,12 +21,12 @@ from crossmr.completion.private import NAME, NOTE, read_paths, write_paths
 from crossmr.data.naming import find_studies
 from crossmr.display import LOG
 from crossmr.errors import OutputError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.output.viewer import view_case
 
 PATIENT = "DOE, JOHN_19610203"
-SETTINGS = Settings(ddim_steps=2, precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=2, precision="float32")
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,7 @@ def scans(folder: Path, grid: Grid, study: Mapping[str, Any], air: bool) -> dict
 
 
 def complete(model, study: Mapping[str, Any], case: str = "study", **changes: Any) -> Completed:
-    return crossmr.complete(study, model, crossmr.Settings(precision="float32", **changes), case=case)
+    return crossmr.complete(study, model, crossmr.InferenceSettings(precision="float32", **changes), case=case)
 
 
 def arrays(completed: Completed) -> dict[str, np.ndarray]:

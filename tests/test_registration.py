@@ -16,7 +16,7 @@ from crossmr.data.registration import register_rigidly
 from crossmr.data.study import load_study
 from crossmr.data.volume import read_volume
 from crossmr.errors import ConfigError, StudyError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.phantom import write_cohort
 
@@ -98,7 +98,7 @@ def test_completing_with_register_says_what_was_done(head, tmp_path):
     with pytest.raises(StudyError, match="Register and resample them to one grid first, or pass --register"):
         load_study(find_studies(folder)[0])
     model = load_model(save_untrained(tmp_path / "model", guidance="none"))
-    settings = Settings(precision="float32", register="always")
+    settings = InferenceSettings(precision="float32", register="always")
     result = complete_cohort(folder, tmp_path / "out", model, settings)
     assert result.completed == {"P": ["t1c", "t2f"]}
     (note,) = [note for note in result.notes["P"] if "registered" in note]

@@ -18,7 +18,7 @@ from crossmr.cli import main
 from crossmr.completion.study import complete
 from crossmr.errors import ConfigError, ModelError, OutputError
 from crossmr.files import digest
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.networks.trained_on import names_of, remember
 
@@ -133,7 +133,7 @@ def test_the_default_is_used_where_none_is_named(folder, tmp_path):
     with pytest.raises(ModelError, match="no default model"):
         complete(tmp_path / "Ann")
     registry.import_model(folder, "default")
-    completed = complete(tmp_path / "Ann", settings=Settings(precision="float32"))
+    completed = complete(tmp_path / "Ann", settings=InferenceSettings(precision="float32"))
     assert list(completed.images) == ["t1c", "t2f"]
     assert completed.manifest["settings"]["model_sha256"] == load_model(folder).record["sha256"]
     with pytest.raises(
@@ -149,11 +149,13 @@ def test_a_model_is_loaded_once_by_name_or_folder_for_many_studies(folder, tmp_p
         write_study(tmp_path, f"P{number}", ["t1n", "t2w"], seed=number)
     loaded = [crossmr.load_model(), *(crossmr.load_model(m, device="cpu") for m in ("default", "mine", folder))]
     assert {model.record["sha256"] for model in loaded} == {load_model(folder).record["sha256"]}
-    once = crossmr.complete(tmp_path / "P1", "mine", Settings(precision="float32", device="cpu"))
+    once = crossmr.complete(tmp_path / "P1", "mine", InferenceSettings(precision="float32", device="cpu"))
     monkeypatch.setattr("crossmr.networks.model.load_model", None)  # nothing is read from here on
     assert all(crossmr.load_model(model, device="meta") is model for model in loaded)
     for number in range(2):
-        result = crossmr.complete(tmp_path / f"P{number}", model=loaded[1], settings=Settings(precision="float32"))
+        result = crossmr.complete(
+            tmp_path / f"P{number}", model=loaded[1], settings=InferenceSettings(precision="float32")
+        )
     assert {m: i.to_bytes() for m, i in result.images.items()} == {m: i.to_bytes() for m, i in once.images.items()}
     with pytest.raises(ConfigError, match="--device is 'tpu'"):
         crossmr.load_model("default", device="tpu")

@@ -19,12 +19,12 @@ from crossmr.errors import OutputError
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.subjects import subject_of_files
 from crossmr.evaluation.tables import read_scores
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.networks.trained_on import names_of, remember
 from crossmr.output import report
 
-SETTINGS = Settings(precision="float32")
+SETTINGS = InferenceSettings(precision="float32")
 SECOND = "<b>"
 ALL = ("t1n", "t1c", "t2w", "t2f")
 THREE = ("t1n", "t1c", "t2f")

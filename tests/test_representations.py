@@ -6,7 +6,7 @@ import pytest
 import torch
 from trainings import COMPUTE, JOINT, LAST, SOURCES, start_training, write_cases
 
-from crossmr.networks.inference import HeadVolumes, Settings, synthesise
+from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.tensors import to_model_input
 from crossmr.training.representations import draw_representations, pooled_features
@@ -38,7 +38,7 @@ def test_vectors_are_drawn_as_completion_draws_them(start, monkeypatch):
     case = training.train[0]
     draw_representations(training, model, [case])
     head = HeadVolumes({m: case.volume(m) for m in SOURCES}, case.foreground_voxels, case.spacing_mm[0])
-    synthesise(model, head, case.name, Settings(precision="float32"))
+    synthesise(model, head, case.name, InferenceSettings(precision="float32"))
     torch.testing.assert_close(conditions[0], conditions[1])
 
 

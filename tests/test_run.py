@@ -26,7 +26,7 @@ from crossmr.data.dataset import PreparedDataset
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, ModelError, OutputError, SetError
-from crossmr.networks.inference import HeadVolumes, Settings, synthesise
+from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
 from crossmr.networks.model import CrossConditionedModel, load_model
 from crossmr.networks.trained_on import find, names_of
 from crossmr.networks.unet import Encoder, LightEncoder
@@ -311,7 +311,7 @@ def test_recipes_keep_what_they_set_when_they_are_made_small(prepared, tmp_path,
     case = next(case for case in PreparedDataset(prepared).cases if len(case.modalities) == 4)
     head = HeadVolumes({m: case.volume(m) for m in SOURCES}, case.foreground_voxels, case.spacing_mm[0])
     for guidance in ("unconditional",) if name == "paper" else ("none", "sample", "unconditional"):
-        wish = Settings(precision="float32", targets=TARGETS, guidance=guidance, ddim_steps=2)
+        wish = InferenceSettings(precision="float32", targets=TARGETS, guidance=guidance, ddim_steps=2)
         images = synthesise(model, head, case.name, wish).images.numpy()
         inside = (head.volumes["t1n"] > 0) & (np.array(case.foreground_voxels) > 0)[:, None, None]
         assert (images[:, inside] > 0).all()
@@ -757,7 +757,7 @@ def test_three_planes_are_learnt_in_studies_with_thin_slices(prepared, tmp_path,
     assert model.config.planes == 3
     case = PreparedDataset(prepared).split("train")[0]
     head = HeadVolumes({m: case.volume(m) for m in case.modalities[:2]}, case.foreground_voxels, case.spacing_mm[0])
-    three, one = (synthesise(model, head, "P", Settings(planes=count)).images for count in (3, 1))
+    three, one = (synthesise(model, head, "P", InferenceSettings(planes=count)).images for count in (3, 1))
     assert not torch.equal(three, one)
     with pytest.raises(ConfigError, match="planes is 3; expected 1 or 3, and 1 in 3D or with guidance"):
         train(prepared, tmp_path / "guided", replace(ANY_SMALL, planes=3, guidance="last"), steps=2)

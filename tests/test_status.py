@@ -10,12 +10,12 @@ from conftest import write_images
 from crossmr.completion.cohort import CohortSettings, complete_cohort
 from crossmr.completion.status import COLUMNS, NAME, is_status, line_of, write_lines, write_status
 from crossmr.errors import OutputError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.output.report import report_completion
 from crossmr.output.viewer import view_case
 from crossmr.parts import Part
 
-SETTINGS = Settings(ddim_steps=1, precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=1, precision="float32")
 
 
 def table(out):

@@ -10,7 +10,7 @@ import pytest
 
 from crossmr.completion.cohort import complete_cohort
 from crossmr.data.volume import read_volume
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.phantom import write_cohort
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -52,7 +52,7 @@ def phantom(folder: Path) -> Path:
 
 def completed(cohort: Path, out: Path) -> dict[str, dict[str, float]]:
     """What the shipped weights make of it, in a few numbers a volume."""
-    complete_cohort(cohort, out, None, Settings(precision="float32"))
+    complete_cohort(cohort, out, None, InferenceSettings(precision="float32"))
     found = {}
     for path in sorted(out.glob("*/*.nii.gz")):
         data = read_volume(path).data

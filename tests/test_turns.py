@@ -21,10 +21,10 @@ from crossmr.completion.work import Work
 from crossmr.data.naming import StudyFiles, find_studies
 from crossmr.data.study import load_study
 from crossmr.errors import StudyError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 
 SHAPE = (26, 28, 22)
-SETTINGS = Settings(ddim_steps=3, device="cpu", precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=3, device="cpu", precision="float32")
 AGAIN = CohortSettings(overwrite=True)
 
 

@@ -18,9 +18,9 @@ from crossmr.completion.study import complete
 from crossmr.completion.unread import Unread, files_beside, reasons, unread_files, unread_series
 from crossmr.data.naming import find_studies
 from crossmr.errors import ConfigError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 
-SETTINGS = Settings(ddim_steps=2, device="cpu", precision="float32")
+SETTINGS = InferenceSettings(ddim_steps=2, device="cpu", precision="float32")
 ALL = ["t1n", "t1c", "t2w", "t2f"]
 
 
@@ -163,7 +163,7 @@ def test_it_is_not_filled_and_the_manifest_names_it(cohort, model, tmp_path):
 def test_targets_that_name_it_are_synthesised_and_it_is_said(cohort, model, tmp_path):
     scan(cohort / "P1" / "P1_T1_Gdbolus.nii.gz")
     complete_cohort(cohort, tmp_path / "out", model, SETTINGS)
-    asked = Settings(ddim_steps=2, device="cpu", precision="float32", targets=("t1c",))
+    asked = InferenceSettings(ddim_steps=2, device="cpu", precision="float32", targets=("t1c",))
     summary = complete_cohort(cohort, tmp_path / "out", model, asked)  # done again: it was in doubt
     assert summary.completed == {"P1": ["t1c"]}
     assert summary.unread == {}

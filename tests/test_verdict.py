@@ -13,13 +13,13 @@ from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import complete
 from crossmr.completion.unread import Unread, reasons
 from crossmr.completion.verdict import despite, is_refusal, judge, refusals, undertrained, unlearnt, verdict_on
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.networks.trained_on import count_seen
 from crossmr.output.report import report_completion
 
 ALL = ("t1n", "t1c", "t2w", "t2f")
-SETTINGS = Settings(precision="float32")
+SETTINGS = InferenceSettings(precision="float32")
 SWAPPED, MOVED = Finding("swapped", "refuse", "T1 and T2 are swapped."), Finding("moved", "look", "T2 has moved.")
 NOTE, LOST = Finding("grey values", "note", "Eight bits."), Finding("lost lesion", "look", "It is gone.", ("t2f",))
 SEEN = count_seen([("A", ("t1n", "t1c", "t2f"), False), ("B", ALL, True)])
@@ -216,7 +216,7 @@ def test_what_was_refused_is_tried_again_when_something_has_changed(any_model, t
     out = tmp_path / "out"
     assert complete_cohort(tmp_path / "in", out, any_model, SETTINGS).verdicts == {"same": "refuse"}
     assert complete_cohort(tmp_path / "in", out, any_model, SETTINGS).skipped == ["same"]
-    asked = Settings(precision="float32", targets=("t2w",))
+    asked = InferenceSettings(precision="float32", targets=("t2w",))
     assert complete_cohort(tmp_path / "in", out, any_model, asked).completed == {"same": ["t2w"]}
     (out / "same" / "manifest.json").unlink()
     complete_cohort(tmp_path / "in", out, any_model, SETTINGS)

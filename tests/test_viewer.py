@@ -17,7 +17,7 @@ from PIL import Image
 from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.errors import OutputError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.output import viewer
 from crossmr.output.viewer import ASSETS, PAGES, view_case, write_linked
@@ -36,7 +36,7 @@ def completed(tmp_path_factory):
     write_study(truth, "Ann", ALL_FOUR)
     write_study(folder / "scans", "Ann", ("t1n", "t2w"))
     write_study(folder / "scans", "Bob", ALL_FOUR, seed=1)
-    complete_cohort(folder / "scans", folder / "out", model, Settings(precision="float32"))
+    complete_cohort(folder / "scans", folder / "out", model, InferenceSettings(precision="float32"))
     return folder / "out", truth
 
 
@@ -115,7 +115,7 @@ def test_scans_that_were_registered_are_registered_again(tmp_path):
     moved = scan.affine.copy()
     moved[:3, 3] += 4
     nib.save(nib.Nifti1Image(np.asarray(scan.dataobj)[1:], moved), path)
-    complete_cohort(tmp_path / "in", tmp_path / "out", model, Settings(precision="float32", register="always"))
+    complete_cohort(tmp_path / "in", tmp_path / "out", model, InferenceSettings(precision="float32", register="always"))
     pages = [shown(view_case(tmp_path / "out", "Ann", scans=scans)[0]) for scans in (None, tmp_path / "in")]
     for name, volume in pages[0].items():
         np.testing.assert_array_equal(volume.dataobj, pages[1][name].dataobj)

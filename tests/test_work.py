@@ -21,11 +21,11 @@ from crossmr.completion.cohort import CohortSettings, complete_cohort
 from crossmr.completion.layout import Layout
 from crossmr.completion.work import find_run, read_progress
 from crossmr.errors import OutputError, StudyError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.output.report import report_completion
 from crossmr.parts import Part
 
-SETTINGS = Settings(ddim_steps=1, precision="float32", device="cpu")
+SETTINGS = InferenceSettings(ddim_steps=1, precision="float32", device="cpu")
 NAMES = ("Ann", "Bob", "Cem", "Dan", "Eve")
 
 
@@ -53,7 +53,7 @@ def manifests(out):
 
 
 def test_parts_make_what_one_process_makes_and_the_last_one_sums_up(cohort, completed, model, tmp_path):
-    out, settings = tmp_path / "out", Settings(ddim_steps=3, precision="float32")
+    out, settings = tmp_path / "out", InferenceSettings(ddim_steps=3, precision="float32")
     first = complete_cohort(cohort, out, model, settings, part(2, 2))
     assert [*first.verdicts] == ["Bob", "Dan"]
     assert json.loads((out / "manifest.json").read_text())["finished"] is False
@@ -75,7 +75,7 @@ COMPLETE = (
     "import sys; from pathlib import Path\n"
     "from crossmr.completion import case, turns, work\n"
     "from crossmr.completion.cohort import CohortSettings, complete_cohort\n"
-    "from crossmr.networks.inference import Settings\n"
+    "from crossmr.networks.inference import InferenceSettings\n"
     "from crossmr.parts import Part\n"
     "turns.POLL_SECONDS = work.POLL_SECONDS = 0.02\n"
     "cohort, out, model, log, stop = sys.argv[1:]\n"
@@ -86,7 +86,7 @@ COMPLETE = (
     "        import time; print('at it', flush=True); time.sleep(60)\n"
     "    return usual(study, *given)\n"
     "case.complete_study = noted\n"
-    "settings = Settings(ddim_steps=1, precision='float32', device='cpu')\n"
+    "settings = InferenceSettings(ddim_steps=1, precision='float32', device='cpu')\n"
     "complete_cohort(cohort, out, model, settings, CohortSettings(part=Part(1, 1)))\n"
 )
 

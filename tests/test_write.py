@@ -29,7 +29,7 @@ from crossmr.dicom.series import find_series
 from crossmr.dicom.write import STEPS, DerivedSeries, choose_steps, write_derived
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import read_json
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.output.viewer import view_case
 from crossmr.picture import window
 
@@ -192,7 +192,9 @@ def completed(tmp_path_factory):
     model = save_untrained(folder / "model", seed=3)
     write(folder / "in" / "one", ("t1n", "t2w"))
     write(folder / "in" / "other", ("t1c",), patient="MRN-1")
-    result = complete_cohort(folder / "in", folder / "out", model, Settings(samples=2, guidance="unconditional"))
+    result = complete_cohort(
+        folder / "in", folder / "out", model, InferenceSettings(samples=2, guidance="unconditional")
+    )
     return folder, model, result
 
 
@@ -205,7 +207,7 @@ def test_a_folder_of_dicom_is_completed_as_its_nifti_is(completed):
     manifest = read_json(folder / "out" / case / "manifest.json")
     assert manifest["series"]["taken"]["t1n"]["series"] == 2
     images = {m: nib.Nifti1Image(head(m).astype(np.float32), OBLIQUE) for m in ("t1n", "t2w")}
-    direct = complete(images, model, Settings(samples=2, guidance="unconditional"), case=case)
+    direct = complete(images, model, InferenceSettings(samples=2, guidance="unconditional"), case=case)
     for modality in targets:
         entry = manifest["synthetic"][modality]
         ours = read_volume(folder / "out" / case / entry["file"])
@@ -240,7 +242,7 @@ def test_nothing_of_another_s_is_replaced(completed, tmp_path):
             path.write_bytes(content)
         before = tree(out)
         with pytest.raises(OutputError, match=r"(synthetic_dicom|gz|json) is not crossmr's, so .*Name another folder"):
-            complete_cohort(folder / "in", out, model, Settings(), again)
+            complete_cohort(folder / "in", out, model, InferenceSettings(), again)
         assert tree(out) == before
         path.unlink()
         if ours is not None:
@@ -253,11 +255,11 @@ def test_nothing_of_another_s_is_replaced(completed, tmp_path):
 
 def test_again_it_is_skipped_and_overwritten_it_is_whole(completed):
     folder, model, result = completed
-    settings = Settings(samples=2, guidance="unconditional")
+    settings = InferenceSettings(samples=2, guidance="unconditional")
     again = complete_cohort(folder / "in", folder / "out", model, settings)
     assert set(again.skipped) == {*result.completed, *result.not_filled}
     (case,) = result.completed
-    one = Settings(samples=1, guidance="unconditional", targets=("t2f",))
+    one = InferenceSettings(samples=1, guidance="unconditional", targets=("t2f",))
     complete_cohort(folder / "in", folder / "out", model, one, CohortSettings(overwrite=True))
     left = sorted(path.name for path in (folder / "out" / case).iterdir())
     assert left == sorted([f"{case}-t2f_synthetic.nii.gz", f"{case}-t2f_synthetic_dicom", "manifest.json"])
@@ -304,7 +306,7 @@ def test_dicom_of_intensities_like_the_scans_says_what_the_nifti_says(completed)
 
 def test_one_study_is_completed_in_memory(completed):
     folder, model, _ = completed
-    completed_study = complete(folder / "in" / "one", model, Settings(guidance="unconditional"))
+    completed_study = complete(folder / "in" / "one", model, InferenceSettings(guidance="unconditional"))
     assert list(completed_study.images) == ["t1c", "t2f"]
 
 

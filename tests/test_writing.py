@@ -14,11 +14,11 @@ from crossmr.completion.study import complete
 from crossmr.data.volume import read_volume, write_volume
 from crossmr.display import Display
 from crossmr.errors import OutputError
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import load_model
 from crossmr.output.viewer import view_case
 
-SETTINGS = Settings(ddim_steps=3, precision="float32", device="cpu")
+SETTINGS = InferenceSettings(ddim_steps=3, precision="float32", device="cpu")
 FILES = {"Ann/manifest.json", *(f"Ann/Ann-{m}_{what}.nii.gz" for m in ("t1c", "t2f") for what in ("synthetic", "std"))}
 
 

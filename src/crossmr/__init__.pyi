@@ -13,7 +13,7 @@ from crossmr.evaluation.evaluate import EvaluationSettings as EvaluationSettings
 from crossmr.evaluation.evaluate import evaluate as evaluate
 from crossmr.networks.c_unet import CUNet as CUNet
 from crossmr.networks.distribution import DistributionNetwork as DistributionNetwork
-from crossmr.networks.inference import Settings as Settings
+from crossmr.networks.inference import InferenceSettings as InferenceSettings
 from crossmr.networks.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
 from crossmr.networks.model import CrossConditionedModel as CrossConditionedModel
 from crossmr.phantom import make_phantom as make_phantom

@@ -195,10 +195,10 @@ def complete(
     from crossmr.completion.layout import Layout
     from crossmr.completion.work import Work, find_run
     from crossmr.display import LOG
-    from crossmr.networks.inference import Settings
+    from crossmr.networks.inference import InferenceSettings
     from crossmr.output.report import report_completion
 
-    settings = Settings(
+    settings = InferenceSettings(
         targets=wanted,
         guidance=guidance,  # type: ignore[arg-type]
         planes=planes,
@@ -410,10 +410,10 @@ def evaluate(
     from crossmr.evaluation.evaluate import EvaluationSettings, overlap_warnings
     from crossmr.evaluation.evaluate import evaluate as run
     from crossmr.evaluation.tables import tables, uncertainty_table
-    from crossmr.networks.inference import Settings
+    from crossmr.networks.inference import InferenceSettings
     from crossmr.output.report import report_evaluation
 
-    inference = Settings(
+    inference = InferenceSettings(
         planes=planes,
         ddim_steps=ddim_steps,
         samples=samples,

@@ -17,7 +17,7 @@ from crossmr.errors import OutputError
 from crossmr.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
 from crossmr.evaluation.tables import tables, uncertainty_table
 from crossmr.files import LOCK, is_record, locked, refuse_foreign, write_json
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.output.report import report_completion, report_evaluation
 from crossmr.phantom import write_cohort
 from crossmr.picture import BRIGHTEST, is_picture, save_picture, window, windowed
@@ -70,7 +70,7 @@ def _claimed(out: Path) -> Path:
 
 def _demo(out: Path, seed: int, minutes: float, display: Display) -> Evaluation:
     """The demo, in a folder of its own."""
-    start, settings, again = time.monotonic(), Settings(seed=seed), CohortSettings(overwrite=True)
+    start, settings, again = time.monotonic(), InferenceSettings(seed=seed), CohortSettings(overwrite=True)
     display.say(f"1/6 phantom: {PATIENTS + 1} heads with lesions, made in code")
     case = _write_phantoms(out, seed)
     missing = " and ".join(DISPLAY_NAMES[target] for target in TARGETS)

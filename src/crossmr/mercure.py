@@ -89,9 +89,9 @@ def run(incoming: Path, outgoing: Path) -> dict[str, Any]:
     settings = read_settings(incoming / TASK)
     from crossmr.completion.cohort import CohortSettings, complete_cohort
     from crossmr.completion.layout import Layout
-    from crossmr.networks.inference import Settings
+    from crossmr.networks.inference import InferenceSettings
 
-    wanted = Settings(targets=settings.targets, scale=settings.scale, device=settings.device)
+    wanted = InferenceSettings(targets=settings.targets, scale=settings.scale, device=settings.device)
     with temporary_folder("the study") as place:
         link_images(incoming, place / "in")
         layout = Layout(place / "out")
@@ -159,9 +159,9 @@ def _study(layout: Any, case: str, settings: ModuleSettings, outgoing: Path) -> 
 
 def _reason(reason: Mapping[str, Any]) -> str:
     """Why a verdict is not 'use', and of which contrasts."""
-    from crossmr.data.naming import DISPLAY_NAMES
+    from crossmr.data.naming import display_name
 
-    contrasts = ", ".join(DISPLAY_NAMES.get(m, m) for m in reason["contrasts"])
+    contrasts = ", ".join(display_name(m) for m in reason["contrasts"])
     return impersonal(f"{contrasts}: {reason['text']}" if contrasts else reason["text"])
 
 

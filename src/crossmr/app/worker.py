@@ -24,14 +24,14 @@ from crossmr.completion.layout import FORMAT, Layout
 from crossmr.completion.status import reasons_of
 from crossmr.completion.unread import unread_series, why_passed_over
 from crossmr.data.formats import ending_of, half, is_volume, parts
-from crossmr.data.naming import DISPLAY_NAMES, MODALITIES, StudyFiles
+from crossmr.data.naming import DISPLAY_NAMES, MODALITIES, StudyFiles, display_name
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import Series, first_dicom
 from crossmr.display import Display, Task
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, write_json
 from crossmr.main_memory import keep_memory
-from crossmr.networks.inference import Settings, watching
+from crossmr.networks.inference import InferenceSettings, watching
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.output.report import report_completion
 from crossmr.output.viewer import write_linked
@@ -130,7 +130,7 @@ def recognise(model: CrossConditionedModel, job: Mapping[str, Any], tell: Speak)
         batches = _sort([case for case in cases if case["case"] not in twice], inputs, scans, Path(job["sorted"]))
         planned = [case for folder, mapping in batches for case in _plan(folder, mapping, model, progress)]
     else:
-        planned = plan(inputs, Layout(scans.with_name("none")), model, Settings())
+        planned = plan(inputs, Layout(scans.with_name("none")), model, InferenceSettings())
     told = {one.case: _outcome(one) for one in planned}
     nothing = {"failed": "nothing of it is used", "synthesise": [], "not_synthesised": {}, "acquired": []}
     told |= {case: nothing | {"failed": why} for case, why in twice.items()}
@@ -148,7 +148,7 @@ def _plan(
     folder: Path, mapping: Mapping[str, str], model: CrossConditionedModel, progress: Progress
 ) -> list[PlannedCase]:
     inputs = find_inputs([folder], mapping, display=progress)
-    return plan(inputs, Layout(folder.with_name("none")), model, Settings())
+    return plan(inputs, Layout(folder.with_name("none")), model, InferenceSettings())
 
 
 def _outcome(planned: PlannedCase) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _said_twice(case: Mapping[str, Any]) -> str:
     for modality in MODALITIES:
         same = [row["name"] for row in case["rows"] if row["contrast"] == modality]
         if len(same) > 1:
-            return f"{' and '.join(same)} are both {DISPLAY_NAMES.get(modality, modality)}. Choose one of them."
+            return f"{' and '.join(same)} are both {display_name(modality)}. Choose one of them."
     return ""
 
 
@@ -291,7 +291,7 @@ def complete(model: CrossConditionedModel, job: Mapping[str, Any], tell: Speak) 
     if that was refused.
     """
     out, progress = Path(job["out"]), Progress(tell)
-    summary, settings = CohortSummary(), Settings(targets=job.get("targets"))
+    summary, settings = CohortSummary(), InferenceSettings(targets=job.get("targets"))
     for folder, mapping in job["batches"]:
         options = CohortSettings(mapping or None)
         with watching(progress.slices):

@@ -25,14 +25,14 @@ from crossmr.completion.study import (
 )
 from crossmr.completion.work import Work
 from crossmr.completion.writing import whole_or_absent, write_volumes
-from crossmr.data.naming import DISPLAY_NAMES, StudyFiles
+from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, display_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import is_synthetic, read_volume
 from crossmr.dicom.convert import Scans
 from crossmr.display import LOG, Display
 from crossmr.errors import NamingError, OutputError, StudyError, names_only
 from crossmr.files import REPORT, read_json, remove, write_json
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.parts import Claim, Part
 from crossmr.picture import Array, Kind, Panel, middle, save_panels
@@ -69,7 +69,7 @@ class Run:
     layout: Layout
     work: Work
     model: CrossConditionedModel
-    settings: Settings
+    settings: InferenceSettings
     options: CohortSettings
     reference: Reference | None
     display: Display
@@ -229,12 +229,12 @@ def _write_dicom(
     }
     settings = " ".join(str(manifest["settings"][key]) for key in ("model_sha256", "guidance", "samples", "seed"))
     for modality, entry in manifest["synthetic"].items():
-        sources = ", ".join(DISPLAY_NAMES.get(m, m) for m in entry["from"])
+        sources = ", ".join(display_name(m) for m in entry["from"])
         for kind, image in (("", result.images[modality]), ("std", result.stds.get(modality))):
             if image is None:
                 continue
             what = f"{'Standard deviation of the error of s' if kind else 'S'}ynthetic "
-            what += f"{DISPLAY_NAMES.get(modality, modality)} by crossmr {version('crossmr')} from {sources}."
+            what += f"{display_name(modality)} by crossmr {version('crossmr')} from {sources}."
             series = DerivedSeries(
                 modality=modality,
                 like=scans.series[next(iter(study.volumes))],

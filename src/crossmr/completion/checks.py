@@ -13,7 +13,7 @@ from torch import Tensor
 from crossmr.baselines import linear_weights, resize, together
 from crossmr.data.enhancement import compare_within
 from crossmr.data.head import bounding_box
-from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.data.naming import display_name
 from crossmr.data.study import Study, skull_note
 from crossmr.typical import describe, deviations
 
@@ -119,14 +119,14 @@ def unlike(below: Mapping[str, float]) -> list[Finding]:
     found = []
     for what, words in UNLIKE.items():
         for modality in [name.split()[1] for name, far in below.items() if name.startswith(what) and far > FARTHEST]:
-            found.append(Finding(what, "look", f"{DISPLAY_NAMES.get(modality, modality)} {words}"))
+            found.append(Finding(what, "look", f"{display_name(modality)} {words}"))
     if below.get("shape", 0) > STRANGE_SHAPE:
         found.append(Finding("shape", "look", OTHER_SHAPE))
     pairs = {tuple(name.split()[1:]): far for name, far in below.items() if name.startswith("edges")}
     means = {m: float(np.mean([far for pair, far in pairs.items() if m in pair])) for pair in pairs for m in pair}
     if len(means) > 1 and max(means.values()) > STRANGE_EDGES:
         odd = max(means, key=lambda m: means[m])
-        name = DISPLAY_NAMES.get(odd, odd) if len(means) > 2 else " and ".join(DISPLAY_NAMES.get(m, m) for m in means)
+        name = display_name(odd) if len(means) > 2 else " and ".join(display_name(m) for m in means)
         words = f"{name} shows other edges than the other scans: another patient's, turned, moved or blurred."
         found.append(Finding("edges", "look", words if len(means) > 2 else f"{name} show other edges. {TWO_EDGES}"))
     return found
@@ -146,7 +146,7 @@ def skull(seen: Mapping[str, Any], *, stripped: bool) -> list[Finding]:
 
 def grey_values(modality: str, values: Array) -> list[Finding]:
     """Few grey values, or many voxels at the brightest one."""
-    name, found = DISPLAY_NAMES.get(modality, modality), []
+    name, found = display_name(modality), []
     some = values[:: max(1, len(values) // VOXELS)]
     if len(np.unique(some)) <= GREYS and len(some) > 8 * GREYS:
         words = f"{name} has eight bits, or as few grey values: fine differences are lost."
@@ -164,7 +164,7 @@ def missing_slices(modality: str, volume: Array, head: npt.NDArray[np.bool_]) ->
     empty = useful & (np.ptp(volume.reshape(len(volume), -1), axis=1) == 0)
     if not empty.any():
         return []
-    name = DISPLAY_NAMES.get(modality, modality)
+    name = display_name(modality)
     words = f"{name} is empty in {empty.sum()} of the head's {useful.sum()} slices."
     return [Finding("empty slices", "look", words)]
 
@@ -185,8 +185,8 @@ def shifts(volumes: Mapping[str, Array], sides: Sequence[float]) -> list[Finding
         distance, gain = best_shift(edges[first], edges[other], sides)
         if distance >= SHIFT_MM and gain > GAIN:
             words = (
-                f"{DISPLAY_NAMES.get(other, other)} seems to lie {distance:.0f} mm away from "
-                f"{DISPLAY_NAMES.get(first, first)}: they may not be registered."
+                f"{display_name(other)} seems to lie {distance:.0f} mm away from "
+                f"{display_name(first)}: they may not be registered."
             )
             found.append(Finding("not registered", "refuse" if distance >= FAR_MM else "look", words))
     return found
@@ -222,7 +222,7 @@ def same_images(volumes: Mapping[str, Array], head: npt.NDArray[np.bool_]) -> li
     for one, other in itertools.combinations(volumes, 2):
         pair = volumes[one].ravel()[inside], volumes[other].ravel()[inside]
         if min(values.std() for values in pair) > 0 and np.corrcoef(*pair)[0, 1] > SAME:
-            names = " and ".join(DISPLAY_NAMES.get(m, m) for m in (one, other))
+            names = " and ".join(display_name(m) for m in (one, other))
             words = f"{names} are the same image, or nearly: one of them is under a wrong name."
             found.append(Finding("the same image", "refuse", words))
     return found
@@ -272,7 +272,7 @@ def swaps(
 
 
 def _swapped(pair: Sequence[str], severity: Severity = "refuse") -> list[Finding]:
-    names = " and ".join(DISPLAY_NAMES.get(m, m) for m in pair)
+    names = " and ".join(display_name(m) for m in pair)
     words = f"{names} may be swapped: they look like each other's contrast. Compare them before using anything."
     return [Finding("swapped", severity, words)]
 

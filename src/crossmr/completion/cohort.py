@@ -27,7 +27,7 @@ from crossmr.dicom.series import Series, begins_with_dicom, folders_of_part
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import digest, write_json
-from crossmr.networks.inference import Settings, check_settings
+from crossmr.networks.inference import InferenceSettings, check_settings
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.parts import Lost
 from crossmr.registry import load_model
@@ -104,7 +104,7 @@ class Job:
     cohort: Path | str | Sequence[Path | str]
     out: Path
     model: CrossConditionedModel | Path | str | None
-    settings: Settings
+    settings: InferenceSettings
     options: CohortSettings
 
     @property
@@ -121,7 +121,7 @@ def complete_cohort(
     cohort: Path | str | Sequence[Path | str],
     out: Path | str,
     model: CrossConditionedModel | Path | str | None = None,
-    settings: Settings | None = None,
+    settings: InferenceSettings | None = None,
     options: CohortSettings | None = None,
     *,
     display: Display = SILENT,
@@ -141,7 +141,7 @@ def complete_cohort(
     Raises:
         NamingError: no study at all. ModelError: no usable model. OutputError: OUT cannot be written.
     """
-    job = Job(cohort, Path(out), model, settings or Settings(), options or CohortSettings())
+    job = Job(cohort, Path(out), model, settings or InferenceSettings(), options or CohortSettings())
     layout, options = job.layout, job.options
     shared = options.part is not None or options.share
     with layout.locked(shared=shared), closing(job.work()) as work:
@@ -228,13 +228,13 @@ def plan_cohort(
     cohort: Path | str | Sequence[Path | str],
     out: Path | str,
     model: CrossConditionedModel | Path | str | None = None,
-    settings: Settings | None = None,
+    settings: InferenceSettings | None = None,
     options: CohortSettings | None = None,
     *,
     display: Display = SILENT,
 ) -> list[PlannedCase]:
     """What `complete_cohort` would do with these arguments; nothing is written."""
-    settings, options = settings or Settings(), options or CohortSettings()
+    settings, options = settings or InferenceSettings(), options or CohortSettings()
     layout = Layout(Path(out), options.profile)
     model = load_model(model, settings.device)
     check_settings(model, settings)

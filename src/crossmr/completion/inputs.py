@@ -37,7 +37,7 @@ from crossmr.dicom.series import Series, holds_dicom
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, NamingError, OutputError
 from crossmr.files import listed_once, read_json
-from crossmr.networks.inference import Settings
+from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import CrossConditionedModel
 
 _BESIDE = "is not read; the terminal names it, its name may be the patient's: move it away, or complete it as NIfTI"
@@ -203,7 +203,7 @@ def lacking(acquired: Sequence[str], model: CrossConditionedModel) -> list[str]:
 
 
 def what_to_fill(
-    acquired: Sequence[str], model: CrossConditionedModel, settings: Settings, unread: Sequence[Unread] = ()
+    acquired: Sequence[str], model: CrossConditionedModel, settings: InferenceSettings, unread: Sequence[Unread] = ()
 ) -> tuple[list[str], dict[str, str]]:
     """Which targets to synthesise, and for every other gap the reason why not.
 
@@ -285,7 +285,12 @@ class PlannedCase:
 
 
 def plan(
-    inputs: Inputs, layout: Layout, model: CrossConditionedModel, settings: Settings, *, overwrite: bool = False
+    inputs: Inputs,
+    layout: Layout,
+    model: CrossConditionedModel,
+    settings: InferenceSettings,
+    *,
+    overwrite: bool = False,
 ) -> list[PlannedCase]:
     """What `complete_cohort` would do; images are not checked, so a study may still be refused for what it holds."""
     planned = []
@@ -313,7 +318,7 @@ def _kept(
     inputs: Inputs,
     layout: Layout,
     model: CrossConditionedModel,
-    settings: Settings,
+    settings: InferenceSettings,
 ) -> tuple[bool, str]:
     """Whether the result of a finished case would be kept; and why it would fail: it was made of other scans."""
     manifest = read_json(layout.folder(files.case) / "manifest.json", OutputError)
@@ -332,7 +337,7 @@ def why_redone(
     files: StudyFiles,
     inputs: Inputs,
     model: CrossConditionedModel,
-    settings: Settings,
+    settings: InferenceSettings,
 ) -> str:
     """Why a case of files that was finished before is completed again; empty where it stays as it is."""
     return why_again(manifest, _now_of_files(manifest, files, inputs, model, settings))
@@ -343,7 +348,7 @@ def _now_of_files(
     files: StudyFiles,
     inputs: Inputs,
     model: CrossConditionedModel,
-    settings: Settings,
+    settings: InferenceSettings,
 ) -> Now:
     images = files.images()
     come = {m: images[m].name for m in arrived(manifest, images)}
@@ -356,7 +361,7 @@ def _now(
     files: StudyFiles,
     inputs: Inputs,
     model: CrossConditionedModel,
-    settings: Settings,
+    settings: InferenceSettings,
     others: Sequence[str],
     come: Mapping[str, str],
 ) -> Now:

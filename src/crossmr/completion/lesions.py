@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from crossmr.completion.checks import Finding
-from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.data.naming import display_name
 
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -171,13 +171,13 @@ def _middle(area: Mask) -> Voxel:
 
 
 def _lost(bright: Bright, target: str) -> Finding:
-    source, made = DISPLAY_NAMES.get(bright.modality, bright.modality), DISPLAY_NAMES.get(target, target)
+    source, made = display_name(bright.modality), display_name(target)
     words = f"{source} has a bright area of {bright.ml:.0f} ml, perhaps a lesion, that the synthetic {made} has lost."
     return Finding("lost lesion", "look", words, (target,))
 
 
 def _enhancement(bright: Bright) -> Finding:
-    source = DISPLAY_NAMES.get(bright.modality, bright.modality)
+    source = display_name(bright.modality)
     words = (
         f"{source} has a bright area of {bright.ml:.0f} ml, perhaps a lesion. Whether it enhances cannot be seen in a "
         "synthetic T1ce, which mostly loses enhancement."

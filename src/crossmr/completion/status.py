@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crossmr.completion.layout import FORMAT
-from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.data.naming import display_name
 from crossmr.errors import OutputError
 from crossmr.files import read_json, write_atomically
 
@@ -97,4 +97,4 @@ def reasons_of(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _shown(modalities: Any) -> str:
-    return " + ".join(DISPLAY_NAMES.get(m, m) for m in modalities)
+    return " + ".join(display_name(m) for m in modalities)

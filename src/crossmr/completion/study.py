@@ -35,7 +35,7 @@ from crossmr.errors import ConfigError, NamingError, StudyError
 from crossmr.files import temporary_folder
 from crossmr.networks.inference import (
     HeadVolumes,
-    Settings,
+    InferenceSettings,
     Synthesis,
     check_settings,
     chosen_guidance,
@@ -145,7 +145,7 @@ class Reference(NamedTuple):
 def complete(
     study: Path | str | Mapping[str, Any],
     model: CrossConditionedModel | Path | str | None = None,
-    settings: Settings | None = None,
+    settings: InferenceSettings | None = None,
     *,
     targets: Sequence[str] | None = None,
     case: str = "study",
@@ -159,7 +159,7 @@ def complete(
             as nibabel has them. All lie on one grid, unless settings.register says otherwise.
         model: what `load_model` gave, for many studies; or a registered name, or a model's folder, which is then
             loaded; None for the default.
-        settings: guidance, seed, device and so on; see `Settings`.
+        settings: guidance, seed, device and so on; see `InferenceSettings`.
         targets: modalities requested, one ("t2f") or several; None for those of the settings, by default all that are
             missing and the model knows.
         case: name of a study that is given volume by volume: it seeds a sample, and `Completed.save` writes under it.
@@ -172,7 +172,7 @@ def complete(
         CrossmrError: with one line that says what is wrong. NamingError, VolumeError, StudyError: the study.
             ModelError: the model. ConfigError: a setting, or a name that is not a modality.
     """
-    settings = settings or Settings()
+    settings = settings or InferenceSettings()
     if targets is not None:
         settings = replace(settings, targets=targets)
     model = load_model(model, settings.device)
@@ -199,7 +199,7 @@ def complete(
         return complete_study(loaded, model, settings, Origin.of(inputs, files, scans, loaded, model), reference)
 
 
-def registering(settings: Settings) -> Settings:
+def registering(settings: InferenceSettings) -> InferenceSettings:
     """The settings for series of DICOM, whose grids usually differ."""
     return replace(settings, register="if needed") if settings.register == "never" else settings
 
@@ -207,7 +207,7 @@ def registering(settings: Settings) -> Settings:
 def complete_study(
     study: Study,
     model: CrossConditionedModel,
-    settings: Settings,
+    settings: InferenceSettings,
     origin: Origin | None = None,
     reference: Reference | None = None,
 ) -> Completed:
@@ -278,7 +278,7 @@ class _Made(NamedTuple):
 def _make(
     study: Study,
     model: CrossConditionedModel,
-    settings: Settings,
+    settings: InferenceSettings,
     sources: Sequence[str],
     requested: Sequence[str],
     reference: Reference | None,
@@ -342,7 +342,9 @@ def _synthetic_record(made: _Made, sources: Sequence[str], reasons: Sequence[Map
     }
 
 
-def _unread_record(unread: Sequence[Unread], not_filled: Mapping[str, str], settings: Settings) -> dict[str, list[str]]:
+def _unread_record(
+    unread: Sequence[Unread], not_filled: Mapping[str, str], settings: InferenceSettings
+) -> dict[str, list[str]]:
     """What stays missing without being asked for by name → what was not read and may be it."""
     missing = [m for m in not_filled if m not in (settings.targets or ())]
     found = {m: sorted({one.name for one in unread if m in one.may_be}) for m in missing}
@@ -421,7 +423,7 @@ def _std_record(model: CrossConditionedModel) -> dict[str, Any]:
 
 
 def read_reference(
-    settings: Settings, model: CrossConditionedModel, mapping: Mapping[str, str] | None = None
+    settings: InferenceSettings, model: CrossConditionedModel, mapping: Mapping[str, str] | None = None
 ) -> Reference | None:
     """The model's targets in the study that settings.reference names; None where it names none.
 
@@ -444,7 +446,7 @@ def read_reference(
     return Reference(_head_volumes(study, targets), files)
 
 
-def memory_needed(images: Mapping[str, Any], model: CrossConditionedModel, settings: Settings) -> int:
+def memory_needed(images: Mapping[str, Any], model: CrossConditionedModel, settings: InferenceSettings) -> int:
     """About how many bytes of main memory it takes to complete these volumes, by their headers; 0 if none is readable.
 
     The larger of two moments: all volumes are searched for the head; the first synthetic one is written.
@@ -459,7 +461,9 @@ def memory_needed(images: Mapping[str, Any], model: CrossConditionedModel, setti
     return study.bytes(study.kept + read + writing) + features
 
 
-def check_memory(case: str, images: Mapping[str, Any], model: CrossConditionedModel, settings: Settings) -> str | None:
+def check_memory(
+    case: str, images: Mapping[str, Any], model: CrossConditionedModel, settings: InferenceSettings
+) -> str | None:
     """What to say of a study that takes more than half of the available memory.
 
     Raises:
@@ -490,7 +494,9 @@ def _description(modality: str, sources: Sequence[str]) -> str:
     return f"SYNTHETIC {modality} by crossmr {version('crossmr')} from {'+'.join(sources)}"[:79]
 
 
-def settings_record(model: CrossConditionedModel, settings: Settings, reference: Reference | None) -> dict[str, Any]:
+def settings_record(
+    model: CrossConditionedModel, settings: InferenceSettings, reference: Reference | None
+) -> dict[str, Any]:
     """Everything that decides the voxels, for the manifest."""
     return {
         "model_sha256": model.record.get("sha256"),

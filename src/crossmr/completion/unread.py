@@ -19,9 +19,9 @@ from crossmr.data.bids import ROOT as BIDS_ROOT
 from crossmr.data.bids import dataset_of
 from crossmr.data.formats import is_volume, without_images_of_pairs
 from crossmr.data.naming import (
-    DISPLAY_NAMES,
     MODALITIES,
     StudyFiles,
+    display_name,
 )
 from crossmr.data.volume import is_synthetic, read_header, read_volume
 from crossmr.data.words import possible_contrasts
@@ -197,7 +197,7 @@ def unread_series(all_series: Sequence[Series]) -> list[Unread]:
                 why = (
                     f"is a second T1 beside {best.name}, and nothing says which of them was acquired with contrast "
                     f"agent{volumes}; name it with --map {other}='DESCRIPTION', or, where none is "
-                    f"{DISPLAY_NAMES[other]}, name the one to use with --map {modality}='{best.name}'"
+                    f"{display_name(other)}, name the one to use with --map {modality}='{best.name}'"
                 )
                 found.append(Unread(series.name, frozenset({other}), why))
     return [unread for unread in found if unread.may_be]
@@ -264,6 +264,6 @@ def reasons(unread: Sequence[Unread], lacking: Iterable[str]) -> dict[str, str]:
                 by_why[one.why].append(one.name)
         if by_why:
             told = "; ".join(f"{', '.join(dict.fromkeys(names))} may be it and {why}" for why, names in by_why.items())
-            shown = DISPLAY_NAMES.get(modality, modality)
+            shown = display_name(modality)
             found[modality] = f"{told}. To synthesise {shown} all the same, pass --targets {modality}."
     return found

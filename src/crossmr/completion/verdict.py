@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from crossmr.completion.checks import Finding
-from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.data.naming import display_name
 from crossmr.networks.trained_on import is_learnt
 
 Verdict = Literal["use", "look", "refuse"]
@@ -22,7 +22,7 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 def despite(reason: str, modality: str) -> str:
     """A reason not to synthesise a contrast, with the way to have it all the same."""
-    shown = DISPLAY_NAMES.get(modality, modality)
+    shown = display_name(modality)
     return f"{reason} To synthesise {shown} all the same, pass --targets {modality}."
 
 
@@ -51,10 +51,10 @@ def unlearnt(
     for target in targets:
         if not is_learnt(seen, target, without_skull=stripped):
             elsewhere = is_learnt(seen, target, without_skull=not stripped)
-            name = DISPLAY_NAMES.get(target, target)
+            name = display_name(target)
             words = f"the model has never learnt {name} of {heads}.{other if elsewhere else ''}"
             found.append(Finding("never learnt", "refuse", words, (target,)))
-    strange = [DISPLAY_NAMES.get(m, m) for m in sources if not is_learnt(seen, m, without_skull=stripped)]
+    strange = [display_name(m) for m in sources if not is_learnt(seen, m, without_skull=stripped)]
     if strange:
         found.append(Finding("never learnt", "look", f"The model has never seen {' and '.join(strange)} of {heads}."))
     return found
@@ -71,11 +71,11 @@ def undertrained(validation: Mapping[str, Mapping[str, float]] | None, targets: 
     found = []
     for target in [m for m in targets if m in validation]:
         own, linear = validation[target]["correlation"], validation[target]["linear_regression"]
-        numbers = f"{DISPLAY_NAMES.get(target, target)}: correlation {own:.2f} against {linear:.2f}"
+        numbers = f"{display_name(target)}: correlation {own:.2f} against {linear:.2f}"
         if own <= linear:
             found.append(Finding("undertrained", "look", f"{said} ({numbers}): train longer.", (target,)))
     if unknown := [m for m in targets if m not in validation]:
-        names = " and ".join(DISPLAY_NAMES.get(m, m) for m in unknown)
+        names = " and ".join(display_name(m) for m in unknown)
         words = f"No validation patient has shown how good this model's {names} is: measure it with crossmr evaluate."
         found.append(Finding("not validated", "look", words, tuple(unknown)))
     return found

@@ -49,6 +49,11 @@ _SPELLINGS = ("t1n", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2w", "t2", "t2f", "fl
 """Spellings of modalities that a misspelt one is compared with."""
 
 
+def display_name(modality: str) -> str:
+    """What people call a modality: T1ce for t1c; one that only a user knows by its own name."""
+    return DISPLAY_NAMES.get(modality, modality)
+
+
 @dataclass(frozen=True)
 class StudyFiles:
     """The files of one study, none of them opened yet."""

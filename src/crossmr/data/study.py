@@ -25,7 +25,7 @@ from crossmr.data.head import (
     was_acquired,
 )
 from crossmr.data.labels import as_counted, note_on
-from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, in_usual_order
+from crossmr.data.naming import StudyFiles, display_name, in_usual_order
 from crossmr.data.registration import RegistrationMode, register_rigidly
 from crossmr.data.volume import (
     Volume,
@@ -161,7 +161,7 @@ def load_study(
     volumes = {m: volume for m, volume in read.items() if not volume.synthetic}
     notes = [*source.notes] if isinstance(source, StudyFiles) else []
     notes += [f"{m} is itself synthetic, so it was not used as an input." for m in read if m not in volumes]
-    notes += [f"{DISPLAY_NAMES.get(m, m)} {volume.remark}" for m, volume in volumes.items() if volume.remark]
+    notes += [f"{display_name(m)} {volume.remark}" for m, volume in volumes.items() if volume.remark]
     if not volumes:
         raise StudyError(
             f"{case}: no acquired volume to work from. Expected at least one of T1, T1ce, T2, FLAIR{_hint(source)}."
@@ -298,7 +298,7 @@ def _within(data: Array, nan: Mask) -> Mask:
 
 def _nan_note(modality: str, nan: Mask, head: Mask | None) -> str:
     """What is to be said of a volume whose NaN became background; `head` None where it was moved."""
-    note = f"{DISPLAY_NAMES.get(modality, modality)} has {int(nan.sum())} voxels of NaN outside the head, "
+    note = f"{display_name(modality)} has {int(nan.sum())} voxels of NaN outside the head, "
     note += "which were taken for background."
     share = 0.0 if head is None else float((nan & head).sum() / head.sum())
     return note + (f" They are {share:.0%} of what other volumes show of the head." if share > NOTED else "")
@@ -307,7 +307,7 @@ def _nan_note(modality: str, nan: Mask, head: Mask | None) -> str:
 def _less_note(head: Head) -> list[str]:
     """What is to be said of volumes that show less of the head than others, but for the skull."""
     return [
-        f"{DISPLAY_NAMES.get(m, m)} shows {1 - part.sum() / head.mask.sum():.0%} less of the head than the others: "
+        f"{display_name(m)} shows {1 - part.sum() / head.mask.sum():.0%} less of the head than the others: "
         "what it lacks counts as not acquired."
         for m, part in head.parts.items()
         if m not in head.stripped
@@ -318,7 +318,7 @@ def skull_note(volumes: Mapping[str, Volume], stripped: Sequence[str]) -> list[s
     """What is to be said where some volumes have a skull and others have none."""
     if not stripped:
         return []
-    names = {m: DISPLAY_NAMES.get(m, m) for m in volumes}
+    names = {m: display_name(m) for m in volumes}
     without, having = [names[m] for m in stripped], [names[m] for m in volumes if m not in stripped]
     return [
         f"{' and '.join(having)} {'has' if len(having) == 1 else 'have'} a skull, {' and '.join(without)} "

@@ -258,7 +258,7 @@ class Acquisition:
     """Series description, or protocol name."""
 
 
-class Verdict(NamedTuple):
+class Recognition(NamedTuple):
     """The contrast of a series, and how it was recognised."""
 
     modality: str | None
@@ -317,7 +317,7 @@ def resolve_agents(acquisitions: Sequence[Acquisition]) -> list[Acquisition]:
     return resolved
 
 
-def recognise_contrast(acquisition: Acquisition) -> Verdict:
+def recognise_contrast(acquisition: Acquisition) -> Recognition:
     """The contrast of a series, or the reason for leaving it out."""
     words = _meanings(acquisition.description)
     if what := _none_of_ours(acquisition, words):
@@ -326,38 +326,38 @@ def recognise_contrast(acquisition: Acquisition) -> Verdict:
     by_tags = modality is not None
     if not by_tags:
         if why:
-            return Verdict(None, why, True)
+            return Recognition(None, why, True)
         modality = next((m for m in ("t2f", "pdw", "t2w", "t1n") if m in words), None)
         if "t1n" in words and modality == "t2w":
             modality = None  # the description names both
         if {"t1n", "t2f"} <= words and "t2w" not in words and (acquisition.te_ms or 0) <= 40:
             modality = "t1n"  # a T1-FLAIR
         if modality is None:
-            return Verdict(
+            return Recognition(
                 None, f"neither its tags ({_timing(acquisition)}) nor its description tell its contrast", False
             )
         why = "its description"
     if modality == "t1n":
         enhanced, evidence = _enhanced(acquisition, says_agent(acquisition.description))
-        return Verdict("t1c" if enhanced else "t1n", f"{why}; {evidence}", by_tags)
-    return Verdict(modality, why, by_tags)
+        return Recognition("t1c" if enhanced else "t1n", f"{why}; {evidence}", by_tags)
+    return Recognition(modality, why, by_tags)
 
 
-def _none_of_ours(acquisition: Acquisition, words: Collection[str]) -> Verdict | None:
+def _none_of_ours(acquisition: Acquisition, words: Collection[str]) -> Recognition | None:
     """Why a series is nothing that crossmr uses, whatever its times are; None where it may be."""
     if what := no_anatomy(acquisition.kinds):
-        return Verdict(None, what, True)
+        return Recognition(None, what, True)
     if acquisition.diffusion or acquisition.acquired == "DIFFUSION":
-        return Verdict(None, "a diffusion image", True)
+        return Recognition(None, "a diffusion image", True)
     if acquisition.angiography or acquisition.acquired in ("TOF", "FLOW_ENCODED"):
-        return Verdict(None, "an angiogram", True)
+        return Recognition(None, "an angiogram", True)
     if "EP" in acquisition.families and "t2f" not in words:
-        return Verdict(None, "echo-planar: diffusion, perfusion or function", True)
+        return Recognition(None, "echo-planar: diffusion, perfusion or function", True)
     if acquisition.times > 1:
-        return Verdict(None, "one of several times", True)
+        return Recognition(None, "one of several times", True)
     for word in sorted(words):
         if word.startswith("not: ") and ("t2f" not in words or word == f"not: {_PROJECTED}"):
-            return Verdict(None, f"{word.removeprefix('not: ')}, by its description", False)
+            return Recognition(None, f"{word.removeprefix('not: ')}, by its description", False)
     return None
 
 

@@ -23,7 +23,7 @@ from crossmr.data.tree import alternatives, mapping_key
 from crossmr.data.volume import is_synthetic
 from crossmr.dicom.contrast import (
     Acquisition,
-    Verdict,
+    Recognition,
     covers,
     is_unclear,
     names_agent,
@@ -362,9 +362,9 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
     places = _evened(images, orientations)
     even = images if places is None else [replace(i, position=p) for i, p in zip(images, places, strict=True)]
     fault, slice_distance = _fault(even, orientations)
-    verdict = _verdict(files[0], acquisition, mapping)
-    if verdict.modality is not None and fault:
-        verdict = Verdict(None, fault, True)
+    recognised = _recognised(files[0], acquisition, mapping)
+    if recognised.modality is not None and fault:
+        recognised = Recognition(None, fault, True)
     voxel_mm = tuple(float(side) for side in (*spacings[0], slice_distance))
     counts = (
         int(first.get("Rows") or 0),
@@ -383,11 +383,11 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
         voxel_mm=voxel_mm,
         acquisition=acquisition,
         original="DERIVED" not in acquisition.kinds,
-        modality=verdict.modality,
+        modality=recognised.modality,
         extent_mm=tuple(n * side for n, side in zip(counts, voxel_mm, strict=False)),
         places=places,
         mixed=len({tuple(str(header.get(keyword)) for keyword in TELLING) for _, header in files}) > 1,
-        why=verdict.why,
+        why=recognised.why,
         padding=_padding(first),
     )
 
@@ -398,7 +398,7 @@ def _padding(header: Any) -> float | None:
     return float(np.float32(value * (1.0 if slope is None else slope) + (offset or 0.0))) if value else None
 
 
-def _verdict(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Verdict:
+def _recognised(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Recognition:
     """The contrast of a series: by its tags, or by what of `mapping` is its name, or matches its description or path.
 
     Paths are matched by patterns with a slash alone.
@@ -406,23 +406,23 @@ def _verdict(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | 
     path, header = file
     shades = text_of(header, "PhotometricInterpretation")
     if (number_of(header, "SamplesPerPixel") or 1) != 1 or shades == "PALETTE COLOR":
-        return Verdict(None, "in colour", True)
+        return Recognition(None, "in colour", True)
     if shades == "MONOCHROME1":
-        return Verdict(None, "stored with white for the lowest value (MONOCHROME1). Export it as MONOCHROME2", True)
+        return Recognition(None, "stored with white for the lowest value (MONOCHROME1). Export it as MONOCHROME2", True)
     description = acquisition.description
     if description.upper().startswith("SYNTHETIC") or header.get("ManufacturerModelName") == "crossmr":
-        return Verdict(None, "itself synthetic", True)
-    verdict = recognise_contrast(acquisition)
-    if verdict.modality is not None and covers(acquisition.part, description) == 0:
-        verdict = Verdict(None, "of another part of the body than the head", False)
+        return Recognition(None, "itself synthetic", True)
+    recognised = recognise_contrast(acquisition)
+    if recognised.modality is not None and covers(acquisition.part, description) == 0:
+        recognised = Recognition(None, "of another part of the body than the head", False)
     name = _name(number_of(header, "SeriesNumber"))
     for modality, glob in ((m, one) for m, globs in (mapping or {}).items() for one in alternatives(globs)):
         of_path = "/" in glob and fnmatch.fnmatchcase(path.as_posix(), glob)
         if of_path or fnmatch.fnmatchcase(description, glob) or glob == name:
-            return Verdict(modality, BY_USER, True)
-    if mapping and verdict.modality in mapping:
-        return Verdict(None, f"not the {verdict.modality} that --map names", True)
-    return verdict
+            return Recognition(modality, BY_USER, True)
+    if mapping and recognised.modality in mapping:
+        return Recognition(None, f"not the {recognised.modality} that --map names", True)
+    return recognised
 
 
 def _name(number: float | None) -> str:

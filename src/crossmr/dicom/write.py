@@ -23,7 +23,7 @@ import pydicom.config
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.valuerep import DSfloat
 
-from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.data.naming import DISPLAY_NAMES, display_name
 from crossmr.data.volume import DicomSlices, Volume, as_dicom_slices
 from crossmr.dicom.series import DicomImage, Series, is_derived
 from crossmr.errors import OutputError, VolumeError
@@ -84,7 +84,7 @@ class DerivedSeries:
     @property
     def title(self) -> str:
         """Series Description, at most 64 characters."""
-        name = DISPLAY_NAMES.get(self.modality, self.modality)
+        name = display_name(self.modality)
         return f"SYNTHETIC {name}{f' {self.kind}' if self.kind else ''} (crossmr)"[:64]
 
 

@@ -41,7 +41,7 @@ from crossmr.evaluation.subjects import SPLIT, Array, Found, Subject, each_study
 from crossmr.evaluation.tables import is_table, write_csv
 from crossmr.files import REPORT, digest, is_page, is_record, locked, refuse_foreign, remove, write_json
 from crossmr.main_memory import check_memory
-from crossmr.networks.inference import Settings, chosen_guidance, chosen_planes, samples_drawn
+from crossmr.networks.inference import InferenceSettings, chosen_guidance, chosen_planes, samples_drawn
 from crossmr.networks.model import CrossConditionedModel, Guidance
 from crossmr.parts import WORK, Part
 from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_most, window
@@ -62,7 +62,7 @@ class EvaluationSettings:
     """Guidance modes measured beside the model's own."""
     against: Path | str | None = None
     """The folder or name of a second model, measured beside the first by its own default guidance."""
-    inference: Settings = field(default_factory=Settings)
+    inference: InferenceSettings = field(default_factory=InferenceSettings)
     """The model's own guidance, and seed, steps, device and precision of all."""
     mapping: Mapping[str, str] | None = None
     """See `find_studies`."""

@@ -12,7 +12,7 @@ from crossmr.errors import ConfigError
 from crossmr.evaluation.subjects import Array, Found, Subject
 from crossmr.networks.inference import (
     HeadVolumes,
-    Settings,
+    InferenceSettings,
     check_settings,
     chosen_guidance,
     passing_memory,
@@ -36,7 +36,7 @@ class Predictor:
 
     name: str
     model: CrossConditionedModel
-    settings: Settings
+    settings: InferenceSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Predictions:
 
 def find_predictors(
     model: CrossConditionedModel,
-    settings: Settings,
+    settings: InferenceSettings,
     guidances: Sequence[Guidance] = (),
     against: Path | str | None = None,
 ) -> list[Predictor]:
@@ -76,12 +76,12 @@ def predictor_name(guidance: Guidance) -> str:
     return "unguided" if guidance == "none" else f"guided: {guidance}"
 
 
-def _guided(settings: Settings, guidance: Guidance) -> Settings:
+def _guided(settings: InferenceSettings, guidance: Guidance) -> InferenceSettings:
     """The settings of one guidance mode; without guidance no samples are drawn."""
     return replace(settings, guidance=guidance, samples=None if guidance == "none" else settings.samples)
 
 
-def _second_model(model: CrossConditionedModel, against: Path | str, settings: Settings) -> Predictor:
+def _second_model(model: CrossConditionedModel, against: Path | str, settings: InferenceSettings) -> Predictor:
     """The model named `against`, by its own default guidance and the planes that it can, on the first one's device."""
     folder = find_model(against)
     second = load_model(folder, model.device)

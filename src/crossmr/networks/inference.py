@@ -36,7 +36,7 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 
 
 @dataclass(frozen=True)
-class Settings:
+class InferenceSettings:
     """How to synthesise; the same settings and inputs give the same voxels."""
 
     targets: Sequence[str] | None = None
@@ -114,7 +114,7 @@ class Synthesis(NamedTuple):
     """Of a network that reads volumes: the voxels (Z, Y, X) that passed at once."""
 
 
-def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
+def check_settings(model: CrossConditionedModel, settings: InferenceSettings) -> None:
     """Refuse, before anything runs, what this model cannot do.
 
     Raises:
@@ -145,17 +145,17 @@ def check_settings(model: CrossConditionedModel, settings: Settings) -> None:
     choose_precision(settings.precision, model.device)
 
 
-def chosen_guidance(model: CrossConditionedModel, settings: Settings) -> Guidance:
+def chosen_guidance(model: CrossConditionedModel, settings: InferenceSettings) -> Guidance:
     """The guidance that is asked for, or else the model's default."""
     return settings.guidance or model.config.default_guidance
 
 
-def samples_drawn(model: CrossConditionedModel, settings: Settings) -> int:
+def samples_drawn(model: CrossConditionedModel, settings: InferenceSettings) -> int:
     """How many representations are drawn."""
     return 0 if chosen_guidance(model, settings) in ("none", "reference") else settings.samples or 1
 
 
-def chosen_planes(model: CrossConditionedModel, settings: Settings) -> int:
+def chosen_planes(model: CrossConditionedModel, settings: InferenceSettings) -> int:
     """In how many planes a volume with thin slices is completed."""
     return settings.planes or model.config.planes
 
@@ -196,7 +196,7 @@ def synthesise(
     model: CrossConditionedModel,
     head: HeadVolumes,
     case: str,
-    settings: Settings,
+    settings: InferenceSettings,
     reference: HeadVolumes | None = None,
 ) -> Synthesis:
     """Synthesise settings.targets, by default all of the model's, from a head's sources.
@@ -227,7 +227,7 @@ def _guidance_vectors(
     head: HeadVolumes,
     available: Tensor,
     case: str,
-    settings: Settings,
+    settings: InferenceSettings,
     reference: HeadVolumes | None,
 ) -> Tensor | None:
     """What guides each synthesis of a volume, (K, T·D), or None."""

@@ -21,7 +21,7 @@ from crossmr.completion.layout import records_of
 from crossmr.completion.ownership import other_scans
 from crossmr.data.formats import is_nifti
 from crossmr.data.labels import cavity_is_labelled
-from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, find_studies, in_usual_order
+from crossmr.data.naming import StudyFiles, display_name, find_studies, in_usual_order
 from crossmr.data.volume import describe_grid, is_synthetic, on_grid, read_labels, read_volume, same_grid, write_volume
 from crossmr.errors import CrossmrError, OutputError, StudyError, names_only
 from crossmr.files import LOCK, locked, read_json, write_atomically, write_json
@@ -95,7 +95,7 @@ def _write_dataset(
     write_json(
         out / "dataset.json",
         {
-            "channel_names": {str(n): DISPLAY_NAMES.get(m, m) for n, m in enumerate(chosen)},
+            "channel_names": {str(n): display_name(m) for n, m in enumerate(chosen)},
             "labels": {"background": 0, **{f"label {v}": v for v in range(1, max(values, default=0) + 1)}},
             "numTraining": sum(cases[case][1] is not None for case in synthetic),
             "file_ending": ".nii.gz",

@@ -18,7 +18,7 @@ from crossmr.completion.layout import records_of
 from crossmr.completion.status import finished_cases, is_case, reasons_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.completion.verdict import VERDICTS
-from crossmr.data.naming import DISPLAY_NAMES, in_usual_order
+from crossmr.data.naming import display_name, in_usual_order
 from crossmr.errors import OutputError
 from crossmr.evaluation.evaluate import BY_PROTOCOL, Evaluation, overlap_warnings
 from crossmr.evaluation.measurements import Picture
@@ -198,8 +198,8 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters["display_name"] = _display_name
-    pages.filters["display_names"] = lambda sources: " + ".join(_display_name(m) for m in sources.split("+"))
+    pages.filters["display_name"] = display_name
+    pages.filters["display_names"] = lambda sources: " + ".join(display_name(m) for m in sources.split("+"))
     return pages
 
 
@@ -219,10 +219,6 @@ def _write(path: Path, template: str, body: Mapping[str, Any]) -> Path:
     refuse_foreign(path, is_page)
     write_atomically(path, page.encode(errors="replace"))
     return path
-
-
-def _display_name(modality: str) -> str:
-    return DISPLAY_NAMES.get(modality, modality)
 
 
 def _reader(out: Path, files: Iterable[str | None]) -> Callable[[str], str | None]:
@@ -276,7 +272,7 @@ def _scatter(scores: Sequence[Score], own: str, other: str) -> list[Plot]:
                 series.setdefault(sources, []).append(point)
         if series:
             x = f"PSNR of {'the ' * (other == BASELINE)}{other.removeprefix(AGAINST)}, dB"
-            plots.append(_plot(f"{_display_name(target)}: each case", x, "PSNR of the model, dB", series))
+            plots.append(_plot(f"{display_name(target)}: each case", x, "PSNR of the model, dB", series))
     return plots
 
 
@@ -285,7 +281,7 @@ def _calibration(curve: Sequence[CalibrationSummary]) -> list[Plot]:
     series: dict[str, list[Point]] = {}
     for entry in curve:
         point = Point(entry["std"], entry["error"], f"decile {entry['decile']}")
-        series.setdefault(_display_name(entry["target"]), []).append(point)
+        series.setdefault(display_name(entry["target"]), []).append(point)
     if not series:
         return []
     x, y = "standard deviation", "root mean square of the error"

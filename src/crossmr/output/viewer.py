@@ -14,7 +14,7 @@ from crossmr.completion.ownership import other_scans
 from crossmr.completion.private import read_paths
 from crossmr.completion.status import is_case, reasons_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
-from crossmr.data.naming import DISPLAY_NAMES, find_studies
+from crossmr.data.naming import display_name, find_studies
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import Volume, compact, on_grid, read_volume
 from crossmr.errors import CrossmrError, OutputError
@@ -200,7 +200,7 @@ def _entry(modality: str, kind: Kind, data: Array, grid: Volume) -> dict[str, An
     return {
         "modality": modality,
         "kind": kind,
-        "name": f"{DISPLAY_NAMES.get(modality, modality)} {kind}",
+        "name": f"{display_name(modality)} {kind}",
         "black": round(black, 4),
         "white": round(white, 4),
         "content": content,

@@ -376,7 +376,9 @@ def _synchronise(device: torch.device) -> None:
 @torch.no_grad()
 def _average(averaged: nn.Module, network: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the network's by 1 - decay."""
-    get_ema_multi_avg_fn(decay)(list(averaged.parameters()), list(network.parameters()), 0)
+    get_ema_multi_avg_fn(decay)(  # type: ignore[no-untyped-call]
+        list(averaged.parameters()), list(network.parameters()), 0
+    )
 
 
 def _truncate_log(log: Path, stage: str, done: int) -> None:
