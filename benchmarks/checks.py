@@ -18,7 +18,7 @@ from scans import COHORTS, cohort_of
 from crossmr.completion import checks
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.naming import DISPLAY_NAMES
-from crossmr.networks.model import CrossConditionedModel, load_model
+from crossmr.networks.model import CrossConditionedModel, read_model
 
 
 def checked(case: Case, model: CrossConditionedModel) -> Iterator[tuple[str, str, bool]]:
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("set", type=Path)
     parser.add_argument("model", type=Path)
     options = parser.parse_args()
-    model = load_model(options.model)
+    model = read_model(options.model)
     counts: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for case in PreparedDataset(options.set).cases:
         for change, check, warned in checked(case, model):

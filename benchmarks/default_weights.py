@@ -33,7 +33,7 @@ from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.measures import KEPT, STD
 from crossmr.evaluation.tables import BASELINE
 from crossmr.files import read_json
-from crossmr.networks.model import CrossConditionedModel, load_model, save_model
+from crossmr.networks.model import CrossConditionedModel, read_model, save_model
 from crossmr.networks.trained_on import PHANTOM, PatientList, count_seen, names_of, remember
 from crossmr.phantom import write_cohort
 from crossmr.registry import find_model
@@ -190,7 +190,7 @@ def typical(prepared: Path, model: CrossConditionedModel) -> dict[str, Any]:
 
 def ship(folder: Path, study: Path, prepared: Path, display: Display) -> None:
     """Put a finished model into the package in half precision, if it is small enough, and say what that changes."""
-    model = load_model(folder)
+    model = read_model(folder)
     record = {**model.record["training"], "seen": seen(prepared), "typical": typical(prepared, model)}
     whole = complete(study, model)
     for network in model.networks().values():
@@ -209,7 +209,7 @@ def ship(folder: Path, study: Path, prepared: Path, display: Display) -> None:
         display.say(
             f"{target} of {study.name} in half precision: changed by {change.mean():.1e}, at most {change.max():.1e}"
         )
-    display.say(f"{WEIGHTS}: {load_model(WEIGHTS).record['sha256'][:12]}, {size:.1f} MiB")
+    display.say(f"{WEIGHTS}: {read_model(WEIGHTS).record['sha256'][:12]}, {size:.1f} MiB")
 
 
 def main() -> None:
@@ -231,7 +231,7 @@ def main() -> None:
     out, display, model = options.out, Display(), options.out / "run" / "model"
     if not (options.measure or options.ship):
         prepare_all(options.data, out, display)
-        recipe = replace(RECIPES["any"], by_set=()) if options.start is None else recipe_of(load_model(options.start))
+        recipe = replace(RECIPES["any"], by_set=()) if options.start is None else recipe_of(read_model(options.start))
         recipe = with_settings(recipe, dict(pair.split("=", 1) for pair in options.set))
         wish = TrainingSettings(recipe=recipe, minutes=options.minutes, device=options.device, seed=options.seed)
         train(out / "set", out / "run", wish, initial_model=options.start, display=display)

@@ -51,7 +51,7 @@ from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.display import Display
 from crossmr.evaluation.subjects import patterns, subject_of_case
-from crossmr.networks.model import CrossConditionedModel, load_model
+from crossmr.networks.model import CrossConditionedModel, read_model
 from crossmr.training.plan import read_plan
 from crossmr.training.recipes import RECIPES
 from crossmr.training.run import TrainingSettings, train
@@ -253,7 +253,7 @@ def trained(place: Path, out: Path, wish: TrainingSettings, how: AbstractContext
     before = time.process_time()
     clock = mock.patch("crossmr.training.plan.time", new=SimpleNamespace(monotonic=time.process_time))
     with how, clock:
-        model = load_model(train(place, out, wish, display=Display()), "cpu")
+        model = read_model(train(place, out, wish, display=Display()), "cpu")
     plan = read_plan(out, "synthesis")
     return model, {
         "steps": plan.total if plan else 0,

@@ -49,7 +49,7 @@ from crossmr.networks.scale import standardise
 from crossmr.registry import load_model
 from crossmr.tensors import seeded
 from crossmr.training.augmentation import AugmentationConfig
-from crossmr.training.stages import DEVIATION_WEIGHT, SynthesisBatch, view
+from crossmr.training.stages import DEVIATION_WEIGHT, SynthesisBatch, synthesis_batch
 
 STEPS, RATE, WARM_UP = 400, 2e-4, 20
 CONTROL = "lesion weight 0.5"
@@ -92,7 +92,7 @@ class Lessons:
     def loss(self, network: nn.Module, step: int) -> Tensor:
         """The error of SynthesisStage, and the features' where the variant has them."""
         generator, model = seeded("fine-tune", self.seed, step), self.model
-        batch = view(model.config, self.data[step], None, generator)
+        batch = synthesis_batch(model.config, self.data[step], None, generator)
         batch = SynthesisBatch._make(None if tensor is None else tensor.to(model.device) for tensor in batch)
         prediction, log_scale = model.split(network(model.network_input(batch.neighbours, batch.available)))
         truth = standardise(batch.truth)

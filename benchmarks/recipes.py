@@ -33,7 +33,7 @@ from crossmr.display import Display
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.tables import BASELINE
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.training.plan import read_plan
 from crossmr.training.recipes import RECIPES
 from crossmr.training.run import TrainingSettings, train
@@ -95,7 +95,7 @@ def measure(name: str, hidden: Path, out: Path, options: argparse.Namespace, ans
     result = evaluate(
         model, out / "set", folder / "evaluation", EvaluationSettings(inference=settings), display=display
     )
-    plans = {stage: read_plan(folder / "run", stage) for stage in load_model(model).config.stages}
+    plans = {stage: read_plan(folder / "run", stage) for stage in read_model(model).config.stages}
     cells = [name, ", ".join(f"{stage} {plan.total}" for stage, plan in plans.items() if plan)]
     cells.append(f"{minutes:.1f} of {options.minutes:g}")
     cells += [" / ".join(psnr(result, target, who) for who in (result["own"], BASELINE)) for target in TARGETS]

@@ -57,7 +57,7 @@ from crossmr.data.dataset import Case
 from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.evaluation.subjects import Subject, subject_of_case
 from crossmr.files import read_json
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 
 TERAFLOP = 60.0
 TUNED = 1 / 6
@@ -239,7 +239,7 @@ def rows_of(experiment: Experiment, subject: Subject, images: Images, only_some:
 
 def measure_baselines(experiment: Experiment) -> None:
     """The same of the trivial predictors."""
-    model = load_model(experiment.options.base / "run" / "model")
+    model = read_model(experiment.options.base / "run" / "model")
     for case in experiment.test:
         if not experiment.rows.has(predictor=BASELINES[-1], case=case.name):
             subject = experiment.subject(case)

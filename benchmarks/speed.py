@@ -45,7 +45,7 @@ from crossmr.main_memory import keep_memory
 from crossmr.metrics import psnr
 from crossmr.networks.c_unet import synthesis_error
 from crossmr.networks.inference import BATCH, HeadVolumes, InferenceSettings, synthesise
-from crossmr.networks.model import CrossConditionedModel, load_model
+from crossmr.networks.model import CrossConditionedModel, read_model
 from crossmr.phantom import write_cohort
 from crossmr.picture import Panel, middle, save_panels
 from crossmr.registry import find_model
@@ -395,7 +395,7 @@ def gpu(folder: Path, target: str, device: torch.device, rounds: int, batch: int
     (files,) = find_studies(folder)
     study, shipped = (
         load_study({m: p for m, p in files.images().items() if m != target}),
-        load_model(find_model(), device),
+        read_model(find_model(), device),
     )
     call = {"study": lambda: [complete_study(study, shipped, InferenceSettings(targets=(target,))), wait()]}
     print(f"\none study, read beforehand, by the shipped weights: {interleaved(call, 3)['study']:.2f} s")
@@ -416,7 +416,7 @@ def main() -> None:
     parser.add_argument("--only", choices=names, nargs="+")
     options = parser.parse_args()
     keep_memory()
-    model, device = load_model(find_model(options.model)), choose_device(options.device)
+    model, device = read_model(find_model(options.model)), choose_device(options.device)
     study, target, rounds = options.study, options.target, options.rounds
     jobs: dict[str, Callable[[], None]] = {
         "parts": lambda: parts(study, target, model, rounds),

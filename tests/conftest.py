@@ -226,9 +226,9 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(model_folder):
-    from crossmr.networks.model import load_model
+    from crossmr.networks.model import read_model
 
-    return load_model(model_folder)
+    return read_model(model_folder)
 
 
 @pytest.fixture(scope="module")

@@ -363,7 +363,7 @@ def test_an_unforeseen_error_of_one_study_leaves_its_traceback_in_the_log(verb, 
 def test_an_error_of_the_device_stops_the_run_and_names_what_was_not_tried(error, stops, cohort, tmp_path, monkeypatch):
     from crossmr.completion import case
     from crossmr.completion.cohort import complete_cohort
-    from crossmr.networks.model import load_model
+    from crossmr.networks.model import read_model
     from crossmr.registry import find_model
 
     calls = []
@@ -374,7 +374,7 @@ def test_an_error_of_the_device_stops_the_run_and_names_what_was_not_tried(error
 
     write_cohort(tmp_path / "three", 3, seed=3, missing={i: ["t2f"] for i in range(3)}, **GRID)
     monkeypatch.setattr(case, "complete_study", fail)
-    summary = complete_cohort(tmp_path / "three", tmp_path / "out", load_model(find_model(None)))
+    summary = complete_cohort(tmp_path / "three", tmp_path / "out", read_model(find_model(None)))
     assert len(calls) == (1 if stops else 3)
     assert len(summary.failed) == 3
     assert sum("not tried, because the device failed" in reason for reason in summary.failed.values()) == 2 * stops

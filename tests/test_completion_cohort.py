@@ -33,7 +33,7 @@ from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
 from crossmr.errors import NamingError, OutputError, StudyError
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 
 SHAPE = (26, 28, 22)
 SETTINGS = InferenceSettings(ddim_steps=3, device="cpu", precision="float32")
@@ -139,7 +139,7 @@ def sha256_of_model(folder):
 
 
 def test_an_unsaved_model_claims_no_hash(model_folder, cohort):
-    unsaved = load_model(model_folder)
+    unsaved = read_model(model_folder)
     unsaved.record = {}
     assert complete(cohort / "Ann", unsaved, SETTINGS).manifest["settings"]["model_sha256"] is None
 
@@ -392,7 +392,7 @@ def test_memory_is_estimated_by_the_headers_of_files_and_images_alike(model, tmp
 def test_what_crossmr_wrote_among_the_scans_is_no_scan(tmp_path):
     """OUT lies in the cohort, beside that of an earlier run."""
     cohort, both = tmp_path / "cohort", dict.fromkeys(("sources", "targets"), ("t1n", "t1c", "t2w", "t2f"))
-    any_model = load_model(save_untrained(tmp_path / "model", guidance="last", uncertainty=True, **both))
+    any_model = read_model(save_untrained(tmp_path / "model", guidance="last", uncertainty=True, **both))
     write_study(cohort, "Ann", ("t1n", "t2w", "t2f"))
     before = tree(cohort)
     first = complete_cohort(cohort, cohort / "out", any_model, SETTINGS)

@@ -25,7 +25,7 @@ from crossmr.data.study import load_study
 from crossmr.errors import ConfigError, ModelError, NamingError, StudyError
 from crossmr.networks import inference
 from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.picture import window
 from crossmr.tensors import pad_to_multiple, seeded
 
@@ -212,8 +212,8 @@ def test_a_target_the_model_does_not_know_is_refused_before_anything_runs(model,
 def test_settings_that_make_no_sense_are_refused(model, cohort, tmp_path):
     with pytest.raises(ConfigError, match="--guidance is 'oracle'"):
         InferenceSettings(guidance="oracle")
-    unconditional = load_model(save_untrained(tmp_path / "unconditional", conditional=False))
-    unguided = load_model(save_untrained(tmp_path / "unguided", guidance="none"))
+    unconditional = read_model(save_untrained(tmp_path / "unconditional", conditional=False))
+    unguided = read_model(save_untrained(tmp_path / "unguided", guidance="none"))
     for one, changes, match in (
         (unconditional, {"guidance": "sample"}, "trained without a condition; use guidance 'unconditional'"),
         (unconditional, {"ddim_steps": 0}, "0 sampling steps"),
@@ -236,7 +236,7 @@ def test_settings_that_make_no_sense_are_refused(model, cohort, tmp_path):
     ],
 )
 def test_guidance_is_as_the_model_was_trained(tmp_path, trained, conditional, default):
-    model = load_model(save_untrained(tmp_path, guidance=trained, conditional=conditional))
+    model = read_model(save_untrained(tmp_path, guidance=trained, conditional=conditional))
     assert inference.chosen_guidance(model, SETTINGS) == default
     assert inference.samples_drawn(model, SETTINGS) == (default != "none")
 
@@ -317,7 +317,7 @@ def test_the_head_is_filled_and_nothing_around_it(model, tmp_path):
 def test_padding_and_windows_move_no_voxel(tmp_path, shape, window):
     """With a network that copies its first source, the result is that source, normalised, where there is head."""
     dims = {} if window is None else {"spatial_dims": 3, "window": window}
-    model = load_model(save_untrained(tmp_path / "model", guidance="last", **dims))
+    model = read_model(save_untrained(tmp_path / "model", guidance="last", **dims))
     model.synthesis = Copy()
     study = write_images(tmp_path, "P", ("t1n", "t2w"), shape=shape, air=False)
     loaded = load_study({m: study / f"P-{m}.nii.gz" for m in ("t1n", "t2w")})
@@ -343,7 +343,7 @@ def test_3d_model_completes_volumes_larger_and_smaller_than_its_window(tmp_path,
 
 
 def test_a_volume_that_fits_the_3d_window_is_one_pass_of_the_network(tmp_path):
-    model = load_model(save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 32, 32), guidance="none"))
+    model = read_model(save_untrained(tmp_path / "model", spatial_dims=3, window=(16, 32, 32), guidance="none"))
     sources = torch.rand(2, 13, 17, 28, generator=torch.Generator().manual_seed(0))
     result = synthesise(model, HeadVolumes(by_name(sources), [1] * 13, 1.0), "P", SETTINGS).images
     padded = torch.zeros(1, 2, 16, 32, 32)
@@ -363,7 +363,7 @@ def last_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def last(last_folder):
-    return load_model(last_folder)
+    return read_model(last_folder)
 
 
 def by_name(sources):
@@ -458,7 +458,7 @@ def test_the_image_is_the_mean_of_the_guided_syntheses(kind, guidance, samples, 
 
 
 def test_unguided_images_say_how_far_they_may_be_off(last_folder):
-    model = load_model(last_folder)
+    model = read_model(last_folder)
     made = synthesised(model)
     with torch.no_grad():
         want = unguided(model, inputs_with_head(model))
@@ -482,7 +482,7 @@ def test_targets_come_in_the_order_of_the_settings(last):
 
 
 def test_the_std_lies_beside_the_image_of_a_model_with_uncertainty(last_folder, model, small, tmp_path):
-    certain = load_model(last_folder)
+    certain = read_model(last_folder)
     certain.calibration = {"variance": torch.tensor([[9.0, 0.01], [1.0, 0.02]])}
     out, again = tmp_path / "out", CohortSettings(overwrite=True)
     complete_cohort(small, out, certain, SETTINGS)
@@ -524,7 +524,7 @@ def test_stds_of_volumes_come_window_by_window(tmp_path, uncertainty, changes):
     folder = save_untrained(tmp_path, guidance="last", uncertainty=uncertainty, spatial_dims=3, window=(8, 8, 8))
     sources = torch.rand(2, 9, 12, 10, generator=torch.Generator().manual_seed(3))
     head = HeadVolumes(by_name(sources), [0] + [9] * 8, 1.0)
-    made = synthesise(load_model(folder), head, "Ann", with_settings(**changes))
+    made = synthesise(read_model(folder), head, "Ann", with_settings(**changes))
     assert made.images.shape == (2, 9, 12, 10)
     if not uncertainty and not changes:
         assert made.stds is None
@@ -628,7 +628,7 @@ def test_a_reference_is_another_study(last_folder, model, small, tmp_path):
 @pytest.mark.parametrize("guidance", ["joint", "last"])
 @pytest.mark.parametrize("target", ["t1c", "t2f"])
 def test_a_reference_with_only_some_of_the_targets_guides(small, tmp_path, guidance, target):
-    model = load_model(save_untrained(tmp_path / "model", guidance=guidance))
+    model = read_model(save_untrained(tmp_path / "model", guidance=guidance))
     write_study(tmp_path / "all", "Earlier", ["t1c", "t2f"], seed=5)
     write_study(tmp_path / "one", "Earlier", [target], seed=5)
     data, records = {}, {}
@@ -666,7 +666,7 @@ def test_a_reference_is_found_by_the_same_mapping(last_folder, tmp_path):
 def any_model(tmp_path_factory):
     modalities = ("t1n", "t1c", "t2w", "t2f")
     both = {"sources": modalities, "targets": modalities, "context_slices": 3}
-    return load_model(save_untrained(tmp_path_factory.mktemp("any"), guidance="last", uncertainty=True, **both))
+    return read_model(save_untrained(tmp_path_factory.mktemp("any"), guidance="last", uncertainty=True, **both))
 
 
 @pytest.mark.parametrize("acquired", [("t1n",), ("t2f", "t1c"), ("t1n", "t2w", "t2f"), ("t1n", "t1c", "t2w", "t2f")])
@@ -771,7 +771,7 @@ def test_what_no_training_patient_had_together_is_not_synthesised(any_model):
 
 
 def test_out_of_memory_halves_the_batch_and_says_so(last_folder, monkeypatch):
-    model = load_model(last_folder)
+    model = read_model(last_folder)
     study = load_study({m: image(make_head(m)) for m in ("t1n", "t2w")})
     at_once = complete_study(study, model, SETTINGS)
     forward, sizes = model.synthesis.forward, []
@@ -797,7 +797,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(last_folder, monkeypatch):
 
 @pytest.mark.parametrize("uncertainty", [False, True])
 def test_intensities_like_an_acquired_volume_can_be_mapped_back(tmp_path, uncertainty):
-    model = load_model(save_untrained(tmp_path / "model", guidance="none", uncertainty=uncertainty))
+    model = read_model(save_untrained(tmp_path / "model", guidance="none", uncertainty=uncertainty))
     study = {m: image(500 * make_head(m)) for m in ("t1n", "t2w")}
     unit, like = (complete(study, model, InferenceSettings(device="cpu", scale=scale)) for scale in ("unit", "input"))
     assert unit.manifest["synthetic"]["t2f"]["scale"] is None

@@ -257,7 +257,7 @@ def test_an_unconditional_network_has_no_condition():
 
 def test_the_loss_is_the_squared_error_of_the_prediction_of_y_0():
     network, (y_0, condition) = random_network(), clusters(5, seeded())
-    network.standardise(*[torch.randn(50, 3, generator=seeded(9)) * 2 + 1, torch.ones(50, 3)])
+    network.fit_standardisation(*[torch.randn(50, 3, generator=seeded(9)) * 2 + 1, torch.ones(50, 3)])
     t, noise = torch.tensor([0, 10, 300, 700, 999]), torch.randn(5, 3, generator=seeded(1))
     features = torch.tensor([[1.0, 1, 0]] * 2 + [[1.0, 1, 1]] * 3)
     total, count = network.squared_error(y_0, features, t, noise, condition)
@@ -289,7 +289,7 @@ def test_a_batchs_loss_is_the_sum_of_its_parts(parts):
 def test_a_network_that_learnt_nothing_errs_by_all_of_the_variance_and_draws_the_mean():
     torch.manual_seed(0)
     network, y_0 = DistributionNetwork(CONFIG, 3, 2), 4 + 2 * torch.randn(50, 3, generator=seeded())
-    network.standardise(y_0, torch.ones_like(y_0))
+    network.fit_standardisation(y_0, torch.ones_like(y_0))
     total, count = squared_error(network, y_0)
     assert float(total.detach() / count) == pytest.approx(1, abs=1e-4)
     mean = y_0.mean(0)
@@ -304,7 +304,7 @@ def test_standardised_the_unit_of_a_feature_does_not_matter():
     gain, shift = torch.tensor([0.01, 3.0, 40.0]), torch.tensor([5.0, -2.0, 0.3])
 
     def measured(vectors):
-        network.standardise(vectors, torch.ones_like(vectors))
+        network.fit_standardisation(vectors, torch.ones_like(vectors))
         return float(squared_error(network, vectors, condition)[0]), network.sample(
             generators(2), condition[:2], steps=4
         )
@@ -312,7 +312,7 @@ def test_standardised_the_unit_of_a_feature_does_not_matter():
     (loss, drawn), (again, mapped) = measured(y_0), measured(gain * y_0 + shift)
     assert again == pytest.approx(loss, rel=1e-3)
     torch.testing.assert_close(mapped, gain * drawn + shift, atol=1e-3, rtol=1e-3)
-    network.standardise(torch.zeros_like(y_0), torch.ones_like(y_0))
+    network.fit_standardisation(torch.zeros_like(y_0), torch.ones_like(y_0))
     assert squared_error(network, y_0, condition)[0].isfinite()
 
 
@@ -320,7 +320,7 @@ def test_what_is_no_target_brings_no_loss_and_comes_out_as_zero():
     network = random_network(dim=4)
     y_0, condition = torch.randn(6, 4, generator=seeded()), torch.randn(6, 2, generator=seeded(1))
     features = torch.tensor([[1.0, 1, 0, 1]] * 3 + [[0.0, 1, 1, 1]] * 3)
-    network.standardise(y_0, features)
+    network.fit_standardisation(y_0, features)
     changed = y_0.clone()
     changed[:3, 2], changed[3:, 0] = 50, -50
     assert squared_error(network, changed, condition, features) == squared_error(network, y_0, condition, features)
@@ -336,7 +336,7 @@ def test_a_feature_is_standardised_over_the_samples_that_have_it():
     network, y_0 = random_network(dim=4), torch.randn(6, 4, generator=seeded())
     features = torch.tensor([[1.0, 1, 0, 0]] * 3 + [[0.0, 1, 1, 0]] * 3)
     network.centre[3], network.scale[3] = 7, 5
-    network.standardise(torch.where(features > 0, y_0, torch.full_like(y_0, 99)), features)
+    network.fit_standardisation(torch.where(features > 0, y_0, torch.full_like(y_0, 99)), features)
     for column, rows in ((0, slice(0, 3)), (1, slice(0, 6)), (2, slice(3, 6))):
         torch.testing.assert_close(network.centre[column], y_0[rows, column].mean())
         torch.testing.assert_close(network.scale[column], y_0[rows, column].std(unbiased=False))
@@ -347,11 +347,11 @@ def test_vectors_on_the_processor_standardise_a_network_on_a_gpu():
     y_0 = torch.randn(6, 4, generator=seeded())
     features = torch.tensor([[1.0, 1, 0, 0]] * 3 + [[0.0, 1, 1, 0]] * 3)
     want = random_network(dim=4)
-    want.standardise(y_0, features)
+    want.fit_standardisation(y_0, features)
     with fake_cuda():
         for place in ("cpu", "cuda"):
             network = random_network(dim=4).to("cuda")
-            network.standardise(y_0.to(place), features.to(place))
+            network.fit_standardisation(y_0.to(place), features.to(place))
             assert network.centre.is_cuda
             assert network.scale.is_cuda
             assert torch.equal(network.centre.cpu(), want.centre)
@@ -396,7 +396,7 @@ def test_samples_are_diffusers_ddim_of_eta_1():
         warnings.simplefilter("ignore")  # theirs, on import
         from diffusers import DDIMScheduler
     network, condition = random_network(), torch.randn(1, 2, generator=seeded())
-    network.standardise(4 + 2 * torch.randn(50, 3, generator=seeded(1)), torch.ones(50, 3))
+    network.fit_standardisation(4 + 2 * torch.randn(50, 3, generator=seeded(1)), torch.ones(50, 3))
     form = {"prediction_type": "sample", "clip_sample": False, "timestep_spacing": "trailing"}
     theirs = DDIMScheduler(1000, 0.0015, 0.0195, "scaled_linear", **form)
     theirs.set_timesteps(10)

@@ -28,7 +28,7 @@ from crossmr.evaluation.predictors import find_predictors, memory_needed, predic
 from crossmr.evaluation.subjects import find_subjects, subject_of_files
 from crossmr.evaluation.tables import read_scores, tables, uncertainty_table
 from crossmr.networks.inference import InferenceSettings, Synthesis
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.networks.trained_on import names_of, remember
 from crossmr.output.report import report_evaluation
 from crossmr.parts import Part
@@ -127,7 +127,7 @@ def other(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    model = load_model(folder)
+    model = read_model(folder)
     model.calibration = {"variance": torch.tensor([[4.0, 0.01], [1.0, 0.0]])}
     return model
 
@@ -143,7 +143,7 @@ def evaluated(cohort, model, other, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """A plain U-Net: one predictor to measure."""
-    return load_model(save_untrained(tmp_path_factory.mktemp("bare"), guidance="none"))
+    return read_model(save_untrained(tmp_path_factory.mktemp("bare"), guidance="none"))
 
 
 # Every file
@@ -249,7 +249,7 @@ def test_a_patient_who_was_trained_on_is_known_by_a_scan_under_another_name(coho
     shutil.copytree(cohort / "C3", tmp_path / "cohort" / "C3")
     scan = subjects(cohort)["B2"].scans[0]
     patients = [remember(names_of("B2", [scan]), [])]
-    model = load_model(save_untrained(tmp_path / "model", guidance="none", patients=patients))
+    model = read_model(save_untrained(tmp_path / "model", guidance="none", patients=patients))
     prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1.0, 0.0, 0.0)))
     for folder, split in {"cohort": None, "set": "train"}.items():
         body = evaluate(model, tmp_path / folder, tmp_path / "of" / folder, settings(split=split))
@@ -274,7 +274,7 @@ def test_patients_of_the_model_s_own_set_are_known_without_a_list(cohort, tmp_pa
 def test_all_visits_of_a_patient_who_was_seen_are_named(cohort, tmp_path):
     for number, case in enumerate(("P1_baseline", "P1_followup", "P2_baseline")):
         write_study(tmp_path / "cohort", case, ALL, seed=number)
-    model = load_model(save_untrained(tmp_path / "model", guidance="none", patients=[listed(["P1"], ["P2"])]))
+    model = read_model(save_untrained(tmp_path / "model", guidance="none", patients=[listed(["P1"], ["P2"])]))
     body = evaluate(model, tmp_path / "cohort", tmp_path / "out", SETTINGS)
     assert body["overlap"]["trained_on"] == ["P1_baseline", "P1_followup"]
     assert body["overlap"]["validated_on"] == ["P2_baseline"]
@@ -286,7 +286,7 @@ def test_the_second_model_is_named_by_hash_and_training(evaluated, other, bare, 
     assert body["against"] == {
         "predictor": AGAINST,
         "guidance": "sample",
-        "sha256": load_model(other).record["sha256"],
+        "sha256": read_model(other).record["sha256"],
         "training": {"recipe": "paper"},
         "overlap": {"known": True, "trained_on": ["C3", "D4"], "validated_on": []},
     }
@@ -680,7 +680,7 @@ def test_a_3d_model_is_measured_too(tmp_path):
 def any_model(tmp_path_factory, baselines):
     folder = tmp_path_factory.mktemp("any")
     changes = {"sources": ALL, "targets": ALL, "guidance": "last", "uncertainty": True}
-    return load_model(save_untrained(folder, baselines=baselines, **changes))
+    return read_model(save_untrained(folder, baselines=baselines, **changes))
 
 
 def test_a_model_of_any_subset_is_measured_on_what_is_hidden(any_model, tmp_path):

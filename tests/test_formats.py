@@ -34,7 +34,7 @@ from crossmr.data.volume import (
 from crossmr.dicom.series import holds_dicom
 from crossmr.errors import NamingError, StudyError, VolumeError
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 
 ITK = ("mha", "mhd", "nrrd", "nhdr")
 FREESURFER = ("mgz", "mgh")
@@ -367,7 +367,7 @@ def mixed(folder, case="P1"):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return load_model(save_untrained(tmp_path_factory.mktemp("model")))
+    return read_model(save_untrained(tmp_path_factory.mktemp("model")))
 
 
 SETTINGS = InferenceSettings(ddim_steps=2, device="cpu", precision="float32")

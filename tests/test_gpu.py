@@ -14,7 +14,7 @@ from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.networks.distribution import DistributionConfig
 from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.masked_autoencoder import RepresentationConfig
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.phantom import write_cohort
 from crossmr.training import stages
 from crossmr.training.recipes import ANY, PAPER, STANDARD, TrainConfig
@@ -82,7 +82,7 @@ def test_everything_runs_on_a_gpu(cohort, tmp_path, monkeypatch, recipe, precisi
     study = next((cohort / "incomplete").iterdir())
     with fake_cuda(no_float64=True):
         folder = train(cohort / "set", tmp_path / "run", settings)
-        model = load_model(folder, "cuda")
+        model = read_model(folder, "cuda")
         assert model.device.type == "cuda"
         on_gpu = complete(study, model, inference)
         if model.config.spatial_dims == 2:  # the same again in 3D would take a minute
@@ -93,7 +93,7 @@ def test_everything_runs_on_a_gpu(cohort, tmp_path, monkeypatch, recipe, precisi
             assert not evaluate(model, cohort / "set", tmp_path / "evaluation", evaluation)["failed"]
     assert on_gpu.manifest["settings"]["device"] == "cuda"
     assert set(on_gpu.images) == {"t1c", "t2f"}
-    on_cpu = complete(study, load_model(folder), replace(inference, device="cpu", precision="float32"))
+    on_cpu = complete(study, read_model(folder), replace(inference, device="cpu", precision="float32"))
     for modality, image in on_cpu.images.items():
         difference = np.abs(image.get_fdata() - on_gpu.images[modality].get_fdata()).max()
         assert difference < (1e-4 if precision == "float32" else 2e-2)

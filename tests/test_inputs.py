@@ -15,14 +15,14 @@ from crossmr.data import enhancement
 from crossmr.display import Display
 from crossmr.errors import ConfigError, NamingError
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 
 SETTINGS = InferenceSettings(ddim_steps=2, device="cpu", precision="float32")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return load_model(save_untrained(tmp_path_factory.mktemp("model")))
+    return read_model(save_untrained(tmp_path_factory.mktemp("model")))
 
 
 def write_files(folder, *names):

@@ -24,7 +24,7 @@ from crossmr.completion.work import Work
 from crossmr.data.naming import find_studies
 from crossmr.errors import ConfigError
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.output.nnunet import export_nnunet
 from crossmr.output.report import report_completion
 from crossmr.output.viewer import view_case
@@ -38,7 +38,7 @@ VALIDATOR = Path(sys.executable).with_name("bids-validator-deno")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     both = {"sources": MODALITIES, "targets": MODALITIES}
-    return load_model(save_untrained(tmp_path_factory.mktemp("model"), guidance="last", uncertainty=True, **both))
+    return read_model(save_untrained(tmp_path_factory.mktemp("model"), guidance="last", uncertainty=True, **both))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from crossmr.completion.study import complete
 from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.phantom import write_cohort
 
 FORM = {"shape": (72, 84, 40), "spacing_mm": (2.6, 2.6, 4.0), "skull": False}
@@ -135,7 +135,7 @@ def test_the_largest_standard_deviation_is_away_from_the_rim_and_the_ends():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = save_untrained(tmp_path_factory.mktemp("model"), guidance="none", sources=ALL, targets=ALL)
-    return load_model(folder)
+    return read_model(folder)
 
 
 def test_manifest_and_picture_say_where_the_lesion_is(cohort, studies, model, tmp_path):

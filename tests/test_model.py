@@ -25,7 +25,7 @@ from crossmr.networks.model import (
     CrossConditionedModel,
     ModelConfig,
     laplace_variance,
-    load_model,
+    read_model,
     save_model,
 )
 from crossmr.networks.scale import on_unit_scale, standardise
@@ -114,7 +114,7 @@ def resave(folder, change):
 
 def refused(folder, match):
     with pytest.raises(ModelError, match=match) as caught:
-        load_model(folder)
+        read_model(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
 
@@ -325,7 +325,7 @@ def test_without_guidance_there_is_neither_mrm_nor_mdn(uncertainty, tmp_path):
         model.draw(generators(1))
     save_model(tmp_path, model, {})
     assert {path.stem for path in tmp_path.glob("*.safetensors")} == {"baselines", "synthesis"}
-    assert load_model(tmp_path).representation is None
+    assert read_model(tmp_path).representation is None
 
 
 # What guides
@@ -587,11 +587,11 @@ def test_the_variance_of_the_error_is_laplaces():
 def test_a_model_comes_back_bit_for_bit(tmp_path, settings):
     model = random_model(**settings)
     if model.distribution is not None:
-        model.distribution.standardise(7 + 3 * torch.randn(9, 16), torch.ones(9, 16))
+        model.distribution.fit_standardisation(7 + 3 * torch.randn(9, 16), torch.ones(9, 16))
     if model.config.uncertainty:
         model.calibration = {"variance": torch.tensor([[3.0, 0.01], [0.5, 0.0]])}
     save_model(tmp_path, model, {"steps": 3, "note": "é"})
-    loaded = load_model(tmp_path)
+    loaded = read_model(tmp_path)
     assert loaded.config == model.config
     assert set(loaded.networks()) == set(model.networks())
     for mine, theirs in zip(outputs(model), outputs(loaded), strict=True):
@@ -602,17 +602,17 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, settings):
 
 
 def test_a_loaded_model_is_ready_for_use(saved):
-    model = load_model(str(saved))
+    model = read_model(str(saved))
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.device == torch.device("cpu")
     with fake_cuda():
-        assert all(tensor.is_cuda for tensor in load_model(saved, "cuda").state_dict().values())
+        assert all(tensor.is_cuda for tensor in read_model(saved, "cuda").state_dict().values())
 
 
 def test_loading_draws_nothing(saved):
     before = torch.get_rng_state()
-    load_model(saved)
+    read_model(saved)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -620,7 +620,7 @@ def test_a_model_without_baselines_loads(tmp_path):
     model = random_model()
     model.baselines = {}
     save_model(tmp_path, model, {})
-    assert load_model(tmp_path).baselines == {}
+    assert read_model(tmp_path).baselines == {}
 
 
 def test_the_record_tells_models_apart(saved, tmp_path):
@@ -629,14 +629,14 @@ def test_the_record_tells_models_apart(saved, tmp_path):
     with torch.no_grad():
         model.synthesis.decoder.out.out.bias[0] += 1e-3
     save_model(tmp_path / "other", model, {"steps": 3})
-    first, same, other = (load_model(f).record["sha256"] for f in (saved, tmp_path / "same", tmp_path / "other"))
+    first, same, other = (read_model(f).record["sha256"] for f in (saved, tmp_path / "same", tmp_path / "other"))
     assert first == same
     assert first != other
 
 
 def test_saving_over_a_larger_model_leaves_no_part_of_it(folder):
     save_model(folder, random_model(guidance="none"), {})
-    assert set(load_model(folder).networks()) == {"synthesis"}
+    assert set(read_model(folder).networks()) == {"synthesis"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
@@ -647,7 +647,7 @@ def test_weights_of_another_precision_are_read_as_float32(folder, dtype):
             synthesis={name: tensor.to(dtype) for name, tensor in tensors["synthesis"].items()}
         ),
     )
-    model = load_model(folder)
+    model = read_model(folder)
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
     assert unguided(model, read(model, images())).isfinite().all()
 
@@ -798,15 +798,15 @@ def test_a_config_of_another_width_is_refused_before_memory_is_taken(folder):
     script = """
 import sys
 from crossmr.errors import ModelError
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 def most():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
 sound, *hostile = sys.argv[1:]
-load_model(sound)
+read_model(sound)
 before = most()
 for folder in hostile:
     try:
-        load_model(folder)
+        read_model(folder)
     except ModelError as error:
         print(error)
 print(most() - before)
@@ -825,7 +825,7 @@ def test_more_blocks_than_there_are_tensors_are_not_built(tmp_path, guidance, pa
     save_model(tmp_path, random_model(guidance=guidance), {})
     resave(tmp_path, lambda _, data: data["config"][part].update(blocks=10**9))
     if guidance == "none" and part != "synthesis":
-        assert set(load_model(tmp_path).networks()) == {"synthesis"}  # it is not built
+        assert set(read_model(tmp_path).networks()) == {"synthesis"}  # it is not built
     else:
         refused(tmp_path, "blocks is 1000000000, but the model has .* tensors")
 
@@ -887,13 +887,13 @@ def test_nan_in_config_is_refused_even_if_signed(folder):
 
 def test_the_run_is_met_with_the_model_inside_it(folder):
     with pytest.raises(ModelError, match=rf"not a model.* Did you mean {folder}\?$"):
-        load_model(folder.parent)
+        read_model(folder.parent)
 
 
 @pytest.mark.parametrize("name", ["", "missing"])
 def test_a_folder_without_a_model_is_met_with_how_to_make_one(tmp_path, name):
     with pytest.raises(ModelError, match=r"no config\.json.*crossmr train"):
-        load_model(tmp_path / name)
+        read_model(tmp_path / name)
 
 
 def test_a_half_written_model_is_no_model(tmp_path, monkeypatch):
@@ -929,7 +929,7 @@ def test_settings_that_a_later_crossmr_added_take_their_defaults(folder):
     body.pop("sha256")
     del body["config"]["representation"]["decoder"]
     write_json(folder / "config.json", {**body, "sha256": digest(body)})
-    assert load_model(folder).config == a_config(uncertainty=True)
+    assert read_model(folder).config == a_config(uncertainty=True)
 
 
 # Patients
@@ -940,11 +940,11 @@ def test_whom_it_was_trained_on_lies_beside_the_model_and_is_no_part_of_it(tmp_p
     for folder, patients in (("with", lists), ("without", ())):
         save_model(tmp_path / folder, random_model(), {}, patients)
     assert all(b"Doe" not in path.read_bytes() for path in (tmp_path / "with").iterdir())
-    one, other = load_model(tmp_path / "with"), load_model(tmp_path / "without")
+    one, other = read_model(tmp_path / "with"), read_model(tmp_path / "without")
     assert (one.patients, other.patients) == (tuple(lists), ())
     assert one.record == other.record
     save_model(tmp_path / "with", random_model(), {})
-    assert load_model(tmp_path / "with").patients == ()
+    assert read_model(tmp_path / "with").patients == ()
     (tmp_path / "with" / "patients.json").write_text("{}")
     with pytest.raises(ModelError, match=r"patients\.json was changed or damaged"):
-        load_model(tmp_path / "with")
+        read_model(tmp_path / "with")

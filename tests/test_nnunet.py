@@ -11,7 +11,7 @@ from conftest import SHAPE, image, make_head, save_untrained, write_study
 from crossmr.completion.cohort import complete_cohort
 from crossmr.errors import OutputError, StudyError
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.output.nnunet import export_nnunet
 
 ALL_FOUR = ("t1n", "t1c", "t2w", "t2f")
@@ -32,7 +32,7 @@ def folders(tmp_path_factory):
     (root / "in" / "Bob" / "Bob-t2w.nii.gz").unlink()
     write_study(root / "in", "Cem", ("t1n", "t2w"), seed=2)
     nib.save(image(make_head("t2w", shape=(20, 20, 20))), root / "in" / "Cem" / "Cem-t2w.nii.gz")
-    model = load_model(save_untrained(root / "model", guidance="last", sources=ALL_FOUR, targets=ALL_FOUR))
+    model = read_model(save_untrained(root / "model", guidance="last", sources=ALL_FOUR, targets=ALL_FOUR))
     complete_cohort(root / "in", root / "completed", model, InferenceSettings(precision="float32"))
     return root
 

@@ -25,7 +25,7 @@ from crossmr.errors import CrossmrError, OutputError
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.files import locked, write_json
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.output.nnunet import export_nnunet
 from crossmr.output.report import report_completion, report_evaluation
 from crossmr.output.viewer import view_case
@@ -218,7 +218,7 @@ def bench(tmp_path_factory):
     place = tmp_path_factory.mktemp("bench")
     write_study(place / "home" / "cohort", "P1", ("t1n", "t2w", "t2f"))
     save_untrained(place / "home" / "model", guidance="none", targets=("t1c", "t2f"))
-    model = load_model(place / "home" / "model")
+    model = read_model(place / "home" / "model")
     complete_as("labelled")(place / "home", place / "completed", model, None)
     written = {}
     with patch(layout, "CHALLENGE_GRID", "28×32×24 at 6×6×7 mm"):

@@ -14,7 +14,7 @@ from crossmr.evaluation.measures import measure
 from crossmr.evaluation.predictors import find_predictors, memory_needed, predict
 from crossmr.evaluation.subjects import find_subjects, subject_of_files
 from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 
 SETTINGS = InferenceSettings(ddim_steps=3, precision="float32")
 SOURCES, TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
@@ -61,7 +61,7 @@ def folders(tmp_path_factory, baselines):
 
 @pytest.fixture(scope="module")
 def model(folders):
-    return load_model(folders["main"])
+    return read_model(folders["main"])
 
 
 def expected(model, subject, sources, settings, targets=TARGETS):
@@ -72,7 +72,7 @@ def expected(model, subject, sources, settings, targets=TARGETS):
 
 
 def test_the_second_model_has_the_planes_that_it_can(folders, tmp_path):
-    model = load_model(save_untrained(tmp_path / "model", guidance="none", uncertainty=True, planes=3))
+    model = read_model(save_untrained(tmp_path / "model", guidance="none", uncertainty=True, planes=3))
     planes = [
         [predictor.settings.planes for predictor in find_predictors(model, replace(SETTINGS, planes=asked), (), second)]
         for asked, second in ((3, folders["plain"]), (1, folders["plain"]), (1, tmp_path / "model"))
@@ -90,7 +90,7 @@ def test_each_predictor_s_images_are_its_own(model, subject, folders, baselines)
         "unguided": expected(model, subject, SOURCES, SETTINGS),
         "guided: sample": expected(model, subject, SOURCES, replace(SETTINGS, guidance="sample")),
         "guided: unconditional": expected(model, subject, SOURCES, replace(SETTINGS, guidance="unconditional")),
-        "against: any": expected(load_model(folders["any"]), subject, SOURCES, SETTINGS),
+        "against: any": expected(read_model(folders["any"]), subject, SOURCES, SETTINGS),
     }
     sources = {m: subject.volumes[m] for m in SOURCES}
     for name, volumes in predict_baselines(baselines, model.config.modalities, sources, TARGETS).items():
@@ -112,7 +112,7 @@ def test_the_standard_deviations_are_of_the_model_s_own(model, subject, folders)
     assert list(stds) == list(TARGETS)
     for target, std in zip(TARGETS, wanted.numpy(), strict=True):
         np.testing.assert_array_equal(stds[target], std)
-    plain = load_model(folders["plain"])
+    plain = read_model(folders["plain"])
     assert predict(subject, SOURCES, find_predictors(plain, SETTINGS, (), folders["main"])).stds == {}
 
 
@@ -139,7 +139,7 @@ def test_hidden_targets_are_never_inputs(model, subject, folders, monkeypatch):
 
 
 def test_a_model_of_any_subset_is_given_each_subset(subject, folders):
-    model = load_model(folders["any"])
+    model = read_model(folders["any"])
     predictors = find_predictors(model, SETTINGS, (), folders["any"])
     made = {}
     for sources in (("t2w",), ("t2w", "t2f")):
@@ -184,7 +184,7 @@ def test_predictions_are_zero_where_the_true_one_has_no_skull(model, subject):
 
 def test_there_is_no_regression_of_what_no_training_patient_had_with_the_sources(folders, subject):
     some = [lambda: {m: subject.volumes[m] for m in (*SOURCES, "t2f")}, lambda: {"t1c": subject.volumes["t1c"]}]
-    model = load_model(folders["main"])
+    model = read_model(folders["main"])
     model.baselines = fit_baselines(some, ALL)
     images = predict(subject, SOURCES, find_predictors(model, SETTINGS)).images
     assert {name: list(volumes) for name, volumes in images.items()} == {
@@ -221,7 +221,7 @@ def test_the_second_model_goes_by_its_own_default(model, folders):
     assert (joint.settings.guidance, joint.settings.samples, joint.settings.seed) == ("sample", 3, 5)
     *_, plain = find_predictors(model, settings, (), str(folders["plain"]))
     assert (plain.settings.guidance, plain.settings.samples) == ("none", None)
-    assert plain.model.record["sha256"] == load_model(folders["plain"]).record["sha256"]
+    assert plain.model.record["sha256"] == read_model(folders["plain"]).record["sha256"]
 
 
 def test_the_second_model_is_named_by_its_run_or_registered_name(model, folders, tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_the_second_model_is_named_by_its_run_or_registered_name(model, folders,
     ],
 )
 def test_the_second_model_must_know_the_sources_and_targets(folders, first, second, fits):
-    model = load_model(folders[first])
+    model = read_model(folders[first])
     if fits:
         assert find_predictors(model, SETTINGS, (), folders[second])[-1].name == f"against: {second}"
     else:
@@ -259,7 +259,7 @@ def test_the_second_model_must_know_the_sources_and_targets(folders, first, seco
 
 def test_a_second_model_with_other_orders_gives_the_same_targets(model, subject, folders):
     images = predict(subject, SOURCES, find_predictors(model, SETTINGS, (), folders["reversed"])).images
-    wanted = expected(load_model(folders["reversed"]), subject, SOURCES, SETTINGS)
+    wanted = expected(read_model(folders["reversed"]), subject, SOURCES, SETTINGS)
     assert list(images["against: reversed"]) == list(TARGETS)
     for target in TARGETS:
         np.testing.assert_array_equal(images["against: reversed"][target], wanted[target])
@@ -271,7 +271,7 @@ def test_what_a_model_cannot_do_is_refused(model, folders):
         ("joint", ("none",), "always guided"),
     ):
         with pytest.raises(ConfigError, match=words):
-            find_predictors(load_model(folders[name]), SETTINGS, guidances)
+            find_predictors(read_model(folders[name]), SETTINGS, guidances)
     with pytest.raises(ConfigError, match="steps"):
         find_predictors(model, replace(SETTINGS, ddim_steps=0))
 
@@ -290,9 +290,9 @@ def test_the_second_model_is_loaded_to_the_first_one_s_device(model, folders, mo
 
     def spy(folder, device):
         devices.append(device)
-        return load_model(folder)
+        return read_model(folder)
 
-    monkeypatch.setattr(module, "load_model", spy)
+    monkeypatch.setattr(module, "read_model", spy)
     find_predictors(model, SETTINGS, (), folders["plain"])
     assert devices == [model.device]
 
@@ -304,7 +304,7 @@ def test_memory_is_estimated_by_headers_models_and_targets(folders, tmp_path):
     (found,) = find_subjects(tmp_path)
 
     def needed(name, found=found, *, every_subset=False, device="cpu", **others):
-        model = load_model(folders[name])
+        model = read_model(folders[name])
         model.to(device)
         return memory_needed(found, find_predictors(model, SETTINGS, **others), every_subset=every_subset)
 

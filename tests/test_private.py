@@ -22,7 +22,7 @@ from crossmr.data.naming import find_studies
 from crossmr.display import LOG
 from crossmr.errors import OutputError
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.output.viewer import view_case
 
 PATIENT = "DOE, JOHN_19610203"
@@ -182,7 +182,7 @@ def test_nothing_made_of_dicom_names_folder_or_patient(model, tmp_path, capsys):
 def test_view_finds_the_scans_by_the_private_file_alone(archive, model, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(archive / "gaps", tmp_path / "in" / "gaps")
-    complete_cohort(tmp_path / "in", out, load_model(model), SETTINGS)
+    complete_cohort(tmp_path / "in", out, read_model(model), SETTINGS)
     assert json.loads((out / NAME).read_text())["note"] == NOTE
     assert NOTE.startswith("NOT FOR SHARING")
     assert [*json.loads((out / NAME).read_text())] == ["note", "format", "cases"]
@@ -215,11 +215,11 @@ def test_the_private_file_keeps_cases_of_an_earlier_run_and_skips_what_is_unclea
 
 def test_paths_in_the_manifests_of_earlier_versions_are_deleted(archive, model, tmp_path):
     shutil.copytree(archive / "gaps", tmp_path / "in" / "gaps")
-    complete_cohort(tmp_path / "in", tmp_path / "out", load_model(model), SETTINGS)
+    complete_cohort(tmp_path / "in", tmp_path / "out", read_model(model), SETTINGS)
     path = tmp_path / "out" / "gaps" / "manifest.json"
     whole = path.read_text()
     path.write_text(json.dumps({**json.loads(whole), "paths": {"t1n": f"../{PATIENT}/t1.nii.gz"}}))
-    complete_cohort(tmp_path / "in", tmp_path / "out", load_model(model), SETTINGS, CohortSettings())
+    complete_cohort(tmp_path / "in", tmp_path / "out", read_model(model), SETTINGS, CohortSettings())
     assert path.read_text() == whole
 
 

@@ -19,7 +19,7 @@ import crossmr
 from crossmr.completion.study import Completed
 from crossmr.data.volume import write_volume
 from crossmr.networks import inference
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 GEOMETRY = (
@@ -164,7 +164,7 @@ def write(path: Path, voxels: np.ndarray, grid: Grid, form: Form) -> Path:
 def model(tmp_path_factory):
     """Any subset of the four in, the rest out; learnt nothing."""
     both = {"sources": MODALITIES, "targets": MODALITIES}
-    return load_model(save_untrained(tmp_path_factory.mktemp("model"), guidance="last", uncertainty=True, **both))
+    return read_model(save_untrained(tmp_path_factory.mktemp("model"), guidance="last", uncertainty=True, **both))
 
 
 @pytest.fixture(scope="module")

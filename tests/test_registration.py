@@ -17,7 +17,7 @@ from crossmr.data.study import load_study
 from crossmr.data.volume import read_volume
 from crossmr.errors import ConfigError, StudyError
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.phantom import write_cohort
 
 SHIFT_MM = (9.0, -6.0, 12.0)
@@ -97,7 +97,7 @@ def test_completing_with_register_says_what_was_done(head, tmp_path):
     nib.save(moved, folder / "P-t2w.nii.gz")
     with pytest.raises(StudyError, match="Register and resample them to one grid first, or pass --register"):
         load_study(find_studies(folder)[0])
-    model = load_model(save_untrained(tmp_path / "model", guidance="none"))
+    model = read_model(save_untrained(tmp_path / "model", guidance="none"))
     settings = InferenceSettings(precision="float32", register="always")
     result = complete_cohort(folder, tmp_path / "out", model, settings)
     assert result.completed == {"P": ["t1c", "t2f"]}

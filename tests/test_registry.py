@@ -19,7 +19,7 @@ from crossmr.completion.study import complete
 from crossmr.errors import ConfigError, ModelError, OutputError
 from crossmr.files import digest
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.networks.trained_on import names_of, remember
 
 
@@ -65,10 +65,10 @@ def test_whom_a_model_was_trained_on_stays_at_home_unless_it_is_to_go_too(folder
     assert "excluded" not in capsys.readouterr().out
     assert run(monkeypatch, "models", "export", folder, tmp_path / "none.zip") == 0
     assert "excluded" not in capsys.readouterr().out
-    loaded = {name: load_model(registry.import_model(tmp_path / f"{name}.zip").folder) for name in ("with", "without")}
+    loaded = {name: read_model(registry.import_model(tmp_path / f"{name}.zip").folder) for name in ("with", "without")}
     assert loaded["with"].patients == tuple(patients)
     assert loaded["without"].patients == ()
-    assert loaded["with"].record == loaded["without"].record == load_model(mine).record
+    assert loaded["with"].record == loaded["without"].record == read_model(mine).record
     assert patients[0].salt.encode() not in (tmp_path / "without.zip").read_bytes()
 
 
@@ -135,7 +135,7 @@ def test_the_default_is_used_where_none_is_named(folder, tmp_path):
     registry.import_model(folder, "default")
     completed = complete(tmp_path / "Ann", settings=InferenceSettings(precision="float32"))
     assert list(completed.images) == ["t1c", "t2f"]
-    assert completed.manifest["settings"]["model_sha256"] == load_model(folder).record["sha256"]
+    assert completed.manifest["settings"]["model_sha256"] == read_model(folder).record["sha256"]
     with pytest.raises(
         ModelError, match="'defautl' is neither a folder nor the name of a model; the models are: default"
     ):
@@ -148,7 +148,7 @@ def test_a_model_is_loaded_once_by_name_or_folder_for_many_studies(folder, tmp_p
     for number in range(2):
         write_study(tmp_path, f"P{number}", ["t1n", "t2w"], seed=number)
     loaded = [crossmr.load_model(), *(crossmr.load_model(m, device="cpu") for m in ("default", "mine", folder))]
-    assert {model.record["sha256"] for model in loaded} == {load_model(folder).record["sha256"]}
+    assert {model.record["sha256"] for model in loaded} == {read_model(folder).record["sha256"]}
     once = crossmr.complete(tmp_path / "P1", "mine", InferenceSettings(precision="float32", device="cpu"))
     monkeypatch.setattr("crossmr.networks.model.load_model", None)  # nothing is read from here on
     assert all(crossmr.load_model(model, device="meta") is model for model in loaded)
@@ -207,7 +207,7 @@ def test_the_command_line_lists_verifies_imports_exports_and_removes(folder, tmp
     assert run(monkeypatch, "models") == 0
     listed = capsys.readouterr().out
     assert "mine: t1n, t2w → t1c, t2f; imported" in listed
-    assert load_model(folder).record["sha256"][:12] in listed
+    assert read_model(folder).record["sha256"][:12] in listed
     assert run(monkeypatch, "models", "verify") == 0
     assert capsys.readouterr().out.count("whole") == 2
     weights = registry.models_folder() / "second" / "synthesis.safetensors"
@@ -236,7 +236,7 @@ def test_a_model_that_is_named_is_not_hidden_by_a_folder_of_that_name(folder, tm
     assert (folder / "config.json").exists()
     registry.export_model("mine", tmp_path / "out.zip")
     with pytest.raises(ModelError, match=r"crossmr models import"):
-        load_model(tmp_path / "out.zip")
+        read_model(tmp_path / "out.zip")
 
 
 def test_a_damaged_deflated_zip_and_an_impossible_network_are_refused(folder, tmp_path):

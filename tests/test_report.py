@@ -20,7 +20,7 @@ from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.evaluation.subjects import subject_of_files
 from crossmr.evaluation.tables import read_scores
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.networks.trained_on import names_of, remember
 from crossmr.output import report
 
@@ -68,7 +68,7 @@ def model(cohort, tmp_path_factory):
     readers = [lambda files=files: subject_of_files(files).volumes for files in find_studies(cohort)]
     changes = {"guidance": "last", "uncertainty": True, "sources": ALL, "targets": ALL}
     folder = tmp_path_factory.mktemp("model")
-    return load_model(save_untrained(folder, baselines=fit_baselines(readers, ALL), **changes))
+    return read_model(save_untrained(folder, baselines=fit_baselines(readers, ALL), **changes))
 
 
 @pytest.fixture(scope="module")

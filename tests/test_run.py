@@ -27,7 +27,7 @@ from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, ModelError, OutputError, SetError
 from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
-from crossmr.networks.model import CrossConditionedModel, load_model
+from crossmr.networks.model import CrossConditionedModel, read_model
 from crossmr.networks.trained_on import find, names_of
 from crossmr.networks.unet import Encoder, LightEncoder
 from crossmr.training import calibration, loop, memory, run, stages
@@ -156,7 +156,7 @@ def test_a_run_keeps_what_was_said_and_unforeseen_errors_in_its_log(trained, pre
 
 
 def test_one_command_trains_every_stage(trained):
-    model = load_model(trained / "model")
+    model = read_model(trained / "model")
     assert (model.config.sources, model.config.targets, model.config.stages) == (SOURCES, TARGETS, STAGES)
     assert set(model.networks()) == {"representation", "distribution", "synthesis"}
     assert model.calibration["variance"].shape == (2, 2)
@@ -169,7 +169,7 @@ def test_one_command_trains_every_stage(trained):
 
 
 def test_the_record_says_what_was_trained_on_whom(prepared, trained):
-    record = load_model(trained / "model").record["training"]
+    record = read_model(trained / "model").record["training"]
     assert record["plan"]["synthesis"]["segments"] == [[0, STEPS]]
     assert record["budget"] == {"steps": STEPS, "minutes": None}
     assert record["seed"] == 5
@@ -221,12 +221,12 @@ def test_of_a_run_that_never_measured_the_regression_nothing_is_said_of_it(prepa
     lines = [{k: v for k, v in line.items() if not k.startswith("regression")} for line in records(trained)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run_ / "metrics.jsonl").write_bytes(b'{"damaged": "\xff"}\n' + text.encode() + b'{"cut')
-    model = load_model(train(prepared, run_, steps=STEPS, seed=5))
+    model = read_model(train(prepared, run_, steps=STEPS, seed=5))
     assert model.record["training"]["validation"] == {}
 
 
 def test_the_model_knows_its_patients_by_name_and_by_scan_and_names_none(prepared, trained):
-    lists, opened = load_model(trained / "model").patients, PreparedDataset(prepared)
+    lists, opened = read_model(trained / "model").patients, PreparedDataset(prepared)
     for names in (lambda case: names_of(case.patient, ()), lambda case: names_of("another", case.scans[:1])):
         seen = find(lists, {case.name: names(case) for case in opened.cases})
         assert seen == {case.name: case.split for case in opened.cases if case.split != "test"}
@@ -247,7 +247,7 @@ def test_losses_fall(prepared, tmp_path):
 
 
 def test_guidance_last_leaves_the_unguided_pass_as_it_is_bit_for_bit(trained):
-    model = load_model(trained / "model")
+    model = read_model(trained / "model")
     newest = max((trained / "stages" / "synthesis").glob("*.safetensors"))
     finished = safetensors.torch.load_file(newest)
     state = model.synthesis.state_dict()
@@ -265,7 +265,7 @@ def test_guidance_last_leaves_the_unguided_pass_as_it_is_bit_for_bit(trained):
 @pytest.mark.parametrize("conditional", [False, True], ids=["unconditional", "conditional"])
 def test_joint_trains_on_samples_of_the_mdn(prepared, tmp_path, conditional):
     recipe = with_settings(JOINT, {"distribution.conditional": str(conditional).lower()})
-    model = load_model(train(prepared, tmp_path, recipe, steps=2))
+    model = read_model(train(prepared, tmp_path, recipe, steps=2))
     assert model.config.default_guidance == ("sample" if conditional else "unconditional")
     assert set(model.networks()) == {"representation", "distribution", "synthesis"}
     assert [*json.loads((tmp_path / "plan.json").read_text())] == ["representation", "distribution", "synthesis"]
@@ -274,7 +274,7 @@ def test_joint_trains_on_samples_of_the_mdn(prepared, tmp_path, conditional):
 @pytest.mark.parametrize("uncertainty", [False, True])
 def test_without_guidance_there_is_neither_mrm_nor_mdn(prepared, tmp_path, uncertainty):
     recipe = replace(UNGUIDED, uncertainty=uncertainty)
-    model = load_model(train(prepared, tmp_path, recipe, steps=2))
+    model = read_model(train(prepared, tmp_path, recipe, steps=2))
     assert set(model.networks()) == {"synthesis"}
     assert set(model.calibration) == ({"variance"} if uncertainty else set())
 
@@ -290,7 +290,7 @@ def test_three_dimensions(prepared, tmp_path):
             "representation.multipliers": "1,1,2",
         },
     )
-    model = load_model(train(prepared, tmp_path, recipe, steps=2, precision="float32"))
+    model = read_model(train(prepared, tmp_path, recipe, steps=2, precision="float32"))
     assert model.config.spatial_dims == 3
     assert model.synthesis.encoder.stem.conv.weight.ndim == 5
 
@@ -302,7 +302,7 @@ def test_recipes_keep_what_they_set_when_they_are_made_small(prepared, tmp_path,
     small |= {"representation.patch_size": "4"} | ({} if name == "paper" else {"guidance": "last"})
     recipe = with_settings(replace(RECIPES[name], by_set=()), small)
     assert recipe.synthesis_train.schedule == RECIPES[name].synthesis_train.schedule
-    model = load_model(train(prepared, tmp_path, recipe, steps=2, precision="float32"))
+    model = read_model(train(prepared, tmp_path, recipe, steps=2, precision="float32"))
     assert model.config.stages == (STAGES[:3] if name == "paper" else STAGES)
     assert (model.config.synthesis.form, model.config.synthesis.patch) == (
         ("published", 1) if name == "paper" else ("light", 2)
@@ -322,7 +322,7 @@ def test_recipes_keep_what_they_set_when_they_are_made_small(prepared, tmp_path,
 
 
 def test_one_model_of_any_subset_learns_from_patients_who_lack_something(any_run):
-    model = load_model(any_run / "model")
+    model = read_model(any_run / "model")
     assert model.config.sources == model.config.targets == MODALITIES
     assert model.config.in_channels == 4 + 4 + 1
     assert model.calibration["variance"].shape == (4, 2)
@@ -521,7 +521,7 @@ def test_minutes_are_wall_time_over_all_calls(prepared, tmp_path):
     assert first < 6
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert 1.2 <= plan["representation"]["until"] < 1.2 + 0.8 * first  # a fifth of what reading leaves of six seconds
-    model = load_model(train(prepared, tmp_path))
+    model = read_model(train(prepared, tmp_path))
     assert time.monotonic() - begin == pytest.approx(6, rel=0.5)  # other programs may take their share
     plan = model.record["training"]["plan"]
     assert set(plan) == set(STAGES)
@@ -530,7 +530,7 @@ def test_minutes_are_wall_time_over_all_calls(prepared, tmp_path):
 
 
 def test_with_next_to_no_time_every_stage_has_a_step(prepared, tmp_path):
-    plan = load_model(train(prepared, tmp_path, minutes=1e-6)).record["training"]["plan"]
+    plan = read_model(train(prepared, tmp_path, minutes=1e-6)).record["training"]["plan"]
     assert {stage: plan[stage]["segments"][-1][1] for stage in STAGES} == dict.fromkeys(STAGES, 1)
 
 
@@ -609,18 +609,18 @@ def test_a_training_starts_from_the_weights_of_a_model(prepared, trained, tmp_pa
     assert before.keys() == after.keys()
     for key in before.keys() - own:
         assert torch.allclose(before[key].float(), after[key].float(), atol=1e-6), key
-    model = load_model(other)
-    assert model.patients[1:] == load_model(trained / "model").patients
-    assert model.record["training"]["initial_model"] == load_model(trained / "model").record["sha256"]
-    assert model.config == load_model(trained / "model").config
+    model = read_model(other)
+    assert model.patients[1:] == read_model(trained / "model").patients
+    assert model.record["training"]["initial_model"] == read_model(trained / "model").record["sha256"]
+    assert model.config == read_model(trained / "model").config
 
 
 def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run, tmp_path):
     for number in range(2):
         write_study(tmp_path / "cohort", f"Q-0000{number}-000", ("t1n", "t1c", "t2f"), seed=9 + number, air=False)
     prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=Split(1.0, 0.0, 0.0)))
-    model = load_model(train(tmp_path / "set", tmp_path / "run", None, initial=any_run / "model", steps=2))
-    earlier = load_model(any_run / "model")
+    model = read_model(train(tmp_path / "set", tmp_path / "run", None, initial=any_run / "model", steps=2))
+    earlier = read_model(any_run / "model")
     assert model.config == earlier.config
     assert model.patients[1:] == earlier.patients
     own = PreparedDataset(tmp_path / "set").split("train")
@@ -640,7 +640,7 @@ def test_a_model_of_any_subset_goes_on_with_no_fewer_modalities(prepared, any_ru
 
 
 def test_a_model_that_was_never_saved_is_no_start(prepared, trained, tmp_path):
-    made = CrossConditionedModel(load_model(trained / "model").config)
+    made = CrossConditionedModel(read_model(trained / "model").config)
     for recipe in (None, SMALL):
         with pytest.raises(ModelError, match="was never saved, so it has no record"):
             train(prepared, tmp_path, recipe, initial=made)
@@ -650,7 +650,7 @@ def test_a_model_that_was_never_saved_is_no_start(prepared, trained, tmp_path):
 def test_a_training_that_starts_from_a_model_without_its_patients_does_not_know_them(prepared, trained, tmp_path):
     shutil.copytree(trained / "model", tmp_path / "stripped")
     (tmp_path / "stripped" / "patients.json").unlink()
-    model = load_model(train(prepared, tmp_path / "run", initial=tmp_path / "stripped", steps=1))
+    model = read_model(train(prepared, tmp_path / "run", initial=tmp_path / "stripped", steps=1))
     assert [bool(one.salt) for one in model.patients] == [True, False]
 
 
@@ -659,7 +659,7 @@ def test_the_list_of_patients_of_an_old_run_is_left_out(prepared, trained, tmp_p
     shutil.copytree(trained, tmp_path / "run")
     path = tmp_path / "run" / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "patients": {"train": ["015f1c9f23a16063"]}}))
-    model = load_model(train(prepared, tmp_path / "run", steps=STEPS, seed=5))
+    model = read_model(train(prepared, tmp_path / "run", steps=STEPS, seed=5))
     assert "patients" not in model.record["training"]
     assert len(model.patients) == 1
 
@@ -674,7 +674,7 @@ def test_a_training_starts_from_no_other_network(prepared, trained, any_run, tmp
     with pytest.raises(ConfigError, match="initial model is of any subset"):
         train(prepared, tmp_path, SMALL, initial=any_run / "model")
     other_error = with_settings(SMALL, {"synthesis.loss": "absolute", "synthesis.lesion_weight": "3"})
-    model = load_model(train(prepared, tmp_path / "error", other_error, initial=trained / "model", steps=1))
+    model = read_model(train(prepared, tmp_path / "error", other_error, initial=trained / "model", steps=1))
     assert (model.config.synthesis.loss, model.config.synthesis.lesion_weight) == ("absolute", 3)
     train(prepared, tmp_path / "run", initial=trained / "model", steps=1, stages=("representation",))
     with pytest.raises(ConfigError, match="another initial_model"):
@@ -703,7 +703,7 @@ def test_where_memory_runs_out_steps_validation_and_calibration_all_go_on(
     for encoder in (Encoder, LightEncoder):
         monkeypatch.setattr(encoder, "forward", limited(encoder.forward))
     train(prepared, tmp_path / "run", recipe, steps=2, seed=5, display=Display())
-    load_model(tmp_path / "run" / "model")
+    read_model(tmp_path / "run" / "model")
     assert 1 < max(sizes) <= most
     assert "out of memory; batches go through in" in capsys.readouterr().out
     measured = [value for line in records(tmp_path / "run") for key, value in line.items() if key.startswith("val_")]
@@ -722,20 +722,20 @@ def test_the_memory_of_every_stage_is_estimated(prepared, tmp_path, monkeypatch,
     monkeypatch.setattr(loop, "step_memory", spy)
     train(prepared, tmp_path / "run", recipe, steps=1, display=Display())
     said = re.findall(r"^(\w+): a batch of \d+ needs about", capsys.readouterr().out, re.MULTILINE)
-    assert said == list(load_model(tmp_path / "run" / "model").config.stages)
+    assert said == list(read_model(tmp_path / "run" / "model").config.stages)
     assert len(estimates) == len(said)
     assert all(estimate.per_sample > 100 for estimate in estimates)
 
 
 def test_what_is_typical_of_too_few_studies_to_tell_is_as_the_initial_model_has_it(prepared, trained, tmp_path):
-    initial = load_model(trained / "model")
+    initial = read_model(trained / "model")
     known = {"with_skull": {"shape 0": [0.1, 0.02]}, "without_skull": {"smooth t1n": [0.9, 0.03]}}
     initial.record["training"]["typical"] = known
     assert len(PreparedDataset(prepared).split("train")) < FEWEST
     train(prepared, tmp_path / "run", None, initial=initial, steps=1)
-    assert load_model(tmp_path / "run" / "model").record["training"]["typical"] == known
+    assert read_model(tmp_path / "run" / "model").record["training"]["typical"] == known
     train(prepared, tmp_path / "without", steps=1)
-    assert not any(load_model(tmp_path / "without" / "model").record["training"]["typical"].values())
+    assert not any(read_model(tmp_path / "without" / "model").record["training"]["typical"].values())
 
 
 def test_a_recipe_goes_by_its_name_and_steps_are_whole():
@@ -751,9 +751,9 @@ def test_three_planes_are_learnt_in_studies_with_thin_slices(prepared, tmp_path,
     monkeypatch.setattr(tensors, "NEIGHBOURS_MM", 4.0)  # slices of 7 mm are thin
     recipe = replace(ANY_SMALL, guidance="none")
     train(prepared, tmp_path / "axial", recipe, steps=1)
-    axial = load_model(tmp_path / "axial" / "model")
+    axial = read_model(tmp_path / "axial" / "model")
     train(prepared, tmp_path / "run", replace(recipe, planes=3), initial=axial, steps=2)
-    model = load_model(tmp_path / "run" / "model")
+    model = read_model(tmp_path / "run" / "model")
     assert model.config.planes == 3
     case = PreparedDataset(prepared).split("train")[0]
     head = HeadVolumes({m: case.volume(m) for m in case.modalities[:2]}, case.foreground_voxels, case.spacing_mm[0])

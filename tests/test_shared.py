@@ -31,7 +31,7 @@ def test_a_batch_is_cut_part_by_part():
 def test_two_dimensional_images_are_placed_channels_last():
     images = torch.rand(2, 3, 8, 8)
     volumes, lesion = torch.rand(2, 3, 4, 8, 8), torch.rand(2, 1, 8, 8)
-    batch = COMPUTE.place(ImageBatch(images, torch.rand(2, 3), torch.tensor([0, 1]), volumes, lesion))
+    batch = COMPUTE.to_device(ImageBatch(images, torch.rand(2, 3), torch.tensor([0, 1]), volumes, lesion))
     assert torch.equal(batch.images, images)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.neighbours.is_contiguous()

@@ -14,7 +14,7 @@ from crossmr.completion.study import complete
 from crossmr.completion.unread import Unread, reasons
 from crossmr.completion.verdict import despite, is_refusal, judge, refusals, undertrained, unlearnt, verdict_on
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.networks.trained_on import count_seen
 from crossmr.output.report import report_completion
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def any_model(folder):
-    return load_model(folder)
+    return read_model(folder)
 
 
 def heads(*modalities, air=True):
@@ -150,7 +150,7 @@ def test_a_model_whose_contrast_no_validation_patient_had():
 
 def test_what_such_a_model_makes_is_to_be_looked_at(tmp_path):
     changes = {"sources": ALL, "targets": ALL, "training": {"validation": VALIDATION}}
-    model = load_model(save_untrained(tmp_path / "model", guidance="none", **changes))
+    model = read_model(save_untrained(tmp_path / "model", guidance="none", **changes))
     manifest = complete(heads("t1n", "t2w", air=False), model, SETTINGS).manifest
     assert {m: one["verdict"] for m, one in manifest["synthetic"].items()} == {"t1c": "look", "t2f": "use"}
     assert [reason["kind"] for reason in manifest["reasons"]] == ["undertrained"]

@@ -18,7 +18,7 @@ from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.errors import OutputError
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.output import viewer
 from crossmr.output.viewer import ASSETS, PAGES, view_case, write_linked
 
@@ -29,7 +29,7 @@ ALL_FOUR = ("t1n", "t1c", "t2w", "t2f")
 def completed(tmp_path_factory):
     """Where Ann was completed, who lacked T1ce and FLAIR, and the scans that she has after all."""
     folder, truth = tmp_path_factory.mktemp("view"), tmp_path_factory.mktemp("truth")
-    model = load_model(
+    model = read_model(
         save_untrained(folder / "model", guidance="last", uncertainty=True, sources=ALL_FOUR, targets=ALL_FOUR)
     )
     model.calibration = {"variance": torch.tensor([[0.1, 0.0]] * 4)}  # so that colours are not all the brightest
@@ -108,7 +108,7 @@ def test_with_the_scans_of_all_the_truth_stands_beside(completed):
 
 def test_scans_that_were_registered_are_registered_again(tmp_path):
     pytest.importorskip("SimpleITK", reason="pip install crossmr[register]")
-    model = load_model(save_untrained(tmp_path / "model", guidance="last"))
+    model = read_model(save_untrained(tmp_path / "model", guidance="last"))
     write_study(tmp_path / "in", "Ann", ("t1n", "t2w"))
     path = tmp_path / "in" / "Ann" / "Ann-t2w.nii.gz"
     scan = nib.load(path)

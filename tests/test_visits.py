@@ -2,7 +2,7 @@
 
 import pytest
 
-from crossmr.data.visits import look_alike, read
+from crossmr.data.visits import look_alike, parse_patient
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from crossmr.data.visits import look_alike, read
     ],
 )
 def test_the_visits_of_a_patient(visits, patient, confidence):
-    readings = [read(name) for name in visits.split()]
+    readings = [parse_patient(name) for name in visits.split()]
     assert {reading.patient for reading in readings} == {patient}
     assert {reading.confidence for reading in readings} - {"sure"} <= {confidence}
     assert readings[0].confidence == confidence
@@ -48,7 +48,7 @@ def test_the_visits_of_a_patient(visits, patient, confidence):
     ],
 )
 def test_different_patients_stay_apart(names):
-    patients = [read(name).patient for name in names.split()]
+    patients = [parse_patient(name).patient for name in names.split()]
     assert len(set(patients)) == len(patients)
     assert all(patients)
 
@@ -57,7 +57,7 @@ def test_different_patients_stay_apart(names):
     "name", ["baseline", "followup", "T0", "m12", "2019-03-01", "week-040", "MR_2019-03-01", "scan_baseline"]
 )
 def test_a_name_that_is_a_time_point_names_no_patient(name):
-    assert read(name).patient == ""
+    assert parse_patient(name).patient == ""
 
 
 def test_what_may_be_a_time_point_is_pointed_out():

@@ -11,7 +11,7 @@ import pytest
 
 from crossmr.cli import main
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.phantom import write_cohort
 from crossmr.registry import find_model
 
@@ -31,7 +31,7 @@ def cohort(tmp_path_factory):
 def test_they_are_small_and_the_card_says_which_they_are():
     folder = find_model()
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * 2**20
-    model = load_model(folder)
+    model = read_model(folder)
     assert model.config.any_subset
     assert model.config.modalities == MODALITIES
     assert model.record["sha256"][:12] in CARD
@@ -60,7 +60,7 @@ def test_a_study_is_completed_with_no_model_named_and_no_network(cohort, tmp_pat
         assert image.header["descrip"].item().startswith(b"SYNTHETIC")
         assert image.get_fdata().std() > 0.05
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert load_model(find_model()).record["sha256"] in json.dumps(manifest)
+    assert read_model(find_model()).record["sha256"] in json.dumps(manifest)
 
 
 def test_every_subset_is_better_than_the_mean_image_and_near_the_linear_regression(cohort, tmp_path):

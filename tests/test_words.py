@@ -2,7 +2,7 @@
 
 import pytest
 
-from crossmr.data.words import LABEL, describes, is_raw, possible_contrasts, read, spelt
+from crossmr.data.words import LABEL, describes, is_raw, possible_contrasts, read_words, spelt
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ from crossmr.data.words import LABEL, describes, is_raw, possible_contrasts, rea
 )
 def test_names(names: str, head: str, meaning: str) -> None:
     for name in names.split():
-        reading = read(name)
+        reading = read_words(name)
         assert (reading.head, reading.meaning) == (head, meaning), name
         assert reading.mask == (meaning == LABEL), name
 
@@ -81,11 +81,13 @@ def test_names(names: str, head: str, meaning: str) -> None:
     ],
 )
 def test_names_that_say_no_known_contrast(names: str) -> None:
-    assert {name: read(name).meaning for name in names.split() if read(name).meaning} == {}
+    assert {name: read_words(name).meaning for name in names.split() if read_words(name).meaning} == {}
 
 
 def test_the_space_is_that_of_the_target() -> None:
-    spaces = {name: read(name).space for name in ("FLAIR_to_T1", "T2_to_T1ce", "T1_to_MNI", "FLAIR2T1", "rT1", "T1")}
+    spaces = {
+        name: read_words(name).space for name in ("FLAIR_to_T1", "T2_to_T1ce", "T1_to_MNI", "FLAIR2T1", "rT1", "T1")
+    }
     assert spaces == {
         "FLAIR_to_T1": "t1n",
         "T2_to_T1ce": "t1c",
@@ -108,8 +110,8 @@ def test_the_space_is_that_of_the_target() -> None:
     ],
 )
 def test_a_time_point_after_the_contrast(name: str, visit: str, head: str) -> None:
-    assert (read(name).visit, read(name).head) == (visit, head)
-    assert read(name).meaning
+    assert (read_words(name).visit, read_words(name).head) == (visit, head)
+    assert read_words(name).meaning
 
 
 @pytest.mark.parametrize(
@@ -127,14 +129,14 @@ def test_a_time_point_after_the_contrast(name: str, visit: str, head: str) -> No
     ],
 )
 def test_what_a_name_leaves_open(name: str, doubt: str, head: str, meaning: str) -> None:
-    assert read(name).doubt == doubt
-    literal = read(name, literal=True)
+    assert read_words(name).doubt == doubt
+    literal = read_words(name, literal=True)
     assert (literal.head, literal.meaning) == (head, meaning)
 
 
 def test_plain_images_have_fewest_words_beside() -> None:
     names = ["T1", "T1_bet", "T1_n4_bet", "3DT1_n4_bet"]
-    assert [read(name).extras for name in names] == [0, 1, 2, 3]
+    assert [read_words(name).extras for name in names] == [0, 1, 2, 3]
 
 
 def test_what_was_synthesised_is_no_contrast_that_may_be_there() -> None:
@@ -146,12 +148,14 @@ def test_what_was_synthesised_is_no_contrast_that_may_be_there() -> None:
 
 
 def test_an_agent_alone_is_weak() -> None:
-    assert [(read(name).meaning, read(name).weak) for name in ("P1_POST", "P1_PRE", "GADO_preprocessed")] == [
+    assert [
+        (read_words(name).meaning, read_words(name).weak) for name in ("P1_POST", "P1_PRE", "GADO_preprocessed")
+    ] == [
         ("t1c", True),
         ("t1n", True),
         ("t1c", True),
     ]
-    assert not read("P1_T1_POST").weak
+    assert not read_words("P1_T1_POST").weak
 
 
 @pytest.mark.parametrize(

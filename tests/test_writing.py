@@ -15,7 +15,7 @@ from crossmr.data.volume import read_volume, write_volume
 from crossmr.display import Display
 from crossmr.errors import OutputError
 from crossmr.networks.inference import InferenceSettings
-from crossmr.networks.model import load_model
+from crossmr.networks.model import read_model
 from crossmr.output.viewer import view_case
 
 SETTINGS = InferenceSettings(ddim_steps=3, precision="float32", device="cpu")
@@ -25,7 +25,7 @@ FILES = {"Ann/manifest.json", *(f"Ann/Ann-{m}_{what}.nii.gz" for m in ("t1c", "t
 @pytest.fixture(scope="module")
 def sure(tmp_path_factory):
     """A model that says how far its images may be off."""
-    return load_model(save_untrained(tmp_path_factory.mktemp("sure"), guidance="last", uncertainty=True))
+    return read_model(save_untrained(tmp_path_factory.mktemp("sure"), guidance="last", uncertainty=True))
 
 
 @pytest.fixture(scope="module")

@@ -113,9 +113,9 @@ def load_model(
         return model
     folder = find_model(model)
     from crossmr.device import choose_device
-    from crossmr.networks.model import load_model as load_folder
+    from crossmr.networks.model import read_model
 
-    return load_folder(folder, choose_device(str(device)))
+    return read_model(folder, choose_device(str(device)))
 
 
 def import_model(source: Path, name: str | None = None) -> RegisteredModel:
@@ -141,10 +141,10 @@ def import_model(source: Path, name: str | None = None) -> RegisteredModel:
             folder.mkdir()
             for file, content in _contents(source).items():
                 (folder / file).write_bytes(content)
-            from crossmr.networks.model import load_model as load_folder
+            from crossmr.networks.model import read_model
 
             try:
-                load_folder(folder)
+                read_model(folder)
             except ModelError as error:
                 raise ModelError(f"{source}: {str(error).replace(f'{folder}{os.sep}', '')}") from error
             os.replace(folder, models_folder() / name)
@@ -165,9 +165,9 @@ def export_model(model: Path | str, target: Path, *, with_patients: bool = False
     if os.path.lexists(target):
         raise OutputError(f"{target} exists; name another file.")
     folder = find_model(model)
-    from crossmr.networks.model import load_model as load_folder
+    from crossmr.networks.model import read_model
 
-    loaded = load_folder(folder)
+    loaded = read_model(folder)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for file, content in sorted(_contents(folder).items()):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from crossmr.completion import private, status
-from crossmr.completion.inputs import Inputs, why_redone
+from crossmr.completion.inputs import Inputs, redo_reason_of_files
 from crossmr.completion.layout import PICTURES, Layout, Profile, bids_name
 from crossmr.completion.ownership import check_case, earlier_files, other_scans, why_not_kept
 from crossmr.completion.study import (
@@ -140,7 +140,7 @@ def kept(run: Run, files: StudyFiles) -> Mapping[str, Any] | None:
     """The manifest of a case that was finished before and stays as it is; None of one that is to be completed."""
     if not is_finished(run, files.case):
         return None
-    if why := why_done_again(run, files):
+    if why := redo_reason_of_case(run, files):
         run.display.say(f"{files.case}: finished before, and done again: {why}")
         return None
     return finished_before(run, files)
@@ -189,10 +189,10 @@ def is_finished(run: Run, case: str) -> bool:
     return run.work.is_of_this_run(path) if run.options.overwrite else path.exists()
 
 
-def why_done_again(run: Run, files: StudyFiles) -> str:
+def redo_reason_of_case(run: Run, files: StudyFiles) -> str:
     """Why a case that was finished before is completed again; empty where it stays as it is."""
     manifest = read_json(run.layout.folder(files.case) / "manifest.json", OutputError)
-    return why_redone(manifest, files, run.inputs, run.model, run.settings)
+    return redo_reason_of_files(manifest, files, run.inputs, run.model, run.settings)
 
 
 def finished_before(run: Run, files: StudyFiles) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from crossmr.completion.case import CohortSettings as CohortSettings
 from crossmr.completion.case import Run, complete_case, finished_before
 from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan, what_to_fill, with_files_beside
 from crossmr.completion.layout import FORMAT, Layout
-from crossmr.completion.ownership import check_case, check_output
+from crossmr.completion.ownership import check_case, check_output_is_ours
 from crossmr.completion.private import SCANS, write_paths
 from crossmr.completion.status import Line, line_of, read_manifests, reasons_of, write_lines, write_status
 from crossmr.completion.study import read_reference, registering
@@ -273,7 +273,7 @@ def _joined(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
 
     def find() -> Inputs:
         inputs = _inputs(cohort, layout, run.options, run.display)
-        check_output(layout, inputs.root)
+        check_output_is_ours(layout, inputs.root)
         if inputs.series is not None:
             raise ConfigError(f"{paths[0]} holds DICOM among many other files. Complete it without --part.")
         note_paths(replace(run, inputs=inputs))
@@ -288,7 +288,7 @@ def _joined_dicom(run: Run, paths: Sequence[Path]) -> Inputs:
     given: Any = {"keep_names": options.keep_names, "exclude": layout.out, "display": display}
     cases: dict[str, Sequence[Series]] = {}
     faults: dict[str, str] = {}
-    check_output(layout, paths[0])
+    check_output_is_ours(layout, paths[0])
     work.join_alone(_key(run, paths), paths[0])
     for path in paths:
         found, refused = cases_of_part(path, layout.records, work.part, options.mapping, **given)
@@ -302,7 +302,7 @@ def _joined_dicom(run: Run, paths: Sequence[Path]) -> Inputs:
 
 def _check_all(run: Run) -> None:
     """Refuse to start if a case would replace what is not crossmr's."""
-    check_output(run.layout, run.inputs.root)
+    check_output_is_ours(run.layout, run.inputs.root)
     if run.inputs.series is not None:
         check_scans(run.inputs.series, run.layout.records / SCANS)
         for case, series in run.inputs.series.items():

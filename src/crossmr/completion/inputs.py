@@ -14,7 +14,7 @@ from typing import Any
 
 from crossmr.baselines import together
 from crossmr.completion.layout import EXPECTED, Layout, records_of
-from crossmr.completion.ownership import Now, arrived, other_scans, why_again, why_not_kept
+from crossmr.completion.ownership import Now, arrived, other_scans, redo_reason, why_not_kept
 from crossmr.completion.private import SCANS
 from crossmr.completion.unread import (
     Unread,
@@ -328,11 +328,11 @@ def _kept(
         others = other_series(files.case, inputs.series[files.case], layout.records / SCANS)
         come = {m: name for m, name in acquired.items() if m in manifest.get("synthetic", {})}
         now = _now(manifest, [*acquired], files, inputs, model, settings, others, come)
-    why = why_again(manifest, now)
+    why = redo_reason(manifest, now)
     return not why, why_not_kept(files.case, now.others) if now.others and not why else ""
 
 
-def why_redone(
+def redo_reason_of_files(
     manifest: Mapping[str, Any],
     files: StudyFiles,
     inputs: Inputs,
@@ -340,7 +340,7 @@ def why_redone(
     settings: InferenceSettings,
 ) -> str:
     """Why a case of files that was finished before is completed again; empty where it stays as it is."""
-    return why_again(manifest, _now_of_files(manifest, files, inputs, model, settings))
+    return redo_reason(manifest, _now_of_files(manifest, files, inputs, model, settings))
 
 
 def _now_of_files(

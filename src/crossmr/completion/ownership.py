@@ -24,7 +24,7 @@ is_manifest = partial(is_record, kind=FORMAT)
 """Whether a file is the manifest of a completed case or cohort."""
 
 
-def check_output(layout: Layout, scans: Path) -> None:
+def check_output_is_ours(layout: Layout, scans: Path) -> None:
     """Refuse an output folder that is another's.
 
     Raises:
@@ -155,7 +155,7 @@ class Now:
     """'model_sha256' and 'register'."""
 
 
-def why_again(manifest: Mapping[str, Any], now: Now) -> str:
+def redo_reason(manifest: Mapping[str, Any], now: Now) -> str:
     """Why a case that was finished before is not any more: a scan of what was synthesised has come, or may have come.
 
     Or what was not filled, because of a file that may be it, is no longer in doubt; or nothing could be synthesised of

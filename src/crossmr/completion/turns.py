@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from crossmr.completion.case import Run, images_of, is_finished, read_case, why_done_again
+from crossmr.completion.case import Run, images_of, is_finished, read_case, redo_reason_of_case
 from crossmr.completion.ownership import why_not_kept
 from crossmr.completion.private import SCANS
 from crossmr.completion.study import check_memory, memory_needed
@@ -112,7 +112,7 @@ class Turns:
 
     def _is_finished(self, files: StudyFiles) -> bool:
         try:
-            return is_finished(self.run, files.case) and not why_done_again(self.run, files)
+            return is_finished(self.run, files.case) and not redo_reason_of_case(self.run, files)
         except CrossmrError:  # which is said when the case is completed
             return False
 

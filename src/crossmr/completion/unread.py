@@ -25,7 +25,7 @@ from crossmr.data.naming import (
 )
 from crossmr.data.volume import is_synthetic, read_header, read_volume
 from crossmr.data.words import possible_contrasts
-from crossmr.dicom.agents import OTHER, are_first, may_be_other, undecided
+from crossmr.dicom.agents import COUNTERPART, are_first, may_be_other, undecided
 from crossmr.dicom.contrast import recognise_contrast
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import FEWEST_SLICES, Series, find_series, first_dicom
@@ -190,7 +190,7 @@ def unread_series(all_series: Sequence[Series]) -> list[Unread]:
     alike = undecided(all_series)
     if alike and not (alike[0].modality == "t1n" and are_first(alike, all_series)):
         modality = str(alike[0].modality)
-        best, other = choose(all_series)[0][modality], OTHER[modality]
+        best, other = choose(all_series)[0][modality], COUNTERPART[modality]
         for series in alike:
             if series is not best and may_be_other(series):
                 volumes = ", nor do their volumes" if series.compared else ""

@@ -30,7 +30,7 @@ from crossmr.data.tree import (
     parts,
     read_channels,
 )
-from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, read
+from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, parse_patient
 from crossmr.data.words import CONTRASTS, LABEL, OTHER, is_raw, spelt
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
@@ -443,7 +443,7 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
         path, reading = next((file for file in files if file[1].meaning), files[0])
         own = folders.get(case)
         if (own is None and not reading.head and reading.visit) or (
-            case != reading.head and not read(reading.head).patient
+            case != reading.head and not parse_patient(reading.head).patient
         ):
             own = names.folder(path)
         patients[case] = _patient(case, own, names.folder(path), root)
@@ -466,7 +466,7 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
         return bool(place.name) and (root is None or root in place.parents)
 
     if folder is None:
-        reading = read(case)
+        reading = parse_patient(case)
         if reading.patient:
             return _Patient(reading.patient, reading.confidence, look_alike(case))
         confidence, folder = reading.confidence, place_of_files
@@ -477,7 +477,7 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
     for place in (folder, *folder.parents):
         if not below(place):
             break
-        reading = read(place.name)
+        reading = parse_patient(place.name)
         confidence = max(confidence, reading.confidence, key=CONFIDENCES.index)
         if reading.patient:
             if place != folder and confidence == "weak" and not re.search(r"\d", reading.patient):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from crossmr.data.bids import case_of, read_bids
 from crossmr.data.formats import stem_of
-from crossmr.data.visits import read
+from crossmr.data.visits import parse_patient
 from crossmr.data.words import (
     CONTRASTS,
     LABEL,
@@ -23,9 +23,9 @@ from crossmr.data.words import (
     describes,
     is_raw,
     possible_contrasts,
+    read_words,
     spelt,
 )
-from crossmr.data.words import read as read_words
 from crossmr.errors import ConfigError
 from crossmr.files import digest
 
@@ -120,7 +120,7 @@ class NamesInTree:
             self.readings += [(path, self._settled(path, reading, together)) for path, reading in files]
         self.readings.sort(key=lambda file: file[0])
         places = self._places()
-        unnamed = {self.folder(path) for path, reading in self.readings if not read(reading.head).patient}
+        unnamed = {self.folder(path) for path, reading in self.readings if not parse_patient(reading.head).patient}
         unnamed |= {self.folder(path) for path in places} | {*places.values()}
         self.names = (
             _joined({folder: parts(folder, root) for folder in unnamed}) if root else folder_names(unnamed, None)
@@ -185,7 +185,11 @@ class NamesInTree:
         if any(folder.name in begins for folder in path.parents if self.root is None or self.root in folder.parents):
             return None
         place = path.parent
-        while place != self.root and place.parent.name and (self._says_no_case(place) or not read(place.name).patient):
+        while (
+            place != self.root
+            and place.parent.name
+            and (self._says_no_case(place) or not parse_patient(place.name).patient)
+        ):
             place = place.parent
         said = read_words(place.name)  # P1-T1 is of P1, unless it is where nothing else is
         return place.with_name(said.head) if place != self.root and said.head and said.meaning in CONTRASTS else place
@@ -265,26 +269,26 @@ class NamesInTree:
     def case(self, path: Path, reading: Reading) -> str:
         """The case of a file: what its name begins with, or else its folder; with the time point, if it says one."""
         case = reading.head
-        if not case or (path not in self.mapped and not read(case).patient):
+        if not case or (path not in self.mapped and not parse_patient(case).patient):
             folder = self.folder(path)
             own = (
                 self.names.get(folder) or "_".join(parts(folder, self.root) if self.root else [folder.name]) or "study"
             )
             said = case and own != case and not own.endswith(f"_{case}")  # week4/week4_T1 is of one week
             case = f"{own}_{case}" if said else own
-        elif self.root and path not in self.mapped and not reading.visit and read(case).patient == case:
+        elif self.root and path not in self.mapped and not reading.visit and parse_patient(case).patient == case:
             case = "_".join([case, *self._visits_above(path)])
         return f"{case}_{reading.visit}" if reading.visit else case
 
     def _visits_above(self, path: Path) -> list[str]:
         """The folders below the root that are named after a time point alone: `P1/baseline/P1_T1`."""
         within = [folder for folder in path.parents if self.root in folder.parents]
-        return [f.name for f in reversed(within) if not read(f.name).patient and not self._says_no_case(f)]
+        return [f.name for f in reversed(within) if not parse_patient(f.name).patient and not self._says_no_case(f)]
 
 
 def _is_vague(head: str) -> bool:
     """Whether a head may name something else than a patient: it has no digit, or is a step's or a space's."""
-    patient = read(head).patient
+    patient = parse_patient(head).patient
     return bool(patient) and (describes(patient) or not re.search(r"\d", patient))
 
 

@@ -43,7 +43,7 @@ _ANYTHING = frozenset({"mr", "mri", "brain", "head", "scan", "scans", "exam", "s
 
 
 @dataclass(frozen=True)
-class Reading:
+class PatientName:
     """What a name says."""
 
     patient: str
@@ -53,7 +53,7 @@ class Reading:
 
 
 @lru_cache(maxsize=100_000)
-def read(name: str) -> Reading:
+def parse_patient(name: str) -> PatientName:
     """The patient in the name of a study, or of a folder."""
     words = list(_WORD.finditer(name))
     kept = 2 if name.lower().startswith("sub-") else 0
@@ -71,7 +71,7 @@ def read(name: str) -> Reading:
         patient = ""
     if dated and patient and not _has_digit(patient):
         used.add("weak")
-    return Reading(patient, max(used, key=CONFIDENCES.index))
+    return PatientName(patient, max(used, key=CONFIDENCES.index))
 
 
 def look_alike(name: str) -> str:
@@ -80,7 +80,7 @@ def look_alike(name: str) -> str:
     It could where what stands before it has a digit, or where it is a letter with a number.
     """
     words = list(_WORD.finditer(name))
-    if len(words) < (3 if name.lower().startswith("sub-") else 2) or read(name).patient != name:
+    if len(words) < (3 if name.lower().startswith("sub-") else 2) or parse_patient(name).patient != name:
         return ""
     last, left = words[-1][0].lower(), name[: words[-2].end()]
     short = re.fullmatch(r"[a-z]*\d{0,3}|(19|20)\d\d", last) is not None

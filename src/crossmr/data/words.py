@@ -177,7 +177,7 @@ class Reading:
     """What the first word that has a role may be instead; `literal` is then the other reading."""
 
 
-def read(stem: str, *, literal: bool = False) -> Reading:
+def read_words(stem: str, *, literal: bool = False) -> Reading:
     """What the name of a file says, without its suffix.
 
     `literal` leaves to the head what may be a visit or the patient: T2 in `P1_T2_FLAIR`, pre in `pre_T1`, 7 in `7_T1`.
@@ -238,7 +238,7 @@ def spelt(text: str) -> str:
     words = _cut(text)
     if not words or not all(word.has("contrast", "agent", "mask", "tissue", "origin") for word in words):
         return OTHER
-    reading = read(text)
+    reading = read_words(text)
     return OTHER if reading.head or reading.weak or reading.space else reading.meaning
 
 

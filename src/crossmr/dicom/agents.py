@@ -10,14 +10,14 @@ from crossmr.dicom.contrast import says_agent
 from crossmr.dicom.series import BY_USER, Series
 from crossmr.errors import CrossmrError
 
-OTHER = {"t1n": "t1c", "t1c": "t1n"}
+COUNTERPART = {"t1n": "t1c", "t1c": "t1n"}
 UNLIKE = 1.0
 """Score from which on series of unlike sequences are told apart: blood that flows in is bright in some, agent or no."""
 
 
 def undecided(all_series: Sequence[Series]) -> list[Series]:
     """The T1 series of a study where all of several are taken for T1, or all for T1ce, and some may be the other."""
-    for modality, other in OTHER.items():
+    for modality, other in COUNTERPART.items():
         alike = [series for series in all_series if series.modality == modality]
         if several_acquisitions(alike, all_series) and not any(series.modality == other for series in all_series):
             return alike if any(may_be_other(series) for series in alike) else []
@@ -66,7 +66,7 @@ def tell_apart(all_series: Sequence[Series], read: Callable[[Series], Volume]) -
         return list(all_series)
     verdicts = {series: next(iter(found)) for series, found in beside.items() if len(found) == 1}
     against = any(verdicts.get(s, s.modality) != s.modality and not may_be_other(s) for s in alike)
-    if against or set(verdicts.values()) != set(OTHER):
+    if against or set(verdicts.values()) != set(COUNTERPART):
         return [replace(series, compared=True) if series in alike else series for series in all_series]
     return [_told(s, verdicts.get(s), beside[s]) if s in beside else s for s in all_series]
 

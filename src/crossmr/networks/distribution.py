@@ -102,7 +102,7 @@ class DistributionNetwork(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     @torch.no_grad()
-    def standardise(self, y_0: Tensor, target_features: Tensor) -> None:
+    def fit_standardisation(self, y_0: Tensor, target_features: Tensor) -> None:
         """Take each feature's mean and standard deviation over training vectors (N, D), so that unit variance diffuses.
 
         Z-scored vectors share most of their direction, and noise would hide what differs until the very last steps.
@@ -140,7 +140,7 @@ class DistributionNetwork(nn.Module):
     def forward(self, y_t: Tensor, t: Tensor, condition: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Predict y_0 (B, D) from y_t (B, D) at steps t (B,), int64 from 0 to schedule.steps - 1.
 
-        Both vectors are standardised feature by feature (`standardise`): mean 0, variance 1. `condition` (B, C) and
+        Both vectors are standardised feature by feature (`fit_standardisation`): mean 0, variance 1. `condition` (B, C) and
         `keep` (B, 1) as in `block_embeddings`.
         """
         return self.denoise(y_t, self.block_embeddings(t, condition, keep))

@@ -337,7 +337,7 @@ def save_model(
     save_bundle(folder, tensors, data, "config")
 
 
-def load_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossConditionedModel:
+def read_model(folder: Path | str, device: torch.device | str = "cpu") -> CrossConditionedModel:
     """Read a model folder, ready for use.
 
     Raises:

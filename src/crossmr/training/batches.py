@@ -25,13 +25,13 @@ from crossmr.ranks import ALONE, Shard
 from crossmr.tensors import crop_or_pad, foreground_slices, neighbours, seeded
 from crossmr.training.augmentation import Augmentation, AugmentationConfig, deform, draw_deformations
 
-Raw = TypeVar("Raw", covariant=True)
+RawBatch = TypeVar("RawBatch", covariant=True)
 
 FILES = 2**14
 """Open files that are counted on at most, where the system sets no limit."""
 
 
-class StepDataset(Dataset[Raw], ABC, Generic[Raw]):
+class StepDataset(Dataset[RawBatch], ABC, Generic[RawBatch]):
     """Batches by step: `data[step]`, for any step from 0 on, on the CPU."""
 
     @property
@@ -40,7 +40,7 @@ class StepDataset(Dataset[Raw], ABC, Generic[Raw]):
         """Batches that use every item once."""
 
     @abstractmethod
-    def __getitem__(self, step: int) -> Raw:
+    def __getitem__(self, step: int) -> RawBatch:
         """The batch of one step."""
 
 

@@ -12,7 +12,7 @@ from crossmr.networks.model import CrossConditionedModel, laplace_variance
 from crossmr.networks.scale import standardise
 from crossmr.tensors import seeded
 from crossmr.training.shared import Training, cut, in_chunks
-from crossmr.training.stages import VALIDATION_SLICES, SynthesisBatch, validation_views, view
+from crossmr.training.stages import VALIDATION_SLICES, SynthesisBatch, synthesis_batch, validation_views
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def calibration(
     raw = training.batches("synthesis", usable, config.modalities).fixed(VALIDATION_SLICES)
     pairs: list[list[Tensor]] = [[] for _ in config.targets]
     for number in range(validation_views(config)):
-        batch = view(config, raw, None, seeded("calibrate", compute.seed, number))
+        batch = synthesis_batch(config, raw, None, seeded("calibrate", compute.seed, number))
         both, there = _squared_errors(training, model, batch), batch.truth > 0
         for index, chosen in enumerate((batch.target_mask > 0).unbind(1)):
             pairs[index].append(both[:, chosen, index][:, there[chosen, index]])
@@ -52,7 +52,7 @@ def _squared_errors(training: Training, model: CrossConditionedModel, batch: Syn
     """Variances and squared errors (2, B, T, *S), float64 on the CPU."""
 
     def measure(some: slice) -> None:
-        part = compute.place(cut(batch, some))
+        part = compute.to_device(cut(batch, some))
         prediction, log_scale = model.predict(model.network_input(part.neighbours, part.available))
         variance = laplace_variance(cast(Tensor, log_scale))
         squared = (prediction - standardise(part.truth)) ** 2

@@ -61,7 +61,7 @@ def _summed_gradients(
     sizes = [len(part) for part in samples.tensor_split(min(parts, len(samples)))]
     for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
         with autocast(compute.device, compute.dtype):
-            error, number = stage.loss(network, compute.place(cut(batch, slice(end - size, end))))
+            error, number = stage.loss(network, compute.to_device(cut(batch, slice(end - size, end))))
         error.backward()  # type: ignore[no-untyped-call]
         total, count = total + error.detach(), count + number
     return total, count
@@ -91,13 +91,13 @@ class Trainer:
         self.checkpoints, self.log = folder / "stages" / stage.name, folder / "metrics.jsonl"
         self.ranks, self.shard = compute.ranks, compute.ranks.shard(config.batch_size)
         self.network = stage.network.requires_grad_(False)
-        self.learning = stage.learning
-        for parameter in self.learning:
+        self.trainable = stage.trainable
+        for parameter in self.trainable:
             parameter.requires_grad_(True)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         optimiser = torch.optim.AdamW if config.optimiser == "adamw" else torch.optim.Adam
         self.optimiser: torch.optim.Optimizer = optimiser(
-            self.learning, config.learning_rate, betas=(0.9, config.beta_2), weight_decay=config.weight_decay
+            self.trainable, config.learning_rate, betas=(0.9, config.beta_2), weight_decay=config.weight_decay
         )
         self.done, self.micro_batches = 0, 0
         self.recent: list[Tensor] = []
@@ -174,7 +174,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         loss = self._backward(batch)
-        norm = nn.utils.clip_grad_norm_(self.learning, self.config.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(self.trainable, self.config.gradient_clip)
         self.optimiser.step()
         _average(self.averaged, self.network, min(self.config.ema_decay, (1 + self.done) / (10 + self.done)))
         self.recent.append(torch.stack([loss, norm]))
@@ -219,7 +219,7 @@ class Trainer:
             return before
         batch = self._draw(self.stage.data[self.done])
         name, size = self.stage.name, len(batch[0])
-        sample = self.compute.place(cut(batch, slice(0, 1)))
+        sample = self.compute.to_device(cut(batch, slice(0, 1)))
         memory = step_memory(self.network, self.stage.loss, sample, self.compute.dtype)
         available = available_memory() // self.ranks.local_size
         parts = max(before, micro_batches(name, size, memory, available))

@@ -19,7 +19,7 @@ from crossmr.training.plan import Budget
 from crossmr.training.recipes import Recipe
 
 Result = TypeVar("Result")
-Drawn = TypeVar("Drawn", bound=tuple[Any, ...])
+Batch = TypeVar("Batch", bound=tuple[Any, ...])
 
 CHUNK = 16
 """Slices through a network at once, where no gradient is needed, and memory allows."""
@@ -35,7 +35,7 @@ class Compute:
     display: Display
     ranks: Ranks = ALONE
 
-    def place(self, batch: Drawn) -> Drawn:
+    def to_device(self, batch: Batch) -> Batch:
         """The batch on the device, its 2D images channels last."""
         parts = []
         for tensor in batch:
@@ -47,7 +47,7 @@ class Compute:
         return type(batch)(*parts)
 
 
-def cut(batch: Drawn, some: slice) -> Drawn:
+def cut(batch: Batch, some: slice) -> Batch:
     """Some samples of a batch, a NamedTuple of tensors (B, ...) or None."""
     parts: list[Any] = [None if tensor is None else tensor[some] for tensor in batch]
     return type(batch)(*parts)

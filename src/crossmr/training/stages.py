@@ -29,9 +29,9 @@ from crossmr.ranks import ALONE, Shard
 from crossmr.tensors import foreground_slices, seeded
 from crossmr.training.batches import ImageBatch, StepDataset, VectorBatch, Vectors
 from crossmr.training.representations import draw_representations, pooled_features
-from crossmr.training.shared import CHUNK, Compute, Drawn, Training, cut, in_chunks
+from crossmr.training.shared import CHUNK, Batch, Compute, Training, cut, in_chunks
 
-Raw = TypeVar("Raw")
+RawBatch = TypeVar("RawBatch")
 
 VALIDATION_SLICES = 48
 VALIDATION_VECTORS = 256
@@ -47,7 +47,7 @@ READERS = 16
 """Processes that read batches for a GPU, at most, and as far as there are cores for them."""
 
 
-class Stage(ABC, Generic[Raw, Drawn]):
+class Stage(ABC, Generic[RawBatch, Batch]):
     """One network's training."""
 
     name: ClassVar[str]
@@ -58,23 +58,23 @@ class Stage(ABC, Generic[Raw, Drawn]):
     later_validations: int = 0
     """What comes after the stage's last step, in units of one validation's time."""
 
-    def __init__(self, network: nn.Module, data: StepDataset[Raw]):
+    def __init__(self, network: nn.Module, data: StepDataset[RawBatch]):
         self.network, self.data = network, data
 
     @property
-    def learning(self) -> Sequence[nn.Parameter]:
+    def trainable(self) -> Sequence[nn.Parameter]:
         """The parameters that learn."""
         return list(self.network.parameters())
 
     @abstractmethod
-    def batch(self, raw: Raw, generator: torch.Generator, shard: Shard | None = None) -> Drawn:
+    def batch(self, raw: RawBatch, generator: torch.Generator, shard: Shard | None = None) -> Batch:
         """A batch of tensors (B, ...) on the CPU, for which everything random has been drawn.
 
         `shard` says which samples of a batch `raw` holds; None: all of them.
         """
 
     @abstractmethod
-    def loss(self, network: nn.Module, batch: Drawn) -> tuple[Tensor, Tensor]:
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of the errors of a batch, or of a part of it, on the network's device, and how many there are."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Stage(ABC, Generic[Raw, Drawn]):
 
 
 @torch.no_grad()
-def mean_loss(stage: Stage[Any, Drawn], network: nn.Module, batch: Drawn | None, compute: Compute) -> dict[str, float]:
+def mean_loss(stage: Stage[Any, Batch], network: nn.Module, batch: Batch | None, compute: Compute) -> dict[str, float]:
     """The stage's loss on a fixed batch, if there is one; each process computes its share of it."""
     if batch is None:
         return {}
@@ -91,7 +91,7 @@ def mean_loss(stage: Stage[Any, Drawn], network: nn.Module, batch: Drawn | None,
     sums = torch.zeros(2, device=compute.device)
 
     def add(some: slice) -> None:
-        sums.add_(torch.stack(stage.loss(network, compute.place(cut(batch, some)))))
+        sums.add_(torch.stack(stage.loss(network, compute.to_device(cut(batch, some)))))
 
     with autocast(compute.device, compute.dtype):
         in_chunks(add, len(batch[0]), stage.chunk, compute.ranks)
@@ -180,7 +180,7 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
         super().__init__(model.network_of(self.name), data)
         y_0 = model.y_0(*(part[:, self._targets] for part in vectors))
         features = model.target_features(vectors.present[:, self._targets])
-        cast(DistributionNetwork, self.network).standardise(y_0, features)
+        cast(DistributionNetwork, self.network).fit_standardisation(y_0, features)
         _warn_if_collapsed(self.compute.display, y_0, features)
         self.fixed = self.batch(known["val"], seeded("validate", self.compute.seed)) if "val" in known else None
 
@@ -292,7 +292,9 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
         self.fixed: SynthesisBatch | None = None
         if val := training.usable(training.val):
             fixed = training.batches(self.name, val, self.config.modalities).fixed(VALIDATION_SLICES)
-            self.fixed = view(self.config, fixed, self._representations(val), seeded("validate", self.compute.seed))
+            self.fixed = synthesis_batch(
+                self.config, fixed, self._representations(val), seeded("validate", self.compute.seed)
+            )
         last = self.config.uncertainty and self.name == self.config.stages[-1]
         self.later_validations = validation_views(self.config) if last else 0  # the calibration
 
@@ -302,7 +304,7 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
 
     def batch(self, raw: ImageBatch, generator: torch.Generator, shard: Shard | None = None) -> SynthesisBatch:
         """Draw, for any subset, what is available, and which of a patient's representations guides."""
-        return view(self.config, raw, self.drawn, generator, shard)
+        return synthesis_batch(self.config, raw, self.drawn, generator, shard)
 
     def guide(self, batch: SynthesisBatch) -> Tensor | None:
         """What the C-UNet is guided by, (B, T·D)."""
@@ -336,7 +338,7 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
         prediction, compute = torch.zeros(fixed.truth.shape), self.compute
 
         def predict(some: slice) -> None:
-            prediction[some] = self.predict(network, compute.place(cut(fixed, some)))[0].cpu()
+            prediction[some] = self.predict(network, compute.to_device(cut(fixed, some)))[0].cpu()
 
         with autocast(compute.device, compute.dtype):
             in_chunks(predict, len(prediction), self.chunk, compute.ranks)
@@ -388,7 +390,7 @@ class GuidanceStage(SynthesisStage):
     deviation_weight = 0.0
 
     @property
-    def learning(self) -> Sequence[nn.Parameter]:
+    def trainable(self) -> Sequence[nn.Parameter]:
         """The condition layers."""
         return cast(CUNet, self.network).condition_layers()
 
@@ -406,7 +408,7 @@ STAGES: dict[str, Callable[[Training, CrossConditionedModel], Stage[Any, Any]]] 
 }
 
 
-def view(
+def synthesis_batch(
     config: ModelConfig,
     raw: ImageBatch,
     drawn: Tensor | None,
