@@ -19,7 +19,15 @@ from scans import COHORTS, IN_WHOLE, cohort_of, lgg, unpacked
 from scipy import ndimage
 
 from crossmr.completion.checks import SUSPECT
-from crossmr.data.enhancement import SURE, Comparison, common_grid, compare_arrays, resampled, together, within_skull
+from crossmr.data.enhancement import (
+    THRESHOLD,
+    Comparison,
+    common_grid,
+    compare_arrays,
+    resampled,
+    together,
+    within_skull,
+)
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.volume import read_volume
 from crossmr.files import write_json
@@ -108,7 +116,7 @@ def answers(studies: Sequence[Scores], what: str, limit: float) -> list[str]:
     return said
 
 
-def cell(studies: Sequence[Scores], what: str, limit: float = SURE) -> str:
+def cell(studies: Sequence[Scores], what: str, limit: float = THRESHOLD) -> str:
     """Right / undecided / wrong; of controls, how many were taken for a pair."""
     said = answers(studies, what, limit)
     if not said:

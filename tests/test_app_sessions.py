@@ -50,7 +50,7 @@ def test_a_page_that_is_closed_is_forgotten_sooner_unless_it_comes_back(held, mo
 
 
 def test_so_many_pages_and_no_more(held, monkeypatch):
-    monkeypatch.setattr(sessions, "MOST", 2)
+    monkeypatch.setattr(sessions, "MAX_PAGES", 2)
     held.make()
     held.make()
     with pytest.raises(Refused, match="2 pages are open already"):

@@ -44,11 +44,11 @@ def volumes(out):
     return {path.name: path.read_bytes() for path in out.rglob("*.nii.gz")}
 
 
-class Lost(Exception):
+class ClaimLost(Exception):
     """As Ray tells that an actor died."""
 
 
-class Task(Lost):
+class Task(ClaimLost):
     """As Ray tells that an actor's method raised."""
 
     def __init__(self, cause):
@@ -77,7 +77,7 @@ class Actor:
 class FakeRay:
     """What the driver uses of Ray, on threads: nodes that a test adds and kills."""
 
-    exceptions = SimpleNamespace(RayTaskError=Task, RayError=Lost)
+    exceptions = SimpleNamespace(RayTaskError=Task, RayError=ClaimLost)
     util = SimpleNamespace(
         scheduling_strategies=SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: node)
     )
@@ -108,7 +108,7 @@ class FakeRay:
 
     def get(self, reference):
         if reference.actor.dead:
-            raise Lost
+            raise ClaimLost
         try:
             return reference.result()
         except CrossmrError as error:

@@ -47,7 +47,7 @@ def test_two_t1_that_no_name_tells_apart(score, model, tmp_path, monkeypatch, ca
     monkeypatch.setattr(enhancement, "compare", lambda *_: enhancement.Comparison(score, 0.9))
     plain, bright = (files[1], files[0]) if score < 0 else files[:2]
     summary = complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS)
-    if abs(score) < enhancement.SURE:
+    if abs(score) < enhancement.THRESHOLD:
         assert "2 files claim to be t1n" in summary.failed["P7"]
     else:
         manifest = json.loads((tmp_path / "out" / "P7" / "manifest.json").read_text())
@@ -61,7 +61,7 @@ def test_two_t1_that_no_name_tells_apart(score, model, tmp_path, monkeypatch, ca
         )
         assert list(complete(case, model, SETTINGS).manifest["synthetic"]) == ["t2f"]
     find_inputs([tmp_path / "in"], display=Display())
-    assert (f"P7: {bright.name} was taken for T1ce" in capsys.readouterr().out) == (abs(score) > enhancement.SURE)
+    assert (f"P7: {bright.name} was taken for T1ce" in capsys.readouterr().out) == (abs(score) > enhancement.THRESHOLD)
     (study,) = find_inputs([tmp_path / "in"], {"T1": "*-T1_1*"}).studies
     assert study.candidates["t1n"] == (files[0],)
     assert "t1c" not in study.candidates

@@ -20,8 +20,7 @@ from crossmr.networks.c_unet import SynthesisConfig, synthesis_error
 from crossmr.networks.distribution import DistributionConfig
 from crossmr.networks.masked_autoencoder import RepresentationConfig, z_score
 from crossmr.networks.model import (
-    LARGEST,
-    SMALLEST,
+    LOG_SCALE_RANGE,
     CrossConditionedModel,
     ModelConfig,
     laplace_variance,
@@ -540,9 +539,9 @@ def test_the_error_is_learnt_beside_the_image():
     assert outputs.shape[1] == 2 * 2
     standardised, log_scale = model.predict(inputs)
     assert torch.equal(standardised, outputs[:, :2])
-    assert torch.equal(log_scale, outputs[:, 2:].clamp(SMALLEST, LARGEST))
+    assert torch.equal(log_scale, outputs[:, 2:].clamp(*LOG_SCALE_RANGE))
     extreme = model.split(torch.tensor([0.0, 1, -100, 100]).reshape(1, 4, 1, 1).bfloat16())
-    assert [part.flatten().tolist() for part in extreme] == [[0, 1], [SMALLEST, LARGEST]]
+    assert [part.flatten().tolist() for part in extreme] == [[0, 1], list(LOG_SCALE_RANGE)]
     assert extreme[0].dtype == torch.float32
     plain = random_model()
     assert plain.predict(inputs)[1] is None

@@ -14,7 +14,7 @@ import pytest
 
 from crossmr import parts
 from crossmr.errors import ConfigError, OutputError
-from crossmr.parts import STALE_SECONDS, Claims, Lost, Part, me
+from crossmr.parts import STALE_SECONDS, ClaimLost, Claims, Part, me
 
 
 @pytest.mark.parametrize("of", [1, 3, 100])
@@ -99,7 +99,7 @@ def test_a_claim_of_another_machine_is_taken_over_when_nothing_was_heard_of_it(t
     of_another_machine(claim, STALE_SECONDS + 1)
     taken = other.take("case")
     assert taken.attempt == 1
-    with pytest.raises(Lost, match="case: another process has taken it over"):
+    with pytest.raises(ClaimLost, match="case: another process has taken it over"):
         claim.check()
     taken.check()
     hung.give_back(claim)

@@ -749,7 +749,7 @@ def test_as_many_studies_are_prepared_at_once_as_fit(share, asked, processes, sa
     (tmp_path / "set" / "cases" / "Done" / "case.json").write_text("{}")  # needs no memory any more
     studies = find_studies(tmp_path / "cohort")
     needed = study_memory(studies[1].images()).bytes()
-    monkeypatch.setattr(module, "PROCESS", 0)
+    monkeypatch.setattr(module, "PROCESS_BYTES", 0)
     monkeypatch.setattr(module, "reusable_memory", lambda: needed)
     monkeypatch.setattr(module, "available_memory", lambda: int((share - 1) * needed))
     lines = []

@@ -116,7 +116,7 @@ def test_what_is_no_whole_model_is_refused_and_nothing_is_left(folder, tmp_path,
 
 
 def test_what_unpacks_to_too_much_or_is_no_zip_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "LARGEST", 100)
+    monkeypatch.setattr(registry, "MAX_MODEL_BYTES", 100)
     with pytest.raises(ModelError, match="would unpack to more than"):
         registry.import_model(packed(folder, tmp_path / "large.zip", {}))
     (tmp_path / "text.zip").write_text("no zip")

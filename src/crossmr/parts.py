@@ -79,7 +79,7 @@ class Holder:
     """Whether its process still lives, as far as can be told from here."""
 
 
-class Lost(Exception):
+class ClaimLost(Exception):
     """Another process has the item."""
 
 
@@ -98,10 +98,10 @@ class Claim:
         """Refuse to write where another process took this one for dead.
 
         Raises:
-            Lost: it has the item now.
+            ClaimLost: it has the item now.
         """
         if os.path.lexists(self.next) or not os.path.lexists(self.path):
-            raise Lost(f"{self.item}: another process has taken it over, as this one was not heard of for long.")
+            raise ClaimLost(f"{self.item}: another process has taken it over, as this one was not heard of for long.")
 
 
 def note_done(folder: Path, part: Part) -> bool:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # PyTorch takes seconds to load, and a wrong name is refused 
 SHIPPED = Path(__file__).parent / "weights"
 DEFAULT = "default"
 """Name of the model that is used where none is named."""
-LARGEST = 2**31
+MAX_MODEL_BYTES = 2**31
 """Bytes that an imported model may have."""
 _FILE = re.compile(rf"config\.json|{re.escape(PATIENTS)}|[a-z0-9_-]+\.safetensors")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -218,8 +218,8 @@ def _contents(source: Path) -> dict[str, bytes]:
                 raise ModelError(f"{source} holds {foreign[0]!r}, which is not a file of a model. Do not use it.")
             if len({entry.filename for entry in entries}) < len(entries):
                 raise ModelError(f"{source} holds a file twice. Do not use it.")
-            if sum(entry.file_size for entry in entries) > LARGEST:
-                raise ModelError(f"{source} would unpack to more than {LARGEST >> 30} GiB. Do not use it.")
+            if sum(entry.file_size for entry in entries) > MAX_MODEL_BYTES:
+                raise ModelError(f"{source} would unpack to more than {MAX_MODEL_BYTES >> 30} GiB. Do not use it.")
             return {entry.filename: archive.read(entry) for entry in entries}
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -14,7 +14,7 @@ FORGET_SECONDS = 300.0
 """A page that was not heard of for so long is taken for closed."""
 LEAVE_SECONDS = 120.0
 """The same, of a page that said that it was being closed; it may only have been loaded anew."""
-MOST = 16
+MAX_PAGES = 16
 """Pages at once."""
 
 
@@ -76,8 +76,8 @@ class Sessions:
         Raises:
             Refused: too many are open.
         """
-        if len(self.all) >= MOST:
-            raise Refused(f"{MOST} pages are open already. Close one of them.", 429)
+        if len(self.all) >= MAX_PAGES:
+            raise Refused(f"{MAX_PAGES} pages are open already. Close one of them.", 429)
         key = secrets.token_urlsafe(18)
         folder = self.root / f"page-{key}"
         (folder / "scans").mkdir(parents=True, mode=0o700)

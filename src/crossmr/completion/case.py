@@ -101,7 +101,7 @@ def complete_case(
     """Complete one case of a cohort and write it; returns its manifest, and whether it was finished before.
 
     Raises:
-        Lost: another process has taken it over. CrossmrError: it cannot be completed.
+        ClaimLost: another process has taken it over. CrossmrError: it cannot be completed.
     """
     if run.layout.folder(files.case) in {run.layout.records / name for name in RECORDS}:
         raise StudyError(f"{files.case}: crossmr writes a file of this name into OUT. Rename the study.")

@@ -57,7 +57,7 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 INSTALL = 'Ray is not installed. Install it on every machine: pip install "crossmr[cluster]"'
 
 
-class Heard(Display):
+class RecordingDisplay(Display):
     """Lines that a worker says: kept in the log by itself, printed by the driver."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class Worker:
         return self._context.copy().run(self._complete, inputs)
 
     def _complete(self, inputs: Inputs) -> Outcome:
-        heard, summary = Heard(), CohortSummary()
+        heard, summary = RecordingDisplay(), CohortSummary()
         run = replace(self._run, inputs=inputs, display=heard.log_to(self._run.layout.records / LOG))
         (case,) = inputs.cases
         needed = (memory_needed(images_of(files), run.model, run.settings) for files in inputs.studies)

@@ -29,7 +29,7 @@ from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import digest, write_json
 from crossmr.networks.inference import InferenceSettings, check_settings
 from crossmr.networks.model import CrossConditionedModel
-from crossmr.parts import Lost
+from crossmr.parts import ClaimLost
 from crossmr.registry import load_model
 
 
@@ -345,7 +345,7 @@ def complete_studies(run: Run, summary: CohortSummary, done: Callable[[str], Non
                 manifest, skipped = complete_case(run, turn.files, study, turn.scans, turn.claim)
             summary.add(case, manifest, skipped=skipped)
             run.work.forget_failure(case)
-        except Lost as error:
+        except ClaimLost as error:
             run.display.say(str(error))
             turns.left.append(case)
             continue

@@ -263,7 +263,7 @@ def complete_study(
     return Completed(made.images, made.stds, manifest, made.head, made.synthesis, at)
 
 
-class _Made(NamedTuple):
+class _Synthesised(NamedTuple):
     """What was synthesised of a study, and what is recorded of it."""
 
     images: Mapping[str, Any]
@@ -282,10 +282,10 @@ def _make(
     sources: Sequence[str],
     requested: Sequence[str],
     reference: Reference | None,
-) -> _Made:
+) -> _Synthesised:
     """Synthesise what is requested."""
     if not requested:
-        return _Made({}, {})
+        return _Synthesised({}, {})
     head = _head_volumes(study, sources)
     wish = replace(settings, targets=tuple(requested))
     with _DEVICE:
@@ -294,10 +294,10 @@ def _make(
     if settings.scale == "input":
         maps = {m: _fit_map(study, synthesis.images[n], _like(m, sources)) for n, m in enumerate(synthesis.targets)}
     images, stds = _as_images(study, synthesis, sources, maps)
-    return _Made(images, stds, maps, _shortage(synthesis, model), head, synthesis)
+    return _Synthesised(images, stds, maps, _shortage(synthesis, model), head, synthesis)
 
 
-def _what_to_look_at(study: Study, made: _Made) -> tuple[list[Finding], Voxel, str]:
+def _what_to_look_at(study: Study, made: _Synthesised) -> tuple[list[Finding], Voxel, str]:
     """What the synthetic volumes may have lost, and the voxel of the head's box to look at first, with the reason."""
     head, spacing, stripped = study.mask[study.box()], study.reference.spacing_mm, study.masked_background
     centre = middle(head)
@@ -329,7 +329,9 @@ def _asked_for(requested: Sequence[str], unread: Sequence[Unread]) -> list[Findi
     ]
 
 
-def _synthetic_record(made: _Made, sources: Sequence[str], reasons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _synthetic_record(
+    made: _Synthesised, sources: Sequence[str], reasons: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """What the manifest says of each synthetic volume."""
     return {
         m: {

@@ -47,14 +47,14 @@ FLUID = 15.0
 """Percentile of a T1's brain below which there is mostly fluid."""
 FEWEST_VOXELS, LEAST_CM3 = 2_000, 100.0
 """Of brain; in less, nothing is compared."""
-SURE = 0.5
+THRESHOLD = 0.5
 """Score from which on a volume is taken for the enhanced one."""
 RELATED, SAME = 0.05, 0.98
 """Correlations within the brain: below, two volumes are not of one contrast, and above, they are one image."""
 
 WITHIN = 0.99
 """Of a thinned voxel: so much must lie within the head."""
-MOST = 6
+MAX_COMPARED = 6
 """So many T1 of a study are compared."""
 SURENESS = "by a test that was sure of 122 of 133 patients, and right about all of these"
 """For messages; docs/checks.md has the table."""
@@ -72,10 +72,10 @@ class Comparison:
     @property
     def enhanced(self) -> Literal["first", "second", "neither"]:
         """Which was acquired with contrast agent, for sure; "neither" where nobody can tell."""
-        return self.at(SURE)
+        return self.at(THRESHOLD)
 
     def at(self, limit: float) -> Literal["first", "second", "neither"]:
-        """As `enhanced`, at another threshold than `SURE`."""
+        """As `enhanced`, at another threshold than `THRESHOLD`."""
         if not RELATED <= self.correlation <= SAME or abs(self.score) < limit:
             return "neither"
         return "second" if self.score > 0 else "first"
@@ -156,7 +156,7 @@ def tell_apart(files: StudyFiles) -> StudyFiles:
 
     It must be enhanced beside the T1, and none of the others may be beside any.
     """
-    paths = doubtful_files(files)[:MOST]
+    paths = doubtful_files(files)[:MAX_COMPARED]
     try:
         volumes = [read_volume(path) for path in paths]
     except VolumeError:  # which is said when the study is read

@@ -48,7 +48,7 @@ NOTES = 8
 """So many different notes on studies are said; all are kept."""
 MARGIN = 4
 """Voxels of background kept around the head's bounding box."""
-PROCESS = 120 * 10**6
+PROCESS_BYTES = 120 * 10**6
 """Bytes that a process takes before it reads anything: Python and the libraries."""
 
 
@@ -430,7 +430,7 @@ def _processes(studies: Sequence[StudyFiles], out: Path, settings: PrepareSettin
     if not needed:
         return settings.workers
     case = max(needed, key=lambda case: needed[case])
-    fitting = max(1, available // (needed[case] + PROCESS))
+    fitting = max(1, available // (needed[case] + PROCESS_BYTES))
     if fitting < settings.workers or needed[case] > available / 2:
         number = min(settings.workers, fitting)
         display.say(

@@ -41,13 +41,13 @@ from crossmr.errors import StudyError, VolumeError
 EVERYTHING: Box = (slice(None), slice(None), slice(None))
 SMALLEST_MM, LARGEST_MM = 5, 1000
 """The longest side of a scan of a head lies between these."""
-LARGEST = 1e15
+MAX_INTENSITY = 1e15
 """Largest intensity that is taken for one: some programs mark missing voxels with larger numbers."""
 NOTED = 0.01
 """Of the head: where more of it is NaN in one volume, the note says how much."""
 
 
-HEAD = 0.8
+HEAD_FRACTION = 0.8
 """Fraction of a scan's voxels that the box around its head holds, at most as a rule."""
 ALLOCATED = 1.25
 """What arrays take in fact, as a factor: the allocator leaves gaps."""
@@ -62,7 +62,7 @@ class StudyMemory(NamedTuple):
     """The most while its volumes are read, searched for the head, and registered."""
     kept: int = 0
     """Once it is loaded: every volume, float32, and the mask."""
-    head: float = HEAD
+    head: float = HEAD_FRACTION
     """Fraction of the voxels that lie in the box around the head."""
 
     def bytes(self, later: float = 0.0) -> int:
@@ -267,7 +267,7 @@ def _checked(case: str, modality: str, volume: Volume) -> tuple[Volume, Mask | N
             f"{case}: {modality} has {bad} voxels that are NaN or infinite. "
             "Repair them, or replace them by 0, and run again."
         )
-    if (most := max(-lowest, largest)) > LARGEST:
+    if (most := max(-lowest, largest)) > MAX_INTENSITY:
         raise StudyError(
             f"{case}: {modality} has intensities of {most:.3g}, as no scan has. "
             "Repair them, or replace them by 0, and run again."

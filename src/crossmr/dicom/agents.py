@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from crossmr.data.enhancement import MOST, SURE, SURENESS, compare
+from crossmr.data.enhancement import MAX_COMPARED, SURENESS, THRESHOLD, compare
 from crossmr.data.volume import Volume
 from crossmr.dicom.contrast import says_agent
 from crossmr.dicom.series import BY_USER, Series
@@ -60,7 +60,7 @@ def tell_apart(all_series: Sequence[Series], read: Callable[[Series], Volume]) -
     Each is compared with each. One that is surely enhanced beside another, and beside none surely not, is T1ce, and the
     other way round T1; what is left then is used for neither. Where nothing is sure, none changes but in `compared`.
     """
-    alike = undecided(all_series)[:MOST]
+    alike = undecided(all_series)[:MAX_COMPARED]
     beside = _compared(alike, read)
     if not beside:
         return list(all_series)
@@ -81,7 +81,7 @@ def _compared(alike: Sequence[Series], read: Callable[[Series], Volume]) -> dict
             continue
     beside: dict[Series, dict[str, Series]] = {series: {} for series in alike} if len(volumes) > 1 else {}
     for first, second in itertools.combinations(volumes, 2):
-        limit = SURE if _sequence(first) == _sequence(second) else UNLIKE
+        limit = THRESHOLD if _sequence(first) == _sequence(second) else UNLIKE
         if (enhanced := compare(volumes[first], volumes[second]).at(limit)) != "neither":
             bright, plain = (first, second) if enhanced == "first" else (second, first)
             beside[bright].setdefault("t1c", plain)

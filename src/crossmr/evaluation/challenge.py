@@ -48,7 +48,7 @@ from crossmr.evaluation.segmenter import Segmenter
 from crossmr.evaluation.subjects import (
     SPLIT,
     Array,
-    Found,
+    FoundSubject,
     Subject,
     each_study,
     find_subjects,
@@ -143,7 +143,7 @@ def evaluate_by_protocol(
         refuse_foreign(out / "metrics.csv", partial(is_table, kind=OtherScore))
         with display.logged(out / LOG) as logging:
 
-            def measure_one(found: Found) -> _Measured:
+            def measure_one(found: FoundSubject) -> _Measured:
                 warn_of_memory(found, predictors, logging)
                 return _measure_study(found, predictors, settings, dropped.get(found.name), logging)
 
@@ -214,7 +214,7 @@ def _check(model: CrossConditionedModel, data: Path, settings: ProtocolSettings)
 
 
 def _measure_study(
-    found: Found,
+    found: FoundSubject,
     predictors: Sequence[Predictor],
     settings: ProtocolSettings,
     dropped: str | None,

@@ -37,7 +37,16 @@ from crossmr.evaluation.statistics import (
     summarise_contrasts,
     summarise_uncertainty,
 )
-from crossmr.evaluation.subjects import SPLIT, Array, Found, Subject, each_study, find_subjects, open_prepared, patterns
+from crossmr.evaluation.subjects import (
+    SPLIT,
+    Array,
+    FoundSubject,
+    Subject,
+    each_study,
+    find_subjects,
+    open_prepared,
+    patterns,
+)
 from crossmr.evaluation.tables import is_table, write_csv
 from crossmr.files import REPORT, digest, is_page, is_record, locked, refuse_foreign, remove, write_json
 from crossmr.main_memory import check_memory
@@ -177,7 +186,7 @@ def evaluate(
 
 
 def _key(
-    subjects: Sequence[Found],
+    subjects: Sequence[FoundSubject],
     predictors: Sequence[Predictor],
     of_set: tuple[str, str] | None,
     settings: EvaluationSettings,
@@ -194,7 +203,7 @@ def _key(
 
 
 def _measure_all(
-    subjects: Sequence[Found],
+    subjects: Sequence[FoundSubject],
     predictors: Sequence[Predictor],
     out: Path,
     settings: EvaluationSettings,
@@ -202,7 +211,7 @@ def _measure_all(
 ) -> list[Outcome]:
     """What became of each study."""
 
-    def measure_one(found: Found) -> Measurements:
+    def measure_one(found: FoundSubject) -> Measurements:
         warn_of_memory(found, predictors, display, every_subset=settings.every_subset)
         subject = say_notes(found.read(), display)
         return measure_subject(subject, predictors, out, every_subset=settings.every_subset)
@@ -218,7 +227,7 @@ def say_notes(subject: Subject, display: Display) -> Subject:
 
 
 def warn_of_memory(
-    found: Found, predictors: Sequence[Predictor], display: Display, *, every_subset: bool = False
+    found: FoundSubject, predictors: Sequence[Predictor], display: Display, *, every_subset: bool = False
 ) -> None:
     """Say where a study takes much of the memory.
 

@@ -63,7 +63,7 @@ STD, INTENSITY = "std", "predicted intensity"
 """What is compared with the error of each voxel."""
 RIM_MM = 5.0
 """So far from the brain's rim within its slice is deep."""
-SMALLEST = 50
+MIN_VOXELS = 50
 """Voxels of a structure, and of the rest, that make a contrast."""
 STANDS_OUT = 0.5
 """Quartile ranges of the rest: the least true contrast of which a share is taken."""
@@ -302,7 +302,7 @@ def structures_of(subject: Subject, target: str) -> dict[Structure, tuple[Mask, 
         "lesion": (inside & (subject.enhancing if target == "t1c" else subject.tumour), healthy),
         "fluid": (fluid, healthy & ~fluid),
     }
-    return {structure: pair for structure, pair in pairs.items() if min(mask.sum() for mask in pair) >= SMALLEST}
+    return {structure: pair for structure, pair in pairs.items() if min(mask.sum() for mask in pair) >= MIN_VOXELS}
 
 
 def _fluid(subject: Subject) -> Mask:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crossmr.baselines import BASELINES, predict_baselines
 from crossmr.errors import ConfigError
-from crossmr.evaluation.subjects import Array, Found, Subject
+from crossmr.evaluation.subjects import Array, FoundSubject, Subject
 from crossmr.networks.inference import (
     HeadVolumes,
     InferenceSettings,
@@ -112,7 +112,7 @@ def _task(config: ModelConfig) -> str:
     return f"{', '.join(config.targets)} from {'any of ' * config.any_subset}{', '.join(config.sources)}"
 
 
-def memory_needed(found: Found, predictors: Sequence[Predictor], *, every_subset: bool = False) -> int:
+def memory_needed(found: FoundSubject, predictors: Sequence[Predictor], *, every_subset: bool = False) -> int:
     """About how many bytes of main memory it takes to measure a study, by the headers of its files; 0 if unreadable.
 
     The larger of two moments: it is read, or its largest set of predictions is measured.

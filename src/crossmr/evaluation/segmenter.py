@@ -27,7 +27,7 @@ from crossmr.files import temporary_folder
 NAME = "BraTS-GLI-00000-000"
 """What every study is called, so that no command can know a case by its name."""
 STUDY, LABELS = "{study}", "{labels}"
-MOST = 4
+MAX_LABEL = 4
 """The largest label of BraTS."""
 SHOWN = 300
 """Characters of the command's last line that an error shows."""
@@ -103,8 +103,8 @@ class Segmenter:
             labels: Labels = read_labels(file, study.reference)
         except VolumeError as error:
             raise StudyError(f"{study.case}: the segmenter's labels are not usable: {error}") from error
-        if (largest := int(labels.max())) > MOST:
-            raise StudyError(f"{study.case}: the segmenter gave a label {largest}; BraTS has 0 to {MOST}.")
+        if (largest := int(labels.max())) > MAX_LABEL:
+            raise StudyError(f"{study.case}: the segmenter gave a label {largest}; BraTS has 0 to {MAX_LABEL}.")
         return labels
 
     def _run(self, case: str, words: Sequence[str], said: Path) -> None:

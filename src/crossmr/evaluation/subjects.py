@@ -60,7 +60,7 @@ class Subject:
         return has
 
 
-class Found(NamedTuple):
+class FoundSubject(NamedTuple):
     """A study that is to be measured."""
 
     name: str
@@ -86,7 +86,7 @@ def find_subjects(
     mapping: Mapping[str, str] | None = None,
     register: RegistrationMode = "never",
     patients: Path | None = None,
-) -> list[Found]:
+) -> list[FoundSubject]:
     """Each study, not yet read: those of a prepared dataset's split, or all of a folder of studies.
 
     `split`, SPLIT unless given, is of a prepared dataset; `mapping`, `register` and `patients`, a table (see
@@ -113,13 +113,15 @@ def find_subjects(
     return [_found_files(files, register) for files in studies]
 
 
-def _found_case(case: Case) -> Found:
+def _found_case(case: Case) -> FoundSubject:
     memory = StudyMemory(case.shape[::-1], head=1.0)  # it is cropped, and its arrays stay on the disk
-    return Found(case.name, partial(subject_of_case, case), [case.folder], lambda: case.modalities, lambda: memory)
+    return FoundSubject(
+        case.name, partial(subject_of_case, case), [case.folder], lambda: case.modalities, lambda: memory
+    )
 
 
-def _found_files(files: StudyFiles, register: RegistrationMode) -> Found:
-    return Found(
+def _found_files(files: StudyFiles, register: RegistrationMode) -> FoundSubject:
+    return FoundSubject(
         files.case,
         partial(subject_of_files, files, register),
         files.paths(),
@@ -174,7 +176,7 @@ def subject_of_study(study: Study) -> Subject:
 
 
 def each_study(
-    subjects: Sequence[Found], measure: Callable[[Found], T], display: Display
+    subjects: Sequence[FoundSubject], measure: Callable[[FoundSubject], T], display: Display
 ) -> Iterator[tuple[str, T | None, str]]:
     """Measure one study after the other: its name, what `measure` returned, and else why it failed.
 

@@ -140,8 +140,8 @@ class DistributionNetwork(nn.Module):
     def forward(self, y_t: Tensor, t: Tensor, condition: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Predict y_0 (B, D) from y_t (B, D) at steps t (B,), int64 from 0 to schedule.steps - 1.
 
-        Both vectors are standardised feature by feature (`fit_standardisation`): mean 0, variance 1. `condition` (B, C) and
-        `keep` (B, 1) as in `block_embeddings`.
+        Both vectors are standardised feature by feature (`fit_standardisation`): mean 0, variance 1. `condition` (B, C)
+        and `keep` (B, 1) as in `block_embeddings`.
         """
         return self.denoise(y_t, self.block_embeddings(t, condition, keep))
 

@@ -38,7 +38,7 @@ FORMAT = "crossmr-model"
 FORMAT_VERSION = 9
 EXTRAS = ("baselines", "calibration")
 """Files beside the networks'."""
-SMALLEST, LARGEST = -5.0, 3.0
+LOG_SCALE_RANGE = -5.0, 3.0
 """Range of log b, b being the error that the C-UNet expects, in robust standard deviations."""
 PADDING = 16
 """Sides of completed images are padded to multiples of this at least, so that heads of similar size share one shape."""
@@ -240,7 +240,7 @@ class CrossConditionedModel(nn.Module):
         targets, outputs = len(self.config.targets), outputs.float()
         if not self.config.uncertainty:
             return outputs, None
-        return outputs[:, :targets], outputs[:, targets:].clamp(SMALLEST, LARGEST)
+        return outputs[:, :targets], outputs[:, targets:].clamp(*LOG_SCALE_RANGE)
 
     def image(self, standardised: Tensor, inputs: Tensor) -> Tensor:
         """Standardised images (N, T, *S) in [0, 1], exactly 0 outside the head of the inputs (N, in_channels, *S)."""

@@ -152,7 +152,7 @@ class Trainer:
         if self.stage.readers and not readers:
             return _ahead(self.stage.data, steps)
         options: Any = {"num_workers": readers, "pin_memory": gpu, "worker_init_fn": _leave_signals_to_the_parent}
-        return _raising(DataLoader(_Told(self.stage.data), None, sampler=steps, **options))
+        return _raising(DataLoader(_ErrorsAsItems(self.stage.data), None, sampler=steps, **options))
 
     def _readers(self) -> int:
         """How many processes read batches for a GPU: as far as there are cores, and shared memory, for them."""
@@ -389,7 +389,7 @@ def _truncate_log(log: Path, stage: str, done: int) -> None:
     write_atomically(log, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-class _Told(Dataset[Any]):
+class _ErrorsAsItems(Dataset[Any]):
     """Batches for readers in processes of their own, which give back what is wrong with a study instead of raising it.
 
     PyTorch would raise it with the reader's traceback in its text.
@@ -406,7 +406,7 @@ class _Told(Dataset[Any]):
 
 
 def _raising(batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches of `_Told`, up to what is wrong."""
+    """Batches of `_ErrorsAsItems`, up to what is wrong."""
     for batch in batches:
         if isinstance(batch, CrossmrError):
             raise batch

@@ -138,13 +138,13 @@ def train(
     """
     budget, settings, folder = Budget(), settings or TrainingSettings(), Path(run)
 
-    def begin(minutes: float | None, ranks: Ranks) -> _Begun:
+    def begin(minutes: float | None, ranks: Ranks) -> _TrainingStart:
         dataset = PreparedDataset(prepared)
         initial = None if initial_model is None else load_model(initial_model, "cpu")
         recipe, reasons = _recipe(dataset, settings, initial, minutes)
         training = _training(folder, dataset, replace(settings, recipe=recipe), initial, display, budget, ranks)
         chosen = _chosen_stages(training.config, settings)
-        return _Begun(training, initial, chosen, reasons, _identity(training, dataset, initial))
+        return _TrainingStart(training, initial, chosen, reasons, _identity(training, dataset, initial))
 
     with joined(settings.device) as ranks, _only_own_failures(ranks, display), _locked_by_first(folder, ranks):
         begun, steps, budget.minutes = _agree(begin, folder, settings, ranks)
@@ -159,7 +159,7 @@ def train(
     return folder / "model"
 
 
-class _Begun(NamedTuple):
+class _TrainingStart(NamedTuple):
     """A training that makes sense."""
 
     training: Training
@@ -170,8 +170,8 @@ class _Begun(NamedTuple):
 
 
 def _agree(
-    begin: Callable[[float | None, Ranks], _Begun], folder: Path, settings: TrainingSettings, ranks: Ranks
-) -> tuple[_Begun, int | None, float | None]:
+    begin: Callable[[float | None, Ranks], _TrainingStart], folder: Path, settings: TrainingSettings, ranks: Ranks
+) -> tuple[_TrainingStart, int | None, float | None]:
     """What is trained, its steps and minutes: rank 0 begins, and keeps the run; the others begin the same."""
     begun, agreed = None, dict[str, Any]()
     if ranks.first:

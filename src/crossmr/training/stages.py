@@ -41,7 +41,7 @@ REPRESENT_FRACTION = 0.1
 """Of what is left of a budget, at most, for representing the studies from which the MDN learns."""
 PATTERNS = 4
 """Random subsets of each validation slice on which a model of any subset is calibrated."""
-COLLAPSED = 0.05
+MIN_SAMPLE_STD = 0.05
 """Standard deviation over samples, features being z-scored, below which representations tell samples hardly apart."""
 READERS = 16
 """Processes that read batches for a GPU, at most, and as far as there are cores for them."""
@@ -453,7 +453,7 @@ def _warn_if_collapsed(display: Display, y_0: Tensor, features: Tensor) -> None:
     count = features.sum(0)
     mean = (features * y_0).sum(0) / count.clamp(min=1)
     stds = ((features * (y_0 - mean) ** 2).sum(0) / (count - 1).clamp(min=1)).sqrt()[count > 1]
-    if len(stds) and (std := float(stds.mean())) < COLLAPSED:
+    if len(stds) and (std := float(stds.mean())) < MIN_SAMPLE_STD:
         display.say(
             f"Warning: representations hardly differ between samples (standard deviation {std:.3f}, expected 0.2), "
             "so they cannot guide. Train 'representation' longer or with another seed."
