@@ -256,7 +256,7 @@ def preparing(folder: Path, rounds: int) -> None:
 def published(rounds: int) -> None:
     """The published form and size, untrained: what its guidance costs beside its C-UNet, on a volume of 146 slices."""
     model = CrossConditionedModel(RECIPES["paper"].model_config(*PUBLISHED)).eval()
-    images, y_0 = torch.rand(4, model.synthesis.inputs, 184, 144), model.draw([seeded("speed")]).expand(4, -1)
+    images, y_0 = torch.rand(4, model.synthesis.in_channels, 184, 144), model.draw([seeded("speed")]).expand(4, -1)
     calls = {
         "MDN": inferring(lambda: model.draw([seeded("speed")])),
         "unguided": inferring(lambda: model.synthesis(images)),

@@ -222,7 +222,6 @@ def fake_cuda(*, no_float64: bool = False) -> Iterator[None]:
         "is_available": True,
         "device_count": 1,
         "current_device": 0,
-        "is_bf16_supported": True,
         "get_device_name": "fake",
         "get_device_capability": (8, 0),
         "mem_get_info": (8 * GIB, 16 * GIB),

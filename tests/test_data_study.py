@@ -14,6 +14,7 @@ from conftest import SHAPE, ellipsoid, header_alone, image, make_head, write_stu
 from nibabel.orientations import inv_ornt_aff
 from scipy import ndimage
 
+from crossmr.data.head import fit_normalisation
 from crossmr.data.naming import find_studies
 from crossmr.data.study import ALLOCATED, Study, StudyMemory, load_study, study_memory
 from crossmr.errors import CrossmrError, NamingError, StudyError, VolumeError
@@ -257,6 +258,28 @@ def test_what_one_masked_volume_lacks_of_the_head_is_nothing_and_does_not_enter_
     np.testing.assert_allclose(study.normalised("t2f"), alone.normalised("t2f"), atol=1e-6)
     assert not study.normalised("t2f")[study.mask & ~study.mask_of("t2f")].any()
     assert any("less of the head than the others: what it lacks counts as not acquired" in n for n in study.notes)
+
+
+@pytest.mark.parametrize("air", [True, False])
+@pytest.mark.parametrize("fill", [0, 7, np.nan])
+def test_what_lies_beyond_a_tilted_field_of_view_is_nothing_and_does_not_enter_the_scale(fill, air):
+    """As a slab is left by resampling it onto another scan's grid: with wedges of one value."""
+    x, _, z = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in SHAPE), indexing="ij")
+    seen = (np.abs(z + 0.6 * x) < 7).T
+    whole = make_head("t2f", air=air)
+    study, wanted = (
+        load(t1n=make_head(), t2f=np.where(seen.T, whole, np.float32(fill))),
+        load(t1n=make_head(), t2f=whole),
+    )
+    within = study.mask & seen
+    assert 0.05 < 1 - within.sum() / study.mask.sum() < 0.4
+    assert overlap(study.mask_of("t2f"), within) > 0.97
+    assert not study.normalised("t2f")[study.mask & ~study.mask_of("t2f")].any()
+    alone = fit_normalisation(wanted.volumes["t2f"].data, within)
+    np.testing.assert_allclose(study.normalisation["t2f"].low, alone.low, atol=0.03 * (alone.high - alone.low))
+    np.testing.assert_allclose(study.normalisation["t2f"].high, alone.high, atol=0.03 * (alone.high - alone.low))
+    assert any("less of the head than the others: what it lacks counts as not acquired" in n for n in study.notes)
+    assert not wanted.parts
 
 
 def test_slices_that_were_not_acquired_do_not_enter_the_scale():

@@ -13,8 +13,8 @@ from crossmr.device import (
     ends_the_run,
     host_memory_exhausted,
     in_batches,
+    numerics,
     out_of_memory,
-    set_numerics,
 )
 from crossmr.errors import ConfigError
 
@@ -74,9 +74,10 @@ def test_precision_by_name():
 @pytest.mark.parametrize(("native", "want"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_precision_asks_the_hardware(monkeypatch, native, want):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    capabilities = {torch.device("cuda:0"): (9, 0), torch.device("cuda:1"): (8, 0) if native else (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
     assert choose_precision("auto", torch.device("cpu")) is want
-    assert choose_precision("auto", torch.device("cuda")) is want
+    assert choose_precision("auto", torch.device("cuda:1")) is want
     assert choose_precision("auto", torch.device("mps")) is torch.float32
 
 
@@ -106,10 +107,11 @@ def tf32():
 
 @pytest.mark.parametrize(("dtype", "want"), [(torch.float32, (False, False)), (torch.bfloat16, (True, True))])
 def test_float32_on_a_gpu_never_means_tf32(tf32, dtype, want):
-    set_numerics(torch.device("cpu"), dtype)
-    assert tf32() == (False, True)
-    set_numerics(torch.device("cuda"), dtype)
-    assert tf32() == want
+    with numerics(torch.device("cpu"), dtype):
+        assert tf32() == (False, True)
+    with numerics(torch.device("cuda"), dtype):
+        assert tf32() == want
+    assert tf32() == (False, True)  # the caller's own
 
 
 @pytest.mark.parametrize(("dtype", "want"), [(torch.float32, (False, False)), (torch.bfloat16, (True, True))])

@@ -597,7 +597,7 @@ class Broken(StepDataset[Pairs]):
 
 def test_readers_outlive_the_signals_of_a_training_and_say_what_is_wrong_in_its_own_words():
     options = {"num_workers": 1, "worker_init_fn": loop._leave_signals_to_the_parent}
-    batches = loop._raising(DataLoader(loop._Told(Broken()), None, sampler=range(2), **options))
+    batches = loop._raising(DataLoader(loop._ErrorsAsItems(Broken()), None, sampler=range(2), **options))
     assert next(batches).tolist() == [True, True]
     with pytest.raises(SetError, match=r"^set/cases/P1: images\.npy is damaged\. Prepare the set again\.$"):
         next(batches)

@@ -347,6 +347,13 @@ def test_bootstrap_widens_with_confidence_and_depends_on_the_seed_alone():
     assert few[0] == few[1] != few[2]
 
 
+def test_bootstrap_is_the_same_however_many_resamples_are_drawn_at_once(monkeypatch):
+    values = np.random.default_rng(3).normal(size=37).tolist()
+    whole = metrics.bootstrap_interval(values)
+    monkeypatch.setattr(metrics, "DRAWN_AT_ONCE", 1000)
+    assert metrics.bootstrap_interval(values) == whole
+
+
 def test_bootstrap_of_one_value_of_none_and_of_a_perfect_score():
     assert metrics.bootstrap_interval([4.2]) == (4.2, 4.2)
     assert all(math.isnan(bound) for bound in metrics.bootstrap_interval([]))

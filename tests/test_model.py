@@ -188,7 +188,7 @@ def test_any_subset_is_every_modality_read_and_synthesised():
     other = a_config(context_slices=5)
     assert not other.any_subset
     assert other.modalities == ("t1n", "t2w", "t1c", "t2f")
-    assert other.inputs == 2 * 5 + 1
+    assert other.in_channels == 2 * 5 + 1
 
 
 def test_the_mrm_learns_the_targets_and_the_sources_where_they_condition_the_mdn():

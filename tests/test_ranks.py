@@ -22,7 +22,7 @@ from crossmr.cli import main
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.errors import ConfigError, SetError
 from crossmr.ranks import ALONE, Ranks, joined, started
-from crossmr.training import loop, stages
+from crossmr.training import loop, plan, stages
 from crossmr.training.memory import StepMemory
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -36,6 +36,8 @@ SIZES = {
 PUBLISHED = ["--sources", "t1n,t2w", "--targets", "t1c,t2f"]
 FAILS = -1
 UNGUIDED = [*PUBLISHED, "--set", "guidance=none"]
+JOINT = [*PUBLISHED, "--set", "guidance=joint", "--set", "uncertainty=false"]
+ANY = ["--set", "any_subset=true", "--set", "context_slices=3", "--set", "guidance=last"]
 
 
 # One process
@@ -168,6 +170,9 @@ def learn(arguments: list[str], environment: dict[str, str], said: Path, acciden
     loop.step_memory = lambda *_: StepMemory(per_sample=1, fixed=0)
     loop.SECONDS_BETWEEN_CHECKPOINTS = 0.0 if accident.signal == signal.SIGKILL else 60.0
     ranks.TIMEOUT = timedelta(seconds=float(environment.get("TIMEOUT", 60)))
+    if environment["RANK"] == "1":  # it began so much later
+        begun = plan.Budget.spent
+        plan.Budget.spent = lambda budget: begun(budget) - float(environment.get("LATER", 0))
     usual = loop.Trainer._step
 
     def step(self, *given):
@@ -236,8 +241,8 @@ def prepared(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        (2, [*PUBLISHED, "--set", "guidance=joint", "--set", "uncertainty=false"]),
-        (4, ["--set", "any_subset=true", "--set", "context_slices=3", "--set", "guidance=last"]),
+        (2, JOINT),
+        (4, ANY),
     ],
     ids=["joint", "any"],
 )
@@ -311,6 +316,11 @@ def test_minutes_are_planned_by_the_first_process(prepared, tmp_path):
     assert codes == [0, 0], said
     (plan,) = json.loads((tmp_path / "run" / "plan.json").read_text()).values()
     assert records(tmp_path / "run")[-1]["step"] == plan["segments"][-1][1]
+
+
+def test_the_first_process_decides_when_there_is_no_time_for_more_representations(prepared, tmp_path):
+    codes, said = together(2, prepared, tmp_path / "run", "--minutes", "0.2", *ANY, LATER="30")
+    assert codes == [0, 0], said
 
 
 def test_what_the_first_process_refuses_it_alone_says(prepared, tmp_path):

@@ -438,6 +438,14 @@ def test_a_run_is_never_continued_with_other_settings(prepared, trained):
         train(prepared, trained, TINY, steps=STEPS, seed=5)
 
 
+@pytest.mark.parametrize(("key", "value"), [("device", "cuda"), ("precision", "float64")])
+def test_a_run_of_another_machine_is_not_blamed_on_the_settings(prepared, trained, tmp_path, key, value):
+    theirs = json.loads((trained / "run.json").read_text()) | {key: value, "recipe": {}}
+    (tmp_path / "run.json").write_text(json.dumps(theirs))
+    with pytest.raises(ConfigError, match=rf"holds a run by --{key} {value}, .* Go on with --{key} {value}, on a mach"):
+        train(prepared, tmp_path, steps=STEPS, seed=5)
+
+
 def test_a_run_is_not_continued_on_a_set_that_changed(prepared, trained, tmp_path):
     changed = shutil.copytree(prepared, tmp_path / "set")
     write_study(tmp_path / "cohort", "New", MODALITIES, seed=99)

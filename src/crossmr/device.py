@@ -104,26 +104,35 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        # torch.cuda.is_bf16_supported asks the current one
+        native = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         native = device.type == "cpu" and probe is not None and bool(probe())
     return torch.bfloat16 if native else torch.float32
 
 
-def set_numerics(device: torch.device, dtype: torch.dtype) -> None:
-    """Compute matrix products and convolutions as the precision says: 'float32' never means TF32.
+@contextmanager
+def numerics(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Compute matrix products and convolutions within this as the precision says: 'float32' never means TF32.
 
-    PyTorch's own defaults let cuDNN round float32 convolutions to TF32's 10 bits.
+    PyTorch's own defaults let cuDNN round float32 convolutions to TF32's 10 bits. They, or what the caller has instead,
+    come back at the end.
     """
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = dtype is not torch.float32
-        torch.backends.cudnn.allow_tf32 = dtype is not torch.float32
+    if device.type != "cuda":
+        yield
+        return
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    try:
+        products.allow_tf32 = convolutions.allow_tf32 = dtype is not torch.float32
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 @contextmanager
 def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Run the networks within this in a precision that `choose_precision` gave."""
-    set_numerics(device, dtype)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+    with numerics(device, dtype), torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
         yield

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 SSIM_SIGMA, SSIM_RADIUS, SSIM_K1, SSIM_K2 = 1.5, 5, 0.01, 0.03
 HAARPSI_C, HAARPSI_ALPHA = 30.0, 4.2
+DRAWN_AT_ONCE = 4_000_000
+"""Scores that the resamples of a bootstrap interval hold in memory."""
 
 
 def mae(prediction: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -183,8 +185,14 @@ def bootstrap_interval(
     scores = scores[~np.isnan(scores)]
     if scores.size == 0:
         return float("nan"), float("nan")
-    indices = np.random.default_rng(seed).integers(scores.size, size=(resamples, scores.size), dtype=np.int32)
-    means = np.sort(scores[indices].mean(axis=1))  # scipy.stats.bootstrap takes neither one score nor infinite ones
+    # scipy.stats.bootstrap takes neither one score nor infinite ones
+    generator, means = np.random.default_rng(seed), np.empty(resamples)
+    block = max(1, DRAWN_AT_ONCE // scores.size)
+    for start in range(0, resamples, block):
+        some = means[start : start + block]
+        indices = generator.integers(scores.size, size=(len(some), scores.size), dtype=np.int32)
+        some[:] = scores[indices].mean(axis=1)
+    means.sort()
     rank = round((1 - confidence) / 2 * (resamples - 1))
     return float(means[rank]), float(means[-1 - rank])
 

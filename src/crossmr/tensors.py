@@ -62,7 +62,8 @@ def to_model_input(volume: Tensor, slices: Sequence[Sequence[int]], dims: int, d
 def neighbours(z: int, context: int, slices: int, spacing_mm: float) -> list[int]:
     """The indices of `context` slices around z, a millimetre apart as nearly as slices of this spacing can be.
 
-    Those of slices thicker than 2 mm are z itself; beyond a volume's end its last slice is repeated.
+    So both neighbours at 1 mm are z itself in slices thicker than 2 mm, those at 2 mm in slices thicker than 4 mm.
+    Beyond a volume's end its last slice is repeated.
     """
     steps = [math.floor(abs(k) * NEIGHBOURS_MM / spacing_mm + 0.5) * (1 if k > 0 else -1) for k in _around(context)]
     return [min(max(z + step, 0), slices - 1) for step in steps]

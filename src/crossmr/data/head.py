@@ -1,5 +1,6 @@
 """Where the head is in a study's volumes, and the linear map of each volume's intensities to [0, 1]."""
 
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from scipy.spatial import ConvexHull, QhullError
 
 from crossmr.data.volume import Volume
 from crossmr.errors import StudyError
@@ -25,7 +27,9 @@ DARKEST = 2.0**-10
 RIM_MM = 6.0
 """Skull and scalp are thicker than this, and brains by two methods of stripping differ by less."""
 LACKS = 0.05
-"""Of the head: where a masked volume shows so much less of it than others, the rest of it was not acquired."""
+"""Of the head: where a volume shows so much less of it than others, the rest of it was not acquired."""
+BEYOND = 0.5
+"""Voxels: what lies farther outside the convex hull of a volume's voxels lies beyond its field of view."""
 SMALLEST_SIDE, THINNEST = 8, 3
 """Voxels; a volume with a shorter side than the first in two directions is no scan of a head, and with one shorter than
 the second none at all."""
@@ -70,7 +74,10 @@ class Head(NamedTuple):
     stripped: list[str]
     """The volumes without skull, where others have one."""
     parts: dict[str, Mask]
-    """Modality → what a volume shows of the head, of those that are stripped or lack more than LACKS of it."""
+    """Modality → what a volume shows of the head, of those that are stripped, or that lack more than LACKS of it.
+
+    What lacks is masked in a masked volume, and lies beyond the field of view in any other.
+    """
 
 
 def find_head(case: str, volumes: Mapping[str, Volume]) -> Head:
@@ -105,12 +112,45 @@ def find_head(case: str, volumes: Mapping[str, Volume]) -> Head:
     stripped = without_skull(foregrounds, next(iter(volumes.values())).spacing_mm)
     parts = {}
     for modality, (mask, exact) in foregrounds.items():
-        alone = modality in stripped
-        if exact and (alone or _lacks(volumes[modality].data, union, mask) > LACKS):  # with its holes: quick to see
+        data, alone = volumes[modality].data, modality in stripped
+        if not exact:
+            part = within_field_of_view(data, union)
+        elif alone or _lacks(data, union, mask) > LACKS:  # with its holes: quick to see
             part = fill_slices(mask) & union
-            if alone or _lacks(volumes[modality].data, union, part) > LACKS:
-                parts[modality] = part
+        else:
+            continue
+        if alone or _lacks(data, union, part) > LACKS:
+            parts[modality] = part
     return Head(union, masked_background, stripped, parts)
+
+
+def within_field_of_view(data: Array, head: Mask) -> Mask:
+    """What of a head (Z, Y, X) lies in the field of view of a volume that was resampled from another grid.
+
+    Beyond it is one value, the commonest of the border. A field of view is convex: what has this value within the
+    convex hull of all other voxels is dark, what has it outside was not acquired. The head itself comes back where so
+    little of it has this value that LACKS does not matter.
+    """
+    values, counts = np.unique(_border(data), return_counts=True)
+    other = data != values[counts.argmax()]
+    suspects = np.argwhere(head & ~other)
+    if len(suspects) <= LACKS * head.sum() or not other.any():
+        return head
+    rows = np.argwhere(other.any(2))
+    along = other[tuple(rows.T)]
+    ends = along.argmax(1), along.shape[1] - 1 - along[:, ::-1].argmax(1)
+    try:
+        hull = ConvexHull(np.concatenate([np.column_stack([rows, end]) for end in ends]))
+    except QhullError:  # they lie in one plane
+        return head
+    planes = np.unique(hull.equations.astype(np.float32).round(3), axis=0)
+    beyond = np.zeros(len(suspects), bool)
+    for some in np.array_split(planes, math.ceil(len(planes) / 16)):
+        left = np.flatnonzero(~beyond)
+        beyond[left] = (suspects[left].astype(np.float32) @ some[:, :3].T + some[:, 3] > BEYOND).any(1)
+    seen = head.copy()
+    seen[tuple(suspects[beyond].T)] = False
+    return seen
 
 
 def was_acquired(plane: Array) -> bool:
@@ -163,12 +203,16 @@ def foreground(data: Array) -> tuple[Mask, bool]:
         closed = ndimage.binary_closing(np.pad(opened, 3), iterations=3)[3:-3, 3:-3, 3:-3]
         tissue = np.zeros_like(tissue)
         tissue[box] = fill_slices(largest_component(closed))
-    faces = [data[0], data[-1], data[:, 0], data[:, -1], data[:, :, 0], data[:, :, -1]]
-    border = np.concatenate([face.ravel() for face in faces])
     different = data != data[0, 0, 0]
-    if (border == data[0, 0, 0]).mean() >= 0.95 and (different & ~tissue).sum() < 0.25 * different.sum():
+    if (_border(data) == data[0, 0, 0]).mean() >= 0.95 and (different & ~tissue).sum() < 0.25 * different.sum():
         return different, True
     return tissue, False
+
+
+def _border(data: Array) -> Array:
+    """The voxels (N,) of a volume's six faces."""
+    faces = [data[0], data[-1], data[:, 0], data[:, -1], data[:, :, 0], data[:, :, -1]]
+    return np.concatenate([face.ravel() for face in faces])
 
 
 def bounding_box(mask: Mask, margin: int) -> Box:
@@ -186,8 +230,9 @@ def largest_component(mask: Mask) -> Mask:
     components, count = ndimage.label(mask)
     if count <= 1:
         return mask
-    counts = [np.bincount(plane.ravel(), minlength=count + 1) for plane in components]  # of all, it would copy them
-    sizes = np.sum(counts, axis=0)
+    sizes = np.zeros(count + 1, np.int64)
+    for plane in components:  # of all at once, it would copy them
+        sizes += np.bincount(plane.ravel(), minlength=count + 1)
     sizes[0] = 0
     largest: Mask = components == sizes.argmax()
     return largest

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossmr.device import autocast
 from crossmr.errors import ConfigError
 from crossmr.networks.diffusion import Schedule, ddim_sample, ddim_timesteps, q_sample
 from crossmr.networks.unet import zero_init
@@ -179,7 +180,7 @@ class DistributionNetwork(nn.Module):
         rows, device = len(generators), self.centre.device
         mask = torch.ones(rows, self.dim, device=device) if target_features is None else target_features
         timesteps = ddim_timesteps(self.config.schedule.steps, steps)
-        with torch.autocast(device.type, enabled=False):
+        with autocast(device, torch.float32):
             repeated = None if condition is None else condition.repeat(steps, 1)
             every = self.block_embeddings(torch.tensor(timesteps, device=device).repeat_interleave(rows), repeated)
             of_step = {t: [block[i * rows : (i + 1) * rows] for block in every] for i, t in enumerate(timesteps)}

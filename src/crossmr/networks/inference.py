@@ -278,17 +278,26 @@ class _Predictor:
         """Map sources (N, S·C, *S) to images and, where there are any, standard deviations, as channels (N, W, *S)."""
         model = self.model
         inputs = model.network_input(neighbours, self.available.expand(len(neighbours), -1))
-        syntheses, log_scale = list[Tensor](), None
-        if self.vectors is None or model.config.uncertainty:  # the standard deviation is that of the unguided one
+        unguided = log_scale = None
+        if self.vectors is None or model.config.uncertainty:
             unguided, log_scale = model.predict(inputs)
-            syntheses = [unguided]
-        if self.vectors is not None:
-            syntheses = [model.predict(inputs, y_0.expand(len(inputs), -1))[0] for y_0 in self.vectors]
-        images = torch.stack([model.image(one, inputs)[:, self.chosen] for one in syntheses])  # (K, N, W, *S)
-        if log_scale is not None:
+        mean, std, samples = self._mean(inputs, unguided)
+        if log_scale is not None:  # of the unguided synthesis
             std = model.std(log_scale)[:, self.chosen] * (inputs[:, -1:] > 0)
-            return torch.cat([images.mean(0), std], 1)
-        return images[0] if len(images) < 2 else torch.cat([images.mean(0), images.std(0)], 1)
+        return mean if log_scale is None and samples < 2 else torch.cat([mean, std], 1)
+
+    def _mean(self, inputs: Tensor, unguided: Tensor | None) -> tuple[Tensor, Tensor, int]:
+        """Mean and standard deviation (N, W, *S) of the syntheses, and their number; one at a time (Welford 1962)."""
+        mean = squares = torch.zeros((), device=inputs.device)
+        samples = 0
+        for y_0 in [None] if self.vectors is None else self.vectors:
+            one = unguided if y_0 is None else self.model.predict(inputs, y_0.expand(len(inputs), -1))[0]
+            image = self.model.image(cast(Tensor, one), inputs)[:, self.chosen]
+            samples += 1
+            off = image - mean
+            mean = mean + off / samples
+            squares = squares + off * (image - mean)
+        return mean, (squares / max(1, samples - 1)).sqrt(), samples
 
 
 def _by_slices(model: CrossConditionedModel, head: HeadVolumes, predict: _Predictor, planes: int) -> tuple[Tensor, int]:

@@ -43,12 +43,8 @@ def pooled_features(
                 features.append(VectorBatch(torch.zeros(*shape, width), torch.zeros(shape)))
             task.advance()
             round_ends, last = (index + 1) % ranks.size == 0, index + 1 == len(cases)
-            if (
-                until is not None
-                and round_ends
-                and not last
-                and ranks.broadcast_numbers(training.budget.spent())[0] > until
-            ):
+            late = ranks.first and until is not None and training.budget.spent() > until  # by rank 0's clock
+            if until is not None and round_ends and not last and ranks.any(late):
                 compute.display.say(f"represent: no time for more than {index + 1} of {len(cases)} studies")
                 break
     for part in features:

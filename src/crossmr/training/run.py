@@ -28,7 +28,7 @@ from crossmr.config import from_dict, to_dict
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.head import bounding_box
 from crossmr.data.naming import in_usual_order, modality_names
-from crossmr.device import choose_device, choose_precision, set_numerics
+from crossmr.device import choose_device, choose_precision, numerics
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, Interrupted, ModelError, RankLost, SetError
 from crossmr.files import is_record, locked, read_json, read_lines, refuse_foreign, write_json
@@ -154,7 +154,8 @@ def train(
             if ranks.size > 1:
                 logging.say(f"{ranks.size} processes train together, {ranks.local_size} of them on this machine")
             training = replace(begun.training, compute=replace(begun.training.compute, display=logging))
-            _train_model(training, begun.initial, begun.chosen, steps)
+            with numerics(training.compute.device, training.compute.dtype):  # of the gradients, too
+                _train_model(training, begun.initial, begun.chosen, steps)
             ranks.barrier()  # where one process ends, torchrun ends the others
     return folder / "model"
 
@@ -311,7 +312,6 @@ def _training(
     if initial is not None:
         _check_initial(initial, config)
     dtype = choose_precision(settings.precision, device)
-    set_numerics(device, dtype)
     for stage in config.stages:
         if (size := recipe.train_config(stage).batch_size) < ranks.size:
             raise ConfigError(
@@ -428,6 +428,12 @@ def _check_identity(
             f"{folder} is planned for {_words(planned)}, not {_words(budget)}. Give neither --steps nor --minutes to "
             "go on with its own plan, or name another folder."
         )
+    for key in ("device", "precision"):  # first: the recipe may follow from the device
+        if key in earlier and earlier[key] != identity[key]:
+            raise ConfigError(
+                f"{folder} holds a run by --{key} {earlier[key]}, and this one would be by --{key} {identity[key]}. "
+                f"Go on with --{key} {earlier[key]}, on a machine that has it, or name another folder."
+            )
     for key, value in {"initial_model": None, **identity}.items():
         if earlier.get(key) == value:
             continue
