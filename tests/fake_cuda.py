@@ -223,6 +223,7 @@ def fake_cuda(*, no_float64: bool = False) -> Iterator[None]:
         "device_count": 1,
         "current_device": 0,
         "get_device_name": "fake",
+        "is_bf16_supported": True,
         "get_device_capability": (8, 0),
         "mem_get_info": (8 * GIB, 16 * GIB),
         "memory_allocated": GIB,

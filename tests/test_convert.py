@@ -19,6 +19,7 @@ from crossmr.data.naming import find_studies
 from crossmr.data.volume import read_volume, same_grid
 from crossmr.dicom.convert import convert
 from crossmr.dicom.series import holds_dicom
+from crossmr.display import Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.parts import WORK, Part
 
@@ -100,6 +101,26 @@ def test_map_names_series_by_their_numbers(tmp_path):
         dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, "?", number=number, description="same")
     (scans,) = convert(tmp_path, tmp_path / "out", mapping={"t1n": "series 1", "t2f": "series 2"})
     assert {m: s.number for m, s in scans.series.items()} == {"t1n": 1, "t2f": 2}
+
+
+def test_map_that_matches_no_series_of_a_study_takes_nothing_from_it(tmp_path, capsys):
+    """As of a cohort of several vendors, or a slip: what was acquired is never synthesised instead."""
+    write(tmp_path / "in" / "one", ("t1n", "t2f"))
+    given = {"t1n": "*MPRAGE*|*bravo*", "t2f": "*dark*"}
+    dicoms.write_series(tmp_path / "in" / "two", head(), OBLIQUE, patient="Two", description="Ax BRAVO")
+    both = convert(tmp_path / "in", tmp_path / "out", mapping=given, display=Display())
+    assert sorted(sorted(scans.series) for scans in both) == [["t1n"], ["t1n", "t2f"]]
+    told = capsys.readouterr().out
+    assert "--map t1n='*MPRAGE*' matches no series; they go by their tags and descriptions." in told
+    assert "--map t2f='*dark*' matches no series" in told
+    assert "bravo" not in told
+
+
+def test_a_series_that_map_names_twice_is_left_out(tmp_path):
+    write(tmp_path / "in", ("t1n", "t2f"))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out", mapping={"t1n": "series 2", "t1c": "Series 2"})
+    assert "t1n" not in scans.series
+    assert "named t1n and t1c by --map; name it once" in [*scans.left_out.values()]
 
 
 def test_map_leaves_the_rest_to_recognition_and_what_was_taken_before_goes(tmp_path):

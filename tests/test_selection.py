@@ -93,6 +93,21 @@ def test_an_agent_on_every_series_that_nothing_resolves_is_said(description, not
     assert any("every series names a contrast agent" in note for note in scans.notes) == noted
 
 
+@pytest.mark.parametrize(("agent", "noted"), [(None, True), ("Gadavist", False)])
+def test_two_t1ce_by_description_alone_and_no_t1_are_said(agent, noted, tmp_path):
+    """One may deny the agent in words that nobody knows."""
+    for number, hour in ((1, "101500"), (2, "103000")):
+        tags = {"ContrastBolusAgent": agent} if agent else {}
+        text = "T1 CONTRAST"
+        dicoms.write_series(
+            tmp_path / str(number), head(), OBLIQUE, number=number, description=text, AcquisitionTime=hour, **tags
+        )
+    dicoms.write_series(tmp_path / "3", head("t2f"), OBLIQUE, "t2f", number=3, AcquisitionTime="102000")
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert list(scans.series) == ["t1c", "t2f"]
+    assert any("series 1 and series 2 by description alone; there is no T1" in n for n in scans.notes) == noted
+
+
 def test_of_two_t1_without_a_word_of_the_agent_the_earlier_is_the_plain_one(tmp_path):
     for number, hour in ((1, "101500"), (2, "103000")):
         dicoms.write_series(tmp_path / str(number), head(), OBLIQUE, number=number, AcquisitionTime=hour)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from crossmr.data.contrast_agent import is_unclear, names_agent, says_agent
 from crossmr.data.formats import stem_of
 from crossmr.data.words import LABEL, OTHER, Reading, agent_of_word, possible_contrasts, spelt
 
@@ -68,10 +69,9 @@ def _agent(value: str | None, acquisition: str) -> bool | None:
     if value is None:
         words = [acquisition, *re.split(r"(?<=[a-z0-9])(?=[A-Z])", acquisition)]
         said = [agent_of_word(word) for word in words]
-        before = zip(words[1:], said[2:], strict=False)  # noGd, but not gdNoFS
-        denied = False in said or any(_NO_AGENT.fullmatch(word) and named for word, named in before)
+        denied = False in said or says_agent(" ".join(words[1:])) is False  # noGd, but not gdNoFS
         return not denied and True in said
-    if _NO_AGENT.fullmatch(value):
+    if _NO_AGENT.fullmatch(value) or names_agent(value) is False:
         return False
     return None if _UNKNOWN.fullmatch(value) else True
 
@@ -143,8 +143,5 @@ def _agent_in(sidecar: Path) -> bool | None:
     except (OSError, ValueError):
         return None
     said = content.get("ContrastBolusIngredient") if isinstance(content, dict) else None
-    return (
-        None
-        if said is None
-        else not _UNKNOWN.fullmatch(" ".join(map(str, said)) if isinstance(said, list) else str(said))
-    )
+    text = " ".join(map(str, said)) if isinstance(said, list) else str(said or "")
+    return True if is_unclear(text) else names_agent(text)

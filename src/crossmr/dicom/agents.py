@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from crossmr.data.contrast_agent import says_agent
 from crossmr.data.enhancement import MAX_COMPARED, SURENESS, THRESHOLD, compare
 from crossmr.data.volume import Volume
-from crossmr.dicom.contrast import says_agent
-from crossmr.dicom.series import BY_USER, Series
+from crossmr.dicom.series import Series
 from crossmr.errors import CrossmrError
 
 COUNTERPART = {"t1n": "t1c", "t1c": "t1n"}
@@ -49,9 +49,7 @@ def are_first(alike: Sequence[Series], all_series: Sequence[Series]) -> bool:
 def may_be_other(series: Series) -> bool:
     """Whether neither the tag nor the description of a T1, nor the user, settles whether it is enhanced."""
     said = says_agent(series.acquisition.description)
-    return (
-        series.why != BY_USER and said is None and (series.modality == "t1c" or series.acquisition.agent is not False)
-    )
+    return not series.mapped and said is None and (series.modality == "t1c" or series.acquisition.agent is not False)
 
 
 def tell_apart(all_series: Sequence[Series], read: Callable[[Series], Volume]) -> list[Series]:

@@ -6,10 +6,11 @@ recognised by their description; series that neither tells are left out, with th
 
 import itertools
 import re
-import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from crossmr.data.contrast_agent import folded, plain, says_agent, spaced
 
 _NOT_ANATOMY = {
     "LOCALIZER": "a localiser",
@@ -105,107 +106,6 @@ _DIXON = re.compile(
 )
 """The fat or opposed phase of a Dixon acquisition, by a folded description."""
 
-_AGENT_WORDS = {
-    "English": (
-        r"gd|gad\w*|ce|contrast\w*|agent|enh\w*|inj(?!ur)\w*|post(?:c\w*|g\w*|km|k|inj\w*)?|pc|dotarem|multihance|magnevist|"
-        r"prohance|omniscan|clariscan|elucirem|vueway|optimark|eovist|primovist|feraheme",
-        "without|wo|w o|before|no|not|non|pre",
-        r"unenh\w*|plain|noncon\w*|noncm|pre(?:con\w*|gd|gad\w*|inj\w*|km)?",
-    ),
-    "German": (r"km|kontrast\w*|mitkm|nachkm", "ohne|vor|kein|keine", r"nativ\w*|ohnekm"),
-    "French": (r"inj(?!ur)\w*|gado\w*|apres|pdc|contraste", "sans|avant|non", r"native?s?"),
-    "Spanish": (r"contraste|contrastad\w*|civ|gadolinio", "sin|antes|previo|previa", r"simple|basal"),
-    "Portuguese": (r"contraste|pos|apos|gadolinio", "sem|antes|nao", ""),
-    "Italian": (r"mdc|contrasto|dopo", "senza|prima", r"basal[ei]|diretta"),
-    "Dutch": (r"contrast\w*|gado\w*", "zonder|voor|geen", "blanco"),
-    "Polish": (r"kontras[tc]\w*|srodek|srodk\w*", "bez|przed", r"natywn\w*"),
-    "Czech": (r"kl|kontrast\w*|postkontrast\w*", "bez|pred", r"nativ\w*"),
-    "Nordic": (r"kontrast\w*|tehost\w*|varjoaine\w*|jalkeen", "utan|uden|uten|fore|for|innan|ilman|ennen|ingen", ""),
-    "Russian": (
-        r"контраст\w*|ку|гад\w*|усил\w*|постконтраст\w*|магневист\w*|омнискан\w*",
-        "без|до|не",
-        r"натив\w*|бесконтраст\w*|неконтраст\w*|преконтраст\w*",
-    ),
-    "Turkish": (r"kontrast\w*|ivkm\w*|kontrastli", "", r"(?:kontrast|ivkm|km)siz|ivkm siz|km siz"),
-    "Chinese": (
-        r"增强\w*|增強\w*|造影\w*|钆\w*|釓\w*|打药\w*|注药\w*|顯影\w*",
-        "未|无|無|不|非|没",
-        r"平扫\w*|平掃\w*",
-    ),
-    "Japanese": (r"造影\w*|ガド\w*", "非|無|未", r"単純\w*|プレーン\w*"),
-}
-"""Language → words for an agent, words that deny one that follows, and words that deny one by themselves; folded."""
-_AFTER = r"oncesi|yok|前\w*|なし|無し|无|無"
-"""Words that deny an agent that they follow."""
-_FILLERS = (
-    r"de|del|di|do|da|la|el|il|le|iv|i|v|ev|w|any|the|medio|meio|mezzo|media|medium|produit|mittel|srodka|"
-    r"контрастного|contrastmiddel|в|внутривенного"
-)
-
-
-def _column(index: int) -> str:
-    return "|".join(dict.fromkeys(words[index] for words in _AGENT_WORDS.values() if words[index]))
-
-
-_NO_AGENT = re.compile(
-    r"\b(?:post?|apres|dopo|nach|apos|pos) ?(?:op(?!t)|fossa|surg|rt\b|rad(?!ial)|xrt|chemo|chimio|tx\b|treat|therap|"
-    r"trait|biops|stroke|ictal|trauma|tbi|resec|emboli|clip|shunt|dbs|partum|birth|natal|cirurg|cirug|chir|interv)\w*\b"
-    r"(?! ?(?:plan|nav|stealth|brainlab|protoc))|\bpr(?:e|ae|a) ?op(?!t)\w*"
-)
-"""Before or after an event that is no injection, or behind the rest; folded."""
-_AGENT = re.compile(rf"(?:{_column(0)})\Z")
-_DENIED = re.compile(
-    rf"\b(?:{_column(1)})(?: (?:{_FILLERS}))* ?(?:{_column(0)})\b(?:(?: (?:{_FILLERS}))* (?:{_column(0)})\b)*|"
-    rf"\b(?:{_column(0)}) (?:{_AFTER})(?!\w)|(?:造影|增强|增強|注药|打药)剤?(?:{_AFTER})|\b(?:{_column(2)})\b"
-)
-_AND = "and|or|und|oder|et|ou|y|e|en|i|a|og|och|ja|и"
-_OPPOSITES = {
-    r"with|w|mit|avec|con|com|met|med|z|s|с": r"without|wo|w o|ohne|sans|sin|sem|senza|zonder|bez|utan|uten|uden|без",
-    r"pre|before|vor|avant|antes|prima|voor|przed|pred|fore|for|innan|ennen|до": (
-        r"post|after|nach|apres|despues|depois|apos|dopo|na|po|efter|etter|jalkeen|после"
-    ),
-}
-"""Words that mean both, side by side: of an examination with and without an agent, before and after it."""
-_BOTH = re.compile(
-    r"\b(?:wwo|"
-    + "|".join(
-        rf"(?:{one}) (?:(?:gd|gad\w*|km|contrast\w*) )?(?:(?:{_AND}) )?(?:{other})"
-        for pair in _OPPOSITES.items()
-        for one, other in (pair, pair[::-1])
-    )
-    + rf")\b(?:(?: (?:{_FILLERS}))* (?!post)(?:{_column(0)})\b)*"
-)
-_ALONE = re.compile(rf"(?:{_column(1)})\Z")
-_NEVER_ALONE = frozenset(
-    (
-        *("no", "not", "non", "vor", "voor", "for", "fore", "kein", "keine", "geen", "ingen"),
-        *("до", "не", "未", "无", "無", "不", "非", "没"),
-    )
-)
-_OTHER_LACK = re.compile(
-    rf"\b(?:{_column(1)}) (?:fs|fat\w*|fett\w*|grasa|graisse|gordura|grasso|sat\w*|supp\w*|mtc?)\b"
-)
-_CJK = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
-_FOLDED = str.maketrans({"ı": "i", "ø": "o", "ł": "l", "ß": "ss", "đ": "d", "æ": "ae", "−": "-", "–": "-", "＋": "+"})
-
-_PLACEHOLDER = re.compile(
-    r".*(?:remov|anonym|anon\b|de ?-?identif|deid|redact|dummy|confidential|mask|delet|withheld|blank|cleared|"
-    r"scrub|pseudonym|unknown|undefined|unspecified|null|unbekannt|inconnu|desconocid|anonimiz|verwijderd|entfernt|"
-    r"supprime|eliminad|rimosso|usuniet|see |\bphi\b).*|(?:(\w)\1{2,})|[\W_]*[*?.#x]{2,}[\W_]*"
-)
-"""What de-identifiers and archives write in the place of an agent: it says nothing."""
-_NONE = re.compile(
-    r"(?:no[nt]?\b.*|none.*|nil|nein|kein.*|n|n ?a|0+(?: 0+)?(?: ?ml)?|false|off|"
-    r"ningun\w*|nenhum\w*|nao|nessun\w*|aucun\w*|"
-    r"geen.*|brak|zadn\w*|ingen.*|inget.*|ei|nie|nej|nei|нет|не .*|yok|hayir|无|無|なし|否|.*unenhanced.*|"
-    rf"(?:{_column(1)})(?:(?!\w).*|(?<=[\u3040-\u9fff]).*)|(?:{_column(2)}))?"
-)
-_AGENT_TAG = re.compile(
-    r"gad|\bgd|magnev|mangev|dotarem|dotagraf|clarisc|multih|prohan|omnisc|optimark|eovist|primov|ablavar|vasov|elucir|"
-    r"vueway|pixxo|cyclolux|artirem|magnegita|ferum|feraheme|teslas|dtpa|dota\b|bopta|contrast|kontrast|agent|bolus|"
-    r"\d ?ml|\d ?cc|mmol|\byes\b|\bja\b|\boui\b|\bsim?\b|\biv\b|\bi v\b|\bkm\b|\bmdc\b|^[1-9][\d ]*$|гадо|магнев|"
-    r"омнис|контраст|造影|增|钆|釓|ガド|マグネ|プロハンス|オムニ"
-)
 _OTHER_PARTS = re.compile(
     r"[ctl]-?spine|[cdl]spine|\w*spinal?|spine|neck|knee|hip|abdomen|liver|pelvis|shoulder|breast|heart|cardiac|prostate|ankle|"
     r"wrist|elbow|hand|foot|chest|thorax|[hbl]ws|wirbelsaeule|wirbelsaule|rachis|columna|coluna|colonna|lumbar|cervical|"
@@ -267,25 +167,6 @@ class Recognition(NamedTuple):
     """The tags that decided, or why it is left out; never words of the description, which may name the patient."""
     by_tags: bool
     """Whether its tags decided, not its description."""
-
-
-def names_agent(text: str) -> bool | None:
-    """Whether the text of Contrast/Bolus Agent names one; None of empty text, of a placeholder, of an unknown word."""
-    if not text.strip():
-        return None
-    if not (folded := _folded(text)):
-        return None if re.fullmatch(r"[\W_]*[*?.#]{2,}[\W_]*", text) else False  # "-"
-    if _PLACEHOLDER.fullmatch(folded) or _BOTH.search(folded):
-        return None
-    if _NONE.fullmatch(_DENIED.sub("unenhanced", folded)):
-        return False
-    return True if _AGENT_TAG.search(folded) else None
-
-
-def is_unclear(text: str) -> bool:
-    """Whether the text of Contrast/Bolus Agent is neither an agent that is known, nor a denial, nor a placeholder."""
-    folded = _folded(text)
-    return bool(folded) and names_agent(text) is None and _PLACEHOLDER.fullmatch(folded) is None
 
 
 def resolve_agents(acquisitions: Sequence[Acquisition]) -> list[Acquisition]:
@@ -437,28 +318,6 @@ def _timing(acquisition: Acquisition) -> str:
     return ", ".join(["/".join(sorted(acquisition.families)) or "no sequence", *times])
 
 
-def says_agent(description: str) -> bool | None:
-    """Whether a description says that a contrast agent was given, or not; None where it says neither or both."""
-    text = re.sub(r"(?:\b(?:gd|gad|km|ce|c) ?)?(?:\+ ?/ ?-|- ?/ ?\+|±)", " w wo ", _plain(description))
-    text = re.sub(r"(?<!\w)c/(?:c\b|contrast)", " gd ", text)
-    text = re.sub(r"(?<!\w)s/(?:c\b|contrast\w*|gd|gad\w*|km)", " unenhanced ", text)
-    text = re.sub(r"\+c\b|\bc\+|\bc ?\(\+\)", " gd ", text)
-    text = re.sub(r"\b(?:gd|gad|km|ce|c)(?:-(?![\w-])| ?\(-\))|(?:造影|增强|增強) ?\(?-\)?", " unenhanced ", text)
-    text = _NO_AGENT.sub(" ", _spaced(text))
-    text = re.sub(r"\bt1(ce|gd|c|km|post\w*)\b", "t1 gd", text)
-    text = _BOTH.sub(" ", _OTHER_LACK.sub(" ", text))
-    text, denials = _DENIED.subn(" unenhanced ", text)
-    words = text.split()
-    named = any(_AGENT.match(word) for word in words)
-    if named or denials:
-        return None if named and denials else named
-    return (
-        False
-        if any(_ALONE.match(word) and word not in _NEVER_ALONE for word in words) or "unenhanced" in words
-        else None
-    )
-
-
 def means(kinds: Collection[str]) -> frozenset[str]:
     """The values of Image Type that say what an image shows; the others tell how it was corrected or stored."""
     return frozenset(kinds) & (_NOT_ANATOMY.keys() | {"W", "WATER", "IP", "IN_PHASE", "UNI"})
@@ -476,7 +335,7 @@ def covers(part: str, description: str) -> int:
     """
     whole = re.compile("brain|head|kopf|schadel|cerebro|craneo|cranio|crane|encephale|hjerne|hoofd")
     for text in (description, part):
-        words = _folded(text).split()
+        words = folded(text).split()
         terms = [*words, *("-".join(pair) for pair in itertools.pairwise(words))]
         if any(whole.fullmatch(term) for term in terms):
             return 2
@@ -489,7 +348,7 @@ def covers(part: str, description: str) -> int:
 
 def _meanings(description: str) -> frozenset[str]:
     """Keys of `_WORD`, and what else the description says that a series is: values of `_NOT_WORDS`, after "not: "."""
-    text = _HARMLESS.sub(" ", _spaced(_plain(description).replace("t2*", "t2star")))
+    text = _HARMLESS.sub(" ", spaced(plain(description).replace("t2*", "t2star")))
     if _SPIN_ECHO_TRAIN.search(text):
         text = re.sub(r"\b(?:epi|drive)\b", " ", text)
     words = text.split()
@@ -504,19 +363,3 @@ def _meanings(description: str) -> frozenset[str]:
     elif re.search(r"\bin ?phase\b", text):
         found -= {"not: a phase image or a field map"}
     return frozenset(found)
-
-
-def _plain(text: str) -> str:
-    """Lower case, without accents and peculiar letters."""
-    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).lower().translate(_FOLDED))
-    text = "".join(letter for letter in text if not unicodedata.combining(letter) or letter in "\u3099\u309a")
-    return re.sub("т(?=[12])", "t", unicodedata.normalize("NFC", text)).replace("w/o", "wo")
-
-
-def _spaced(text: str) -> str:
-    """Words of letters and digits, each run of Chinese or Japanese letters a word, with one space between."""
-    return re.sub(r"[\W_]+", " ", _CJK.sub(r" \1 ", text)).strip()
-
-
-def _folded(text: str) -> str:
-    return _spaced(_plain(text))

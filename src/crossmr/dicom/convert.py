@@ -16,7 +16,7 @@ from typing import Any
 from crossmr.dicom.agents import tell_apart, undecided
 from crossmr.dicom.converter import convert_series, cut_off, find_converter, read_series
 from crossmr.dicom.selection import choose, taken
-from crossmr.dicom.series import CONVERTED, Series, find_series, folders_of_part
+from crossmr.dicom.series import CONVERTED, Series, find_series, folders_of_part, unmatched_by
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError
 from crossmr.files import (
@@ -173,6 +173,8 @@ def find_cases(
 ) -> dict[str, list[Series]]:
     """Case → the series of its study, its T1 told apart by their voxels where nothing else does; see `convert`."""
     if cases := _cases_in(folder, mapping, keep_names=keep_names, exclude=exclude, display=display):
+        for text in unmatched_by([series for all_series in cases.values() for series in all_series], mapping):
+            display.say(text)
         return cases
     raise NamingError(f"{folder}: no MR image in it or below. Give the folder of the studies' DICOM files.")
 

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from crossmr.data.contrast_agent import says_agent
 from crossmr.data.naming import in_usual_order
 from crossmr.dicom.agents import several_acquisitions
-from crossmr.dicom.contrast import covers, says_agent
+from crossmr.dicom.contrast import covers
 from crossmr.dicom.series import Series
 
 ALIKE = 1.2
@@ -59,8 +60,7 @@ def choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, s
     if "t1c" in chosen and chosen["t1c"].told:
         taken_for, told = chosen["t1c"].name, chosen["t1c"].told
         notes.append(f"{taken_for} was taken for T1ce: {told}. Name it with --map if that is wrong.")
-    if note := _agent_everywhere(all_series, chosen):
-        notes.append(note)
+    notes += filter(None, (_agent_everywhere(all_series, chosen), _enhanced_by_description(all_series, chosen)))
     largest = max(chosen.values(), key=_covered, default=None)
     notes += [
         f"{series.name} ({modality}) covers {_covered(series) / _covered(largest):.0%} of what {largest.name} does: "
@@ -81,6 +81,18 @@ def _agent_everywhere(all_series: Sequence[Series], chosen: Mapping[str, Series]
     return (
         "every series names a contrast agent, which may have been typed in for the whole examination; "
         f"{chosen['t1c'].name} was taken for T1ce. Name it with --map t1n='DESCRIPTION' if that is wrong."
+    )
+
+
+def _enhanced_by_description(all_series: Sequence[Series], chosen: Mapping[str, Series]) -> str:
+    """A note where several T1ce of different times are there and no T1, and the description alone says so of one."""
+    enhanced = [series for series in all_series if series.modality == "t1c"]
+    by_words = [s.name for s in enhanced if s.acquisition.agent is None and not (s.mapped or s.told)]
+    if "t1n" in chosen or not by_words or not several_acquisitions(enhanced, all_series):
+        return ""
+    return (
+        f"{', '.join(s.name for s in enhanced)} are T1ce of different times, {' and '.join(by_words)} by description "
+        "alone; there is no T1. If one was acquired without contrast agent, name it with --map t1n='DESCRIPTION'."
     )
 
 

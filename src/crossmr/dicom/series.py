@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from crossmr.data.bids import ROOT as BIDS_ROOT
+from crossmr.data.contrast_agent import is_unclear, names_agent
 from crossmr.data.formats import is_nifti, is_volume
 from crossmr.data.naming import recognise
 from crossmr.data.tree import alternatives, mapping_key
@@ -25,8 +26,6 @@ from crossmr.dicom.contrast import (
     Acquisition,
     Recognition,
     covers,
-    is_unclear,
-    names_agent,
     no_anatomy,
     recognise_contrast,
     resolve_agents,
@@ -119,6 +118,8 @@ class Series:
     """Whether its voxels were compared with another T1's, as nothing else says which was acquired with agent."""
     told: str = ""
     """What they told, and how sure that is."""
+    mapped: tuple[str, ...] = ()
+    """The modalities that --map says it is, also where a fault leaves it out."""
     padding: float | None = None
     """The value of voxels that were not acquired, which stand for 0; None where it is 0 or there are none."""
 
@@ -245,20 +246,44 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
             acquisitions = resolve_agents([replace(_acquisition(g[0][1]), echoes=echoes) for g, echoes in groups])
             own = [_series(study, g, a, mapping) for (g, _), a in zip(groups, acquisitions, strict=True)]
             patient = Counter(one.patient for one in own if one.patient).most_common(1)
-            series += [replace(one, patient=patient[0][0] if patient else "") for one in _anatomy_of_mapped(own)]
+            series += [replace(one, patient=patient[0][0] if patient else "") for one in _beside_mapped(own)]
     series = _without_lost(series, unreadable)
     return sorted(series, key=lambda s: (s.patient, s.date, s.study, s.number or 0, s.time, str(s.images[0].path)))
 
 
-def _anatomy_of_mapped(all_series: Sequence[Series]) -> list[Series]:
-    """The series of a study; of several that --map names alike, such as a Dixon's, without those of no anatomy."""
-    anatomy = {s.modality for s in all_series if s.why == BY_USER and not no_anatomy(s.acquisition.kinds)}
+def _beside_mapped(all_series: Sequence[Series]) -> list[Series]:
+    """The series of a study without those that are passed over because --map names another one of their contrast.
+
+    Of several that it names alike, such as a Dixon's, these are the ones of no anatomy.
+    """
+    mapped = {m for series in all_series for m in series.mapped}
+    anatomy = {s.modality for s in all_series if s.mapped and not no_anatomy(s.acquisition.kinds)}
+    beside = []
+    for series in all_series:
+        what = no_anatomy(series.acquisition.kinds)
+        if series.mapped and series.modality in anatomy and what:
+            series = replace(series, modality=None, why=f"{what}, and --map names another one alike")
+        elif not series.mapped and series.modality in mapped:
+            series = replace(series, modality=None, why=f"not the {series.modality} that --map names")
+        beside.append(series)
+    return beside
+
+
+def unmatched_by(all_series: Sequence[Series], mapping: Mapping[str, str] | None) -> list[str]:
+    """What to say of each pattern of a mapping that matches no series."""
     return [
-        replace(s, modality=None, why=f"{what}, and --map names another one alike")
-        if s.why == BY_USER and s.modality in anatomy and (what := no_anatomy(s.acquisition.kinds))
-        else s
-        for s in all_series
+        f"--map {modality}='{glob}' matches no series; they go by their tags and descriptions."
+        for modality, globs in (mapping or {}).items()
+        for glob in alternatives(globs)
+        if not any(_matches(glob, s.name, s.acquisition.description, s.images[0].path) for s in all_series)
     ]
+
+
+def _matches(glob: str, name: str, description: str, path: Path) -> bool:
+    """Whether a pattern is a series' name, or matches its description, both in any case, or, with a slash, its path."""
+    if glob.casefold() == name or fnmatch.fnmatchcase(description.casefold(), glob.casefold()):
+        return True
+    return "/" in glob and fnmatch.fnmatchcase(path.as_posix(), glob)
 
 
 def _without_lost(all_series: Sequence[Series], unreadable: Sequence[Path]) -> list[Series]:
@@ -388,6 +413,7 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
         places=places,
         mixed=len({tuple(str(header.get(keyword)) for keyword in TELLING) for _, header in files}) > 1,
         why=recognised.why,
+        mapped=tuple(_mapped(files[0], acquisition, mapping)),
         padding=_padding(first),
     )
 
@@ -399,11 +425,8 @@ def _padding(header: Any) -> float | None:
 
 
 def _recognised(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Recognition:
-    """The contrast of a series: by its tags, or by what of `mapping` is its name, or matches its description or path.
-
-    Paths are matched by patterns with a slash alone.
-    """
-    path, header = file
+    """The contrast of a series: by its tags, or by what of `mapping` matches it."""
+    header = file[1]
     shades = text_of(header, "PhotometricInterpretation")
     if (number_of(header, "SamplesPerPixel") or 1) != 1 or shades == "PALETTE COLOR":
         return Recognition(None, "in colour", True)
@@ -415,14 +438,20 @@ def _recognised(file: File, acquisition: Acquisition, mapping: Mapping[str, str]
     recognised = recognise_contrast(acquisition)
     if recognised.modality is not None and covers(acquisition.part, description) == 0:
         recognised = Recognition(None, "of another part of the body than the head", False)
-    name = _name(number_of(header, "SeriesNumber"))
-    for modality, glob in ((m, one) for m, globs in (mapping or {}).items() for one in alternatives(globs)):
-        of_path = "/" in glob and fnmatch.fnmatchcase(path.as_posix(), glob)
-        if of_path or fnmatch.fnmatchcase(description, glob) or glob == name:
-            return Recognition(modality, BY_USER, True)
-    if mapping and recognised.modality in mapping:
-        return Recognition(None, f"not the {recognised.modality} that --map names", True)
-    return recognised
+    mapped = _mapped(file, acquisition, mapping)
+    if len(mapped) > 1:
+        return Recognition(None, f"named {' and '.join(mapped)} by --map; name it once", True)
+    return Recognition(mapped[0], BY_USER, True) if mapped else recognised
+
+
+def _mapped(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> list[str]:
+    """The modalities that a mapping says a series is."""
+    path, name = file[0], _name(number_of(file[1], "SeriesNumber"))
+    return [
+        modality
+        for modality, globs in (mapping or {}).items()
+        if any(_matches(glob, name, acquisition.description, path) for glob in alternatives(globs))
+    ]
 
 
 def _name(number: float | None) -> str:
