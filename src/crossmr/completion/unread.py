@@ -208,14 +208,14 @@ def _left_out(series: Series) -> Unread:
     images = len(series.images)
     verdict = recognise_contrast(series.acquisition)
     description, may_be = series.acquisition.description, frozenset[str]()
-    decided = series.why.startswith(("not the ", "itself synthetic", "in colour"))  # by the user, or by what it is
+    decided = series.reason == "decided"
     if verdict.modality is not None and not decided:
-        directions, few = "several directions" in series.why, "slices only" in series.why and images < FEWEST_SLICES
-        if not (directions or few) or (images > 3 and verdict.modality in _said(description)):
+        few = series.reason == "few slices" and images < FEWEST_SLICES
+        if not (few or series.reason == "directions") or (images > 3 and verdict.modality in _said(description)):
             may_be = frozenset({verdict.modality})
-        if "lie at one place" in series.why:  # perhaps echoes; the tags are those of the first
+        if series.reason == "one place":  # perhaps echoes; the tags are those of the first
             may_be |= _said(description) | ({"t2w"} if verdict.modality == "pdw" else set())
-    elif verdict.why.startswith("neither its tags") and not decided:
+    elif verdict.reason == "unclear" and not decided:
         may_be = possible_contrasts(description)
     remedy = "" if "Export" in series.why else "; export it again"
     if verdict.modality is None and not series.unreadable:

@@ -8,7 +8,7 @@ import itertools
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from crossmr.data.contrast_agent import folded, plain, says_agent, spaced
 
@@ -158,6 +158,10 @@ class Acquisition:
     """Series description, or protocol name."""
 
 
+Reason = Literal["", "decided", "unclear", "directions", "few slices", "slices missing", "one place"]
+"""Why a series is left out: by the user, or by what it is; as nothing tells its contrast; by where its slices lie."""
+
+
 class Recognition(NamedTuple):
     """The contrast of a series, and how it was recognised."""
 
@@ -165,8 +169,8 @@ class Recognition(NamedTuple):
     """t1n, t1c, t2w, t2f, pdw; None for anything else."""
     why: str
     """The tags that decided, or why it is left out; never words of the description, which may name the patient."""
-    by_tags: bool
-    """Whether its tags decided, not its description."""
+    reason: Reason = ""
+    """Why it is left out, where more depends on that."""
 
 
 def resolve_agents(acquisitions: Sequence[Acquisition]) -> list[Acquisition]:
@@ -204,41 +208,39 @@ def recognise_contrast(acquisition: Acquisition) -> Recognition:
     if what := _none_of_ours(acquisition, words):
         return what
     modality, why = _by_tags(acquisition, words)
-    by_tags = modality is not None
-    if not by_tags:
+    if modality is None:
         if why:
-            return Recognition(None, why, True)
+            return Recognition(None, why)
         modality = next((m for m in ("t2f", "pdw", "t2w", "t1n") if m in words), None)
         if "t1n" in words and modality == "t2w":
             modality = None  # the description names both
         if {"t1n", "t2f"} <= words and "t2w" not in words and (acquisition.te_ms or 0) <= 40:
             modality = "t1n"  # a T1-FLAIR
         if modality is None:
-            return Recognition(
-                None, f"neither its tags ({_timing(acquisition)}) nor its description tell its contrast", False
-            )
+            why = f"neither its tags ({_timing(acquisition)}) nor its description tell its contrast"
+            return Recognition(None, why, "unclear")
         why = "its description"
     if modality == "t1n":
         enhanced, evidence = _enhanced(acquisition, says_agent(acquisition.description))
-        return Recognition("t1c" if enhanced else "t1n", f"{why}; {evidence}", by_tags)
-    return Recognition(modality, why, by_tags)
+        return Recognition("t1c" if enhanced else "t1n", f"{why}; {evidence}")
+    return Recognition(modality, why)
 
 
 def _none_of_ours(acquisition: Acquisition, words: Collection[str]) -> Recognition | None:
     """Why a series is nothing that crossmr uses, whatever its times are; None where it may be."""
     if what := no_anatomy(acquisition.kinds):
-        return Recognition(None, what, True)
+        return Recognition(None, what)
     if acquisition.diffusion or acquisition.acquired == "DIFFUSION":
-        return Recognition(None, "a diffusion image", True)
+        return Recognition(None, "a diffusion image")
     if acquisition.angiography or acquisition.acquired in ("TOF", "FLOW_ENCODED"):
-        return Recognition(None, "an angiogram", True)
+        return Recognition(None, "an angiogram")
     if "EP" in acquisition.families and "t2f" not in words:
-        return Recognition(None, "echo-planar: diffusion, perfusion or function", True)
+        return Recognition(None, "echo-planar: diffusion, perfusion or function")
     if acquisition.times > 1:
-        return Recognition(None, "one of several times", True)
+        return Recognition(None, "one of several times")
     for word in sorted(words):
         if word.startswith("not: ") and ("t2f" not in words or word == f"not: {_PROJECTED}"):
-            return Recognition(None, f"{word.removeprefix('not: ')}, by its description", False)
+            return Recognition(None, f"{word.removeprefix('not: ')}, by its description")
     return None
 
 

@@ -24,6 +24,7 @@ from crossmr.data.tree import alternatives, mapping_key
 from crossmr.data.volume import is_synthetic
 from crossmr.dicom.contrast import (
     Acquisition,
+    Reason,
     Recognition,
     covers,
     no_anatomy,
@@ -111,7 +112,9 @@ class Series:
     mixed: bool
     """Whether the tags that tell series apart differ between its images."""
     why: str
-    """The tags by which its contrast was recognised, or why it was left out."""
+    """The tags by which its contrast was recognised, or why it was left out; for people."""
+    reason: Reason = ""
+    """Why it was left out, where more depends on that."""
     unreadable: tuple[Path, ...] = ()
     """Files that lie by its images, may be some of them, and cannot be read."""
     compared: bool = False
@@ -264,7 +267,8 @@ def _beside_mapped(all_series: Sequence[Series]) -> list[Series]:
         if series.mapped and series.modality in anatomy and what:
             series = replace(series, modality=None, why=f"{what}, and --map names another one alike")
         elif not series.mapped and series.modality in mapped:
-            series = replace(series, modality=None, why=f"not the {series.modality} that --map names")
+            why = f"not the {series.modality} that --map names"
+            series = replace(series, modality=None, why=why, reason="decided")
         beside.append(series)
     return beside
 
@@ -316,7 +320,7 @@ def _without_lost(all_series: Sequence[Series], unreadable: Sequence[Path]) -> l
 def _may_lack(path: Path, beside: Sequence[tuple[Path, int]], all_series: Sequence[Series]) -> set[int]:
     """Which of the series in a folder a file may belong to."""
     found = {index for _, index in beside}
-    if gaps := {index for index in found if "some are missing" in all_series[index].why}:
+    if gaps := {index for index in found if all_series[index].reason == "slices missing"}:
         return gaps
     names = sorted(beside, key=lambda item: _natural(item[0].name))
     before = [index for other, index in names if _natural(other.name) < _natural(path.name)]
@@ -386,10 +390,10 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
         spacings.append(spacing)
     places = _evened(images, orientations)
     even = images if places is None else [replace(i, position=p) for i, p in zip(images, places, strict=True)]
-    fault, slice_distance = _fault(even, orientations)
+    reason, fault, slice_distance = _fault(even, orientations)
     recognised = _recognised(files[0], acquisition, mapping)
     if recognised.modality is not None and fault:
-        recognised = Recognition(None, fault, True)
+        recognised = Recognition(None, fault, reason)
     voxel_mm = tuple(float(side) for side in (*spacings[0], slice_distance))
     counts = (
         int(first.get("Rows") or 0),
@@ -413,6 +417,7 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
         places=places,
         mixed=len({tuple(str(header.get(keyword)) for keyword in TELLING) for _, header in files}) > 1,
         why=recognised.why,
+        reason=recognised.reason,
         mapped=tuple(_mapped(files[0], acquisition, mapping)),
         padding=_padding(first),
     )
@@ -429,19 +434,19 @@ def _recognised(file: File, acquisition: Acquisition, mapping: Mapping[str, str]
     header = file[1]
     shades = text_of(header, "PhotometricInterpretation")
     if (number_of(header, "SamplesPerPixel") or 1) != 1 or shades == "PALETTE COLOR":
-        return Recognition(None, "in colour", True)
+        return Recognition(None, "in colour", "decided")
     if shades == "MONOCHROME1":
-        return Recognition(None, "stored with white for the lowest value (MONOCHROME1). Export it as MONOCHROME2", True)
+        return Recognition(None, "stored with white for the lowest value (MONOCHROME1). Export it as MONOCHROME2")
     description = acquisition.description
     if description.upper().startswith("SYNTHETIC") or header.get("ManufacturerModelName") == "crossmr":
-        return Recognition(None, "itself synthetic", True)
+        return Recognition(None, "itself synthetic", "decided")
     recognised = recognise_contrast(acquisition)
     if recognised.modality is not None and covers(acquisition.part, description) == 0:
-        recognised = Recognition(None, "of another part of the body than the head", False)
+        recognised = Recognition(None, "of another part of the body than the head")
     mapped = _mapped(file, acquisition, mapping)
     if len(mapped) > 1:
-        return Recognition(None, f"named {' and '.join(mapped)} by --map; name it once", True)
-    return Recognition(mapped[0], BY_USER, True) if mapped else recognised
+        return Recognition(None, f"named {' and '.join(mapped)} by --map; name it once")
+    return Recognition(mapped[0], BY_USER) if mapped else recognised
 
 
 def _mapped(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> list[str]:
@@ -484,38 +489,35 @@ def _evened(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> Flo
     return even if np.abs(positions - even).max() <= 0.8 * digits else None
 
 
-def _fault(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> tuple[str, float]:
-    """Why these images are no volume, '' if they are one, and the distance of the slices in mm."""
+def _fault(images: Sequence[DicomImage], orientations: Sequence[Floats]) -> tuple[Reason, str, float]:
+    """Why these images are no volume, also for people, '' if they are one, and the distance of the slices in mm."""
     first = orientations[0]
     if unplaced := sum(o.shape != (2, 3) for o in orientations):
         lost = [image.path for image, o in zip(images, orientations, strict=True) if o.shape != (2, 3)]
         if unplaced == len(images):
-            return "its images do not say where they lie", 0.0
-        return (
-            f"{unplaced} of its {len(images)} images do not say where they lie, and may be damaged{listed(lost)}. "
-            "Export the whole series"
-        ), 0.0
+            return "", "its images do not say where they lie", 0.0
+        why = f"{unplaced} of its {len(images)} images do not say where they lie, and may be damaged{listed(lost)}"
+        return "", f"{why}. Export the whole series", 0.0
     if any(not np.allclose(o, first, atol=1e-3) for o in orientations):
-        return "its slices lie in several directions, as a localiser's", 0.0
+        return "directions", "its slices lie in several directions, as a localiser's", 0.0
     normal = np.cross(*first)
     along = np.sort(np.concatenate([np.atleast_2d(image.position) @ normal for image in images]))
     steps = np.diff(along)
     if len(along) < FEWEST_SLICES:
-        return f"{len(along)} slices only", 0.0
+        return "few slices", f"{len(along)} slices only", 0.0
     step = float(np.median(steps))
     if (steps < 0.01).any():
-        return "several images lie at one place: echoes, times or directions that its tags do not tell apart", step
+        why = "several images lie at one place: echoes, times or directions that its tags do not tell apart"
+        return "one place", why, step
     if (np.abs(steps - step) > max(UNEVEN * step, 0.02)).any():
         k = int(np.argmax(np.abs(steps - step)))
-        return (
-            f"its slices are {step:.2f} mm apart, but {steps[k]:.2f} mm between the {k + 1}th and the next of "
-            f"{len(along)}: some are missing. Export the whole series"
-        ), step
+        why = f"its slices are {step:.2f} mm apart, but {steps[k]:.2f} mm between the {k + 1}th and the next of "
+        return "slices missing", f"{why}{len(along)}: some are missing. Export the whole series", step
     places = np.concatenate([np.atleast_2d(image.position) for image in images])
     aside = places - np.outer(places @ normal, normal)
     if (shift := float(np.abs(aside - np.median(aside, axis=0)).max())) > SHIFTED_MM:
-        return f"its slices are shifted against each other by up to {shift:.1f} mm within their planes", step
-    return "", step
+        return "", f"its slices are shifted against each other by up to {shift:.1f} mm within their planes", step
+    return "", "", step
 
 
 def _acquisition(header: Any) -> Acquisition:
