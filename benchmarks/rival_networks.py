@@ -115,7 +115,7 @@ class Rival:
         """The mean absolute error within the head, in robust standard deviations, of fixed slices."""
         sums = torch.zeros(2, dtype=torch.float64)
         for data in self.validation:
-            whole = self.sample(data.fixed(max(1, count // len(self.validation))))
+            whole = self.sample(data.validation_batch(max(1, count // len(self.validation))))
             for inputs, truth, weight in zip(*(torch.split(part, BATCH) for part in whole), strict=True):
                 with autocast(self.device, choose_precision("auto", self.device)):
                     images = self.predict(network, inputs)

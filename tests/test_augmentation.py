@@ -179,7 +179,7 @@ def test_the_sources_of_a_batch_are_augmented_its_images_never(tmp_path):
         assert torch.equal(other.neighbours, again.neighbours)
         assert one.neighbours.shape == other.neighbours.shape
         assert (one.neighbours - other.neighbours).abs().amax((1, 2, 3)).min() > 1e-2
-    assert torch.equal(plain.fixed(5).neighbours, changed.fixed(5).neighbours)
+    assert torch.equal(plain.validation_batch(5).neighbours, changed.validation_batch(5).neighbours)
 
 
 @pytest.mark.parametrize("wrong", [{"probability": 1.5}, {"zoom": 0}, {"gamma": 0.5}, {"scale": 1}, {"noise": -1}])

@@ -255,15 +255,17 @@ def test_crops_and_flips_are_drawn_from_seed_and_step(tmp_path):
 
 def test_fixed_items_are_spread_and_central(tmp_path):
     batches = Batches(numbered(tmp_path), MODALITIES, BatchSettings(size=(2, 8), batch_size=2, seed=0))
-    batch = batches.fixed(5)
+    batch = batches.validation_batch(5)
     assert batch.images.shape == (5, 3, 2, 8)
     assert batch.images[:, 0, 0, 4].tolist() == [1, 4, 7, 11, 14]
     assert batch.images[0, 0].tolist() == [[0, 0, 1, 1, 1, 1, 0, 0]] * 2
     assert batch.case.tolist() == [0, 0, 1, 2, 2]
     assert batch.present.tolist() == [[1, 1, 1]] * 5
-    assert equal(batch, batches.fixed(5))
-    assert len(batches.fixed(99).images) == 14
-    volumes = Batches(batches.cases, MODALITIES, BatchSettings(size=(6, 4, 4), batch_size=2, seed=0)).fixed(2)
+    assert equal(batch, batches.validation_batch(5))
+    assert len(batches.validation_batch(99).images) == 14
+    volumes = Batches(batches.cases, MODALITIES, BatchSettings(size=(6, 4, 4), batch_size=2, seed=0)).validation_batch(
+        2
+    )
     assert volumes.case.tolist() == [0, 2]
 
 
@@ -278,7 +280,7 @@ def test_a_black_slice_is_one_that_was_not_acquired(tmp_path):
     images[1, 1] = 0
     case = case_of(tmp_path, "P", images)
     batches = Batches([case], MODALITIES, BatchSettings(size=(4, 4), batch_size=6, seed=0))
-    for batch in (batches[0], batches.fixed(3)):
+    for batch in (batches[0], batches.validation_batch(3)):
         for image, present in zip(batch.images, batch.present, strict=True):
             middle = abs(float(image[0, 0, 0]) - 0.4) < 1e-3
             assert present.tolist() == [1, float(not middle), 1]
@@ -301,7 +303,7 @@ def test_batches_with_context_have_the_same_slices_in_their_middle(prepared):
         assert three.neighbours.shape == (5, 3 * len(MODALITIES), 16, 12)
         assert torch.equal(three.neighbours[:, 1::3], one.neighbours)
         assert torch.equal(one.neighbours, one.images)
-    fixed = wide.fixed(4)
+    fixed = wide.validation_batch(4)
     index, z = wide.items[0]
     whole = wide.read(index, -1)
     padded = crop_or_pad(whole, (16, 12), [0.5, 0.5])
@@ -344,9 +346,9 @@ def test_slices_with_a_lesion_are_drawn_so_often_per_epoch(tmp_path, draws):
     assert has_lesion.sum(1).tolist() == [2 * draws] * 5
     owners = torch.cat([batch.case for batch in steps]).reshape(5, epoch)
     assert owners.sum(1).tolist() == [6] * 5
-    assert len(batches.fixed(99).images) == 12  # validation sees each once
+    assert len(batches.validation_batch(99).images) == 12  # validation sees each once
     volumes = Batches(cases, MODALITIES, replace(settings, size=(6, 4, 6)))
-    assert volumes.drawn == volumes.items == [(0, -1), (1, -1)]
+    assert volumes.epoch_items == volumes.items == [(0, -1), (1, -1)]
 
 
 @pytest.mark.parametrize("context", [1, 3])
@@ -356,7 +358,7 @@ def test_the_lesion_is_cropped_and_flipped_with_its_image(tmp_path, size, contex
         return
     case, _ = lesion_case(tmp_path)
     batches = Batches([case], MODALITIES, BatchSettings(size=size, batch_size=8, seed=0, context=context))
-    for batch in (*(batches[step] for step in range(4)), batches.fixed(6)):
+    for batch in (*(batches[step] for step in range(4)), batches.validation_batch(6)):
         assert batch.lesion.shape == (len(batch.images), 1, *size)
         assert torch.equal(batch.lesion[:, 0], (batch.images[:, 0] - 1).clamp(min=0))
         assert batch.lesion.any()

@@ -30,7 +30,7 @@ def start(cases, tmp_path):
 def half_off(training: Training, model: CrossConditionedModel, monkeypatch, outside: float = 9.0) -> None:
     """Let every synthesis be half a robust deviation off within heads, and far off outside; b is 2 everywhere."""
     reader = training.batches("synthesis", training.val, training.config.modalities)
-    truths = reader.fixed(stages.VALIDATION_SLICES).images[:, 2:]
+    truths = reader.validation_batch(stages.VALIDATION_SLICES).images[:, 2:]
     given = iter(truths.split(4))
     monkeypatch.setattr("crossmr.training.calibration.in_chunks", lambda f, n, *_: in_chunks(f, n, 4))
 

@@ -75,7 +75,7 @@ def cohort(tmp_path_factory):
     ],
 )
 def test_everything_runs_on_a_gpu(cohort, tmp_path, monkeypatch, recipe, precision):
-    monkeypatch.setattr(stages.Stage, "readers", 0)
+    monkeypatch.setattr(stages.Stage, "num_workers", 0)
     monkeypatch.setattr(stages, "VALIDATION_SLICES", 4)
     settings = TrainingSettings(recipe=RECIPES[recipe], steps=1, device="cuda", precision=precision)
     inference = InferenceSettings(ddim_steps=1, device="cuda", precision=precision)

@@ -62,7 +62,7 @@ class Line(Stage[Pairs, Pairs]):
     """Learns y from x, where there is a y, with some noise on x."""
 
     name = "line"
-    readers = 0
+    num_workers = 0
 
     def __init__(self) -> None:
         network = nn.Linear(1, 1)
@@ -560,7 +560,7 @@ def test_the_next_batch_is_read_while_one_is_in_use_and_in_order():
 def test_batches_that_are_read_ahead_train_the_same(tmp_path):
     """A thread draws what the loop would."""
     ahead, between = Line(), Line()
-    ahead.readers = 1
+    ahead.num_workers = 1
     assert torch.equal(train(tmp_path / "a", ahead, 5).weight, train(tmp_path / "b", between, 5).weight)
     assert ahead.data.asked[1:6] == between.data.asked[1:6]
 
@@ -571,7 +571,7 @@ def test_no_more_processes_read_than_shared_memory_has_room_for(free, readers, t
     stage, listener = Line(), Listener()
     monkeypatch.setattr(loop, "shared_memory", lambda: free)
     monkeypatch.setattr(loop, "default_workers", lambda: 5)
-    monkeypatch.setattr(Line, "readers", 16)
+    monkeypatch.setattr(Line, "num_workers", 16)
     monkeypatch.setattr(Five, "__getitem__", lambda self, step: Pairs(*torch.zeros(3, 5, 2**18)))  # 16 MB
     one = trainer(tmp_path, stage)
     one.compute = replace(one.compute, device=torch.device("cuda"), display=listener)

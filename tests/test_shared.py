@@ -59,7 +59,7 @@ def test_batches_of_a_stage_are_as_its_recipe_says(cases, tmp_path: Path):
     training, _ = start_training(tmp_path, cases, ANY)
     plain = training.batches("synthesis", cases["train"], training.config.modalities)
     assert (plain.size, plain.batch_size, plain.context, plain.augmented) == ((16, 16), 6, 3, 4)
-    assert len(plain.drawn) == len(plain.items) == 16
+    assert len(plain.epoch_items) == len(plain.items) == 16
     masked = training.batches("representation", cases["train"], ("t1n",), masked=True)
     assert (masked.context, masked.augment) == (1, None)
 
@@ -68,6 +68,6 @@ def test_slices_of_lesions_are_drawn_as_often_as_the_recipe_says_but_not_to_be_m
     training, _ = start_training(tmp_path, cases, replace(LAST, lesion_draws=3))
     batches = training.batches("synthesis", cases["train"], training.config.modalities)
     assert len(batches.items) == 16
-    assert len(batches.drawn) == 16 + 2 * 3  # slice 1 of A, B and C; D has no labels
+    assert len(batches.epoch_items) == 16 + 2 * 3  # slice 1 of A, B and C; D has no labels
     masked = training.batches("representation", cases["train"], training.config.represented, masked=True)
-    assert masked.drawn == masked.items
+    assert masked.epoch_items == masked.items

@@ -220,7 +220,7 @@ def test_vectors_are_made_once_per_run(start, monkeypatch):
     monkeypatch.setattr(stages, "pooled_features", None)
     again = DistributionStage(training, model)
     assert equal(first.data.vectors, again.data.vectors)
-    assert equal(first.fixed, again.fixed)
+    assert equal(first.validation_batch, again.validation_batch)
 
 
 def test_too_short_a_budget_represents_fewer_patients(start, capsys):
@@ -255,14 +255,14 @@ def test_collapsed_representations_are_named(start, monkeypatch, capsys):
 def test_joint_every_patient_has_vectors_of_his_own(start, conditional):
     training, model = start(replace(JOINT, distribution=replace(JOINT.distribution, conditional=conditional)))
     stage = SynthesisStage(training, model)
-    assert stage.drawn.shape == (len(stage.data.cases), 3, 16)
-    assert len({tuple(row) for row in stage.drawn.flatten(0, 1).tolist()}) == 3 * len(stage.data.cases)
+    assert stage.representations.shape == (len(stage.data.cases), 3, 16)
+    assert len({tuple(row) for row in stage.representations.flatten(0, 1).tolist()}) == 3 * len(stage.data.cases)
     used = set()
     for step in range(8):
         raw = stage.data[step]
         batch = stage.batch(raw, seeded("test", step))
         for y_0, case in zip(batch.y_0, raw.case.tolist(), strict=True):
-            (sample,) = (k for k in range(3) if torch.equal(y_0, stage.drawn[case, k]))
+            (sample,) = (k for k in range(3) if torch.equal(y_0, stage.representations[case, k]))
             used.add((case, sample))
     assert len(used) == 3 * len(stage.data.cases)
 
@@ -279,8 +279,8 @@ def test_joint_the_loss_changes_with_y_0_and_condition_layers_learn(start):
 def test_joint_validation_is_guided_by_each_patient_s_own_vector(start, tmp_path):
     stage = SynthesisStage(*start(JOINT))
     first = stage.validate(stage.network, tmp_path / "x.png")
-    assert len({tuple(row) for row in stage.fixed.y_0.tolist()}) > 1
-    stage.fixed = stage.fixed._replace(y_0=stage.fixed.y_0 + 1)
+    assert len({tuple(row) for row in stage.validation_batch.y_0.tolist()}) > 1
+    stage.validation_batch = stage.validation_batch._replace(y_0=stage.validation_batch.y_0 + 1)
     assert stage.validate(stage.network, tmp_path / "x.png") != first
 
 
@@ -432,14 +432,14 @@ def test_validation_is_scored_where_there_is_a_target(start, tmp_path, cases):
 def test_validation_measures_correlation_and_error_within_heads(start, tmp_path, monkeypatch):
     stage = SynthesisStage(*start(LAST))
     monkeypatch.setattr(stage, "chunk", 3)
-    wanted = (stage.fixed.truth > 0) & (stage.fixed.target_mask > 0)[..., None, None]
-    given = iter((standardise(stage.fixed.truth) * torch.tensor([1.0, -1])[:, None, None] + 0.25).split(3))
+    wanted = (stage.validation_batch.truth > 0) & (stage.validation_batch.target_mask > 0)[..., None, None]
+    given = iter((standardise(stage.validation_batch.truth) * torch.tensor([1.0, -1])[:, None, None] + 0.25).split(3))
     monkeypatch.setattr(stage, "predict", lambda network, batch: (next(given), None))
     scores = stage.validate(stage.network, tmp_path / "x.png")
     assert scores["val_correlation_t1c"] == pytest.approx(1, abs=1e-5)
     assert scores["val_correlation_t2f"] == pytest.approx(-1, abs=1e-5)
     assert scores["val_error_t1c"] == pytest.approx(0.25, abs=1e-5)
-    truth = standardise(stage.fixed.truth)[:, 1][wanted[:, 1]]
+    truth = standardise(stage.validation_batch.truth)[:, 1][wanted[:, 1]]
     assert scores["val_error_t2f"] == pytest.approx(float((0.25 - 2 * truth).abs().mean()), rel=1e-5)
 
 
@@ -450,7 +450,7 @@ def test_validation_measures_the_linear_regression_of_the_same_sources(start, tm
         [lambda c=c: {m: c.volume(m) for m in c.modalities} for c in training.train], training.config.modalities
     )
     stage = SynthesisStage(training, model)
-    scores, fixed, names = stage.validate(stage.network, tmp_path / "x.png"), stage.fixed, training.config.sources
+    scores, fixed, names = stage.validate(stage.network, tmp_path / "x.png"), stage.validation_batch, training.config.sources
     context = training.config.context_slices
     for index, target in enumerate(training.config.targets):
         made, truth = [], []

@@ -104,7 +104,7 @@ class Batches(StepDataset[ImageBatch]):
         self.items = [(i, -1) for i, _ in enumerate(self.cases)]
         if len(self.size) == 2:
             self.items = [(i, z) for i, case in enumerate(cases) for z in foreground_slices(case.foreground_voxels)]
-        self.drawn = [
+        self.epoch_items = [
             (i, z) for i, z in self.items for _ in range(times_drawn(self.cases[i], z, settings.lesion_draws))
         ]
         if not self.items:
@@ -121,14 +121,14 @@ class Batches(StepDataset[ImageBatch]):
     @property
     def steps_per_epoch(self) -> int:
         """Batches that see every item once."""
-        return -(-len(self.drawn) // self.batch_size)
+        return -(-len(self.epoch_items) // self.batch_size)
 
     def __getitem__(self, step: int) -> ImageBatch:
         """The batch of one step."""
-        first, count = step * self.batch_size, len(self.drawn)
+        first, count = step * self.batch_size, len(self.epoch_items)
         positions = range(first + self.shard.start, first + self.shard.stop)
         orders = {epoch: self._order(epoch) for epoch in {p // count for p in positions}}
-        chosen = [self.drawn[int(orders[p // count][p % count])] for p in positions]
+        chosen = [self.epoch_items[int(orders[p // count][p % count])] for p in positions]
         generator = seeded("batch", self.seed, step)
         places = self.shard.of(torch.rand(self.batch_size, len(self.size) + 1, generator=generator)).tolist()
         samples = [self._sample(*both) for both in zip(chosen, places, strict=True)]
@@ -149,7 +149,7 @@ class Batches(StepDataset[ImageBatch]):
                     sources[index, channel] = augment.change(sources[index, channel], *drawn)
         return batch._replace(neighbours=sources.flatten(1, 2))
 
-    def fixed(self, count: int) -> ImageBatch:
+    def validation_batch(self, count: int) -> ImageBatch:
         """Up to `count` items spread evenly, cropped in the middle, never flipped: for validation."""
         picked = np.linspace(0, len(self.items) - 1, min(count, len(self.items))).round().astype(int)
         chosen = [self.items[int(i)] for i in picked]
@@ -198,7 +198,7 @@ class Batches(StepDataset[ImageBatch]):
         return image.flip(-1) if self.flip and sides and coin < 0.5 else image
 
     def _order(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self.drawn), generator=seeded("epoch", self.seed, epoch))
+        return torch.randperm(len(self.epoch_items), generator=seeded("epoch", self.seed, epoch))
 
 
 def mapped_at_once() -> int:

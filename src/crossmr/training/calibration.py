@@ -31,7 +31,7 @@ def calibration(
     if not usable:
         return dict(before or {})
     model.eval()
-    raw = training.batches("synthesis", usable, config.modalities).fixed(VALIDATION_SLICES)
+    raw = training.batches("synthesis", usable, config.modalities).validation_batch(VALIDATION_SLICES)
     pairs: list[list[Tensor]] = [[] for _ in config.targets]
     for number in range(validation_views(config)):
         batch = synthesis_batch(config, raw, None, seeded("calibrate", compute.seed, number))
@@ -60,8 +60,8 @@ def _squared_errors(training: Training, model: CrossConditionedModel, batch: Syn
 
     compute, both = training.compute, torch.zeros(2, *batch.truth.shape, dtype=torch.float64)
     with autocast(compute.device, compute.dtype):
-        at_once = training.at_once(training.config.synthesis.channels, batch.truth.shape[2:])
-        in_chunks(measure, len(batch.truth), at_once, compute.ranks)
+        size = training.inference_batch_size(training.config.synthesis.channels, batch.truth.shape[2:])
+        in_chunks(measure, len(batch.truth), size, compute.ranks)
     compute.ranks.all_reduce(both)
     return both
 

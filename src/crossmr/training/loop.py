@@ -148,15 +148,15 @@ class Trainer:
             return iter(())
         steps: Any = itertools.count(self.done)
         gpu = self.compute.device.type == "cuda"
-        readers = self._readers() if gpu and self.stage.readers else 0
-        if self.stage.readers and not readers:
+        workers = self._num_workers() if gpu and self.stage.num_workers else 0
+        if self.stage.num_workers and not workers:
             return _ahead(self.stage.data, steps)
-        options: Any = {"num_workers": readers, "pin_memory": gpu, "worker_init_fn": _leave_signals_to_the_parent}
+        options: Any = {"num_workers": workers, "pin_memory": gpu, "worker_init_fn": _leave_signals_to_the_parent}
         return _raising(DataLoader(_ErrorsAsItems(self.stage.data), None, sampler=steps, **options))
 
-    def _readers(self) -> int:
+    def _num_workers(self) -> int:
         """How many processes read batches for a GPU: as far as there are cores, and shared memory, for them."""
-        wanted = min(self.stage.readers, max(1, default_workers() // self.ranks.local_size - 1))
+        wanted = min(self.stage.num_workers, max(1, default_workers() // self.ranks.local_size - 1))
         batch, left = sum(int(tensor.nbytes) for tensor in self.stage.data[self.done]), shared_memory()
         fit = max(0, left // self.ranks.local_size // batch - IN_USE) // READ_AHEAD
         if fit < wanted:

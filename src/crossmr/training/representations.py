@@ -60,8 +60,8 @@ def _pooled(training: Training, model: CrossConditionedModel, volumes: Tensor, s
     def pool(some: slice) -> Tensor:
         return model.pooled(images[some].to(compute.device)).float().cpu()
 
-    at_once = training.at_once(config.representation.channels, images.shape[2:], images.shape[1])
-    return VectorBatch(torch.cat(in_chunks(pool, len(images), at_once)), present_in(images))
+    size = training.inference_batch_size(config.representation.channels, images.shape[2:], images.shape[1])
+    return VectorBatch(torch.cat(in_chunks(pool, len(images), size)), present_in(images))
 
 
 def draw_representations(training: Training, model: CrossConditionedModel, cases: Sequence[Case]) -> Tensor:

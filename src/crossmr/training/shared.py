@@ -86,7 +86,7 @@ class Training:
         """Each case as often as the C-UNet learns planes of it."""
         return [case.in_plane(p) for case in cases for p in planes_of(self.config.planes, case.spacing_mm[0])]
 
-    def at_once(self, channels: int, sides: Sequence[int], images: int = 1) -> int:
+    def inference_batch_size(self, channels: int, sides: Sequence[int], images: int = 1) -> int:
         """Samples that pass through a network without gradients; see `samples_at_once`."""
         if self.compute.device.type != "cpu":
             return CHUNK

@@ -43,7 +43,7 @@ PATTERNS = 4
 """Random subsets of each validation slice on which a model of any subset is calibrated."""
 MIN_SAMPLE_STD = 0.05
 """Standard deviation over samples, features being z-scored, below which representations tell samples hardly apart."""
-READERS = 16
+MAX_WORKERS = 16
 """Processes that read batches for a GPU, at most, and as far as there are cores for them."""
 
 
@@ -51,7 +51,7 @@ class Stage(ABC, Generic[RawBatch, Batch]):
     """One network's training."""
 
     name: ClassVar[str]
-    readers: ClassVar[int] = READERS
+    num_workers: ClassVar[int] = MAX_WORKERS
     """Processes that read its batches, where a GPU would otherwise wait for them; 0: they are in memory."""
     chunk: int = CHUNK
     """Samples that are validated at once."""
@@ -123,11 +123,15 @@ class RepresentationStage(Stage[ImageBatch, MaskedBatch]):
         )
         data = training.batches(self.name, train, training.config.represented, masked=True)
         super().__init__(model.network_of(self.name), data)
-        self.chunk = training.at_once(self.config.channels, training.recipe.crop, len(training.config.represented))
-        self.fixed = None
+        self.chunk = training.inference_batch_size(
+            self.config.channels, training.recipe.crop, len(training.config.represented)
+        )
+        self.validation_batch = None
         if val:
-            fixed = training.batches(self.name, val, training.config.represented, masked=True).fixed(VALIDATION_SLICES)
-            self.fixed = self.batch(fixed, seeded("validate", self.compute.seed))
+            first = training.batches(self.name, val, training.config.represented, masked=True).validation_batch(
+                VALIDATION_SLICES
+            )
+            self.validation_batch = self.batch(first, seeded("validate", self.compute.seed))
 
     def batch(self, raw: ImageBatch, generator: torch.Generator, shard: Shard | None = None) -> MaskedBatch:
         """Draw the patches that are hidden, the same in all modalities of a sample."""
@@ -144,7 +148,7 @@ class RepresentationStage(Stage[ImageBatch, MaskedBatch]):
 
     def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
         """L_MRM on validation patients."""
-        return mean_loss(self, network, self.fixed, self.compute)
+        return mean_loss(self, network, self.validation_batch, self.compute)
 
 
 class DiffusionBatch(NamedTuple):
@@ -168,7 +172,7 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
     """MDN, over the representations of every slice with enough head (2D), or of every volume (3D)."""
 
     name = "distribution"
-    readers = 0
+    num_workers = 0
     chunk = VALIDATION_VECTORS
 
     def __init__(self, training: Training, model: CrossConditionedModel):
@@ -182,7 +186,9 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
         features = model.target_features(vectors.present[:, self._targets])
         cast(DistributionNetwork, self.network).fit_standardisation(y_0, features)
         _warn_if_collapsed(self.compute.display, y_0, features)
-        self.fixed = self.batch(known["val"], seeded("validate", self.compute.seed)) if "val" in known else None
+        self.validation_batch = (
+            self.batch(known["val"], seeded("validate", self.compute.seed)) if "val" in known else None
+        )
 
     @property
     def _sources(self) -> list[int]:
@@ -255,7 +261,7 @@ class DistributionStage(Stage[VectorBatch, DiffusionBatch]):
 
     def validate(self, network: nn.Module, picture: Path) -> dict[str, float]:
         """The same on validation patients."""
-        return mean_loss(self, network, self.fixed, self.compute)
+        return mean_loss(self, network, self.validation_batch, self.compute)
 
 
 class SynthesisBatch(NamedTuple):
@@ -287,13 +293,13 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
         super().__init__(model.network_of(self.name), training.batches(self.name, cases, self.config.modalities))
         guiding = len(self.config.targets) * self.config.representation.channels
         channels = max(self.config.synthesis.channels, 0 if self.config.guidance == "none" else guiding)
-        self.chunk = training.at_once(channels, training.recipe.crop)
-        self.drawn = self._representations(cases)
-        self.fixed: SynthesisBatch | None = None
+        self.chunk = training.inference_batch_size(channels, training.recipe.crop)
+        self.representations = self._representations(cases)
+        self.validation_batch: SynthesisBatch | None = None
         if val := training.usable(training.val):
-            fixed = training.batches(self.name, val, self.config.modalities).fixed(VALIDATION_SLICES)
-            self.fixed = synthesis_batch(
-                self.config, fixed, self._representations(val), seeded("validate", self.compute.seed)
+            first = training.batches(self.name, val, self.config.modalities).validation_batch(VALIDATION_SLICES)
+            self.validation_batch = synthesis_batch(
+                self.config, first, self._representations(val), seeded("validate", self.compute.seed)
             )
         last = self.config.uncertainty and self.name == self.config.stages[-1]
         self.later_validations = validation_views(self.config) if last else 0  # the calibration
@@ -304,7 +310,7 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
 
     def batch(self, raw: ImageBatch, generator: torch.Generator, shard: Shard | None = None) -> SynthesisBatch:
         """Draw, for any subset, what is available, and which of a patient's representations guides."""
-        return synthesis_batch(self.config, raw, self.drawn, generator, shard)
+        return synthesis_batch(self.config, raw, self.representations, generator, shard)
 
     def guide(self, batch: SynthesisBatch) -> Tensor | None:
         """What the C-UNet is guided by, (B, T·D)."""
@@ -332,38 +338,38 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
 
         Also the linear regression's correlation, where there is one of the sources of every sample.
         """
-        if (fixed := self.fixed) is None:
+        if (batch := self.validation_batch) is None:
             return {}
         network.eval()
-        prediction, compute = torch.zeros(fixed.truth.shape), self.compute
+        prediction, compute = torch.zeros(batch.truth.shape), self.compute
 
         def predict(some: slice) -> None:
-            prediction[some] = self.predict(network, compute.to_device(cut(fixed, some)))[0].cpu()
+            prediction[some] = self.predict(network, compute.to_device(cut(batch, some)))[0].cpu()
 
         with autocast(compute.device, compute.dtype):
             in_chunks(predict, len(prediction), self.chunk, compute.ranks)
         compute.ranks.all_reduce(prediction)
-        truth, scores = standardise(fixed.truth), {}
+        truth, scores = standardise(batch.truth), {}
         for index, target in enumerate(self.config.targets):
-            chosen = fixed.target_mask[:, index] > 0
-            inside = (fixed.truth[:, index] > 0) & chosen[(...,) + (None,) * (truth.ndim - 2)]
+            chosen = batch.target_mask[:, index] > 0
+            inside = (batch.truth[:, index] > 0) & chosen[(...,) + (None,) * (truth.ndim - 2)]
             if inside.any():
                 pair = prediction[:, index][inside], truth[:, index][inside]
                 scores[f"val_correlation_{target}"] = float(torch.corrcoef(torch.stack(pair))[0, 1])
                 scores[f"val_error_{target}"] = float((pair[0] - pair[1]).abs().mean())
         if compute.ranks.first:
-            _draw(picture, self.config, fixed, on_unit_scale(prediction) * (fixed.truth > 0))
+            _draw(picture, self.config, batch, on_unit_scale(prediction) * (batch.truth > 0))
         return scores | self._regressions
 
     @cached_property
     def _regressions(self) -> dict[str, float]:
         """The linear regression's correlation with each target, the same at every validation."""
-        if (fixed := self.fixed) is None:
+        if (batch := self.validation_batch) is None:
             return {}
-        truth, scores = standardise(fixed.truth), {}
+        truth, scores = standardise(batch.truth), {}
         for index, target in enumerate(self.config.targets):
-            chosen = fixed.target_mask[:, index] > 0
-            inside = fixed.truth[chosen, index] > 0
+            chosen = batch.target_mask[:, index] > 0
+            inside = batch.truth[chosen, index] > 0
             if inside.any() and (regression := self._regression(target, chosen)) is not None:
                 pair = regression[inside], truth[chosen, index][inside]
                 scores[f"regression_correlation_{target}"] = float(torch.corrcoef(torch.stack(pair))[0, 1])
@@ -371,11 +377,11 @@ class SynthesisStage(Stage[ImageBatch, SynthesisBatch]):
 
     def _regression(self, target: str, chosen: Tensor) -> Tensor | None:
         """The linear regression (n, *S) of the validation samples chosen (B,), each from its sources; None without."""
-        if (fixed := self.fixed) is None or not self.model.baselines:
+        if (batch := self.validation_batch) is None or not self.model.baselines:
             return None
-        middle = fixed.neighbours[:, self.config.context_slices // 2 :: self.config.context_slices]  # (B, S, *S)
+        middle = batch.neighbours[:, self.config.context_slices // 2 :: self.config.context_slices]  # (B, S, *S)
         made = []
-        for images, available in zip(middle[chosen].numpy(), fixed.available[chosen] > 0, strict=True):
+        for images, available in zip(middle[chosen].numpy(), batch.available[chosen] > 0, strict=True):
             sources = {m: images[k] for k, m in enumerate(self.config.sources) if available[k]}
             if (one := linear_regression(self.model.baselines, self.config.modalities, sources, target)) is None:
                 return None
