@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -407,7 +408,7 @@ def test_the_precision_is_set_on_purpose_before_a_step(tmp_path, monkeypatch):
     from crossmr import device
 
     calls = []
-    monkeypatch.setattr(device, "set_numerics", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(device, "numerics", lambda *arguments: calls.append(arguments) or nullcontext())
     train(tmp_path, Line(), 1)
     assert calls[0] == (torch.device("cpu"), torch.float32)
 

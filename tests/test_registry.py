@@ -150,7 +150,7 @@ def test_a_model_is_loaded_once_by_name_or_folder_for_many_studies(folder, tmp_p
     loaded = [crossmr.load_model(), *(crossmr.load_model(m, device="cpu") for m in ("default", "mine", folder))]
     assert {model.record["sha256"] for model in loaded} == {read_model(folder).record["sha256"]}
     once = crossmr.complete(tmp_path / "P1", "mine", InferenceSettings(precision="float32", device="cpu"))
-    monkeypatch.setattr("crossmr.networks.model.load_model", None)  # nothing is read from here on
+    monkeypatch.setattr("crossmr.networks.model.read_model", None)  # nothing is read from here on
     assert all(crossmr.load_model(model, device="meta") is model for model in loaded)
     for number in range(2):
         result = crossmr.complete(
