@@ -182,12 +182,18 @@ def test_a_target_is_a_name_and_not_its_letters(model, tmp_path, one):
     assert list(complete(study, model, with_settings(targets=one), targets=["T1ce"]).images) == ["t1c"]
 
 
+def test_all_targets_of_a_string_with_commas_are_made(model, tmp_path):
+    study = write_images(tmp_path, "P", ("t1n", "t2w"))
+    assert list(complete(study, model, SETTINGS, targets="FLAIR, T1ce").images) == ["t1c", "t2f"]
+    with pytest.raises(ConfigError, match="'T1ce FLAIR' names several modalities"):
+        complete(study, model, SETTINGS, targets="T1ce FLAIR")
+
+
 def test_no_target_at_all_and_one_that_is_none_are_refused(model, tmp_path):
     with pytest.raises(ConfigError, match="No modality is named"):
         InferenceSettings(targets=[])
-    for wrong in ("f", "t2f, t1c"):
-        with pytest.raises(ConfigError, match=f"cannot synthesise {wrong}; it was trained for t1c, t2f"):
-            complete(write_images(tmp_path, "P", ("t1n", "t2w")), model, SETTINGS, targets=wrong)
+    with pytest.raises(ConfigError, match="cannot synthesise f; it was trained for t1c, t2f"):
+        complete(write_images(tmp_path, "P", ("t1n", "t2w")), model, SETTINGS, targets="f")
 
 
 def test_says_why_a_gap_cannot_be_filled(model, tmp_path):

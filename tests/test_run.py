@@ -548,6 +548,8 @@ def test_with_next_to_no_time_every_stage_has_a_step(prepared, tmp_path):
 def test_settings_take_one_name_or_several_in_any_spelling():
     named = TrainingSettings(sources="T1", targets=["FLAIR", "t1c"], stages="synthesis")
     assert (named.sources, named.targets, named.stages) == (("t1n",), ("t2f", "t1c"), ("synthesis",))
+    listed = TrainingSettings(sources="T1,T2", targets=["FLAIR,t1c"])
+    assert (listed.sources, listed.targets) == (("t1n", "t2w"), ("t2f", "t1c"))
 
 
 def test_refusals(prepared, tmp_path):

@@ -160,8 +160,8 @@ def complete(
         model: what `load_model` gave, for many studies; or a registered name, or a model's folder, which is then
             loaded; None for the default.
         settings: guidance, seed, device and so on; see `InferenceSettings`.
-        targets: modalities requested, one ("t2f") or several; None for those of the settings, by default all that are
-            missing and the model knows.
+        targets: modalities requested, one ("t2f") or several ("T1ce,FLAIR"); None for those of the settings, by
+            default all that are missing and the model knows.
         case: name of a study that is given volume by volume: it seeds a sample, and `Completed.save` writes under it.
 
     Returns:

@@ -40,8 +40,8 @@ class InferenceSettings:
     """How to synthesise; the same settings and inputs give the same voxels."""
 
     targets: Sequence[str] | None = None
-    """Modalities requested, in any usual spelling: one, such as "t2f" or "FLAIR", or several; None for all that are
-    missing and the model knows."""
+    """Modalities requested, in any usual spelling: one, such as "t2f", or several, such as "T1ce,FLAIR"; None for all
+    that are missing and the model knows."""
     guidance: Guidance | None = None
     """'sample' (the MDN is given the sources), 'unconditional' (as published), 'reference' (the representation of
     another study's real scans), 'none'; None for what the model was trained with."""
