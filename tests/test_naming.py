@@ -296,6 +296,10 @@ class TestMapping:
         with pytest.raises(ConfigError, match="mapping"):
             recognise([Path("a.nii")], {key: "*"})
 
+    def test_a_pattern_is_text(self) -> None:
+        with pytest.raises(ConfigError, match=r"mapping: \['\*_A\*'\] is no pattern; expected one, or several"):
+            recognise([Path("a.nii")], {"t1n": ["*_A*"]})  # type: ignore[dict-item]
+
 
 class TestModalityName:
     @pytest.mark.parametrize("name", MODALITIES)

@@ -664,11 +664,33 @@ def test_fractions_that_make_no_sense_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    "fractions", [(0.7, 0.1, 0.1), (70, 10, 20), (0, 0.5, 0.5), (1.2, -0.2, 0), (float("nan"), 0, 1)]
+    "fractions", [(0.7, 0.1, 0.1), (70, 10, 10), (0, 0.5, 0.5), (1.2, -0.2, 0), (float("nan"), 0, 1), ("7", "1", "2")]
 )
 def test_a_split_that_makes_no_sense_is_refused(fractions):
     with pytest.raises(ConfigError, match=r"--split is .* sum to 1"):
         Split(*fractions)
+
+
+def test_settings_are_understood_as_the_command_line_gives_them():
+    assert Split(70, 10, 20, seed=4) == Split.parse("70/10/20", 4)
+    given = PrepareSettings(split="50/25/25", patients="p.csv", register=True)
+    assert given == PrepareSettings(split=Split(0.5, 0.25, 0.25), patients=Path("p.csv"), register="always")
+    assert PrepareSettings(register=False) == PrepareSettings()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"split": "70/30"}, r"--split is '70/30'; expected train/val/test"),
+        ({"split": (0.7, 0.1, 0.2)}, r"split is \(.*\); expected text such as '70/10/20'"),
+        ({"patients": 5}, r"patients is 5; expected text such as 'patients.csv'"),
+        ({"register": "yes"}, r"register is 'yes'; expected one of never, if needed, always"),
+        ({"workers": "two"}, r"workers is 'two'; expected a whole number"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        PrepareSettings(**wrong)
 
 
 # ------------------------------------------------------------------------------------------- real scans

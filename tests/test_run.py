@@ -753,8 +753,9 @@ def test_a_recipe_goes_by_its_name_and_steps_are_whole():
     assert TrainingSettings().chosen_recipe is None
     with pytest.raises(ConfigError, match="There is no recipe 'large': expected one of standard, any, paper, tiny"):
         TrainingSettings(recipe="large")
-    with pytest.raises(ConfigError, match="expected a whole number"):
-        TrainingSettings(steps=1.5)
+    for wrong in ({"steps": 1.5}, {"steps": "5"}, {"seed": "1"}):
+        with pytest.raises(ConfigError, match="expected a whole number"):
+            TrainingSettings(**wrong)
 
 
 def test_three_planes_are_learnt_in_studies_with_thin_slices(prepared, tmp_path, monkeypatch):

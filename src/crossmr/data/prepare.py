@@ -11,6 +11,7 @@ SET/
 import contextlib
 import hashlib
 import io
+import math
 import os
 import signal
 import statistics
@@ -20,16 +21,18 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from crossmr.config import read_text, read_whole
 from crossmr.data.formats import content_sha256, parts, unreadable
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import StudyFiles, find_studies, unmatched
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
-from crossmr.data.registration import RegistrationMode
+from crossmr.data.registration import RegistrationMode, registration_mode
 from crossmr.data.study import Study, load_study, study_memory
 from crossmr.data.volume import voxels_sha256
 from crossmr.display import LOG, SILENT, Display, is_log
@@ -54,7 +57,7 @@ PROCESS_BYTES = 120 * 10**6
 
 @dataclass(frozen=True)
 class Split:
-    """Which fraction of the patients goes where; all studies of a patient go together."""
+    """Which fraction of the patients goes where, or percent; all studies of a patient go together."""
 
     train: float = 0.7
     """Fraction of patients that the networks learn from."""
@@ -66,11 +69,16 @@ class Split:
     """Seed of the hash that orders the patients."""
 
     def __post_init__(self) -> None:
-        fractions = (self.train, self.val, self.test)
-        if not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6 and self.train > 0):  # NaN fails too
+        shares = (self.train, self.val, self.test)
+        total = sum(shares) if all(isinstance(share, Real) for share in shares) else math.nan
+        whole = 100 if abs(total - 100) <= 1e-4 else 1
+        if not (abs(total - whole) <= 1e-6 * whole and min(shares) >= 0 and self.train > 0):  # NaN fails too
             raise ConfigError(
-                f"--split is {fractions}; expected train/val/test fractions that sum to 1, such as 70/10/20."
+                f"--split is {shares}; expected train/val/test fractions that sum to 1, or percent, such as 70/10/20."
             )
+        for name, share in zip(SPLITS, shares, strict=True):
+            object.__setattr__(self, name, share / whole)
+        read_whole(self, "seed")
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> "Split":
@@ -92,6 +100,7 @@ class PrepareSettings:
     mapping: Mapping[str, str] | None = None
     """Modality → glob on file names, see `recognise`."""
     split: Split = Split()
+    """Which share of the patients goes where, with the seed of the order; '70/10/20' is understood."""
     register: RegistrationMode = "never"
     """Which volumes are registered to the first of their study."""
     workers: int = 1
@@ -100,6 +109,12 @@ class PrepareSettings:
     """Delete prepared cases that are not in the cohorts any more; without it they are an error."""
     patients: Path | None = None
     """Table of whose each study is, and perhaps of the splits, see `patients`; None goes by names."""
+
+    def __post_init__(self) -> None:
+        read_text(self, "split", Split, Split.parse, "70/10/20")
+        read_text(self, "patients", Path | None, Path, "patients.csv")
+        object.__setattr__(self, "register", registration_mode(self.register))
+        read_whole(self, "workers")
 
 
 def assign_splits(patients: Sequence[str], split: Split, fixed: Mapping[str, str] | None = None) -> dict[str, str]:

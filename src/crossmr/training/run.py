@@ -24,7 +24,7 @@ from torch import Tensor
 
 from crossmr.baselines import fit_baselines, with_earlier
 from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
-from crossmr.config import from_dict, to_dict
+from crossmr.config import from_dict, read_whole, to_dict
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.head import bounding_box
 from crossmr.data.naming import in_usual_order, modality_names
@@ -89,13 +89,12 @@ class TrainingSettings:
             raise ConfigError(f"There is no recipe '{self.recipe}': expected one of {', '.join(RECIPES)}.")
         if isinstance(self.stages, str):
             object.__setattr__(self, "stages", (self.stages,))
+        read_whole(self, "steps", "seed")
         if self.steps is not None and self.minutes is not None:
             raise ConfigError("Give --steps or --minutes, not both.")
         too_short = self.minutes is not None and not 0 < self.minutes < math.inf  # NaN fails too
         if too_short or (self.steps is not None and self.steps < 1):
             raise ConfigError("--steps and --minutes are positive.")
-        if self.steps is not None and self.steps != int(self.steps):
-            raise ConfigError(f"steps is {self.steps}; expected a whole number.")
         if not -(2**63) <= self.seed < 2**64:
             raise ConfigError(f"--seed is {self.seed}; expected a whole number of at most 64 bits.")
 
