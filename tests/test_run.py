@@ -641,6 +641,17 @@ def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run,
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run" / "model").values())
 
 
+def test_one_contrast_alone_is_no_model_of_any_subset(prepared, any_run, tmp_path):
+    for initial in ({"initial": any_run / "model"}, {"recipe": ANY_SMALL}):
+        for named, options in (
+            ({"targets": "t2f"}, "--targets"),
+            ({"sources": "T1", "targets": "t1n"}, "--sources and --targets"),
+        ):
+            with pytest.raises(ConfigError, match=rf"from the others, but there is t\w+ alone in {options}\. Name oth"):
+                train(prepared, tmp_path, **{"recipe": None, **initial}, **named)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_model_of_any_subset_goes_on_with_no_fewer_modalities(prepared, any_run, tmp_path):
     for named in ({"sources": SOURCES}, {"sources": SOURCES, "targets": ("t1c",)}):
         with pytest.raises(ConfigError, match=r"has another sources .* Leave --recipe, --sources and --targets away"):

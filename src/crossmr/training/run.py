@@ -357,7 +357,14 @@ def _modalities(
         cases = dataset.split("train")
         several = [case for case in cases if len(case.modalities) > 1] or cases
         present = {m for case in several for m in case.modalities}
-        sources = targets = tuple(in_usual_order({*(sources or ()), *(targets or ())} or present))
+        named = {*(sources or ()), *(targets or ())}
+        sources = targets = tuple(in_usual_order(named or present))
+        if len(sources) == 1:
+            given = " and ".join(f"--{name}" for name in ("sources", "targets") if getattr(settings, name))
+            raise ConfigError(
+                f"A model of any subset learns each of its contrasts from the others, but there is {sources[0]} alone"
+                + (f" in {given}. Name others, too, or leave it away." if given else f" in {dataset.folder}.")
+            )
     else:
         sources = tuple(sources or [m for m in PUBLISHED_SOURCES if m in known and m not in (targets or ())])
         targets = tuple(targets or [m for m in PUBLISHED_TARGETS if m in known and m not in sources])
