@@ -178,6 +178,7 @@ def test_a_participant_without_images_stops_no_other(dataset, model, tmp_path):
         (["raw", "raw", "participant"], "OUT raw is BIDS_DIR, or in or around it. Name raw/derivatives/crossmr"),
         (["raw", "raw/sub-01/new", "group"], "OUT raw/sub-01/new is BIDS_DIR, or in or around it"),
         (["raw", "out", "participant", "--targets", "t2f,nonsense"], "'nonsense' is not a modality"),
+        (["raw", "out", "participant", "--targets", "nonsense", "--targets", "t2f"], "'nonsense' is not a modality"),
         (["raw", ".", "participant"], "OUT . is BIDS_DIR, or in or around it"),
     ],
 )
@@ -236,7 +237,7 @@ def test_the_boutiques_descriptor_is_valid_and_calls_the_command(tmp_path):
     _, *arguments = shlex.split(line)
     given = vars(parser().parse_args(arguments))
     assert (str(given["bids_dir"]), str(given["out"]), given["level"]) == ("raw", "new", "participant")
-    assert {name: given[name] for name in labels} == labels
+    assert {name: given[name] for name in labels} == {**labels, "targets": ["t2f"]}
 
 
 def test_the_boutiques_descriptor_says_the_version_and_every_option():

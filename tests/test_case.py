@@ -14,11 +14,20 @@ from crossmr.completion.case import CohortSettings
 from crossmr.completion.cohort import complete_cohort, plan_cohort
 from crossmr.completion.private import NAME, read_paths
 from crossmr.display import Display
+from crossmr.errors import ConfigError
 from crossmr.networks.inference import InferenceSettings
+from crossmr.parts import Part
 
 SHAPE = (26, 28, 22)
 SETTINGS = InferenceSettings(ddim_steps=3, device="cpu", precision="float32")
 AGAIN = CohortSettings(overwrite=True)
+
+
+def test_a_part_is_understood_as_the_command_line_gives_it():
+    assert CohortSettings(part="1/2") == CohortSettings(part=Part(1, 2))
+    for wrong, said in (("3/2", "--part is 3/2"), (2, "part is 2; expected text such as '3/100'")):
+        with pytest.raises(ConfigError, match=said):
+            CohortSettings(part=wrong)
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,8 @@ def test_a_segmenter_without_any_labels_is_said(measured):
 def test_what_a_protocol_is_not_for_is_refused(cohort, folder, fixed, segmenter, tmp_path):
     with pytest.raises(ConfigError, match="the model makes t1c, t2f from fixed sources"):
         evaluate_by_protocol(fixed, cohort, tmp_path / "out", settings())
+    with pytest.raises(ConfigError, match=r"--segmenter is 'true': it lacks \{study\}"):
+        settings(segmenter="true")
     with pytest.raises(ConfigError, match="expected crossmr, brasyn or published"):
         settings("brats")
     for given in ({"every_subset": True}, {"part": Part(1, 2)}):

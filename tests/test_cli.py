@@ -265,7 +265,7 @@ def test_the_first_line_of_a_training_waits_for_nothing_heavy(tmp_path):
 
 
 def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path):
-    spelt = ("--targets", "FLAIR,T1ce")  # in usual words, not in codes
+    spelt = ("--targets", "FLAIR", "--targets", "T1ce")  # in usual words, not in codes
     result = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--ddim-steps", 4, *spelt)
     assert result.returncode == 0, result.stderr
     assert "synthesised t1c, t2f" in result.stdout
@@ -278,7 +278,8 @@ def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path)
         np.testing.assert_array_equal(written.affine, reference.affine)
         assert written.header["descrip"].item().startswith(b"SYNTHETIC t2f by crossmr")
         assert json.loads((tmp_path / case / "manifest.json").read_text())["settings"]["ddim_steps"] == 4
-    again = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--ddim-steps", 4, *spelt)
+    listed = ("--targets", "T1ce,FLAIR")
+    again = crossmr("complete", cohort, "-o", tmp_path, "--model", model, "--ddim-steps", 4, *listed)
     assert again.returncode == 0
     assert again.stdout.splitlines()[-1].startswith("2 studies: 0 failed, 2 finished before; in ")
 

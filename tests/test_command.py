@@ -122,7 +122,7 @@ def test_pairs_and_modalities():
             pairs([wrong], "--set", "x=1")
     assert pairs(["a=1", "a=2"], "--set", "x=1") == {"a": "2"}
     assert mapping_of(["t1n=*_A*", "t2w=*_T2*", "t1n =*_B*"]) == {"t1n": "*_A*|*_B*", "t2w": "*_T2*"}
-    assert modalities_of("T1ce, FLAIR") == ("t1c", "t2f")
-    assert modalities_of(None) is None
+    assert modalities_of(["T1ce, FLAIR"]) == modalities_of(["T1ce", "FLAIR"]) == ("t1c", "t2f")
+    assert modalities_of(None) is modalities_of([]) is None
     with pytest.raises(ConfigError, match="t1x"):
-        modalities_of("t1x")
+        modalities_of(["t1x"])

@@ -19,9 +19,10 @@ from torch import nn
 from crossmr.cli import main
 from crossmr.completion.cohort import CohortSettings, complete_cohort
 from crossmr.completion.inputs import what_to_fill
-from crossmr.completion.study import _as_images, complete, complete_study
+from crossmr.completion.study import _as_images, _fit_map, complete, complete_study
 from crossmr.data.head import DARKEST
 from crossmr.data.study import load_study
+from crossmr.data.volume import read_volume
 from crossmr.errors import ConfigError, ModelError, NamingError, StudyError
 from crossmr.networks import inference
 from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
@@ -182,12 +183,18 @@ def test_a_target_is_a_name_and_not_its_letters(model, tmp_path, one):
     assert list(complete(study, model, with_settings(targets=one), targets=["T1ce"]).images) == ["t1c"]
 
 
+def test_all_targets_of_a_string_with_commas_are_made(model, tmp_path):
+    study = write_images(tmp_path, "P", ("t1n", "t2w"))
+    assert list(complete(study, model, SETTINGS, targets="FLAIR, T1ce").images) == ["t1c", "t2f"]
+    with pytest.raises(ConfigError, match="'T1ce FLAIR' names several modalities"):
+        complete(study, model, SETTINGS, targets="T1ce FLAIR")
+
+
 def test_no_target_at_all_and_one_that_is_none_are_refused(model, tmp_path):
     with pytest.raises(ConfigError, match="No modality is named"):
         InferenceSettings(targets=[])
-    for wrong in ("f", "t2f, t1c"):
-        with pytest.raises(ConfigError, match=f"cannot synthesise {wrong}; it was trained for t1c, t2f"):
-            complete(write_images(tmp_path, "P", ("t1n", "t2w")), model, SETTINGS, targets=wrong)
+    with pytest.raises(ConfigError, match="cannot synthesise f; it was trained for t1c, t2f"):
+        complete(write_images(tmp_path, "P", ("t1n", "t2w")), model, SETTINGS, targets="f")
 
 
 def test_says_why_a_gap_cannot_be_filled(model, tmp_path):
@@ -822,12 +829,31 @@ def test_intensities_like_an_acquired_volume_can_be_mapped_back(tmp_path, uncert
         InferenceSettings(scale="huge")
 
 
+@pytest.mark.parametrize("shift", [0.0, -300.0])
+def test_nothing_is_negative_unless_the_acquired_volume_is(shift):
+    """A map to a scan that varies much makes what is darkest negative, which no magnitude is."""
+    scan = make_head("t2w", air=False)
+    study = load_study({"t2w": image(np.where(scan > 0, scan**8 / 10**14 + shift, 0))})
+    darkest = study.volumes["t2w"].data[study.mask].min()
+    synthetic = torch.rand(1, *study.mask[study.box()].shape, generator=torch.Generator().manual_seed(0)).sqrt()
+    fitted = _fit_map(study, synthetic[0] * torch.from_numpy(study.mask[study.box()]), "t2w")
+    images, _ = _as_images(study, inference.Synthesis(("t2f",), synthetic, None, 1), ["t2w"], {"t2f": fitted})
+    data = read_volume(images["t2f"]).data
+    mapped = np.zeros_like(data)
+    mapped[study.box()] = fitted["slope"] * synthetic[0].numpy() + fitted["intercept"]
+    assert (mapped[study.mask] < min(darkest, 0)).any()
+    assert data[study.mask].min() == pytest.approx(min(darkest, 0), abs=0.01 * fitted["slope"])
+    assert (data[study.mask] > 0).all() == (shift == 0)
+    np.testing.assert_allclose(data[study.mask], mapped[study.mask].clip(fitted["least"]), rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(data[~study.mask], 0)
+
+
 def test_what_is_exactly_0_within_the_head_stays_so_on_another_scale():
     study = load_study({"t1n": image(make_head("t1n"))})
     synthetic = torch.full((1, *study.mask[study.box()].shape), 0.5)
     synthetic[:, 8:10] = 0  # slices that were not acquired
     synthesis = inference.Synthesis(("t2f",), synthetic, None, 1)
-    images, _ = _as_images(study, synthesis, ["t1n"], {"t2f": {"slope": 2.0, "intercept": 7.0}})
+    images, _ = _as_images(study, synthesis, ["t1n"], {"t2f": {"slope": 2.0, "intercept": 7.0, "least": 0.01}})
     assert set(np.unique(np.asarray(images["t2f"].dataobj))) == {0, 8}
     assert (np.asarray(images["t2f"].dataobj) == 8).sum() == (
         study.mask[study.box()] & (synthetic[0] > 0).numpy()

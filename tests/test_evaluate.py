@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -636,6 +637,15 @@ def test_what_cannot_work_is_refused_before_anything_is_written(bare, cohort, tm
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="could not be written"):
         evaluate(bare, cohort, tmp_path / "file", SETTINGS)
+
+
+def test_settings_are_understood_as_the_command_line_gives_them():
+    given = EvaluationSettings(patients="p.csv", part="1/2", guidances="none")
+    assert given == EvaluationSettings(patients=Path("p.csv"), part=Part(1, 2), guidances=("none",))
+    with pytest.raises(ConfigError, match="--part is '3'; expected K/N"):
+        EvaluationSettings(part="3")
+    with pytest.raises(ConfigError, match=r"patients is 5; expected text such as 'patients\.csv'"):
+        EvaluationSettings(patients=5)
 
 
 def test_settings_that_mean_nothing_are_refused():

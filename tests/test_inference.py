@@ -545,11 +545,22 @@ def test_what_a_model_can_do_is_not(model, fine):
         ({"guidance": "reference"}, "--reference STUDY go together"),
         ({"reference": Path("another")}, "--reference STUDY go together"),
         ({"reference": Path("another"), "guidance": "sample"}, "--reference STUDY go together"),
+        ({"reference": 5, "guidance": "reference"}, "reference is 5; expected text such as 'earlier/visit'"),
+        ({"register": "yes"}, "register is 'yes'; expected one of never, if needed, always"),
+        ({"seed": "1"}, "seed is '1'; expected a whole number"),
+        ({"ddim_steps": 2.5}, "ddim_steps is 2.5; expected a whole number"),
+        ({"planes": True}, "planes is True; expected a whole number"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, match):
     with pytest.raises(ConfigError, match=match):
         InferenceSettings(**wrong)
+
+
+def test_settings_are_understood_as_the_command_line_gives_them():
+    assert InferenceSettings(register=True).register == "always"
+    assert InferenceSettings(register=False, seed=np.int64(3)) == InferenceSettings(seed=3)
+    assert InferenceSettings(guidance="reference", reference="another").reference == Path("another")
 
 
 @pytest.mark.parametrize(

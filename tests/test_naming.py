@@ -1,10 +1,20 @@
 """File names in, studies and modalities out."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from crossmr.data.naming import LONGEST, MODALITIES, StudyFiles, find_studies, modality_name, recognise, unmatched
+from crossmr.data.naming import (
+    LONGEST,
+    MODALITIES,
+    StudyFiles,
+    find_studies,
+    modality_name,
+    modality_names,
+    recognise,
+    unmatched,
+)
 from crossmr.errors import ConfigError, NamingError
 
 SCANS = Path(__file__).parents[2] / "shared" / "data"
@@ -286,6 +296,10 @@ class TestMapping:
         with pytest.raises(ConfigError, match="mapping"):
             recognise([Path("a.nii")], {key: "*"})
 
+    def test_a_pattern_is_text(self) -> None:
+        with pytest.raises(ConfigError, match=r"mapping: \['\*_A\*'\] is no pattern; expected one, or several"):
+            recognise([Path("a.nii")], {"t1n": ["*_A*"]})  # type: ignore[dict-item]
+
 
 class TestModalityName:
     @pytest.mark.parametrize("name", MODALITIES)
@@ -318,6 +332,41 @@ class TestModalityName:
     def test_other_things_are_no_modality(self, text: str) -> None:
         with pytest.raises(ConfigError, match="not a modality: expected one of t1n, t1c, t2w, t2f, pdw"):
             modality_name(text)
+
+
+class TestModalityNames:
+    @pytest.mark.parametrize("given", ["T1,FLAIR", "t1n, flair", ["T1", "FLAIR"], ["T1,FLAIR"], "T1,FLAIR,t2f"])
+    def test_commas_separate(self, given: str | list[str]) -> None:
+        assert modality_names(given) == ("t1n", "t2f")
+
+    @pytest.mark.parametrize(
+        ("text", "names"),
+        [
+            ("T1ce FLAIR", "t1c,t2f"),
+            ("T1ce-FLAIR", "t1c,t2f"),
+            ("T1 FLAIR", "t1n,t2f"),
+            ("T2 FLAIR", "t2w,t2f"),
+            ("T2+FLAIR", "t2w,t2f"),
+            ("T1;T2/PD", "t1n,t2w,pdw"),
+        ],
+    )
+    def test_a_name_of_several_is_refused(self, text: str, names: str) -> None:
+        with pytest.raises(ConfigError, match=rf"'{re.escape(text)}' names several .* with commas: {names}\.$"):
+            modality_names(["t2w", text])
+
+    @pytest.mark.parametrize(
+        ("text", "name"),
+        [
+            ("T1-FLAIR", "t1n"),
+            ("T2-FLAIR", "t2f"),
+            ("T2w_FLAIR", "t2f"),
+            ("T1 Gd", "t1c"),
+            ("T1+C", "t1c"),
+            ("x1", "x1"),
+        ],
+    )
+    def test_a_name_of_one_stays(self, text: str, name: str) -> None:
+        assert modality_names(text) == (name,)
 
 
 class TestFindStudies:

@@ -42,6 +42,8 @@ def test_acquired_and_synthetic_volumes_make_one_dataset(folders, tmp_path):
     record = export_nnunet(folders / "in", folders / "completed", out)
     assert record["synthetic"] == {"Ann": [], "Bob": ["t1c"]}
     assert record["left_out"] == {"Cem": "it lacks t1c, t2f; complete it first, or choose --modalities"}
+    two = export_nnunet(folders / "in", folders / "completed", tmp_path / "two", modalities="FLAIR,T1")
+    assert two["channels"] == ["t2f", "t1n"]
     assert json.loads((out / "dataset.json").read_text()) == {
         "channel_names": {"0": "T1", "1": "T1ce", "2": "T2", "3": "FLAIR"},
         "labels": {"background": 0, "label 1": 1, "label 2": 2, "label 3": 3},

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
@@ -222,15 +223,14 @@ def test_run_again_keeps_what_is_finished(cohort, tmp_path):
 
 
 def test_studies_that_change_their_part_are_said(cohort, tmp_path):
-    patients = [f"P{k}" for k in range(1, 9)]
-    for seed, case in enumerate(patients):
-        write_study(tmp_path / "cohort", case, ("t1n",), seed=seed)
+    for seed in range(8):
+        write_study(tmp_path / "cohort", f"P{seed}", ("t1n",), seed=seed)
     split, listener = Split(0.5, 0.25, 0.25, seed=5), Listener()
     first = prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=split), display=listener)
     prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(split=split), display=listener)
     assert not any("change their part" in line for line in listener.said)
     second = prepare(tmp_path / "cohort", tmp_path / "set", display=listener)
-    moved = [case for case in patients if first["cases"][case]["part"] != second["cases"][case]["part"]]
+    moved = [case for case in first["cases"] if first["cases"][case]["part"] != second["cases"][case]["part"]]
     (line,) = (line for line in listener.said if "change their part" in line)
     assert f"{moved[0]} from {first['cases'][moved[0]]['part']} to {second['cases'][moved[0]]['part']}" in line
     assert "--split 50/25/25 --seed 5" in line
@@ -554,8 +554,11 @@ def test_a_table_groups_studies_and_fixes_splits(tmp_path):
 def test_splits_are_fixed_for_whom_they_are_said_to_be():
     patients = everyone(40)
     fixed = {patients[k]: ("train", "val", "test")[k % 3] for k in range(12)}
-    splits, free = assign_splits(patients, Split(), fixed), assign_splits(patients, Split())
-    assert splits == free | fixed
+    splits = assign_splits(patients, Split(), fixed)
+    assert splits == splits | fixed
+    assert Counter(splits.values()) == {"train": 28, "val": 4, "test": 8}
+    many = dict.fromkeys(patients[:20], "val")  # more than its share: the others share the rest
+    assert Counter(assign_splits(patients, Split(), many).values()) == {"train": 16, "val": 20, "test": 4}
     nobody_left = assign_splits(patients[:3], Split(), dict.fromkeys(patients[:3], "test"))
     assert set(nobody_left.values()) == {"test"}
     assert set(assign_splits(patients[:3], Split(), {patients[0]: "val"}).values()) == set(SPLITS)
@@ -608,8 +611,7 @@ def everyone(count: int) -> list[str]:
 
 def test_the_fractions_are_kept_and_the_seed_matters():
     splits = assign_splits(everyone(3000), Split())
-    for name, fraction in zip(SPLITS, (0.7, 0.1, 0.2), strict=True):
-        assert list(splits.values()).count(name) / 3000 == pytest.approx(fraction, abs=0.03)
+    assert Counter(splits.values()) == {"train": 2100, "val": 300, "test": 600}
     other = assign_splits(everyone(3000), Split(seed=1))
     moved = sum(splits[p] != other[p] for p in splits)
     assert moved / 3000 == pytest.approx(1 - (0.49 + 0.01 + 0.04), abs=0.04)  # as two independent draws
@@ -621,13 +623,66 @@ def test_the_split_depends_on_nothing_but_seed_and_names():
     shuffled = [patients[i] for i in np.random.default_rng(0).permutation(50)]
     assert assign_splits([*shuffled, *shuffled], Split(seed=3)) == splits
     first = " ".join(splits[patient][:2] for patient in patients[:20])
-    assert first == "tr tr tr te te tr tr tr tr te va tr tr tr te tr tr te tr tr"  # for ever
+    assert first == "tr tr tr va te tr tr tr tr va va tr tr tr te tr tr te tr tr"  # for ever
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_a_cohort_that_grows_moves_nobody(seed):
-    small, grown = (assign_splits(everyone(count), Split(seed=seed)) for count in (60, 90))
-    assert {p: grown[p] for p in small} == small
+@pytest.mark.parametrize(
+    ("count", "text", "counts"),
+    [
+        (10, "50/25/25", (5, 3, 2)),
+        (30, "70/10/20", (21, 3, 6)),
+        (4, "70/10/20", (2, 1, 1)),
+        (2, "70/10/20", (1, 1, 0)),
+        (1, "10/0/90", (1, 0, 0)),
+        (7, "1/1/1", (3, 2, 2)),
+    ],
+)
+def test_the_shares_are_those_that_were_asked_for(count, text, counts):
+    for seed in range(5):
+        splits = [*assign_splits(everyone(count), Split.parse(text, seed)).values()]
+        assert tuple(splits.count(part) for part in SPLITS) == counts
+
+
+@given(counts=st.lists(st.integers(10, 60), min_size=2, max_size=4), seed=st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_those_who_join_fill_up_the_shares_and_nobody_moves(counts, seed):
+    known: dict[str, str] = {}
+    for count in sorted(counts):
+        grown = assign_splits(everyone(count), Split(seed=seed), known)
+        assert grown == grown | known
+        numbers = Counter(grown.values())
+        assert all(abs(numbers[part] - share * count) < 1 for part, share in zip(SPLITS, Split().shares, strict=True))
+        known = grown
+
+
+def test_a_set_that_grows_keeps_the_part_of_everybody_it_knows(tmp_path):
+    cohort, split = tmp_path / "cohort", PrepareSettings(split=Split(0.5, 0.25, 0.25))
+    for seed, case in enumerate(("P1_T0", "B", "C", "D")):
+        write_study(cohort, case, ("t1n",), seed=seed)
+    before = prepare(cohort, tmp_path / "set", split)
+    for seed, case in enumerate(("P1_T1", "E", "F", "G", "H"), 4):
+        write_study(cohort, case, ("t1n",), seed=seed)
+    listener = Listener()
+    after = prepare(cohort, tmp_path / "set", split, display=listener)
+    assert [len(after["split"][part]) for part in SPLITS] == [4, 2, 2]
+    assert {case: after["cases"][case]["part"] for case in before["cases"]} == {
+        case: record["part"] for case, record in before["cases"].items()
+    }
+    assert after["cases"]["P1_T1"]["part"] == after["cases"]["P1_T0"]["part"]
+    assert not any("change their part" in line for line in listener.said)
+
+
+def test_two_patients_who_turn_out_to_be_one_are_no_test(tmp_path):
+    cohort = tmp_path / "cohort"
+    for seed, case in enumerate("ABC"):
+        write_study(cohort, case, ("t1n",), seed=seed)
+    before = prepare(cohort, tmp_path / "set")
+    (table := tmp_path / "patients.csv").write_text("case,patient\nA,P\nB,P\nC,P\n")
+    listener = Listener()
+    after = prepare(cohort, tmp_path / "set", PrepareSettings(patients=table), display=listener)
+    assert sorted(case["part"] for case in before["cases"].values()) == sorted(SPLITS)
+    assert {case["part"] for case in after["cases"].values()} == {"train"}
+    assert any("change their part" in line for line in listener.said)
 
 
 @given(count=st.integers(3, 12), seed=st.integers(0, 10**6))
@@ -636,8 +691,6 @@ def test_no_split_with_a_fraction_is_empty(count, seed):
     splits = assign_splits(everyone(count), Split(seed=seed))
     assert set(splits) == set(everyone(count))
     assert set(splits.values()) == set(SPLITS)
-    grown = assign_splits(everyone(count + 60), Split(seed=seed))
-    assert sum(splits[p] != grown[p] for p in splits) <= 2  # the few who were moved to fill a split
 
 
 @given(count=st.integers(2, 12), seed=st.integers(0, 10**6))
@@ -664,11 +717,33 @@ def test_fractions_that_make_no_sense_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    "fractions", [(0.7, 0.1, 0.1), (70, 10, 20), (0, 0.5, 0.5), (1.2, -0.2, 0), (float("nan"), 0, 1)]
+    "fractions", [(0.7, 0.1, 0.1), (70, 10, 10), (0, 0.5, 0.5), (1.2, -0.2, 0), (float("nan"), 0, 1), ("7", "1", "2")]
 )
 def test_a_split_that_makes_no_sense_is_refused(fractions):
     with pytest.raises(ConfigError, match=r"--split is .* sum to 1"):
         Split(*fractions)
+
+
+def test_settings_are_understood_as_the_command_line_gives_them():
+    assert Split(70, 10, 20, seed=4) == Split.parse("70/10/20", 4)
+    given = PrepareSettings(split="50/25/25", patients="p.csv", register=True)
+    assert given == PrepareSettings(split=Split(0.5, 0.25, 0.25), patients=Path("p.csv"), register="always")
+    assert PrepareSettings(register=False) == PrepareSettings()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"split": "70/30"}, r"--split is '70/30'; expected train/val/test"),
+        ({"split": (0.7, 0.1, 0.2)}, r"split is \(.*\); expected text such as '70/10/20'"),
+        ({"patients": 5}, r"patients is 5; expected text such as 'patients.csv'"),
+        ({"register": "yes"}, r"register is 'yes'; expected one of never, if needed, always"),
+        ({"workers": "two"}, r"workers is 'two'; expected a whole number"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        PrepareSettings(**wrong)
 
 
 # ------------------------------------------------------------------------------------------- real scans

@@ -548,6 +548,8 @@ def test_with_next_to_no_time_every_stage_has_a_step(prepared, tmp_path):
 def test_settings_take_one_name_or_several_in_any_spelling():
     named = TrainingSettings(sources="T1", targets=["FLAIR", "t1c"], stages="synthesis")
     assert (named.sources, named.targets, named.stages) == (("t1n",), ("t2f", "t1c"), ("synthesis",))
+    listed = TrainingSettings(sources="T1,T2", targets=["FLAIR,t1c"])
+    assert (listed.sources, listed.targets) == (("t1n", "t2w"), ("t2f", "t1c"))
 
 
 def test_refusals(prepared, tmp_path):
@@ -637,6 +639,17 @@ def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run,
     assert model.record["training"]["seen"]["studies"] == earlier.record["training"]["seen"]["studies"] + 2
     assert together(model.baselines, range(4)).any()  # it completes studies that have T2, as before
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run" / "model").values())
+
+
+def test_one_contrast_alone_is_no_model_of_any_subset(prepared, any_run, tmp_path):
+    for initial in ({"initial": any_run / "model"}, {"recipe": ANY_SMALL}):
+        for named, options in (
+            ({"targets": "t2f"}, "--targets"),
+            ({"sources": "T1", "targets": "t1n"}, "--sources and --targets"),
+        ):
+            with pytest.raises(ConfigError, match=rf"from the others, but there is t\w+ alone in {options}\. Name oth"):
+                train(prepared, tmp_path, **{"recipe": None, **initial}, **named)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_model_of_any_subset_goes_on_with_no_fewer_modalities(prepared, any_run, tmp_path):
@@ -751,8 +764,9 @@ def test_a_recipe_goes_by_its_name_and_steps_are_whole():
     assert TrainingSettings().chosen_recipe is None
     with pytest.raises(ConfigError, match="There is no recipe 'large': expected one of standard, any, paper, tiny"):
         TrainingSettings(recipe="large")
-    with pytest.raises(ConfigError, match="expected a whole number"):
-        TrainingSettings(steps=1.5)
+    for wrong in ({"steps": 1.5}, {"steps": "5"}, {"seed": "1"}):
+        with pytest.raises(ConfigError, match="expected a whole number"):
+            TrainingSettings(**wrong)
 
 
 def test_three_planes_are_learnt_in_studies_with_thin_slices(prepared, tmp_path, monkeypatch):

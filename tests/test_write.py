@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from crossmr.cli import app
 from crossmr.completion.cohort import CohortSettings, complete_cohort
 from crossmr.completion.study import complete
-from crossmr.data.volume import read_volume, same_grid
+from crossmr.data.volume import as_dicom_slices, read_volume, same_grid
 from crossmr.dicom.convert import convert
 from crossmr.dicom.series import find_series
 from crossmr.dicom.write import STEPS, DerivedSeries, choose_steps, write_derived
@@ -82,8 +82,10 @@ def test_it_lies_where_the_scan_lies(habit, affine, tmp_path):
 @pytest.mark.parametrize("habit", ["plain", "enhanced", "thickness and numbers missing"])
 def test_validators_accept_it(habit, tmp_path):
     validator, reader = judge("dicom3tools", "dciodvfy"), judge("dcmtk", "dcmftest")
-    derive(tmp_path, habit=habit)
-    for path in sorted((tmp_path / "series").iterdir())[::6]:
+    array, grid, _ = derive(tmp_path, habit=habit)
+    (scans,) = convert(tmp_path / "in", tmp_path / "again")
+    write_derived(tmp_path / "signed", array - 0.5, grid, derived(scans, steps=1000.0))
+    for path in sorted(path for name in ("series", "signed") for path in (tmp_path / name).iterdir())[::6]:
         for options in ([], ["-new"]):
             result = subprocess.run([validator, *options, path], capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
@@ -297,8 +299,10 @@ def test_dicom_of_intensities_like_the_scans_says_what_the_nifti_says(completed)
             written = read_volume(place / f"{case}-{modality}_{kind or 'synthetic'}.nii.gz").data
             series = [pydicom.dcmread(p) for p in (place / f"{case}-{modality}_synthetic{kind}_dicom").iterdir()]
             slope = float(series[0].RealWorldValueMappingSequence[0].RealWorldValueSlope)
-            stored = np.sort(np.concatenate([image.pixel_array.ravel() for image in series]))
-            np.testing.assert_allclose(stored * slope, np.sort(written.clip(0).ravel()), atol=0.51 * slope)
+            grid = read_volume(place / f"{case}-{modality}_synthetic.nii.gz")
+            np.testing.assert_allclose(
+                in_order(series) * slope, as_dicom_slices(written, grid).pixels, atol=0.51 * slope
+            )
             black, white = window(written)
             assert float(series[0].WindowWidth) * slope == pytest.approx(white - black, rel=0.01)
             assert float(series[0].WindowCenter) * slope == pytest.approx((white + black) / 2, rel=0.01)
@@ -367,21 +371,31 @@ def test_series_on_other_grids_are_registered(tmp_path):
     np.testing.assert_allclose(np.abs(degrees), np.abs(wanted), atol=1.0)
 
 
+def in_order(images):
+    """The stored integers (K, rows, columns) of a derived series."""
+    return np.stack([image.pixel_array for image in sorted(images, key=lambda image: image.InstanceNumber)])
+
+
+@pytest.mark.parametrize("least", [0, -3])
 @pytest.mark.parametrize("times", [0.001, 1.0, 40.0, 10000.0])
-def test_intensities_like_a_scan_are_stored_as_they_are_where_they_fit(tmp_path, times):
-    """0 stays 0, negative ones become 0, and the real-world values are the intensities."""
+def test_intensities_like_a_scan_are_stored_as_they_are_where_they_fit(tmp_path, times, least):
+    """Voxel by voxel the real-world values are the intensities, negative ones, too, and 0 is 0."""
     write(tmp_path / "in", ("t1n",))
     (scans,) = convert(tmp_path / "in", tmp_path / "out")
     grid = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz")
     array = (times * head("t2f").T).astype(np.float32)
     array = np.ascontiguousarray(np.resize(array, grid.data.shape))
-    array[0] = -3 * times
+    array[0] = least * times
     steps = choose_steps(array)
     folder = write_derived(tmp_path / "series", array, grid, derived(scans, steps=steps))
     images = [pydicom.dcmread(path) for path in sorted(folder.iterdir())]
     values = images[0].RealWorldValueMappingSequence[0]
     assert (values.RealWorldValueSlope, values.RealWorldValueIntercept) == (pytest.approx(1 / steps), 0)
-    assert (steps == 1) == (255 <= array.max() <= 65535)
-    stored = np.sort(np.concatenate([image.pixel_array.ravel() for image in images]))
-    assert 255 <= stored.max() <= 65535
-    np.testing.assert_allclose(stored / steps, np.sort(array.clip(0).ravel()), atol=0.5 / steps + 1e-6 * array.max())
+    largest = 32767 if least else 65535
+    assert (steps == 1) == (255 <= array.max() <= largest)
+    assert {image.PixelRepresentation for image in images} == {int(least < 0)}
+    stored, wanted = in_order(images), as_dicom_slices(array, grid).pixels
+    assert 255 <= stored.max() <= largest
+    assert (values.RealWorldValueFirstValueMapped <= stored.min()) & (stored.max() <= largest)
+    np.testing.assert_allclose(stored / steps, wanted, atol=0.5 / steps + 1e-6 * array.max())
+    np.testing.assert_array_equal(stored[wanted == 0], 0)

@@ -15,7 +15,7 @@ from crossmr.errors import ConfigError, CrossmrError
 from crossmr.files import walk
 from crossmr.paths import check_completed
 
-VALUED = {"model": "MODEL", "targets": "CONTRASTS", "planes": "N", "device": "DEVICE"}
+VALUED = {"model": "MODEL", "planes": "N", "device": "DEVICE"}
 FLAGS = ("overwrite", "register", "dry-run", "quiet", "debug", "json")
 """Options that `crossmr complete` is given as they are; its help says what they mean."""
 LISTED = 10
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("participant-label", nargs="+", action="extend", metavar="LABEL", help="Only these; with or without 'sub-'.")
     add("session-label", nargs="+", action="extend", metavar="LABEL", help="Only these; with or without 'ses-'.")
     add("skip-bids-validation", action="store_true", help="Accepted; crossmr itself checks what it reads, always.")
+    add("targets", action="append", metavar="CONTRASTS", help="As crossmr complete --targets.")
     for option, metavar in VALUED.items():
         add(option, metavar=metavar, help=f"As crossmr complete --{option}.")
     for option in FLAGS:
@@ -88,6 +89,7 @@ def _participants(given: argparse.Namespace, folders: Sequence[Path]) -> None:
         print(f"{folder.relative_to(given.bids_dir)}: no image lies in it; passed over", file=sys.stderr)
     folders = [folder for folder in folders if folder not in empty] or folders  # of which crossmr says what is wrong
     passed = [part for name in VALUED if (value := getattr(given, name)) for part in (f"--{name}", value)]
+    passed += [part for value in given.targets or () for part in ("--targets", value)]
     passed += [f"--{name}" for name in FLAGS if getattr(given, name.replace("-", "_"))]
     cli.main(["complete", *passed, "--profile", "bids", "--share", "--out", str(given.out), "--", *map(str, folders)])
 

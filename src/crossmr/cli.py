@@ -530,7 +530,9 @@ def train(
         Path | None,
         typer.Option(metavar="MODEL", help="Model to start from, e.g. 'default'."),
     ] = None,
-    sources: Annotated[str | None, typer.Option(help="Contrasts to synthesise from, e.g. t1n,t2w or T1,T2.")] = None,
+    sources: Annotated[
+        list[str] | None, typer.Option(help="Contrasts to synthesise from, e.g. t1n,t2w or T1,T2; repeatable.")
+    ] = None,
     targets: Targets = None,
     stage: Annotated[
         list[str] | None,
@@ -724,8 +726,10 @@ def nnunet(
     completed: Annotated[Path, typer.Argument(help="Folder that 'crossmr complete' wrote.")],
     out: Out,
     modalities: Annotated[
-        str | None,
-        typer.Option(help="Contrasts that become channels, in this order; by default all that any case has."),
+        list[str] | None,
+        typer.Option(
+            help="Contrasts that become channels, in this order; by default all that any case has; repeatable."
+        ),
     ] = None,
     mapping: Names = None,
     *,

@@ -51,7 +51,8 @@ MESSAGE_OPTIONS = {
 Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.")]
 Targets = Annotated[
-    str | None, typer.Option(help="Contrasts to synthesise, e.g. t1c,t2f or T1ce,FLAIR; by default every one.")
+    list[str] | None,
+    typer.Option(help="Contrasts to synthesise, e.g. t1c,t2f or T1ce,FLAIR; by default every one; repeatable."),
 ]
 Names = Annotated[
     list[str] | None,
@@ -259,12 +260,12 @@ def part_of(text: str | None) -> "Part | None":
     return None if text is None else Part.parse(text)
 
 
-def modalities_of(text: str | None) -> tuple[str, ...] | None:
-    """The modalities in 'T1ce,FLAIR'; of nothing, None.
+def modalities_of(items: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The modalities that an option names, given once as 'T1ce,FLAIR', or several times; of nothing, None.
 
     Raises:
-        ConfigError: a name that is none.
+        ConfigError: a name that is none, or several.
     """
-    from crossmr.data.naming import modality_name
+    from crossmr.data.naming import modality_name, modality_names
 
-    return None if text is None else tuple(modality_name(part.strip()) for part in text.split(","))
+    return tuple(modality_name(name) for name in modality_names(items)) if items else None

@@ -5,12 +5,39 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, TypeVar
 
 from crossmr.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def read_text(settings: Any, name: str, kind: Any, read: Callable[[str], Any], example: str) -> None:
+    """Replace an attribute of a frozen dataclass, where it is given as text, by what `read` makes of it.
+
+    Raises:
+        ConfigError: it is neither text nor a `kind`, or text that `read` refuses.
+    """
+    value = getattr(settings, name)
+    if isinstance(value, str):
+        object.__setattr__(settings, name, read(value))
+    elif not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r}; expected text such as '{example}'.")
+
+
+def read_whole(settings: Any, *names: str) -> None:
+    """Make attributes of a frozen dataclass integers; None is what was not given.
+
+    Raises:
+        ConfigError: one that is no whole number.
+    """
+    for name in names:
+        if (value := getattr(settings, name)) is not None:
+            if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0:
+                raise ConfigError(f"{name} is {value!r}; expected a whole number.")
+            object.__setattr__(settings, name, int(getattr(settings, name)))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

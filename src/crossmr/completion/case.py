@@ -25,6 +25,7 @@ from crossmr.completion.study import (
 )
 from crossmr.completion.work import Work
 from crossmr.completion.writing import whole_or_absent, write_volumes
+from crossmr.config import read_text
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, display_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import is_synthetic, read_volume
@@ -59,6 +60,9 @@ class CohortSettings:
     """With a part: whether to try again what failed before in this run."""
     share: bool = False
     """Whether other calls may complete other studies into OUT at the same time; `finish_cohort` sums all up."""
+
+    def __post_init__(self) -> None:
+        read_text(self, "part", Part | None, Part.parse, "3/100")
 
 
 @dataclass(frozen=True, eq=False)

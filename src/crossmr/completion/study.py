@@ -25,7 +25,7 @@ from crossmr.completion.unread import Unread
 from crossmr.completion.verdict import is_refusal, judge, refusals, undertrained, unlearnt, verdict_on
 from crossmr.completion.writing import save_study
 from crossmr.data.formats import content_sha256, stamp
-from crossmr.data.head import HIGHEST, LOWEST
+from crossmr.data.head import DARKEST, HIGHEST, LOWEST
 from crossmr.data.naming import StudyFiles, find_studies, modality_name
 from crossmr.data.study import Study, load_study, study_memory
 from crossmr.data.volume import on_grid
@@ -58,8 +58,8 @@ LIKE = {"t1n": "t1c", "t1c": "t1n", "t2w": "t2f", "t2f": "t2w"}
 LIKE_INPUT = {
     "range": None,
     "meaning": "median and robust standard deviation (quartile range / 1.349) within the head are those of the "
-    "acquired volume that 'scale' names; (value - intercept) / slope is the [0, 1] scale; exactly 0 is outside the "
-    "head; no MR unit",
+    "acquired volume that 'scale' names; (value - intercept) / slope is the [0, 1] scale, but for values that would "
+    "be below 'least', and are that; exactly 0 is outside the head; no MR unit",
 }
 ENHANCEMENT = (
     "Contrast enhancement cannot in general be inferred from unenhanced images: "
@@ -160,8 +160,8 @@ def complete(
         model: what `load_model` gave, for many studies; or a registered name, or a model's folder, which is then
             loaded; None for the default.
         settings: guidance, seed, device and so on; see `InferenceSettings`.
-        targets: modalities requested, one ("t2f") or several; None for those of the settings, by default all that are
-            missing and the model knows.
+        targets: modalities requested, one ("t2f") or several ("T1ce,FLAIR"); None for those of the settings, by
+            default all that are missing and the model knows.
         case: name of a study that is given volume by volume: it seeds a sample, and `Completed.save` writes under it.
 
     Returns:
@@ -377,13 +377,22 @@ def _like(modality: str, sources: Sequence[str]) -> str:
 
 
 def _fit_map(study: Study, image: Tensor, like: str) -> dict[str, Any]:
-    """The linear map that gives a synthetic volume the median and robust standard deviation of the scan `like`."""
+    """The linear map that gives a synthetic volume the median and robust standard deviation of the scan `like`.
+
+    'least' is the least that it may give: what is darkest in a head is below 0 by such a map, but in no scan.
+    """
     inside = image[image > 0].numpy()
     q25, median, q75 = (float(q) for q in np.percentile(inside, (25, 50, 75))) if inside.size else (0.0, 0.0, 0.0)
     normalisation = study.normalisation[like]
     deviation = (normalisation.high - normalisation.low) / (HIGHEST - LOWEST)
     slope = deviation / ((q75 - q25) / 1.349 or 1 / (HIGHEST - LOWEST))
-    return {"like": like, "slope": slope, "intercept": normalisation.low - LOWEST * deviation - slope * median}
+    lowest = min(0.0, float(study.volumes[like].data[study.mask_of(like)].min()))
+    return {
+        "like": like,
+        "slope": slope,
+        "intercept": normalisation.low - LOWEST * deviation - slope * median,
+        "least": lowest + slope * DARKEST,  # 0 is outside the head
+    }
 
 
 def _as_images(
@@ -394,8 +403,8 @@ def _as_images(
     for index, modality in enumerate(synthesis.targets):
         image, slope = synthesis.images[index], 1.0
         if modality in maps:
-            slope = maps[modality]["slope"]
-            image = torch.where(image > 0, slope * image + maps[modality]["intercept"], 0)
+            slope, intercept, least = (maps[modality][key] for key in ("slope", "intercept", "least"))
+            image = torch.where(image > 0, (slope * image + intercept).clamp(min=least), 0)
         images[modality] = _on_grid(study, image, _description(modality, sources))
         if synthesis.stds is not None:
             std = slope * synthesis.stds[index]

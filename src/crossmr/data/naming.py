@@ -147,18 +147,31 @@ def modality_name(text: str, extra: Collection[str] = ()) -> str:
 
 
 def modality_names(given: Sequence[str]) -> tuple[str, ...]:
-    """Modalities under their canonical names, each once: 'FLAIR' is ('t2f',); names that no spelling matches stay.
+    """Modalities under their canonical names, each once; names that no spelling matches stay.
 
-    A string is one modality, not its letters.
+    A string is what stands between its commas: 'T1, FLAIR' is ('t1n', 't2f').
 
     Raises:
-        ConfigError: none is given.
+        ConfigError: none is given, or a name spells several: 'T1ce FLAIR'.
     """
-    names = (given,) if isinstance(given, str) else tuple(given)
-    if not names:
+    texts = (given,) if isinstance(given, str) else tuple(given)
+    if not texts:
         raise ConfigError("No modality is named; name one, such as 't2f', or leave the setting out for all.")
+    names = [name.strip() for text in texts for name in text.split(",")]
+    for name in names:
+        if several := _several(name):
+            raise ConfigError(
+                f"{name!r} names several modalities; expected one, or several with commas: {','.join(several)}."
+            )
     meanings = {name: spelt(name) for name in names}
     return tuple(dict.fromkeys(meaning if meaning in MODALITIES else name for name, meaning in meanings.items()))
+
+
+def _several(text: str) -> tuple[str, ...]:
+    """The modalities that a text spells one after the other; none where it is one: 'T1-FLAIR', 'T2_FLAIR', 'T1 Gd'."""
+    found = tuple(dict.fromkeys(m for word in re.split(r"[\W_]+", text) if (m := spelt(word)) in MODALITIES))
+    one = found in (("t1n", "t2f"), ("t2w", "t2f")) and re.fullmatch(r"[\w.-]+", text)
+    return found if len(found) > 1 and not one else ()
 
 
 def find_studies(

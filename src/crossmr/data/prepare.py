@@ -11,6 +11,7 @@ SET/
 import contextlib
 import hashlib
 import io
+import math
 import os
 import signal
 import statistics
@@ -20,16 +21,18 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from crossmr.config import read_text, read_whole
 from crossmr.data.formats import content_sha256, parts, unreadable
 from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import StudyFiles, find_studies, unmatched
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
-from crossmr.data.registration import RegistrationMode
+from crossmr.data.registration import RegistrationMode, registration_mode
 from crossmr.data.study import Study, load_study, study_memory
 from crossmr.data.volume import voxels_sha256
 from crossmr.display import LOG, SILENT, Display, is_log
@@ -54,7 +57,7 @@ PROCESS_BYTES = 120 * 10**6
 
 @dataclass(frozen=True)
 class Split:
-    """Which fraction of the patients goes where; all studies of a patient go together."""
+    """Which fraction of the patients goes where, or percent; all studies of a patient go together."""
 
     train: float = 0.7
     """Fraction of patients that the networks learn from."""
@@ -66,11 +69,21 @@ class Split:
     """Seed of the hash that orders the patients."""
 
     def __post_init__(self) -> None:
-        fractions = (self.train, self.val, self.test)
-        if not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6 and self.train > 0):  # NaN fails too
+        shares = self.shares
+        total = sum(shares) if all(isinstance(share, Real) for share in shares) else math.nan
+        whole = 100 if abs(total - 100) <= 1e-4 else 1
+        if not (abs(total - whole) <= 1e-6 * whole and min(shares) >= 0 and self.train > 0):  # NaN fails too
             raise ConfigError(
-                f"--split is {fractions}; expected train/val/test fractions that sum to 1, such as 70/10/20."
+                f"--split is {shares}; expected train/val/test fractions that sum to 1, or percent, such as 70/10/20."
             )
+        for name, share in zip(SPLITS, shares, strict=True):
+            object.__setattr__(self, name, share / whole)
+        read_whole(self, "seed")
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Those of train, val and test."""
+        return self.train, self.val, self.test
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> "Split":
@@ -92,6 +105,7 @@ class PrepareSettings:
     mapping: Mapping[str, str] | None = None
     """Modality → glob on file names, see `recognise`."""
     split: Split = Split()
+    """Which share of the patients goes where, with the seed of the order; '70/10/20' is understood."""
     register: RegistrationMode = "never"
     """Which volumes are registered to the first of their study."""
     workers: int = 1
@@ -101,31 +115,44 @@ class PrepareSettings:
     patients: Path | None = None
     """Table of whose each study is, and perhaps of the splits, see `patients`; None goes by names."""
 
+    def __post_init__(self) -> None:
+        read_text(self, "split", Split, Split.parse, "70/10/20")
+        read_text(self, "patients", Path | None, Path, "patients.csv")
+        object.__setattr__(self, "register", registration_mode(self.register))
+        read_whole(self, "workers")
+
 
 def assign_splits(patients: Sequence[str], split: Split, fixed: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Assign each patient to a split by the hash of seed and name: patient → 'train', 'val' or 'test'.
+    """Assign each patient to a split, so that the shares are met to rounding: patient → 'train', 'val' or 'test'.
 
-    Patients in `fixed` go where it says.
-
-    The hash of a patient never changes, so a cohort that grows moves nobody from test to train, except the few patients
-    of a small cohort that are moved so that no split with a fraction above 0 stays empty.
+    Patients in `fixed` go where it says. The others, in the order of a hash of seed and name, fill up what is then
+    short of its share: train, val, test. No split with a share above 0 stays empty if there are enough of them.
     """
-    position = {p: int(digest(f"{split.seed}:{p}")[:13], 16) / 16**13 for p in set(patients)}  # in [0, 1)
-    splits = {
-        p: "train" if x < split.train else "val" if x < split.train + split.val else "test" for p, x in position.items()
-    }
-    fixed = fixed or {}
-    splits |= {p: part for p, part in fixed.items() if p in position}
-    order = sorted(position, key=lambda p: position[p])
-    fractions = zip(SPLITS, (split.train, split.val, split.test), strict=True)
-    required = [name for name, fraction in fractions if fraction > 0][: len(order)]
-    for name in required:
-        if name not in splits.values():
-            movable = [p for p in order if p not in fixed]
-            spare = [p for p in movable if splits[p] not in required or list(splits.values()).count(splits[p]) > 1]
-            if spare:
-                splits[spare[0] if name == "train" else spare[-1]] = name
-    return {p: splits[p] for p in order}
+    order = sorted(set(patients), key=lambda patient: digest(f"{split.seed}:{patient}"))
+    splits = {patient: fixed[patient] for patient in order if patient in fixed} if fixed else {}
+    free = [patient for patient in order if patient not in splits]
+    counts = {part: [*splits.values()].count(part) for part in SPLITS}
+    wanted, new = _wanted(counts, len(free), split), dict.fromkeys(SPLITS, 0)
+    for _ in free:
+        short = {part: round(number - counts[part] - new[part], 6) for part, number in wanted.items()}
+        empty = [part for part in wanted if not counts[part] + new[part]]
+        new[empty[0] if empty else max(short, key=lambda part: short[part])] += 1
+    splits |= zip(free, (part for part in SPLITS for _ in range(new[part])), strict=True)
+    return {patient: splits[patient] for patient in order}
+
+
+def _wanted(counts: Mapping[str, int], free: int, split: Split) -> dict[str, float]:
+    """How many patients are wanted in the splits that are short of their share, where as many are free.
+
+    Splits that have more than their share leave less to the others, which are reduced alike.
+    """
+    shares = {part: share for part, share in zip(SPLITS, split.shares, strict=True) if share > 0}
+    while True:
+        left, whole = free + sum(counts[part] for part in shares), sum(shares.values())
+        wanted = {part: left * share / whole for part, share in shares.items()}
+        if not any(counts[part] > wanted[part] + 1e-6 for part in shares):
+            return wanted
+        shares = {part: share for part, share in shares.items() if counts[part] <= wanted[part] + 1e-6}
 
 
 def prepare(
@@ -140,7 +167,7 @@ def prepare(
     A study that is refused is listed under 'refused' with the reason, and the others go on; returned reasons hold the
     paths of files, written ones their names only. A second run keeps the cases whose files have not changed, and, with
     a word, those whose files can only not be read now. It deletes those that are refused now, and, if
-    `settings.prune`, those that are no longer in the cohorts.
+    `settings.prune`, those that are no longer in the cohorts. By the same split, patients of the set keep their part.
 
     Raises:
         NamingError: a cohort without any study. ConfigError: two studies of one name, or a table of patients that is
@@ -161,6 +188,7 @@ def prepare(
         if settings.patients is not None:
             studies = assign(studies, entries, settings.patients)
         _check_out(out, names)
+        before = _read_before(out)
         gone = _gone(out, names, prune=settings.prune)
         with display.logged(out / LOG) as logging:
             cases, refused = _prepare_all(studies, out, settings, logging)
@@ -169,13 +197,13 @@ def prepare(
         if not cases:
             reasons = "; ".join(list(refused.values())[:3])
             raise SetError(f"None of the {len(studies)} studies could be prepared: {reasons}")
-        patients = _patients(studies, cases, entries)
+        patients = _patients(studies, cases, entries, before if before and before.split == settings.split else None)
         for stale in (*gone, *refused):
             _delete(out / "cases" / stale)
         for line in grouping(studies, patients.of, patients.shared):
             display.say(line)
         manifest = _manifest(cases, refused, settings.split, patients)
-        if moved := _moved(out, manifest):
+        if before and (moved := _moved(before, manifest)):
             display.say(f"warning: {moved}")
         stored = {**manifest, "refused": _shareable(manifest["refused"], studies, [*folders, out])}
         write_json(out / "manifest.json", {**stored, "sha256": digest(stored)})
@@ -196,18 +224,36 @@ def _notes(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines[:NOTES] + more
 
 
-def _moved(out: Path, manifest: Mapping[str, Any]) -> str:
-    """What to say where studies of an earlier set at `out` change their part, or ''."""
+class _Before(NamedTuple):
+    """How the set was split when it was prepared before."""
+
+    split: Split
+    cases: Mapping[str, str]
+    """Case → part."""
+    patients: Mapping[str, str]
+    """Patient → part."""
+
+
+def _read_before(out: Path) -> _Before | None:
+    """How an earlier set at `out` is split; None where there is none, or a damaged one."""
     try:
-        earlier = read_json(out / "manifest.json", SetError)
-        parts, split = {case: of["part"] for case, of in earlier["cases"].items()}, earlier["split"]
-        how = f"--split {'/'.join(f'{100 * share:g}' for share in split['shares'])} --seed {split['seed']}"
-    except (SetError, KeyError, TypeError, AttributeError):  # none, or a damaged one
-        return ""
-    now = {case: of["part"] for case, of in manifest["cases"].items()}
+        manifest = read_json(out / "manifest.json", SetError)
+        train, val, test = manifest["split"]["shares"]
+        split = Split(train, val, test, manifest["split"]["seed"])
+        cases = {case: of["part"] for case, of in manifest["cases"].items()}
+        patients = {patient: part for part in SPLITS for patient in manifest["split"][part]}
+        return _Before(split, cases, patients) if {*cases.values()} <= {*SPLITS} else None
+    except (SetError, ConfigError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _moved(before: _Before, manifest: Mapping[str, Any]) -> str:
+    """What to say where studies change the part that they had before, or ''."""
+    parts, now = before.cases, {case: of["part"] for case, of in manifest["cases"].items()}
     moved = [f"{case} from {parts[case]} to {part}" for case, part in now.items() if parts.get(case, part) != part]
     if not moved:
         return ""
+    how = f"--split {'/'.join(f'{100 * share:g}' for share in before.split.shares)} --seed {before.split.seed}"
     listed = f"{', '.join(moved[:3])}{f' and {len(moved) - 3} more' if len(moved) > 3 else ''}"
     return (
         f"studies change their part ({listed}), so a model that was trained on this set has seen patients of other "
@@ -224,7 +270,7 @@ class _Patients:
     shared: Sequence[Sequence[str]]
     """Groups of cases that share a scan."""
     fixed: Mapping[str, str]
-    """Patient → split, of those whom the table gives one."""
+    """Patient → split, of those whom the table or the earlier set gives one."""
     named: Mapping[str, str]
     """Case → patient by name or table, of those whom a shared scan makes another one's."""
 
@@ -241,7 +287,7 @@ def _manifest(
         "normalisation": NORMALISATION,
         "split": {
             "seed": split.seed,
-            "shares": [split.train, split.val, split.test],
+            "shares": [*split.shares],
             "sha256": digest(splits),
             **{name: sorted(p for p in splits if splits[p] == name) for name in SPLITS},
         },
@@ -259,8 +305,13 @@ def _manifest(
     }
 
 
-def _patients(studies: Sequence[StudyFiles], cases: Mapping[str, Any], entries: Mapping[str, Entry]) -> _Patients:
+def _patients(
+    studies: Sequence[StudyFiles], cases: Mapping[str, Any], entries: Mapping[str, Entry], before: _Before | None
+) -> _Patients:
     """Group the prepared studies by patient: as table or names say, and by the scans that they share.
+
+    A patient keeps the part of `before`, unless the table says another; of several, as where two turn out to be one,
+    the first of train, val and test: what a model has learnt from is no test.
 
     Raises:
         ConfigError: studies that share a scan are to go to different splits.
@@ -278,6 +329,9 @@ def _patients(studies: Sequence[StudyFiles], cases: Mapping[str, Any], entries: 
                 f"they share a scan, directly or through others, and so are one patient ({patient}). Choose one part."
             )
     fixed = {who: next(iter(by_part)) for who, by_part in parts.items()}
+    if before:
+        had = {(who, part) for case, who in of.items() for part in (before.cases.get(case), before.patients.get(who))}
+        fixed = {who: part for part in reversed(SPLITS) for who in of.values() if (who, part) in had} | fixed
     return _Patients(dict(sorted(of.items())), shared, fixed, {c: who for c, who in stated.items() if who != of[c]})
 
 

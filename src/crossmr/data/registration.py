@@ -5,7 +5,7 @@ same output.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,18 @@ STILL_MM = 1.5
 """A volume on the same grid that would move by less than this is not resampled."""
 CORNER_MM = 70.0
 """Distance from the middle of the head at which its displacement is measured."""
+
+
+def registration_mode(given: object) -> RegistrationMode:
+    """The mode that a setting gives, as --register does: True is 'always', False 'never'.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    mode = {True: "always", False: "never"}.get(given, given) if isinstance(given, bool) else given
+    if mode not in get_args(RegistrationMode):
+        raise ConfigError(f"register is {given!r}; expected one of {', '.join(get_args(RegistrationMode))}.")
+    return cast(RegistrationMode, mode)
 
 
 @dataclass(frozen=True)

@@ -361,7 +361,13 @@ def _read_name(name: str) -> Reading:
 
 
 def alternatives(glob: str) -> list[str]:
-    """The patterns of one contrast in a mapping: `*_MPRAGE.nii.gz|*_BRAVO.nii.gz`; `[|]` is the character itself."""
+    """The patterns of one contrast in a mapping: `*_MPRAGE.nii.gz|*_BRAVO.nii.gz`; `[|]` is the character itself.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    if not isinstance(glob, str):
+        raise ConfigError(f"mapping: {glob!r} is no pattern; expected one, or several as '*_MPRAGE*|*_BRAVO*'.")
     return re.split(r"(?<!\[)\|", glob)
 
 

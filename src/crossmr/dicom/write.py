@@ -32,8 +32,9 @@ from crossmr.picture import window
 
 STEPS = 10000
 """Stored integer that stands for 1: most archives expect integers."""
-LARGEST_STORED, FEWEST_LEVELS = 65535, 255
-"""Of intensities like a scan's: the largest stored integer, and how many grey levels an image should have."""
+LARGEST_STORED, LARGEST_SIGNED, FEWEST_LEVELS = 65535, 32767, 255
+"""Of intensities like a scan's: the largest stored integer, and that where some are negative, and how many grey levels
+an image should have."""
 _SERIES_NUMBERS = 9000
 """The lowest number of a derived series."""
 
@@ -93,7 +94,8 @@ def write_derived(folder: Path, array: npt.NDArray[np.float32], grid: Volume, se
 
     Args:
         folder: becomes the series' folder; an older one of this name is replaced, if crossmr wrote all that is in it.
-        array: (Z, Y, X) within [0, 1], or, with `series.steps`, any intensities, on `grid`; negative ones become 0.
+        array: (Z, Y, X) within [0, 1], or, with `series.steps`, any intensities, on `grid`; where some of these are
+            negative, the stored integers are signed.
         grid: the volume that was converted from `series.like`.
         series: what the images are.
 
@@ -103,7 +105,7 @@ def write_derived(folder: Path, array: npt.NDArray[np.float32], grid: Volume, se
     """
     refuse_foreign(folder, is_derived)
     slices = as_dicom_slices(array, grid)
-    stored = np.rint(np.clip(slices.pixels * (series.steps or STEPS), 0, _largest(series))).astype("<u2")
+    stored = _stored(slices.pixels, series.steps)
     with pydicom.config.disable_value_validation():
         common = _common(series, slices, stored)
         try:
@@ -125,7 +127,16 @@ def write_derived(folder: Path, array: npt.NDArray[np.float32], grid: Volume, se
     return folder
 
 
-def _image(common: Dataset, index: int, pixels: npt.NDArray[np.uint16], position: npt.NDArray[np.float64]) -> Dataset:
+def _stored(pixels: npt.NDArray[np.float32], steps: float | None) -> npt.NDArray[Any]:
+    """The integers that stand for intensities: signed where some of a scan's scale are negative, else unsigned."""
+    lowest, largest = 0, STEPS if steps is None else LARGEST_STORED
+    if steps is not None and pixels.min() < 0:
+        lowest, largest = -LARGEST_SIGNED, LARGEST_SIGNED
+    stored: npt.NDArray[Any] = np.rint(np.clip(pixels * (steps or STEPS), lowest, largest))
+    return stored.astype("<i2" if lowest else "<u2")
+
+
+def _image(common: Dataset, index: int, pixels: npt.NDArray[Any], position: npt.NDArray[np.float64]) -> Dataset:
     """One image (rows, columns) with its own tags, numbered from 1, beside those that all images share."""
     image = FileDataset(None, {}, preamble=bytes(128))
     image.update(common)
@@ -143,7 +154,7 @@ def _image(common: Dataset, index: int, pixels: npt.NDArray[np.uint16], position
     return image
 
 
-def _common(series: DerivedSeries, slices: DicomSlices, stored: npt.NDArray[np.uint16]) -> Dataset:
+def _common(series: DerivedSeries, slices: DicomSlices, stored: npt.NDArray[Any]) -> Dataset:
     """The tags that all images of the series share."""
     try:
         scan = pydicom.dcmread(series.like.images[0].path, stop_before_pixels=True, force=True)
@@ -152,7 +163,7 @@ def _common(series: DerivedSeries, slices: DicomSlices, stored: npt.NDArray[np.u
     common = Dataset()
     _add_patient(common, scan, series)
     _add_origin(common, scan, _as_of_scan(series.created, scan))
-    _add_pixels(common, slices, series)
+    _add_pixels(common, slices, series, signed=bool(stored.dtype.kind == "i"))
     voxels = uuid.uuid5(uuid.NAMESPACE_OID, stored.tobytes().hex())
     identity = f"{series.settings} {series.modality} {series.kind} {voxels}"
     common.SeriesInstanceUID = _uid(f"{common.StudyInstanceUID} {identity}")
@@ -209,17 +220,12 @@ def _add_origin(common: Dataset, scan: Dataset, created: datetime) -> None:
 
 def choose_steps(array: npt.NDArray[np.float32]) -> float:
     """Stored integers per unit for intensities like a scan's: 1 where these are fine enough, else a power of ten."""
-    largest = max(float(array.max()), 1e-30)
-    return (
-        1.0 if FEWEST_LEVELS <= largest <= LARGEST_STORED else 10.0 ** math.floor(math.log10(LARGEST_STORED / largest))
-    )
+    largest = max(float(np.abs(array).max()), 1e-30)
+    limit = LARGEST_SIGNED if array.min() < 0 else LARGEST_STORED
+    return 1.0 if FEWEST_LEVELS <= largest <= limit else 10.0 ** math.floor(math.log10(limit / largest))
 
 
-def _largest(series: DerivedSeries) -> int:
-    return STEPS if series.steps is None else LARGEST_STORED
-
-
-def _add_pixels(common: Dataset, slices: DicomSlices, series: DerivedSeries) -> None:
+def _add_pixels(common: Dataset, slices: DicomSlices, series: DerivedSeries, *, signed: bool) -> None:
     """Describe geometry, storage and scale of the pixels."""
     steps = series.steps or STEPS
     distance, rows, columns = slices.spacing_mm
@@ -228,7 +234,7 @@ def _add_pixels(common: Dataset, slices: DicomSlices, series: DerivedSeries) -> 
     common.ImageOrientationPatient = _decimals(np.ravel(slices.orientation))
     common.SamplesPerPixel, common.PhotometricInterpretation = 1, "MONOCHROME2"
     common.Rows, common.Columns = slices.pixels.shape[1:]
-    common.BitsAllocated, common.BitsStored, common.HighBit, common.PixelRepresentation = 16, 16, 15, 0
+    common.BitsAllocated, common.BitsStored, common.HighBit, common.PixelRepresentation = 16, 16, 15, int(signed)
     black, white = window(slices.pixels)
     common.WindowCenter, common.WindowWidth = _decimals([steps * (black + white) / 2, steps * (white - black)])
     common.WindowCenterWidthExplanation = "SYNTHETIC"
@@ -236,11 +242,12 @@ def _add_pixels(common: Dataset, slices: DicomSlices, series: DerivedSeries) -> 
     scale.LUTLabel, scale.LUTExplanation = "NORMALISED", "1/3 is the head's median, 1/15 a robust standard deviation"
     if series.steps is not None:
         scale.LUTLabel, scale.LUTExplanation = "LIKE A SCAN", "median and robust standard deviation of a scan's head"
-    scale.RealWorldValueFirstValueMapped, scale.RealWorldValueLastValueMapped = 0, _largest(series)
+    largest = STEPS if series.steps is None else LARGEST_SIGNED if signed else LARGEST_STORED
+    scale.RealWorldValueFirstValueMapped, scale.RealWorldValueLastValueMapped = -largest if signed else 0, largest
     scale.RealWorldValueIntercept, scale.RealWorldValueSlope = 0.0, 1 / steps
     scale.MeasurementUnitsCodeSequence = [_code("1", "UCUM", "no units")]
     for keyword in ("RealWorldValueFirstValueMapped", "RealWorldValueLastValueMapped"):
-        scale[keyword].VR = "US"
+        scale[keyword].VR = "SS" if signed else "US"
     common.RealWorldValueMappingSequence = [scale]
 
 

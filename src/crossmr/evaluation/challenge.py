@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
+from crossmr.config import read_text
 from crossmr.data.labels import as_counted
 from crossmr.data.naming import in_usual_order
 from crossmr.data.patients import merge
@@ -44,7 +45,7 @@ from crossmr.evaluation.protocols import (
     measure_by,
     on_whole_grid,
 )
-from crossmr.evaluation.segmenter import Segmenter
+from crossmr.evaluation.segmenter import EXAMPLE, Segmenter
 from crossmr.evaluation.subjects import (
     SPLIT,
     Array,
@@ -76,6 +77,7 @@ class ProtocolSettings:
     """The studies, and how to synthesise; every subset and parts are not for these protocols."""
 
     def __post_init__(self) -> None:
+        read_text(self, "segmenter", Segmenter | None, Segmenter, EXAMPLE)
         if self.protocol not in OTHER_PROTOCOLS:
             raise ConfigError(f"--protocol is '{self.protocol}'; expected crossmr, {' or '.join(OTHER_PROTOCOLS)}.")
         if self.evaluation.every_subset or self.evaluation.part is not None:

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from crossmr.config import read_text
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.device import choose_precision
 from crossmr.display import LOG, SILENT, Display
@@ -81,6 +82,9 @@ class EvaluationSettings:
     """Of a folder of studies: table of whose each is, see `data.patients`; None goes by names."""
 
     def __post_init__(self) -> None:
+        read_text(self, "part", Part | None, Part.parse, "3/100")
+        read_text(self, "patients", Path | None, Path, "patients.csv")
+        read_text(self, "guidances", Sequence, lambda text: (text,), "unconditional")
         if "reference" in (*self.guidances, self.inference.guidance):
             raise ConfigError("An evaluation knows no reference; measure sample, unconditional or none.")
         if self.inference.targets is not None:

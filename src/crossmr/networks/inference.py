@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from crossmr.config import read_text, read_whole
 from crossmr.data.naming import modality_names
-from crossmr.data.registration import RegistrationMode
+from crossmr.data.registration import RegistrationMode, registration_mode
 from crossmr.device import autocast, choose_precision, in_batches, out_of_memory
 from crossmr.errors import ConfigError
 from crossmr.networks.diffusion import ddim_timesteps
@@ -40,8 +41,8 @@ class InferenceSettings:
     """How to synthesise; the same settings and inputs give the same voxels."""
 
     targets: Sequence[str] | None = None
-    """Modalities requested, in any usual spelling: one, such as "t2f" or "FLAIR", or several; None for all that are
-    missing and the model knows."""
+    """Modalities requested, in any usual spelling: one, such as "t2f", or several, such as "T1ce,FLAIR"; None for all
+    that are missing and the model knows."""
     guidance: Guidance | None = None
     """'sample' (the MDN is given the sources), 'unconditional' (as published), 'reference' (the representation of
     another study's real scans), 'none'; None for what the model was trained with."""
@@ -67,6 +68,9 @@ class InferenceSettings:
     def __post_init__(self) -> None:
         if self.targets is not None:
             object.__setattr__(self, "targets", modality_names(self.targets))
+        object.__setattr__(self, "register", registration_mode(self.register))
+        read_text(self, "reference", Path | None, Path, "earlier/visit")
+        read_whole(self, "ddim_steps", "samples", "planes", "seed")
         if self.guidance is not None and self.guidance not in GUIDANCES:
             raise ConfigError(f"--guidance is '{self.guidance}'; expected one of {', '.join(GUIDANCES)}.")
         if self.scale not in SCALES:

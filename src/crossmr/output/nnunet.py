@@ -21,7 +21,7 @@ from crossmr.completion.layout import records_of
 from crossmr.completion.ownership import other_scans
 from crossmr.data.formats import is_nifti
 from crossmr.data.labels import cavity_is_labelled
-from crossmr.data.naming import StudyFiles, display_name, find_studies, in_usual_order
+from crossmr.data.naming import StudyFiles, display_name, find_studies, in_usual_order, modality_names
 from crossmr.data.volume import describe_grid, is_synthetic, on_grid, read_labels, read_volume, same_grid, write_volume
 from crossmr.errors import CrossmrError, OutputError, StudyError, names_only
 from crossmr.files import LOCK, locked, read_json, write_atomically, write_json
@@ -75,7 +75,9 @@ def _write_dataset(
     modalities: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Write the cases, then dataset.json; returns the record, and adds to `left_out`."""
-    chosen = list(modalities or in_usual_order({m for channels, _ in cases.values() for m in channels}))
+    chosen = list(
+        modality_names(modalities) if modalities else in_usual_order({m for own, _ in cases.values() for m in own})
+    )
     synthetic: dict[str, list[str]] = {}
     values: set[int] = set()
     gap = _lacks_three([(case, label) for case, (_, label) in cases.items() if label is not None])

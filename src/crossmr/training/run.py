@@ -24,7 +24,7 @@ from torch import Tensor
 
 from crossmr.baselines import fit_baselines, with_earlier
 from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
-from crossmr.config import from_dict, to_dict
+from crossmr.config import from_dict, read_whole, to_dict
 from crossmr.data.dataset import Case, PreparedDataset
 from crossmr.data.head import bounding_box
 from crossmr.data.naming import in_usual_order, modality_names
@@ -89,13 +89,12 @@ class TrainingSettings:
             raise ConfigError(f"There is no recipe '{self.recipe}': expected one of {', '.join(RECIPES)}.")
         if isinstance(self.stages, str):
             object.__setattr__(self, "stages", (self.stages,))
+        read_whole(self, "steps", "seed")
         if self.steps is not None and self.minutes is not None:
             raise ConfigError("Give --steps or --minutes, not both.")
         too_short = self.minutes is not None and not 0 < self.minutes < math.inf  # NaN fails too
         if too_short or (self.steps is not None and self.steps < 1):
             raise ConfigError("--steps and --minutes are positive.")
-        if self.steps is not None and self.steps != int(self.steps):
-            raise ConfigError(f"steps is {self.steps}; expected a whole number.")
         if not -(2**63) <= self.seed < 2**64:
             raise ConfigError(f"--seed is {self.seed}; expected a whole number of at most 64 bits.")
 
@@ -358,7 +357,14 @@ def _modalities(
         cases = dataset.split("train")
         several = [case for case in cases if len(case.modalities) > 1] or cases
         present = {m for case in several for m in case.modalities}
-        sources = targets = tuple(in_usual_order({*(sources or ()), *(targets or ())} or present))
+        named = {*(sources or ()), *(targets or ())}
+        sources = targets = tuple(in_usual_order(named or present))
+        if len(sources) == 1:
+            given = " and ".join(f"--{name}" for name in ("sources", "targets") if getattr(settings, name))
+            raise ConfigError(
+                f"A model of any subset learns each of its contrasts from the others, but there is {sources[0]} alone"
+                + (f" in {given}. Name others, too, or leave it away." if given else f" in {dataset.folder}.")
+            )
     else:
         sources = tuple(sources or [m for m in PUBLISHED_SOURCES if m in known and m not in (targets or ())])
         targets = tuple(targets or [m for m in PUBLISHED_TARGETS if m in known and m not in sources])
