@@ -450,7 +450,8 @@ def test_validation_measures_the_linear_regression_of_the_same_sources(start, tm
         [lambda c=c: {m: c.volume(m) for m in c.modalities} for c in training.train], training.config.modalities
     )
     stage = SynthesisStage(training, model)
-    scores, fixed, names = stage.validate(stage.network, tmp_path / "x.png"), stage.validation_batch, training.config.sources
+    scores, fixed = stage.validate(stage.network, tmp_path / "x.png"), stage.validation_batch
+    names = training.config.sources
     context = training.config.context_slices
     for index, target in enumerate(training.config.targets):
         made, truth = [], []
