@@ -192,7 +192,7 @@ def is_finished(run: Run, case: str) -> bool:
 def redo_reason_of_case(run: Run, files: StudyFiles) -> str:
     """Why a case that was finished before is completed again; empty where it stays as it is."""
     manifest = read_json(run.layout.folder(files.case) / "manifest.json", OutputError)
-    return redo_reason_of_files(manifest, files, run.inputs, run.model, run.settings)
+    return redo_reason_of_files(manifest, files, run.inputs, run.layout, run.model, run.settings)
 
 
 def finished_before(run: Run, files: StudyFiles) -> Mapping[str, Any]:

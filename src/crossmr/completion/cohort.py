@@ -129,8 +129,8 @@ def complete_cohort(
     """Complete every study of a folder, or of several, into OUT/CASE/; several files are one study.
 
     A study that fails is listed under 'failed' with its reason; the others are finished, unless the device or the
-    memory failed: then they are listed there as not tried. A finished case, which is one with a manifest.json, is
-    skipped unless `options.overwrite`.
+    memory failed: then they are listed there as not tried. A finished case, which is one with a manifest.json and
+    all files that it names, is skipped unless `options.overwrite`.
 
     A folder of DICOM is converted into OUT/scans, its series are registered where their grids differ, and what is
     synthesised is written as NIfTI and as a derived DICOM series.
@@ -392,8 +392,10 @@ def finish_cohort(layout: Layout) -> None:
         for path, manifest in read_manifests(layout.records):
             case = str(manifest["case"])
             lines[case] = line_of(manifest)
-            if (case in cases or shared) and case not in failed:
-                summary.add(case, manifest, skipped=not (now := work.is_of_this_run(path)))
+            now = work.is_of_this_run(path)
+            again = case in cases and not now and layout.gone(case, manifest)
+            if (case in cases or shared) and case not in failed and not again:
+                summary.add(case, manifest, skipped=not now)
                 settings = manifest["settings"] if now or not settings else settings
         summary.fail(failed)
         write_lines(layout.records, lines, failed)

@@ -323,11 +323,11 @@ def _kept(
     """Whether the result of a finished case would be kept; and why it would fail: it was made of other scans."""
     manifest = read_json(layout.folder(files.case) / "manifest.json", OutputError)
     if inputs.series is None:
-        now = _now_of_files(manifest, files, inputs, model, settings)
+        now = _now_of_files(manifest, files, inputs, layout, model, settings)
     else:
         others = other_series(files.case, inputs.series[files.case], layout.records / SCANS)
         come = {m: name for m, name in acquired.items() if m in manifest.get("synthetic", {})}
-        now = _now(manifest, [*acquired], files, inputs, model, settings, others, come)
+        now = _now(manifest, [*acquired], files, inputs, layout, model, settings, others, come)
     why = redo_reason(manifest, now)
     return not why, why_not_kept(files.case, now.others) if now.others and not why else ""
 
@@ -336,23 +336,25 @@ def redo_reason_of_files(
     manifest: Mapping[str, Any],
     files: StudyFiles,
     inputs: Inputs,
+    layout: Layout,
     model: CrossConditionedModel,
     settings: InferenceSettings,
 ) -> str:
     """Why a case of files that was finished before is completed again; empty where it stays as it is."""
-    return redo_reason(manifest, _now_of_files(manifest, files, inputs, model, settings))
+    return redo_reason(manifest, _now_of_files(manifest, files, inputs, layout, model, settings))
 
 
 def _now_of_files(
     manifest: Mapping[str, Any],
     files: StudyFiles,
     inputs: Inputs,
+    layout: Layout,
     model: CrossConditionedModel,
     settings: InferenceSettings,
 ) -> Now:
     images = files.images()
     come = {m: images[m].name for m in arrived(manifest, images)}
-    return _now(manifest, [*images], files, inputs, model, settings, other_scans(manifest, images), come)
+    return _now(manifest, [*images], files, inputs, layout, model, settings, other_scans(manifest, images), come)
 
 
 def _now(
@@ -360,6 +362,7 @@ def _now(
     acquired: Sequence[str],
     files: StudyFiles,
     inputs: Inputs,
+    layout: Layout,
     model: CrossConditionedModel,
     settings: InferenceSettings,
     others: Sequence[str],
@@ -371,7 +374,8 @@ def _now(
     may_be = {m: one.name for one in unread for m in sorted(one.may_be)}
     come = {**come, **{m: name for m, name in may_be.items() if m in manifest.get("synthetic", {})}}
     what = {"model_sha256": model.record.get("sha256"), "register": settings.register}
-    return Now(acquired, others, come, [*may_be], settings.targets, model.config.targets, what)
+    gone = layout.gone(files.case, manifest)
+    return Now(acquired, others, come, [*may_be], gone, settings.targets, model.config.targets, what)
 
 
 def _found(inputs: Inputs) -> list[tuple[StudyFiles, dict[str, Any]]]:

@@ -93,6 +93,14 @@ class Layout:
         """Where the folder of a derived DICOM series goes: beside the manifest, in every profile."""
         return self.folder(case) / f"{case}-{modality}_synthetic{kind}_dicom"
 
+    def gone(self, case: str, manifest: Mapping[str, Any]) -> list[str]:
+        """The names of what a case's manifest says was written, and is not there any more."""
+        folder, stds, written = self.folder(case), bool(manifest.get("std")), list[Path]()
+        for modality, entry in manifest.get("synthetic", {}).items():
+            written += [folder / entry[key] for key in ("file", "std", "dicom") if entry.get(key)]
+            written += [self.dicom(case, modality, "std")] if stds and entry.get("dicom") else []
+        return [path.name for path in written if not os.path.exists(os.path.normpath(path))]
+
     def _labelled(self, case: str, modality: str, what: str) -> Path:
         return self.out / case / f"{case}-{modality}_{what}.nii.gz"
 

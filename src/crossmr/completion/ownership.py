@@ -147,6 +147,8 @@ class Now:
     """Those that it has synthesised → the scan that is there now, or may be."""
     doubted: Sequence[str]
     """Contrasts that a file may be which is not read."""
+    gone: Sequence[str]
+    """Files and folders that were written of it, and are not there any more."""
     targets: Sequence[str] | None
     """Contrasts that are asked for by name; None for all that the model makes."""
     makes: Sequence[str]
@@ -158,9 +160,9 @@ class Now:
 def redo_reason(manifest: Mapping[str, Any], now: Now) -> str:
     """Why a case that was finished before is not any more: a scan of what was synthesised has come, or may have come.
 
-    Or what was not filled, because of a file that may be it, is no longer in doubt; or nothing could be synthesised of
-    the scans that there were, or by that model. Empty where it stays as it is, or is refused because its scans are
-    others.
+    Or something that was written of it is gone. Or what was not filled, because of a file that may be it, is no longer
+    in doubt; or nothing could be synthesised of the scans that there were, or by that model. Empty where it stays as it
+    is, or is refused because its scans are others.
     """
     refused = manifest.get("refused", ())
     nothing = bool(manifest.get("not_filled")) and not manifest.get("synthetic")
@@ -170,6 +172,8 @@ def redo_reason(manifest: Mapping[str, Any], now: Now) -> str:
     if now.come:
         listed = ", ".join(f"{m} ({name})" for m, name in now.come.items())
         return f"{listed} was synthesised and has arrived since, so the synthetic one goes"
+    if now.gone:
+        return say_gone(now.gone)
     if refused or nothing:
         before = manifest.get("settings", {})
         names = {"model": "model_sha256", "--register": "register"}
@@ -194,6 +198,11 @@ def _asked_for_since(manifest: Mapping[str, Any], now: Now) -> list[str]:
     same = manifest.get("settings", {}).get("model_sha256") == now.settings["model_sha256"]
     covered = {*manifest.get("synthetic", {})} <= {*asked}
     return [m for m in asked if m not in known and m not in now.acquired] if same and covered else []
+
+
+def say_gone(names: Sequence[str]) -> str:
+    """What to say of files of a case that are not there any more."""
+    return f"{names[0]} is gone" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are gone"
 
 
 def why_not_kept(case: str, changed: Sequence[str]) -> str:
