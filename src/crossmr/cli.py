@@ -222,7 +222,7 @@ def complete(
     if (left := find_run(out)) is not None and (not share or Work(left).others()):
         last = f"others work on it, or have not begun: crossmr status {out}"
     else:
-        last = f"report: {report_completion(out)}"
+        last = f"report: {report_completion(records)}"
     return Summary(
         summary.counts,
         summary.failed,

@@ -14,7 +14,7 @@ from crossmr.completion.case import CohortSettings as CohortSettings
 from crossmr.completion.case import Run, complete_case, finished_before
 from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan, what_to_fill, with_files_beside
 from crossmr.completion.layout import FORMAT, Layout
-from crossmr.completion.ownership import check_case, check_output_is_ours
+from crossmr.completion.ownership import check_case, check_output_is_ours, check_profile
 from crossmr.completion.private import SCANS, write_paths
 from crossmr.completion.status import Line, line_of, read_manifests, reasons_of, write_lines, write_status
 from crossmr.completion.study import read_reference, registering
@@ -207,6 +207,7 @@ def with_studies(run: Run, cohort: Path | str | Sequence[Path | str]) -> Run:
     Raises:
         NamingError: no study at all. OutputError: it would; or others write there.
     """
+    check_profile(run.layout)
     inputs = _inputs(cohort, run.layout, run.options, run.display) if run.options.part is None else _joined(run, cohort)
     run = replace(run, inputs=inputs, settings=run.settings if inputs.series is None else registering(run.settings))
     _check_all(run)

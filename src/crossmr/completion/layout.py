@@ -106,7 +106,7 @@ class Layout:
 
     def _bids(self, case: str, modality: str, what: str) -> Path:
         if modality not in SUFFIXES:
-            raise StudyError(f"{case}: BIDS has no name for {modality}. Use --profile labelled.")
+            raise StudyError(f"{case}: BIDS has no name for {modality}. Use --profile labelled and another OUT.")
         entities = bids_entities(case)
         enhanced = "_ce-gadolinium" if modality == "t1c" else ""
         name = f"{'_'.join(entities)}{enhanced}_desc-synthetic{what}_{SUFFIXES[modality]}.nii.gz"
@@ -128,7 +128,7 @@ class Layout:
                 called[name].add(case)
         return {
             case: f"{case}: BIDS has one name for it and {' and '.join(sorted(same - {case}))}, {name}. "
-            "Rename them, or use --profile labelled" + (", or another OUT." if same & there else ".")
+            f"Rename them, or use {'' if same & there else '--profile labelled and '}another OUT."
             for name, same in called.items()
             for case in sorted(same - there)
             if len(same) > 1
@@ -161,7 +161,9 @@ class Layout:
             StudyError: 'challenge', and the study is not on BraTS' grid.
         """
         if self.profile == "challenge" and (grid := describe_grid(study.reference)) != CHALLENGE_GRID:
-            raise StudyError(f"{study.case}: is {grid}, but BraSyn's are {CHALLENGE_GRID}. Use --profile labelled.")
+            raise StudyError(
+                f"{study.case}: is {grid}, but BraSyn's are {CHALLENGE_GRID}. Use --profile labelled and another OUT."
+            )
 
     def start(self, scans: Path) -> None:
         """Write what stands at the head of the output."""

@@ -11,17 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from crossmr.completion import private, status
-from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, Layout, is_generated
+from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, PROFILES, Layout, is_generated
 from crossmr.data.formats import content_sha256, stamp
 from crossmr.data.volume import is_synthetic
 from crossmr.dicom.series import is_derived
 from crossmr.errors import OutputError
-from crossmr.files import LOCK, REPORT, is_page, is_record, refuse_foreign
+from crossmr.files import LOCK, REPORT, is_page, is_record, read_json, refuse_foreign
 from crossmr.parts import WORK
 from crossmr.picture import is_picture
 
 is_manifest = partial(is_record, kind=FORMAT)
 """Whether a file is the manifest of a completed case or cohort."""
+
+
+def check_profile(layout: Layout) -> None:
+    """Refuse an output folder that has the records of another profile: its cases would not be found among ours.
+
+    Raises:
+        OutputError: it has.
+    """
+    for profile in PROFILES:
+        records = Layout(layout.out, profile).records
+        manifest = read_json(path, OutputError) if is_manifest(path := records / "manifest.json") else {}
+        written = manifest.get("profile", layout.profile)
+        if written != layout.profile and profile in (written, layout.profile):
+            raise OutputError(
+                f"{records} holds the records of --profile {written}, and this is --profile {layout.profile}. "
+                f"Go on with --profile {written}, or name another folder with -o."
+            )
 
 
 def check_output_is_ours(layout: Layout, scans: Path) -> None:

@@ -182,7 +182,8 @@ class Work:
             remove(self._folder / name)
         write_listing(self._listing(), inputs)
         failed = self.failed_before() if key == SHARED else {}
-        write_json(self._layout.records / "manifest.json", {"format": FORMAT, "finished": False, "failed": failed})
+        begun = {"format": FORMAT, "finished": False, "profile": self._layout.profile, "failed": failed}
+        write_json(self._layout.records / "manifest.json", begun)
         self._layout.start(inputs.root)
         identity = {"format": RUN, "key": key, "id": f"{time.time_ns():x}"}
         options = {"profile": self._layout.profile, "overwrite": self._overwrites}
