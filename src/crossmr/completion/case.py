@@ -103,13 +103,11 @@ def complete_case(
     Raises:
         ClaimLost: another process has taken it over. CrossmrError: it cannot be completed.
     """
-    if run.layout.folder(files.case) in {run.layout.records / name for name in RECORDS}:
-        raise StudyError(f"{files.case}: crossmr writes a file of this name into OUT. Rename the study.")
     if (manifest := kept(run, files)) is not None:
         return manifest, True
     start = time.perf_counter()
     loaded = study.result() or read_case(run, files)
-    run.layout.check(loaded)
+    run.layout.check(loaded.case, loaded.reference)
     origin = Origin.of(run.inputs, files, scans, loaded, run.model)
     result = complete_study(loaded, run.model, run.settings, origin, run.reference)
     if claim is not None:

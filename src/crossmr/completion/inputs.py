@@ -29,13 +29,14 @@ from crossmr.completion.unread import (
 from crossmr.completion.verdict import despite
 from crossmr.data.enhancement import doubtful_files, tell_apart
 from crossmr.data.naming import StudyFiles, find_studies, recognise, study_of, unmatched
+from crossmr.data.study import check_headers
 from crossmr.data.tree import mapping_key
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.convert import Scans, convert_case, find_cases, other_series
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import Series, holds_dicom
 from crossmr.display import SILENT, Display
-from crossmr.errors import ConfigError, NamingError, OutputError
+from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import listed_once, read_json
 from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import CrossConditionedModel
@@ -292,7 +293,7 @@ def plan(
     *,
     overwrite: bool = False,
 ) -> list[PlannedCase]:
-    """What `complete_cohort` would do; images are not checked, so a study may still be refused for what it holds."""
+    """What `complete_cohort` would do; voxels are not checked, so a study may still be refused for what it holds."""
     planned = []
     for files, found in _found(inputs):
         acquired = [*found["acquired"]]
@@ -302,6 +303,8 @@ def plan(
         fault = inputs.faults.get(files.case, "")
         if not fault and finished and not found["failed"]:
             finished, fault = _kept(files, found["acquired"], inputs, layout, model, settings)
+        if not fault and not finished and not found["failed"] and inputs.series is None:
+            fault = _refused_by_headers(files, layout, settings)
         if fault:
             found["failed"] = fault
         if found["failed"]:
@@ -310,6 +313,16 @@ def plan(
         found |= {"synthesise": requested, "not_synthesised": gaps, "unread": doubtful}
         planned.append(PlannedCase(files.case, finished=finished, **found))
     return planned
+
+
+def _refused_by_headers(files: StudyFiles, layout: Layout, settings: InferenceSettings) -> str:
+    """Why a study is refused by what its headers say; '' where it is not."""
+    try:
+        if (reference := check_headers(files, settings.register)) is not None:
+            layout.check(files.case, reference)
+    except CrossmrError as error:
+        return str(error)
+    return ""
 
 
 def _kept(

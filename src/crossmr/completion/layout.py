@@ -16,8 +16,7 @@ from typing import Any, Literal, get_args
 
 from crossmr.data.bids import ROOT as BIDS_ROOT
 from crossmr.data.bids import dataset_of
-from crossmr.data.study import Study
-from crossmr.data.volume import describe_grid
+from crossmr.data.volume import Volume, describe_grid
 from crossmr.errors import ConfigError, OutputError, StudyError
 from crossmr.files import digest, locked, read_json, write_atomically, write_json
 
@@ -154,15 +153,15 @@ class Layout:
             return ""
         return self.clashes([case]).get(case, "") if self.image(case, "t1n").parent.exists() else ""
 
-    def check(self, study: Study) -> None:
-        """Refuse a study that the profile has no place for.
+    def check(self, case: str, reference: Volume) -> None:
+        """Refuse a study that the profile has no place for, by the volume on whose grid it is.
 
         Raises:
-            StudyError: 'challenge', and the study is not on BraTS' grid.
+            StudyError: 'challenge', and this is not BraTS' grid.
         """
-        if self.profile == "challenge" and (grid := describe_grid(study.reference)) != CHALLENGE_GRID:
+        if self.profile == "challenge" and (grid := describe_grid(reference)) != CHALLENGE_GRID:
             raise StudyError(
-                f"{study.case}: is {grid}, but BraSyn's are {CHALLENGE_GRID}. Use --profile labelled and another OUT."
+                f"{case}: is {grid}, but BraSyn's are {CHALLENGE_GRID}. Use --profile labelled and another OUT."
             )
 
     def start(self, scans: Path) -> None:

@@ -54,7 +54,7 @@ def check_output_is_ours(layout: Layout, scans: Path) -> None:
     refuse_foreign(layout.records / status.NAME, status.is_status)
     refuse_foreign(layout.records / private.NAME, partial(is_record, kind=private.FORMAT))
     if layout.profile == "challenge":
-        names = {path.name for path in layout.records.iterdir()} - {LOCK, WORK}
+        names = {path.name for path in layout.records.glob("*")} - {LOCK, WORK}
         if names and "manifest.json" not in names:
             raise OutputError(
                 f"{layout.records} holds {min(names)}, which is not crossmr's; the records of this output go there. "

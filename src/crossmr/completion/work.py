@@ -145,6 +145,10 @@ class Work:
         self._join(key, find)
         return read_listing(self._listing(), self.part)
 
+    def listed(self, key: str) -> Inputs | None:
+        """The studies of this process's part, of a run that others have begun; None where nobody has."""
+        return read_listing(self._listing(), self.part) if self._is_begun(key) else None
+
     def share(self, inputs: Inputs) -> None:
         """Join, or begin, a run into which each call completes studies of its own; it ends with the last of them."""
         self._join(SHARED, lambda: Inputs(inputs.root))
