@@ -648,7 +648,9 @@ def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by d
 @models.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="An exported model, or a model's folder.")],
-    name: Annotated[str | None, typer.Option(help="Name to register it under; by default the file's name.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name to register it under; by default that of the file or the run.")
+    ] = None,
 ) -> None:
     """Check a model and register it, for --model NAME."""
     from crossmr.display import Display

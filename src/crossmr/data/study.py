@@ -31,6 +31,7 @@ from crossmr.data.volume import (
     Volume,
     describe_grid,
     displacement_mm,
+    is_synthetic,
     read_grid,
     read_header,
     read_labels,
@@ -260,10 +261,14 @@ def _to_register(case: str, volumes: Mapping[str, Volume], register: Registratio
 def _hint(source: StudyFiles | Mapping[str, Any]) -> str:
     """How to supply a volume: by another file, or by naming those that were not recognised."""
     unrecognised = source.unrecognised if isinstance(source, StudyFiles) else ()
-    if not unrecognised:
-        return "; add one, or leave this study out"
-    listed = ", ".join(path.name for path in unrecognised[:3]) + (", …" if len(unrecognised) > 3 else "")
-    return f"; the names of {listed} say none of them: name them with --map, such as t1n='*_NAME.nii.gz'"
+    scans = [path for path in unrecognised if not is_synthetic(path)]
+    paths = scans or unrecognised
+    listed = ", ".join(path.name for path in paths[:3]) + (", …" if len(paths) > 3 else "")
+    if scans:
+        return f"; the names of {listed} say none of them: name them with --map, such as t1n='*_NAME.nii.gz'"
+    if unrecognised:
+        return f"; {listed} {'is' if len(paths) == 1 else 'are'} synthetic: give the folder of the scans"
+    return "; add one, or leave this study out"
 
 
 def _read_labels(case: str, label: Path, reference: Volume) -> npt.NDArray[np.uint8]:
