@@ -125,6 +125,7 @@ def test_a_case_whose_files_are_gone_is_done_again(model, small, tmp_path, monke
         assert progress.lines()[-1].endswith("The same command goes on where it stopped.")
     (planned,) = plan_cohort(small, out, model, settings, options)
     assert planned.outcome == "to be synthesised"
+    assert bool(re.search("Ann: finished before, and would be done again: .* gone", str(planned.lines()))) == known
     listener = Listener()
     again = complete_cohort(small, out, model, settings, options, display=listener)
     assert (again.completed, again.skipped) == ({"Ann": ["t1c", "t2f"]}, [])

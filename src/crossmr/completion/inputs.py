@@ -263,6 +263,8 @@ class PlannedCase:
     """Why nothing can be done with the study, as far as names, tags and what lies in OUT say."""
     finished: bool = False
     """Whether it was finished before, and would be skipped."""
+    again: str = ""
+    """Why it would be done again, of a study that was finished before."""
 
     @property
     def outcome(self) -> str:
@@ -279,6 +281,7 @@ class PlannedCase:
         """What a user reads of it."""
         said = [f"{modality} is {what}" for modality, what in self.acquired.items()]
         said += [f"{name} excluded: {why}" for name, why in self.excluded.items()]
+        said += [f"finished before, and would be done again: {self.again}"] if self.again else []
         if self.synthesise and not self.finished:
             said.append(f"would synthesise {', '.join(self.synthesise)} from {', '.join(self.acquired)}")
         said += [f"{modality} not synthesised: {why}" for modality, why in self.not_synthesised.items()]
@@ -300,9 +303,10 @@ def plan(
         unread = inputs.unread(files, acquired, model)
         requested, gaps = what_to_fill(acquired, model, settings, unread)
         finished = not overwrite and (layout.folder(files.case) / "manifest.json").exists()
-        fault = inputs.faults.get(files.case, "")
+        fault, again = inputs.faults.get(files.case, ""), ""
         if not fault and finished and not found["failed"]:
-            finished, fault = _kept(files, found["acquired"], inputs, layout, model, settings)
+            again, fault = _again(files, found["acquired"], inputs, layout, model, settings)
+            finished = not again
         if not fault and not finished and not found["failed"] and inputs.series is None:
             fault = _refused_by_headers(files, layout, settings)
         if fault:
@@ -311,7 +315,7 @@ def plan(
             requested, gaps = [], {}
         doubtful = [m for m in gaps if settings.targets is None and any(m in one.may_be for one in unread)]
         found |= {"synthesise": requested, "not_synthesised": gaps, "unread": doubtful}
-        planned.append(PlannedCase(files.case, finished=finished, **found))
+        planned.append(PlannedCase(files.case, finished=finished, again=again, **found))
     return planned
 
 
@@ -325,15 +329,15 @@ def _refused_by_headers(files: StudyFiles, layout: Layout, settings: InferenceSe
     return ""
 
 
-def _kept(
+def _again(
     files: StudyFiles,
     acquired: Mapping[str, str],
     inputs: Inputs,
     layout: Layout,
     model: CrossConditionedModel,
     settings: InferenceSettings,
-) -> tuple[bool, str]:
-    """Whether the result of a finished case would be kept; and why it would fail: it was made of other scans."""
+) -> tuple[str, str]:
+    """Why a finished case would be done again, and why it would fail, as it was made of other scans; '' if not."""
     manifest = read_json(layout.folder(files.case) / "manifest.json", OutputError)
     if inputs.series is None:
         now = _now_of_files(manifest, files, inputs, layout, model, settings)
@@ -342,7 +346,7 @@ def _kept(
         come = {m: name for m, name in acquired.items() if m in manifest.get("synthetic", {})}
         now = _now(manifest, [*acquired], files, inputs, layout, model, settings, others, come)
     why = redo_reason(manifest, now)
-    return not why, why_not_kept(files.case, now.others) if now.others and not why else ""
+    return why, why_not_kept(files.case, now.others) if now.others and not why else ""
 
 
 def redo_reason_of_files(
