@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 from conftest import Listener, image, make_head, tree, write_study
 
+from crossmr.completion import layout
 from crossmr.completion.case import CohortSettings
 from crossmr.completion.cohort import complete_cohort, plan_cohort
+from crossmr.completion.layout import PROFILES, Layout
 from crossmr.completion.private import NAME, read_paths
+from crossmr.completion.work import read_progress
 from crossmr.display import Display
 from crossmr.errors import ConfigError
+from crossmr.files import remove
 from crossmr.networks.inference import InferenceSettings
 from crossmr.parts import Part
 
@@ -108,6 +113,67 @@ def test_a_case_of_which_nothing_could_be_made_is_done_when_the_scan_has_come(mo
     assert [*complete_cohort(small, out, model, SETTINGS, display=listener).completed] == ["Ann"]
     assert any("done again: nothing was synthesised, with other scans" in line for line in listener.said)
     assert {*json.loads((out / "Ann" / "manifest.json").read_text())["synthetic"]} == {"t1c", "t2f"}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("what", ["image", "std", "everything"])
+def test_a_case_whose_files_are_gone_is_done_again(model, small, tmp_path, monkeypatch, profile, what):
+    monkeypatch.setattr(layout, "CHALLENGE_GRID", "26×28×22 at 6×6×7 mm")
+    out, options, settings = tmp_path / "out", CohortSettings(profile=profile), replace(SETTINGS, samples=2)
+    assert complete_cohort(small, out, model, settings, options).failed == {}
+    before, place = tree(out), Layout(out, profile)
+    lost = {"image": place.image("Ann", "t2f"), "std": place.std("Ann", "t2f"), "everything": out / "sub-Ann"}[what]
+    lost = out if what == "everything" and profile != "bids" else lost
+    if lost is None:  # BraSyn's folder has no standard deviations
+        return
+    remove(lost)
+    known = (place.records / "manifest.json").exists()
+    if known:
+        progress = read_progress(out)
+        assert (progress.finished, progress.done, progress.left, [*progress.gone]) == (False, 0, 1, ["Ann"])
+        assert progress.lines()[-1].endswith("The same command goes on where it stopped.")
+    (planned,) = plan_cohort(small, out, model, settings, options)
+    assert planned.outcome == "to be synthesised"
+    assert bool(re.search("Ann: finished before, and would be done again: .* gone", str(planned.lines()))) == known
+    listener = Listener()
+    again = complete_cohort(small, out, model, settings, options, display=listener)
+    assert (again.completed, again.skipped) == ({"Ann": ["t1c", "t2f"]}, [])
+    more = " and [13] more are" if what == "everything" else " is"
+    said = [
+        line
+        for line in listener.said
+        if re.match(rf"Ann: finished before, and done again: .*\.nii\.gz{more} gone", line)
+    ]
+    assert bool(said) == known
+    assert {name: content for name, content in tree(out).items() if name.endswith(".gz")} == {
+        name: content for name, content in before.items() if name.endswith(".gz")
+    }
+    assert complete_cohort(small, out, model, settings, options).skipped == ["Ann"]
+    assert read_progress(out).finished
+
+
+def test_a_case_whose_files_are_gone_keeps_what_was_made_of_other_scans(model, small, tmp_path):
+    out = tmp_path / "out"
+    complete_cohort(small, out, model, SETTINGS)
+    (out / "Ann" / "Ann-t1c_synthetic.nii.gz").unlink()
+    write_study(small, "Ann", ("t1n", "t2w"), seed=9)
+    before = tree(out / "Ann")
+    assert "other scans of this name" in complete_cohort(small, out, model, SETTINGS).failed["Ann"]
+    assert tree(out / "Ann") == before
+
+
+def test_a_series_that_is_gone_is_written_again(model, tmp_path):
+    dicoms = pytest.importorskip("dicoms", reason="pip install crossmr[dicom]", exc_type=ImportError)
+    pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
+    dicoms.write(tmp_path / "in", ("t1n", "t2w"))
+    out, settings = tmp_path / "out", replace(SETTINGS, samples=2)
+    ((case, made),) = complete_cohort(tmp_path / "in", out, model, settings).completed.items()
+    for kind in ("", "std"):
+        remove(folder := Layout(out).dicom(case, "t2f", kind))
+        (planned,) = plan_cohort(tmp_path / "in", out, model, settings)
+        assert (planned.outcome, read_progress(out).gone) == ("to be synthesised", {case: [folder.name]})
+        assert complete_cohort(tmp_path / "in", out, model, settings).completed == {case: made}
+        assert folder.exists()
 
 
 @pytest.mark.parametrize("changed", [("t1n",), ("t1n", "t2w")])

@@ -247,11 +247,13 @@ def test_what_a_protocol_is_not_for_is_refused(cohort, folder, fixed, segmenter,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_two_kinds_of_evaluation_never_replace_one_another(measured, cohort, folder, tmp_path):
+def test_evaluations_by_several_protocols_never_replace_one_another(measured, cohort, folder, tmp_path):
     out, _, _ = measured
     before = (out / "metrics.json").read_bytes()
-    with pytest.raises(OutputError, match=r"holds an evaluation by another protocol\. Name another folder"):
+    with pytest.raises(OutputError, match=r"with --protocol brasyn, and this is --protocol crossmr\. Name another"):
         evaluate(folder, cohort, out)
+    with pytest.raises(OutputError, match=r"with --protocol brasyn, and this is --protocol published\. Name another"):
+        evaluate_by_protocol(folder, cohort, out, settings("published"))
     with pytest.raises(OutputError, match=r"by another protocol, which has no page: see its metrics\.csv"):
         report_evaluation(out)
     assert (out / "metrics.json").read_bytes() == before

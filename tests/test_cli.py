@@ -284,6 +284,18 @@ def test_complete_fills_a_cohort_and_skips_it_next_time(cohort, model, tmp_path)
     assert again.stdout.splitlines()[-1].startswith("2 studies: 0 failed, 2 finished before; in ")
 
 
+def test_a_run_reports_on_its_own_layout(cohort, model, tmp_path):
+    earlier = {"format": "crossmr-completion", "completed": {}, "failed": {}}  # by a version that named no profile
+    (tmp_path / "manifest.json").write_text(json.dumps(earlier))
+    (study, *_) = sorted(cohort.iterdir())
+    given = ("complete", *study.glob("*.nii.gz"), "-o", tmp_path, "--model", model)
+    result = crossmr(*given, "--profile", "bids")
+    assert f"report: {tmp_path / 'crossmr' / 'report.html'}" in result.stdout, result.stderr
+    refused(
+        crossmr(*given, "--profile", "challenge"), "holds the records of --profile bids", "Go on with --profile bids"
+    )
+
+
 def test_a_bad_patient_is_reported_and_the_others_finished(cohort, study, model, tmp_path):
     shutil.copytree(sorted(cohort.iterdir())[1], study.parent / sorted(cohort.iterdir())[1].name)
     rewrite(image(study, "t1n"), np.zeros_like)

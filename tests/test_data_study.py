@@ -409,6 +409,19 @@ def test_a_study_of_synthetic_volumes_only_is_refused():
     assert message.startswith("P1: ")
 
 
+def test_files_that_are_synthetic_are_not_to_be_named(tmp_path):
+    for modality in ("t1c", "t2f"):
+        nib.save(synthetic(modality), tmp_path / f"P1-{modality}_synthetic.nii.gz")
+    (study,) = find_studies(tmp_path)
+    listed = "P1-t1c_synthetic.nii.gz, P1-t2f_synthetic.nii.gz"
+    message = refusal(StudyError, lambda: load_study(study), f"{listed} are synthetic: give the folder of the scans")
+    assert "--map" not in message
+    nib.save(image(make_head()), tmp_path / "P1-scan.nii.gz")
+    (study,) = find_studies(tmp_path)
+    message = refusal(StudyError, lambda: load_study(study), "the names of P1-scan.nii.gz say none of them", "--map")
+    assert "P1-t1c_synthetic" not in message
+
+
 # ------------------------------------------------------------------------------------------- real scans
 
 

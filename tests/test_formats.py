@@ -23,8 +23,10 @@ from crossmr.data.naming import find_studies, recognise, study_of
 from crossmr.data.prepare import PrepareSettings, Split, prepare
 from crossmr.data.study import load_study
 from crossmr.data.volume import (
+    describe_grid,
     is_synthetic,
     on_grid,
+    read_grid,
     read_header,
     read_labels,
     read_volume,
@@ -124,6 +126,9 @@ def test_the_same_voxels_at_the_same_place(ending, where, tmp_path):
     assert np.allclose(other.affine, nifti.affine, atol=1e-4)
     assert np.allclose(other.spacing_mm, nifti.spacing_mm, atol=1e-5)
     assert same_grid(other, nifti)
+    announced = read_grid(tmp_path / f"b.{ending}")
+    assert same_grid(announced, nifti)
+    assert describe_grid(announced) == describe_grid(other)
     header = read_header(tmp_path / f"b.{ending}")
     assert header.get_data_shape() == (4, 5, 6)
     assert header.get_data_dtype().newbyteorder("=") == np.int16

@@ -3,19 +3,21 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import image, make_head, save_untrained, tree, write_study
 
 from crossmr.completion.cohort import CohortSettings, complete_cohort, plan_cohort
 from crossmr.completion.inputs import find_inputs
-from crossmr.completion.layout import PROFILES
+from crossmr.completion.layout import CHALLENGE_GRID, FORMAT, PROFILES
 from crossmr.completion.study import complete, hashes
 from crossmr.data import enhancement
 from crossmr.display import Display
-from crossmr.errors import ConfigError, NamingError
+from crossmr.errors import ConfigError, NamingError, OutputError
 from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import read_model
+from crossmr.parts import Part
 
 SETTINGS = InferenceSettings(ddim_steps=2, device="cpu", precision="float32")
 
@@ -102,7 +104,9 @@ def test_a_plan_says_what_would_be_made_of_what_and_writes_nothing(model, tmp_pa
     (tmp_path / "out" / "Eve").mkdir(parents=True)
     write_study(cohort, "Eve", ("t1n", "t2w"))
     given = hashes({m: cohort / "Eve" / f"Eve-{m}.nii.gz" for m in ("t1n", "t2w")})
-    (tmp_path / "out" / "Eve" / "manifest.json").write_text(json.dumps({"acquired": [*given], "given": given}))
+    (tmp_path / "out" / "Eve" / "manifest.json").write_text(
+        json.dumps({"format": FORMAT, "acquired": [*given], "given": given})
+    )
     write_study(cohort, "Fay", ("t1n", "t2w"))
     for name in ("t1n_bet", "scan"):
         shutil.copy(cohort / "Fay" / "Fay-t1n.nii.gz", cohort / "Fay" / f"Fay-{name}.nii.gz")
@@ -216,5 +220,90 @@ def test_what_lies_beside_goes_to_the_longest_name_that_it_begins_with(tmp_path)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_plan_for_an_output_that_is_not_there_yet_makes_none(small, model, tmp_path, profile):
     (planned,) = plan_cohort(small, tmp_path / "out", model, options=CohortSettings(profile=profile))
-    assert (planned.case, planned.outcome) == ("Ann", "to be synthesised")
+    assert (planned.case, planned.outcome) == ("Ann", "would fail" if profile == "challenge" else "to be synthesised")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_plan_refuses_the_studies_that_the_run_refuses_by_their_headers(cohort, model, tmp_path, profile):
+    shutil.copytree(cohort, tmp_path / "in")
+    write_study(tmp_path / "in", "status.csv", ("t1n", "t2w"))
+    write_study(tmp_path / "in", "Flo", replace={"t1n": make_head("t1n", shape=(28, 4, 3))})
+    options = CohortSettings(profile=profile)
+    planned = plan_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS, options)
+    assert not list(tmp_path.glob("out*"))
+    failed = complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS, options).failed
+    assert {case.case: case.failed for case in planned if case.failed} == failed
+    assert {"Dan", "Flo", "status.csv"} <= {*failed}
+    assert all(CHALLENGE_GRID in failed[case] for case in ("Ann", "Bob", "Cem", "Eve") if profile == "challenge")
+    planned = plan_cohort(tmp_path / "in", tmp_path / "new", model, replace(SETTINGS, register="always"))
+    assert [case.case for case in planned if case.failed] == ["Flo", "status.csv"]
+
+
+def foreign_file(out):
+    (out / "Ann").mkdir(parents=True)
+    (out / "Ann" / "Ann-t2f_synthetic.nii.gz").write_text("mine")
+
+
+def foreign_manifest(out):
+    out.mkdir()
+    (out / "manifest.json").write_text("{}")
+
+
+def another_profile(out):
+    foreign_manifest(out)
+    (out / "manifest.json").write_text(json.dumps({"format": FORMAT, "profile": "labelled"}))
+
+
+def the_input(out):
+    out.symlink_to(out.with_name("small"))
+
+
+@pytest.mark.parametrize("part", [None, Part(1, 1)])
+@pytest.mark.parametrize(
+    ("make", "profile", "said"),
+    [
+        (foreign_file, "labelled", r"Ann-t2f_synthetic\.nii\.gz is not crossmr's"),
+        (foreign_manifest, "labelled", r"manifest\.json is not crossmr's"),
+        (another_profile, "bids", "holds the records of --profile labelled"),
+        (the_input, "bids", "out is the input"),
+    ],
+)
+def test_a_plan_refuses_the_output_that_the_run_refuses(small, model, tmp_path, make, profile, said, part):
+    make(tmp_path / "out")
+    before, options = tree(tmp_path), CohortSettings(profile=profile, part=part)
+    with pytest.raises(OutputError, match=said):
+        plan_cohort(small, tmp_path / "out", model, SETTINGS, options)
+    assert tree(tmp_path) == before
+    with pytest.raises(OutputError, match=said):
+        complete_cohort(small, tmp_path / "out", model, SETTINGS, options)
+
+
+def test_a_plan_of_a_part_has_its_studies_alone(cohort, model, tmp_path):
+    shutil.copytree(cohort, tmp_path / "in")
+    options = [CohortSettings(part=Part(number, 2)) for number in (1, 2)]
+
+    def planned():
+        return [[c.case for c in plan_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS, o)] for o in options]
+
+    assert planned() == [["Ann", "Cem", "Eve"], ["Bob", "Dan"]]
+    assert not (tmp_path / "out").exists()
+    complete_cohort(tmp_path / "in", tmp_path / "out", model, SETTINGS, options[0])
+    write_study(tmp_path / "in", "Abe", ("t1n",))  # which the run that has begun does not know
+    assert planned() == [["Ann", "Cem", "Eve"], ["Bob", "Dan"]]
+
+
+def test_a_plan_of_a_part_of_dicom_has_its_folders_alone(model, tmp_path):
+    dicoms = pytest.importorskip("dicoms", reason="pip install crossmr[dicom]", exc_type=ImportError)
+    pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
+    for number in range(3):
+        dicoms.write(tmp_path / "in" / f"p{number}", ("t1n", "t2w"), patient=f"MRN-{number}")
+    dicoms.write(tmp_path / "in" / "o", ("t1n",), patient="MRN-0")  # who lies in a folder of each part
+    parts = [CohortSettings(part=Part(number, 2)) for number in (1, 2)]
+    given = tmp_path / "in", tmp_path / "out", model, SETTINGS
+    assert [len(plan_cohort(*given, options)) for options in parts] == [2, 2]
+    assert not (tmp_path / "out").exists()
+    complete_cohort(*given, parts[0])
+    planned = {case.case: case.failed for case in plan_cohort(*given, parts[1]) if case.failed}
+    assert planned == complete_cohort(*given, parts[1]).failed
+    assert "its patient lies in several folders" in "".join(planned.values())

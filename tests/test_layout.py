@@ -30,6 +30,7 @@ from crossmr.output.report import report_completion
 from crossmr.output.viewer import view_case
 
 SETTINGS = InferenceSettings(precision="float32")
+REMEDY = "Rename them, or use --profile labelled and another OUT."
 BIDS, CHALLENGE = (CohortSettings(profile=profile) for profile in ("bids", "challenge"))
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 VALIDATOR = Path(sys.executable).with_name("bids-validator-deno")
@@ -205,8 +206,8 @@ def test_cases_of_one_name_in_bids_are_refused_not_replaced(tmp_path, model):
     result = complete_cohort(tmp_path / "cohort", tmp_path / "out", model, SETTINGS, BIDS)
     assert list(result.completed) == ["P2"]
     assert result.failed == {
-        "P11_1": "P11_1: BIDS has one name for it and P1_11, sub-P111. Rename them, or use --profile labelled.",
-        "P1_11": "P1_11: BIDS has one name for it and P11_1, sub-P111. Rename them, or use --profile labelled.",
+        "P11_1": f"P11_1: BIDS has one name for it and P1_11, sub-P111. {REMEDY}",
+        "P1_11": f"P1_11: BIDS has one name for it and P11_1, sub-P111. {REMEDY}",
     }
     assert not (tmp_path / "out" / "sub-P111").exists()
     planned = plan_cohort(tmp_path / "cohort", tmp_path / "other", model, SETTINGS, BIDS)
@@ -222,7 +223,7 @@ def test_a_case_of_one_name_in_bids_with_an_earlier_one_is_refused_by_every_call
     out = tmp_path / "out"
     complete_cohort(tmp_path / "first", out, model, SETTINGS, BIDS)
     before = {path: path.read_bytes() for path in out.rglob("sub-P1*.*")}
-    why = "P1: BIDS has one name for it and P-1, sub-P1. Rename them, or use --profile labelled, or another OUT."
+    why = "P1: BIDS has one name for it and P-1, sub-P1. Rename them, or use another OUT."
     (planned, _) = plan_cohort(tmp_path / "second", out, model, SETTINGS, BIDS)
     assert (planned.outcome, planned.failed) == ("would fail", why)
     for options in (BIDS, replace(BIDS, overwrite=True), replace(BIDS, share=True)):

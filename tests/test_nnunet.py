@@ -93,6 +93,10 @@ def test_what_cannot_be_exported_is_said(folders, tmp_path):
         export_nnunet(folders / "in", folders / "completed", tmp_path)
     with pytest.raises(StudyError, match=r"No case of .* has all of pdw: it lacks pdw"):
         export_nnunet(folders / "in", folders / "completed", tmp_path / "out", modalities=("pdw",))
+    (study,) = write_study(tmp_path / "in", "Eve", ("t1n",)).iterdir()
+    shutil.copy(study, study.with_name("Eve_T1.nii.gz"))
+    with pytest.raises(StudyError, match=r"No case of .*in can be written: Eve: 2 files claim to be t1n"):
+        export_nnunet(tmp_path / "in", folders / "completed", tmp_path / "out")
 
 
 def test_synthetic_volumes_are_never_another_patient_s_and_never_called_acquired(folders, tmp_path):

@@ -1,8 +1,10 @@
 """Nothing of others is ever replaced or deleted, by any verb, whatever its output folder is."""
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -29,6 +31,7 @@ from crossmr.networks.model import read_model
 from crossmr.output.nnunet import export_nnunet
 from crossmr.output.report import report_completion, report_evaluation
 from crossmr.output.viewer import view_case
+from crossmr.parts import Part
 from crossmr.phantom import Phantom, write_cohort
 from crossmr.phantom import cohort as phantom_cohort
 from crossmr.picture import save_picture
@@ -138,6 +141,31 @@ def test_the_records_are_locked_and_not_another_s(small, model, tmp_path):
     with layout.locked():
         assert (records / ".crossmr.lock").exists()
         assert (layout.out / ".crossmr.lock").exists()
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(PROFILES, 2)])
+def test_an_output_has_one_profile(small, model, tmp_path, first, second):
+    complete_cohort(small, tmp_path / "out", model, SETTINGS, CohortSettings(profile=first))
+    before = contents(tmp_path)
+    records = re.escape(str(records_of(tmp_path / "out")))
+    said = f"{records} holds the records of --profile {first}, and this is --profile {second}. Go on with .*{first}, or"
+    for part in (None, Part(1, 2)):
+        with pytest.raises(OutputError, match=said):
+            complete_cohort(small, tmp_path / "out", model, SETTINGS, CohortSettings(profile=second, part=part))
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_began_has_its_profile(small, model, tmp_path):
+    complete_cohort(small, tmp_path / "out", model, SETTINGS, CohortSettings(part=Part(2, 2)))
+    with pytest.raises(OutputError, match="holds the records of --profile labelled"):
+        complete_cohort(small, tmp_path / "out", model, SETTINGS, BIDS)
+
+
+def test_the_records_are_no_other_output(small, model, tmp_path):
+    complete_cohort(small, tmp_path / "out_records", model, SETTINGS)
+    with pytest.raises(OutputError, match="out_records holds the records of --profile labelled"):
+        complete_cohort(small, tmp_path / "out", model, SETTINGS, CHALLENGE)
+    assert complete_cohort(small, tmp_path / "out", model, SETTINGS).failed == {}
 
 
 # Any tree, any verb

@@ -292,7 +292,7 @@ def test_the_second_model_is_loaded_to_the_first_one_s_device(model, folders, mo
         devices.append(device)
         return read_model(folder)
 
-    monkeypatch.setattr(module, "read_model", spy)
+    monkeypatch.setattr(module, "load_model", spy)
     find_predictors(model, SETTINGS, (), folders["plain"])
     assert devices == [model.device]
 

@@ -84,6 +84,33 @@ def test_a_name_that_is_taken_is_not_replaced(folder, tmp_path):
     assert (tmp_path / "there.zip").read_bytes() == b"mine"
 
 
+def test_a_run_s_model_is_called_after_the_run(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "runA" / "model")
+    shutil.copytree(folder, tmp_path / "runB" / "model")
+    assert registry.import_model(tmp_path / "runA" / "model").name == "runA"
+    monkeypatch.chdir(tmp_path / "runB")
+    assert registry.import_model(Path("model")).name == "runB"
+    monkeypatch.chdir(tmp_path / "runB" / "model")
+    with pytest.raises(OutputError, match="a model 'runB' already"):
+        registry.import_model(Path())
+
+
+def test_a_folder_that_is_no_model_is_named_as_the_user_names_it(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/run is not a model: .* Did you mean {tmp_path}/run/model\?$"):
+        registry.import_model(tmp_path / "run")
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/empty is not a model: it has no config\.json"):
+        registry.import_model(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text('{"format": "other"}')
+    with pytest.raises(ModelError, match=r"empty: config\.json does not match its own SHA-256"):
+        registry.import_model(tmp_path / "empty")
+    config = {"format": "other", "format_version": 1, "files": {}}
+    sealed = json.dumps({**config, "sha256": digest(config)})
+    with pytest.raises(ModelError, match=r"old\.zip: is other 1; this crossmr reads"):
+        registry.import_model(packed(folder, tmp_path / "old.zip", {"config.json": sealed.encode()}))
+
+
 def packed(folder, path, changes):
     """The model as a zip, with entries changed, added, or, None, left out."""
     entries = {one.name: one.read_bytes() for one in folder.iterdir()} | changes

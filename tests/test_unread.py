@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -348,3 +349,13 @@ def test_nifti_beside_dicom(tmp_path, model):
     assert (planned.synthesise, planned.unread) == (["t2f"], ["t1c"])
     assert listener.said == ["JaneDoe_KM.nii.gz lies beside the DICOM, and is not read."]
     assert "JaneDoe" not in planned.not_synthesised["t1c"]  # as the cases have pseudonyms
+
+
+def test_what_crossmr_wrote_beside_dicom_is_not_said(tmp_path, model):
+    dicoms = pytest.importorskip("dicoms", reason="pip install crossmr[dicom]", exc_type=ImportError)
+    pytest.importorskip("dcm2niix", reason="pip install crossmr[dicom]")
+    dicoms.write(tmp_path, ("t1n", "t2w"))
+    complete_cohort(tmp_path, tmp_path / "out", model, replace(SETTINGS, samples=2))
+    listener = Listener()
+    (planned,) = plan_cohort(tmp_path, tmp_path / "second", model, SETTINGS, display=listener)
+    assert (planned.synthesise, listener.said) == (["t1c", "t2f"], [])

@@ -970,7 +970,7 @@ CALLS: list[Kind] = [
     Kind("name that is no Unicode", called("P\udcff1"), r"P\\udcff1: t1n is all zero: .*Export it again", "healthy"),
     Kind("name of a line break", called("P\n1"), r"P 1: t1n is all zero: .*Export it again", "healthy"),
     Kind("BIDS derivatives alone", bids_derivatives, r"no volume .*derivatives.*name such a folder itself"),
-    Kind("BIDS of synthetic volumes alone", bids_synthetic, NO_SCAN, "begun"),
+    Kind("BIDS of synthetic volumes alone", bids_synthetic, r"T1w\.nii\.gz is synthetic: give the", "begun"),
     Kind("BIDS has no such name", bids_unnamed, r"P1: BIDS has no name for swi\. Use --profile labelled", "begun"),
     Kind("challenge on another grid", lambda b: b.complete("--profile", "challenge", cohort=b.cohort() / "P1"),
          r"is 28×32×24 at 6×6×7 mm, but BraSyn's are 240×240×155 .* Use --profile labelled", "begun"),

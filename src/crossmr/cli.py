@@ -222,7 +222,7 @@ def complete(
     if (left := find_run(out)) is not None and (not share or Work(left).others()):
         last = f"others work on it, or have not begun: crossmr status {out}"
     else:
-        last = f"report: {report_completion(out)}"
+        last = f"report: {report_completion(records)}"
     return Summary(
         summary.counts,
         summary.failed,
@@ -650,7 +650,9 @@ def verify(name: Annotated[str | None, typer.Argument(help="Name or folder; by d
 @models.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="An exported model, or a model's folder.")],
-    name: Annotated[str | None, typer.Option(help="Name to register it under; by default the file's name.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name to register it under; by default that of the file or the run.")
+    ] = None,
 ) -> None:
     """Check a model and register it, for --model NAME."""
     from crossmr.display import Display

@@ -93,6 +93,12 @@ def find_model(model: Path | str | None = None) -> Path:
     return Path(model)
 
 
+def name_of(folder: Path) -> str:
+    """What the model in a folder is called: RUN/model is known by its run."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
 def load_model(
     model: "CrossConditionedModel | Path | str | None" = None, device: "torch.device | str" = "auto"
 ) -> "CrossConditionedModel":
@@ -119,12 +125,15 @@ def load_model(
 
 
 def import_model(source: Path, name: str | None = None) -> RegisteredModel:
-    """Check an exported model, or a model's folder, and register it under a name, by default the file's.
+    """Check an exported model, or a model's folder, and register it under a name, by default the file's, or `name_of`.
 
     Raises:
         ModelError: it is not a model, is damaged, or contains other files than a model's.
         OutputError: the name is taken, or nothing can be written.
     """
+    if os.path.isdir(source):
+        check_model(source)
+        name = name or name_of(source)
     name = name or source.name.removesuffix(".zip")
     if not _NAME.fullmatch(name):
         raise ModelError(
@@ -146,7 +155,8 @@ def import_model(source: Path, name: str | None = None) -> RegisteredModel:
             try:
                 read_model(folder)
             except ModelError as error:
-                raise ModelError(f"{source}: {str(error).replace(f'{folder}{os.sep}', '')}") from error
+                said = str(error).replace(f"{folder}{os.sep}", "").replace(f"{folder} ", "")
+                raise ModelError(f"{source}: {said}") from error
             os.replace(folder, models_folder() / name)
     except OSError as error:
         raise OutputError(

@@ -107,13 +107,11 @@ def complete_case(
     Raises:
         ClaimLost: another process has taken it over. CrossmrError: it cannot be completed.
     """
-    if run.layout.folder(files.case) in {run.layout.records / name for name in RECORDS}:
-        raise StudyError(f"{files.case}: crossmr writes a file of this name into OUT. Rename the study.")
     if (manifest := kept(run, files)) is not None:
         return manifest, True
     start = time.perf_counter()
     loaded = study.result() or read_case(run, files)
-    run.layout.check(loaded)
+    run.layout.check(loaded.case, loaded.reference)
     origin = Origin.of(run.inputs, files, scans, loaded, run.model)
     result = complete_study(loaded, run.model, run.settings, origin, run.reference)
     if claim is not None:
@@ -196,7 +194,7 @@ def is_finished(run: Run, case: str) -> bool:
 def redo_reason_of_case(run: Run, files: StudyFiles) -> str:
     """Why a case that was finished before is completed again; empty where it stays as it is."""
     manifest = read_json(run.layout.folder(files.case) / "manifest.json", OutputError)
-    return redo_reason_of_files(manifest, files, run.inputs, run.model, run.settings)
+    return redo_reason_of_files(manifest, files, run.inputs, run.layout, run.model, run.settings)
 
 
 def finished_before(run: Run, files: StudyFiles) -> Mapping[str, Any]:

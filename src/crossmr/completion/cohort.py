@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from crossmr.completion.case import RECORDS, Run, complete_case, finished_before
 from crossmr.completion.case import CohortSettings as CohortSettings
-from crossmr.completion.case import Run, complete_case, finished_before
 from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan, what_to_fill, with_files_beside
 from crossmr.completion.layout import FORMAT, Layout
-from crossmr.completion.ownership import check_case, check_output_is_ours
+from crossmr.completion.ownership import check_case, check_output_is_ours, check_profile
 from crossmr.completion.private import SCANS, write_paths
 from crossmr.completion.status import Line, line_of, read_manifests, reasons_of, write_lines, write_status
 from crossmr.completion.study import read_reference, registering
@@ -129,8 +129,8 @@ def complete_cohort(
     """Complete every study of a folder, or of several, into OUT/CASE/; several files are one study.
 
     A study that fails is listed under 'failed' with its reason; the others are finished, unless the device or the
-    memory failed: then they are listed there as not tried. A finished case, which is one with a manifest.json, is
-    skipped unless `options.overwrite`.
+    memory failed: then they are listed there as not tried. A finished case, which is one with a manifest.json and
+    all files that it names, is skipped unless `options.overwrite`.
 
     A folder of DICOM is converted into OUT/scans, its series are registered where their grids differ, and what is
     synthesised is written as NIfTI and as a derived DICOM series.
@@ -207,7 +207,12 @@ def with_studies(run: Run, cohort: Path | str | Sequence[Path | str]) -> Run:
     Raises:
         NamingError: no study at all. OutputError: it would; or others write there.
     """
-    inputs = _inputs(cohort, run.layout, run.options, run.display) if run.options.part is None else _joined(run, cohort)
+    check_profile(run.layout)
+    return _checked(run, _inputs(run, cohort) if run.options.part is None else _joined(run, cohort))
+
+
+def _checked(run: Run, inputs: Inputs) -> Run:
+    """The run with these studies, after a check that none would replace what is not crossmr's."""
     run = replace(run, inputs=inputs, settings=run.settings if inputs.series is None else registering(run.settings))
     _check_all(run)
     return run
@@ -233,13 +238,16 @@ def plan_cohort(
     *,
     display: Display = SILENT,
 ) -> list[PlannedCase]:
-    """What `complete_cohort` would do with these arguments; nothing is written."""
-    settings, options = settings or InferenceSettings(), options or CohortSettings()
-    layout = Layout(Path(out), options.profile)
-    model = load_model(model, settings.device)
-    check_settings(model, settings)
-    inputs = _inputs(cohort, layout, options, display)
-    return plan(inputs, layout, model, settings, overwrite=options.overwrite)
+    """What `complete_cohort` would do with these arguments; nothing is written.
+
+    Raises:
+        CrossmrError: as `complete_cohort`, but for what only writing tells.
+    """
+    job = Job(cohort, Path(out), model, settings or InferenceSettings(), options or CohortSettings())
+    run = open_run(job, job.work(), display)
+    check_profile(run.layout)
+    run = _checked(run, _inputs(run, cohort) if job.options.part is None else _inputs_of_part(run, cohort))
+    return plan(run.inputs, run.layout, run.model, run.settings, overwrite=job.options.overwrite)
 
 
 def paths_of(cohort: Path | str | Sequence[Path | str]) -> list[Path]:
@@ -247,13 +255,13 @@ def paths_of(cohort: Path | str | Sequence[Path | str]) -> list[Path]:
     return [Path(path) for path in ([cohort] if isinstance(cohort, (str, Path)) else cohort)]
 
 
-def _inputs(
-    cohort: Path | str | Sequence[Path | str], layout: Layout, options: CohortSettings, display: Display
-) -> Inputs:
+def _inputs(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
     """The studies of a cohort, with those that the layout has no place for."""
-    keep_names = options.keep_names
-    inputs = find_inputs(paths_of(cohort), options.mapping, keep_names=keep_names, exclude=layout.out, display=display)
-    return replace(inputs, faults=layout.clashes(inputs.cases))
+    given: Any = {"keep_names": run.options.keep_names, "exclude": run.layout.out, "display": run.display}
+    inputs = find_inputs(paths_of(cohort), run.options.mapping, **given)
+    taken = {case: f"{case}: crossmr writes a file of this name into OUT. Rename the study." for case in RECORDS}
+    faults = {case: taken[case] for case in inputs.cases if case in taken}
+    return replace(inputs, faults=run.layout.clashes(inputs.cases) | faults)
 
 
 def _key(run: Run, paths: Sequence[Path]) -> str:
@@ -264,40 +272,65 @@ def _key(run: Run, paths: Sequence[Path]) -> str:
     return digest({**what, **run.record, "device": None, "precision": run.settings.precision})
 
 
+def _inputs_of_part(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
+    """The studies of one part, as `_joined` has them, without joining the run."""
+    paths = [path.absolute() for path in paths_of(cohort)]
+    if _hold_dicom(run, paths):
+        return _dicom_of_part(run, paths, note=False)
+    if (listed := run.work.listed(_key(run, paths))) is not None:
+        return listed
+    inputs = _inputs_for_parts(run, cohort)
+    return replace(inputs, studies=run.work.part.take(inputs.studies))
+
+
 def _joined(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
     """The studies of one part."""
-    layout = run.layout
     paths = [path.absolute() for path in paths_of(cohort)]
-    if any(begins_with_dicom(path, layout.out) for path in paths if path.is_dir()):
-        return _joined_dicom(run, paths)
+    if _hold_dicom(run, paths):
+        check_output_is_ours(run.layout, paths[0])
+        run.work.join_alone(_key(run, paths), paths[0])
+        inputs = _dicom_of_part(run, paths, note=True)
+        run.work.add(inputs)
+        return inputs
 
     def find() -> Inputs:
-        inputs = _inputs(cohort, layout, run.options, run.display)
-        check_output_is_ours(layout, inputs.root)
-        if inputs.series is not None:
-            raise ConfigError(f"{paths[0]} holds DICOM among many other files. Complete it without --part.")
+        inputs = _inputs_for_parts(run, cohort)
+        check_output_is_ours(run.layout, inputs.root)
         note_paths(replace(run, inputs=inputs))
         return inputs
 
     return run.work.join(_key(run, paths), find)
 
 
-def _joined_dicom(run: Run, paths: Sequence[Path]) -> Inputs:
-    """The studies of DICOM of one part, which lists them alone; see `cases_of_part`."""
-    work, layout, options, display = run.work, run.layout, run.options, run.display
-    given: Any = {"keep_names": options.keep_names, "exclude": layout.out, "display": display}
+def _hold_dicom(run: Run, paths: Sequence[Path]) -> bool:
+    """Whether the studies are of DICOM, of which each part lists its own."""
+    return any(begins_with_dicom(path, run.layout.out) for path in paths if path.is_dir())
+
+
+def _inputs_for_parts(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
+    """The studies of all parts.
+
+    Raises:
+        ConfigError: they are of DICOM.
+    """
+    inputs = _inputs(run, cohort)
+    if inputs.series is not None:
+        raise ConfigError(f"{paths_of(cohort)[0]} holds DICOM among many other files. Complete it without --part.")
+    return inputs
+
+
+def _dicom_of_part(run: Run, paths: Sequence[Path], *, note: bool) -> Inputs:
+    """The studies of DICOM of one part; `note` as in `cases_of_part`."""
+    part, layout, options, display = run.work.part, run.layout, run.options, run.display
+    given: Any = {"keep_names": options.keep_names, "exclude": layout.out, "note": note, "display": display}
     cases: dict[str, Sequence[Series]] = {}
     faults: dict[str, str] = {}
-    check_output_is_ours(layout, paths[0])
-    work.join_alone(_key(run, paths), paths[0])
     for path in paths:
-        found, refused = cases_of_part(path, layout.records, work.part, options.mapping, **given)
+        found, refused = cases_of_part(path, layout.records, part, options.mapping, **given)
         faults |= {one.case: one.refused for one in refused}
         cases |= found | {one.case: () for one in refused}
-    own = [folder for path in paths for folder in folders_of_part(path, work.part, layout.out)]
-    inputs = with_files_beside(Inputs(paths[0], series=cases, faults=faults), own, layout.out, display)
-    work.add(inputs)
-    return inputs
+    own = [folder for path in paths for folder in folders_of_part(path, part, layout.out)]
+    return with_files_beside(Inputs(paths[0], series=cases, faults=faults), own, layout.out, display)
 
 
 def _check_all(run: Run) -> None:
@@ -392,8 +425,10 @@ def finish_cohort(layout: Layout) -> None:
         for path, manifest in read_manifests(layout.records):
             case = str(manifest["case"])
             lines[case] = line_of(manifest)
-            if (case in cases or shared) and case not in failed:
-                summary.add(case, manifest, skipped=not (now := work.is_of_this_run(path)))
+            now = work.is_of_this_run(path)
+            again = case in cases and not now and layout.gone(case, manifest)
+            if (case in cases or shared) and case not in failed and not again:
+                summary.add(case, manifest, skipped=not now)
                 settings = manifest["settings"] if now or not settings else settings
         summary.fail(failed)
         write_lines(layout.records, lines, failed)

@@ -29,13 +29,14 @@ from crossmr.completion.unread import (
 from crossmr.completion.verdict import despite
 from crossmr.data.enhancement import doubtful_files, tell_apart
 from crossmr.data.naming import StudyFiles, find_studies, recognise, study_of, unmatched
+from crossmr.data.study import check_headers
 from crossmr.data.tree import mapping_key
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.convert import Scans, convert_case, find_cases, other_series
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import Series, holds_dicom
 from crossmr.display import SILENT, Display
-from crossmr.errors import ConfigError, NamingError, OutputError
+from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import listed_once, read_json
 from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import CrossConditionedModel
@@ -262,6 +263,8 @@ class PlannedCase:
     """Why nothing can be done with the study, as far as names, tags and what lies in OUT say."""
     finished: bool = False
     """Whether it was finished before, and would be skipped."""
+    again: str = ""
+    """Why it would be done again, of a study that was finished before."""
 
     @property
     def outcome(self) -> str:
@@ -278,6 +281,7 @@ class PlannedCase:
         """What a user reads of it."""
         said = [f"{modality} is {what}" for modality, what in self.acquired.items()]
         said += [f"{name} excluded: {why}" for name, why in self.excluded.items()]
+        said += [f"finished before, and would be done again: {self.again}"] if self.again else []
         if self.synthesise and not self.finished:
             said.append(f"would synthesise {', '.join(self.synthesise)} from {', '.join(self.acquired)}")
         said += [f"{modality} not synthesised: {why}" for modality, why in self.not_synthesised.items()]
@@ -292,67 +296,82 @@ def plan(
     *,
     overwrite: bool = False,
 ) -> list[PlannedCase]:
-    """What `complete_cohort` would do; images are not checked, so a study may still be refused for what it holds."""
+    """What `complete_cohort` would do; voxels are not checked, so a study may still be refused for what it holds."""
     planned = []
     for files, found in _found(inputs):
         acquired = [*found["acquired"]]
         unread = inputs.unread(files, acquired, model)
         requested, gaps = what_to_fill(acquired, model, settings, unread)
         finished = not overwrite and (layout.folder(files.case) / "manifest.json").exists()
-        fault = inputs.faults.get(files.case, "")
+        fault, again = inputs.faults.get(files.case, ""), ""
         if not fault and finished and not found["failed"]:
-            finished, fault = _kept(files, found["acquired"], inputs, layout, model, settings)
+            again, fault = _again(files, found["acquired"], inputs, layout, model, settings)
+            finished = not again
+        if not fault and not finished and not found["failed"] and inputs.series is None:
+            fault = _refused_by_headers(files, layout, settings)
         if fault:
             found["failed"] = fault
         if found["failed"]:
             requested, gaps = [], {}
         doubtful = [m for m in gaps if settings.targets is None and any(m in one.may_be for one in unread)]
         found |= {"synthesise": requested, "not_synthesised": gaps, "unread": doubtful}
-        planned.append(PlannedCase(files.case, finished=finished, **found))
+        planned.append(PlannedCase(files.case, finished=finished, again=again, **found))
     return planned
 
 
-def _kept(
+def _refused_by_headers(files: StudyFiles, layout: Layout, settings: InferenceSettings) -> str:
+    """Why a study is refused by what its headers say; '' where it is not."""
+    try:
+        if (reference := check_headers(files, settings.register)) is not None:
+            layout.check(files.case, reference)
+    except CrossmrError as error:
+        return str(error)
+    return ""
+
+
+def _again(
     files: StudyFiles,
     acquired: Mapping[str, str],
     inputs: Inputs,
     layout: Layout,
     model: CrossConditionedModel,
     settings: InferenceSettings,
-) -> tuple[bool, str]:
-    """Whether the result of a finished case would be kept; and why it would fail: it was made of other scans."""
+) -> tuple[str, str]:
+    """Why a finished case would be done again, and why it would fail, as it was made of other scans; '' if not."""
     manifest = read_json(layout.folder(files.case) / "manifest.json", OutputError)
     if inputs.series is None:
-        now = _now_of_files(manifest, files, inputs, model, settings)
+        now = _now_of_files(manifest, files, inputs, layout, model, settings)
     else:
         others = other_series(files.case, inputs.series[files.case], layout.records / SCANS)
         come = {m: name for m, name in acquired.items() if m in manifest.get("synthetic", {})}
-        now = _now(manifest, [*acquired], files, inputs, model, settings, others, come)
+        now = _now(manifest, [*acquired], files, inputs, layout, model, settings, others, come)
     why = redo_reason(manifest, now)
-    return not why, why_not_kept(files.case, now.others) if now.others and not why else ""
+    return why, why_not_kept(files.case, now.others) if now.others and not why else ""
 
 
 def redo_reason_of_files(
     manifest: Mapping[str, Any],
     files: StudyFiles,
     inputs: Inputs,
+    layout: Layout,
     model: CrossConditionedModel,
     settings: InferenceSettings,
 ) -> str:
     """Why a case of files that was finished before is completed again; empty where it stays as it is."""
-    return redo_reason(manifest, _now_of_files(manifest, files, inputs, model, settings))
+    return redo_reason(manifest, _now_of_files(manifest, files, inputs, layout, model, settings))
 
 
 def _now_of_files(
     manifest: Mapping[str, Any],
     files: StudyFiles,
     inputs: Inputs,
+    layout: Layout,
     model: CrossConditionedModel,
     settings: InferenceSettings,
 ) -> Now:
     images = files.images()
     come = {m: images[m].name for m in arrived(manifest, images)}
-    return _now(manifest, [*images], files, inputs, model, settings, other_scans(manifest, images), come)
+    return _now(manifest, [*images], files, inputs, layout, model, settings, other_scans(manifest, images), come)
 
 
 def _now(
@@ -360,6 +379,7 @@ def _now(
     acquired: Sequence[str],
     files: StudyFiles,
     inputs: Inputs,
+    layout: Layout,
     model: CrossConditionedModel,
     settings: InferenceSettings,
     others: Sequence[str],
@@ -371,7 +391,8 @@ def _now(
     may_be = {m: one.name for one in unread for m in sorted(one.may_be)}
     come = {**come, **{m: name for m, name in may_be.items() if m in manifest.get("synthetic", {})}}
     what = {"model_sha256": model.record.get("sha256"), "register": settings.register}
-    return Now(acquired, others, come, [*may_be], settings.targets, model.config.targets, what)
+    gone = layout.gone(files.case, manifest)
+    return Now(acquired, others, come, [*may_be], gone, settings.targets, model.config.targets, what)
 
 
 def _found(inputs: Inputs) -> list[tuple[StudyFiles, dict[str, Any]]]:

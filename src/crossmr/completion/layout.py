@@ -16,8 +16,7 @@ from typing import Any, Literal, get_args
 
 from crossmr.data.bids import ROOT as BIDS_ROOT
 from crossmr.data.bids import dataset_of
-from crossmr.data.study import Study
-from crossmr.data.volume import describe_grid
+from crossmr.data.volume import Volume, describe_grid
 from crossmr.errors import ConfigError, OutputError, StudyError
 from crossmr.files import digest, locked, read_json, write_atomically, write_json
 
@@ -93,12 +92,20 @@ class Layout:
         """Where the folder of a derived DICOM series goes: beside the manifest, in every profile."""
         return self.folder(case) / f"{case}-{modality}_synthetic{kind}_dicom"
 
+    def gone(self, case: str, manifest: Mapping[str, Any]) -> list[str]:
+        """The names of what a case's manifest says was written, and is not there any more."""
+        folder, stds, written = self.folder(case), bool(manifest.get("std")), list[Path]()
+        for modality, entry in manifest.get("synthetic", {}).items():
+            written += [folder / entry[key] for key in ("file", "std", "dicom") if entry.get(key)]
+            written += [self.dicom(case, modality, "std")] if stds and entry.get("dicom") else []
+        return [path.name for path in written if not os.path.exists(os.path.normpath(path))]
+
     def _labelled(self, case: str, modality: str, what: str) -> Path:
         return self.out / case / f"{case}-{modality}_{what}.nii.gz"
 
     def _bids(self, case: str, modality: str, what: str) -> Path:
         if modality not in SUFFIXES:
-            raise StudyError(f"{case}: BIDS has no name for {modality}. Use --profile labelled.")
+            raise StudyError(f"{case}: BIDS has no name for {modality}. Use --profile labelled and another OUT.")
         entities = bids_entities(case)
         enhanced = "_ce-gadolinium" if modality == "t1c" else ""
         name = f"{'_'.join(entities)}{enhanced}_desc-synthetic{what}_{SUFFIXES[modality]}.nii.gz"
@@ -120,7 +127,7 @@ class Layout:
                 called[name].add(case)
         return {
             case: f"{case}: BIDS has one name for it and {' and '.join(sorted(same - {case}))}, {name}. "
-            "Rename them, or use --profile labelled" + (", or another OUT." if same & there else ".")
+            f"Rename them, or use {'' if same & there else '--profile labelled and '}another OUT."
             for name, same in called.items()
             for case in sorted(same - there)
             if len(same) > 1
@@ -146,14 +153,16 @@ class Layout:
             return ""
         return self.clashes([case]).get(case, "") if self.image(case, "t1n").parent.exists() else ""
 
-    def check(self, study: Study) -> None:
-        """Refuse a study that the profile has no place for.
+    def check(self, case: str, reference: Volume) -> None:
+        """Refuse a study that the profile has no place for, by the volume on whose grid it is.
 
         Raises:
-            StudyError: 'challenge', and the study is not on BraTS' grid.
+            StudyError: 'challenge', and this is not BraTS' grid.
         """
-        if self.profile == "challenge" and (grid := describe_grid(study.reference)) != CHALLENGE_GRID:
-            raise StudyError(f"{study.case}: is {grid}, but BraSyn's are {CHALLENGE_GRID}. Use --profile labelled.")
+        if self.profile == "challenge" and (grid := describe_grid(reference)) != CHALLENGE_GRID:
+            raise StudyError(
+                f"{case}: is {grid}, but BraSyn's are {CHALLENGE_GRID}. Use --profile labelled and another OUT."
+            )
 
     def start(self, scans: Path) -> None:
         """Write what stands at the head of the output."""

@@ -11,17 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from crossmr.completion import private, status
-from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, Layout, is_generated
+from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, PROFILES, Layout, is_generated
 from crossmr.data.formats import content_sha256, stamp
 from crossmr.data.volume import is_synthetic
 from crossmr.dicom.series import is_derived
 from crossmr.errors import OutputError
-from crossmr.files import LOCK, REPORT, is_page, is_record, refuse_foreign
+from crossmr.files import LOCK, REPORT, is_page, is_record, read_json, refuse_foreign
 from crossmr.parts import WORK
 from crossmr.picture import is_picture
 
 is_manifest = partial(is_record, kind=FORMAT)
 """Whether a file is the manifest of a completed case or cohort."""
+
+
+def check_profile(layout: Layout) -> None:
+    """Refuse an output folder that has the records of another profile: its cases would not be found among ours.
+
+    Raises:
+        OutputError: it has.
+    """
+    for profile in PROFILES:
+        records = Layout(layout.out, profile).records
+        manifest = read_json(path, OutputError) if is_manifest(path := records / "manifest.json") else {}
+        written = manifest.get("profile", layout.profile)
+        if written != layout.profile and profile in (written, layout.profile):
+            raise OutputError(
+                f"{records} holds the records of --profile {written}, and this is --profile {layout.profile}. "
+                f"Go on with --profile {written}, or name another folder with -o."
+            )
 
 
 def check_output_is_ours(layout: Layout, scans: Path) -> None:
@@ -37,7 +54,7 @@ def check_output_is_ours(layout: Layout, scans: Path) -> None:
     refuse_foreign(layout.records / status.NAME, status.is_status)
     refuse_foreign(layout.records / private.NAME, partial(is_record, kind=private.FORMAT))
     if layout.profile == "challenge":
-        names = {path.name for path in layout.records.iterdir()} - {LOCK, WORK}
+        names = {path.name for path in layout.records.glob("*")} - {LOCK, WORK}
         if names and "manifest.json" not in names:
             raise OutputError(
                 f"{layout.records} holds {min(names)}, which is not crossmr's; the records of this output go there. "
@@ -147,6 +164,8 @@ class Now:
     """Those that it has synthesised → the scan that is there now, or may be."""
     doubted: Sequence[str]
     """Contrasts that a file may be which is not read."""
+    gone: Sequence[str]
+    """Files and folders that were written of it, and are not there any more."""
     targets: Sequence[str] | None
     """Contrasts that are asked for by name; None for all that the model makes."""
     makes: Sequence[str]
@@ -158,9 +177,9 @@ class Now:
 def redo_reason(manifest: Mapping[str, Any], now: Now) -> str:
     """Why a case that was finished before is not any more: a scan of what was synthesised has come, or may have come.
 
-    Or what was not filled, because of a file that may be it, is no longer in doubt; or nothing could be synthesised of
-    the scans that there were, or by that model. Empty where it stays as it is, or is refused because its scans are
-    others.
+    Or something that was written of it is gone. Or what was not filled, because of a file that may be it, is no longer
+    in doubt; or nothing could be synthesised of the scans that there were, or by that model. Empty where it stays as it
+    is, or is refused because its scans are others.
     """
     refused = manifest.get("refused", ())
     nothing = bool(manifest.get("not_filled")) and not manifest.get("synthetic")
@@ -170,6 +189,8 @@ def redo_reason(manifest: Mapping[str, Any], now: Now) -> str:
     if now.come:
         listed = ", ".join(f"{m} ({name})" for m, name in now.come.items())
         return f"{listed} was synthesised and has arrived since, so the synthetic one goes"
+    if now.gone:
+        return say_gone(now.gone)
     if refused or nothing:
         before = manifest.get("settings", {})
         names = {"model": "model_sha256", "--register": "register"}
@@ -194,6 +215,11 @@ def _asked_for_since(manifest: Mapping[str, Any], now: Now) -> list[str]:
     same = manifest.get("settings", {}).get("model_sha256") == now.settings["model_sha256"]
     covered = {*manifest.get("synthetic", {})} <= {*asked}
     return [m for m in asked if m not in known and m not in now.acquired] if same and covered else []
+
+
+def say_gone(names: Sequence[str]) -> str:
+    """What to say of files of a case that are not there any more."""
+    return f"{names[0]} is gone" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are gone"
 
 
 def why_not_kept(case: str, changed: Sequence[str]) -> str:

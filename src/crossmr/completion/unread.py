@@ -28,7 +28,7 @@ from crossmr.data.words import possible_contrasts
 from crossmr.dicom.agents import COUNTERPART, are_first, may_be_other, undecided
 from crossmr.dicom.contrast import recognise_contrast
 from crossmr.dicom.selection import choose
-from crossmr.dicom.series import FEWEST_SLICES, Series, find_series, first_dicom
+from crossmr.dicom.series import FEWEST_SLICES, Series, find_series, first_dicom, is_own
 from crossmr.errors import ConfigError, VolumeError
 from crossmr.files import walk
 
@@ -129,7 +129,7 @@ def files_beside(
 
     A file is the case's that its name begins with, else that of the only study in its folder, or in the next above;
     where there are several, it is nobody's: ''.
-    `nifti` is for studies of DICOM, whose NIfTI is not read.
+    `nifti` is for studies of DICOM, whose NIfTI is not read; crossmr's own does not count.
     """
     cases = {study.case for study in studies}
     owners = _owners(root, studies)
@@ -139,9 +139,9 @@ def files_beside(
         left_out = BIDS_EXCLUDED if BIDS_ROOT in names else set[str]()
         folders[:] = [name for name in folders if name not in left_out and os.path.join(place, name) != out]
         for name in without_images_of_pairs(names):
-            if not any(kind.fullmatch(name) for kind in _KINDS) and not (nifti and is_volume(name)):
+            path, unread = Path(place, name), any(kind.fullmatch(name) for kind in _KINDS)
+            if not unread and not (nifti and is_volume(name) and not is_own(path)):
                 continue
-            path = Path(place, name)
             found[_begins(name, cases) or _only(_owners_of(path, owners))].append(path)
     return found
 

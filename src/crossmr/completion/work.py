@@ -5,13 +5,14 @@ of those who work, what failed, and which parts are done. Whoever finishes last 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from crossmr.completion.inputs import Inputs
 from crossmr.completion.layout import FORMAT, PROFILES, Layout, records_of
 from crossmr.completion.listing import read_cases, read_listing, write_listing
+from crossmr.completion.ownership import say_gone
 from crossmr.errors import OutputError
 from crossmr.files import digest, is_record, read_json, remove, write_json
 from crossmr.parts import POLL_SECONDS, WORK, Claims, Holder, Part, note_done
@@ -40,6 +41,8 @@ class Progress:
     """Cases whose process is gone; another one takes them over."""
     per_hour: float
     """Studies that were done per hour since the run began; 0 where nothing is known."""
+    gone: dict[str, list[str]]
+    """Case that was finished before → its files that are not there any more; it is left to do."""
 
     @property
     def left(self) -> int:
@@ -54,6 +57,7 @@ class Progress:
             told += f"; {self.per_hour:.3g} per hour, about {_span(left / self.per_hour)} left"
         said = [f"{self.studies} {'study' if self.studies == 1 else 'studies'}: {told}"]
         said += [f"{case} failed: {reason}" for case, reason in self.failed.items()]
+        said += [f"{case}: {say_gone(files)}, so it is done again" for case, files in self.gone.items()]
         said += [
             f"{one.item} is running on {one.host}, process {one.process}, for {one.seconds:.0f} s"
             for one in self.running
@@ -95,7 +99,9 @@ def read_progress(out: Path) -> Progress:
         )
     told = read_json(records / "manifest.json", OutputError)
     failed, done = told.get("failed", {}), {*told.get("verdicts", {})} - {*told.get("failed", {})}
-    return Progress(bool(told.get("finished")), len(done) + len(failed), len(done), dict(failed), [], [], 0.0)
+    gone, finished = _gone(Layout(out, told.get("profile", "labelled")), done), bool(told.get("finished"))
+    left = len(done) - len(gone)
+    return Progress(finished and not gone, len(done) + len(failed), left, dict(failed), [], [], 0.0, gone)
 
 
 class Work:
@@ -139,6 +145,10 @@ class Work:
         self._join(key, find)
         return read_listing(self._listing(), self.part)
 
+    def listed(self, key: str) -> Inputs | None:
+        """The studies of this process's part, of a run that others have begun; None where nobody has."""
+        return read_listing(self._listing(), self.part) if self._is_begun(key) else None
+
     def share(self, inputs: Inputs) -> None:
         """Join, or begin, a run into which each call completes studies of its own; it ends with the last of them."""
         self._join(SHARED, lambda: Inputs(inputs.root))
@@ -176,7 +186,8 @@ class Work:
             remove(self._folder / name)
         write_listing(self._listing(), inputs)
         failed = self.failed_before() if key == SHARED else {}
-        write_json(self._layout.records / "manifest.json", {"format": FORMAT, "finished": False, "failed": failed})
+        begun = {"format": FORMAT, "finished": False, "profile": self._layout.profile, "failed": failed}
+        write_json(self._layout.records / "manifest.json", begun)
         self._layout.start(inputs.root)
         identity = {"format": RUN, "key": key, "id": f"{time.time_ns():x}"}
         options = {"profile": self._layout.profile, "overwrite": self._overwrites}
@@ -240,7 +251,9 @@ class Work:
         cases, failed, again = self.cases(), self.failures(), self._overwrites
         written = {case: _written(self._layout.folder(case) / "manifest.json") for case in cases - failed.keys()}
         now = {case for case, at in written.items() if at and at >= self._began}
-        done = now if again else {case for case, at in written.items() if at}
+        before = {case for case, at in written.items() if at} - now
+        gone = {} if again else _gone(self._layout, before)
+        done = now if again else now | (before - gone.keys())
         holders = [one for one in self.claims.holders() if one.item in cases - done - failed.keys()]
         hours = max(1e-9, (time.time() - self._began) / 3600)
         return Progress(
@@ -251,6 +264,7 @@ class Work:
             running=[one for one in holders if one.alive],
             dead=[one for one in holders if not one.alive],
             per_hour=len(now) / hours,
+            gone=gone,
         )
 
     def is_last(self) -> bool:
@@ -303,6 +317,17 @@ class Work:
 
     def _listing(self) -> Path:
         return self._folder / "studies.jsonl"
+
+
+def _gone(layout: Layout, cases: Iterable[str]) -> dict[str, list[str]]:
+    """Case → its files that are not there any more, of these finished ones: their manifests, or what these name."""
+    found = dict[str, list[str]]()
+    for case in sorted(cases):
+        try:
+            found[case] = layout.gone(case, read_json(layout.folder(case) / "manifest.json", OutputError))
+        except OutputError:
+            found[case] = ["manifest.json"]
+    return {case: names for case, names in found.items() if names}
 
 
 def _written(path: Path) -> float:

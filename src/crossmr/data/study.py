@@ -31,6 +31,8 @@ from crossmr.data.volume import (
     Volume,
     describe_grid,
     displacement_mm,
+    is_synthetic,
+    read_grid,
     read_header,
     read_labels,
     read_volume,
@@ -158,14 +160,10 @@ def load_study(
         lambda modality, image: read_volume(image, name=_name(case, modality, image)),
         {m: image for m, image in images.items() if allow is None or m in allow},
     )
-    volumes = {m: volume for m, volume in read.items() if not volume.synthetic}
+    volumes = _acquired(case, read, source)
     notes = [*source.notes] if isinstance(source, StudyFiles) else []
     notes += [f"{m} is itself synthetic, so it was not used as an input." for m in read if m not in volumes]
     notes += [f"{display_name(m)} {volume.remark}" for m, volume in volumes.items() if volume.remark]
-    if not volumes:
-        raise StudyError(
-            f"{case}: no acquired volume to work from. Expected at least one of T1, T1ce, T2, FLAIR{_hint(source)}."
-        )
     checked = {m: _checked(case, m, volume) for m, volume in volumes.items()}
     volumes, movements = _on_one_grid(case, {m: volume for m, (volume, _) in checked.items()}, register)
     head = find_head(case, volumes)
@@ -192,37 +190,85 @@ def load_study(
     )
 
 
+def check_headers(files: StudyFiles, register: RegistrationMode = "never") -> Volume | None:
+    """Check what the headers of a study say, as `load_study` does; returns the reference, every voxel 0.
+
+    None where a header cannot be read, so that nobody knows.
+
+    Raises:
+        NamingError, VolumeError, StudyError: as `load_study`.
+    """
+    read = {m: read_grid(path, name=_name(files.case, m, path)) for m, path in files.images().items()}
+    volumes = {m: volume for m, volume in read.items() if volume is not None}
+    if len(volumes) < len(read):
+        return None
+    volumes = _acquired(files.case, volumes, files)
+    for modality, volume in volumes.items():
+        _check_size(files.case, modality, volume)
+    _to_register(files.case, volumes, register)
+    return next(iter(volumes.values()))
+
+
+def _acquired(case: str, volumes: Mapping[str, Volume], source: StudyFiles | Mapping[str, Any]) -> dict[str, Volume]:
+    """The volumes that are not synthetic.
+
+    Raises:
+        StudyError: all are.
+    """
+    if acquired := {m: volume for m, volume in volumes.items() if not volume.synthetic}:
+        return acquired
+    raise StudyError(
+        f"{case}: no acquired volume to work from. Expected at least one of T1, T1ce, T2, FLAIR{_hint(source)}."
+    )
+
+
 def _on_one_grid(
     case: str, volumes: Mapping[str, Volume], register: RegistrationMode
 ) -> tuple[dict[str, Volume], list[str]]:
     """Compare all grids, and register the volumes that `register` says; also returns how far each was moved."""
     first, reference = next(iter(volumes.items()))
-    aligned: dict[str, Volume] = {}
+    aligned = dict(volumes)
     movements: list[str] = []
+    for modality in _to_register(case, volumes, register):
+        result = register_rigidly(case, modality, volumes[modality], reference)
+        if result.volume is not volumes[modality]:
+            aligned[modality] = result.volume
+            movements.append(f"{modality} was registered to {first}: {result}.")
+    return aligned, movements
+
+
+def _to_register(case: str, volumes: Mapping[str, Volume], register: RegistrationMode) -> list[str]:
+    """The volumes that are to be registered to the first one.
+
+    Raises:
+        StudyError: another one is not on its grid.
+    """
+    first, reference = next(iter(volumes.items()))
+    chosen: list[str] = []
     for modality, volume in volumes.items():
-        aligned[modality] = volume
         fits = same_grid(volume, reference)
         if volume is not reference and (register == "always" or (register == "if needed" and not fits)):
-            result = register_rigidly(case, modality, volume, reference)
-            if result.volume is not volume:
-                aligned[modality] = result.volume
-                movements.append(f"{modality} was registered to {first}: {result}.")
+            chosen.append(modality)
         elif not fits:
             raise StudyError(
                 f"{case}: {modality} is {describe_grid(volume)}, but {first} is "
                 f"{describe_grid(reference)}{_same_shape_hint(volume, reference)}. "
                 "Register and resample them to one grid first, or pass --register."
             )
-    return aligned, movements
+    return chosen
 
 
 def _hint(source: StudyFiles | Mapping[str, Any]) -> str:
     """How to supply a volume: by another file, or by naming those that were not recognised."""
     unrecognised = source.unrecognised if isinstance(source, StudyFiles) else ()
-    if not unrecognised:
-        return "; add one, or leave this study out"
-    listed = ", ".join(path.name for path in unrecognised[:3]) + (", …" if len(unrecognised) > 3 else "")
-    return f"; the names of {listed} say none of them: name them with --map, such as t1n='*_NAME.nii.gz'"
+    scans = [path for path in unrecognised if not is_synthetic(path)]
+    paths = scans or unrecognised
+    listed = ", ".join(path.name for path in paths[:3]) + (", …" if len(paths) > 3 else "")
+    if scans:
+        return f"; the names of {listed} say none of them: name them with --map, such as t1n='*_NAME.nii.gz'"
+    if unrecognised:
+        return f"; {listed} {'is' if len(paths) == 1 else 'are'} synthetic: give the folder of the scans"
+    return "; add one, or leave this study out"
 
 
 def _read_labels(case: str, label: Path, reference: Volume) -> npt.NDArray[np.uint8]:
@@ -247,18 +293,8 @@ def _checked(case: str, modality: str, volume: Volume) -> tuple[Volume, Mask | N
 
     Refuses volumes of impossible sizes or intensities, and those that are constant, infinite, or NaN within the head.
     """
+    _check_size(case, modality, volume)
     data = volume.data
-    if sorted(data.shape)[1] < SMALLEST_SIDE:
-        raise StudyError(
-            f"{case}: {modality} is {describe_grid(volume)}; that is too small to be a scan of a head. "
-            "Export the whole series, or leave this study out."
-        )
-    extent = max(count * side for count, side in zip(data.shape, volume.spacing_mm, strict=True))
-    if not SMALLEST_MM < extent < LARGEST_MM:
-        raise StudyError(
-            f"{case}: {modality} is {describe_grid(volume)}; no scan of a head is {extent:.3g} mm long. "
-            "Correct the sizes of the voxels in its header: they are in mm."
-        )
     nan = np.isnan(data)
     lowest, largest = (float(f(data, initial=end, where=~nan)) for f, end in ((np.min, np.inf), (np.max, -np.inf)))
     if np.isinf([lowest, largest]).any():
@@ -284,6 +320,21 @@ def _checked(case: str, modality: str, volume: Volume) -> tuple[Volume, Mask | N
             "Repair them, or replace them by 0, and run again."
         )
     return replace(volume, data=filled), nan
+
+
+def _check_size(case: str, modality: str, volume: Volume) -> None:
+    """Refuse a volume of an impossible size."""
+    if sorted(volume.data.shape)[1] < SMALLEST_SIDE:
+        raise StudyError(
+            f"{case}: {modality} is {describe_grid(volume)}; that is too small to be a scan of a head. "
+            "Export the whole series, or leave this study out."
+        )
+    extent = max(count * side for count, side in zip(volume.data.shape, volume.spacing_mm, strict=True))
+    if not SMALLEST_MM < extent < LARGEST_MM:
+        raise StudyError(
+            f"{case}: {modality} is {describe_grid(volume)}; no scan of a head is {extent:.3g} mm long. "
+            "Correct the sizes of the voxels in its header: they are in mm."
+        )
 
 
 def _within(data: Array, nan: Mask) -> Mask:

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -84,20 +84,38 @@ def read_volume(source: Path | str | nib.Nifti1Image | tuple[Any, Any], *, name:
         header, stored = _read_image(image, name)
         scaling, remark = None, ""
 
+    empty = _without_voxels(header, stored.shape, name)
+    canonical = apply_orientation(stored, _orientation(empty.image.affine)).T  # a view, (Z, Y, X)
+    return replace(empty, data=_scaled(canonical, scaling), remark=remark)
+
+
+def read_grid(path: Path, *, name: str | None = None) -> Volume | None:
+    """A volume as its header announces it, every voxel 0, in no time and memory; None where no header can be read.
+
+    Raises:
+        VolumeError: as `read_volume`, of what the header says.
+    """
+    name = name or path.name
+    if (header := read_header(path)) is None:
+        return None
+    _check_header(header, name)
+    return _without_voxels(header, header.get_data_shape()[:3], name)
+
+
+def _without_voxels(header: Any, shape: tuple[int, ...], name: str) -> Volume:
+    """A volume of a header and of so many voxels (x, y, z) as stored, all of them 0."""
     affine = _affine(header, name)
     orientation = _orientation(affine)
-    shape = stored.shape
-    data = _scaled(apply_orientation(stored, orientation).T, scaling)  # of a view, (Z, Y, X)
+    zeros = np.broadcast_to(np.float32(0), shape)
     affine_ras = affine @ inv_ornt_aff(orientation, shape)
     x, y, z = map(float, voxel_sizes(affine_ras))
     return Volume(
-        data=data,
+        data=apply_orientation(zeros, orientation).T,
         spacing_mm=(z, y, x),
         affine=affine_ras,
-        image=_with_header(np.broadcast_to(np.float32(0), shape), affine, header),
+        image=_with_header(zeros, affine, header),
         name=name,
         synthetic=_says_synthetic(header),
-        remark=remark,
     )
 
 

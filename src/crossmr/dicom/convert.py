@@ -116,11 +116,13 @@ def cases_of_part(
     *,
     keep_names: bool = False,
     exclude: Path | None = None,
+    note: bool = True,
     display: Display = SILENT,
 ) -> tuple[dict[str, list[Series]], list[Scans]]:
     """What `find_cases` finds in the folders of one part, and the studies that more than one part has.
 
     A study, and all studies of a patient, must lie in one of the folders directly in `folder`: they are named together.
+    With `note` it is written into OUT whose each patient is, which the other parts see.
 
     Raises:
         NamingError: a folder cannot be listed.
@@ -133,7 +135,7 @@ def cases_of_part(
     cases, refused = dict(sorted(cases.items())), []
     for case, all_series in list(cases.items()):
         whose = digest(all_series[0].patient or all_series[0].study)
-        if (other := _first_part(out / WORK / "patients" / whose, part)) != str(part):
+        if (other := _first_part(out / WORK / "patients" / whose, part, note=note)) != str(part):
             why = (
                 f"{case}: its patient lies in several folders of {folder}, of part {other} and of {part}, so there "
                 "would seem to be two. Put each patient into one folder, or leave --part out."
@@ -143,8 +145,10 @@ def cases_of_part(
     return cases, refused
 
 
-def _first_part(path: Path, part: Part) -> str:
+def _first_part(path: Path, part: Part, *, note: bool) -> str:
     """The part that was the first to find a patient."""
+    if not note and not path.exists():
+        return str(part)
     temporary = unfinished_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

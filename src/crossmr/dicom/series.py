@@ -153,8 +153,7 @@ def holds_dicom(
     dicom = next((path for path in others if path.name.upper() == "DICOMDIR" or is_dicom(path)), None)
     if dicom is None:
         return False
-    scans = (path for path in nifti if not (path.parent / CONVERTED).exists() and not is_synthetic(path))
-    if named := _named(scans, mapping):
+    if named := _named((path for path in nifti if not is_own(path)), mapping):
         display.say(
             f"{folder} holds NIfTI ({', '.join(named[:3])}{', …' if len(named) > 3 else ''}) and DICOM ({dicom.name}): "
             "the DICOM is passed over. Give the folder of the DICOM alone to complete that."
@@ -165,6 +164,11 @@ def holds_dicom(
 def _named(nifti: Iterable[Path], mapping: Mapping[str, str] | None) -> list[str]:
     """The studies that the names of files make, of those that say a contrast."""
     return [study.case for study in recognise(nifti, mapping) if study.candidates]
+
+
+def is_own(volume: Path) -> bool:
+    """Whether crossmr converted or synthesised a volume."""
+    return (volume.parent / CONVERTED).exists() or is_synthetic(volume)
 
 
 def begins_with_dicom(folder: Path, exclude: Path | None = None) -> bool:

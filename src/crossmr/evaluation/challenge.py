@@ -141,7 +141,7 @@ def evaluate_by_protocol(
     dropped = dropped_contrasts([one.name for one in subjects]) if settings.protocol == "brasyn" else {}
 
     with locked(out):
-        refuse_others(out, BY_PROTOCOL)
+        refuse_others(out, settings.protocol)
         refuse_foreign(out / "metrics.csv", partial(is_table, kind=OtherScore))
         with display.logged(out / LOG) as logging:
 

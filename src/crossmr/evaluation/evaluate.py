@@ -49,7 +49,7 @@ from crossmr.evaluation.subjects import (
     patterns,
 )
 from crossmr.evaluation.tables import is_table, write_csv
-from crossmr.files import REPORT, digest, is_page, is_record, locked, refuse_foreign, remove, write_json
+from crossmr.files import REPORT, digest, is_page, is_record, locked, read_json, refuse_foreign, remove, write_json
 from crossmr.main_memory import check_memory
 from crossmr.networks.inference import InferenceSettings, chosen_guidance, chosen_planes, samples_drawn
 from crossmr.networks.model import CrossConditionedModel, Guidance
@@ -58,6 +58,8 @@ from crossmr.picture import Kind, Panel, is_picture, middle, save_panels, where_
 from crossmr.registry import load_model
 
 FORMAT, BY_PROTOCOL = "crossmr-evaluation", "crossmr-evaluation-by-protocol"
+OURS = "crossmr"
+"""The protocol of this file, as `--protocol` calls it."""
 
 
 @dataclass(frozen=True)
@@ -242,21 +244,27 @@ def warn_of_memory(
         display.say(warning)
 
 
-def refuse_others(out: Path, kind: str) -> None:
-    """Refuse to replace metrics.json where it is not crossmr's, or of another kind of evaluation.
+def refuse_others(out: Path, protocol: str) -> None:
+    """Refuse to replace metrics.json where it is not crossmr's, or of an evaluation by another protocol.
 
     Raises:
         OutputError: it is.
     """
     path = out / "metrics.json"
-    if any(is_record(path, other) for other in {FORMAT, BY_PROTOCOL} - {kind}):
-        raise OutputError(f"{out} holds an evaluation by another protocol. Name another folder, or delete that one.")
-    refuse_foreign(path, partial(is_record, kind=kind))
+    refuse_foreign(path, lambda path: is_record(path, FORMAT) or is_record(path, BY_PROTOCOL))
+    if not path.exists():
+        return
+    earlier = read_json(path, OutputError)
+    if (held := OURS if earlier["format"] == FORMAT else earlier.get("protocol")) != protocol:
+        raise OutputError(
+            f"{out} holds an evaluation with --protocol {held}, and this is --protocol {protocol}. Name another "
+            "folder, or delete that one."
+        )
 
 
 def _refuse_foreign(out: Path, names: Sequence[str], targets: Sequence[str]) -> None:
     """Refuse an output folder where anything but an evaluation has the name of a file to be written."""
-    refuse_others(out, FORMAT)
+    refuse_others(out, OURS)
     refuse_foreign(out / REPORT, is_page)
     for name, kind in TABLES.items():
         refuse_foreign(out / f"{name}.csv", partial(is_table, kind=kind))

@@ -20,7 +20,7 @@ from crossmr.networks.inference import (
     synthesise,
 )
 from crossmr.networks.model import CrossConditionedModel, Guidance, ModelConfig
-from crossmr.registry import find_model, load_model
+from crossmr.registry import find_model, load_model, name_of
 
 AGAINST = "against: "
 """What the second model's name begins with in tables and files."""
@@ -90,11 +90,7 @@ def _second_model(model: CrossConditionedModel, against: Path | str, settings: I
             f"--against {against} makes {_task(second.config)}, but the model makes {_task(model.config)}. "
             "Name a model of these sources and targets."
         )
-    if folder == Path(against):
-        folder = folder.resolve()
-        name = folder.parent.name if folder.name == "model" else folder.name  # RUN/model is known by its run
-    else:
-        name = str(against)  # a registered model
+    name = name_of(folder) if folder == Path(against) else str(against)  # that of a registered one
     guidance = chosen_guidance(second, replace(settings, guidance=None))
     if settings.planes != 1:
         settings = replace(settings, planes=None)

@@ -93,7 +93,8 @@ def _write_dataset(
             continue
         synthetic[case] = [m for m in chosen if channels[m][1]]
     if not synthetic:
-        raise StudyError(f"No case of {cohort} has all of {', '.join(chosen)}: {next(iter(left_out.values()), 'none')}")
+        what = f"has all of {', '.join(chosen)}" if chosen else "can be written"
+        raise StudyError(f"No case of {cohort} {what}: {next(iter(left_out.values()), 'it has none')}")
     write_json(
         out / "dataset.json",
         {

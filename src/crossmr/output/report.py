@@ -92,7 +92,8 @@ def report_completion(out: Path) -> Path:
     """Write report.html of a cohort: its cases, their pictures, and where all of it comes from; returns the first page.
 
     Like status.csv it has every case that was ever finished there, and those that failed in the last run. It lies in
-    OUT, or among the records of another profile, with the further pages in the folder report beside it.
+    OUT, or among the records of another profile, with the further pages in the folder report beside it. `out` is OUT,
+    or the folder of its records.
 
     Raises:
         OutputError: OUT holds no completed cohort, or cannot be written.
