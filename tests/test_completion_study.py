@@ -495,7 +495,7 @@ def test_the_std_lies_beside_the_image_of_a_model_with_uncertainty(last_folder, 
     complete_cohort(small, out, certain, SETTINGS)
     manifest = json.loads((out / "Ann" / "manifest.json").read_text())
     assert manifest["settings"]["guidance"] == "none"
-    assert manifest["std"]["calibration"]["t1c"] == {"a": 9.0, "b": pytest.approx(0.01)}
+    assert manifest["std"]["calibration"]["t1c"] == {"a": 9.0, "c": pytest.approx(0.01)}
     assert manifest["std"]["of"].endswith("fitted to the errors on validation patients")
     reference = nib.load(small / "Ann" / "Ann-t1n.nii.gz")
     assert set(manifest["synthetic"]) == {"t1c", "t2f"}
