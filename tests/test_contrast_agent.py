@@ -26,16 +26,20 @@ def test_agent(text, named):
 
 SAID = {  # what scanners' operators write: with an agent, without
     "English": (
-        "T1 POST|AX T1 WITH CONTRAST|T1 C+|T1 (C+)|T1 WITHOUT FS POST GD|T1 ENHANCED|T1 after Gadovist",
-        "T1 C-|T1 (C-)|T1 WITHOUT IV CONTRAST|T1 PRECONTRAST|T1 GD(-)|T1 before injection|T1 UNENHANCED",
+        "T1 POST|AX T1 WITH CONTRAST|T1 C+|T1 (C+)|T1 WITHOUT FS POST GD|T1 ENHANCED|T1 after Gadovist|AX T1 3D POST|"
+        "SAG T1 3D POST FS|COR 2D POST T1|T1 FSE SS GD|T1 SS POST|T1 SS+C|T1 GD free breathing|T1 POST CRANIAL|"
+        "T1 POST COIL 32",
+        "T1 C-|T1 (C-)|T1 WITHOUT IV CONTRAST|T1 PRECONTRAST|T1 GD(-)|T1 before injection|T1 UNENHANCED|"
+        "AX T1 W/OUT CONTRAST|T1 wout gad|T1 minus contrast|T1 prior to contrast|T1 b4 gad|T1 GAD NO|T1 gad free|"
+        "T1 nogad|T1 non-enhanced",
     ),
     "German": (
-        "T1 nach KM|t1_mit_KM|T1 tra KM|T1 Kontrastmittel|T1 ohne FS mit KM",
+        "T1 nach KM|t1_mit_KM|T1 tra KM|T1 tra nach i.v. KM|t1_tse_tra_i.v.KM|T1 Kontrastmittel|T1 ohne FS mit KM",
         "T1 ohne KM|T1 nativ|T1_vor_KM|T1 o.KM|T1 o. KM|T1 v. KM",
     ),
     "French": (
         "T1 après injection|T1 AVEC GADO|T1 injecté|T1 GADO|T1 post-gado",
-        "T1 sans injection de gado|T1 avant gado|T1 sans|T1 ss gado|T1 s/ inj",
+        "T1 sans injection de gado|T1 avant gado|T1 sans|T1 ss inj|T1 s/ inj",
     ),
     "Spanish": (
         "T1 AX CON CONTRASTE|T1 C/C|T1 con gadolinio|T1 CIV|T1 C/CONTRASTE",

@@ -1,5 +1,8 @@
 """Which device, which precision; the machine is simulated where it has to be another."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from fake_cuda import fake_cuda
@@ -112,6 +115,32 @@ def test_float32_on_a_gpu_never_means_tf32(tf32, dtype, want):
     with numerics(torch.device("cuda"), dtype):
         assert tf32() == want
     assert tf32() == (False, True)  # the caller's own
+
+
+CALLERS = """
+import torch
+from crossmr.device import numerics
+
+gpu, products = torch.device("cuda"), torch.backends.cuda.matmul
+products.allow_tf32 = True
+with numerics(gpu, torch.float32), numerics(gpu, torch.float32):
+    assert not products.allow_tf32
+assert products.allow_tf32
+if hasattr(products, "fp32_precision"):  # after which PyTorch refuses to read the older setting
+    newer = [products, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    for one in newer:
+        one.fp32_precision = "tf32"
+    products.fp32_precision = "ieee"
+    for dtype, inside in ((torch.float32, "ieee"), (torch.bfloat16, "tf32")):
+        with numerics(gpu, dtype):
+            assert {one.fp32_precision for one in newer} == {inside}
+        assert [one.fp32_precision for one in newer] == ["ieee", "tf32", "tf32"]
+"""
+
+
+def test_a_caller_gets_the_own_precision_back():
+    """In a process of its own, as PyTorch's older and newer settings do not mix."""
+    subprocess.run([sys.executable, "-c", CALLERS], check=True)
 
 
 @pytest.mark.parametrize(("dtype", "want"), [(torch.float32, (False, False)), (torch.bfloat16, (True, True))])

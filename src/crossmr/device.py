@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -122,13 +122,34 @@ def numerics(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
+    restore = _allow_tf32(dtype is not torch.float32)
     try:
-        products.allow_tf32 = convolutions.allow_tf32 = dtype is not torch.float32
         yield
     finally:
-        products.allow_tf32, convolutions.allow_tf32 = before
+        restore()
+
+
+def _allow_tf32(allowed: bool) -> Callable[[], None]:
+    """Let matrix products and convolutions round to TF32, or not; returns what brings the caller's settings back.
+
+    PyTorch 2.9 has newer settings for that, and refuses to read the older ones where a caller has used the newer.
+    """
+    products, convolutions = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
+    try:
+        settings: list[tuple[Any, str, Any]] = [(one, "allow_tf32", one.allow_tf32) for one in (products, convolutions)]
+        value: Any = allowed
+    except RuntimeError:
+        newer = products, convolutions.conv, convolutions.rnn
+        settings = [(one, "fp32_precision", cast(Any, one).fp32_precision) for one in newer]
+        value = "tf32" if allowed else "ieee"
+    for one, name, _ in settings:
+        setattr(one, name, value)
+
+    def restore() -> None:
+        for one, name, before in settings:
+            setattr(one, name, before)
+
+    return restore
 
 
 @contextmanager

@@ -10,8 +10,12 @@ _AGENT_WORDS = {
         "without|wo|w o|wout|w out|before|prior to|minus|b4|no|not|non|pre",
         r"unenh\w*|plain|no[nt]?(?:con\w*|gd|gad\w*|enh\w*|ce|cm|km)|pre(?:con\w*|gd|gad\w*|inj\w*|km)?",
     ),
-    "German": (r"km|kontrast\w*|mitkm|nachkm", "ohne|vor|kein|keine", r"nativ\w*|ohnekm|[ov] ?km"),
-    "French": (r"inj(?!ur)\w*|gado\w*|apres|pdc|contraste", "sans|ss|avant|non", r"native?s?"),
+    "German": (r"km|kontrast\w*|mitkm|nachkm", "ohne|vor|kein|keine", r"nativ\w*|ohnekm|(?<!\bi )[ov] ?km"),
+    "French": (
+        r"inj(?!ur)\w*|gado\w*|apres|pdc|contraste",
+        "sans|avant|non",
+        r"native?s?|ss (?:inj(?!ur)\w*|pdc|produit)",
+    ),
     "Spanish": (r"contraste|contrastad\w*|civ|gadolinio", "sin|antes|previo|previa", r"simple|basal"),
     "Portuguese": (r"contraste|pos|apos|gadolinio", "sem|antes|nao", ""),
     "Italian": (r"mdc|contrasto|dopo", "senza|prima", r"basal[ei]|diretta"),
@@ -47,18 +51,18 @@ def _column(index: int) -> str:
 
 _NO_AGENT = re.compile(
     r"\b(?:post?|apres|dopo|nach|apos|pos) ?(?:op(?!t)|fossa|surg|rt\b|rad(?!ial)|xrt|chemo|chimio|tx\b|treat|therap|"
-    r"trait|biops|stroke|ictal|trauma|tbi|resec|emboli|clip|shunt|dbs|partum|birth|natal|cirurg|cirug|chir|interv|crani|"
-    r"lobe|implant|srs|gamma|gk\b|cyber|ablat|bleed|h(?:a)?emor|seiz|concus|injur|infarct|stent|coil|graft|accident|mva\b|"
-    r"covid|vacc|icu\b|lp\b|ect\b|tms\b|\w+(?:otom|ectom|ostom|plast))\w*\b"
+    r"trait|biops|stroke|ictal|trauma|tbi|resec|emboli|clip|shunt|dbs|partum|birth|natal|cirurg|cirug|chir|interv|crani(?:ot|ec|opl)|"
+    r"lobe|implant|srs|gamma|gk\b|cyber|ablat|bleed|h(?:a)?emor|seiz|concus|injur|infarct|stent|coil(?:ing|ed)|graft|accident|mva\b|"
+    r"covid|vacc|icu\b|ect\b|tms\b|\w+(?:otom|ectom|ostom|plast))\w*\b"
     r"(?! ?(?:plan|nav|stealth|brainlab|protoc))|\bpr(?:e|ae|a) ?op(?!t)\w*|"
-    r"\b\d+ ?(?:y|yrs?|years?|mos?|mths?|months?|w|wks?|weeks?|d|days?|h|hrs?|hours?) post\b"
+    r"\b\d+ ?(?:y|yrs?|years?|mos?|mths?|months?|wks?|weeks?|days?|hrs?|hours?) post\b"
     r"(?! ?(?:gd|gad|con|inj|km|ce\b))"
 )
 """Before or after an event that is no injection, so long after one, or behind the rest; folded."""
 _AGENT = re.compile(rf"(?:{_column(0)})\Z")
 _DENIED = re.compile(
     rf"\b(?:{_column(1)})(?: (?:{_FILLERS}))* ?(?:{_column(0)})\b(?:(?: (?:{_FILLERS}))* (?:{_column(0)})\b)*|"
-    rf"\b(?:{_column(0)}) (?:(?:{_AFTER})(?!\w)|free\b|none?\Z|no\Z)|"
+    rf"\b(?:{_column(0)}) (?:(?:{_AFTER})(?!\w)|free\Z|none?\Z|no\Z)|"
     rf"(?:造影|增强|增強|注药|打药)剤?(?:{_AFTER})|\b(?:{_column(2)})\b"
 )
 _AND = "and|or|und|oder|et|ou|y|e|en|i|a|og|och|ja|и"
@@ -83,7 +87,7 @@ _BOTH = re.compile(
 _ALONE = re.compile(rf"(?:{_column(1)})\Z")
 _NEVER_ALONE = frozenset(
     (
-        *("minus", "b4", "no", "not", "non", "ss", "vor", "voor", "for", "fore", "kein", "keine", "geen", "ingen"),
+        *("minus", "b4", "no", "not", "non", "vor", "voor", "for", "fore", "kein", "keine", "geen", "ingen"),
         *("до", "не", "未", "无", "無", "不", "非", "没"),
     )
 )

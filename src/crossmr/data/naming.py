@@ -155,9 +155,9 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
         ConfigError: none is given, or a name spells several: 'T1ce FLAIR'.
     """
     texts = (given,) if isinstance(given, str) else tuple(given)
-    if not texts:
+    names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
+    if not names:
         raise ConfigError("No modality is named; name one, such as 't2f', or leave the setting out for all.")
-    names = [name.strip() for text in texts for name in text.split(",")]
     for name in names:
         if several := _several(name):
             raise ConfigError(
