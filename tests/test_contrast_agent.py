@@ -31,7 +31,7 @@ SAID = {  # what scanners' operators write: with an agent, without
         "T1 POST COIL 32",
         "T1 C-|T1 (C-)|T1 WITHOUT IV CONTRAST|T1 PRECONTRAST|T1 GD(-)|T1 before injection|T1 UNENHANCED|"
         "AX T1 W/OUT CONTRAST|T1 wout gad|T1 minus contrast|T1 prior to contrast|T1 b4 gad|T1 GAD NO|T1 gad free|"
-        "T1 nogad|T1 non-enhanced",
+        "T1 nogad|T1 non-enhanced|T1 NON CON|T1 NON CON FS",
     ),
     "German": (
         "T1 nach KM|t1_mit_KM|T1 tra KM|T1 tra nach i.v. KM|t1_tse_tra_i.v.KM|T1 Kontrastmittel|T1 ohne FS mit KM",

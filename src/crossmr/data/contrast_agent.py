@@ -8,7 +8,7 @@ _AGENT_WORDS = {
         r"gd|gad\w*|ce|contrast\w*|agent|enh\w*|inj(?!ur)\w*|post(?:c\w*|g\w*|km|k|inj\w*)?|pc|dotarem|multihance|magnevist|"
         r"prohance|omniscan|clariscan|elucirem|vueway|optimark|eovist|primovist|feraheme",
         "without|wo|w o|wout|w out|before|prior to|minus|b4|no|not|non|pre",
-        r"unenh\w*|plain|no[nt]?(?:con\w*|gd|gad\w*|enh\w*|ce|cm|km)|pre(?:con\w*|gd|gad\w*|inj\w*|km)?",
+        r"unenh\w*|plain|non con|no[nt]?(?:con\w*|gd|gad\w*|enh\w*|ce|cm|km)|pre(?:con\w*|gd|gad\w*|inj\w*|km)?",
     ),
     "German": (r"km|kontrast\w*|mitkm|nachkm", "ohne|vor|kein|keine", r"nativ\w*|ohnekm|(?<!\bi )[ov] ?km"),
     "French": (
