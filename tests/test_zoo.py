@@ -1216,7 +1216,7 @@ CALLS: list[Kind] = [
     Kind("no guidance of a guided C-UNet", plain("--guidance", "none"),
          r"always guided in training; .* train one with .* compare with: crossmr evaluate MODEL --against"),
     Kind("unknown target", plain("--targets", "t1x"), r"'t1x' is not a modality: expected one of"),
-    Kind("no target", plain("--targets", ""), r"'' is not a modality: expected one of"),
+    Kind("no target", plain("--targets", ""), r"No modality is named; name one, such as 't2f'"),
     Kind("target never learnt", plain("--targets", "t1n"), r"cannot synthesise t1n; it was trained for t1c, t2f"),
     Kind("unknown profile", plain("--profile", "nice"), r"--profile is 'nice'; expected one of labelled"),
     Kind("unknown device", plain("--device", "tpu"), r"--device is 'tpu'; expected auto, cpu"),
