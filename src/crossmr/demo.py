@@ -79,7 +79,7 @@ def _demo(out: Path, seed: int, minutes: float, display: Display) -> Evaluation:
     _picture(out, case, "completed", PICTURES[0])
     display.say(f"look at {out / 'shipped.png'}, acquired, synthetic and true: {LOOK}")
     display.say("3/6 prepare a cohort to train on")
-    prepared = PrepareSettings(split=Split.parse("80/10/10", seed), workers=default_workers())
+    prepared = PrepareSettings(split=Split.parse("75/5/20", seed), workers=default_workers())
     prepare(out / "cohort", out / "set", prepared, display=display)
     display.say(f"4/6 train a small network for {minutes:g} minutes")
     training = TrainingSettings(recipe=RECIPE, sources=SOURCES, targets=TARGETS, minutes=minutes, seed=seed)
