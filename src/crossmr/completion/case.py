@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from crossmr.completion import private, status
 from crossmr.completion.inputs import Inputs, redo_reason_of_files
 from crossmr.completion.layout import PICTURES, Layout, Profile, bids_name
 from crossmr.completion.ownership import check_case, earlier_files, other_scans, why_not_kept
@@ -30,16 +29,13 @@ from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, display_name
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import is_synthetic, read_volume
 from crossmr.dicom.convert import Scans
-from crossmr.display import LOG, Display
+from crossmr.display import Display
 from crossmr.errors import NamingError, OutputError, StudyError, names_only
-from crossmr.files import REPORT, read_json, remove, write_json
+from crossmr.files import read_json, remove, write_json
 from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.parts import Claim, Part
 from crossmr.picture import Array, Kind, Panel, middle, save_panels
-
-RECORDS = {"manifest.json", LOG, REPORT, status.NAME, private.NAME}
-"""Files of a cohort; no case can have a folder of such a name."""
 
 
 @dataclass(frozen=True)

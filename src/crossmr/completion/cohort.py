@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from crossmr.completion.case import RECORDS, Run, complete_case, finished_before
+from crossmr.completion import private, status
 from crossmr.completion.case import CohortSettings as CohortSettings
+from crossmr.completion.case import Run, complete_case, finished_before
 from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan, what_to_fill, with_files_beside
 from crossmr.completion.layout import FORMAT, Layout
 from crossmr.completion.ownership import check_case, check_output_is_ours, check_profile
@@ -26,11 +27,14 @@ from crossmr.dicom.selection import taken
 from crossmr.dicom.series import Series, begins_with_dicom, folders_of_part
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
-from crossmr.files import digest, write_json
+from crossmr.files import REPORT, digest, write_json
 from crossmr.networks.inference import InferenceSettings, check_settings
 from crossmr.networks.model import CrossConditionedModel
 from crossmr.parts import ClaimLost
 from crossmr.registry import load_model
+
+RECORDS = {"manifest.json", LOG, REPORT, status.NAME, private.NAME}
+"""Files of a cohort; no case can have a folder of such a name."""
 
 
 @dataclass

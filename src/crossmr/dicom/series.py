@@ -395,7 +395,8 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
     places = _evened(images, orientations)
     even = images if places is None else [replace(i, position=p) for i, p in zip(images, places, strict=True)]
     reason, fault, slice_distance = _fault(even, orientations)
-    recognised = _recognised(files[0], acquisition, mapping)
+    mapped = _mapped(files[0], acquisition, mapping)
+    recognised = _recognised(first, acquisition, mapped)
     if recognised.modality is not None and fault:
         recognised = Recognition(None, fault, reason)
     voxel_mm = tuple(float(side) for side in (*spacings[0], slice_distance))
@@ -422,7 +423,7 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
         mixed=len({tuple(str(header.get(keyword)) for keyword in TELLING) for _, header in files}) > 1,
         why=recognised.why,
         reason=recognised.reason,
-        mapped=tuple(_mapped(files[0], acquisition, mapping)),
+        mapped=mapped,
         padding=_padding(first),
     )
 
@@ -433,9 +434,8 @@ def _padding(header: Any) -> float | None:
     return float(np.float32(value * (1.0 if slope is None else slope) + (offset or 0.0))) if value else None
 
 
-def _recognised(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> Recognition:
-    """The contrast of a series: by its tags, or by what of `mapping` matches it."""
-    header = file[1]
+def _recognised(header: Any, acquisition: Acquisition, mapped: Sequence[str]) -> Recognition:
+    """The contrast of a series: by its tags, or what `mapped` says, the modalities that --map gives it."""
     shades = text_of(header, "PhotometricInterpretation")
     if (number_of(header, "SamplesPerPixel") or 1) != 1 or shades == "PALETTE COLOR":
         return Recognition(None, "in colour", "decided")
@@ -447,20 +447,19 @@ def _recognised(file: File, acquisition: Acquisition, mapping: Mapping[str, str]
     recognised = recognise_contrast(acquisition)
     if recognised.modality is not None and covers(acquisition.part, description) == 0:
         recognised = Recognition(None, "of another part of the body than the head")
-    mapped = _mapped(file, acquisition, mapping)
     if len(mapped) > 1:
         return Recognition(None, f"named {' and '.join(mapped)} by --map; name it once")
     return Recognition(mapped[0], BY_USER) if mapped else recognised
 
 
-def _mapped(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> list[str]:
+def _mapped(file: File, acquisition: Acquisition, mapping: Mapping[str, str] | None) -> tuple[str, ...]:
     """The modalities that a mapping says a series is."""
     path, name = file[0], _name(number_of(file[1], "SeriesNumber"))
-    return [
+    return tuple(
         modality
         for modality, globs in (mapping or {}).items()
         if any(_matches(glob, name, acquisition.description, path) for glob in alternatives(globs))
-    ]
+    )
 
 
 def _name(number: float | None) -> str:
