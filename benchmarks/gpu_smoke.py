@@ -19,7 +19,8 @@ import torch
 
 from crossmr.completion.cohort import complete_cohort
 from crossmr.config import with_settings
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.data.volume import read_volume
 from crossmr.device import choose_device
 from crossmr.display import Display

@@ -27,7 +27,8 @@ import numpy as np
 from safetensors import safe_open
 
 from crossmr.completion.cohort import complete_cohort
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.data.volume import read_volume
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.networks.inference import InferenceSettings

@@ -20,7 +20,8 @@ from typing import Any
 
 from growth import under_names
 
-from crossmr.data.prepare import PrepareSettings, Split, default_workers, prepare
+from crossmr.data.prepare import PrepareSettings, default_workers, prepare
+from crossmr.data.split import Split
 from crossmr.display import Display
 from crossmr.phantom import write_cohort
 from crossmr.training.recipes import RECIPES

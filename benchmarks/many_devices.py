@@ -24,7 +24,8 @@ from pathlib import Path
 import safetensors.torch
 from scans import unpacked
 
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.phantom import write_cohort
 
 STUDIES = (

@@ -27,7 +27,8 @@ from crossmr.completion.cohort import complete_cohort
 from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import DISPLAY_NAMES, find_studies
-from crossmr.data.prepare import PrepareSettings, Split, default_workers, prepare
+from crossmr.data.prepare import PrepareSettings, default_workers, prepare
+from crossmr.data.split import Split
 from crossmr.device import choose_device
 from crossmr.display import Display
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate

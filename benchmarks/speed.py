@@ -37,7 +37,9 @@ from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import complete_study
 from crossmr.data.formats import content_sha256
 from crossmr.data.naming import DISPLAY_NAMES, find_studies
-from crossmr.data.prepare import PrepareSettings, Split, prepare, prepare_case
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.prepared_case import prepare_case
+from crossmr.data.split import Split
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import write_volume
 from crossmr.device import autocast, choose_device, choose_precision

@@ -10,7 +10,8 @@ from conftest import write_study
 
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.head import DARKEST
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.errors import ConfigError
 from crossmr.training.augmentation import Augmentation, AugmentationConfig, deform, draw_deformations
 from crossmr.training.batches import Batches, BatchSettings

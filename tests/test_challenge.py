@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from crossmr.baselines import fit_baselines
 from crossmr.cli import app
 from crossmr.data.naming import find_studies
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.display import LOG, Display
 from crossmr.errors import ConfigError, OutputError, StudyError
 from crossmr.evaluation import evaluate as evaluating

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from crossmr.data.dataset import Case, PreparedDataset
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.display import SILENT
 from crossmr.errors import ConfigError
 from crossmr.files import read_json

@@ -25,7 +25,8 @@ import pytest
 from crossmr import cli
 from crossmr.cli import main
 from crossmr.completion.cohort import CohortSummary
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.errors import CrossmrWarning
 from crossmr.networks.c_unet import SynthesisConfig
 from crossmr.networks.distribution import DistributionConfig

@@ -13,7 +13,9 @@ from conftest import write_study
 from torch.utils.data import DataLoader
 
 from crossmr.data.dataset import PreparedDataset
-from crossmr.data.prepare import SPLITS, PrepareSettings, Split, prepare
+from crossmr.data.patients import SPLITS
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest, write_json
 from crossmr.tensors import PLANES, crop_or_pad, foreground_slices

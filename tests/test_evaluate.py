@@ -19,7 +19,8 @@ from crossmr import main_memory
 from crossmr.baselines import BASELINES, fit_baselines
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import find_studies
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.display import Display
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
 from crossmr.evaluation import predictors as module

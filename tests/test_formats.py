@@ -20,7 +20,8 @@ from crossmr.completion.inputs import find_inputs
 from crossmr.completion.study import complete
 from crossmr.data.formats import content_sha256, header_of, is_volume, parts, stem_of, without_images_of_pairs
 from crossmr.data.naming import find_studies, recognise, study_of
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.data.study import load_study
 from crossmr.data.volume import (
     describe_grid,

@@ -8,7 +8,8 @@ import torch
 from fake_cuda import fake_cuda
 
 from crossmr.completion.study import complete
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.device import autocast
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.networks.distribution import DistributionConfig

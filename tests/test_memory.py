@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.errors import ModelError
 from crossmr.main_memory import available_memory
 from crossmr.networks.unet import Decoder, Encoder, UNetShape

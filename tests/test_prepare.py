@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
@@ -13,23 +12,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import Listener, header_alone, image, make_head, write_study
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import crossmr.data.prepare as module
+import crossmr.data.prepared_case as case_module
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.formats import content_sha256
 from crossmr.data.head import DARKEST
 from crossmr.data.naming import find_studies
+from crossmr.data.patients import SPLITS
 from crossmr.data.prepare import (
-    SPLITS,
     PrepareSettings,
-    Split,
-    assign_splits,
     default_workers,
     prepare,
     prepare_case,
 )
+from crossmr.data.split import Split
 from crossmr.data.study import load_study, study_memory
 from crossmr.display import Display
 from crossmr.errors import ConfigError, NamingError, OutputError, SetError
@@ -317,7 +314,7 @@ def test_a_case_that_is_refused_now_is_removed(cohort, tmp_path, damage):
 
 def test_a_run_that_was_stopped_goes_on(cohort, tmp_path, monkeypatch):
     wanted = prepare(cohort, tmp_path / "wanted")
-    write_json = module.write_json
+    write_json = case_module.write_json
 
     def stop_at_the_third(path: Path, data: Any) -> None:
         if path.parent.name == CASES[2] and data["signature"]:
@@ -325,7 +322,7 @@ def test_a_run_that_was_stopped_goes_on(cohort, tmp_path, monkeypatch):
         write_json(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", stop_at_the_third)
+        patch.setattr(case_module, "write_json", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             prepare(cohort, tmp_path / "set")
     files = tree(tmp_path / "set")
@@ -347,7 +344,7 @@ def test_while_a_case_is_written_it_does_not_exist(cohort, tmp_path, monkeypatch
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write_array", stop)
+    monkeypatch.setattr(case_module, "_write_array", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(cohort, tmp_path / "set")
     records = {case: read_json(tmp_path / "set" / "cases" / case / "case.json") for case in CASES}
@@ -551,19 +548,6 @@ def test_a_table_groups_studies_and_fixes_splits(tmp_path):
         prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings(patients=table))
 
 
-def test_splits_are_fixed_for_whom_they_are_said_to_be():
-    patients = everyone(40)
-    fixed = {patients[k]: ("train", "val", "test")[k % 3] for k in range(12)}
-    splits = assign_splits(patients, Split(), fixed)
-    assert splits == splits | fixed
-    assert Counter(splits.values()) == {"train": 28, "val": 4, "test": 8}
-    many = dict.fromkeys(patients[:20], "val")  # more than its share: the others share the rest
-    assert Counter(assign_splits(patients, Split(), many).values()) == {"train": 16, "val": 20, "test": 4}
-    nobody_left = assign_splits(patients[:3], Split(), dict.fromkeys(patients[:3], "test"))
-    assert set(nobody_left.values()) == {"test"}
-    assert set(assign_splits(patients[:3], Split(), {patients[0]: "val"}).values()) == set(SPLITS)
-
-
 def test_studies_that_share_a_scan_go_together_under_any_name_header_and_packing(tmp_path):
     """One volume of A is in F as well, unpacked and under another description; F's and G's others are their own."""
     cohort = tmp_path / "cohort"
@@ -605,56 +589,6 @@ def test_prepare_says_who_has_several_studies_and_what_names_leave_open(tmp_path
     )
 
 
-def everyone(count: int) -> list[str]:
-    return [f"BraTS-GLI-{number:05d}" for number in range(count)]
-
-
-def test_the_fractions_are_kept_and_the_seed_matters():
-    splits = assign_splits(everyone(3000), Split())
-    assert Counter(splits.values()) == {"train": 2100, "val": 300, "test": 600}
-    other = assign_splits(everyone(3000), Split(seed=1))
-    moved = sum(splits[p] != other[p] for p in splits)
-    assert moved / 3000 == pytest.approx(1 - (0.49 + 0.01 + 0.04), abs=0.04)  # as two independent draws
-
-
-def test_the_split_depends_on_nothing_but_seed_and_names():
-    patients = everyone(50)
-    splits = assign_splits(patients, Split(seed=3))
-    shuffled = [patients[i] for i in np.random.default_rng(0).permutation(50)]
-    assert assign_splits([*shuffled, *shuffled], Split(seed=3)) == splits
-    first = " ".join(splits[patient][:2] for patient in patients[:20])
-    assert first == "tr tr tr va te tr tr tr tr va va tr tr tr te tr tr te tr tr"  # for ever
-
-
-@pytest.mark.parametrize(
-    ("count", "text", "counts"),
-    [
-        (10, "50/25/25", (5, 3, 2)),
-        (30, "70/10/20", (21, 3, 6)),
-        (4, "70/10/20", (2, 1, 1)),
-        (2, "70/10/20", (1, 1, 0)),
-        (1, "10/0/90", (1, 0, 0)),
-        (7, "1/1/1", (3, 2, 2)),
-    ],
-)
-def test_the_shares_are_those_that_were_asked_for(count, text, counts):
-    for seed in range(5):
-        splits = [*assign_splits(everyone(count), Split.parse(text, seed)).values()]
-        assert tuple(splits.count(part) for part in SPLITS) == counts
-
-
-@given(counts=st.lists(st.integers(10, 60), min_size=2, max_size=4), seed=st.integers(0, 10**6))
-@settings(max_examples=50, deadline=None, derandomize=True)
-def test_those_who_join_fill_up_the_shares_and_nobody_moves(counts, seed):
-    known: dict[str, str] = {}
-    for count in sorted(counts):
-        grown = assign_splits(everyone(count), Split(seed=seed), known)
-        assert grown == grown | known
-        numbers = Counter(grown.values())
-        assert all(abs(numbers[part] - share * count) < 1 for part, share in zip(SPLITS, Split().shares, strict=True))
-        known = grown
-
-
 def test_a_set_that_grows_keeps_the_part_of_everybody_it_knows(tmp_path):
     cohort, split = tmp_path / "cohort", PrepareSettings(split=Split(0.5, 0.25, 0.25))
     for seed, case in enumerate(("P1_T0", "B", "C", "D")):
@@ -683,45 +617,6 @@ def test_two_patients_who_turn_out_to_be_one_are_no_test(tmp_path):
     assert sorted(case["part"] for case in before["cases"].values()) == sorted(SPLITS)
     assert {case["part"] for case in after["cases"].values()} == {"train"}
     assert any("change their part" in line for line in listener.said)
-
-
-@given(count=st.integers(3, 12), seed=st.integers(0, 10**6))
-@settings(max_examples=150, deadline=None, derandomize=True)
-def test_no_split_with_a_fraction_is_empty(count, seed):
-    splits = assign_splits(everyone(count), Split(seed=seed))
-    assert set(splits) == set(everyone(count))
-    assert set(splits.values()) == set(SPLITS)
-
-
-@given(count=st.integers(2, 12), seed=st.integers(0, 10**6))
-@settings(max_examples=50, deadline=None, derandomize=True)
-def test_a_split_without_a_fraction_stays_empty(count, seed):
-    assert set(assign_splits(everyone(count), Split(0.8, 0.2, 0, seed)).values()) == {"train", "val"}
-    assert set(assign_splits(everyone(count), Split(1, 0, 0, seed)).values()) == {"train"}
-
-
-def test_fractions_are_read_from_text():
-    assert Split.parse("70/10/20") == Split(0.7, 0.1, 0.2)
-    assert Split.parse("8/1/1", seed=4) == Split(0.8, 0.1, 0.1, seed=4)
-    assert Split.parse("100/0/0") == Split(1, 0, 0)
-    assert Split.parse(" 37.5 / 12.5 / 50 ") == Split(0.375, 0.125, 0.5)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "70", "70/30", "70/10/10/10", "a/b/c", "70-10-20", "0/0/0", "0/50/50", "-10/60/50", "nan/1/1", "inf/1/1"],
-)
-def test_fractions_that_make_no_sense_are_refused(text):
-    with pytest.raises(ConfigError, match=r"--split is .* such as 70/10/20\."):
-        Split.parse(text)
-
-
-@pytest.mark.parametrize(
-    "fractions", [(0.7, 0.1, 0.1), (70, 10, 10), (0, 0.5, 0.5), (1.2, -0.2, 0), (float("nan"), 0, 1), ("7", "1", "2")]
-)
-def test_a_split_that_makes_no_sense_is_refused(fractions):
-    with pytest.raises(ConfigError, match=r"--split is .* sum to 1"):
-        Split(*fractions)
 
 
 def test_settings_are_understood_as_the_command_line_gives_them():
@@ -765,14 +660,14 @@ def test_real_patients_who_lack_modalities(tmp_path):
 def test_an_error_that_nobody_foresaw_refuses_its_study_alone(tmp_path, monkeypatch):
     for case in ("A", "B"):
         write_study(tmp_path / "cohort", case)
-    original = module.load_study
+    original = case_module.load_study
 
     def break_first(files, **options):
         if files.case == "A":
             raise IndexError("out of range")
         return original(files, **options)
 
-    monkeypatch.setattr(module, "load_study", break_first)
+    monkeypatch.setattr(case_module, "load_study", break_first)
     manifest = prepare(tmp_path / "cohort", tmp_path / "set")
     assert list(manifest["cases"]) == ["B"]
     assert [(r["case"], "IndexError: out of range" in r["reason"]) for r in manifest["refused"]] == [("A", True)]
@@ -832,15 +727,3 @@ def test_as_many_studies_are_prepared_at_once_as_fit(share, asked, processes, sa
     assert module._processes(studies, tmp_path / "set", settings, listening(lines)) == processes
     expected = f"B: needs about 1.9 GB of memory, {share * needed / 1e9:.1f} GB are available: {said} prepared at once"
     assert lines == [expected] * (said is not None)
-
-
-def test_what_is_prepared_is_written_in_one_copy(tmp_path):
-    """Images are cut one after the other, and what is hashed is what is written."""
-    (study,) = find_studies(write_study(tmp_path, "A"))
-    record = prepare_case(study, tmp_path / "set")
-    for name, stored in record["files"].items():
-        path = tmp_path / "set" / "cases" / "A" / name
-        assert digest(path.read_bytes()) == stored
-        array = np.load(path, allow_pickle=False)
-        np.save(tmp_path / "again.npy", array)
-        assert (tmp_path / "again.npy").read_bytes() == path.read_bytes()  # as NumPy writes it

@@ -19,7 +19,8 @@ from conftest import sha256, tree, write_study
 
 from crossmr import ranks
 from crossmr.cli import main
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.errors import ConfigError, SetError
 from crossmr.ranks import ALONE, Ranks, joined, started
 from crossmr.training import loop, plan, stages

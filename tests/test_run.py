@@ -23,7 +23,8 @@ from crossmr import tensors
 from crossmr.baselines import together
 from crossmr.config import with_settings
 from crossmr.data.dataset import PreparedDataset
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, ModelError, OutputError, SetError
 from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise

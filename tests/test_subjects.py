@@ -8,7 +8,8 @@ import pytest
 from conftest import SHAPE, Listener, image, make_head, write_study
 
 from crossmr.data.naming import find_studies
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.errors import ConfigError, NamingError, StudyError
 from crossmr.evaluation.evaluate import say_notes
 from crossmr.evaluation.subjects import Subject, find_subjects, patterns, subject_of_files

@@ -29,7 +29,8 @@ from conftest import SHAPE, image, make_head, save_untrained, write_study
 from safetensors.torch import load, save
 
 from crossmr.cli import main
-from crossmr.data.prepare import PrepareSettings, Split, prepare
+from crossmr.data.prepare import PrepareSettings, prepare
+from crossmr.data.split import Split
 from crossmr.files import PARTIAL, digest
 from crossmr.networks.model import FORMAT_VERSION
 

@@ -6,8 +6,8 @@ from crossmr.completion.study import Completed as Completed
 from crossmr.completion.study import complete as complete
 from crossmr.data.dataset import PreparedDataset as PreparedDataset
 from crossmr.data.prepare import PrepareSettings as PrepareSettings
-from crossmr.data.prepare import Split as Split
 from crossmr.data.prepare import prepare as prepare
+from crossmr.data.split import Split as Split
 from crossmr.errors import CrossmrError as CrossmrError
 from crossmr.evaluation.evaluate import EvaluationSettings as EvaluationSettings
 from crossmr.evaluation.evaluate import evaluate as evaluate

@@ -494,8 +494,9 @@ def prepare(
     """Check, normalise and crop a cohort into a prepared dataset. The same command again goes on where it stopped."""
     check_paths(out=out, studies=cohort)
     names = mapping_of(mapping)
-    from crossmr.data.prepare import PrepareSettings, Split, default_workers
+    from crossmr.data.prepare import PrepareSettings, default_workers
     from crossmr.data.prepare import prepare as run
+    from crossmr.data.split import Split
     from crossmr.display import LOG
 
     settings = PrepareSettings(

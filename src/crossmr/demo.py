@@ -9,7 +9,8 @@ import numpy as np
 
 from crossmr.completion.cohort import CohortSettings, complete_cohort
 from crossmr.data.naming import DISPLAY_NAMES, find_studies
-from crossmr.data.prepare import PrepareSettings, Split, default_workers, prepare
+from crossmr.data.prepare import PrepareSettings, default_workers, prepare
+from crossmr.data.split import Split
 from crossmr.data.study import load_study
 from crossmr.data.volume import read_volume
 from crossmr.display import SILENT, Display

@@ -16,7 +16,8 @@ from crossmr.data.formats import content_sha256
 from crossmr.data.head import Normalisation
 from crossmr.data.naming import in_usual_order, modality_names
 from crossmr.data.patients import SPLITS
-from crossmr.data.prepare import FORMAT, FORMAT_VERSION
+from crossmr.data.prepare import FORMAT
+from crossmr.data.prepared_case import FORMAT_VERSION
 from crossmr.errors import ConfigError, SetError
 from crossmr.files import digest, read_json
 from crossmr.paths import check_prepared

@@ -1,101 +1,49 @@
-"""A cohort of studies into a prepared dataset: checked, normalised, cropped to the head, stored to be memory-mapped.
+"""A cohort of studies into a prepared dataset: every study a case, the patients split, all said in one manifest.
 
 SET/
 ├── manifest.json          summary, split, every case, every refused study
-└── cases/CASE/
-    ├── images.npy         float16 (Z, M, Y, X) in [0, 1], 0 outside the head, M as in case.json
-    ├── masks.npy          uint8 (Z, 2, Y, X): head mask, lesion labels
-    └── case.json          written first without and last with a signature: a case that has none does not exist
+└── cases/CASE/            see `prepared_case`
 """
 
 import contextlib
-import hashlib
-import io
-import math
 import os
 import signal
 import statistics
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from crossmr.config import read_text, read_whole
-from crossmr.data.formats import content_sha256, parts, unreadable
-from crossmr.data.head import HIGHEST, LOWEST
 from crossmr.data.naming import StudyFiles, find_studies, unmatched
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
+from crossmr.data.prepared_case import (
+    FORMAT_VERSION,
+    NORMALISATION,
+    Prepared,
+    Unread,
+    delete_case,
+    is_case,
+    prepare_case,
+    read_prepared,
+)
 from crossmr.data.registration import RegistrationMode, registration_mode
-from crossmr.data.study import Study, load_study, study_memory
-from crossmr.data.volume import voxels_sha256
+from crossmr.data.split import Split, assign_splits
+from crossmr.data.study import study_memory
 from crossmr.display import LOG, SILENT, Display, is_log
-from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, SetError, VolumeError, names_only
-from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_atomically, write_json
-from crossmr.main_memory import available_memory, check_memory, gigabytes, reusable_memory
+from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, SetError, names_only
+from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, write_json
+from crossmr.main_memory import available_memory, gigabytes, reusable_memory
 
 FORMAT = "crossmr-set"
-FORMAT_VERSION = 4
-ARRAYS = ("images.npy", "masks.npy")
-NORMALISATION = (
-    f"0 to 1 from {-LOWEST:g} robust standard deviations (quartile range / 1.349) below each volume's median within "
-    f"the head to {HIGHEST:g} above it, saturating; exactly 0 is outside the head, or not acquired"
-)
 NOTES = 8
 """So many different notes on studies are said; all are kept."""
-MARGIN = 4
-"""Voxels of background kept around the head's bounding box."""
 PROCESS_BYTES = 120 * 10**6
 """Bytes that a process takes before it reads anything: Python and the libraries."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which fraction of the patients goes where, or percent; all studies of a patient go together."""
-
-    train: float = 0.7
-    """Fraction of patients that the networks learn from."""
-    val: float = 0.1
-    """Fraction that validates during training."""
-    test: float = 0.2
-    """Fraction that training never reads."""
-    seed: int = 0
-    """Seed of the hash that orders the patients."""
-
-    def __post_init__(self) -> None:
-        shares = self.shares
-        total = sum(shares) if all(isinstance(share, Real) for share in shares) else math.nan
-        whole = 100 if abs(total - 100) <= 1e-4 else 1
-        if not (abs(total - whole) <= 1e-6 * whole and min(shares) >= 0 and self.train > 0):  # NaN fails too
-            raise ConfigError(
-                f"--split is {shares}; expected train/val/test fractions that sum to 1, or percent, such as 70/10/20."
-            )
-        for name, share in zip(SPLITS, shares, strict=True):
-            object.__setattr__(self, name, share / whole)
-        read_whole(self, "seed")
-
-    @property
-    def shares(self) -> tuple[float, float, float]:
-        """Those of train, val and test."""
-        return self.train, self.val, self.test
-
-    @classmethod
-    def parse(cls, text: str, seed: int = 0) -> "Split":
-        """Read '70/10/20'."""
-        try:
-            numbers = [float(part) for part in text.split("/")]
-        except ValueError:
-            numbers = []
-        if len(numbers) != 3 or sum(numbers) <= 0:
-            raise ConfigError(f"--split is '{text}'; expected train/val/test in percent, such as 70/10/20.")
-        train, val, test = (number / sum(numbers) for number in numbers)
-        return cls(train, val, test, seed)
 
 
 @dataclass(frozen=True)
@@ -104,7 +52,7 @@ class PrepareSettings:
 
     mapping: Mapping[str, str] | None = None
     """Modality → glob on file names, see `recognise`."""
-    split: Split = Split()
+    split: Split = field(default_factory=Split)
     """Which share of the patients goes where, with the seed of the order; '70/10/20' is understood."""
     register: RegistrationMode = "never"
     """Which volumes are registered to the first of their study."""
@@ -120,39 +68,6 @@ class PrepareSettings:
         read_text(self, "patients", Path | None, Path, "patients.csv")
         object.__setattr__(self, "register", registration_mode(self.register))
         read_whole(self, "workers")
-
-
-def assign_splits(patients: Sequence[str], split: Split, fixed: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Assign each patient to a split, so that the shares are met to rounding: patient → 'train', 'val' or 'test'.
-
-    Patients in `fixed` go where it says. The others, in the order of a hash of seed and name, fill up what is then
-    short of its share: train, val, test. No split with a share above 0 stays empty if there are enough of them.
-    """
-    order = sorted(set(patients), key=lambda patient: digest(f"{split.seed}:{patient}"))
-    splits = {patient: fixed[patient] for patient in order if patient in fixed} if fixed else {}
-    free = [patient for patient in order if patient not in splits]
-    counts = {part: [*splits.values()].count(part) for part in SPLITS}
-    wanted, new = _wanted(counts, len(free), split), dict.fromkeys(SPLITS, 0)
-    for _ in free:
-        short = {part: round(number - counts[part] - new[part], 6) for part, number in wanted.items()}
-        empty = [part for part in wanted if not counts[part] + new[part]]
-        new[empty[0] if empty else max(short, key=lambda part: short[part])] += 1
-    splits |= zip(free, (part for part in SPLITS for _ in range(new[part])), strict=True)
-    return {patient: splits[patient] for patient in order}
-
-
-def _wanted(counts: Mapping[str, int], free: int, split: Split) -> dict[str, float]:
-    """How many patients are wanted in the splits that are short of their share, where as many are free.
-
-    Splits that have more than their share leave less to the others, which are reduced alike.
-    """
-    shares = {part: share for part, share in zip(SPLITS, split.shares, strict=True) if share > 0}
-    while True:
-        left, whole = free + sum(counts[part] for part in shares), sum(shares.values())
-        wanted = {part: left * share / whole for part, share in shares.items()}
-        if not any(counts[part] > wanted[part] + 1e-6 for part in shares):
-            return wanted
-        shares = {part: share for part, share in shares.items() if counts[part] <= wanted[part] + 1e-6}
 
 
 def prepare(
@@ -199,7 +114,7 @@ def prepare(
             raise SetError(f"None of the {len(studies)} studies could be prepared: {reasons}")
         patients = _patients(studies, cases, entries, before if before and before.split == settings.split else None)
         for stale in (*gone, *refused):
-            _delete(out / "cases" / stale)
+            delete_case(out / "cases" / stale)
         for line in grouping(studies, patients.of, patients.shared):
             display.say(line)
         manifest = _manifest(cases, refused, settings.split, patients)
@@ -343,10 +258,6 @@ def _shareable(
     return [{**one, "reason": names_only(one["reason"], [*paths[one["case"]], *common])} for one in refused]
 
 
-class _Unread(str):
-    """Why a study was refused whose files could not be read; they may be all right."""
-
-
 def _check_out(out: Path, cases: Sequence[str]) -> None:
     """Refuse a folder that holds anything but a prepared dataset, or in which something else has a case's name."""
     manifest = out / "manifest.json"
@@ -355,10 +266,10 @@ def _check_out(out: Path, cases: Sequence[str]) -> None:
         if visible - {"cases"}:
             refuse_foreign(manifest, partial(is_record, kind=FORMAT))
         listed = set(read_json(manifest, OutputError).get("cases", {})) if manifest.exists() else set()
-        if not manifest.exists() and (visible - {"cases"} or not all(_is_case(path, ()) for path in _folders(out))):
+        if not manifest.exists() and (visible - {"cases"} or not all(is_case(path, ()) for path in _folders(out))):
             raise OutputError(f"{out} exists and is not a prepared dataset; name another folder.")
         for case in cases:
-            refuse_foreign(out / "cases" / case, partial(_is_case, listed=listed))
+            refuse_foreign(out / "cases" / case, partial(is_case, listed=listed))
     except OSError as error:
         raise OutputError(f"{out} cannot be used: {error.strerror or error}. Name another folder.") from error
 
@@ -373,35 +284,9 @@ def _folders(out: Path) -> list[Path]:
     return [path for path in cases.iterdir() if not path.name.startswith(".")] if cases.exists() else []
 
 
-def _is_case(folder: Path, listed: Collection[str]) -> bool:
-    """Whether a folder is empty, or a case of ours: by its case.json, or by the manifest that lists it."""
-    if not folder.is_dir():
-        return False
-    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    if any(path.is_symlink() or not path.is_file() for path in files if path.name in (*ARRAYS, "case.json")):
-        return False
-    return not files or folder.name in listed or _record(folder) is not None
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    """What a case.json of ours holds, finished or begun; else None."""
-    with contextlib.suppress(SetError):
-        record = read_json(folder / "case.json", SetError)
-        files = record.get("files")
-        if "signature" in record and isinstance(files, dict) and set(files) == set(ARRAYS):
-            return record
-    return None
-
-
-def _prepared(folder: Path) -> dict[str, Any] | None:
-    """The record of a case that was prepared to its end."""
-    record = _record(folder)
-    return record if record and record["signature"] else None
-
-
-def _kept(folder: Path, reason: _Unread, display: Display) -> dict[str, Any] | str:
+def _kept(folder: Path, reason: Unread, display: Display) -> dict[str, Any] | str:
     """The record of a case whose files cannot be read now, but which was prepared before; else the reason."""
-    earlier = _prepared(folder)
+    earlier = read_prepared(folder)
     if not earlier or earlier.get("format_version") != FORMAT_VERSION:
         return reason
     display.say(f"{reason} It was prepared before, and is kept.")
@@ -414,7 +299,7 @@ def _gone(out: Path, cases: Collection[str], *, prune: bool) -> list[str]:
     Raises:
         OutputError: there are any, and `prune` is not set.
     """
-    gone = sorted(path.name for path in _folders(out) if path.name not in cases and _prepared(path))
+    gone = sorted(path.name for path in _folders(out) if path.name not in cases and read_prepared(path))
     if gone and not prune:
         raise OutputError(
             f"{out} holds {len(gone)} prepared {'case' if len(gone) == 1 else 'cases'} that the cohorts, of "
@@ -423,18 +308,6 @@ def _gone(out: Path, cases: Collection[str], *, prune: bool) -> list[str]:
             "with --prune."
         )
     return gone
-
-
-def _delete(folder: Path) -> None:
-    """Delete a prepared case, and its folder if nothing else lies in it."""
-    with contextlib.suppress(OSError):
-        for name in ("case.json", *ARRAYS):
-            (folder / name).unlink(missing_ok=True)
-        folder.rmdir()
-
-
-Prepared = dict[str, Any] | str
-"""The record of a prepared case, or why a study was refused."""
 
 
 def _prepare_all(
@@ -462,7 +335,7 @@ def _prepare_all(
                 ) from error
             except Exception as error:  # nobody foresaw it: the other patients go on all the same
                 result = f"{study.case}: {display.unforeseen(error)}"
-            if isinstance(result, _Unread):
+            if isinstance(result, Unread):
                 result = _kept(out / "cases" / study.case, result, display)
             if isinstance(result, str):
                 refused[study.case] = result
@@ -539,115 +412,6 @@ def _interrupts_held() -> Iterator[None]:
 def _let_finish() -> None:
     """Let the study in progress finish on Ctrl-C, which reaches all processes; the parent process ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def prepare_case(files: StudyFiles, out: Path, register: RegistrationMode = "never") -> Prepared:
-    """Prepare one study; returns the record that case.json holds, or the reason for refusing the study.
-
-    Raises:
-        OutputError: the dataset cannot be written, so that no other study could be either.
-    """
-    try:
-        signature = _signature(files, register)
-        folder = out / "cases" / files.case
-        finished = _finished(folder, signature)
-        if finished is not None:
-            return finished
-        check_memory(files.case, study_memory(files.images(), register).bytes())
-        return _write_case(load_study(files, register=register), files, signature, folder)
-    except OutputError:
-        raise
-    except CrossmrError as error:
-        reason = error.__cause__
-        unread = isinstance(reason, OSError) and reason.errno is not None  # a damaged gzip file has none
-        return _Unread(error) if unread else str(error)
-    except OSError as error:
-        raise OutputError(f"{out} could not be written: {error.strerror or error}. Name another folder.") from error
-
-
-def _finished(folder: Path, signature: str) -> dict[str, Any] | None:
-    """The record in case.json, if it is of these very files and both arrays are complete; else None."""
-    try:
-        record = read_json(folder / "case.json", SetError)
-        if record.get("signature") != signature:
-            return None
-        for name in ARRAYS:
-            np.lib.format.open_memmap(folder / name, mode="r")
-    except (SetError, OSError, ValueError):
-        return None
-    return record
-
-
-def _signature(files: StudyFiles, register: RegistrationMode) -> str:
-    """A hash that changes with the study's files, their modalities, the registration and this format."""
-    label = files.label()
-    stats = []
-    for role, path in (*files.images().items(), *([] if label is None else [("seg", label)])):
-        try:
-            for part in parts(path):
-                stats.append((role, part.name, *_size_and_time(part)))
-        except VolumeError as error:
-            raise VolumeError(f"{files.case}: {error}") from error.__cause__ or error
-    registration = {} if register == "never" else {"registered": True if register == "always" else register}
-    return digest({"version": FORMAT_VERSION, "margin": MARGIN, "files": sorted(stats), **registration})
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    try:
-        return path.stat().st_size, path.stat().st_mtime_ns
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -> dict[str, Any]:
-    """Write the arrays, then case.json; returns the record that it holds."""
-    z, y, x = box = study.box(MARGIN)
-    modalities = list(study.volumes)
-    images = np.empty((z.stop - z.start, len(modalities), y.stop - y.start, x.stop - x.start), np.float16)
-    for index, modality in enumerate(modalities):  # one after the other: memory
-        images[:, index] = study.normalised(modality, box)
-    labels = np.zeros_like(study.mask, np.uint8) if study.labels is None else study.labels
-    masks = np.stack([study.mask[box].astype(np.uint8), labels[box]], axis=1)
-    write_json(folder / "case.json", {"signature": "", "files": dict.fromkeys(ARRAYS, "")})  # begun, and ours
-    hashes = {
-        "images.npy": _write_array(folder / "images.npy", images),
-        "masks.npy": _write_array(folder / "masks.npy", masks),
-    }
-    case = {
-        "format_version": FORMAT_VERSION,
-        "modalities": modalities,
-        "shape": list(study.mask.shape),
-        "spacing_mm": [round(float(s), 6) for s in study.reference.spacing_mm],
-        "box": [[s.start, s.stop] for s in (z, y, x)],
-        "masked_background": study.masked_background,
-        "labelled": study.labels is not None,
-        "notes": list(study.notes),
-        "normalisation": {m: asdict(n) for m, n in study.normalisation.items()},
-        "statistics": {m: _statistics(images[:, i], masks[:, 0] > 0) for i, m in enumerate(modalities)},
-        "head_voxels": [int(n) for n in (masks[:, 0] > 0).sum((1, 2))],
-        "lesion_voxels": [int(n) for n in (masks[:, 1] > 0).sum((1, 2))] if study.labels is not None else [],
-        "inputs": {path.name: content_sha256(path) for path in files.images().values()},
-        "scans": {m: voxels_sha256(volume) for m, volume in study.volumes.items()},
-        "files": hashes,
-        "signature": signature,
-    }
-    write_json(folder / "case.json", case)
-    return case
-
-
-def _statistics(image: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """Mean and standard deviation within the head of one normalised modality."""
-    inside = image[mask].astype(np.float32)
-    return {"mean": round(float(inside.mean()), 6), "std": round(float(inside.std()), 6)}
-
-
-def _write_array(path: Path, array: np.ndarray) -> str:
-    """Write an .npy file; returns its SHA-256."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    content = b"".join([header.getvalue(), array.data])
-    write_atomically(path, content)
-    return hashlib.sha256(content).hexdigest()
 
 
 def _fingerprint(cases: Mapping[str, Mapping[str, Any]], patients: Mapping[str, str]) -> dict[str, Any]:
