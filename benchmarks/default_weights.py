@@ -38,7 +38,8 @@ from crossmr.networks.trained_on import PHANTOM, PatientList, count_seen, names_
 from crossmr.phantom import write_cohort
 from crossmr.registry import find_model
 from crossmr.training.recipes import RECIPES, recipe_of
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 from crossmr.typical import describe, summarise
 
 TEST = (

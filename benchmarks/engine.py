@@ -54,7 +54,8 @@ from crossmr.evaluation.subjects import patterns, subject_of_case
 from crossmr.networks.model import CrossConditionedModel, read_model
 from crossmr.training.plan import read_plan
 from crossmr.training.recipes import RECIPES
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 
 Array = npt.NDArray[np.float32]
 VARIANTS: dict[str, dict[str, str]] = {

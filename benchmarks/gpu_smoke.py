@@ -28,7 +28,8 @@ from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
 from crossmr.networks.inference import InferenceSettings
 from crossmr.phantom import write_cohort
 from crossmr.training.recipes import RECIPES
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 
 TASK = {"sources": ("t1n", "t2w"), "targets": ("t1c", "t2f")}
 LARGE = {

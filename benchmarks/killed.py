@@ -36,7 +36,8 @@ from crossmr.output.report import report_completion
 from crossmr.phantom import write_cohort
 from crossmr.training import loop
 from crossmr.training.recipes import RECIPES
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 
 FORM = {"shape": (40, 48, 32), "spacing_mm": (4.5, 4.5, 5.5)}
 TINY = RECIPES["tiny"]

@@ -25,7 +25,8 @@ from crossmr.data.split import Split
 from crossmr.display import Display
 from crossmr.phantom import write_cohort
 from crossmr.training.recipes import RECIPES
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 
 ROOTS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
 NAMES = {"limit": ("memory.limit_in_bytes", "memory.max"), "peak": ("memory.max_usage_in_bytes", "memory.peak")}

@@ -54,7 +54,8 @@ from crossmr.evaluation.subjects import subject_of_case
 from crossmr.networks.c_unet import CUNet
 from crossmr.registry import load_model
 from crossmr.training.recipes import RECIPES, Recipe
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 from crossmr.training.stages import STAGES, SynthesisStage
 
 SITES = {

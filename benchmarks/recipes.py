@@ -37,7 +37,8 @@ from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import read_model
 from crossmr.training.plan import read_plan
 from crossmr.training.recipes import RECIPES
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 
 WHOLE = (
     *("BraTS2021_00002", "BraTS2021_00006", "BraTS-GLI-00027-000", "Brats18_CBICA_ABM_1", "Brats18_TCIA01_201_1"),

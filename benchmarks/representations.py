@@ -33,7 +33,8 @@ from crossmr.networks.model import CrossConditionedModel
 from crossmr.tensors import foreground_slices, seeded, to_model_input
 from crossmr.training.loop import without_prefix
 from crossmr.training.recipes import STANDARD, Recipe, TrainConfig
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 """Of the shipped weights, in their order; the order of all pooled features here."""

@@ -47,8 +47,9 @@ from tumours import (
 
 from crossmr.data.dataset import Case
 from crossmr.data.naming import DISPLAY_NAMES, find_studies
+from crossmr.data.nifti import write_volume
 from crossmr.data.study import load_study
-from crossmr.data.volume import on_grid, write_volume
+from crossmr.data.volume import on_grid
 from crossmr.device import choose_device
 from crossmr.display import Display
 from crossmr.errors import CrossmrError, StudyError

@@ -37,11 +37,11 @@ from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import complete_study
 from crossmr.data.formats import content_sha256
 from crossmr.data.naming import DISPLAY_NAMES, find_studies
+from crossmr.data.nifti import write_volume
 from crossmr.data.prepare import PrepareSettings, prepare
 from crossmr.data.prepared_case import prepare_case
 from crossmr.data.split import Split
 from crossmr.data.study import Study, load_study
-from crossmr.data.volume import write_volume
 from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.main_memory import keep_memory
 from crossmr.metrics import psnr
@@ -53,7 +53,8 @@ from crossmr.picture import Panel, middle, save_panels
 from crossmr.registry import find_model
 from crossmr.tensors import neighbours, seeded, to_model_input
 from crossmr.training.recipes import RECIPES, recipe_of
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 
 CPU = torch.device("cpu")
 PUBLISHED = ("t1n", "t2w"), ("t1c", "t2f")

@@ -14,7 +14,8 @@ from crossmr.files import read_json
 from crossmr.phantom import write_cohort
 from crossmr.training.choices import GPU_WIDTH, STEPS, choose
 from crossmr.training.recipes import BY_SET, RECIPES, STANDARD, TINY, Recipe
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 
 
 def case(shape=(155, 180, 140), spacing=1.0, lesion=()):

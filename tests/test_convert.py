@@ -18,9 +18,9 @@ from crossmr.cli import app
 from crossmr.data.naming import find_studies
 from crossmr.data.volume import read_volume, same_grid
 from crossmr.dicom.convert import convert
-from crossmr.dicom.series import holds_dicom
+from crossmr.dicom.folders import holds_dicom
 from crossmr.display import Display
-from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
+from crossmr.errors import CrossmrError, NamingError, OutputError
 from crossmr.parts import WORK, Part
 
 
@@ -293,15 +293,6 @@ def test_a_part_with_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeyp
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(NamingError, match=r"b.old: cannot be listed \(Permission denied\)"):
         convert(tmp_path / "in", tmp_path / "out", part=Part(1, 1))
-
-
-def test_dicom_beside_the_folders_of_parts_is_refused(tmp_path):
-    write(tmp_path / "in" / "a", ("t1n",))
-    (tmp_path / "in" / "b").mkdir()
-    shutil.copy(next((tmp_path / "in" / "a").rglob("*.dcm")), tmp_path / "in" / "loose")
-    with pytest.raises(ConfigError, match=r"lies beside the folders that --part shares out"):
-        convert(tmp_path / "in", tmp_path / "out", part=Part(1, 2))
-    assert not (tmp_path / "out").exists()
 
 
 def test_another_patient_of_the_same_kept_name_replaces_nobody(tmp_path):

@@ -10,8 +10,9 @@ from scipy import ndimage
 from crossmr.data import enhancement
 from crossmr.data.enhancement import compare, compare_within, doubtful_files, tell_apart
 from crossmr.data.naming import find_studies
+from crossmr.data.nifti import write_volume
 from crossmr.data.study import load_study
-from crossmr.data.volume import on_grid, read_volume, write_volume
+from crossmr.data.volume import on_grid, read_volume
 from crossmr.phantom import write_cohort
 
 SPACING = (5.0, 2.6, 2.6)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import SimpleITK
 from conftest import SHAPE, image, make_head, save_untrained, voxels, write_study
-from dicoms import write as write_dicom
 from test_tree import LAYOUTS
 
 from crossmr.completion.cohort import complete_cohort
@@ -20,21 +19,11 @@ from crossmr.completion.inputs import find_inputs
 from crossmr.completion.study import complete
 from crossmr.data.formats import content_sha256, header_of, is_volume, parts, stem_of, without_images_of_pairs
 from crossmr.data.naming import find_studies, recognise, study_of
+from crossmr.data.nifti import is_synthetic, read_header, write_volume
 from crossmr.data.prepare import PrepareSettings, prepare
 from crossmr.data.split import Split
 from crossmr.data.study import load_study
-from crossmr.data.volume import (
-    describe_grid,
-    is_synthetic,
-    on_grid,
-    read_grid,
-    read_header,
-    read_labels,
-    read_volume,
-    same_grid,
-    write_volume,
-)
-from crossmr.dicom.series import holds_dicom
+from crossmr.data.volume import describe_grid, on_grid, read_grid, read_labels, read_volume, same_grid
 from crossmr.errors import NamingError, StudyError, VolumeError
 from crossmr.networks.inference import InferenceSettings
 from crossmr.networks.model import read_model
@@ -474,11 +463,3 @@ def test_a_study_that_is_an_archive_is_said(tmp_path):
     ]
     with pytest.raises(NamingError, match=r"3 other files; unpack archives such as Cem\.zip"):
         find_studies(tmp_path / "in" / "Cem")
-
-
-def test_other_formats_hide_no_dicom(tmp_path):
-    write_dicom(tmp_path, ("t1n",))
-    write(tmp_path / "fs" / "mri" / "T1.mgz", numbered(), np.eye(4))
-    assert holds_dicom(tmp_path)
-    write(tmp_path / "P1_T1.nii.gz", numbered(), np.eye(4))
-    assert not holds_dicom(tmp_path)

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from conftest import make_head
 
+from crossmr.data.nifti import read_header
 from crossmr.data.study import load_study
-from crossmr.data.volume import read_header, read_volume
+from crossmr.data.volume import read_volume
 from crossmr.errors import CrossmrError
 
 SECONDS = 5.0
@@ -157,8 +158,8 @@ def damaged_slices(rng: random.Random, whole: list[bytes]) -> Iterator[bytes]:
 def read_dicom(path: Path) -> None:
     """What every verb does with a folder of DICOM before it is converted."""
     from crossmr.dicom.convert import find_cases
+    from crossmr.dicom.folders import holds_dicom
     from crossmr.dicom.selection import choose
-    from crossmr.dicom.series import holds_dicom
 
     holds_dicom(path.parent)
     for all_series in find_cases(path.parent).values():

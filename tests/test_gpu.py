@@ -19,7 +19,8 @@ from crossmr.networks.model import read_model
 from crossmr.phantom import write_cohort
 from crossmr.training import stages
 from crossmr.training.recipes import ANY, PAPER, STANDARD, TrainConfig
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 
 FORM = {"shape": (32, 36, 32), "spacing_mm": (6.0, 6.2, 5.6)}
 SMALL = {

@@ -6,8 +6,9 @@ import pytest
 from dicoms import OBLIQUE, head, write
 
 from crossmr.dicom.convert import convert
+from crossmr.dicom.folders import holds_dicom
 from crossmr.dicom.headers import geometry_of, is_dicom, number_of, read_header, texts_of
-from crossmr.dicom.series import find_series, holds_dicom
+from crossmr.dicom.series import find_series
 
 
 def test_tags_of_an_image(tmp_path):

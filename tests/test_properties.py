@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 
 import crossmr
 from crossmr.completion.study import Completed
-from crossmr.data.volume import write_volume
+from crossmr.data.nifti import write_volume
 from crossmr.networks import inference
 from crossmr.networks.model import read_model
 

@@ -10,8 +10,8 @@ import pytest
 from conftest import SHAPE, write_study
 
 from crossmr.data.naming import find_studies
+from crossmr.data.nifti import is_synthetic
 from crossmr.data.study import load_study
-from crossmr.data.volume import is_synthetic
 from crossmr.errors import ConfigError, StudyError
 from crossmr.evaluation.segmenter import NAME, Segmenter
 

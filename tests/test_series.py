@@ -7,8 +7,7 @@ import pytest
 from dicoms import OBLIQUE, edited, head, rounded, write
 
 from crossmr.dicom.convert import convert
-from crossmr.dicom.series import find_series, holds_dicom
-from crossmr.display import Display
+from crossmr.dicom.series import find_series
 
 
 @pytest.mark.parametrize(
@@ -32,27 +31,6 @@ def test_left_out_with_the_reason(change, why, tmp_path):
     (scans,) = convert(tmp_path, tmp_path / "out")
     assert why in scans.left_out["series 1"]
     assert "no T1, T1ce" in scans.refused
-
-
-def test_a_folder_of_both_is_read_as_nifti_and_says_so(tmp_path, capsys):
-    write(tmp_path / "in", ("t1n",))
-    (tmp_path / "in" / "lesion.nii.gz").write_bytes(b"")  # names no contrast
-    assert holds_dicom(tmp_path / "in", display=Display())
-    assert capsys.readouterr().out == ""
-    (tmp_path / "in" / "P1_t1.nii.gz").write_bytes(b"")
-    assert not holds_dicom(tmp_path / "in", display=Display())
-    assert "holds NIfTI (P1) and DICOM" in capsys.readouterr().out
-    assert not holds_dicom(tmp_path / "in", {"t2w": "*_dark.nii.gz"})  # P1_t1 is still T1
-
-
-def test_links_are_followed_and_never_in_a_circle(tmp_path):
-    write(tmp_path / "archive", ("t1n", "t2f"))
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "patient").symlink_to(tmp_path / "archive")
-    (tmp_path / "archive" / "back").symlink_to(tmp_path / "in")
-    assert holds_dicom(tmp_path / "in")
-    (scans,) = convert(tmp_path / "in", tmp_path / "out")
-    assert list(scans.series) == ["t1n", "t2f"]
 
 
 def test_find_series_needs_no_pixels(tmp_path):

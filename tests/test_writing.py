@@ -11,7 +11,8 @@ from conftest import image, make_head, save_untrained, tree, write_images
 from crossmr.completion import writing
 from crossmr.completion.cohort import complete_cohort
 from crossmr.completion.study import complete
-from crossmr.data.volume import read_volume, write_volume
+from crossmr.data.nifti import write_volume
+from crossmr.data.volume import read_volume
 from crossmr.display import Display
 from crossmr.errors import OutputError
 from crossmr.networks.inference import InferenceSettings

@@ -21,7 +21,7 @@ from crossmr.phantom import write_cohort as write_cohort
 from crossmr.registry import load_model as load_model
 from crossmr.training.recipes import RECIPES as RECIPES
 from crossmr.training.recipes import Recipe as Recipe
-from crossmr.training.run import TrainingSettings as TrainingSettings
 from crossmr.training.run import train as train
+from crossmr.training.settings import TrainingSettings as TrainingSettings
 
 __version__: str

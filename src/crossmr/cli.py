@@ -574,8 +574,8 @@ def train(
     from crossmr.config import with_settings
     from crossmr.registry import load_model
     from crossmr.training.recipes import RECIPES, recipe_of
-    from crossmr.training.run import TrainingSettings
     from crossmr.training.run import train as run
+    from crossmr.training.settings import TrainingSettings
 
     if recipe is not None and recipe not in RECIPES:
         raise ConfigError(f"--recipe is '{recipe}'; expected one of {', '.join(RECIPES)}.")

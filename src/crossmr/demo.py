@@ -23,7 +23,8 @@ from crossmr.output.report import report_completion, report_evaluation
 from crossmr.phantom import write_cohort
 from crossmr.picture import BRIGHTEST, is_picture, save_picture, window, windowed
 from crossmr.training.recipes import TINY
-from crossmr.training.run import TrainingSettings, train
+from crossmr.training.run import train
+from crossmr.training.settings import TrainingSettings
 
 PATIENTS = 16
 HEAD: dict[str, Any] = {"shape": (96, 112, 36), "spacing_mm": (1.6, 1.6, 4.0), "skull": False}

@@ -25,8 +25,9 @@ from crossmr.completion.status import reasons_of
 from crossmr.completion.unread import unread_series, why_passed_over
 from crossmr.data.formats import ending_of, half, is_volume, parts
 from crossmr.data.naming import DISPLAY_NAMES, MODALITIES, StudyFiles, display_name
+from crossmr.dicom.folders import first_dicom
 from crossmr.dicom.selection import choose
-from crossmr.dicom.series import Series, first_dicom
+from crossmr.dicom.series import Series
 from crossmr.display import Display, Task
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, write_json

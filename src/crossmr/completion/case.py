@@ -26,8 +26,9 @@ from crossmr.completion.work import Work
 from crossmr.completion.writing import whole_or_absent, write_volumes
 from crossmr.config import read_text
 from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, display_name
+from crossmr.data.nifti import is_synthetic
 from crossmr.data.study import Study, load_study
-from crossmr.data.volume import is_synthetic, read_volume
+from crossmr.data.volume import read_volume
 from crossmr.dicom.convert import Scans
 from crossmr.display import Display
 from crossmr.errors import NamingError, OutputError, StudyError, names_only

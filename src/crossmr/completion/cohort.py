@@ -23,8 +23,9 @@ from crossmr.completion.turns import Turns, read_ahead
 from crossmr.completion.work import FINISH, PATHS, Work
 from crossmr.device import ends_the_run
 from crossmr.dicom.convert import cases_of_part, check_scans
+from crossmr.dicom.folders import begins_with_dicom, folders_of_part
 from crossmr.dicom.selection import taken
-from crossmr.dicom.series import Series, begins_with_dicom, folders_of_part
+from crossmr.dicom.series import Series
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import REPORT, digest, write_json

@@ -33,8 +33,9 @@ from crossmr.data.study import check_headers
 from crossmr.data.tree import mapping_key
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.convert import Scans, convert_case, find_cases, other_series
+from crossmr.dicom.folders import holds_dicom
 from crossmr.dicom.selection import choose
-from crossmr.dicom.series import Series, holds_dicom
+from crossmr.dicom.series import Series
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import listed_once, read_json

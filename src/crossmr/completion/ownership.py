@@ -13,8 +13,8 @@ from typing import Any
 from crossmr.completion import private, status
 from crossmr.completion.layout import BIDS_HEAD, EXPECTED, FORMAT, PROFILES, Layout, is_generated
 from crossmr.data.formats import content_sha256, stamp
-from crossmr.data.volume import is_synthetic
-from crossmr.dicom.series import is_derived
+from crossmr.data.nifti import is_synthetic
+from crossmr.dicom.folders import is_derived
 from crossmr.errors import OutputError
 from crossmr.files import LOCK, REPORT, is_page, is_record, read_json, refuse_foreign
 from crossmr.parts import WORK

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crossmr.data.naming import StudyFiles
-from crossmr.dicom.series import CONVERTED
+from crossmr.dicom.folders import CONVERTED
 from crossmr.errors import CrossmrError, OutputError
 from crossmr.files import read_json, write_json
 

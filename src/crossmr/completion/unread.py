@@ -23,12 +23,14 @@ from crossmr.data.naming import (
     StudyFiles,
     display_name,
 )
-from crossmr.data.volume import is_synthetic, read_header, read_volume
+from crossmr.data.nifti import is_synthetic, read_header
+from crossmr.data.volume import read_volume
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.agents import COUNTERPART, are_first, may_be_other, undecided
 from crossmr.dicom.contrast import recognise_contrast
+from crossmr.dicom.folders import first_dicom, is_own
 from crossmr.dicom.selection import choose
-from crossmr.dicom.series import FEWEST_SLICES, Series, find_series, first_dicom, is_own
+from crossmr.dicom.series import FEWEST_SLICES, Series, find_series
 from crossmr.errors import ConfigError, VolumeError
 from crossmr.files import walk
 

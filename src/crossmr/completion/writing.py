@@ -9,7 +9,7 @@ from typing import Any
 
 from crossmr.completion.layout import Layout
 from crossmr.completion.ownership import check_case, earlier_files, is_manifest
-from crossmr.data.volume import write_volume
+from crossmr.data.nifti import write_volume
 from crossmr.errors import OutputError
 from crossmr.files import read_json, refuse_foreign, remove, write_json
 

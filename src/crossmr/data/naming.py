@@ -233,7 +233,7 @@ def _without_synthetic(study: StudyFiles) -> StudyFiles:
     doubtful = [paths for paths in study.candidates.values() if len(paths) > 1 or "_std." in paths[0].name]
     if not doubtful:
         return study
-    from crossmr.data.volume import is_synthetic  # imports nibabel
+    from crossmr.data.nifti import is_synthetic
 
     synthetic = {path for paths in doubtful for path in paths if is_synthetic(path)}
     if not synthetic:

@@ -26,18 +26,9 @@ from crossmr.data.head import (
 )
 from crossmr.data.labels import as_counted, note_on
 from crossmr.data.naming import StudyFiles, display_name, in_usual_order
+from crossmr.data.nifti import is_synthetic, read_header
 from crossmr.data.registration import RegistrationMode, register_rigidly
-from crossmr.data.volume import (
-    Volume,
-    describe_grid,
-    displacement_mm,
-    is_synthetic,
-    read_grid,
-    read_header,
-    read_labels,
-    read_volume,
-    same_grid,
-)
+from crossmr.data.volume import Volume, describe_grid, displacement_mm, read_grid, read_labels, read_volume, same_grid
 from crossmr.errors import StudyError, VolumeError
 
 EVERYTHING: Box = (slice(None), slice(None), slice(None))

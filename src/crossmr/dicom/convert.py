@@ -15,8 +15,9 @@ from typing import Any
 
 from crossmr.dicom.agents import tell_apart, undecided
 from crossmr.dicom.converter import convert_series, cut_off, find_converter, read_series
+from crossmr.dicom.folders import CONVERTED, folders_of_part
 from crossmr.dicom.selection import choose, taken
-from crossmr.dicom.series import CONVERTED, Series, find_series, folders_of_part, unmatched_by
+from crossmr.dicom.series import Series, find_series, unmatched_by
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError
 from crossmr.files import (

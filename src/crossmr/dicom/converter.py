@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crossmr.data.volume import Volume, on_grid, read_volume, write_volume
+from crossmr.data.nifti import write_volume
+from crossmr.data.volume import Volume, on_grid, read_volume
 from crossmr.dicom.headers import import_pydicom
 from crossmr.dicom.series import TELLING, Series, listed
 from crossmr.errors import ConfigError, CrossmrError, StudyError

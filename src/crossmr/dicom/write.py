@@ -25,7 +25,8 @@ from pydicom.valuerep import DSfloat
 
 from crossmr.data.naming import DISPLAY_NAMES, display_name
 from crossmr.data.volume import DicomSlices, Volume, as_dicom_slices
-from crossmr.dicom.series import DicomImage, Series, is_derived
+from crossmr.dicom.folders import is_derived
+from crossmr.dicom.series import DicomImage, Series
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import refuse_foreign, unfinished_path
 from crossmr.picture import window

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from crossmr.data.nifti import write_volume
 from crossmr.data.study import Study
-from crossmr.data.volume import on_grid, read_labels, write_volume
+from crossmr.data.volume import on_grid, read_labels
 from crossmr.errors import ConfigError, StudyError, VolumeError
 from crossmr.files import temporary_folder
 

@@ -22,7 +22,8 @@ from crossmr.completion.ownership import other_scans
 from crossmr.data.formats import is_nifti
 from crossmr.data.labels import cavity_is_labelled
 from crossmr.data.naming import StudyFiles, display_name, find_studies, in_usual_order, modality_names
-from crossmr.data.volume import describe_grid, is_synthetic, on_grid, read_labels, read_volume, same_grid, write_volume
+from crossmr.data.nifti import is_synthetic, write_volume
+from crossmr.data.volume import describe_grid, on_grid, read_labels, read_volume, same_grid
 from crossmr.errors import CrossmrError, OutputError, StudyError, names_only
 from crossmr.files import LOCK, locked, read_json, write_atomically, write_json
 

@@ -15,8 +15,9 @@ from crossmr.completion.private import read_paths
 from crossmr.completion.status import is_case, reasons_of
 from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.data.naming import display_name, find_studies
+from crossmr.data.nifti import compact
 from crossmr.data.study import Study, load_study
-from crossmr.data.volume import Volume, compact, on_grid, read_volume
+from crossmr.data.volume import Volume, on_grid, read_volume
 from crossmr.errors import CrossmrError, OutputError
 from crossmr.files import is_page, read_json, refuse_foreign, write_atomically
 from crossmr.picture import BRIGHTEST, MAPS, Array, Kind, window

@@ -10,10 +10,9 @@ RUN/
 └── model/         the result; see networks/model.py
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,86 +21,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossmr.baselines import fit_baselines, with_earlier
-from crossmr.checkpoint import load_bundle, load_checkpoint, save_bundle
-from crossmr.config import from_dict, read_whole, to_dict
-from crossmr.data.dataset import Case, PreparedDataset
-from crossmr.data.head import bounding_box
-from crossmr.data.naming import in_usual_order, modality_names
+from crossmr.checkpoint import load_checkpoint
+from crossmr.config import from_dict, to_dict
+from crossmr.data.dataset import PreparedDataset
+from crossmr.data.naming import in_usual_order
 from crossmr.device import choose_device, choose_precision, numerics
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, Interrupted, ModelError, RankLost, SetError
-from crossmr.files import is_record, locked, read_json, read_lines, refuse_foreign, write_json
+from crossmr.files import is_record, locked, read_json, refuse_foreign, write_json
 from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, save_model
 from crossmr.networks.trained_on import FILE as PATIENTS
 from crossmr.networks.trained_on import FORMAT as PATIENTS_FORMAT
-from crossmr.networks.trained_on import PHANTOM, PatientList, add_seen, count_seen, names_of, remember
 from crossmr.ranks import ALONE, Ranks, joined
 from crossmr.registry import load_model
 from crossmr.training.calibration import calibration
 from crossmr.training.choices import choose
 from crossmr.training.loop import Trainer, without_prefix
 from crossmr.training.plan import Budget, Plan, read_plan, write_plan
-from crossmr.training.recipes import RECIPES, STANDARD, Recipe, recipe_of
+from crossmr.training.recipes import STANDARD, Recipe, recipe_of
+from crossmr.training.record import baselines_of, patients_of, record_of
+from crossmr.training.settings import TrainingSettings
 from crossmr.training.shared import Compute, Training
 from crossmr.training.stages import STAGES
-from crossmr.typical import describe, summarise
 
 PUBLISHED_SOURCES, PUBLISHED_TARGETS = ("t1n", "t2w"), ("t1c", "t2f")
-DESCRIBED = 100
-"""Studies of a training that are looked at for what is typical, at most."""
 WRITTEN: dict[str, Callable[[Path], bool]] = {
     **dict.fromkeys(("plan.json", "metrics.jsonl"), Path.is_file),
     **dict.fromkeys(("stages", "pictures", "model"), Path.is_dir),
 }
 """What a run writes beside run.json, and whether that is a file or a folder."""
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """What is trained, for how long, and where."""
-
-    recipe: Recipe | str | None = None
-    """Networks and optimisation, or a name of RECIPES; None for STANDARD, or that of the initial model."""
-    sources: Sequence[str] | None = None
-    """Modalities to read, one or several, in any usual spelling; None for the published T1 and T2, as far as the set
-    has them. A recipe of any subset reads and synthesises sources and targets alike; None for all that the set has."""
-    targets: Sequence[str] | None = None
-    """Modalities to synthesise, likewise; None for the published T1ce and FLAIR."""
-    stages: Sequence[str] | None = None
-    """Train this stage, or these, alone; the stages before them must be finished."""
-    steps: int | None = None
-    """Steps of every stage, instead of the recipe's epochs."""
-    minutes: float | None = None
-    """Wall time of the whole run, over all of its calls, instead of the recipe's epochs."""
-    device: str = "auto"
-    """'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."""
-    precision: str = "auto"
-    """'auto', 'bfloat16' or 'float32'."""
-    seed: int = 0
-    """Of weights, batches, masks and noise."""
-
-    def __post_init__(self) -> None:
-        for name in ("sources", "targets"):
-            if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, modality_names(given))
-        if isinstance(self.recipe, str) and self.recipe not in RECIPES:
-            raise ConfigError(f"There is no recipe '{self.recipe}': expected one of {', '.join(RECIPES)}.")
-        if isinstance(self.stages, str):
-            object.__setattr__(self, "stages", (self.stages,))
-        read_whole(self, "steps", "seed")
-        if self.steps is not None and self.minutes is not None:
-            raise ConfigError("Give --steps or --minutes, not both.")
-        too_short = self.minutes is not None and not 0 < self.minutes < math.inf  # NaN fails too
-        if too_short or (self.steps is not None and self.steps < 1):
-            raise ConfigError("--steps and --minutes are positive.")
-        if not -(2**63) <= self.seed < 2**64:
-            raise ConfigError(f"--seed is {self.seed}; expected a whole number of at most 64 bits.")
-
-    @property
-    def chosen_recipe(self) -> Recipe | None:
-        """The recipe, if one was given."""
-        return RECIPES[self.recipe] if isinstance(self.recipe, str) else self.recipe
 
 
 def train(
@@ -232,7 +180,7 @@ def _train_model(
             model.calibration = calibration(training, model, None if initial is None else initial.calibration)
         if not training.compute.ranks.first:
             return
-        save_model(training.folder / "model", model, _record(training, initial), _patients(training, initial))
+        save_model(training.folder / "model", model, record_of(training, initial), patients_of(training, initial))
 
 
 def _learnt_from(training: Training) -> list[str]:
@@ -457,51 +405,10 @@ def _words(budget: Mapping[str, Any]) -> str:
     return next((f"--{name} {value:g}" for name, value in budget.items() if value), "its recipe's epochs")
 
 
-def _baselines(training: Training, initial: CrossConditionedModel | None) -> dict[str, Tensor]:
-    """The baselines, fitted once per run.
-
-    What is typical of too few studies to tell is as the initial model has it; so is all of modalities that none has.
-    """
-    place = training.folder / "stages" / "baselines"
-
-    def first() -> tuple[dict[str, Tensor], None]:
-        if not (place / "baselines.json").exists():
-            training.compute.display.say(f"baselines: reading {len(training.train)} training studies")
-            fitted = fit_baselines([_reader(case) for case in training.train], training.config.modalities)
-            if initial is not None and initial.baselines and training.config.any_subset:
-                fitted = with_earlier(fitted, initial.baselines)
-            known = {} if initial is None else initial.record.get("training", {}).get("typical", {})
-            found = _typical(training, fitted)
-            write_json(place / "typical.json", {g: {**known.get(g, {}), **found.get(g, {})} for g in {*known, *found}})
-            save_bundle(place, {"baselines": fitted}, {}, "baselines")
-        return load_bundle(place, "baselines")[0]["baselines"], None
-
-    return training.compute.ranks.broadcast(first)[0]
-
-
-def _typical(training: Training, baselines: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the training's patients look like, of some of them; phantoms count only where there is nothing else."""
-    usable = training.usable(training.train)
-    cases = [case for case in usable if not case.name.startswith(PHANTOM)] or usable
-    some = cases[:: max(1, math.ceil(len(cases) / DESCRIBED))]
-    return summarise((case.masked_background, _described(case, training, baselines)) for case in some)
-
-
-def _described(case: Case, training: Training, baselines: Mapping[str, Tensor]) -> dict[str, float]:
-    head = case.masks()[:, 0] > 0
-    box = bounding_box(head, 0)
-    volumes = {m: case.volume(m)[box] for m in case.modalities}
-    return describe(volumes, head[box], case.spacing_mm, baselines, training.config.modalities)
-
-
-def _reader(case: Case) -> Callable[[], dict[str, Any]]:
-    return lambda: {modality: case.volume(modality) for modality in case.modalities}
-
-
 def _first_model(training: Training, initial: CrossConditionedModel | None) -> CrossConditionedModel:
     """The networks before their training: with first weights of their own, or the initial model's."""
     model = CrossConditionedModel(training.config, seed=training.compute.seed)
-    model.baselines = _baselines(training, initial)
+    model.baselines = baselines_of(training, initial)
     if initial is not None:
         for name, network in model.networks().items():
             network.load_state_dict(initial.networks()[name].state_dict())
@@ -566,48 +473,3 @@ def _plan(training: Training, name: str, steps: int) -> Plan:
     plan = Plan(segments=((0, steps),))
     write_plan(folder, name, plan)
     return plan
-
-
-def _record(training: Training, initial: CrossConditionedModel | None) -> dict[str, Any]:
-    """What a model keeps of its training."""
-    folder = training.folder
-    learnt = training.usable(training.train)
-    seen = count_seen((case.name, case.modalities, case.masked_background) for case in learnt)
-    if initial is not None:
-        seen = add_seen(seen, initial.record["training"].get("seen", {}))
-    run = {key: value for key, value in read_json(folder / "run.json").items() if key != "patients"}  # of old runs
-    own = {"plan": read_json(folder / "plan.json"), "seen": seen, "validation": _validated(training)}
-    return {**run, **own, **_described_in(folder)}
-
-
-def _validated(training: Training) -> dict[str, dict[str, float]]:
-    """Target → correlation on validation patients, of the last C-UNet and of the linear regression; where both are."""
-    last: dict[str, Any] = {}
-    for line in read_lines(training.folder / "metrics.jsonl"):
-        last |= line if line["stage"] == "synthesis" else {}
-    pairs = {
-        t: [last.get(f"{who}_correlation_{t}", math.nan) for who in ("val", "regression")]
-        for t in training.config.targets
-    }
-    return {
-        target: {"correlation": own, "linear_regression": linear}
-        for target, (own, linear) in pairs.items()
-        if math.isfinite(own + linear)
-    }
-
-
-def _described_in(folder: Path) -> dict[str, Any]:
-    """What is typical of the training; nothing of runs that began before this was looked at."""
-    path = folder / "stages" / "baselines" / "typical.json"
-    return {"typical": read_json(path)} if path.exists() else {}
-
-
-def _patients(training: Training, initial: CrossConditionedModel | None) -> list[PatientList]:
-    """On whom the model was trained, those of the initial model included, or that nobody knows who these were."""
-
-    def names(cases: Sequence[Case]) -> list[str]:
-        also = [name for case in cases if case.named for name in names_of(case.named, ())]
-        return [*also, *(name for case in cases for name in names_of(case.patient, case.scans))]
-
-    earlier = () if initial is None else (initial.patients or (PatientList(),))
-    return [remember(names(training.train), names(training.val)), *earlier]
