@@ -295,7 +295,7 @@ def main() -> None:
             model, cost = trained(place, work / "run", wish, PATCHES.get(name, nullcontext)())
             kept.add(measured(model, cases[:1] if options.tiny else cases, predictor=name, seed=seed, **cost))
             shutil.rmtree(work)
-    print_table(kept.rows, "rank_deep" if options.scales else "correlation_deep", AS_IT_IS[options.scales])
+    print_table(kept.of(options.shown), "rank_deep" if options.scales else "correlation_deep", AS_IT_IS[options.scales])
 
 
 def print_table(rows: Sequence[Row], value: str, first: str) -> None:

@@ -90,7 +90,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "base", type=Path, nargs="?", default=Path("runs/default"), help="the output of default_weights.py"
     )
     options.add_argument("-o", "--out", type=Path, default=Path("runs/evidence"))
-    options.add_argument("--seeds", nargs="+", type=int, default=[0])
+    options.add_argument(
+        "--seeds", nargs="+", type=int, help="of the trainings, 0 by default; tables are of these alone"
+    )
     options.add_argument("--device", default="auto")
     options.add_argument(
         "--table", action="store_true", help="print the tables of the rows in OUT; needs neither BASE nor scans"
@@ -106,8 +108,12 @@ DIFFERENCES: dict[str, Any] = {"action": "store_true", "help": "print difference
 
 
 def arguments(options: argparse.ArgumentParser) -> argparse.Namespace:
-    """What the command line says; a rehearsal has a folder of its own in OUT."""
+    """What the command line says; a rehearsal has a folder of its own in OUT.
+
+    `seeds` are those of the trainings, `shown` those of the tables: all where none is named.
+    """
     given = options.parse_args()
+    given.shown, given.seeds = given.seeds, given.seeds or [0]
     if given.tiny and given.out.name != "tiny":
         given.out /= "tiny"
     return given
@@ -124,6 +130,10 @@ class Kept:
         if cut:
             self.path.write_text(f"{whole}\n" if whole else "")
         self.rows: list[Row] = [json.loads(line) for line in whole.splitlines()]
+
+    def of(self, seeds: Sequence[int] | None) -> list[Row]:
+        """The rows of these seeds, or all."""
+        return [row for row in self.rows if seeds is None or row["seed"] in seeds]
 
     def has(self, **key: Any) -> bool:
         """Whether there is a row with these values."""
@@ -414,14 +424,16 @@ def column(
 ) -> dict[Key, str]:
     """A column of a table: of each group the mean over patients, and its 95 % interval from five patients on.
 
-    A star: it differs from the group `against` of the same seeds (Wilcoxon over patients, p < .05 after Holm's
-    correction for the tests of the column). With `differences` the others' cells are differences to that, in pairs.
+    A star: it differs from the group `against` over the seeds that both have (Wilcoxon over patients, p < .05 after
+    Holm's correction for the tests of the column). With `differences` the others' cells are differences to that, in
+    pairs.
     """
     values = {name: list(by_patient(rows, value).values()) for name, rows in groups.items()}
     p_values = dict[Key, float]()
     for name in (name for name in groups if name != against):
-        own, seeds = by_patient(groups[name], value), {row.get("seed") for row in groups[name]}
-        others = by_patient([row for row in groups.get(against, []) if row.get("seed") in seeds], value)
+        pair = groups[name], groups.get(against, [])
+        seeds = set.intersection(*({row.get("seed") for row in rows} for rows in pair))
+        own, others = (by_patient([row for row in rows if row.get("seed") in seeds], value) for rows in pair)
         if both := [patient for patient in own if patient in others]:
             p_values[name] = metrics.paired_wilcoxon([own[one] for one in both], [others[one] for one in both])
         if differences:

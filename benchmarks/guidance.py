@@ -40,6 +40,7 @@ from grid import (
     PUBLISHED,
     THREE,
     Kept,
+    Row,
     Task,
     arguments,
     batches,
@@ -337,11 +338,11 @@ def say_how_long(experiment: Experiment, plan: Sequence[tuple[Net, Sequence[str]
     )
 
 
-def show(kept: Kept) -> None:
+def show(rows: Sequence[Row]) -> None:
     """The tables, from the rows that are kept."""
-    parts = dict.fromkeys(row["part"] for row in kept.rows)
+    parts = dict.fromkeys(row["part"] for row in rows)
     for part in parts:
-        own = [row for row in kept.rows if row["part"] == part]
+        own = [row for row in rows if row["part"] == part]
         print(f"\n## {part}\n{table(own, BASELINE)}")
         print(f"\n### Differences to {BASELINE}\n{table(own, BASELINE, differences=True)}")
         for cohort in dict.fromkeys(row["cohort"] for row in own if part == "test"):
@@ -373,7 +374,7 @@ def main() -> None:
             for net, wanted, part in plan:
                 measure_net(experiment, net, wanted, part, work)
         print(f"{(time.monotonic() - begin) / 60:.1f} minutes")
-    show(kept)
+    show(kept.of(given.shown))
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def main() -> None:
                 fine_tune(options, name, seed)
                 measure(options, kept, name, seed)
         measure(options, kept, SHIPPED, options.seeds[0])
-    print(table([row for row in kept.rows if row["part"] == options.part]))
+    print(table([row for row in kept.of(options.shown) if row["part"] == options.part]))
 
 
 if __name__ == "__main__":

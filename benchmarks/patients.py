@@ -47,6 +47,7 @@ from thin import rows_of
 
 from crossmr.config import with_settings
 from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.prepare import PrepareSettings, prepare
 from crossmr.device import autocast, choose_device, choose_precision
 from crossmr.display import Display
@@ -310,8 +311,36 @@ def print_tables(rows: Sequence[Row], runs: Sequence[Path]) -> None:
             print(starts(own, measure, (ZERO_SHOT, 0) if part in SITES else None))
         if part in ("SSA", "mixed"):
             print(over_patients(own, NOTHING))
+    print(left_out(rows))
     if runs:
         print(f"\n## Steps\n{over_steps(runs)}")
+
+
+def left_out(rows: Sequence[Row]) -> str:
+    """Markdown: the test studies of each small site by a model without it / by that of 40 patients of all sources.
+
+    The two differ in more than the site: in steps, and the first learns from LGG and the phantoms, too.
+    """
+
+    def of(part: str, start: str, patients: int) -> dict[tuple[str, str], float]:
+        some = (row for row in rows if (row["part"], row["start"], row["patients"]) == (part, start, patients))
+        return {(row["case"], row["target"]): row["correlation_deep"] for row in some if row["case"] in TEST}
+
+    of_all = of("mixed", NOTHING, MIXED[-1])
+    lines, costs = list[str](), {target: list[float]() for target in WANTED}
+    for part in (site for site in SITES if site not in BASE_STEPS):
+        if not (without := of(part, ZERO_SHOT, 0)):
+            continue
+        cells = []
+        for target in WANTED:
+            pairs = [(value, of_all[key]) for key, value in without.items() if key[1] == target and key in of_all]
+            costs[target] += [own - other for own, other in pairs]
+            cells.append(" / ".join(f"{statistics.fmean(some):.2f}" for some in zip(*pairs, strict=True)))
+        lines.append(f"| {part}, {len({case for case, _ in without})} | {' | '.join(cells)} |")
+    names = [DISPLAY_NAMES[target] for target in WANTED]
+    means = [f"{statistics.fmean(some):+.3f}" if some else "–" for some in costs.values()]
+    head = [f"| left out, test patients | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    return "\n".join(["\n## Small sites", *head, *lines, f"| mean difference | {' | '.join(means)} |"])
 
 
 def main() -> None:
@@ -334,7 +363,7 @@ def main() -> None:
         for job in all_jobs:
             taken, _ = seconds(partial(experiment.do, job, all_jobs))
             print(f"{job.part}, {job.name}: {taken / 60:.1f} minutes", flush=True)
-    print_tables(Experiment(given, 0).kept.rows, given.run)
+    print_tables(Experiment(given, 0).kept.of(given.shown), given.run)
 
 
 if __name__ == "__main__":

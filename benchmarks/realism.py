@@ -296,14 +296,14 @@ def try_weight(experiment: Experiment, kept: Kept) -> None:
         kept.add(rows)
 
 
-def show_weights(kept: Kept) -> None:
+def show_weights(rows: Sequence[Row]) -> None:
     """What each weight makes of power and correlation: means over the validation studies."""
     bands = "power_middle", "power_high", "power_grid"
     heads = "", "adversary's weight", "power, .1–.25", "power, .25–.45", "the grid's", "correlation"
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for target in TARGETS:
-        for weight in sorted({row["weight"] for row in kept.rows}):
-            rows = [row for row in kept.rows if (row["target"], row["weight"]) == (target, weight)]
+        for weight in sorted({row["weight"] for row in rows}):
+            rows = [row for row in rows if (row["target"], row["weight"]) == (target, weight)]
             middle, high, grid, deep = (np.mean([row[name] for row in rows]) for name in (*bands, "correlation_deep"))
             print(f"| {target} | {weight:g} | {middle:.2f} | {high:.2f} | {grid:.2f} | {deep:.3f} |")
 
@@ -362,12 +362,12 @@ def conditions(rows: Sequence[Row], predictor: str) -> list[str]:
     return against
 
 
-def show(kept: Kept) -> None:
+def show(rows: Sequence[Row]) -> None:
     """The tables and the verdict, from the rows that are kept."""
-    print(table(kept.rows, SHIPPED, COLUMNS | TEXTURE))
+    print(table(rows, SHIPPED, COLUMNS | TEXTURE))
     for predictor in LEARNT:
-        if {predictor, SHIPPED} <= {row["predictor"] for row in kept.rows}:
-            against = conditions(kept.rows, predictor)
+        if {predictor, SHIPPED} <= {row["predictor"] for row in rows}:
+            against = conditions(rows, predictor)
             print(f"\n{predictor}: {'ship it' if not against else 'do not ship it: ' + '; '.join(against)}")
 
 
@@ -397,7 +397,7 @@ def main() -> None:
                 for target in TARGETS:
                     measure_texture(experiment, predictor, target, kept)
         print(f"{(time.monotonic() - begin) / 60:.1f} minutes")
-    (show_weights if given.weights else show)(kept)
+    (show_weights if given.weights else show)(kept.of(given.shown))
 
 
 def say_how_long(experiment: Experiment, predictors: Sequence[str]) -> None:

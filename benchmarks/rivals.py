@@ -308,7 +308,7 @@ def print_tables(experiment: Experiment) -> None:
     def place(row: Row) -> int:
         return next((k for k, name in enumerate(order) if row["predictor"].startswith(name)), len(order))
 
-    rows = sorted(experiment.rows.rows, key=place)
+    rows = sorted(experiment.rows.of(experiment.options.shown), key=place)
     controls = [
         row for row in rows if row["slices"] == WHOLE and row["predictor"] in (*CONTROLS, "ours", ThreeViews.name)
     ]

@@ -336,7 +336,7 @@ def main() -> None:
         say_how_long(options, kept, replaced)
         measure(options, kept, replaced)
         find_ms(options, kept, replaced)
-    print(table(kept.rows, options.against, differences=options.differences))
+    print(table(kept.of(options.shown), options.against, differences=options.differences))
 
 
 if __name__ == "__main__":

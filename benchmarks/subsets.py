@@ -89,13 +89,13 @@ def print_tables(rows: Sequence[Row]) -> None:
 
 def further_sources(rows: Sequence[Row]) -> str:
     """What one source more does to the correlation: over all patients, targets and subsets; and each in a table."""
-    found = {(r["patient"], r["target"], frozenset(r["sources"].split("+"))): r["correlation_deep"] for r in rows}
+    found = {(r["case"], r["target"], frozenset(r["sources"].split("+"))): r["correlation_deep"] for r in rows}
     gains = []
-    for (patient, target, sources), value in found.items():
+    for (case, target, sources), value in found.items():
         for more in {m for _, _, some in found for m in some} - sources - {target}:
-            gain = found.get((patient, target, sources | {more}), math.nan) - value
+            gain = found.get((case, target, sources | {more}), math.nan) - value
             if math.isfinite(gain):
-                gains.append({"patient": patient, "target": target, "to": sources, "more": more, "gain": gain})
+                gains.append({"case": case, "target": target, "to": sources, "more": more, "gain": gain})
 
     def of(**key: object) -> list[float]:
         some = [gain for gain in gains if all(gain[name] == value for name, value in key.items())]
