@@ -1,6 +1,7 @@
 """What the documents say exists: commands, options, files and functions."""
 
 import contextlib
+import json
 import re
 import shlex
 import subprocess
@@ -219,3 +220,25 @@ def test_the_reference_says_of_every_command_and_option_what_its_help_says_and_o
                 helped = [heading for heading in helped if set(parameter.opts) <= set(re.split(r"[, /]+", heading))]
             assert helped, f"docs/cli.md is stale at {name} {parameter.name}"
         assert len(listed) == len(shown) + ("--help" in listed), f"docs/cli.md has more than {name} takes"
+
+
+def test_the_rows_that_are_kept_print_their_tables_without_scans():
+    """One process, since each script imports the same libraries."""
+    folder = ROOT / "benchmarks"
+    calls = [[path.stem] for path in sorted((folder / "rows").glob("*.jsonl")) if (folder / f"{path.stem}.py").exists()]
+    calls += [["engine", "--scales"], ["realism", "--weights", "1"], ["rivals", "--differences"]]
+    code = (
+        "import json, runpy, sys\n"
+        f"sys.path.insert(0, {str(folder)!r})\n"
+        f"for name, *options in json.loads({json.dumps(json.dumps(calls))}):\n"
+        f"    sys.argv = [name, '--table', '-o', {str(folder / 'rows')!r}, *options]\n"
+        f"    print('==', name, *options)\n"
+        f"    runpy.run_path({str(folder)!r} + f'/{{name}}.py', run_name='__main__')\n"
+    )
+    before = {path.name: path.read_bytes() for path in (folder / "rows").iterdir()}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout.split("== ")[1:]
+    assert len(printed) == len(calls) >= 10
+    assert all("|---" in text for text in printed)
+    assert {path.name: path.read_bytes() for path in (folder / "rows").iterdir()} == before
