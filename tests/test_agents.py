@@ -15,7 +15,7 @@ from crossmr.data.enhancement import Comparison
 from crossmr.data.naming import find_studies
 from crossmr.data.volume import read_volume
 from crossmr.dicom import agents
-from crossmr.dicom.agents import may_be_other, tell_apart, undecided
+from crossmr.dicom.agents import in_question, may_be_other, plain_by_order, tell_apart, undecided
 from crossmr.dicom.convert import convert
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import find_series
@@ -135,6 +135,51 @@ def test_series_that_all_name_an_agent_are_told_apart_too(tmp_path, monkeypatch)
     all_series = series_of(tmp_path, SILENT | AGENT, SILENT | AGENT)
     assert {s.modality for s in all_series} == {"t1c"}
     assert told(monkeypatch, all_series, {(1, 2): 1}) == {1: "t1n", 2: "t1c"}
+
+
+T2 = {"RepetitionTime": 4500, "EchoTime": 95, "description": "AX T2"}
+
+
+@pytest.mark.parametrize(
+    ("score", "modalities", "telling"),
+    [
+        (1, ["t1n", "t2w", "t1c"], "vessels darker than in series 3"),
+        (-1, ["t1c", "t2w", "t1c"], "vessels brighter than in series 3"),
+        (0.1, ["t1n", "t2w", "t1c"], ""),
+    ],
+)
+def test_a_t1_that_is_plain_by_order_alone_is_compared(score, modalities, telling, tmp_path, monkeypatch):
+    all_series = series_of(tmp_path, *(one | AGENT for one in (SILENT, T2, SILENT)))
+    assert [plain_by_order(series) for series in all_series] == [True, False, False]
+    assert in_question(all_series)
+    assert not undecided(all_series)
+    monkeypatch.setattr(agents, "compare", lambda a, b: Comparison(score, 0.9))
+    told = tell_apart(all_series, lambda series: series.number)
+    assert [series.modality for series in told] == modalities
+    assert telling in told[0].told
+    assert told[0].compared
+    doubts = {one.name: {*one.may_be} for one in unread_series(told)}
+    assert doubts == ({"series 1": {"t1n"}} if score < 0 else {})
+    assert any("taken for T1 as it was acquired first" in note for note in choose(told)[2]) == (score == 0.1)
+
+
+def test_what_is_plain_before_words_or_by_the_user_is_not_compared(tmp_path):
+    studies = (SILENT, T2, {"description": "AX T1 GD"}), (SILENT, T2, SILENT)
+    for name, study in zip(("words", "mapped"), studies, strict=True):
+        for number, tags in enumerate(study, 1):
+            place = tmp_path / name / str(number)
+            dicoms.write_series(place, dicoms.head(), dicoms.OBLIQUE, number=number, **tags | AGENT)
+    assert not in_question(find_series(tmp_path / "words"))
+    assert not in_question(find_series(tmp_path / "mapped", {"t1n": "series 1"}))
+
+
+@pytest.mark.parametrize(
+    ("description", "agent", "other"),
+    [("T1 BASAL", "Gadavist", True), ("T1 CONTRAST", "NONE", True), ("T1 nativ", "Gadavist", False)],
+)
+def test_a_word_that_may_mean_something_else_settles_nothing_against_a_tag(description, agent, other, tmp_path):
+    (series,) = series_of(tmp_path, {"description": description, "ContrastBolusAgent": agent})
+    assert may_be_other(series) == other
 
 
 def test_voxels_never_overrule_a_tag(tmp_path, monkeypatch):

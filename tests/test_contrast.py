@@ -8,6 +8,7 @@ import pytest
 from crossmr.dicom.contrast import (
     Acquisition,
     covers,
+    names,
     recognise_contrast,
     resolve_agents,
 )
@@ -229,6 +230,132 @@ def test_what_has_the_times_of_a_t1_and_is_none(given, why):
     assert re.search(why, verdict.why)
 
 
+MPRAGE = (("GR IR", 2300, 2.98, 900), {"variants": MP})
+
+
+@pytest.mark.parametrize(
+    ("given", "modality"),
+    [
+        (acquisition("SE", 500, 12, agent=True, description="AX T1 POST PERF"), "t1c"),
+        (acquisition("SE", 500, 12, description="AX T1 POST DSC"), "t1c"),
+        (acquisition("SE", 500, 12, agent=True, description="T1 arteritis"), "t1c"),
+        (acquisition("SE", 500, 12, agent=True, description="T1 VENOUS SINUS"), "t1c"),
+        (acquisition("SE", 500, 12, description="T1 after SWI"), "t1n"),
+        (acquisition(*MPRAGE[0], **MPRAGE[1], description="t1_mprage_sag_EPI"), "t1n"),
+        (acquisition(*MPRAGE[0], **MPRAGE[1], description="T1 MPRAGE SUB MM"), "t1n"),
+        (acquisition("SE", 4500, 95, description="AX T2 FSE ASSET"), "t2w"),
+        (acquisition("GR", 7, 3, description="t1_starvibe_tra"), "t1n"),
+        (acquisition("GR", 7, 3, description="T1 GRADIENT ECHO"), "t1n"),
+        (acquisition("SE IR", 9000, 110, 2500, description="sub-01 FLAIR perf"), "t2f"),
+        (acquisition(description="T2 BRAIN AND NECK"), "t2w"),
+    ],
+)
+def test_a_word_alone_excludes_no_series_whose_tags_deny_it(given, modality):
+    assert recognise_contrast(given).modality == modality
+
+
+@pytest.mark.parametrize(
+    ("given", "what", "may_be"),
+    [
+        (acquisition("SE", 500, 12, description="SAG T1 CAL"), "calibration", "t1n"),
+        (acquisition("SE", 500, 12, agent=True, description="T1 GD LOC"), "localiser", "t1c"),
+        (acquisition("GR", 5, 2, agent=True, description="T1 VIBE POST PERF"), "perfusion", "t1c"),
+        (acquisition("GR", 5, 2, description="T1 VIBE DCE"), "perfusion", "t1n t1c"),
+        (acquisition("GR", 5, 2, agent=True, description="T1 VIBE venous"), "vessels", "t1c"),
+        (acquisition("SE", 4500, 95, description="T2 TSE diff"), "diffusion", "t2w"),
+        (acquisition("SE", 4500, 95, kinds="ORIGINAL;PRIMARY", description="T2 SUB"), "subtraction", "t2w"),
+        (acquisition("SE", 4500, 95, description="AX T2 STAR"), "susceptibility", "t2w"),
+        (acquisition("SE", 4000, 90, description="MAGiC T2"), "synthetic", "t2w"),
+        (acquisition("SE", 4000, 90, description="AX T2", kinds="DERIVED;SYNTHETIC"), "synthetic", "t2w"),
+        (acquisition(description="SyMRI FLAIR"), "synthetic", "t2f"),
+        (acquisition(agent=True, description="T1 arteritis"), "vessels", "t1c"),
+        (acquisition(description="T1 post GD perf"), "perfusion", "t1c"),
+    ],
+)
+def test_a_word_against_all_else_leaves_a_doubt(given, what, may_be):
+    verdict = recognise_contrast(given)
+    assert (verdict.modality, verdict.reason, verdict.may_be) == (None, "denied", {*may_be.split()})
+    assert what in verdict.why
+
+
+MADE = {"kinds": "DERIVED;PRIMARY;M", "agent": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        *(
+            (acquisition("GR", 5, 1.7, description=text, **MADE), "perfusion")
+            for text in ("Ktrans", "iAUC", "TTP", "PEI", "Wash-in", "Kep", "Tissue4D_Ve", "rCBV", "CBF", "MTT", "TMAX")
+        ),
+        *((acquisition(description=text), "susceptibility") for text in ("AX T2 STAR", "t2_star_tra", "T2 AX GRAD")),
+        *((acquisition(description=text), "susceptibility") for text in ("T2 GRADIENT ECHO", "T2 HEMOFLASH", "GRE T2")),
+        *(
+            (acquisition("SE", 6000, 80, description=text), "diffusion")
+            for text in ("AX PROPELLER B1000", "AX B=1000", "dADC (mm2/s)", "Fractional Aniso.")
+        ),
+        *((acquisition("IR", 3000, 10, 400, description=text), "keeps the sign") for text in ("PSIR", "T1 PSIR")),
+        *(
+            (acquisition("GR", 5, 1.7, description=text), "relaxation times")
+            for text in ("T1 MAPPING FA 15", "QMAP T1", "T1 rho", "qT1")
+        ),
+        (acquisition("SE", 4500, 95, description="T2 brain mask"), "mask"),
+        (acquisition("SE IR", 9000, 110, 2500, description="FLAIR change map"), "map"),
+        (acquisition("SE IR", 9000, 110, 2500, description="FLAIR*"), "too"),
+        *((acquisition("GR", 8, 3, description=text), "calibration") for text in ("asset", "Ref_Head", "ASSET cal 2")),
+        (acquisition("GR", 400, 0.016, description="oZTEo"), "short echo"),
+        (acquisition(description="Anon SYNTHETIC FLAIR (crossmr)"), "itself synthetic"),
+    ],
+)
+def test_maps_and_calibrations_are_no_anatomy_and_leave_no_doubt(given, why):
+    verdict = recognise_contrast(given)
+    assert (verdict.modality, verdict.may_be) == (None, frozenset())
+    assert why in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("given", "modality"),
+    [
+        (acquisition("GR", 5, 1.7, description="t1_vibe_tra_fa2", flip_degrees=2), None),
+        (acquisition("GR", 5, 1.7, description="SPGR FA 3", flip_degrees=3), None),
+        (acquisition("GR", 5, 1.7, description="t1_vibe_tra_fa15", flip_degrees=15), "t1n"),
+        (acquisition("GR", 7, 3, 450, flip_degrees=7), "t1n"),
+        (acquisition("GR", 2530, 1.6, flip_degrees=7), "t1n"),
+        (acquisition("GR", 7, 3, variants="MP", flip_degrees=7), "t1n"),
+        (acquisition("GR", 7, 3, description="T1 3D TFE", flip_degrees=7), "t1n"),
+        (acquisition("GR", 7, 3, flip_degrees=0), "t1n"),
+        (acquisition("SE", 500, 12, flip_degrees=5), "t1n"),
+    ],
+)
+def test_a_gradient_echo_of_a_small_flip_angle_is_no_t1(given, modality):
+    verdict = recognise_contrast(given)
+    assert verdict.modality == modality
+    assert modality or "proton density" in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("description", "agent", "modality", "against"),
+    [
+        ("T1 BASAL", True, "t1c", "against its description"),
+        ("T1 CONTRAST", False, "t1n", "against its description"),
+        ("T1 CONTRAST", None, "t1c", ""),
+        ("T1 SIMPLE", None, "t1n", ""),
+        ("T1 nativ", True, "t1n", "before"),
+        ("T1 WITH CONTRAST", False, "t1c", "against its tag"),
+    ],
+)
+def test_words_that_may_mean_something_else_overrule_no_tag(description, agent, modality, against):
+    verdict = recognise_contrast(acquisition("SE", 500, 12, agent=agent, description=description))
+    assert verdict.modality == modality
+    assert against in verdict.why
+
+
+def test_names():
+    assert names("t1_mprage", "t1c")
+    assert not names("Ktrans", "t1c")
+    assert names("dark fluid", "t2f")
+
+
 T1, GD = acquisition("SE", 500, 12), acquisition("SE", 500, 12, description="T1 GD")
 T2, FLAIR = acquisition("SE", 5000, 100), acquisition("SE IR", 9000, 120, 2500)
 
@@ -249,6 +376,38 @@ def test_an_agent_on_every_series_is_resolved(study, modalities):
     assert [recognise_contrast(given).modality for given in resolved] == modalities.split()
 
 
+@pytest.mark.parametrize(
+    ("study", "why"),
+    [
+        ((T1, T2, T1), "agent named on every series; plain by order"),
+        ((T1, T2, GD), "agent named on every series; before the one whose description names it"),
+    ],
+)
+def test_the_reason_says_that_the_agent_is_on_every_series(study, why):
+    first = resolve_agents([replace(given, agent=True) for given in study])[0]
+    assert recognise_contrast(first).why.endswith(why)
+
+
+SIMPLE, CONTRAST = (replace(T1, description=text) for text in ("T1 SIMPLE", "T1 CONTRAST"))
+
+
+@pytest.mark.parametrize(
+    ("study", "agents", "modalities"),
+    [
+        ((SIMPLE, T2, T1), (True, None, True), "t1n t2w t1c"),
+        ((SIMPLE, T2), (True, True), "t1n t2w"),  # typed in for the examination
+        ((SIMPLE, T2), (True, None), "t1c t2w"),
+        ((SIMPLE, SIMPLE, T2), (True, True, None), "t1c t1c t2w"),
+        ((T1, T2, CONTRAST), (False, False, False), "t1n t2w t1c"),  # the console's NONE
+        ((CONTRAST, T2), (False, False), "t1n t2w"),
+        ((T1, T2, CONTRAST), (True, None, False), "t1c t2w t1n"),
+    ],
+)
+def test_such_words_count_where_tags_tell_no_t1_apart(study, agents, modalities):
+    resolved = resolve_agents([replace(one, agent=agent) for one, agent in zip(study, agents, strict=True)])
+    assert [recognise_contrast(given).modality for given in resolved] == modalities.split()
+
+
 def test_an_unknown_word_is_an_agent_where_other_series_lack_it():
     assert [a.agent for a in resolve_agents([T1, T2, replace(T1, unclear=True)])] == [None, None, True]
     assert [a.agent for a in resolve_agents([replace(a, unclear=True) for a in (T1, T2, T1)])] == [None, None, None]
@@ -266,6 +425,8 @@ def test_an_unknown_word_is_an_agent_where_other_series_lack_it():
             ("PITUITARY", "", 1),
         ),
         *(("CSPINE", "SAG T1", 0), ("BRAIN", "SAG T1 C-SPINE", 0), ("KNEE", "", 0), ("", "T2 HWS sag", 0)),
+        *(("HEAD", "SAG T2 CSP", 0), ("BRAIN", "T2 SAG C-SP", 0), ("", "t2 tse hals", 0), ("BRAIN", "T2 cuello", 0)),
+        *(("", "T1 CAROTID", 0), ("", "T2 Kopf Hals", 2), ("", "T1 brain neck", 2)),
     ],
 )
 def test_what_of_the_head_a_series_shows(part, description, shown):

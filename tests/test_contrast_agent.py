@@ -2,7 +2,7 @@
 
 import pytest
 
-from crossmr.data.contrast_agent import is_unclear, names_agent, says_agent
+from crossmr.data.contrast_agent import is_unclear, names_agent, said_of_agent, says_agent
 from crossmr.dicom.contrast import Acquisition, recognise_contrast
 
 
@@ -103,11 +103,35 @@ def test_an_agent_by_the_description_in_many_languages(language):
             "",
             "T1 SE COR",
         ),
+        *("AX T1 BASAL GANGLIA", "T1 basal cisterns", "T1 gangli della base", "T1 SAG POS 2", "T1 POS 1"),
+        *("T1 MAGNETIZATION TRANSFER CONTRAST", "AX T1 MAGN TRANSFER CONTRAST", "T1 HIGH CONTRAST"),
+        *("T1 grey matter contrast", "T1 EDGE ENHANCED", "MPRAGE CONTRAST OPTIMIZED", "T1 ENHANCED RESOLUTION"),
         *("T1 post craniotomy", "T1 post lobectomy", "T1 post implant", "T1 post SRS", "T1 1yr post", "T1 POST GK"),
     ],
 )
 def test_no_word_of_the_agent(text):
     assert says_agent(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "agent", "surely"),
+    [
+        *((text, True, True) for text in ("T1 GD", "T1 BASAL GD", "T1 WITH CONTRAST", "T1+CONTRAST", "T1 POST")),
+        *((text, True, True) for text in ("T1 CON CONTRASTE", "T1 PÓS-CONTRASTE", "T1 CONTRAST ENHANCED")),
+        *((text, True, None) for text in ("T1 CONTRAST", "T1 ENHANCED", "T1 PÓS", "AX TRANS CONTRAST", "T1 POS 3 MIN")),
+        *((text, False, False) for text in ("T1 nativ", "T1 PRE", "T1 NO CONTRAST", "T1 sin contraste", "T1 C-")),
+        *((text, False, None) for text in ("T1 BASAL", "T1 SIMPLE", "T1 plain", "T1 native", "T1 blanco")),
+        *((text, None, None) for text in ("SIMPLE Y CONTRASTADO", "T1 SIMPLE Y GD", "T1 nativ + KM", "AX T1")),
+    ],
+)
+def test_words_that_may_mean_something_else_are_not_sure(text, agent, surely):
+    said = said_of_agent(text)
+    assert said == (agent, surely)
+    assert [said.contradicts(tag) for tag in (True, False, None)] == [
+        agent is False and surely is None,
+        agent is True and surely is None,
+        False,
+    ]
 
 
 BOTH = (

@@ -87,6 +87,11 @@ def test_a_study_is_completed_into_flat_labelled_series(task, tmp_path):
     listed = {series["series_uid"]: series["images"] for series in result["studies"][0]["series"]}
     assert listed == dict.fromkeys({path.name.partition("#")[0] for path in sent}, dicoms.SHAPE[2])
     assert ROUTING not in result
+    assert result["studies"][0]["taken"] == {
+        "t1n": "series 2: SE, TR 550 ms, TE 12 ms; no contrast agent named",
+        "t2w": "series 3: SE, TR 4500 ms, TE 95 ms",
+    }
+    assert result["studies"][0]["left_out"] == {}
     message = result[NOTIFICATION]
     assert message["text"].startswith("Sent: SYNTHETIC T1ce (crossmr), SYNTHETIC FLAIR (crossmr); verdict use.")
     assert "not a medical device" in message["text"]
@@ -177,7 +182,9 @@ def test_series_descriptions_are_mapped(task, tmp_path):
         image.SeriesInstanceUID, image.SOPInstanceUID = f"{image.SeriesInstanceUID}9", f"{image.SOPInstanceUID}9"
         image.save_as(path)
     task.receive(tmp_path / "study")
-    assert task.run()[1]["status"] == "not synthesised"
+    _, result, _, _ = task.run()
+    assert result["status"] == "not synthesised"
+    assert [*result["studies"][0]["left_out"]] == ["series 2"]
     _, result, _, _ = task.run({"map": {"T2": "WEIRD"}})
     assert (result["status"], result["studies"][0]["acquired"]) == ("sent", ["t1n", "t2w"])
 

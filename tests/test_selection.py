@@ -93,6 +93,76 @@ def test_an_agent_on_every_series_that_nothing_resolves_is_said(description, not
     assert any("every series names a contrast agent" in note for note in scans.notes) == noted
 
 
+@pytest.mark.parametrize(
+    ("description", "agent", "said"),
+    [
+        ("T1 BASAL", "Gadavist", "taken for T1ce: its tag names a contrast agent, which its description denies"),
+        ("T1 CONTRAST", "NONE", "taken for T1: its tag denies a contrast agent, which its description names"),
+        ("T1 nativ", "Gadavist", ""),
+        ("T1 BASAL GANGLIA", "Gadavist", ""),
+    ],
+)
+def test_words_against_the_tag_are_said(description, agent, said, tmp_path):
+    write(tmp_path, ("t2w",))
+    tags = {"description": description, "ContrastBolusAgent": agent}
+    dicoms.write_series(tmp_path / "9", head(), OBLIQUE, number=9, **tags)
+    notes = choose(find_series(tmp_path))[2]
+    assert [said in note for note in notes] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("description", "kinds", "noted"),
+    [
+        ("Amplitude", ["DERIVED", "PRIMARY", "M"], True),
+        ("Amplitude", ["ORIGINAL", "PRIMARY", "M"], False),
+        ("Reformat", ["DERIVED", "SECONDARY", "MPR"], False),
+        ("", ["DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE"], False),
+        ("AX T1 FSE", ["DERIVED", "SECONDARY"], False),
+    ],
+)
+def test_a_derived_series_that_does_not_name_its_contrast_is_said(description, kinds, noted, tmp_path):
+    write(tmp_path, ("t2w",))
+    dicoms.write_series(tmp_path / "9", head(), OBLIQUE, number=9, description=description, ImageType=kinds)
+    chosen, _, notes = choose(find_series(tmp_path))
+    assert chosen["t1n"].number == 9
+    assert any("(image type DERIVED, M, PRIMARY)" in note for note in notes) == noted
+    assert len(notes) == noted
+
+
+@pytest.mark.parametrize("modality", ["t2w", "t2f"])
+@pytest.mark.parametrize(
+    ("tags", "taken_first"),
+    [
+        (({}, {"ContrastBolusAgent": "Gadavist"}), True),
+        (({}, {"description": "AX POST GD"}), True),
+        (({"ContrastBolusAgent": "Gadavist"}, {}), False),
+        (({"ContrastBolusAgent": "Gadavist"}, {"ContrastBolusAgent": "Gadavist"}), False),
+        (({"ContrastBolusAgent": "Gadavist"}, {"ContrastBolusAgent": "Gadavist", "description": "POST GD"}), True),
+    ],
+)
+def test_of_two_t2_or_flair_the_one_without_contrast_agent_is_taken(modality, tags, taken_first, tmp_path):
+    write(tmp_path, ("t1n",))
+    for number, one in zip((5, 6), tags, strict=True):
+        dicoms.write_series(tmp_path / str(number), head(modality), OBLIQUE, modality, number=number, **one)
+    chosen, left_out, notes = choose(find_series(tmp_path))
+    assert chosen[modality].number == (5 if taken_first else 6)
+    why = left_out[f"series {6 if taken_first else 5}"]
+    assert ("after the contrast agent, unlike" in why) == (tags[0] != tags[1])
+    assert notes == []
+
+
+def test_a_flair_after_the_agent_that_is_finer_than_the_one_before_is_said(tmp_path):
+    write(tmp_path, ("t1n", "t2f"))
+    tags = {"description": "FLAIR POST GD", "AcquisitionTime": "103000"}
+    coarse = OBLIQUE @ np.diag([0.7, 0.7, 0.7, 1])
+    voxels = np.kron(head("t2f"), np.ones((2, 2, 2), int))
+    dicoms.write_series(tmp_path / "9", voxels, coarse, "t2f", number=9, **tags)
+    chosen, left_out, notes = choose(find_series(tmp_path))
+    assert chosen["t2f"].number == 9
+    assert left_out["series 3"] == "another t2f, coarser than series 9"
+    assert any("another FLAIR that names none was left out" in note for note in notes)
+
+
 @pytest.mark.parametrize(("agent", "noted"), [(None, True), ("Gadavist", False)])
 def test_two_t1ce_by_description_alone_and_no_t1_are_said(agent, noted, tmp_path):
     """One may deny the agent in words that nobody knows."""

@@ -261,6 +261,8 @@ def series_of(folder, *made):
         paths = dicoms.write_series(
             place, head, dicoms.OBLIQUE, contrast, number=number, description=description, **dicoms.TIMING["t1n"] | tags
         )
+        for path in paths[5:] if "few" in description else ():
+            path.unlink()
         if "lost" in description:
             paths[9].unlink()
         if tags is TWICE:
@@ -304,6 +306,15 @@ TWICE = {"RepetitionTime": 3000, "EchoTime": 15}
         ),
         ([("t1n", "AX T1", {}), ("t1n", "AX", UNTIMED)], {"series 3": {"t1n", "t1c", "t2w", "t2f", "pdw"}}),
         ([("t1n", "AX T1", {}), ("t1n", "SWI", UNTIMED)], {}),
+        ([("t1n", "AX T1", {}), ("t1c", "T1 GD LOC", AGENT)], {"series 3": {"t1c"}}),
+        ([("t1n", "SAG T1 CAL", {}), ("t2w", "AX T2", T2)], {"series 2": {"t1n"}}),
+        ([("t1n", "AX T1", {}), ("t1c", "AX T1 POST PERF", AGENT)], {}),
+        ([("t1n", "AX T1", {}), ("t1n", "T1 LOC few", {})], {}),
+        ([("t1n", "AX T1", {}), ("t2f", "MAGiC FLAIR", UNTIMED)], {"series 3": {"t2f"}}),
+        (
+            [("t1n", "AX T1 SIMPLE", AGENT), ("t1c", "COR T1 BASAL", AGENT), ("t2w", "AX T2", T2)],
+            {"series 2": {"t1n"}},
+        ),
         ([("t1n", "AX T1", {}), ("t1c", "T1 GD MIP", {"ImageType": ["DERIVED", "SECONDARY", "MIP"]})], {}),
     ],
 )

@@ -149,12 +149,20 @@ def _study(layout: Any, case: str, settings: ModuleSettings, outgoing: Path) -> 
         "reasons": [_reason(reason) for reason in manifest["reasons"]],
         "acquired": list(manifest["acquired"]),
         "synthetic": list(manifest["synthetic"]),
+        "taken": {m: _series(one) for m, one in manifest["series"]["taken"].items()},
+        "left_out": {name: impersonal(why) for name, why in manifest["series"]["left_out"].items()},
         "not_synthesised": {m: impersonal(why) for m, why in manifest["not_filled"].items()},
         "warnings": sorted({text for entry in manifest["synthetic"].values() for text in entry["warnings"]}),
         "notes": [impersonal(note) for note in manifest["notes"]],
         "series": sent,
         "model_sha256": manifest["settings"]["model_sha256"],
     }
+
+
+def _series(entry: Mapping[str, Any]) -> str:
+    """Which series was taken for a contrast, and why."""
+    number = "without a number" if entry["series"] is None else entry["series"]
+    return impersonal(f"series {number}: {entry['why']}")
 
 
 def _reason(reason: Mapping[str, Any]) -> str:

@@ -206,7 +206,7 @@ def unread_series(all_series: Sequence[Series]) -> list[Unread]:
 
 
 def _left_out(series: Series) -> Unread:
-    """A series that was left out, and what it may be: nothing, unless it is a faulty or an unclear one."""
+    """A series that was left out, and what it may be: nothing, unless it is a faulty, an unclear or a denied one."""
     images = len(series.images)
     verdict = recognise_contrast(series.acquisition)
     description, may_be = series.acquisition.description, frozenset[str]()
@@ -219,6 +219,8 @@ def _left_out(series: Series) -> Unread:
             may_be |= _said(description) | ({"t2w"} if verdict.modality == "pdw" else set())
     elif verdict.reason == "unclear" and not decided:
         may_be = possible_contrasts(description)
+    elif verdict.reason == "denied" and series.reason not in ("decided", "directions", "few slices"):
+        may_be = verdict.may_be
     remedy = "" if "Export" in series.why else "; export it again"
     if verdict.modality is None and not series.unreadable:
         remedy = f"; name it, such as --map {min(may_be, default='t1c')}='DESCRIPTION'"

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from typing import NamedTuple
 
 _AGENT_WORDS = {
     "English": (
@@ -59,6 +60,17 @@ _NO_AGENT = re.compile(
     r"(?! ?(?:gd|gad|con|inj|km|ce\b))"
 )
 """Before or after an event that is no injection, so long after one, or behind the rest; folded."""
+_OTHER_MEANING = re.compile(
+    r"\b(?:magn\w* (?:trans\w* )?|transfer )contrast\w*|"
+    r"\b(?:high|higher|low|soft|tissue|matter|grey|gray|white|image|optimi[sz]\w*|improved|maxim\w*) contrast\w*|"
+    r"\bcontrast (?:optimi[sz]\w*|resol\w*|ratio|to noise|weight\w*|mechan\w*)|"
+    r"\b(?:edges?|image|resol\w*|signal|snr|spatial\w*) enh\w*|\benh\w* (?:edges?|resol\w*|snr|gradient)\b|"
+    r"\bbasal (?:gang\w*|cist\w*|nucl\w*|mening\w*|forebrain|skull|temp\w*|front\w*|vein\w*)|"
+    r"\b(?:gangli\w*|nucle\w*|cistern\w*) (?:de la |della |du |de )?basal\w*|"
+    r"\bpos ?\d{1,2}\b(?! ?(?:ml|cc|m|min\w*)\b)"
+)
+"""Contrast of tissues, edges, parts of the brain and positions of the table, of which a part would name or deny an
+agent; folded."""
 _AGENT = re.compile(rf"(?:{_column(0)})\Z")
 _DENIED = re.compile(
     rf"\b(?:{_column(1)})(?: (?:{_FILLERS}))* ?(?:{_column(0)})\b(?:(?: (?:{_FILLERS}))* (?:{_column(0)})\b)*|"
@@ -76,7 +88,7 @@ _OPPOSITES = {
 }
 """Words that mean both, side by side: of an examination with and without an agent, before and after it."""
 _BOTH = re.compile(
-    r"\b(?:wwo|"
+    rf"\b(?:wwo|(?:plain|simple|basal[ei]?|nativ\w*|diretta|blanco) (?:{_AND}|plus) (?:{_column(0)})|"
     + "|".join(
         rf"(?:{one}) (?:(?:gd|gad\w*|km|contrast\w*) )?(?:(?:{_AND}) )?(?:{other})"
         for pair in _OPPOSITES.items()
@@ -94,6 +106,15 @@ _NEVER_ALONE = frozenset(
 _OTHER_LACK = re.compile(
     rf"\b(?:{_column(1)}) (?:fs|fat\w*|fett\w*|grasa|graisse|gordura|grasso|sat\w*|supp\w*|mtc?)\b"
 )
+_WEAK = "contrast|contraste|contrasto|kontrast|enh|enhanced?|pos|pc|agent"
+_AMBIGUOUS = re.compile(rf"(?:{_WEAK})\Z")
+_GIVEN = re.compile(
+    r"\b(?:with|w|mit|avec|con|com|met|med|z|s|post\w*|pos|after|nach|na|apres|apos|dopo|po|efter|etter|iv|i v)"
+    rf"(?: (?:{_FILLERS}))* (?:{_WEAK})\b"
+)
+"""A word that may mean something else names an agent for sure behind one of these."""
+_WEAK_DENIAL = r"plain|simple|basal[ei]?|natives?|diretta|blanco"
+_AMBIGUOUS_DENIAL = re.compile(rf"\b(?:{_WEAK_DENIAL})\b")
 _CJK = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
 _FOLDED = str.maketrans({"ı": "i", "ø": "o", "ł": "l", "ß": "ss", "đ": "d", "æ": "ae", "−": "-", "–": "-", "＋": "+"})
 
@@ -136,27 +157,47 @@ def is_unclear(text: str) -> bool:
     return bool(words) and names_agent(text) is None and _PLACEHOLDER.fullmatch(words) is None
 
 
+class Said(NamedTuple):
+    """What a description says of a contrast agent; None where it says neither or both."""
+
+    agent: bool | None
+    """Whether one was given, by all of its words."""
+    surely: bool | None
+    """By the words that mean nothing else: these may overrule a tag."""
+
+    def contradicts(self, tag: bool | None) -> bool:
+        """Whether words that may mean something else say the opposite of a tag."""
+        return tag is not None and self.surely is None and self.agent is (not tag)
+
+
 def says_agent(description: str) -> bool | None:
     """Whether a description says that a contrast agent was given, or not; None where it says neither or both."""
+    return said_of_agent(description).agent
+
+
+def said_of_agent(description: str) -> Said:
+    """What a description says of a contrast agent, and whether that is sure: "contrast" and "basal" may mean others."""
     text = re.sub(r"(?:\b(?:gd|gad|km|ce|c) ?)?(?:\+ ?/ ?-|- ?/ ?\+|±)", " w wo ", plain(description))
     text = re.sub(r"(?<!\w)c/(?:c\b|contrast)", " gd ", text)
     text = re.sub(r"(?<!\w)s(?:/ ?c\b|[/.] ?(?:contrast\w*|gd\b|gad\w*|km\b|mdc\b|inj\w*))", " unenhanced ", text)
     text = re.sub(r"(?<![\w/])u[./] ?kontrast\w*", " unenhanced ", text)
-    text = re.sub(r"\+c\b|\bc\+|\bc ?\(\+\)", " gd ", text)
+    text = re.sub(r"\+c\b|\bc\+|\bc ?\(\+\)|\+ ?(?=[ck]ontrast|enh)", " gd ", text)
     text = re.sub(r"\b(?:gd|gad|km|ce|c)(?:-(?![\w-])| ?\(-\))|(?:造影|增强|增強) ?\(?-\)?", " unenhanced ", text)
-    text = _NO_AGENT.sub(" ", spaced(text))
+    text = _OTHER_MEANING.sub(" ", _NO_AGENT.sub(" ", spaced(text)))
     text = re.sub(r"\bt1(ce|gd|c|km|post\w*)\b", "t1 gd", text)
     text = _BOTH.sub(" ", _OTHER_LACK.sub(" ", text))
-    text, denials = _DENIED.subn(" unenhanced ", text)
-    words = text.split()
-    named = any(_AGENT.match(word) for word in words)
-    if named or denials:
-        return None if named and denials else named
-    return (
-        False
-        if any(_ALONE.match(word) and word not in _NEVER_ALONE for word in words) or "unenhanced" in words
-        else None
-    )
+    text, perhaps_denied = _AMBIGUOUS_DENIAL.subn(" ", text)
+    text, denied = _DENIED.subn(" unenhanced ", text)
+    words = _GIVEN.sub(" gd ", text).split()
+    named = [word for word in words if _AGENT.match(word)]
+    sure = any(not _AMBIGUOUS.match(word) for word in named) or len(named) > 1
+    if not denied and not named:
+        denied = any(_ALONE.match(word) and word not in _NEVER_ALONE for word in words) or "unenhanced" in words
+    if (sure and denied) or (named and not sure and (denied or perhaps_denied)):
+        return Said(None, None)
+    if sure or denied:
+        return Said(sure, sure)
+    return Said(True if named else False if perhaps_denied else None, None)
 
 
 def plain(text: str) -> str:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from crossmr.data.contrast_agent import says_agent
+from crossmr.data.contrast_agent import said_of_agent
 from crossmr.data.enhancement import MAX_COMPARED, SURENESS, THRESHOLD, compare
 from crossmr.data.volume import Volume
 from crossmr.dicom.series import Series
@@ -48,8 +48,15 @@ def are_first(alike: Sequence[Series], all_series: Sequence[Series]) -> bool:
 
 def may_be_other(series: Series) -> bool:
     """Whether neither the tag nor the description of a T1, nor the user, settles whether it is enhanced."""
-    said = says_agent(series.acquisition.description)
-    return not series.mapped and said is None and (series.modality == "t1c" or series.acquisition.agent is not False)
+    tag, said = series.acquisition.agent, said_of_agent(series.acquisition.description)
+    if series.mapped or said.contradicts(tag):
+        return not series.mapped
+    return said.agent is None and (series.modality == "t1c" or tag is not False)
+
+
+def plain_by_order(series: Series) -> bool:
+    """Whether a series is a T1 as it was acquired first alone: an agent is named on every series of its study."""
+    return series.modality == "t1n" and series.acquisition.before == "order" and not series.mapped
 
 
 def tell_apart(all_series: Sequence[Series], read: Callable[[Series], Volume]) -> list[Series]:
@@ -57,7 +64,10 @@ def tell_apart(all_series: Sequence[Series], read: Callable[[Series], Volume]) -
 
     Each is compared with each. One that is surely enhanced beside another, and beside none surely not, is T1ce, and the
     other way round T1; what is left then is used for neither. Where nothing is sure, none changes but in `compared`.
+    A T1 by order alone that is surely enhanced beside a T1ce is T1ce, as its tag says.
     """
+    if ordered := [series for series in all_series if plain_by_order(series)]:
+        return _confirmed(ordered, all_series, read)
     alike = undecided(all_series)[:MAX_COMPARED]
     beside = _compared(alike, read)
     if not beside:
@@ -67,6 +77,26 @@ def tell_apart(all_series: Sequence[Series], read: Callable[[Series], Volume]) -
     if against or set(verdicts.values()) != set(COUNTERPART):
         return [replace(series, compared=True) if series in alike else series for series in all_series]
     return [_told(s, verdicts.get(s), beside[s]) if s in beside else s for s in all_series]
+
+
+def in_question(all_series: Sequence[Series]) -> bool:
+    """Whether `tell_apart` reads any of these series."""
+    return bool(undecided(all_series)) or any(plain_by_order(series) for series in all_series)
+
+
+def _confirmed(
+    ordered: Sequence[Series], all_series: Sequence[Series], read: Callable[[Series], Volume]
+) -> list[Series]:
+    """The series of a study, its T1 by order alone compared with its T1ce."""
+    enhanced = [series for series in all_series if series.modality == "t1c"]
+    beside = _compared([*ordered, *enhanced][:MAX_COMPARED], read)
+    told = {}
+    for series in ordered:
+        found = beside.get(series, {})
+        told[series] = replace(series, compared=bool(beside))
+        if len(found) == 1:
+            told[series] = _told(series, next(iter(found)), found)
+    return [told.get(series, series) for series in all_series]
 
 
 def _compared(alike: Sequence[Series], read: Callable[[Series], Volume]) -> dict[Series, dict[str, Series]]:

@@ -10,8 +10,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from crossmr.data.contrast_agent import folded, plain, says_agent, spaced
+from crossmr.data.contrast_agent import Said, folded, plain, said_of_agent, spaced
+from crossmr.data.naming import display_name
 
+LEAST_FLIP = 8.0
+"""A spoiled gradient echo of a smaller flip angle, in degrees, is weighted by proton density, unless it is prepared."""
+LEAST_ECHO_MS = 0.3
+"""Shorter echoes show bone, and correct the attenuation of PET."""
 _NOT_ANATOMY = {
     "LOCALIZER": "a localiser",
     "ADC": "a diffusion map",
@@ -66,38 +71,77 @@ _NOT_ANATOMY = {
 _ACQUIRED = {"T1": "t1n", "T2": "t2w", "FLUID_ATTENUATED": "t2f", "PROTON_DENSITY": "pdw"}
 """Acquisition Contrast of enhanced images (DICOM PS3.3 C.8.13.3.1)."""
 
-_PROJECTED = "a projection or a subtraction"
 _NOT_WORDS = {
     "a localiser or a calibration": r"locs?|\w*locali[sz]er\w*|\w*scout\w*|\w*survey\w*|(sense|coil)-?ref\w*|"
-    r"b1-?map\w*|3-?plane|cal|calib\w*|shim\w*|smartbrain|b0|b1|posdisp",
-    "an angiogram": r"\w*tof\d?|mra\w*|mrv\w*|\w*angio\w*|willis|cow|carotid\w*|veno(gr\w*|us)?|arter\w*|inhance|"
-    r"trance|twist|tricks|4d-trak|cemr[av]|pcmr\w*|pc-mr\w*|[23]d-?pc|pc-?[23]d|pca|venc\w*|phase-contrast|qiss",
+    r"b1-?map\w*|3-?plane|cal|calib\w*|shim\w*|smartbrain|b0|b1|posdisp|ref-?(?:head|body|brain|scan\w*|coil\w*)",
+    "an angiogram": r"\w*tof\d?|mra\w*|mrv\w*|\w*angio\w*|willis|venogr\w*|arteriogr\w*|inhance|"
+    r"trance|twist|tricks|4d-trak|cemr[av]|pcmr\w*|pc-mr\w*|[23]d-?pc|pc-?[23]d|pca|venc\w*|qiss",
+    "an image of vessels": r"cow|carotid\w*|venous|arter\w*|phase-contrast",
     "a flow image": r"\w*flow|4d-?flow|fluss|flusso|flujo",
-    "weighted by susceptibility": r"swi\w*|swan|venobold|qsm|t2star|hemo|hemosid\w*|flash2d-?t2star|megre|gre-?me|"
-    r"me-?gre|multi-?echo-?gre|multiecho|medic|merge|"
+    "weighted by susceptibility": r"swi\w*|swan|venobold|qsm|t2-?star(?:w|map\w*)?|\w*hemo|hemosid\w*|hemoflash\w*|"
+    r"megre|gre-?me|me-?gre|multi-?echo-?gre|multiecho|medic|merge|"
     r"t2-(?:gre|ffe|fl2d)|gre-t2",
-    "a diffusion image": r"\w*dwi|[esi]?dti|(?:[esi]|av)?adc|trace\w*|diff\w*|ep2d|epi|noddi|hardi",
+    "a diffusion image": r"\w*dwi|[esi]?dti|(?:[deis]|av)?adc|trace\w*|diff\w*|ep2d|epi|noddi|hardi|"
+    r"b-?[1-9]\d{1,3}|fractional|aniso\w*",
     "a perfusion image": r"perf\w*|dsc|dce|asl|pcasl",
+    "a map of perfusion": r"k-?trans\w*|kep|v[ep]|iauc\w*|auc|ttp|pei|wash-?(?:in|out)|(?:r|rel-?)?cb[vf]|r?mtt|"
+    r"t-?max|pbp",
     "one of several times": r"dyn\w*|time-?resolved|zeitaufgel\w*",
     "a functional image": r"fmri|bold",
     "a spectrum": r"spectro\w*|svs|csi",
-    _PROJECTED: r"mi?n?ip|subtr\w*",
+    "a projection or a subtraction": r"mi?n?ip|subtr\w*",
     "a subtraction": r"sub",
+    "a mask": r"\w*mask|\w*overlay|lesionquant|neuroquant|segmentations?",
+    "a map": r"maps?",
     "balanced steady state": r"ciss|fiesta|drive|truefisp|trufi",
     "a phase image or a field map": r"phase|pha|phs|field|field-?map\w*|\w+fieldmap\w*",
     "of short or double inversion": r"stir|dir|double-?ir|double-inv\w*",
+    "an inversion recovery that keeps the sign": r"psir|phase-sens\w*",
     "one inversion of an MP2RAGE, not its UNI": r"inv-?[12]",
     "an image with white matter nulled": r"\w*fgatir\w*|wmn|wmn-?mprage|wm-?null\w*|white-matter-null\w*|wmnull\w*",
-    "a map of relaxation times": r"t[12]-?maps?|r2star|r[12]-?maps?|mp2rage-t1-images",
+    "a map of relaxation times": r"q?t[12]-?map(?:s|ping)?|r2star|r[12]-?maps?|mp2rage-t1-images|q-?map\w*|qt[12]|"
+    r"t1-?rho\w*",
+    "a FLAIR weighted by T2*, too": r"flair-?star",
+    "synthetic: computed from another acquisition": r"symri|magic|synthetic\w*|synth",
 }
 """What a series is → the words of the description, or adjacent words joined by -, that say so; none is one of ours."""
 _HARMLESS = re.compile(
     r"\b(?:(?:pre|post|peri|intra) ?op\w*|(?:large|full|wide|big|small) field|field of view|flow ?comp\w*|"
-    r"phase ?(?:rl|lr|ap|pa|hf|fh|is|si|swap\w*|enc\w*|over\w*))\b"
+    r"sub ?m(?:m|illi\w*)|phase ?(?:rl|lr|ap|pa|hf|fh|is|si|swap\w*|enc\w*|over\w*))\b"
 )
 """Words that say how or when a series was acquired, of which a part would say that it is none of ours; folded."""
 _SPIN_ECHO_TRAIN = re.compile(r"\b(?:tse|fse|frfse|space|cube|vista)\b")
 """Where one is named, "epi" is epilepsy, and "drive" but a pulse at the train's end."""
+_T2_GRADIENT_ECHO = re.compile(r"\bt2\w*\b.*\b(?:gre|grad|gradient|ffe|fl[23]d)\b|\b(?:gre|grad|gradient) .*\bt2\b")
+_CALIBRATION = re.compile(r"asset(?: cal\w*)?(?: \d+)?")
+"""Whole descriptions; in others the word means parallel imaging."""
+_SYNTHETIC = "synthetic: computed from another acquisition"
+_MAPPED_TIMES = "a map of relaxation times"
+_COMPUTED = frozenset({"a projection or a subtraction", "a subtraction", "a mask", "a map", "a map of perfusion"})
+"""What a word may say that is true of derived images alone."""
+_OF_VESSELS = frozenset({"an angiogram", "a flow image", "weighted by susceptibility"})
+"""What is always acquired by gradient echoes without preparation."""
+_WHATEVER_TAGS = frozenset(
+    {
+        *("fat or opposed phase of a Dixon acquisition", "one inversion of an MP2RAGE, not its UNI", _MAPPED_TIMES),
+        *("an image with white matter nulled", "an inversion recovery that keeps the sign"),
+        *("of short or double inversion", "a FLAIR weighted by T2*, too"),
+    }
+)
+"""What tags cannot deny: such series have the tags of the contrast that they are made of."""
+_NO_T1 = frozenset(
+    {
+        *("an image of vessels", "a diffusion image", "a perfusion image", "a functional image", "a spectrum"),
+        *_OF_VESSELS,
+    }
+)
+"""What is never acquired by a spin echo, or an inverted gradient echo, with the times of a T1."""
+_UNCERTAIN = (_NO_T1 - _OF_VESSELS) | {"a localiser or a calibration", "one of several times"}
+"""What a word says also of a T1 that was acquired for it, or after it, where no tags tell: T1 POST PERF."""
+_OF_FLAIR = frozenset({"a projection or a subtraction", "a mask", "a map", "a FLAIR weighted by T2*, too", _SYNTHETIC})
+"""What words say of a FLAIR, too; others say when it was acquired, or for what: FLAIR EPI."""
+_WITH_AGENT = frozenset({"a perfusion image", "a map of perfusion", "one of several times"})
+"""What is mostly acquired with contrast agent."""
 _DIXON = re.compile(
     r"\b(?:dixon|mdixon|ideal|flex|vibe|lava|thrive)\b.*"
     r"\b(?:f|fat|opp|op|out|opposed|outphase|outofphase|ff)\b(?! ?(?:s\b|sat|sup))|"
@@ -107,9 +151,9 @@ _DIXON = re.compile(
 """The fat or opposed phase of a Dixon acquisition, by a folded description."""
 
 _OTHER_PARTS = re.compile(
-    r"[ctl]-?spine|[cdl]spine|\w*spinal?|spine|neck|knee|hip|abdomen|liver|pelvis|shoulder|breast|heart|cardiac|prostate|ankle|"
-    r"wrist|elbow|hand|foot|chest|thorax|[hbl]ws|wirbelsaeule|wirbelsaule|rachis|columna|coluna|colonna|lumbar|cervical|"
-    r"thoracic|dorsal|c-spine|t-spine|l-spine|kregoslup|позвоночник"
+    r"[ctl]-?sp(?:ine)?|[cdl]spine|\w*spinal?|spine|neck|hals|cuello|collo|pescoco|carotid\w*|knee|hip|abdomen|liver|pelvis|shoulder|breast|heart|cardiac|prostate|ankle|"
+    r"wrist|elbow|hand|foot|chest|thorax|[hbl]ws|wirbelsaeule|wirbelsaule|rachis|columna|coluna|colonna|lumbar|cervical\w*|"
+    r"thoracic|dorsal|kregoslup|позвоночник"
 )
 _PARTS_OF_HEAD = re.compile(
     r"sell[ae]\w*|orbit\w*|pituit\w*|hypoph\w*|hipof\w*|ipof\w*|iacs?|iam|kgh|tmj|cpa|facial?|face|temporal|petrous|felsenbein|"
@@ -121,6 +165,7 @@ _WORD = {
     "t2w": r"t2w?|st2\w*|t2-\w+",
     "pdw": r"pdw?|proton",
     "uni": r"uni|uniden|uni-den|uni-images",
+    "prepared": r"mprage|memprage|mpr|bravo|tfe|tfl\w*|ir-?fspgr|mp2rage",
 }
 _PATTERNS = {key: re.compile(rf"(?:{words})\Z") for key, words in _WORD.items()}
 _NOT_PATTERNS = {what: re.compile(rf"(?:{words})\Z") for what, words in _NOT_WORDS.items()}
@@ -152,14 +197,19 @@ class Acquisition:
     """Number of Temporal Positions."""
     echoes: int = 1
     """Echo times of the series that it is a part of."""
+    flip_degrees: float | None = None
+    """Flip Angle."""
+    before: Literal["", "order", "words"] = ""
+    """By what it was taken for acquired before the agent, where every series names one: `resolve_agents`."""
     part: str = ""
     """Body Part Examined."""
     description: str = ""
     """Series description, or protocol name."""
 
 
-Reason = Literal["", "decided", "unclear", "directions", "few slices", "slices missing", "one place"]
-"""Why a series is left out: by the user, or by what it is; as nothing tells its contrast; by where its slices lie."""
+Reason = Literal["", "decided", "unclear", "denied", "directions", "few slices", "slices missing", "one place"]
+"""Why a series is left out: by the user, or by what it is; as nothing tells its contrast; as a word of its description
+says that it is none, and the rest that it is one; by where its slices lie."""
 
 
 class Recognition(NamedTuple):
@@ -171,6 +221,8 @@ class Recognition(NamedTuple):
     """The tags that decided, or why it is left out; never words of the description, which may name the patient."""
     reason: Reason = ""
     """Why it is left out, where more depends on that."""
+    may_be: frozenset[str] = frozenset()
+    """The contrasts that it is by all that is known of it but one word of its description."""
 
 
 def resolve_agents(acquisitions: Sequence[Acquisition]) -> list[Acquisition]:
@@ -178,27 +230,35 @@ def resolve_agents(acquisitions: Sequence[Acquisition]) -> list[Acquisition]:
 
     A word that is no known agent is one where other series lack it. An agent that every series names was typed in for
     the examination: a T1 before the one whose description names the agent was acquired without it, and where no
-    description does, a T1 before the first T2, FLAIR or PD that another T1 follows.
+    description does, a T1 before the first T2, FLAIR or PD that another T1 follows. Words that may mean something else
+    than an agent, or its denial, count against the tag where the tags tell no T1 apart.
     """
     bare = [recognise_contrast(replace(a, agent=None)).modality for a in acquisitions]
     known = [k for k, modality in enumerate(bare) if modality is not None]
     if not all(acquisitions[k].unclear for k in known):
         acquisitions = [replace(a, agent=True, unclear=False) if a.unclear else a for a in acquisitions]
-    resolved = list(acquisitions)
+    everywhere = len(known) > 1 and all(acquisitions[k].agent for k in known)
     t1 = [k for k in known if bare[k] in ("t1n", "t1c")]
+    said = {k: said_of_agent(acquisitions[k].description) for k in t1}
+    resolved = list(acquisitions)
+    for k in t1:
+        tag = acquisitions[k].agent
+        alike = any(acquisitions[j].agent is tag and said[j].agent is not said[k].agent for j in t1)
+        if said[k].contradicts(tag) and (alike or (tag and everywhere)):
+            resolved[k] = replace(acquisitions[k], agent=None)
     others = [k for k in known if k not in t1]
-    if len(t1) < 2 or not others or not all(acquisitions[k].agent for k in known):
+    if len(t1) < 2 or not others or not everywhere:
         return resolved
-    said = {k: says_agent(acquisitions[k].description) for k in t1}
-    if any(said.values()):
-        first = min(k for k in t1 if said[k])
-    elif any(word is False for word in said.values()):
+    by_words = any(words.agent for words in said.values())
+    if by_words:
+        first = min(k for k in t1 if said[k].agent)
+    elif any(words.agent is False for words in said.values()):
         return resolved
     else:
         first = next((k for k in others if t1[0] < k < t1[-1]), t1[0])
     for k in t1:
-        if k < first and said[k] is None:
-            resolved[k] = replace(acquisitions[k], agent=None)
+        if k < first and said[k].agent is None:
+            resolved[k] = replace(acquisitions[k], agent=None, before="words" if by_words else "order")
     return resolved
 
 
@@ -206,42 +266,82 @@ def recognise_contrast(acquisition: Acquisition) -> Recognition:
     """The contrast of a series, or the reason for leaving it out."""
     words = _meanings(acquisition.description)
     if what := _none_of_ours(acquisition, words):
-        return what
+        return Recognition(None, what)
+    if "crossmr" in acquisition.description.lower() and f"not: {_SYNTHETIC}" in words:
+        return Recognition(None, "itself synthetic", "decided")
     modality, why = _by_tags(acquisition, words)
-    if modality is None:
-        if why:
-            return Recognition(None, why)
-        modality = next((m for m in ("t2f", "pdw", "t2w", "t1n") if m in words), None)
-        if "t1n" in words and modality == "t2w":
-            modality = None  # the description names both
-        if {"t1n", "t2f"} <= words and "t2w" not in words and (acquisition.te_ms or 0) <= 40:
-            modality = "t1n"  # a T1-FLAIR
+    by_tags = modality is not None
+    if modality is None and not why:
+        modality = _by_words(acquisition, words)
+        why = "its description"
         if modality is None:
             why = f"neither its tags ({_timing(acquisition)}) nor its description tell its contrast"
-            return Recognition(None, why, "unclear")
-        why = "its description"
     if modality == "t1n":
-        enhanced, evidence = _enhanced(acquisition, says_agent(acquisition.description))
-        return Recognition("t1c" if enhanced else "t1n", f"{why}; {evidence}")
-    return Recognition(modality, why)
+        enhanced, evidence = _enhanced(acquisition, said_of_agent(acquisition.description))
+        modality, why = "t1c" if enhanced else "t1n", f"{why}; {evidence}"
+    if (denial := _denial(acquisition, words)) and not (by_tags and _cannot_be(denial, acquisition, words)):
+        return _denied(denial, modality, acquisition, words, by_tags=by_tags)
+    return Recognition(modality, why, "unclear" if why.startswith("neither") else "")
 
 
-def _none_of_ours(acquisition: Acquisition, words: Collection[str]) -> Recognition | None:
-    """Why a series is nothing that crossmr uses, whatever its times are; None where it may be."""
+def _by_words(acquisition: Acquisition, words: Collection[str]) -> str | None:
+    """The contrast that a description names, t1n for any T1; None where it names none, or two."""
+    modality = next((m for m in ("t2f", "pdw", "t2w", "t1n") if m in words), None)
+    if {"t1n", "t2f"} <= {*words} and "t2w" not in words and (acquisition.te_ms or 0) <= 40:
+        return "t1n"  # a T1-FLAIR
+    return None if "t1n" in words and modality == "t2w" else modality
+
+
+def _denial(acquisition: Acquisition, words: Collection[str]) -> str:
+    """What words, or Image Type, say that a series is instead of a contrast; '' where they say nothing of that kind."""
+    if "SYNTHETIC" in acquisition.kinds:
+        return _SYNTHETIC
+    found = [word.removeprefix("not: ") for word in words if word.startswith("not: ")]
+    found = [what for what in found if "t2f" not in words or what in _OF_FLAIR]
+    return min(found, key=lambda what: (what not in _WHATEVER_TAGS, what in _NO_T1, what), default="")
+
+
+def _cannot_be(denial: str, acquisition: Acquisition, words: Collection[str]) -> bool:
+    """Whether a series that is called T1 is acquired as what a word says never is: AX T1 POST PERF."""
+    families, variants = acquisition.families, acquisition.variants
+    spin_echo = "SE" in families and not families & {"GR", "EP"}
+    prepared = "GR" in families and (acquisition.ti_ms or "MP" in variants)
+    is_t1 = "t1n" in words and "t2w" not in words and (acquisition.te_ms or 0) <= 40
+    return denial in _NO_T1 and is_t1 and bool(spin_echo or prepared) and "DERIVED" not in acquisition.kinds
+
+
+def _denied(
+    denial: str, modality: str | None, acquisition: Acquisition, words: Collection[str], *, by_tags: bool
+) -> Recognition:
+    """A series that one word says to be none of the contrasts: in doubt where all else says that it is one."""
+    said = "by its image type" if denial == _SYNTHETIC and "SYNTHETIC" in acquisition.kinds else "by its description"
+    named = {"t1c": "t1n"}.get(modality or "", modality) in words
+    likely = named and (by_tags or (modality in ("t1n", "t1c") and denial in _UNCERTAIN))
+    if modality is None or denial in _WHATEVER_TAGS or not (denial == _SYNTHETIC or likely):
+        return Recognition(None, f"{denial}, {said}")
+    unprepared = acquisition.families & {"GR", "SE"} == {"GR"} and not (
+        acquisition.ti_ms or "MP" in acquisition.variants
+    )
+    derived = "DERIVED" in acquisition.kinds or not acquisition.kinds - {""}
+    if (denial in _OF_VESSELS and unprepared) or (denial in _COMPUTED and derived):
+        return Recognition(None, f"{denial}, {said}")
+    unknown = modality == "t1n" and acquisition.agent is None and denial in _WITH_AGENT
+    may_be = frozenset({"t1n", "t1c"} if unknown else {modality})
+    rest = "" if denial == _SYNTHETIC else f", and {display_name(modality)} by {'its tags' if by_tags else 'it, too'}"
+    return Recognition(None, f"{denial}, {said}{rest}", "denied", may_be)
+
+
+def _none_of_ours(acquisition: Acquisition, words: Collection[str]) -> str:
+    """Why a series is nothing that crossmr uses by its tags, whatever its times are; '' where it may be."""
     if what := no_anatomy(acquisition.kinds):
-        return Recognition(None, what)
+        return what
     if acquisition.diffusion or acquisition.acquired == "DIFFUSION":
-        return Recognition(None, "a diffusion image")
+        return "a diffusion image"
     if acquisition.angiography or acquisition.acquired in ("TOF", "FLOW_ENCODED"):
-        return Recognition(None, "an angiogram")
+        return "an angiogram"
     if "EP" in acquisition.families and "t2f" not in words:
-        return Recognition(None, "echo-planar: diffusion, perfusion or function")
-    if acquisition.times > 1:
-        return Recognition(None, "one of several times")
-    for word in sorted(words):
-        if word.startswith("not: ") and ("t2f" not in words or word == f"not: {_PROJECTED}"):
-            return Recognition(None, f"{word.removeprefix('not: ')}, by its description")
-    return None
+        return "echo-planar: diffusion, perfusion or function"
+    return "one of several times" if acquisition.times > 1 else ""
 
 
 def _by_tags(acquisition: Acquisition, words: Collection[str]) -> tuple[str | None, str]:
@@ -296,21 +396,33 @@ def _by_gradient_echo(acquisition: Acquisition, words: Collection[str]) -> tuple
             return None, f"one inversion of an MP2RAGE, not its UNI ({why})"
     if acquisition.echoes > 2 and ti is None and "MP" not in variants:
         return None, f"one of {acquisition.echoes} gradient echoes ({why})"
+    prepared = ti is not None or "MP" in variants or "prepared" in words or (tr or 0) >= 1000
+    if not prepared and 0 < te < LEAST_ECHO_MS:
+        return None, f"an image of short echo, as of bone ({why})"
+    if not prepared and 0 < (acquisition.flip_degrees or 0) < LEAST_FLIP:
+        flip = f"{acquisition.flip_degrees:g}°"
+        return None, f"weighted by proton density: a gradient echo without preparation of {flip} ({why})"
     if ti is None and tr is not None and 14 <= tr <= 60 and "MP" not in variants and "t1n" not in words:
         return None, f"an angiogram or a susceptibility image by its times ({why}), and not called T1"
     return "t1n", why
 
 
-def _enhanced(acquisition: Acquisition, said: bool | None) -> tuple[bool, str]:
+def _enhanced(acquisition: Acquisition, said: Said) -> tuple[bool, str]:
     """Whether a T1 was acquired with contrast agent, by its tag and by what its description says, and the evidence."""
-    if acquisition.agent and said is False:  # the tag is of the whole examination
+    against = ", against its description" if said.contradicts(acquisition.agent) else ""
+    if acquisition.agent and said.surely is False:  # the tag is of the whole examination
         return False, "before the contrast agent, by its description"
     if acquisition.agent:
-        return True, "contrast agent named"
-    if said:
+        return True, f"contrast agent named{against}"
+    if acquisition.agent is False and not said.surely:
+        return False, f"no contrast agent by its tag{against}"
+    if said.agent:
         against = ", against its tag" if acquisition.agent is False else ""
         return True, f"contrast agent by its description{against}"
-    return False, "no contrast agent by its tag" if acquisition.agent is False else "no contrast agent named"
+    if acquisition.before:
+        why = "plain by order" if acquisition.before == "order" else "before the one whose description names it"
+        return False, f"agent named on every series; {why}"
+    return False, "no contrast agent named"
 
 
 def _timing(acquisition: Acquisition) -> str:
@@ -325,6 +437,11 @@ def means(kinds: Collection[str]) -> frozenset[str]:
     return frozenset(kinds) & (_NOT_ANATOMY.keys() | {"W", "WATER", "IP", "IN_PHASE", "UNI"})
 
 
+def names(description: str, modality: str) -> bool:
+    """Whether a description names a contrast, T1 for T1ce."""
+    return {"t1c": "t1n"}.get(modality, modality) in _meanings(description)
+
+
 def no_anatomy(kinds: Collection[str]) -> str:
     """What values of Image Type say that an image shows instead of anatomy; '' where they say nothing of that kind."""
     return next((_NOT_ANATOMY[kind] for kind in sorted(kinds) if kind in _NOT_ANATOMY), "")
@@ -335,7 +452,9 @@ def covers(part: str, description: str) -> int:
 
     The description counts more than Body Part Examined, which is often that of the whole examination.
     """
-    whole = re.compile("brain|head|kopf|schadel|cerebro|craneo|cranio|crane|encephale|hjerne|hoofd")
+    whole = re.compile(
+        "brain|head|kopf|schadel|schaedel|hirn|gehirn|cerebro|cerebral|craneo|cranio|crane|encephale|encefalo|cerveau|hjerne|hoofd"
+    )
     for text in (description, part):
         words = folded(text).split()
         terms = [*words, *("-".join(pair) for pair in itertools.pairwise(words))]
@@ -350,7 +469,7 @@ def covers(part: str, description: str) -> int:
 
 def _meanings(description: str) -> frozenset[str]:
     """Keys of `_WORD`, and what else the description says that a series is: values of `_NOT_WORDS`, after "not: "."""
-    text = _HARMLESS.sub(" ", spaced(plain(description).replace("t2*", "t2star")))
+    text = _HARMLESS.sub(" ", spaced(plain(description).replace("t2*", "t2star").replace("flair*", "flairstar")))
     if _SPIN_ECHO_TRAIN.search(text):
         text = re.sub(r"\b(?:epi|drive)\b", " ", text)
     words = text.split()
@@ -358,6 +477,10 @@ def _meanings(description: str) -> frozenset[str]:
     terms += ["-".join(three) for three in zip(words, words[1:], words[2:], strict=False)]
     found = {key for key, pattern in _PATTERNS.items() if any(pattern.match(term) for term in terms)}
     found |= {f"not: {what}" for what, pattern in _NOT_PATTERNS.items() if any(pattern.match(term) for term in terms)}
+    if _T2_GRADIENT_ECHO.search(text) and not _SPIN_ECHO_TRAIN.search(text):
+        found.add("not: weighted by susceptibility")
+    if _CALIBRATION.fullmatch(text):
+        found.add("not: a localiser or a calibration")
     if _DIXON.search(text):
         found = {f for f in found if not f.startswith("not: a phase")} | {
             "not: fat or opposed phase of a Dixon acquisition"

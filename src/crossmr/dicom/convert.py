@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from crossmr.dicom.agents import tell_apart, undecided
+from crossmr.dicom.agents import in_question, tell_apart
 from crossmr.dicom.converter import convert_series, cut_off, find_converter, read_series
 from crossmr.dicom.folders import CONVERTED, folders_of_part
 from crossmr.dicom.selection import choose, taken
@@ -193,7 +193,7 @@ def _cases_in(
     cases: dict[str, list[Series]] = {name: [] for name in sorted(names.values())}
     for series in all_series:
         cases[names[series.study]].append(series)
-    if doubtful := [case for case in cases if undecided(cases[case])]:
+    if doubtful := [case for case in cases if in_question(cases[case])]:
         with display.task("compare T1", len(doubtful)) as task:
             for case in doubtful:
                 cases[case] = tell_apart(cases[case], partial(read_series, case))

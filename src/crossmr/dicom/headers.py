@@ -26,7 +26,7 @@ _TAGS = (
     *("NumberOfFrames", "EchoPulseSequence", "InversionRecovery", "SamplesPerPixel", "ManufacturerModelName"),
     *("PatientName", "FrameOfReferenceUID", "BodyPartExamined", "NumberOfTemporalPositions", "ContrastBolusStartTime"),
     *("PhaseContrast", "TimeOfFlightContrast", "EchoPlanarPulseSequence", "PatientBirthDate"),
-    *("PhotometricInterpretation", "PixelPaddingValue", "RescaleSlope", "RescaleIntercept"),
+    *("FlipAngle", "PhotometricInterpretation", "PixelPaddingValue", "RescaleSlope", "RescaleIntercept"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")

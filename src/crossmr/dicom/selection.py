@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from crossmr.data.contrast_agent import says_agent
-from crossmr.data.naming import in_usual_order
-from crossmr.dicom.agents import several_acquisitions
-from crossmr.dicom.contrast import covers
+from crossmr.data.contrast_agent import said_of_agent, says_agent
+from crossmr.data.naming import display_name, in_usual_order
+from crossmr.dicom.agents import plain_by_order, several_acquisitions
+from crossmr.dicom.contrast import covers, names
 from crossmr.dicom.series import Series
 
 ALIKE = 1.2
@@ -22,6 +22,25 @@ HEAD_MM = 140.0
 COVERS, PARTLY = 0.8, 0.65
 """A series that covers less than the first fraction of what another does is not taken before it; one that covers less
 than the second fraction of what another contrast does may lack a part."""
+
+ORDINARY = frozenset(
+    (
+        "MPR",
+        "REFORMATTED",
+        "RESAMPLED",
+        "WATER",
+        "W",
+        "IN_PHASE",
+        "IP",
+        "UNI",
+        "NORM",
+        "DIS2D",
+        "DIS3D",
+        "FIL",
+        "MFSPLIT",
+    )
+)
+"""Values of Image Type that say how a contrast was reformatted, corrected or separated: it is still that contrast."""
 
 
 def taken(all_series: Sequence[Series]) -> list[str]:
@@ -61,6 +80,7 @@ def choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, s
         taken_for, told = chosen["t1c"].name, chosen["t1c"].told
         notes.append(f"{taken_for} was taken for T1ce: {told}. Name it with --map if that is wrong.")
     notes += filter(None, (_agent_everywhere(all_series, chosen), _enhanced_by_description(all_series, chosen)))
+    notes += filter(None, (_doubt(modality, series, all_series) for modality, series in chosen.items()))
     largest = max(chosen.values(), key=_covered, default=None)
     notes += [
         f"{series.name} ({modality}) covers {_covered(series) / _covered(largest):.0%} of what {largest.name} does: "
@@ -82,6 +102,39 @@ def _agent_everywhere(all_series: Sequence[Series], chosen: Mapping[str, Series]
         "every series names a contrast agent, which may have been typed in for the whole examination; "
         f"{chosen['t1c'].name} was taken for T1ce. Name it with --map t1n='DESCRIPTION' if that is wrong."
     )
+
+
+def _doubt(modality: str, series: Series, all_series: Sequence[Series]) -> str:
+    """A note on a series that was taken for a contrast although something speaks against it; '' where nothing does."""
+    acquisition, shown = series.acquisition, display_name(modality)
+    if series.mapped:
+        return ""
+    said = said_of_agent(acquisition.description)
+    if plain_by_order(series) and not series.told:
+        tell = ", and its volume does not tell" if series.compared else ""
+        return (
+            f"every series names a contrast agent; {series.name} was taken for T1 as it was acquired first{tell}. "
+            "Name it with --map t1c='DESCRIPTION' if that is wrong."
+        )
+    if modality in ("t1n", "t1c") and said.contradicts(acquisition.agent) and not series.told:
+        given, denied = ("names", "denies") if acquisition.agent else ("denies", "names")
+        return (
+            f"{series.name} was taken for {shown}: its tag {given} a contrast agent, which its description {denied}. "
+            "Name it with --map if that is wrong."
+        )
+    if not (series.original or acquisition.kinds & ORDINARY or names(acquisition.description, modality)):
+        kinds = ", ".join(sorted(acquisition.kinds - {""}))
+        return (
+            f"{series.name} was taken for {shown}: it is derived from other images (image type {kinds}), and its "
+            "description does not name that contrast. Name it with --map if that is right, or another one."
+        )
+    alike = [other for other in all_series if other.modality == modality]
+    if modality == "t2f" and any(_without_agent(other) > _without_agent(series) for other in alike):
+        return (
+            f"{series.name} was taken for {shown}, and names a contrast agent; another {shown} that names none was "
+            f"left out. Name it with --map {modality}='DESCRIPTION' if that is wrong."
+        )
+    return ""
 
 
 def _enhanced_by_description(all_series: Sequence[Series], chosen: Mapping[str, Series]) -> str:
@@ -119,6 +172,14 @@ def _ranks(series: Series, other: Series, common: Collection[int]) -> Iterator[t
     yield "coarser than", not _coarser(series, other, MUCH), not _coarser(other, series, MUCH)
     yield "in another plane than", _plane(series) in common, _plane(other) in common
     yield "coarser than", not _coarser(series, other), not _coarser(other, series)
+    if series.modality not in ("t1n", "t1c"):
+        yield "after the contrast agent, unlike", _without_agent(series), _without_agent(other)
+
+
+def _without_agent(series: Series) -> int:
+    """How much speaks for a T2 or FLAIR without contrast agent: its description counts more than its tag."""
+    said = says_agent(series.acquisition.description)
+    return -2 * (said is True) - (series.acquisition.agent is True and said is not False)
 
 
 def _shows(series: Series) -> int:

@@ -291,7 +291,7 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
     reason, fault, slice_distance = _fault(even, orientations)
     mapped = _mapped(files[0], acquisition, mapping)
     recognised = _recognised(first, acquisition, mapped)
-    if recognised.modality is not None and fault:
+    if (recognised.modality is not None or recognised.reason == "denied") and fault:
         recognised = Recognition(None, fault, reason)
     voxel_mm = tuple(float(side) for side in (*spacings[0], slice_distance))
     counts = (
@@ -448,6 +448,7 @@ def _acquisition(header: Any) -> Acquisition:
         angiography=header.get("AngioFlag") == "Y"
         or "YES" in (find(header, "PhaseContrast"), find(header, "TimeOfFlightContrast")),
         times=int(number_of(header, "NumberOfTemporalPositions") or 1),
+        flip_degrees=number_of(header, "FlipAngle"),
         part=text_of(header, "BodyPartExamined"),
         diffusion=b_value is not None and b_value > 0,
         description=description_of(header),
