@@ -39,6 +39,18 @@ MR = frozenset(
     }
 )
 """SOP classes."""
+NO_SCANS = frozenset(
+    {
+        "1.2.840.10008.5.1.4.1.1.4.2",  # spectroscopy
+        "1.2.840.10008.5.1.4.1.1.30",  # parametric map
+        "1.2.840.10008.5.1.4.1.1.66",  # raw data
+        "1.2.840.10008.5.1.4.1.1.66.4",  # segmentation
+        "1.2.840.10008.5.1.4.1.1.66.7",  # label map
+        "1.2.840.10008.5.1.4.1.1.481.2",  # radiation dose
+        "1.3.12.2.1107.5.9.1",  # what Siemens stores beside its images
+    }
+)
+"""SOP classes of what has rows and columns, and never is a scan."""
 _ENHANCED = MR - {"1.2.840.10008.5.1.4.1.1.4"}
 _WITHOUT_PREAMBLE = (
     *(b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x02\x00\x00\x00"),
@@ -82,6 +94,19 @@ def read_header(pydicom: Any, path: Path) -> Any:
         return header if all(uid and isinstance(uid, str) for uid in uids) else None
     except Exception:  # pydicom raises whatever its parsing runs into
         return None
+
+
+def why_not_read(header: Any) -> str:
+    """What else an image is than an MR image, by its SOP class and its modality; '' for one that is read."""
+    modality = text_of(header, "Modality") or "MR"
+    if header.SOPClassUID not in MR:
+        return f"of SOP class {header.SOPClassUID.name}, which is not read"
+    return "" if modality == "MR" else f"of modality {modality}, which is not read"
+
+
+def may_be_scan(header: Any) -> bool:
+    """Whether an image that is not read may have been acquired by MR all the same, by its SOP class and modality."""
+    return header.SOPClassUID not in NO_SCANS and text_of(header, "Modality") in ("", "MR", "OT", "SC")
 
 
 def _drop_broken(item: Any) -> None:
