@@ -9,7 +9,7 @@ from dicoms import OBLIQUE, edited, head, rounded, write
 
 from crossmr.data.volume import read_volume
 from crossmr.dicom.convert import convert
-from crossmr.dicom.grouping import groups_of, studies_of
+from crossmr.dicom.grouping import groups_of, moments_of, studies_of
 from crossmr.dicom.headers import read_header
 from crossmr.dicom.series import find_series
 
@@ -163,3 +163,32 @@ def test_images_that_share_numbers_with_those_of_other_patients_are_all_read(tmp
         write(tmp_path / patient, ("t1n",), patient=patient)
     edited(tmp_path.rglob("*.dcm"), lambda image, _: setattr(image, "SOPInstanceUID", f"1.2.3.{image.InstanceNumber}"))
     assert sorted((s.patient, len(s.images)) for s in find_series(tmp_path)) == [("PA", 24), ("PB", 24)]
+
+
+def tags(**values):
+    found = pydicom.Dataset()
+    for keyword, value in values.items():
+        setattr(found, keyword, value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "acquired",
+    [
+        [{"AcquisitionTime": "235800"}, {"AcquisitionTime": "001000.5"}],  # without dates
+        [{"AcquisitionDate": "20000101", "AcquisitionTime": t} for t in ("234500", "001000")],  # the same for all
+        [{"AcquisitionDate": f"2024013{d}", "AcquisitionTime": t} for d, t in ((0, "230000"), (1, "220000"))],
+        [{"AcquisitionDateTime": t} for t in ("20240130230000.000000+0100", "20240131001500.000000+0100")],
+        [{"SeriesDate": f"2024013{d}", "SeriesTime": t} for d, t in ((0, "230000"), (1, "001500"))],
+        [{"AcquisitionTime": "080000"}, {"AcquisitionTime": "2030"}],  # two sessions of a day
+    ],
+)
+def test_series_are_sorted_by_day_and_time(acquired):
+    first, second = moments_of([tags(StudyDate="20240130", **one) for one in acquired])
+    assert "" < first < second
+
+
+def test_images_of_one_second_are_of_one_time():
+    times = {"AcquisitionTime": "101500"}, {"AcquisitionTime": "101500.25"}, {"AcquisitionDateTime": "20240130101500.1"}
+    assert len({*moments_of([tags(**one, AcquisitionDate="20240130") for one in times])}) == 1
+    assert moments_of([tags(StudyDate="20240130")]) == [""]

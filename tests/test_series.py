@@ -154,3 +154,28 @@ def test_tags_that_are_weighed(tags, why, tmp_path):
     (series,) = find_series(tmp_path)
     assert why in series.why
     assert (series.modality is None) == bool(why and "agent" not in why)
+
+
+@pytest.mark.parametrize("dated", [False, True])
+def test_a_study_over_midnight_keeps_its_order(dated, tmp_path):
+    """An agent that was typed in for the whole examination: the T1 before it is the earlier one."""
+    order = ("t2w", "234500"), ("t1n", "235000"), ("t2f", "235800"), ("t1c", "001000")
+    for number, (modality, time) in enumerate(order, 2):
+        tags = {"AcquisitionTime": time, "ContrastBolusAgent": "Gadavist"}
+        if dated:
+            tags |= {"AcquisitionDate": "20240131" if time > "12" else "20240201"}
+        dicoms.write_series(tmp_path / str(number), head(modality), OBLIQUE, modality, number=number, **tags)
+    assert [series.modality for series in find_series(tmp_path)] == ["t2w", "t1n", "t2f", "t1c"]
+
+
+def test_enhanced_images_of_one_time_are_of_one_acquisition(tmp_path):
+    write(tmp_path, ("t1n", "t1n", "t2w"), habit="enhanced")
+
+    def timed(image, _):
+        del image.AcquisitionTime
+        image.AcquisitionDateTime = f"2024013110{15 if image.SeriesNumber < 4 else 30}00.00"
+
+    edited(tmp_path.rglob("*.dcm"), timed)
+    times = [series.time for series in find_series(tmp_path)]
+    assert times[0] == times[1] < times[2]
+    assert times[0]

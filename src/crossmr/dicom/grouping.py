@@ -11,6 +11,7 @@ import numpy as np
 from crossmr.dicom.contrast import means
 from crossmr.dicom.headers import (
     File,
+    dates_of,
     description_of,
     geometry_of,
     is_enhanced,
@@ -18,10 +19,14 @@ from crossmr.dicom.headers import (
     place_of,
     text_of,
     texts_of,
+    time_of,
 )
 
 SAME_ECHO = 1.01
 """Echo times of one series that differ by less than this factor are one."""
+
+LONGEST_STUDY, NOON = 180000, "120000"
+"""HHMMSS. Times of one day that differ by more than the first, as numbers, have midnight between them."""
 
 
 def studies_of(files: Sequence[File]) -> dict[str, list[File]]:
@@ -76,6 +81,24 @@ def patient_of(header: Any) -> str:
 
 def _upper(header: Any, keyword: str) -> str:
     return " ".join(text_of(header, keyword).upper().split())
+
+
+def moments_of(headers: Sequence[Any]) -> list[str]:
+    """When each series of a study was acquired, as text that sorts: its day and HHMMSS; '' where no time is told.
+
+    The day is the date of the acquisition, else that of the series, else that of the study. Where these are all the
+    same, as after de-identification, and the times span more than `LONGEST_STUDY`, midnight lies between them.
+    """
+    times = [time_of(header) for header in headers]
+    known = [k for k, time in enumerate(times) if time]
+    dates = [(*dates_of(header), text_of(header, "StudyDate")) for header in headers]
+    one = next((n for n in (0, 1) if all(dates[k][n] for k in known)), None)  # dates of one kind, if each has it
+    days = [next(filter(None, date), "") if one is None else date[one] for date in dates]
+    if known and len({days[k] for k in known}) == 1:
+        first, last = min(times[k] for k in known), max(times[k] for k in known)
+        over_midnight = int(last) - int(first) > LONGEST_STUDY
+        days = ["next" if over_midnight and time < NOON else "" for time in times]
+    return [f"{day} {time}".strip() if time else "" for day, time in zip(days, times, strict=True)]
 
 
 def groups_of(files: Sequence[File]) -> Iterator[tuple[list[File], int]]:

@@ -4,6 +4,7 @@ pydicom is an extra (`pip install crossmr[dicom]`).
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _TAGS = (
     *("PatientName", "FrameOfReferenceUID", "BodyPartExamined", "NumberOfTemporalPositions", "ContrastBolusStartTime"),
     *("PhaseContrast", "TimeOfFlightContrast", "EchoPlanarPulseSequence", "PatientBirthDate"),
     *("PhotometricInterpretation", "PixelPaddingValue", "RescaleSlope", "RescaleIntercept"),
+    *("AcquisitionDate", "SeriesDate", "AcquisitionDateTime"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
@@ -165,8 +167,33 @@ def text_of(header: Any, keyword: str) -> str:
 
 
 def time_of(header: Any) -> str:
-    """When it was acquired, HHMMSS, or else its series."""
-    return str(header.get("AcquisitionTime", "") or header.get("SeriesTime", ""))
+    """When it was acquired, HHMMSS, or else its series; '' where neither is told."""
+    return _time(text_of(header, "AcquisitionTime")) or _moment(header)[8:] or _time(text_of(header, "SeriesTime"))
+
+
+def dates_of(header: Any) -> tuple[str, str]:
+    """The dates of its acquisition and of its series, YYYYMMDD; '' where they are not told."""
+    acquired, series = (_date(text_of(header, keyword)) for keyword in ("AcquisitionDate", "SeriesDate"))
+    return acquired or _moment(header)[:8], series
+
+
+def _moment(header: Any) -> str:
+    """When an enhanced image was acquired, YYYYMMDDHHMMSS, without its zone; '' where it is not told."""
+    text = str(find(header, "AcquisitionDateTime") or find(header, "FrameAcquisitionDateTime") or "")
+    digits = re.split(r"[-+.]", text.strip())[0]
+    return digits if re.fullmatch(r"\d{14}", digits) else ""
+
+
+def _date(text: str) -> str:
+    """YYYYMMDD of a date, also one with points or hyphens; '' where it is none."""
+    digits = re.sub(r"[-./]", "", text)
+    return digits if re.fullmatch(r"\d{8}", digits) else ""
+
+
+def _time(text: str) -> str:
+    """HHMMSS of a time, also one with colons, or without seconds or minutes; '' where it is none."""
+    digits = text.replace(":", "").partition(".")[0]
+    return digits.ljust(6, "0") if re.fullmatch(r"(\d\d){1,3}", digits) else ""
 
 
 def description_of(header: Any) -> str:

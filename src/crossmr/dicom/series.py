@@ -26,7 +26,7 @@ from crossmr.dicom.contrast import (
     recognise_contrast,
     resolve_agents,
 )
-from crossmr.dicom.grouping import groups_of, patient_of, studies_of, without_copies
+from crossmr.dicom.grouping import groups_of, moments_of, patient_of, studies_of, without_copies
 from crossmr.dicom.headers import (
     MR,
     UIDS,
@@ -85,6 +85,7 @@ class Series:
     date: str
     number: int | None
     time: str
+    """When it was acquired, as text that sorts; '' where that is not told."""
     uid: str
     """Of the series; empty where it is missing. Two echoes may share one."""
     images: tuple[DicomImage, ...]
@@ -154,9 +155,17 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
                 for whose in (patient_of(header), ""):
                     owners[text_of(header, "StudyInstanceUID"), whose].add(study)
             groups = [(without_copies(pydicom, group), echoes) for group, echoes in groups_of(of_study)]
-            groups.sort(key=lambda item: (time_of(item[0][0][1]), number_of(item[0][0][1], "SeriesNumber") or 0))
-            acquisitions = resolve_agents([replace(_acquisition(g[0][1]), echoes=echoes) for g, echoes in groups])
-            own = [_series(study, g, a, mapping) for (g, _), a in zip(groups, acquisitions, strict=True)]
+            begun = moments_of([group[0][1] for group, _ in groups])
+            order = sorted(
+                range(len(groups)), key=lambda k: (begun[k], number_of(groups[k][0][0][1], "SeriesNumber") or 0)
+            )
+            acquisitions = resolve_agents(
+                [replace(_acquisition(groups[k][0][0][1]), echoes=groups[k][1]) for k in order]
+            )
+            own = [
+                replace(_series(study, groups[k][0], a, mapping), time=begun[k])
+                for k, a in zip(order, acquisitions, strict=True)
+            ]
             patient = Counter(one.patient for one in own if one.patient).most_common(1)
             series += [replace(one, patient=patient[0][0] if patient else "") for one in _beside_mapped(own)]
         left = _not_read(others, owners, series, mapping)
