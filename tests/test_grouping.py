@@ -104,6 +104,45 @@ def test_two_patients_are_never_one_case(missing, keyword, tmp_path):
         assert sorted(list(s.series) for s in convert(tmp_path, tmp_path / "out")) == [["t1n"], ["t2w"]]
 
 
+UNNAMED = {"PatientID": "ANON", "PatientName": "ANON", "StudyDate": "19000101", "PatientBirthDate": ""}
+
+
+def of_two_people(folder, *, frames, **tags):
+    """T1 and T2 of one, FLAIR of another, whose study no image names."""
+    for number, (modality, person) in enumerate((("t1n", "A"), ("t2w", "A"), ("t2f", "B")), 2):
+        dicoms.write_series(folder / person / str(number), head(modality), OBLIQUE, modality, number=number)
+
+    def edit(image, _):
+        del image.StudyInstanceUID
+        image.FrameOfReferenceUID = "1.2.4" if image.SeriesNumber == 4 else "1.2.3"
+        if not frames:
+            del image.FrameOfReferenceUID
+        for keyword, value in tags.items():
+            setattr(image, keyword, value)
+
+    edited(folder.rglob("*.dcm"), edit)
+
+
+@pytest.mark.parametrize("frames", [True, False])
+@pytest.mark.parametrize("changed", [{}, {"PatientID": "0000"}, {"PatientID": "MRN-7"}])
+def test_two_people_under_one_made_up_name_are_two_cases(frames, changed, tmp_path):
+    of_two_people(tmp_path, frames=frames, **UNNAMED | changed)
+    scans = sorted(convert(tmp_path, tmp_path / "out"), key=lambda scans: -len(scans.series))
+    assert [list(s.series) for s in scans] == [["t1n", "t2w"], ["t2f"]]
+    assert all("its images name no study" in s.notes[0] for s in scans)
+
+
+def test_a_patient_and_a_date_of_their_own_are_one_study_unless_frame_and_folder_differ(tmp_path):
+    of_two_people(tmp_path / "1", frames=False)
+    of_two_people(tmp_path / "2", frames=True)
+    assert [[*s.series] for s in convert(tmp_path / "1", tmp_path / "o")] == [["t1n", "t2w", "t2f"]]
+    assert sorted([*s.series] for s in convert(tmp_path / "2", tmp_path / "o2")) == [["t1n", "t2w"], ["t2f"]]
+    for path in sorted((tmp_path / "2").rglob("*.dcm")):
+        path.rename(tmp_path / path.name)
+    (together,) = convert(tmp_path, tmp_path / "o3", exclude=tmp_path / "1")
+    assert ([*together.series], together.notes) == (["t1n", "t2w", "t2f"], [])
+
+
 def of_series_3(image, keyword, value):
     if image.SeriesNumber == 3:
         setattr(image, keyword, value)

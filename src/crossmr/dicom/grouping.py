@@ -1,6 +1,7 @@
 """Which images of DICOM are of one study, and of one series: what UIDs say, and where they do not, what they show."""
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,11 @@ from crossmr.dicom.headers import (
 SAME_ECHO = 1.01
 """Echo times of one series that differ by less than this factor are one."""
 
+_MADE_UP = re.compile(
+    r"(ANON(YM(OUS|IZED|ISED|E)?)?|DE?IDENTIFIED|REMOVED|REDACTED|UNKNOWN|NONE|NULL|NA|NOID|NONAME|PATIENT(ID)?|"
+    r"PSEUDONYM(IZED|ISED)?|TEST|X+|0+|9{3,}|1|12345\d*)"
+)
+"""An ID that is everybody's, without what lies between its letters."""
 LONGEST_STUDY, NOON = 180000, "120000"
 """HHMMSS. Times of one day that differ by more than the first, as numbers, have midnight between them."""
 
@@ -32,8 +38,13 @@ LONGEST_STUDY, NOON = 180000, "120000"
 def studies_of(files: Sequence[File]) -> dict[str, list[File]]:
     """Study → its files: by its UID; by patient, date and so on where there is none; never of two patients."""
     studies: dict[str, list[File]] = defaultdict(list)
+    without: list[File] = []
     for path, header in files:
-        studies[_study(header, path)].append((path, header))
+        if uid := text_of(header, "StudyInstanceUID"):
+            studies[uid].append((path, header))
+        else:
+            without.append((path, header))
+    studies |= _without_uid(without)
     for study, of_study in list(studies.items()):
         patients = _patients([header for _, header in of_study])
         if len({patient for patient in patients if patient}) > 1:  # one UID of several patients' studies
@@ -43,14 +54,76 @@ def studies_of(files: Sequence[File]) -> dict[str, list[File]]:
     return studies
 
 
-def _study(header: Any, path: Path) -> str:
-    """The study's UID; where it was removed, patient and date, else the frame of reference, else the folder."""
-    patient, date = text_of(header, "PatientID"), text_of(header, "StudyDate")
-    if uid := text_of(header, "StudyInstanceUID"):
-        return uid
-    if patient and date:
-        return str((patient, date))
-    return str((patient, date, text_of(header, "FrameOfReferenceUID") or str(path.parent)))
+def _without_uid(files: Sequence[File]) -> dict[str, list[File]]:
+    """Studies of images that have no UID of it: of one patient and date, and of one frame of reference or folder.
+
+    Folders that hold one series each, all of other numbers or descriptions, are of one study where they lie in one
+    folder, unless frames of reference tell more and patient and date do not.
+    """
+    alike: dict[tuple[str, ...], list[File]] = defaultdict(list)
+    for path, header in files:
+        alike[patient_of(header), text_of(header, "StudyDate")].append((path, header))
+    studies: dict[str, list[File]] = {}
+    for key, of_key in alike.items():
+        known = not any(_is_made_up(header) for _, header in of_key)
+        frames = {text_of(header, "FrameOfReferenceUID") for _, header in of_key}
+        if known and len(frames) == 1:
+            studies[str(key)] = of_key
+            continue
+        above, marks = _folders_of_series(of_key), []
+        for path, header in of_key:
+            frame, folder = text_of(header, "FrameOfReferenceUID"), path.parent
+            place = above.get(folder, folder) if known or not frame else folder
+            marks.append([f"folder {place}", *([frame] if frame else [])])
+        for mark, of_mark in _joined(of_key, marks).items():
+            studies[str((*key, mark))] = of_mark
+    return studies
+
+
+def _folders_of_series(files: Sequence[File]) -> dict[Path, Path]:
+    """Folders that seem to hold one series of a study each → the folder that they lie in."""
+    held: dict[Path, set[tuple[str, ...]]] = defaultdict(set)
+    for path, header in files:
+        held[path.parent].add((text_of(header, "SeriesNumber"), description_of(header)))
+    beside: dict[Path, list[tuple[str, ...]]] = defaultdict(list)
+    for folder, series in held.items():
+        beside[folder.parent] += series
+    return {
+        folder: folder.parent
+        for folder, series in held.items()
+        if len(series) == 1 and len(set(beside[folder.parent])) == len(beside[folder.parent])
+    }
+
+
+def _joined(files: Sequence[File], marks: Sequence[Sequence[str]]) -> dict[str, list[File]]:
+    """The files that share marks, directly or by way of others: the least mark of each lot → its files."""
+    root = {mark: mark for of_file in marks for mark in of_file}
+
+    def find(mark: str) -> str:
+        while root[mark] != mark:
+            mark = root[mark]
+        return mark
+
+    for of_file in marks:
+        least = min(map(find, of_file))
+        for mark in of_file:
+            root[find(mark)] = least
+    joined: dict[str, list[File]] = defaultdict(list)
+    for file, of_file in zip(files, marks, strict=True):
+        joined[find(of_file[0])].append(file)
+    return joined
+
+
+def is_unnamed(files: Sequence[File]) -> bool:
+    """Whether neither a study's UID nor patient and date say that its images belong together."""
+    return any(not text_of(header, "StudyInstanceUID") and _is_made_up(header) for _, header in files)
+
+
+def _is_made_up(header: Any) -> bool:
+    """Whether patient's ID or study's date is missing, or one that de-identification puts in place of everybody's."""
+    patient, date = re.sub(r"[^A-Z0-9]", "", _upper(header, "PatientID")), text_of(header, "StudyDate")
+    real_date = re.fullmatch(r"(19[89]|2\d\d)\d{5}", date) and not date.endswith("0101")
+    return not patient or bool(_MADE_UP.fullmatch(patient)) or not real_date
 
 
 def _patients(headers: Sequence[Any]) -> list[str]:

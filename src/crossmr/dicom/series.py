@@ -26,7 +26,7 @@ from crossmr.dicom.contrast import (
     recognise_contrast,
     resolve_agents,
 )
-from crossmr.dicom.grouping import groups_of, moments_of, patient_of, studies_of, without_copies
+from crossmr.dicom.grouping import groups_of, is_unnamed, moments_of, patient_of, studies_of, without_copies
 from crossmr.dicom.headers import (
     MR,
     UIDS,
@@ -54,6 +54,11 @@ UNEVEN = 0.05
 TELLING = ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "EchoTime", "ImageType")
 """Tags that differ between series, and should not differ within one."""
 BY_USER = "named so by --map"
+UNNAMED = (
+    "its images name no study, nor a patient and date that are nobody else's: frame of reference and folder say which "
+    "belong together. Look whether all are of one patient and one examination."
+)
+"""Of a study whose UID is missing."""
 HALF_A_DAY = 120000
 """As the difference of two times of DICOM, HHMMSS; those that differ by more have midnight between them."""
 SHIFTED_MM = 1.0
@@ -114,6 +119,8 @@ class Series:
     """What they told, and how sure that is."""
     mapped: tuple[str, ...] = ()
     """The modalities that --map says it is, also where a fault leaves it out."""
+    notes: tuple[str, ...] = ()
+    """What to look at where it is taken."""
     padding: float | None = None
     """The value of voxels that were not acquired, which stand for 0; None where it is 0 or there are none."""
 
@@ -155,6 +162,7 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
                 for whose in (patient_of(header), ""):
                     owners[text_of(header, "StudyInstanceUID"), whose].add(study)
             groups = [(without_copies(pydicom, group), echoes) for group, echoes in groups_of(of_study)]
+            notes = (UNNAMED,) if is_unnamed(of_study) else ()
             begun = moments_of([group[0][1] for group, _ in groups])
             order = sorted(
                 range(len(groups)), key=lambda k: (begun[k], number_of(groups[k][0][0][1], "SeriesNumber") or 0)
@@ -163,7 +171,7 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
                 [replace(_acquisition(groups[k][0][0][1]), echoes=groups[k][1]) for k in order]
             )
             own = [
-                replace(_series(study, groups[k][0], a, mapping), time=begun[k])
+                replace(_series(study, groups[k][0], a, mapping), time=begun[k], notes=notes)
                 for k, a in zip(order, acquisitions, strict=True)
             ]
             patient = Counter(one.patient for one in own if one.patient).most_common(1)
