@@ -9,7 +9,7 @@ from dicoms import OBLIQUE, edited, head, rounded, write
 
 from crossmr.data.volume import read_volume
 from crossmr.dicom.convert import convert
-from crossmr.dicom.grouping import groups_of, moments_of, studies_of
+from crossmr.dicom.grouping import announced_of, groups_of, moments_of, studies_of
 from crossmr.dicom.headers import read_header
 from crossmr.dicom.series import find_series
 
@@ -231,3 +231,56 @@ def test_images_of_one_second_are_of_one_time():
     times = {"AcquisitionTime": "101500"}, {"AcquisitionTime": "101500.25"}, {"AcquisitionDateTime": "20240130101500.1"}
     assert len({*moments_of([tags(**one, AcquisitionDate="20240130") for one in times])}) == 1
     assert moments_of([tags(StudyDate="20240130")]) == [""]
+
+
+def of_series(folder, count=23, **others):
+    """The files of series whose tags are given by number, of which the first images are there."""
+    groups = []
+    for name, values in others.items():
+        number = int(name[1:])
+        paths = dicoms.write_series(folder / name, head(), OBLIQUE, number=number, **values)[:count]
+        groups.append([(path, read_header(pydicom, path)) for path in paths])
+    return groups
+
+
+TOGETHER = {"ImagesInAcquisition": 46, "AcquisitionTime": "101500"}
+
+
+@pytest.mark.parametrize(
+    ("series", "found"),
+    [
+        ({"s1": {"ImagesInAcquisition": 32}, "s2": {"ImagesInAcquisition": 23}}, [(23, 32), (0, 0)]),
+        ({"s1": {"ImagesInAcquisition": 46}}, [(0, 0)]),  # another echo, which was left behind
+        ({"s1": TOGETHER, "s2": TOGETHER}, [(0, 0), (0, 0)]),
+        ({"s1": {"ImagesInAcquisition": 32, "ImageType": ["DERIVED", "PRIMARY", "MPR"]}}, [(0, 0)]),
+        ({"s1": {}}, [(0, 0)]),
+    ],
+)
+def test_fewer_images_than_their_tags_announce(series, found, tmp_path):
+    assert announced_of(of_series(tmp_path, **series)) == found
+
+
+@pytest.mark.parametrize(
+    ("creator", "group", "element", "vr"),
+    [("GEMS_RELA_01", 0x0021, 0x4F, "SS"), ("Philips Imaging DD 001", 0x2001, 0x18, "SL")],
+)
+@pytest.mark.parametrize("habit", ["plain", "implicit, no suffix, shuffled"])
+def test_fewer_slices_than_the_scanner_announces(creator, group, element, vr, habit, tmp_path):
+    paths = dicoms.write_series(tmp_path, head(), OBLIQUE, habit=habit)
+
+    def announce(image, _):
+        image.private_block(group, creator, create=True).add_new(element, vr, 24)
+
+    edited(paths, announce)
+    assert announced_of([[(path, read_header(pydicom, path)) for path in paths]]) == [(0, 0)]
+    assert announced_of([[(path, read_header(pydicom, path)) for path in paths[:20]]]) == [(20, 24)]
+
+
+def test_a_series_that_breaks_off_is_to_be_looked_at(tmp_path):
+    write(tmp_path, ("t1n", "t2w"), ImagesInAcquisition=24)
+    for path in sorted((tmp_path / "2").iterdir())[17:]:
+        path.unlink()
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert list(scans.series) == ["t1n", "t2w"]
+    why = "its tags announce 24 images, of which 17 are there: a part of the head may be missing."
+    assert scans.notes[0] == f"series 2: {why} Export the whole series."

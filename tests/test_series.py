@@ -90,6 +90,14 @@ def test_map_takes_no_fat_where_it_names_water_too(tmp_path):
     assert alone.modality == "t1n"
 
 
+def test_what_another_program_calls_synthetic_is_not_read_unless_it_is_named(tmp_path):
+    dicoms.write_series(tmp_path, head(), OBLIQUE, description="MAGiC_Synthetic T1")
+    (series,) = find_series(tmp_path)
+    assert (series.modality, series.reason) == (None, "")
+    assert series.why.startswith("called synthetic, by whatever program.")
+    assert [series.modality for series in find_series(tmp_path, {"t1n": "*synthetic*"})] == ["t1n"]
+
+
 CAPTURED = "1.2.840.10008.5.1.4.1.1.7"
 
 

@@ -99,7 +99,7 @@ def test_nobody_can_take_it_for_a_scan(tmp_path):
     _, _, images = derive(tmp_path)
     for image in images:
         assert image.SeriesDescription == "SYNTHETIC FLAIR (crossmr)"
-        assert list(image.ImageType) == ["DERIVED", "SECONDARY", "OTHER"]
+        assert list(image.ImageType) == ["DERIVED", "SECONDARY", "OTHER", "SYNTHETIC", "CROSSMR"]
         assert image.DerivationDescription == "Synthetic."
         assert image.ContributingEquipmentSequence[0].Manufacturer == "crossmr"
         assert image.ScanningSequence == "RM"
@@ -157,6 +157,43 @@ def test_removed_uids_are_made_up(tmp_path):
     for keyword in ("StudyInstanceUID", "FrameOfReferenceUID"):
         assert len({image[keyword].value for image in images}) == 1
         assert images[0][keyword].value.startswith("2.25.")
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        ("SeriesDescription",),
+        ("ImageType",),
+        ("ContributingEquipmentSequence",),
+        ("DerivationDescription",),
+        ("SeriesDescription", "ImageType", "DerivationDescription"),
+    ],
+)
+def test_what_was_derived_is_known_again_after_de_identification(kept, tmp_path):
+    """Nothing but one tag, or a few, still says what it is; the description begins with another word."""
+    array, grid, _ = derive(tmp_path, description="AX T1")
+    (scans,) = convert(tmp_path / "in", tmp_path / "again")
+    told = derived(scans, modality="t1n", description="Synthetic T1 by crossmr 1.0 from T2.")
+    folder = write_derived(tmp_path / "shared" / "series", array, grid, told)
+
+    def de_identify(image, _):
+        image.Manufacturer = image.ManufacturerModelName = image.SoftwareVersions = ""
+        changed = {"SeriesDescription": f"ANON_{image.SeriesDescription}", "ImageType": [*image.ImageType]}
+        if "ImageType" not in kept:
+            changed["ImageType"] = ["DERIVED", "SECONDARY", "OTHER"]
+        if "SeriesDescription" not in kept:
+            changed["SeriesDescription"] = "AX T1"
+        for keyword, value in changed.items():
+            setattr(image, keyword, value)
+        for keyword in {"ContributingEquipmentSequence", "DerivationDescription"} - {*kept}:
+            delattr(image, keyword)
+        if "ContributingEquipmentSequence" in kept:
+            (equipment,) = image.ContributingEquipmentSequence
+            equipment.Manufacturer = equipment.ManufacturerModelName = ""
+
+    dicoms.edited(folder.iterdir(), de_identify)
+    (series,) = find_series(tmp_path / "shared")
+    assert (series.modality, series.why, series.reason) == (None, "itself synthetic", "decided")
 
 
 def test_the_same_synthesis_has_the_same_uids(tmp_path):

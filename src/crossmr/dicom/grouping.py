@@ -12,6 +12,7 @@ import numpy as np
 from crossmr.dicom.contrast import means
 from crossmr.dicom.headers import (
     File,
+    announced_slices,
     dates_of,
     description_of,
     geometry_of,
@@ -172,6 +173,37 @@ def moments_of(headers: Sequence[Any]) -> list[str]:
         over_midnight = int(last) - int(first) > LONGEST_STUDY
         days = ["next" if over_midnight and time < NOON else "" for time in times]
     return [f"{day} {time}".strip() if time else "" for day, time in zip(days, times, strict=True)]
+
+
+def announced_of(groups: Sequence[Sequence[File]]) -> list[tuple[int, int]]:
+    """For each series of a study how many images are there of its acquisition, and how many are announced; or (0, 0).
+
+    An acquisition may have several series, such as echoes, of which some may have been left behind on purpose: a number
+    that is a multiple of what is there announces these. Derived images may have the number of what they are made of.
+    """
+    numbers, keys = [], []
+    for files in groups:
+        told = {number_of(header, "ImagesInAcquisition") for _, header in files}
+        numbers.append(int(next(iter(told)) or 0) if len(told) == 1 else 0)
+        uid = text_of(files[0][1], "SeriesInstanceUID")
+        begun = min(time_of(header) for _, header in files), text_of(files[0][1], "AcquisitionNumber"), str(numbers[-1])
+        keys.append({(uid,), begun} if uid else {begun})
+    there = Counter({key: 0 for of_group in keys for key in of_group})
+    for files, of_group in zip(groups, keys, strict=True):
+        there.update({key: len(files) for key in of_group})
+    found = []
+    for files, number, of_group in zip(groups, numbers, keys, strict=True):
+        images, header = max(there[key] for key in of_group), files[0][1]
+        slices, of_scanner = len({place_of(header) for _, header in files}), announced_slices(header)
+        if is_enhanced(header) or "DERIVED" in texts_of(header, "ImageType"):
+            found.append((0, 0))
+        elif images < number and number % images:
+            found.append((images, number))
+        elif of_scanner and slices < of_scanner and images < of_scanner:
+            found.append((slices, of_scanner))
+        else:
+            found.append((0, 0))
+    return found
 
 
 def groups_of(files: Sequence[File]) -> Iterator[tuple[list[File], int]]:

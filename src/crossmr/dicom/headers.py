@@ -28,11 +28,20 @@ _TAGS = (
     *("PatientName", "FrameOfReferenceUID", "BodyPartExamined", "NumberOfTemporalPositions", "ContrastBolusStartTime"),
     *("PhaseContrast", "TimeOfFlightContrast", "EchoPlanarPulseSequence", "PatientBirthDate"),
     *("PhotometricInterpretation", "PixelPaddingValue", "RescaleSlope", "RescaleIntercept"),
-    *("AcquisitionDate", "SeriesDate", "AcquisitionDateTime"),
+    *("AcquisitionDate", "SeriesDate", "AcquisitionDateTime", "AcquisitionNumber", "ImagesInAcquisition"),
+    *("DerivationDescription", "ContributingEquipmentSequence"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
+_PRIVATE = {
+    "GEMS_RELA_01": (0x00210010, 0x0021104F),  # locations in acquisition
+    "Philips Imaging DD 001": (0x20010010, 0x20011018),  # number of slices
+}
+"""Creator of private tags → its place, and that of the number of slices."""
+_PRIVATE_TAGS = [tag for tags in _PRIVATE.values() for tag in tags]
 UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 """Of an image."""
+CONTRIBUTION = "Synthesis of an MR contrast that was not acquired; research use only"
+"""Contribution Description of the images that crossmr makes."""
 MR = frozenset(
     {
         "1.2.840.10008.5.1.4.1.1.4",  # MR
@@ -90,7 +99,7 @@ def read_header(pydicom: Any, path: Path) -> Any:
     if path.name.upper() == "DICOMDIR" or not is_dicom(path):
         return None
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS))
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=[*_TAGS, *_PRIVATE_TAGS])
         _drop_broken(header)
         uids = header.get("SOPClassUID"), header.get("SOPInstanceUID")  # several in one element are none
         return header if all(uid and isinstance(uid, str) for uid in uids) else None
@@ -143,6 +152,18 @@ def number_of(item: Any, keyword: str) -> float | None:
     except (TypeError, ValueError, IndexError):
         return None
     return number if np.isfinite(number) else None
+
+
+def announced_slices(header: Any) -> int | None:
+    """The number of slices that a private tag of the scanner announces; None where there is none."""
+    for creator, (place, tag) in _PRIVATE.items():
+        if place in header and str(header[place].value).strip() == creator and tag in header:
+            value = header[tag].value
+            if isinstance(value, bytes) and len(value) in (2, 4):  # of unknown type, as where it was not told
+                value = int.from_bytes(value, "little")
+            if isinstance(value, int) and value > 0:
+                return int(value)
+    return None
 
 
 def _numbers(value: Any) -> Floats:
@@ -199,6 +220,14 @@ def _time(text: str) -> str:
 def description_of(header: Any) -> str:
     """How its series is described, or else its protocol is called."""
     return str(header.get("SeriesDescription") or header.get("ProtocolName") or "")
+
+
+def names_crossmr(header: Any) -> bool:
+    """Whether crossmr made an image, by any tag that says so: de-identification may have emptied the others."""
+    items = [header, *(header.get("ContributingEquipmentSequence") or [])]
+    tags = ("Manufacturer", "ManufacturerModelName", "ImageType", "SeriesDescription", "DerivationDescription")
+    told = [text for item in items for tag in (*tags, "ContributionDescription") for text in texts_of(item, tag)]
+    return any("CROSSMR" in text.upper() or text.startswith(CONTRIBUTION[:40]) for text in told)
 
 
 def is_enhanced(header: Any) -> bool:

@@ -26,7 +26,15 @@ from crossmr.dicom.contrast import (
     recognise_contrast,
     resolve_agents,
 )
-from crossmr.dicom.grouping import groups_of, is_unnamed, moments_of, patient_of, studies_of, without_copies
+from crossmr.dicom.grouping import (
+    announced_of,
+    groups_of,
+    is_unnamed,
+    moments_of,
+    patient_of,
+    studies_of,
+    without_copies,
+)
 from crossmr.dicom.headers import (
     MR,
     UIDS,
@@ -38,6 +46,7 @@ from crossmr.dicom.headers import (
     geometry_of,
     import_pydicom,
     may_be_scan,
+    names_crossmr,
     number_of,
     read_header,
     text_of,
@@ -65,6 +74,7 @@ SHIFTED_MM = 1.0
 """So far from a line along the normal may slices lie."""
 _ENDINGS = (".dcm", ".ima", ".dicom")
 _WORDS = "im|img|image|slice|mr|i|e|s|se|ser|series|dcm|ima|dicom"
+_SYNTHETIC = re.compile(r"(?<![a-z])synthetic(?![a-z])", re.I)
 _IMPERSONAL = re.compile(rf"([-_. ]|\d|(?<![a-z])({_WORDS})(?![a-z]))+", re.I)
 """A name of numbers and words of this kind alone."""
 
@@ -162,7 +172,8 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
                 for whose in (patient_of(header), ""):
                     owners[text_of(header, "StudyInstanceUID"), whose].add(study)
             groups = [(without_copies(pydicom, group), echoes) for group, echoes in groups_of(of_study)]
-            notes = (UNNAMED,) if is_unnamed(of_study) else ()
+            short = announced_of([files for files, _ in groups])
+            unnamed = (UNNAMED,) if is_unnamed(of_study) else ()
             begun = moments_of([group[0][1] for group, _ in groups])
             order = sorted(
                 range(len(groups)), key=lambda k: (begun[k], number_of(groups[k][0][0][1], "SeriesNumber") or 0)
@@ -171,7 +182,11 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
                 [replace(_acquisition(groups[k][0][0][1]), echoes=groups[k][1]) for k in order]
             )
             own = [
-                replace(_series(study, groups[k][0], a, mapping), time=begun[k], notes=notes)
+                replace(
+                    _series(study, groups[k][0], a, mapping),
+                    time=begun[k],
+                    notes=(*unnamed, *_short(groups[k][0], *short[k])),
+                )
                 for k, a in zip(order, acquisitions, strict=True)
             ]
             patient = Counter(one.patient for one in own if one.patient).most_common(1)
@@ -179,6 +194,13 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
         left = _not_read(others, owners, series, mapping)
     series = [*_without_lost(series, unreadable), *left]
     return sorted(series, key=lambda s: (s.patient, s.date, s.study, s.number or 0, s.time, str(s.images[0].path)))
+
+
+def _short(files: Sequence[File], there: int, announced: int) -> list[str]:
+    """What to say of a series of which fewer images are there than its tags announce; nothing where it is whole."""
+    name = _name(number_of(files[0][1], "SeriesNumber"))
+    why = f"its tags announce {announced} images, of which {there} are there: a part of the head may be missing"
+    return [f"{name}: {why}. Export the whole series."] if announced else []
 
 
 def _not_read(
@@ -441,8 +463,10 @@ def _recognised(header: Any, acquisition: Acquisition, mapped: Sequence[str]) ->
     if shades == "MONOCHROME1":
         return Recognition(None, "stored with white for the lowest value (MONOCHROME1). Export it as MONOCHROME2")
     description = acquisition.description
-    if description.upper().startswith("SYNTHETIC") or header.get("ManufacturerModelName") == "crossmr":
+    if description.upper().startswith("SYNTHETIC") or names_crossmr(header):
         return Recognition(None, "itself synthetic", "decided")
+    if not mapped and _SYNTHETIC.search(description):
+        return Recognition(None, "called synthetic, by whatever program. Export what was acquired, or name it by --map")
     recognised = recognise_contrast(acquisition)
     if recognised.modality is not None and covers(acquisition.part, description) == 0:
         recognised = Recognition(None, "of another part of the body than the head")

@@ -1,8 +1,8 @@
 r"""Synthetic volumes as DICOM: a series of MR images for any archive, marked as derived in every image.
 
 It has its own series and image UIDs, and shares the scans' study and frame of reference. Image Type is
-`DERIVED\SECONDARY`, the description starts with SYNTHETIC, and the source images and the program are named (DICOM PS3.3
-A.4, C.7.6.1, C.7.5.1). An extra.
+`DERIVED\SECONDARY\OTHER\SYNTHETIC\CROSSMR`, which de-identification keeps, the description starts with SYNTHETIC, and
+the source images and the program are named (DICOM PS3.3 A.4, C.7.6.1, C.7.5.1). An extra.
 """
 
 import math
@@ -26,6 +26,7 @@ from pydicom.valuerep import DSfloat
 from crossmr.data.naming import DISPLAY_NAMES, display_name
 from crossmr.data.volume import DicomSlices, Volume, as_dicom_slices
 from crossmr.dicom.folders import is_derived
+from crossmr.dicom.headers import CONTRIBUTION
 from crossmr.dicom.series import DicomImage, Series
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import refuse_foreign, unfinished_path
@@ -204,7 +205,7 @@ def _add_origin(common: Dataset, scan: Dataset, created: datetime) -> None:
     """State that the images are derived, when, and by which program."""
     common.SOPClassUID = _MR_STORAGE
     common.Modality = "MR"
-    common.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+    common.ImageType = ["DERIVED", "SECONDARY", "OTHER", "SYNTHETIC", "CROSSMR"]
     common.SeriesDate = common.ContentDate = common.InstanceCreationDate = created.strftime("%Y%m%d")
     common.SeriesTime = common.ContentTime = common.InstanceCreationTime = created.strftime("%H%M%S")
     common.Manufacturer = common.ManufacturerModelName = "crossmr"
@@ -258,7 +259,7 @@ def _equipment(created: datetime) -> Dataset:
     equipment.Manufacturer = equipment.ManufacturerModelName = "crossmr"
     equipment.SoftwareVersions = version("crossmr")
     equipment.ContributionDateTime = created.strftime("%Y%m%d%H%M%S%z")
-    equipment.ContributionDescription = "Synthesis of an MR contrast that was not acquired; research use only"
+    equipment.ContributionDescription = CONTRIBUTION
     return equipment
 
 
