@@ -196,6 +196,51 @@ def test_what_was_derived_is_known_again_after_de_identification(kept, tmp_path)
     assert (series.modality, series.why, series.reason) == (None, "itself synthetic", "decided")
 
 
+def test_patients_without_uids_share_no_frame_of_reference(tmp_path):
+    habit = dicoms.Habit(missing=("StudyInstanceUID", "FrameOfReferenceUID"))
+    frames = {derive(tmp_path / p, habit=habit, patient=p)[2][0].FrameOfReferenceUID for p in ("MRN-1", "MRN-2")}
+    assert len(frames) == 2
+
+
+@pytest.mark.parametrize("habit", ["plain", "implicit, no suffix, shuffled", "big-endian"])
+@pytest.mark.parametrize("charset", ["ISO_IR 192", None])
+def test_a_name_in_other_letters_than_its_tag_says_is_copied_byte_by_byte(habit, charset, tmp_path):
+    tags = {} if charset is None else {"SpecificCharacterSet": charset}
+    paths = dicoms.write_series(tmp_path / "in", head(), OBLIQUE, habit=habit, **tags)
+    for path in paths:
+        path.write_bytes(path.read_bytes().replace(b"Doe^Jane", b"D\xf6e^Jane"))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    grid = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz")
+    folder = write_derived(tmp_path / "series", grid.data * 0, grid, derived(scans))
+    for path in folder.iterdir():
+        assert b"D\xf6e^Jane" in path.read_bytes()
+        assert pydicom.dcmread(path).get("SpecificCharacterSet") == charset
+
+
+def test_what_is_no_date_time_age_or_code_is_left_out(tmp_path):
+    paths = dicoms.write_series(tmp_path / "in", head(), OBLIQUE, PatientAge="054Y", PatientWeight="72.5")
+    broken = {"PatientBirthDate": "1970-01-01", "StudyTime": "10:15", "PatientSex": "Female", "PatientAge": "54 years"}
+
+    def damage(image, _):
+        del image.PatientPosition
+        for keyword, value in broken.items():
+            setattr(image, keyword, value)
+
+    with pydicom.config.disable_value_validation():
+        dicoms.edited(paths, damage)
+    for path in paths:
+        path.write_bytes(path.read_bytes().replace(b"72.5", b"72,5"))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    grid = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz")
+    folder = write_derived(tmp_path / "series", grid.data * 0, grid, derived(scans))
+    image = pydicom.dcmread(folder / "0001.dcm")
+    for keyword in ("PatientBirthDate", "StudyTime", "PatientSex", "PatientPosition"):
+        assert image[keyword].value in ("", None)
+    assert "PatientAge" not in image
+    assert "PatientWeight" not in image
+    assert (image.PatientID, image.StudyDate) == ("MRN-0042", "20240131")
+
+
 def test_the_same_synthesis_has_the_same_uids(tmp_path):
     *_, one = derive(tmp_path / "a")
     *_, same = derive(tmp_path / "b")
