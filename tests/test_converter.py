@@ -50,6 +50,42 @@ def test_what_was_not_acquired_is_0(slope, tmp_path):
     assert read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz").data.min() == 0
 
 
+def mixed(image, *, numbers):
+    """An enhanced image whose frames lie every second slice first; `numbers`, their index, as places or as stored."""
+    count = int(image.NumberOfFrames)
+    order = [*range(0, count, 2), *range(1, count, 2)]
+    frames, pixels = image.PerFrameFunctionalGroupsSequence, image.pixel_array
+    image.PerFrameFunctionalGroupsSequence = [frames[k] for k in order]
+    image.PixelData = pixels[order].tobytes()
+    for k, frame in enumerate(image.PerFrameFunctionalGroupsSequence):
+        if numbers == "stored":
+            frame.FrameContentSequence[0].DimensionIndexValues = [1, k + 1]
+            frame.FrameContentSequence[0].InStackPositionNumber = k + 1
+
+
+@pytest.mark.parametrize("affine", [OBLIQUE, dicoms.SAGITTAL])
+@pytest.mark.parametrize("numbers", ["places", "stored"])
+def test_frames_are_where_their_positions_say_or_refused(numbers, affine, tmp_path):
+    (path,) = dicoms.write_series(tmp_path / "in", head(), affine, habit="enhanced")
+    dicoms.edited([path], lambda image, _: mixed(image, numbers=numbers))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    assert ("numbers its frames in another order than they lie in" in scans.refused) == (numbers == "stored")
+    if not scans.refused:
+        data = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz").data
+        np.testing.assert_array_equal(data, truth("t1n", affine).data)
+
+
+def test_frames_that_cannot_be_decoded_are_not_compared(tmp_path, monkeypatch):
+    write(tmp_path / "in", ("t1n",), habit="enhanced")
+
+    def cannot(*_, **__):
+        raise RuntimeError("no decoder")
+
+    monkeypatch.setattr("pydicom.pixels.pixel_array", cannot)
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    assert not scans.refused
+
+
 def test_damaged_pixels_refuse_the_study_and_leave_nothing(tmp_path):
     paths = dicoms.write_series(tmp_path / "in", head(), OBLIQUE, habit="JPEG-LS")
     write(tmp_path / "in" / "good", ("t2f",), patient="MRN-1")

@@ -9,7 +9,7 @@ from dicoms import OBLIQUE, edited, head, rounded, write
 
 from crossmr.data.volume import read_volume
 from crossmr.dicom.convert import convert
-from crossmr.dicom.grouping import groups_of, studies_of
+from crossmr.dicom.grouping import announced_of, groups_of, moments_of, studies_of
 from crossmr.dicom.headers import read_header
 from crossmr.dicom.series import find_series
 
@@ -104,6 +104,45 @@ def test_two_patients_are_never_one_case(missing, keyword, tmp_path):
         assert sorted(list(s.series) for s in convert(tmp_path, tmp_path / "out")) == [["t1n"], ["t2w"]]
 
 
+UNNAMED = {"PatientID": "ANON", "PatientName": "ANON", "StudyDate": "19000101", "PatientBirthDate": ""}
+
+
+def of_two_people(folder, *, frames, **tags):
+    """T1 and T2 of one, FLAIR of another, whose study no image names."""
+    for number, (modality, person) in enumerate((("t1n", "A"), ("t2w", "A"), ("t2f", "B")), 2):
+        dicoms.write_series(folder / person / str(number), head(modality), OBLIQUE, modality, number=number)
+
+    def edit(image, _):
+        del image.StudyInstanceUID
+        image.FrameOfReferenceUID = "1.2.4" if image.SeriesNumber == 4 else "1.2.3"
+        if not frames:
+            del image.FrameOfReferenceUID
+        for keyword, value in tags.items():
+            setattr(image, keyword, value)
+
+    edited(folder.rglob("*.dcm"), edit)
+
+
+@pytest.mark.parametrize("frames", [True, False])
+@pytest.mark.parametrize("changed", [{}, {"PatientID": "0000"}, {"PatientID": "MRN-7"}])
+def test_two_people_under_one_made_up_name_are_two_cases(frames, changed, tmp_path):
+    of_two_people(tmp_path, frames=frames, **UNNAMED | changed)
+    scans = sorted(convert(tmp_path, tmp_path / "out"), key=lambda scans: -len(scans.series))
+    assert [list(s.series) for s in scans] == [["t1n", "t2w"], ["t2f"]]
+    assert all("its images name no study" in s.notes[0] for s in scans)
+
+
+def test_a_patient_and_a_date_of_their_own_are_one_study_unless_frame_and_folder_differ(tmp_path):
+    of_two_people(tmp_path / "1", frames=False)
+    of_two_people(tmp_path / "2", frames=True)
+    assert [[*s.series] for s in convert(tmp_path / "1", tmp_path / "o")] == [["t1n", "t2w", "t2f"]]
+    assert sorted([*s.series] for s in convert(tmp_path / "2", tmp_path / "o2")) == [["t1n", "t2w"], ["t2f"]]
+    for path in sorted((tmp_path / "2").rglob("*.dcm")):
+        path.rename(tmp_path / path.name)
+    (together,) = convert(tmp_path, tmp_path / "o3", exclude=tmp_path / "1")
+    assert ([*together.series], together.notes) == (["t1n", "t2w", "t2f"], [])
+
+
 def of_series_3(image, keyword, value):
     if image.SeriesNumber == 3:
         setattr(image, keyword, value)
@@ -163,3 +202,85 @@ def test_images_that_share_numbers_with_those_of_other_patients_are_all_read(tmp
         write(tmp_path / patient, ("t1n",), patient=patient)
     edited(tmp_path.rglob("*.dcm"), lambda image, _: setattr(image, "SOPInstanceUID", f"1.2.3.{image.InstanceNumber}"))
     assert sorted((s.patient, len(s.images)) for s in find_series(tmp_path)) == [("PA", 24), ("PB", 24)]
+
+
+def tags(**values):
+    found = pydicom.Dataset()
+    for keyword, value in values.items():
+        setattr(found, keyword, value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "acquired",
+    [
+        [{"AcquisitionTime": "235800"}, {"AcquisitionTime": "001000.5"}],  # without dates
+        [{"AcquisitionDate": "20000101", "AcquisitionTime": t} for t in ("234500", "001000")],  # the same for all
+        [{"AcquisitionDate": f"2024013{d}", "AcquisitionTime": t} for d, t in ((0, "230000"), (1, "220000"))],
+        [{"AcquisitionDateTime": t} for t in ("20240130230000.000000+0100", "20240131001500.000000+0100")],
+        [{"SeriesDate": f"2024013{d}", "SeriesTime": t} for d, t in ((0, "230000"), (1, "001500"))],
+        [{"AcquisitionTime": "080000"}, {"AcquisitionTime": "2030"}],  # two sessions of a day
+    ],
+)
+def test_series_are_sorted_by_day_and_time(acquired):
+    first, second = moments_of([tags(StudyDate="20240130", **one) for one in acquired])
+    assert "" < first < second
+
+
+def test_images_of_one_second_are_of_one_time():
+    times = {"AcquisitionTime": "101500"}, {"AcquisitionTime": "101500.25"}, {"AcquisitionDateTime": "20240130101500.1"}
+    assert len({*moments_of([tags(**one, AcquisitionDate="20240130") for one in times])}) == 1
+    assert moments_of([tags(StudyDate="20240130")]) == [""]
+
+
+def of_series(folder, count=23, **others):
+    """The files of series whose tags are given by number, of which the first images are there."""
+    groups = []
+    for name, values in others.items():
+        number = int(name[1:])
+        paths = dicoms.write_series(folder / name, head(), OBLIQUE, number=number, **values)[:count]
+        groups.append([(path, read_header(pydicom, path)) for path in paths])
+    return groups
+
+
+TOGETHER = {"ImagesInAcquisition": 46, "AcquisitionTime": "101500"}
+
+
+@pytest.mark.parametrize(
+    ("series", "found"),
+    [
+        ({"s1": {"ImagesInAcquisition": 32}, "s2": {"ImagesInAcquisition": 23}}, [(23, 32), (0, 0)]),
+        ({"s1": {"ImagesInAcquisition": 46}}, [(0, 0)]),  # another echo, which was left behind
+        ({"s1": TOGETHER, "s2": TOGETHER}, [(0, 0), (0, 0)]),
+        ({"s1": {"ImagesInAcquisition": 32, "ImageType": ["DERIVED", "PRIMARY", "MPR"]}}, [(0, 0)]),
+        ({"s1": {}}, [(0, 0)]),
+    ],
+)
+def test_fewer_images_than_their_tags_announce(series, found, tmp_path):
+    assert announced_of(of_series(tmp_path, **series)) == found
+
+
+@pytest.mark.parametrize(
+    ("creator", "group", "element", "vr"),
+    [("GEMS_RELA_01", 0x0021, 0x4F, "SS"), ("Philips Imaging DD 001", 0x2001, 0x18, "SL")],
+)
+@pytest.mark.parametrize("habit", ["plain", "implicit, no suffix, shuffled"])
+def test_fewer_slices_than_the_scanner_announces(creator, group, element, vr, habit, tmp_path):
+    paths = dicoms.write_series(tmp_path, head(), OBLIQUE, habit=habit)
+
+    def announce(image, _):
+        image.private_block(group, creator, create=True).add_new(element, vr, 24)
+
+    edited(paths, announce)
+    assert announced_of([[(path, read_header(pydicom, path)) for path in paths]]) == [(0, 0)]
+    assert announced_of([[(path, read_header(pydicom, path)) for path in paths[:20]]]) == [(20, 24)]
+
+
+def test_a_series_that_breaks_off_is_to_be_looked_at(tmp_path):
+    write(tmp_path, ("t1n", "t2w"), ImagesInAcquisition=24)
+    for path in sorted((tmp_path / "2").iterdir())[17:]:
+        path.unlink()
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert list(scans.series) == ["t1n", "t2w"]
+    why = "its tags announce 24 images, of which 17 are there: a part of the head may be missing."
+    assert scans.notes[0] == f"series 2: {why} Export the whole series."

@@ -7,7 +7,7 @@ from dicoms import OBLIQUE, head, write
 
 from crossmr.dicom.convert import convert
 from crossmr.dicom.folders import holds_dicom
-from crossmr.dicom.headers import geometry_of, is_dicom, number_of, read_header, texts_of
+from crossmr.dicom.headers import dates_of, geometry_of, is_dicom, number_of, read_header, texts_of, time_of
 from crossmr.dicom.series import find_series
 
 
@@ -27,6 +27,24 @@ def test_numbers_where_texts_belong_are_texts(value):
         """Any value, as of a damaged VR."""
 
     assert all(isinstance(text, str) for text in texts_of(Header(SequenceVariant=value), "SequenceVariant"))
+
+
+@pytest.mark.parametrize(
+    ("tags", "time", "dates"),
+    [
+        ({"AcquisitionTime": "101500.25", "AcquisitionDate": "20240131"}, "101500", ("20240131", "")),
+        ({"AcquisitionTime": "10:15", "SeriesDate": "2024.01.31"}, "101500", ("", "20240131")),
+        ({"AcquisitionDateTime": "20240131101500-0500", "SeriesTime": "09"}, "101500", ("20240131", "")),
+        ({"SeriesTime": "09", "AcquisitionDate": "unknown"}, "090000", ("", "")),
+        ({"AcquisitionTime": "morning"}, "", ("", "")),
+    ],
+)
+def test_when_an_image_was_acquired(tags, time, dates):
+    header = pydicom.Dataset()
+    with pydicom.config.disable_value_validation():
+        for keyword, value in tags.items():
+            setattr(header, keyword, value)
+    assert (time_of(header), dates_of(header)) == (time, dates)
 
 
 def test_a_file_without_a_preamble_that_begins_with_the_length_of_its_group(tmp_path):

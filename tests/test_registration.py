@@ -67,6 +67,26 @@ def test_what_lies_right_is_left_alone(head):
     assert result.displacement_mm < 1.5
 
 
+@pytest.mark.parametrize("cut", [0, 14])
+def test_what_lies_right_on_another_grid_is_resampled_where_it_lies(cut, head):
+    """Slices twice as thick, of a head whose T1 lacks its top or not."""
+    fixed, true, _, _, paths = head
+    there = nib.load(paths["t2w"])
+    data = np.asarray(there.dataobj, np.float32)
+    thick = np.diag([1, 1, 2, 1.0])
+    thick[2, 3] = 0.5
+    moving = nib.Nifti1Image((data[:, :, ::2] + data[:, :, 1::2]) / 2, there.affine @ thick)
+    t1 = nib.load(paths["t1n"])
+    short = nib.Nifti1Image(np.asarray(t1.dataobj, np.float32)[:, :, : t1.shape[2] - cut], t1.affine)
+    result = register_rigidly("P", "t2w", read_volume(moving), read_volume(short))
+    assert result.kept
+    assert (result.translation_mm, result.displacement_mm) == ((0, 0, 0), 0)
+    assert "left where its header says (mutual information" in str(result)
+    assert result.volume.data.shape == (fixed.data.shape[0] - cut, *fixed.data.shape[1:])
+    middle = slice(10, 30)
+    assert np.corrcoef(result.volume.data[middle].ravel(), true.data[middle].ravel())[0, 1] > 0.95
+
+
 def test_what_is_no_head_or_far_off_is_refused(head):
     fixed, _, _, moved, _ = head
     noise = nib.Nifti1Image(

@@ -8,6 +8,7 @@ from dicoms import OBLIQUE, edited, head, rounded, write
 
 from crossmr.dicom.convert import convert
 from crossmr.dicom.series import find_series
+from crossmr.errors import NamingError
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,62 @@ def test_map_takes_no_fat_where_it_names_water_too(tmp_path):
     assert alone.modality == "t1n"
 
 
+def test_what_another_program_calls_synthetic_is_not_read_unless_it_is_named(tmp_path):
+    dicoms.write_series(tmp_path, head(), OBLIQUE, description="MAGiC_Synthetic T1")
+    (series,) = find_series(tmp_path)
+    assert (series.modality, series.reason) == (None, "")
+    assert series.why.startswith("called synthetic, by whatever program.")
+    assert [series.modality for series in find_series(tmp_path, {"t1n": "*synthetic*"})] == ["t1n"]
+
+
+CAPTURED = "1.2.840.10008.5.1.4.1.1.7"
+
+
+@pytest.mark.parametrize(
+    ("tags", "why"),
+    [
+        ({"SOPClassUID": CAPTURED}, "of SOP class Secondary Capture Image Storage, which is not read. Export it as MR"),
+        ({"Modality": "OT"}, "of modality OT, which is not read. Export it as MR images"),
+        ({"Modality": "PT", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.128"}, "of SOP class Positron Emission"),
+    ],
+)
+@pytest.mark.parametrize("unidentified", [False, True])
+def test_images_of_another_kind_are_left_out_with_the_reason(tags, why, unidentified, tmp_path):
+    dicoms.write_series(tmp_path / "2", head(), OBLIQUE, number=2)
+    dicoms.write_series(tmp_path / "3", head("t1c"), OBLIQUE, "t1c", number=3, description="AX T1 GD", **tags)
+    if unidentified:
+        edited((tmp_path / "3").iterdir(), lambda image, _: delattr(image, "StudyInstanceUID"))
+    (scans,) = convert(tmp_path, tmp_path / "out")
+    assert list(scans.series) == ["t1n"]
+    assert scans.left_out["series 3"].startswith(why)
+
+
+def test_a_study_of_another_kind_alone_is_named_where_it_may_be_a_scan(tmp_path):
+    dicoms.write_series(tmp_path / "2", head(), OBLIQUE, number=2)
+    for patient, kind in (("MRN-1", "OT"), ("MRN-2", "CT")):
+        dicoms.write_series(tmp_path / patient, head(), OBLIQUE, patient=patient, description="AX T1", Modality=kind)
+    assert sorted((s.patient, s.modality) for s in find_series(tmp_path)) == [("MRN-0042", "t1n"), ("MRN-1", None)]
+    with pytest.raises(NamingError, match="no MR image"):
+        convert(tmp_path / "MRN-2", tmp_path / "out")
+
+
+def test_reports_and_a_few_captures_are_no_scans(tmp_path):
+    dicoms.write_series(tmp_path / "2", head(), OBLIQUE, number=2)
+    few = dicoms.write_series(tmp_path / "3", head("t1c"), OBLIQUE, number=3, description="T1 GD", SOPClassUID=CAPTURED)
+    for path in few[3:]:
+        path.unlink()
+    tags = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.11", "Modality": "SR"}
+    report = dicoms.write_series(tmp_path / "4", head(), OBLIQUE, number=4, description="AX T1 GD", **tags)
+    edited(report, lambda image, _: [delattr(image, keyword) for keyword in ("Rows", "Columns", "PixelData")])
+    _, captures = find_series(tmp_path)
+    assert (captures.number, captures.reason) == (3, "decided")
+
+
+def test_an_image_without_a_modality_is_read_by_its_class(tmp_path):
+    dicoms.write_series(tmp_path, head(), OBLIQUE, Modality="")
+    assert [series.modality for series in find_series(tmp_path)] == ["t1n"]
+
+
 @pytest.mark.parametrize(
     ("tags", "why"),
     [
@@ -105,3 +162,28 @@ def test_tags_that_are_weighed(tags, why, tmp_path):
     (series,) = find_series(tmp_path)
     assert why in series.why
     assert (series.modality is None) == bool(why and "agent" not in why)
+
+
+@pytest.mark.parametrize("dated", [False, True])
+def test_a_study_over_midnight_keeps_its_order(dated, tmp_path):
+    """An agent that was typed in for the whole examination: the T1 before it is the earlier one."""
+    order = ("t2w", "234500"), ("t1n", "235000"), ("t2f", "235800"), ("t1c", "001000")
+    for number, (modality, time) in enumerate(order, 2):
+        tags = {"AcquisitionTime": time, "ContrastBolusAgent": "Gadavist"}
+        if dated:
+            tags |= {"AcquisitionDate": "20240131" if time > "12" else "20240201"}
+        dicoms.write_series(tmp_path / str(number), head(modality), OBLIQUE, modality, number=number, **tags)
+    assert [series.modality for series in find_series(tmp_path)] == ["t2w", "t1n", "t2f", "t1c"]
+
+
+def test_enhanced_images_of_one_time_are_of_one_acquisition(tmp_path):
+    write(tmp_path, ("t1n", "t1n", "t2w"), habit="enhanced")
+
+    def timed(image, _):
+        del image.AcquisitionTime
+        image.AcquisitionDateTime = f"2024013110{15 if image.SeriesNumber < 4 else 30}00.00"
+
+    edited(tmp_path.rglob("*.dcm"), timed)
+    times = [series.time for series in find_series(tmp_path)]
+    assert times[0] == times[1] < times[2]
+    assert times[0]

@@ -279,6 +279,7 @@ AGENT, PLAIN, UNTIMED = (
     {"RepetitionTime": None, "EchoTime": None},
 )
 T2 = {"RepetitionTime": 4500, "EchoTime": 95}
+CAPTURED, SEGMENTED = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "1.2.840.10008.5.1.4.1.1.66.4"
 TWICE = {"RepetitionTime": 3000, "EchoTime": 15}
 """Of which each place has two images."""
 
@@ -316,6 +317,13 @@ TWICE = {"RepetitionTime": 3000, "EchoTime": 15}
             {"series 2": {"t1n"}},
         ),
         ([("t1n", "AX T1", {}), ("t1c", "T1 GD MIP", {"ImageType": ["DERIVED", "SECONDARY", "MIP"]})], {}),
+        ([("t1n", "AX T1", {}), ("t1c", "AX T1 GD", CAPTURED)], {"series 3": {"t1c"}}),
+        ([("t1n", "AX T1", {}), ("t1c", "AX T1 GD", {"Modality": "OT"})], {"series 3": {"t1c"}}),
+        ([("t1n", "AX T1", {}), ("t1n", "POST GD", CAPTURED | UNTIMED)], {"series 3": {"t1c"}}),
+        ([("t1n", "AX T1", {}), ("t1n", "Screen Save", CAPTURED | UNTIMED)], {}),
+        ([("t1n", "AX T1", {}), ("t1c", "HEAD CT POST CONTRAST", CAPTURED | {"Modality": "CT"})], {}),
+        ([("t1n", "AX T1", {}), ("t1c", "T1 GD tumour", {"SOPClassUID": SEGMENTED, "Modality": "SEG"})], {}),
+        ([("t1n", "AX T1", {}), ("t1c", "AX T1 GD", CAPTURED | {"SamplesPerPixel": 3})], {}),
     ],
 )
 def test_what_a_series_that_is_not_used_may_be(made, unread, tmp_path):

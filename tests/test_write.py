@@ -99,7 +99,7 @@ def test_nobody_can_take_it_for_a_scan(tmp_path):
     _, _, images = derive(tmp_path)
     for image in images:
         assert image.SeriesDescription == "SYNTHETIC FLAIR (crossmr)"
-        assert list(image.ImageType) == ["DERIVED", "SECONDARY", "OTHER"]
+        assert list(image.ImageType) == ["DERIVED", "SECONDARY", "OTHER", "SYNTHETIC", "CROSSMR"]
         assert image.DerivationDescription == "Synthetic."
         assert image.ContributingEquipmentSequence[0].Manufacturer == "crossmr"
         assert image.ScanningSequence == "RM"
@@ -157,6 +157,88 @@ def test_removed_uids_are_made_up(tmp_path):
     for keyword in ("StudyInstanceUID", "FrameOfReferenceUID"):
         assert len({image[keyword].value for image in images}) == 1
         assert images[0][keyword].value.startswith("2.25.")
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        ("SeriesDescription",),
+        ("ImageType",),
+        ("ContributingEquipmentSequence",),
+        ("DerivationDescription",),
+        ("SeriesDescription", "ImageType", "DerivationDescription"),
+    ],
+)
+def test_what_was_derived_is_known_again_after_de_identification(kept, tmp_path):
+    """Nothing but one tag, or a few, still says what it is; the description begins with another word."""
+    array, grid, _ = derive(tmp_path, description="AX T1")
+    (scans,) = convert(tmp_path / "in", tmp_path / "again")
+    told = derived(scans, modality="t1n", description="Synthetic T1 by crossmr 1.0 from T2.")
+    folder = write_derived(tmp_path / "shared" / "series", array, grid, told)
+
+    def de_identify(image, _):
+        image.Manufacturer = image.ManufacturerModelName = image.SoftwareVersions = ""
+        changed = {"SeriesDescription": f"ANON_{image.SeriesDescription}", "ImageType": [*image.ImageType]}
+        if "ImageType" not in kept:
+            changed["ImageType"] = ["DERIVED", "SECONDARY", "OTHER"]
+        if "SeriesDescription" not in kept:
+            changed["SeriesDescription"] = "AX T1"
+        for keyword, value in changed.items():
+            setattr(image, keyword, value)
+        for keyword in {"ContributingEquipmentSequence", "DerivationDescription"} - {*kept}:
+            delattr(image, keyword)
+        if "ContributingEquipmentSequence" in kept:
+            (equipment,) = image.ContributingEquipmentSequence
+            equipment.Manufacturer = equipment.ManufacturerModelName = ""
+
+    dicoms.edited(folder.iterdir(), de_identify)
+    (series,) = find_series(tmp_path / "shared")
+    assert (series.modality, series.why, series.reason) == (None, "itself synthetic", "decided")
+
+
+def test_patients_without_uids_share_no_frame_of_reference(tmp_path):
+    habit = dicoms.Habit(missing=("StudyInstanceUID", "FrameOfReferenceUID"))
+    frames = {derive(tmp_path / p, habit=habit, patient=p)[2][0].FrameOfReferenceUID for p in ("MRN-1", "MRN-2")}
+    assert len(frames) == 2
+
+
+@pytest.mark.parametrize("habit", ["plain", "implicit, no suffix, shuffled", "big-endian"])
+@pytest.mark.parametrize("charset", ["ISO_IR 192", None])
+def test_a_name_in_other_letters_than_its_tag_says_is_copied_byte_by_byte(habit, charset, tmp_path):
+    tags = {} if charset is None else {"SpecificCharacterSet": charset}
+    paths = dicoms.write_series(tmp_path / "in", head(), OBLIQUE, habit=habit, **tags)
+    for path in paths:
+        path.write_bytes(path.read_bytes().replace(b"Doe^Jane", b"D\xf6e^Jane"))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    grid = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz")
+    folder = write_derived(tmp_path / "series", grid.data * 0, grid, derived(scans))
+    for path in folder.iterdir():
+        assert b"D\xf6e^Jane" in path.read_bytes()
+        assert pydicom.dcmread(path).get("SpecificCharacterSet") == charset
+
+
+def test_what_is_no_date_time_age_or_code_is_left_out(tmp_path):
+    paths = dicoms.write_series(tmp_path / "in", head(), OBLIQUE, PatientAge="054Y", PatientWeight="72.5")
+    broken = {"PatientBirthDate": "1970-01-01", "StudyTime": "10:15", "PatientSex": "Female", "PatientAge": "54 years"}
+
+    def damage(image, _):
+        del image.PatientPosition
+        for keyword, value in broken.items():
+            setattr(image, keyword, value)
+
+    with pydicom.config.disable_value_validation():
+        dicoms.edited(paths, damage)
+    for path in paths:
+        path.write_bytes(path.read_bytes().replace(b"72.5", b"72,5"))
+    (scans,) = convert(tmp_path / "in", tmp_path / "out")
+    grid = read_volume(tmp_path / "out" / scans.case / f"{scans.case}-t1n.nii.gz")
+    folder = write_derived(tmp_path / "series", grid.data * 0, grid, derived(scans))
+    image = pydicom.dcmread(folder / "0001.dcm")
+    for keyword in ("PatientBirthDate", "StudyTime", "PatientSex", "PatientPosition"):
+        assert image[keyword].value in ("", None)
+    assert "PatientAge" not in image
+    assert "PatientWeight" not in image
+    assert (image.PatientID, image.StudyDate) == ("MRN-0042", "20240131")
 
 
 def test_the_same_synthesis_has_the_same_uids(tmp_path):

@@ -222,7 +222,7 @@ def _left_out(series: Series) -> Unread:
     elif verdict.reason == "denied" and series.reason not in ("decided", "directions", "few slices"):
         may_be = verdict.may_be
     remedy = "" if "Export" in series.why else "; export it again"
-    if verdict.modality is None and not series.unreadable:
+    if remedy and verdict.modality is None and not series.unreadable:
         remedy = f"; name it, such as --map {min(may_be, default='t1c')}='DESCRIPTION'"
     return Unread(series.name, may_be, f"was left out: {series.why}{remedy}")
 

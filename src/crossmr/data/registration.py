@@ -29,6 +29,10 @@ OVERLAP = 0.6
 """Dice coefficient of the two volumes' voxels above their means, below which a result is refused."""
 STILL_MM = 1.5
 """A volume on the same grid that would move by less than this is not resampled."""
+BETTER = 1.03
+"""The header's position is kept unless another has more mutual information by this factor. Of four people, in 12
+registrations whose header was right, the best place had up to 1.025 times as much; where it was wrong by 2 mm, 1.036 to
+1.075 times."""
 CORNER_MM = 70.0
 """Distance from the middle of the head at which its displacement is measured."""
 
@@ -47,7 +51,7 @@ def registration_mode(given: object) -> RegistrationMode:
 
 @dataclass(frozen=True)
 class Registered:
-    """A registered volume, and how far it was moved."""
+    """A registered volume, and how far it was moved: not at all where no other place is clearly better."""
 
     volume: Volume
     """Resampled onto the reference's grid."""
@@ -58,17 +62,24 @@ class Registered:
     displacement_mm: float
     """Largest displacement of eight points `CORNER_MM` from the middle."""
     mutual_information: tuple[float, float]
-    """Mutual information of the two volumes (Mattes et al. 2003), before and after."""
+    """Mutual information of the two volumes (Mattes et al. 2003), where the header says and at the best place found;
+    both of the volume interpolated linearly."""
+    kept: bool = False
+    """Whether it was left where its header says."""
 
     def __str__(self) -> str:
         shift = ", ".join(f"{value:.1f}" for value in self.translation_mm)
         turn = ", ".join(f"{value:.1f}" for value in self.rotation_degrees)
         before, after = self.mutual_information
+        if self.kept:
+            return f"left where its header says (mutual information {before:.3f}, at best {after:.3f} elsewhere)"
         return f"moved by ({shift}) mm and ({turn})°; mutual information {before:.3f} → {after:.3f}"
 
 
 def register_rigidly(case: str, modality: str, moving: Volume, fixed: Volume) -> Registered:
     """Move a volume rigidly onto the grid of another of the same head, and resample it linearly.
+
+    It stays where its header says unless another place is clearly better, by `BETTER`.
 
     Raises:
         ConfigError: SimpleITK is not installed.
@@ -82,15 +93,27 @@ def register_rigidly(case: str, modality: str, moving: Volume, fixed: Volume) ->
         starts = [_optimised(itk, target, source, start, COARSE) for start in _starts(itk, target, source)]
         information = [_information(itk, target, source, start) for start in starts]
         transform = _optimised(itk, target, source, starts[int(np.argmax(information))], FINE)
-        before, after = (_information(itk, target, source, t) for t in (itk.Euler3DTransform(), transform))
+        header = itk.Euler3DTransform()
+        before, after = (_information(itk, target, source, t) for t in (header, transform))
         background = float(np.percentile(moving.data, 0.5))
-        resampled = itk.Resample(source, target, transform, itk.sitkLinear, background, itk.sitkFloat32)
+
+        def resampled(transform: Any) -> Array:
+            image = itk.Resample(source, target, transform, itk.sitkLinear, background, itk.sitkFloat32)
+            return np.ascontiguousarray(itk.GetArrayFromImage(image), dtype=np.float32)
+
+        kept = after < BETTER * before and _dice(resampled(header), fixed.data) >= OVERLAP
+        transform = header if kept else transform
+        data = resampled(transform)
     finally:
         itk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
-    data = np.ascontiguousarray(itk.GetArrayFromImage(resampled), dtype=np.float32)
     shift, turn, farthest = _movement(itk, transform, target)
     result = Registered(
-        replace(fixed, data=data, name=moving.name, synthetic=moving.synthetic), shift, turn, farthest, (before, after)
+        volume=replace(fixed, data=data, name=moving.name, synthetic=moving.synthetic),
+        translation_mm=shift,
+        rotation_degrees=turn,
+        displacement_mm=farthest,
+        mutual_information=(before, after),
+        kept=kept,
     )
     overlap = _dice(data, fixed.data)
     if overlap < OVERLAP or farthest > FARTHEST_MM or max(map(abs, turn)) > WIDEST_DEGREES:

@@ -224,7 +224,7 @@ def _on_one_grid(
         result = register_rigidly(case, modality, volumes[modality], reference)
         if result.volume is not volumes[modality]:
             aligned[modality] = result.volume
-            movements.append(f"{modality} was registered to {first}: {result}.")
+            movements.append(f"{modality} was {'resampled' if result.kept else 'registered'} to {first}: {result}.")
     return aligned, movements
 
 

@@ -12,18 +12,22 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from crossmr.data.nifti import write_volume
-from crossmr.data.volume import Volume, on_grid, read_volume
+from crossmr.data.volume import Volume, as_dicom_slices, on_grid, read_volume
 from crossmr.dicom.headers import import_pydicom
-from crossmr.dicom.series import TELLING, Series, listed
+from crossmr.dicom.series import TELLING, DicomImage, Series, listed
 from crossmr.errors import ConfigError, CrossmrError, StudyError
 from crossmr.files import temporary_folder
 
 PATIENCE, BYTES_PER_SECOND, FILES_PER_SECOND = 300.0, 1e6, 2.0
 """Seconds that dcm2niix may take for any series, and what it gets through at the least: a hundredth of the usual."""
+
+SAME_SLICE, LESS_ALIKE = 0.98, 0.001
+"""A frame is a slice with which it correlates so well, and by so much better than with the one at its position."""
 
 
 def convert_series(case: str, series: Series, path: Path) -> None:
@@ -75,9 +79,41 @@ def _read_converted(case: str, series: Series, volumes: Sequence[Path], complain
             f"{case}: {series.name} has {images} images, of which dcm2niix made {slices} slices. "
             "Export it again, or leave it out of the folder."
         )
+    if any(_is_misplaced(image, series, volume) for image in series.images if image.position.ndim == 2):
+        raise StudyError(
+            f"{case}: {series.name} numbers its frames in another order than they lie in, so that its slices would be "
+            "mixed up. Export it as single images, or leave it out of the folder."
+        )
     if series.padding is not None:
         volume.data[np.isclose(volume.data, series.padding, rtol=3e-6, atol=1e-6)] = 0
     return volume
+
+
+def _is_misplaced(image: DicomImage, series: Series, volume: Volume) -> bool:
+    """Whether one of a few frames is another slice of the volume than the one at its position.
+
+    False where that cannot be told: pydicom cannot decode them, or they are alike.
+    """
+    slices = as_dicom_slices(volume.data, volume)
+    if not np.allclose(slices.orientation, series.orientation, atol=1e-3):
+        return False
+    normal, last = np.cross(*series.orientation), len(image.position) - 1
+    for k in sorted({0, min(1, last), last // 2, last}):
+        try:
+            frame = import_pydicom().pixels.pixel_array(image.path, index=k)
+            alike = np.array([_correlation(frame, pixels) for pixels in slices.pixels])
+        except Exception:  # whatever the decoders of pydicom run into
+            return False
+        at = int(np.abs((slices.positions - image.position[k]) @ normal).argmin())
+        if alike.max() >= SAME_SLICE and alike[at] < alike.max() - LESS_ALIKE:
+            return True
+    return False
+
+
+def _correlation(a: Any, b: Any) -> float:
+    """Pearson's, 0 where one of two planes is constant."""
+    one, other = (np.asarray(plane, np.float64).ravel() - np.mean(plane) for plane in (a, b))
+    return float(one @ other / (np.sqrt((one @ one) * (other @ other)) or 1.0))
 
 
 def _refuse_damaged(name: str, series: Series) -> None:

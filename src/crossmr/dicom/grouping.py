@@ -1,6 +1,7 @@
 """Which images of DICOM are of one study, and of one series: what UIDs say, and where they do not, what they show."""
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from crossmr.dicom.contrast import means
 from crossmr.dicom.headers import (
     File,
+    announced_slices,
+    dates_of,
     description_of,
     geometry_of,
     is_enhanced,
@@ -18,17 +21,31 @@ from crossmr.dicom.headers import (
     place_of,
     text_of,
     texts_of,
+    time_of,
 )
 
 SAME_ECHO = 1.01
 """Echo times of one series that differ by less than this factor are one."""
 
+_MADE_UP = re.compile(
+    r"(ANON(YM(OUS|IZED|ISED|E)?)?|DE?IDENTIFIED|REMOVED|REDACTED|UNKNOWN|NONE|NULL|NA|NOID|NONAME|PATIENT(ID)?|"
+    r"PSEUDONYM(IZED|ISED)?|TEST|X+|0+|9{3,}|1|12345\d*)"
+)
+"""An ID that is everybody's, without what lies between its letters."""
+LONGEST_STUDY, NOON = 180000, "120000"
+"""HHMMSS. Times of one day that differ by more than the first, as numbers, have midnight between them."""
+
 
 def studies_of(files: Sequence[File]) -> dict[str, list[File]]:
     """Study → its files: by its UID; by patient, date and so on where there is none; never of two patients."""
     studies: dict[str, list[File]] = defaultdict(list)
+    without: list[File] = []
     for path, header in files:
-        studies[_study(header, path)].append((path, header))
+        if uid := text_of(header, "StudyInstanceUID"):
+            studies[uid].append((path, header))
+        else:
+            without.append((path, header))
+    studies |= _without_uid(without)
     for study, of_study in list(studies.items()):
         patients = _patients([header for _, header in of_study])
         if len({patient for patient in patients if patient}) > 1:  # one UID of several patients' studies
@@ -38,14 +55,76 @@ def studies_of(files: Sequence[File]) -> dict[str, list[File]]:
     return studies
 
 
-def _study(header: Any, path: Path) -> str:
-    """The study's UID; where it was removed, patient and date, else the frame of reference, else the folder."""
-    patient, date = text_of(header, "PatientID"), text_of(header, "StudyDate")
-    if uid := text_of(header, "StudyInstanceUID"):
-        return uid
-    if patient and date:
-        return str((patient, date))
-    return str((patient, date, text_of(header, "FrameOfReferenceUID") or str(path.parent)))
+def _without_uid(files: Sequence[File]) -> dict[str, list[File]]:
+    """Studies of images that have no UID of it: of one patient and date, and of one frame of reference or folder.
+
+    Folders that hold one series each, all of other numbers or descriptions, are of one study where they lie in one
+    folder, unless frames of reference tell more and patient and date do not.
+    """
+    alike: dict[tuple[str, ...], list[File]] = defaultdict(list)
+    for path, header in files:
+        alike[patient_of(header), text_of(header, "StudyDate")].append((path, header))
+    studies: dict[str, list[File]] = {}
+    for key, of_key in alike.items():
+        known = not any(_is_made_up(header) for _, header in of_key)
+        frames = {text_of(header, "FrameOfReferenceUID") for _, header in of_key}
+        if known and len(frames) == 1:
+            studies[str(key)] = of_key
+            continue
+        above, marks = _folders_of_series(of_key), []
+        for path, header in of_key:
+            frame, folder = text_of(header, "FrameOfReferenceUID"), path.parent
+            place = above.get(folder, folder) if known or not frame else folder
+            marks.append([f"folder {place}", *([frame] if frame else [])])
+        for mark, of_mark in _joined(of_key, marks).items():
+            studies[str((*key, mark))] = of_mark
+    return studies
+
+
+def _folders_of_series(files: Sequence[File]) -> dict[Path, Path]:
+    """Folders that seem to hold one series of a study each → the folder that they lie in."""
+    held: dict[Path, set[tuple[str, ...]]] = defaultdict(set)
+    for path, header in files:
+        held[path.parent].add((text_of(header, "SeriesNumber"), description_of(header)))
+    beside: dict[Path, list[tuple[str, ...]]] = defaultdict(list)
+    for folder, series in held.items():
+        beside[folder.parent] += series
+    return {
+        folder: folder.parent
+        for folder, series in held.items()
+        if len(series) == 1 and len(set(beside[folder.parent])) == len(beside[folder.parent])
+    }
+
+
+def _joined(files: Sequence[File], marks: Sequence[Sequence[str]]) -> dict[str, list[File]]:
+    """The files that share marks, directly or by way of others: the least mark of each lot → its files."""
+    root = {mark: mark for of_file in marks for mark in of_file}
+
+    def find(mark: str) -> str:
+        while root[mark] != mark:
+            mark = root[mark]
+        return mark
+
+    for of_file in marks:
+        least = min(map(find, of_file))
+        for mark in of_file:
+            root[find(mark)] = least
+    joined: dict[str, list[File]] = defaultdict(list)
+    for file, of_file in zip(files, marks, strict=True):
+        joined[find(of_file[0])].append(file)
+    return joined
+
+
+def is_unnamed(files: Sequence[File]) -> bool:
+    """Whether neither a study's UID nor patient and date say that its images belong together."""
+    return any(not text_of(header, "StudyInstanceUID") and _is_made_up(header) for _, header in files)
+
+
+def _is_made_up(header: Any) -> bool:
+    """Whether patient's ID or study's date is missing, or one that de-identification puts in place of everybody's."""
+    patient, date = re.sub(r"[^A-Z0-9]", "", _upper(header, "PatientID")), text_of(header, "StudyDate")
+    real_date = re.fullmatch(r"(19[89]|2\d\d)\d{5}", date) and not date.endswith("0101")
+    return not patient or bool(_MADE_UP.fullmatch(patient)) or not real_date
 
 
 def _patients(headers: Sequence[Any]) -> list[str]:
@@ -76,6 +155,55 @@ def patient_of(header: Any) -> str:
 
 def _upper(header: Any, keyword: str) -> str:
     return " ".join(text_of(header, keyword).upper().split())
+
+
+def moments_of(headers: Sequence[Any]) -> list[str]:
+    """When each series of a study was acquired, as text that sorts: its day and HHMMSS; '' where no time is told.
+
+    The day is the date of the acquisition, else that of the series, else that of the study. Where these are all the
+    same, as after de-identification, and the times span more than `LONGEST_STUDY`, midnight lies between them.
+    """
+    times = [time_of(header) for header in headers]
+    known = [k for k, time in enumerate(times) if time]
+    dates = [(*dates_of(header), text_of(header, "StudyDate")) for header in headers]
+    one = next((n for n in (0, 1) if all(dates[k][n] for k in known)), None)  # dates of one kind, if each has it
+    days = [next(filter(None, date), "") if one is None else date[one] for date in dates]
+    if known and len({days[k] for k in known}) == 1:
+        first, last = min(times[k] for k in known), max(times[k] for k in known)
+        over_midnight = int(last) - int(first) > LONGEST_STUDY
+        days = ["next" if over_midnight and time < NOON else "" for time in times]
+    return [f"{day} {time}".strip() if time else "" for day, time in zip(days, times, strict=True)]
+
+
+def announced_of(groups: Sequence[Sequence[File]]) -> list[tuple[int, int]]:
+    """For each series of a study how many images are there of its acquisition, and how many are announced; or (0, 0).
+
+    An acquisition may have several series, such as echoes, of which some may have been left behind on purpose: a number
+    that is a multiple of what is there announces these. Derived images may have the number of what they are made of.
+    """
+    numbers, keys = [], []
+    for files in groups:
+        told = {number_of(header, "ImagesInAcquisition") for _, header in files}
+        numbers.append(int(next(iter(told)) or 0) if len(told) == 1 else 0)
+        uid = text_of(files[0][1], "SeriesInstanceUID")
+        begun = min(time_of(header) for _, header in files), text_of(files[0][1], "AcquisitionNumber"), str(numbers[-1])
+        keys.append({(uid,), begun} if uid else {begun})
+    there = Counter({key: 0 for of_group in keys for key in of_group})
+    for files, of_group in zip(groups, keys, strict=True):
+        there.update({key: len(files) for key in of_group})
+    found = []
+    for files, number, of_group in zip(groups, numbers, keys, strict=True):
+        images, header = max(there[key] for key in of_group), files[0][1]
+        slices, of_scanner = len({place_of(header) for _, header in files}), announced_slices(header)
+        if is_enhanced(header) or "DERIVED" in texts_of(header, "ImageType"):
+            found.append((0, 0))
+        elif images < number and number % images:
+            found.append((images, number))
+        elif of_scanner and slices < of_scanner and images < of_scanner:
+            found.append((slices, of_scanner))
+        else:
+            found.append((0, 0))
+    return found
 
 
 def groups_of(files: Sequence[File]) -> Iterator[tuple[list[File], int]]:

@@ -4,6 +4,7 @@ pydicom is an extra (`pip install crossmr[dicom]`).
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,20 @@ _TAGS = (
     *("PatientName", "FrameOfReferenceUID", "BodyPartExamined", "NumberOfTemporalPositions", "ContrastBolusStartTime"),
     *("PhaseContrast", "TimeOfFlightContrast", "EchoPlanarPulseSequence", "PatientBirthDate"),
     *("FlipAngle", "PhotometricInterpretation", "PixelPaddingValue", "RescaleSlope", "RescaleIntercept"),
+    *("AcquisitionDate", "SeriesDate", "AcquisitionDateTime", "AcquisitionNumber", "ImagesInAcquisition"),
+    *("DerivationDescription", "ContributingEquipmentSequence"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
+_PRIVATE = {
+    "GEMS_RELA_01": (0x00210010, 0x0021104F),  # locations in acquisition
+    "Philips Imaging DD 001": (0x20010010, 0x20011018),  # number of slices
+}
+"""Creator of private tags → its place, and that of the number of slices."""
+_PRIVATE_TAGS = [tag for tags in _PRIVATE.values() for tag in tags]
 UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 """Of an image."""
+CONTRIBUTION = "Synthesis of an MR contrast that was not acquired; research use only"
+"""Contribution Description of the images that crossmr makes."""
 MR = frozenset(
     {
         "1.2.840.10008.5.1.4.1.1.4",  # MR
@@ -39,6 +50,18 @@ MR = frozenset(
     }
 )
 """SOP classes."""
+NO_SCANS = frozenset(
+    {
+        "1.2.840.10008.5.1.4.1.1.4.2",  # spectroscopy
+        "1.2.840.10008.5.1.4.1.1.30",  # parametric map
+        "1.2.840.10008.5.1.4.1.1.66",  # raw data
+        "1.2.840.10008.5.1.4.1.1.66.4",  # segmentation
+        "1.2.840.10008.5.1.4.1.1.66.7",  # label map
+        "1.2.840.10008.5.1.4.1.1.481.2",  # radiation dose
+        "1.3.12.2.1107.5.9.1",  # what Siemens stores beside its images
+    }
+)
+"""SOP classes of what has rows and columns, and never is a scan."""
 _ENHANCED = MR - {"1.2.840.10008.5.1.4.1.1.4"}
 _WITHOUT_PREAMBLE = (
     *(b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x02\x00\x00\x00"),
@@ -76,12 +99,25 @@ def read_header(pydicom: Any, path: Path) -> Any:
     if path.name.upper() == "DICOMDIR" or not is_dicom(path):
         return None
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_TAGS))
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=[*_TAGS, *_PRIVATE_TAGS])
         _drop_broken(header)
         uids = header.get("SOPClassUID"), header.get("SOPInstanceUID")  # several in one element are none
         return header if all(uid and isinstance(uid, str) for uid in uids) else None
     except Exception:  # pydicom raises whatever its parsing runs into
         return None
+
+
+def why_not_read(header: Any) -> str:
+    """What else an image is than an MR image, by its SOP class and its modality; '' for one that is read."""
+    modality = text_of(header, "Modality") or "MR"
+    if header.SOPClassUID not in MR:
+        return f"of SOP class {header.SOPClassUID.name}, which is not read"
+    return "" if modality == "MR" else f"of modality {modality}, which is not read"
+
+
+def may_be_scan(header: Any) -> bool:
+    """Whether an image that is not read may have been acquired by MR all the same, by its SOP class and modality."""
+    return header.SOPClassUID not in NO_SCANS and text_of(header, "Modality") in ("", "MR", "OT", "SC")
 
 
 def _drop_broken(item: Any) -> None:
@@ -118,6 +154,18 @@ def number_of(item: Any, keyword: str) -> float | None:
     return number if np.isfinite(number) else None
 
 
+def announced_slices(header: Any) -> int | None:
+    """The number of slices that a private tag of the scanner announces; None where there is none."""
+    for creator, (place, tag) in _PRIVATE.items():
+        if place in header and str(header[place].value).strip() == creator and tag in header:
+            value = header[tag].value
+            if isinstance(value, bytes) and len(value) in (2, 4):  # of unknown type, as where it was not told
+                value = int.from_bytes(value, "little")
+            if isinstance(value, int) and value > 0:
+                return int(value)
+    return None
+
+
 def _numbers(value: Any) -> Floats:
     try:
         return np.atleast_1d(np.array(value, dtype=np.float64)) if value is not None else np.zeros(0)
@@ -140,13 +188,46 @@ def text_of(header: Any, keyword: str) -> str:
 
 
 def time_of(header: Any) -> str:
-    """When it was acquired, HHMMSS, or else its series."""
-    return str(header.get("AcquisitionTime", "") or header.get("SeriesTime", ""))
+    """When it was acquired, HHMMSS, or else its series; '' where neither is told."""
+    return _time(text_of(header, "AcquisitionTime")) or _moment(header)[8:] or _time(text_of(header, "SeriesTime"))
+
+
+def dates_of(header: Any) -> tuple[str, str]:
+    """The dates of its acquisition and of its series, YYYYMMDD; '' where they are not told."""
+    acquired, series = (_date(text_of(header, keyword)) for keyword in ("AcquisitionDate", "SeriesDate"))
+    return acquired or _moment(header)[:8], series
+
+
+def _moment(header: Any) -> str:
+    """When an enhanced image was acquired, YYYYMMDDHHMMSS, without its zone; '' where it is not told."""
+    text = str(find(header, "AcquisitionDateTime") or find(header, "FrameAcquisitionDateTime") or "")
+    digits = re.split(r"[-+.]", text.strip())[0]
+    return digits if re.fullmatch(r"\d{14}", digits) else ""
+
+
+def _date(text: str) -> str:
+    """YYYYMMDD of a date, also one with points or hyphens; '' where it is none."""
+    digits = re.sub(r"[-./]", "", text)
+    return digits if re.fullmatch(r"\d{8}", digits) else ""
+
+
+def _time(text: str) -> str:
+    """HHMMSS of a time, also one with colons, or without seconds or minutes; '' where it is none."""
+    digits = text.replace(":", "").partition(".")[0]
+    return digits.ljust(6, "0") if re.fullmatch(r"(\d\d){1,3}", digits) else ""
 
 
 def description_of(header: Any) -> str:
     """How its series is described, or else its protocol is called."""
     return str(header.get("SeriesDescription") or header.get("ProtocolName") or "")
+
+
+def names_crossmr(header: Any) -> bool:
+    """Whether crossmr made an image, by any tag that says so: de-identification may have emptied the others."""
+    items = [header, *(header.get("ContributingEquipmentSequence") or [])]
+    tags = ("Manufacturer", "ManufacturerModelName", "ImageType", "SeriesDescription", "DerivationDescription")
+    told = [text for item in items for tag in (*tags, "ContributionDescription") for text in texts_of(item, tag)]
+    return any("CROSSMR" in text.upper() or text.startswith(CONTRIBUTION[:40]) for text in told)
 
 
 def is_enhanced(header: Any) -> bool:

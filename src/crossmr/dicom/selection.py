@@ -81,6 +81,7 @@ def choose(all_series: Sequence[Series]) -> tuple[dict[str, Series], dict[str, s
         notes.append(f"{taken_for} was taken for T1ce: {told}. Name it with --map if that is wrong.")
     notes += filter(None, (_agent_everywhere(all_series, chosen), _enhanced_by_description(all_series, chosen)))
     notes += filter(None, (_doubt(modality, series, all_series) for modality, series in chosen.items()))
+    notes += dict.fromkeys(note for series in chosen.values() for note in series.notes)
     largest = max(chosen.values(), key=_covered, default=None)
     notes += [
         f"{series.name} ({modality}) covers {_covered(series) / _covered(largest):.0%} of what {largest.name} does: "

@@ -6,7 +6,7 @@ pydicom is an extra (`pip install crossmr[dicom]`). contrast.py recognises the c
 import fnmatch
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 
 from crossmr.data.contrast_agent import is_unclear, names_agent
 from crossmr.data.tree import alternatives, mapping_key
+from crossmr.data.words import possible_contrasts
 from crossmr.dicom.contrast import (
     Acquisition,
     Reason,
@@ -25,7 +26,15 @@ from crossmr.dicom.contrast import (
     recognise_contrast,
     resolve_agents,
 )
-from crossmr.dicom.grouping import groups_of, patient_of, studies_of, without_copies
+from crossmr.dicom.grouping import (
+    announced_of,
+    groups_of,
+    is_unnamed,
+    moments_of,
+    patient_of,
+    studies_of,
+    without_copies,
+)
 from crossmr.dicom.headers import (
     MR,
     UIDS,
@@ -36,25 +45,36 @@ from crossmr.dicom.headers import (
     find,
     geometry_of,
     import_pydicom,
+    may_be_scan,
+    names_crossmr,
     number_of,
     read_header,
     text_of,
     texts_of,
     time_of,
+    why_not_read,
 )
 
 FEWEST_SLICES = 8
+MOST_CAPTURES = 3
+"""So many images that are not read as scans are captures of a screen, whatever they are called."""
 UNEVEN = 0.05
 """Fraction of the slice distance by which single distances may differ from it."""
 TELLING = ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "EchoTime", "ImageType")
 """Tags that differ between series, and should not differ within one."""
 BY_USER = "named so by --map"
+UNNAMED = (
+    "its images name no study, nor a patient and date that are nobody else's: frame of reference and folder say which "
+    "belong together. Look whether all are of one patient and one examination."
+)
+"""Of a study whose UID is missing."""
 HALF_A_DAY = 120000
 """As the difference of two times of DICOM, HHMMSS; those that differ by more have midnight between them."""
 SHIFTED_MM = 1.0
 """So far from a line along the normal may slices lie."""
 _ENDINGS = (".dcm", ".ima", ".dicom")
 _WORDS = "im|img|image|slice|mr|i|e|s|se|ser|series|dcm|ima|dicom"
+_SYNTHETIC = re.compile(r"(?<![a-z])synthetic(?![a-z])", re.I)
 _IMPERSONAL = re.compile(rf"([-_. ]|\d|(?<![a-z])({_WORDS})(?![a-z]))+", re.I)
 """A name of numbers and words of this kind alone."""
 
@@ -80,6 +100,7 @@ class Series:
     date: str
     number: int | None
     time: str
+    """When it was acquired, as text that sorts; '' where that is not told."""
     uid: str
     """Of the series; empty where it is missing. Two echoes may share one."""
     images: tuple[DicomImage, ...]
@@ -108,6 +129,8 @@ class Series:
     """What they told, and how sure that is."""
     mapped: tuple[str, ...] = ()
     """The modalities that --map says it is, also where a fault leaves it out."""
+    notes: tuple[str, ...] = ()
+    """What to look at where it is taken."""
     padding: float | None = None
     """The value of voxels that were not acquired, which stand for 0; None where it is 0 or there are none."""
 
@@ -120,11 +143,13 @@ class Series:
 def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude: Path | None = None) -> list[Series]:
     """Every series of MR images under a folder, with its contrast, or the reason for leaving it out; sorted.
 
+    Images of other kinds are series that are left out, too, where they are of such a study, or may be scans.
     `mapping` and `exclude` as in `convert`.
     """
     pydicom = import_pydicom()
     mapping = {mapping_key(key): glob for key, glob in mapping.items()} if mapping else None
     files: list[File] = []
+    others: list[File] = []
     unreadable: list[Path] = []
     instances: set[tuple[str, ...]] = set()
     with pydicom.config.disable_value_validation():
@@ -133,23 +158,121 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
             if header is None or (header.SOPClassUID in MR and "Rows" not in header):  # cut off within the tags
                 unreadable.append(path)
                 continue
-            if str(header.get("Modality", "MR")) != "MR" or header.SOPClassUID not in MR:
+            if why_not_read(header) and "Rows" not in header:  # a report, a presentation state, a plan
                 continue
             image = patient_of(header), *(text_of(header, uid) for uid in UIDS)  # some number the images of each series
             if image in instances:  # twice in one export
                 continue
             instances.add(image)
-            files.append((path, header))
-        series = []
+            (others if why_not_read(header) else files).append((path, header))
+        series: list[Series] = []
+        owners: dict[tuple[str, str], set[str]] = defaultdict(set)
         for study, of_study in studies_of(files).items():
+            for _, header in of_study:
+                for whose in (patient_of(header), ""):
+                    owners[text_of(header, "StudyInstanceUID"), whose].add(study)
             groups = [(without_copies(pydicom, group), echoes) for group, echoes in groups_of(of_study)]
-            groups.sort(key=lambda item: (time_of(item[0][0][1]), number_of(item[0][0][1], "SeriesNumber") or 0))
-            acquisitions = resolve_agents([replace(_acquisition(g[0][1]), echoes=echoes) for g, echoes in groups])
-            own = [_series(study, g, a, mapping) for (g, _), a in zip(groups, acquisitions, strict=True)]
+            short = announced_of([files for files, _ in groups])
+            unnamed = (UNNAMED,) if is_unnamed(of_study) else ()
+            begun = moments_of([group[0][1] for group, _ in groups])
+            order = sorted(
+                range(len(groups)), key=lambda k: (begun[k], number_of(groups[k][0][0][1], "SeriesNumber") or 0)
+            )
+            acquisitions = resolve_agents(
+                [replace(_acquisition(groups[k][0][0][1]), echoes=groups[k][1]) for k in order]
+            )
+            own = [
+                replace(
+                    _series(study, groups[k][0], a, mapping),
+                    time=begun[k],
+                    notes=(*unnamed, *_short(groups[k][0], *short[k])),
+                )
+                for k, a in zip(order, acquisitions, strict=True)
+            ]
             patient = Counter(one.patient for one in own if one.patient).most_common(1)
             series += [replace(one, patient=patient[0][0] if patient else "") for one in _beside_mapped(own)]
-    series = _without_lost(series, unreadable)
+        left = _not_read(others, owners, series, mapping)
+    series = [*_without_lost(series, unreadable), *left]
     return sorted(series, key=lambda s: (s.patient, s.date, s.study, s.number or 0, s.time, str(s.images[0].path)))
+
+
+def _short(files: Sequence[File], there: int, announced: int) -> list[str]:
+    """What to say of a series of which fewer images are there than its tags announce; nothing where it is whole."""
+    name = _name(number_of(files[0][1], "SeriesNumber"))
+    why = f"its tags announce {announced} images, of which {there} are there: a part of the head may be missing"
+    return [f"{name}: {why}. Export the whole series."] if announced else []
+
+
+def _not_read(
+    files: Sequence[File],
+    owners: Mapping[tuple[str, str], Collection[str]],
+    all_series: Sequence[Series],
+    mapping: Mapping[str, str] | None,
+) -> list[Series]:
+    """Images of other kinds than MR as series that are left out: of the studies of MR images, or that may be scans.
+
+    `owners` are the studies of MR images, by their UID and patient, and by their UID alone. Images without a UID are of
+    the study that lies nearest.
+    """
+    groups: dict[tuple[str, ...], list[File]] = defaultdict(list)
+    alone: list[File] = []
+    for path, header in files:
+        uid = text_of(header, "StudyInstanceUID")
+        whose = (owners.get((uid, patient_of(header)), ()) or owners.get((uid, ""), ())) if uid else ()
+        if not uid:
+            whose = {series.study for series in _nearest(path.parent, all_series)}
+        if len(whose) == 1:
+            groups[_other_series(next(iter(whose)), path, header)].append((path, header))
+        else:
+            alone.append((path, header))
+    for study, of_study in studies_of(alone).items():
+        for path, header in of_study:
+            groups[_other_series(study, path, header)].append((path, header))
+    patients = {series.study: series.patient for series in all_series}
+    found = []
+    for (study, *_), group in groups.items():
+        series = _unread_kind(study, group, mapping)
+        if study in patients:
+            found.append(replace(series, patient=patients[study]))
+        elif series.reason != "decided":
+            found.append(series)
+    return found
+
+
+def _other_series(study: str, path: Path, header: Any) -> tuple[str, ...]:
+    """What images share that are not read, and of one series."""
+    uid = text_of(header, "SeriesInstanceUID") or str(path.parent)
+    return study, uid, why_not_read(header), description_of(header)
+
+
+def _unread_kind(study: str, files: Sequence[File], mapping: Mapping[str, str] | None) -> Series:
+    """A series of images of another kind than MR; it may be a scan by its timing, or by what its description names."""
+    first, acquisition = files[0][1], _acquisition(files[0][1])
+    verdict, said = recognise_contrast(acquisition), possible_contrasts(acquisition.description)
+    named = verdict.modality is not None or (verdict.reason == "unclear" and said != possible_contrasts(""))
+    frames = sum(number_of(header, "NumberOfFrames") or 1 for _, header in files)
+    in_colour = (number_of(first, "SamplesPerPixel") or 1) != 1
+    may_be = named and frames > MOST_CAPTURES and not in_colour and all(may_be_scan(header) for _, header in files)
+    return Series(
+        patient=text_of(first, "PatientID"),
+        study=study,
+        date=text_of(first, "StudyDate"),
+        number=None if (number := number_of(first, "SeriesNumber")) is None else int(number),
+        time=time_of(first),
+        uid=text_of(first, "SeriesInstanceUID"),
+        images=tuple(DicomImage(path, str(h.SOPClassUID), str(h.SOPInstanceUID), np.zeros(0)) for path, h in files),
+        orientation=np.zeros(0),
+        voxel_mm=(),
+        acquisition=acquisition,
+        original=False,
+        modality=None,
+        extent_mm=(),
+        places=None,
+        mixed=False,
+        why=f"{why_not_read(first)}{'. Export it as MR images' if may_be else ''}",
+        reason="" if may_be else "decided",
+        mapped=_mapped(files[0], acquisition, mapping),
+    )
 
 
 def _beside_mapped(all_series: Sequence[Series]) -> list[Series]:
@@ -248,25 +371,29 @@ def _left_out(series: Series, lost: Sequence[Path]) -> Series:
 
 def _unread(folder: Path, lost: Sequence[Path], all_series: Sequence[Series]) -> Series | None:
     """A series of which no image can be read, of the one study that lies nearest; None where there are several."""
-    for place in folder.parents:
-        near = [series for series in all_series if place in series.images[0].path.parents]
-        if not near:
-            continue
-        if len({series.study for series in near}) > 1:
-            return None
-        count = f"its {len(lost)} files" if len(lost) > 1 else "its file"
-        return replace(
-            near[0],
-            number=None,
-            images=tuple(DicomImage(path, "", "", np.zeros(0)) for path in lost),
-            acquisition=Acquisition(description=folder.name),
-            modality=None,
-            places=None,
-            mixed=False,
-            why=f"none of {count} can be read as DICOM{listed(lost)}. Export the series again, or delete it",
-            unreadable=tuple(lost),
-        )
-    return None
+    near = _nearest(folder.parent, all_series)
+    if len({series.study for series in near}) != 1:
+        return None
+    count = f"its {len(lost)} files" if len(lost) > 1 else "its file"
+    return replace(
+        near[0],
+        number=None,
+        images=tuple(DicomImage(path, "", "", np.zeros(0)) for path in lost),
+        acquisition=Acquisition(description=folder.name),
+        modality=None,
+        places=None,
+        mixed=False,
+        why=f"none of {count} can be read as DICOM{listed(lost)}. Export the series again, or delete it",
+        unreadable=tuple(lost),
+    )
+
+
+def _nearest(folder: Path, all_series: Sequence[Series]) -> list[Series]:
+    """The series in a folder or below it; where there are none, those of the first folder above that has any."""
+    for place in (folder, *folder.parents):
+        if near := [series for series in all_series if place in series.images[0].path.parents]:
+            return near
+    return []
 
 
 def listed(lost: Sequence[Path]) -> str:
@@ -336,8 +463,10 @@ def _recognised(header: Any, acquisition: Acquisition, mapped: Sequence[str]) ->
     if shades == "MONOCHROME1":
         return Recognition(None, "stored with white for the lowest value (MONOCHROME1). Export it as MONOCHROME2")
     description = acquisition.description
-    if description.upper().startswith("SYNTHETIC") or header.get("ManufacturerModelName") == "crossmr":
+    if description.upper().startswith("SYNTHETIC") or names_crossmr(header):
         return Recognition(None, "itself synthetic", "decided")
+    if not mapped and _SYNTHETIC.search(description):
+        return Recognition(None, "called synthetic, by whatever program. Export what was acquired, or name it by --map")
     recognised = recognise_contrast(acquisition)
     if recognised.modality is not None and covers(acquisition.part, description) == 0:
         recognised = Recognition(None, "of another part of the body than the head")

@@ -1,8 +1,8 @@
 r"""Synthetic volumes as DICOM: a series of MR images for any archive, marked as derived in every image.
 
 It has its own series and image UIDs, and shares the scans' study and frame of reference. Image Type is
-`DERIVED\SECONDARY`, the description starts with SYNTHETIC, and the source images and the program are named (DICOM PS3.3
-A.4, C.7.6.1, C.7.5.1). An extra.
+`DERIVED\SECONDARY\OTHER\SYNTHETIC\CROSSMR`, which de-identification keeps, the description starts with SYNTHETIC, and
+the source images and the program are named (DICOM PS3.3 A.4, C.7.6.1, C.7.5.1). An extra.
 """
 
 import math
@@ -20,12 +20,16 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import pydicom.config
+from pydicom.charset import convert_encodings
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.valuerep import DSfloat
+from pydicom.valuerep import VALIDATORS, DSfloat
 
 from crossmr.data.naming import DISPLAY_NAMES, display_name
 from crossmr.data.volume import DicomSlices, Volume, as_dicom_slices
 from crossmr.dicom.folders import is_derived
+from crossmr.dicom.headers import CONTRIBUTION
 from crossmr.dicom.series import DicomImage, Series
 from crossmr.errors import OutputError, VolumeError
 from crossmr.files import refuse_foreign, unfinished_path
@@ -50,9 +54,11 @@ _COPIED = (
 )
 _REQUIRED = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime"),
-    *("AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator"),
+    *("AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator", "PatientPosition"),
 )
-"""Type 2: they must be present, but may be empty."""
+"""Type 2 or 2C: they must be present, but may be empty."""
+_TEXTS, _CHECKED = ("PN", "LO", "SH"), ("DA", "TM", "AS", "CS", "DS")
+"""Value representations of texts in any letters, and of values that have a form."""
 _MR_STORAGE = "1.2.840.10008.5.1.4.1.1.4"
 
 
@@ -150,6 +156,8 @@ def _image(common: Dataset, index: int, pixels: npt.NDArray[Any], position: npt.
     image.file_meta.MediaStorageSOPClassUID = _MR_STORAGE
     image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
     image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    letters = convert_encodings(image.get("SpecificCharacterSet"))
+    image.set_original_encoding(False, True, letters if "SpecificCharacterSet" in image else letters[0])  # see _copied
     image.file_meta.ImplementationClassUID = _uid("crossmr implementation")
     image.file_meta.ImplementationVersionName = f"CROSSMR {version('crossmr')}"[:16]
     return image
@@ -175,18 +183,41 @@ def _common(series: DerivedSeries, slices: DicomSlices, stored: npt.NDArray[Any]
 
 
 def _add_patient(common: Dataset, scan: Dataset, series: DerivedSeries) -> None:
-    """Copy patient, study and frame of reference from the scan."""
+    """Copy patient, study and frame of reference from the scan, but what is no value of its kind."""
     for keyword in _COPIED:
-        if keyword in scan:
-            common[keyword] = scan[keyword]
+        if keyword in scan and (element := _copied(scan, keyword)) is not None:
+            common[keyword] = element
     for keyword in _REQUIRED:
         if keyword not in common:
             setattr(common, keyword, "")
+    study = scan.get("StudyInstanceUID")
     if not common.get("FrameOfReferenceUID"):
-        common.FrameOfReferenceUID = _uid(f"{scan.get('StudyInstanceUID')} frame of reference")
-    if not common.get("StudyInstanceUID"):  # removed by whoever shared the scans
+        whose = study or f"{series.like.study} {series.like.patient}"
+        common.FrameOfReferenceUID = _uid(f"{whose} frame of reference")
+    if not study:  # removed by whoever shared the scans
         common.StudyInstanceUID = _uid(series.like.study)
     common.BodyPartExamined = common.get("BodyPartExamined") or "BRAIN"
+
+
+def _copied(scan: Dataset, keyword: str) -> Any:
+    """A tag of the scan as it stands there; None where it is no date, time, age, code or number as DICOM has them.
+
+    A text is copied byte by byte: where it is of other characters than Specific Character Set says, reading it would
+    lose them.
+    """
+    vr = dictionary_VR(keyword)
+    raw = scan.get_item(keyword)
+    if vr in _TEXTS and isinstance(raw, RawDataElement):
+        text = raw.value or b""
+        return raw._replace(VR=vr, value=text + b" " * (len(text) % 2), is_implicit_VR=False)
+    try:
+        element = scan[keyword]
+    except Exception:  # whatever pydicom's parsing runs into
+        return None
+    values = element.value if element.VM > 1 else [element.value]
+    if vr in _CHECKED and not all(VALIDATORS[vr](vr, str(value))[0] for value in values if value is not None):
+        return None
+    return element
 
 
 def _as_of_scan(created: datetime, scan: Dataset) -> datetime:
@@ -204,7 +235,7 @@ def _add_origin(common: Dataset, scan: Dataset, created: datetime) -> None:
     """State that the images are derived, when, and by which program."""
     common.SOPClassUID = _MR_STORAGE
     common.Modality = "MR"
-    common.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+    common.ImageType = ["DERIVED", "SECONDARY", "OTHER", "SYNTHETIC", "CROSSMR"]
     common.SeriesDate = common.ContentDate = common.InstanceCreationDate = created.strftime("%Y%m%d")
     common.SeriesTime = common.ContentTime = common.InstanceCreationTime = created.strftime("%H%M%S")
     common.Manufacturer = common.ManufacturerModelName = "crossmr"
@@ -258,7 +289,7 @@ def _equipment(created: datetime) -> Dataset:
     equipment.Manufacturer = equipment.ManufacturerModelName = "crossmr"
     equipment.SoftwareVersions = version("crossmr")
     equipment.ContributionDateTime = created.strftime("%Y%m%d%H%M%S%z")
-    equipment.ContributionDescription = "Synthesis of an MR contrast that was not acquired; research use only"
+    equipment.ContributionDescription = CONTRIBUTION
     return equipment
 
 
