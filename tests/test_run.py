@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -660,6 +661,68 @@ def test_a_training_that_starts_from_a_model_without_its_patients_does_not_know_
     (tmp_path / "stripped" / "patients.json").unlink()
     model = read_model(train(prepared, tmp_path / "run", initial=tmp_path / "stripped", steps=1))
     assert [bool(one.salt) for one in model.patients] == [True, False]
+
+
+@pytest.fixture(scope="module")
+def resplit(prepared, trained, tmp_path_factory):
+    """Prepares the cohort again: case by number -> its part, of those whom `trained` learnt from and of the others."""
+    earlier = PreparedDataset(prepared)
+    learnt, others = ([c.name for c in earlier.cases if (c.split == "train") is known] for known in (True, False))
+
+    def prepare_again(parts_of_learnt, parts_of_others):
+        folder = tmp_path_factory.mktemp("resplit")
+        parts = [*zip(learnt, parts_of_learnt, strict=True), *zip(others, parts_of_others, strict=True)]
+        rows = [f"{case},{case},{part}" for case, part in parts]
+        (folder / "patients.csv").write_text("\n".join(["case,patient,part", *rows]))
+        prepare(prepared.parent / "cohort", folder / "set", PrepareSettings(patients=folder / "patients.csv"))
+        return folder / "set", learnt, others
+
+    return prepare_again
+
+
+def test_validation_patients_whom_the_initial_model_learnt_from_are_left_out(resplit, trained, tmp_path, capsys):
+    data, learnt, others = resplit(("train", "train", "val", "test"), ("train", "val", "test"))
+    model = read_model(train(data, tmp_path / "run", initial=trained / "model", steps=1, display=Display()))
+    said = capsys.readouterr().out
+    assert f"initial model: it learnt from 2 of 3 training patients ({learnt[0]}, {learnt[1]}) before" in said
+    assert (
+        f"Warning: the initial model learnt from 1 of 2 validation patients ({learnt[2]}): they are left out, and 1 "
+        "validates this training"
+    ) in " ".join(said.split())
+    assert f"learnt from 1 of 2 test patients ({learnt[3]}): for them an evaluation says" in " ".join(said.split())
+    assert "does not say whom" not in said
+    whole = find(model.patients[:1], {case: names_of(case, ()) for case in (*learnt, *others)})
+    assert [case for case, part in whole.items() if part == "val"] == [others[1]]
+    assert [*whole] == [learnt[0], learnt[1], others[0], others[1]]
+
+
+def test_where_the_initial_model_learnt_from_all_validation_patients_there_are_none(resplit, trained, tmp_path, capsys):
+    data, learnt, _ = resplit(("train", "val", "val", "train"), ("train", "train", "train"))
+    model = read_model(train(data, tmp_path / "run", initial=trained / "model", steps=1, display=Display()))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"2 of 2 validation patients ({learnt[1]}, {learnt[2]}): they are left out, and none validates" in said
+    assert model.record["training"]["validation"] == {}
+    assert torch.equal(model.calibration["variance"], read_model(trained / "model").calibration["variance"])
+    assert not any(key.startswith("val_") for line in records(tmp_path / "run") for key in line)
+
+
+def test_all_processes_leave_out_the_patients_that_the_first_one_found(tmp_path):
+    """A model elsewhere may have lost its list."""
+    agreed = {"minutes": 2.0, "kept": [None, 2.0], "identity": {}, "learnt": ["A"]}
+    second = SimpleNamespace(first=False, broadcast_json=lambda _: agreed)
+    started = run._agree(lambda *given: SimpleNamespace(identity={}, given=given), tmp_path, TrainingSettings(), second)
+    assert started[0].given == (2.0, second, ["A"])
+
+
+def test_of_an_initial_model_without_its_patients_it_is_said_that_nobody_knows(prepared, trained, tmp_path, capsys):
+    shutil.copytree(trained / "model", tmp_path / "stripped")
+    (tmp_path / "stripped" / "patients.json").unlink()
+    train(prepared, tmp_path / "run", initial=tmp_path / "stripped", steps=1, display=Display())
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "the initial model does not say whom it learnt from: patients of validation and test may be among them" in said
+    )
+    assert any(key.startswith("val_") for line in records(tmp_path / "run") for key in line)
 
 
 def test_the_list_of_patients_of_an_old_run_is_left_out(prepared, trained, tmp_path):
