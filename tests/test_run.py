@@ -28,7 +28,7 @@ from crossmr.data.split import Split
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, ModelError, OutputError, SetError
 from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
-from crossmr.networks.model import CrossConditionedModel, read_model
+from crossmr.networks.model import CrossConditionedModel, calibrated_on, read_model
 from crossmr.networks.trained_on import find, names_of
 from crossmr.networks.unet import Encoder, LightEncoder
 from crossmr.training import calibration, loop, memory, run, stages
@@ -750,6 +750,15 @@ def test_a_training_starts_from_no_other_network(prepared, trained, any_run, tmp
     train(prepared, tmp_path / "run", initial=trained / "model", steps=1, stages=("representation",))
     with pytest.raises(ConfigError, match="another initial_model"):
         train(prepared, tmp_path / "run", steps=1)
+
+
+def test_a_target_that_no_validation_patient_has_is_said_not_to_be_calibrated(resplit, tmp_path, capsys):
+    data, learnt, _ = resplit(("val", "train", "train", "train"), ("train", "train", "test"))
+    assert learnt[0] == "P-00000-000"  # has no FLAIR
+    model = read_model(train(data, tmp_path / "run", UNGUIDED, steps=1, display=Display()))
+    said = capsys.readouterr().out
+    assert "standard deviations of FLAIR: not calibrated, since no validation patient has it" in said
+    assert calibrated_on(model.calibration, model.config.targets) == {"t1c": 1, "t2f": 0}
 
 
 # Memory

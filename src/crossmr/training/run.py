@@ -24,12 +24,12 @@ from torch import Tensor
 from crossmr.checkpoint import load_checkpoint
 from crossmr.config import from_dict, to_dict
 from crossmr.data.dataset import PreparedDataset
-from crossmr.data.naming import in_usual_order
+from crossmr.data.naming import display_name, in_usual_order
 from crossmr.device import choose_device, choose_precision, numerics
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, Interrupted, ModelError, RankLost, SetError
 from crossmr.files import is_record, locked, read_json, refuse_foreign, write_json
-from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, save_model
+from crossmr.networks.model import FORMAT, INHERITED, CrossConditionedModel, ModelConfig, calibrated_on, save_model
 from crossmr.networks.trained_on import FILE as PATIENTS
 from crossmr.networks.trained_on import FORMAT as PATIENTS_FORMAT
 from crossmr.ranks import ALONE, Ranks, joined
@@ -190,13 +190,28 @@ def _train_model(
     model = _first_model(training, initial)
     if _train_stages(training, model, chosen, steps):
         if model.config.uncertainty:
-            validated = training.usable(training.val)
+            validated, say = training.usable(training.val), training.compute.display.say
             how = "calibrated on validation patients" if validated else "as they are, without validation patients"
-            training.compute.display.say(f"standard deviations: {how}")
+            say(f"standard deviations: {how}")
             model.calibration = calibration(training, model, None if initial is None else initial.calibration)
+            for line in _not_calibrated(model):
+                say(line)
         if not training.compute.ranks.first:
             return
         save_model(training.folder / "model", model, record_of(training, initial), patients_of(training, initial))
+
+
+def _not_calibrated(model: CrossConditionedModel) -> list[str]:
+    """The targets whose standard deviations were not fitted to errors of this training, where others were."""
+    ways = {0: "not calibrated", INHERITED: "as the initial model's"}
+    counts = calibrated_on(model.calibration, model.config.targets)
+    by_way = {how: [display_name(t) for t, count in counts.items() if count == n] for n, how in ways.items()}
+    return [
+        f"standard deviations of {', '.join(targets)}: {how}, since no validation patient has "
+        + ("them" if len(targets) > 1 else "it")
+        for how, targets in by_way.items()
+        if 0 < len(targets) < len(counts)
+    ]
 
 
 def _learnt_before(dataset: PreparedDataset, initial: CrossConditionedModel, learnt: Sequence[str]) -> list[str]:
