@@ -21,8 +21,9 @@ from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import PrepareSettings, prepare
 from crossmr.data.split import Split
-from crossmr.display import Display
+from crossmr.display import LOG, Display
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
+from crossmr.evaluation import evaluate as evaluation
 from crossmr.evaluation import predictors as module
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate, overlap_warnings
 from crossmr.evaluation.measures import METRICS, measure, measure_contrasts
@@ -732,3 +733,37 @@ def test_tables_of_an_earlier_evaluation_do_not_stay_beside_those_of_another(eva
     evaluate(bare, cohort, tmp_path / "out", settings())
     left = {path.name for path in (tmp_path / "out").glob("*.csv")}
     assert left == {"metrics.csv", "contrasts.csv"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, StudyError])
+def test_an_evaluation_that_does_not_end_leaves_an_earlier_one_as_it_is(
+    evaluated, bare, cohort, tmp_path, monkeypatch, error
+):
+    """Where it is stopped while it measures, and where not one study can be measured."""
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    report_evaluation(out)
+    before = {path: sha for path, sha in tree(out).items() if path != LOG}
+    measured, usual = [], evaluation.measure_subject
+
+    def stopped(subject, *given, **named):
+        if error is StudyError or measured:
+            raise error(f"{subject.name}: stopped")
+        measured.append(usual(subject, *given, **named))
+        return measured[-1]
+
+    monkeypatch.setattr(evaluation, "measure_subject", stopped)
+    with pytest.raises(error):
+        evaluate(bare, cohort, out, SETTINGS)
+    assert {path: sha for path, sha in tree(out).items() if path != LOG} == before
+    assert len(measured) == (error is KeyboardInterrupt)
+
+
+def test_nothing_of_an_earlier_evaluation_stays_beside_another(evaluated, bare, cohort, tmp_path):
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    report_evaluation(out)
+    shutil.copytree(cohort / "A1", tmp_path / "cohort" / "A1")
+    (out / "pictures" / "mine.webp").write_bytes(b"mine")
+    body = evaluate(bare, tmp_path / "cohort", out, SETTINGS)
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {LOG}
+    pictures = {picture["file"] for picture in body["pictures"]}
+    assert left == {"metrics.json", "metrics.csv", "contrasts.csv", "pictures/mine.webp", *pictures}
