@@ -48,6 +48,7 @@ from crossmr.evaluation.statistics import (
     summarise_calibration,
     summarise_contrasts,
     summarise_uncertainty,
+    summarise_uncertainty_by_target,
 )
 from crossmr.evaluation.subjects import (
     SPLIT,
@@ -123,6 +124,8 @@ class Evaluation(TypedDict):
     summary: list[Summary]
     contrasts: list[ContrastSummary]
     uncertainty: list[UncertaintySummary]
+    uncertainty_by_target: list[UncertaintySummary]
+    """The same whatever the sources."""
     calibration: list[CalibrationSummary]
     own: str
     """The predictor that is the model's own."""
@@ -384,6 +387,7 @@ def summarise_all(
         summary=summarise(measured.scores),
         contrasts=summarise_contrasts(measured.contrasts),
         uncertainty=summarise_uncertainty(measured.uncertainty),
+        uncertainty_by_target=summarise_uncertainty_by_target(measured.uncertainty),
         calibration=summarise_calibration(measured.calibration),
         own=own.name,
         against=None if second is None else describe(second, measured.patients, measured.scans, of_set),
