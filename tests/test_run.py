@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import sha256, tree, write_study
+from conftest import make_head, sha256, tree, write_study
 
 from crossmr import tensors
 from crossmr.baselines import together
@@ -627,6 +627,17 @@ def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run,
     assert model.record["training"]["seen"]["studies"] == earlier.record["training"]["seen"]["studies"] + 2
     assert together(model.baselines, range(4)).any()  # it completes studies that have T2, as before
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run" / "model").values())
+
+
+def test_a_contrast_that_the_initial_model_does_not_know_is_named(any_run, tmp_path, capsys):
+    for number in range(2):
+        swi = {"swi": make_head("t1c", seed=7 + number, air=False)}
+        case = f"Q-0000{number}-000"
+        write_study(tmp_path / "cohort", case, ("t1n", "t2f"), seed=9 + number, air=False, replace=swi)
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings({"swi": "*swi*"}, split=Split(1.0, 0.0, 0.0)))
+    train(tmp_path / "set", tmp_path / "run", None, initial=any_run / "model", steps=1, display=Display())
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Warning: swi, of .*, cannot be learnt: the initial model knows T1, T1ce, T2, FLAIR alone", said)
 
 
 def test_one_contrast_alone_is_no_model_of_any_subset(prepared, any_run, tmp_path):

@@ -24,6 +24,7 @@ from crossmr.completion.lesions import Voxel, find_lesions, most_uncertain
 from crossmr.completion.unread import Unread
 from crossmr.completion.verdict import is_refusal, judge, refusals, undertrained, unlearnt, verdict_on
 from crossmr.completion.writing import save_study
+from crossmr.config import check_kind
 from crossmr.data.formats import content_sha256, stamp
 from crossmr.data.head import DARKEST, HIGHEST, LOWEST
 from crossmr.data.naming import StudyFiles, display_name, find_studies, modality_name
@@ -172,7 +173,8 @@ def complete(
         CrossmrError: with one line that says what is wrong. NamingError, VolumeError, StudyError: the study.
             ModelError: the model. ConfigError: a setting, or a name that is not a modality.
     """
-    settings = settings or InferenceSettings()
+    settings = InferenceSettings() if settings is None else settings
+    check_kind(settings, InferenceSettings)
     if targets is not None:
         settings = replace(settings, targets=targets)
     model = load_model(model, settings.device)

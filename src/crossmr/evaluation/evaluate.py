@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from crossmr.config import read_text
+from crossmr.config import check_kind, read_text
 from crossmr.data.naming import DISPLAY_NAMES
 from crossmr.data.patients import read_patients
 from crossmr.device import choose_precision
@@ -96,6 +96,7 @@ class EvaluationSettings:
     """Of a folder of studies: table of whose each is, see `data.patients`; None goes by names."""
 
     def __post_init__(self) -> None:
+        check_kind(self.inference, InferenceSettings, "inference")
         read_text(self, "part", Part | None, Part.parse, "3/100")
         read_text(self, "patients", Path | None, Path, "patients.csv")
         read_text(self, "guidances", Sequence, lambda text: (text,), "unconditional")
@@ -162,6 +163,7 @@ def evaluate(
             A study that fails is listed under 'failed', and so are all further ones after an error of the device or of
             memory: in what is returned with paths, in what is written with the names of files only.
     """
+    check_kind(settings, EvaluationSettings)
     out, part = Path(out), settings.part
     model = load_model(model, settings.inference.device)
     if settings.every_subset and not model.config.any_subset:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from crossmr.checkpoint import load_checkpoint
-from crossmr.config import from_dict, to_dict
+from crossmr.config import check_kind, from_dict, to_dict
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import display_name, in_usual_order
 from crossmr.device import choose_device, choose_precision, numerics
@@ -87,7 +87,8 @@ def train(
         Interrupted: on Ctrl-C, after a checkpoint.
         RankLost: another process of the training ended.
     """
-    budget, settings, folder = Budget(), settings or TrainingSettings(), Path(run)
+    budget, settings, folder = Budget(), TrainingSettings() if settings is None else settings, Path(run)
+    check_kind(settings, TrainingSettings)
 
     def begin(minutes: float | None, ranks: Ranks, learnt: Sequence[str] | None) -> _TrainingStart:
         dataset = PreparedDataset(prepared)
@@ -99,7 +100,7 @@ def train(
         if learnt is None:
             learnt = [] if initial is None else learnt_from(initial, dataset.cases)
         if initial is not None:
-            lines += _learnt_before(dataset, initial, learnt)
+            lines += [*_left_out(dataset, training), *_learnt_before(dataset, initial, learnt)]
         training = replace(training, val=tuple(case for case in training.val if case.name not in {*learnt}))
         return _TrainingStart(training, initial, chosen, lines, learnt, _identity(training, dataset, initial))
 
@@ -211,6 +212,18 @@ def _not_calibrated(model: CrossConditionedModel) -> list[str]:
         + ("them" if len(targets) > 1 else "it")
         for how, targets in by_way.items()
         if 0 < len(targets) < len(counts)
+    ]
+
+
+def _left_out(dataset: PreparedDataset, training: Training) -> list[str]:
+    """The contrasts of training patients that a model of any subset does not learn, as the initial model lacks them."""
+    known = training.config.modalities
+    others = in_usual_order({m for case in training.train for m in case.modalities} - {*known})
+    if not others or not training.config.any_subset:
+        return []
+    return [
+        f"Warning: {', '.join(map(display_name, others))}, of {dataset.folder}, cannot be learnt: the initial model "
+        f"knows {', '.join(map(display_name, known))} alone. A training without --start learns all contrasts"
     ]
 
 
