@@ -278,7 +278,7 @@ def test_without_guidance_there_is_neither_mrm_nor_mdn(prepared, tmp_path, uncer
     recipe = replace(UNGUIDED, uncertainty=uncertainty)
     model = read_model(train(prepared, tmp_path, recipe, steps=2))
     assert set(model.networks()) == {"synthesis"}
-    assert set(model.calibration) == ({"variance"} if uncertainty else set())
+    assert set(model.calibration) == ({"variance", "patients"} if uncertainty else set())
 
 
 def test_three_dimensions(prepared, tmp_path):
