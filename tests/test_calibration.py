@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from trainings import ANY, COMPUTE, LAST, start_training, write_cases
+from trainings import ANY, COMPUTE, LAST, start_training, write_case, write_cases
 
-from crossmr.networks.model import CrossConditionedModel
+from crossmr.networks.model import INHERITED, CrossConditionedModel
 from crossmr.networks.scale import standardise
 from crossmr.training import stages
 from crossmr.training.calibration import _likeliest, calibration
@@ -80,17 +80,31 @@ def test_nothing_is_float64_on_the_device(start, monkeypatch):
 def test_without_validation_patients_the_calibration_is_the_initial_model_s(start):
     training, model = start(LAST, val=())
     assert calibration(training, model) == {}
-    before = {"variance": torch.ones(2, 2)}
-    assert torch.equal(calibration(training, model, before)["variance"], torch.ones(2, 2))
+    before = {"variance": torch.tensor([[1.0, 1.0], [1.0, 0.0]])}
+    kept = calibration(training, model, before)
+    assert torch.equal(kept["variance"], before["variance"])
+    assert kept["patients"].tolist() == [INHERITED, 0]  # (1, 0) was fitted to nothing
 
 
 def test_a_target_that_no_validation_patient_has_keeps_its_calibration(start, cases):
     training, model = start(LAST, val=(replace(cases["train"][1], split="val"),))
-    assert calibration(training, model)["variance"][1].tolist() == [1, 0]
+    fitted = calibration(training, model)
+    assert fitted["variance"][1].tolist() == [1, 0]
+    assert fitted["patients"].tolist() == [1, 0]
     before = {"variance": torch.tensor([[3.0, 1.0], [5.0, 2.0]])}
+    assert calibration(training, model, before)["patients"].tolist() == [1, INHERITED]
     variance = calibration(training, model, before)["variance"]
     assert variance[1].tolist() == [5, 2]
     assert variance[0].tolist() != [3, 1]
+
+
+def test_patients_to_whose_errors_it_was_fitted_are_counted_once(start, cases, tmp_path):
+    first, second = cases["val"]
+    lacking = write_case(tmp_path / "more", "X", ("t1n", "t1c", "t2w"), split="val")
+    val = (first, replace(second, patient=first.patient), lacking)
+    assert calibration(*start(LAST, val=val))["patients"].tolist() == [2, 1]
+    planes = replace(LAST, guidance="none", planes=3)
+    assert calibration(*start(planes, val=val))["patients"].tolist() == [2, 1]
 
 
 def test_any_subset_is_calibrated_on_several_patterns(start):

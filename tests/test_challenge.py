@@ -274,7 +274,7 @@ def test_a_table_for_all_targets_and_one_for_each(measured):
     columns = {str(column.header): list(column.cells) for column in tables[0].columns}
     assert columns["predictor"] == [OWN, BASELINE, ZEROS, ERASED, REAL]
     assert columns["SSIM\nwhole"][0] == f"{mean(result['summary'], OWN, 'ssim_whole'):.4f}"
-    assert columns["Dice\nWT"][2:] == ["–", "–", f"{mean(result['summary'], REAL, 'dice_wt'):.3f}"]
+    assert columns["Dice\nWT"][2:] == ["–", "–", f"{mean(result['summary'], REAL, 'dice_wt'):.3f}\nof 3 images"]
 
 
 def test_the_command_prints_the_table_and_its_summary(cohort, folder, segmenter, tmp_path):

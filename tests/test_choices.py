@@ -12,8 +12,8 @@ from crossmr.display import SILENT
 from crossmr.errors import ConfigError
 from crossmr.files import read_json
 from crossmr.phantom import write_cohort
-from crossmr.training.choices import GPU_WIDTH, STEPS, choose
-from crossmr.training.recipes import BY_SET, RECIPES, STANDARD, TINY, Recipe
+from crossmr.training.choices import GPU_WIDTH, STEPS, choose, left_open
+from crossmr.training.recipes import ANY, BY_SET, RECIPES, STANDARD, TINY, Recipe
 from crossmr.training.run import train
 from crossmr.training.settings import TrainingSettings
 
@@ -85,6 +85,22 @@ def test_only_what_is_left_open_is_chosen():
     assert not RECIPES["paper"].by_set
     with pytest.raises(ConfigError, match="by_set has 'crops'"):
         Recipe(by_set=("crops",))
+
+
+def test_what_a_caller_changed_is_not_chosen():
+    synthesis = replace(ANY.synthesis, channels=8)
+    changed = replace(ANY, crop=(48, 48), context_slices=1, synthesis=synthesis)
+    recipe, said = choose(changed, [case()], "cpu", None)
+    assert (recipe.crop, recipe.context_slices, recipe.synthesis.channels) == ((48, 48), 1, 8)
+    assert recipe.synthesis_train.epochs != ANY.synthesis_train.epochs
+    (line,) = said
+    assert "epochs" in line
+    published, _ = choose(replace(STANDARD, crop=(224, 224)), [case()], "cpu", None)  # the default of a Recipe
+    assert published.crop == (224, 224)
+    assert left_open(STANDARD) == left_open(ANY) == BY_SET
+    assert left_open(replace(STANDARD, by_set=("crop",), crop=(48, 48))) == ()
+    assert left_open(Recipe(by_set=("crop",))) == ("crop",)
+    assert left_open(Recipe(by_set=("crop",), crop=(48, 48))) == ()
 
 
 def test_a_run_keeps_what_was_chosen_when_it_goes_on(tmp_path):

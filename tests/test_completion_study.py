@@ -26,7 +26,7 @@ from crossmr.data.volume import read_volume
 from crossmr.errors import ConfigError, ModelError, NamingError, StudyError
 from crossmr.networks import inference
 from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
-from crossmr.networks.model import read_model
+from crossmr.networks.model import INHERITED, read_model
 from crossmr.picture import window
 from crossmr.tensors import pad_to_multiple, seeded
 
@@ -523,6 +523,32 @@ def test_the_std_lies_beside_the_image_of_a_model_with_uncertainty(last_folder, 
     manifest = json.loads((out / "Ann" / "manifest.json").read_text())
     assert "uncalibrated" in manifest["std"]["of"]
     assert len(list(out.rglob("*_std.nii.gz"))) == len(manifest["synthetic"])
+
+
+@pytest.mark.parametrize(
+    ("pair", "patients", "how", "kept"),
+    [
+        ((1.0, 0.0), [0, 3], "fitted to the errors on validation patients; T1ce: not calibrated", [0, 3]),
+        ((1.0, 0.0), None, "fitted to the errors on validation patients; T1ce: not calibrated", [0, None]),  # of old
+        (
+            (2.0, 0.1),
+            [INHERITED, 3],
+            "fitted to the errors on validation patients; T1ce: fitted to the errors of the model that its training "
+            "started from",
+            [None, 3],
+        ),
+    ],
+)
+def test_the_manifest_says_which_standard_deviation_was_fitted_to_how_many_patients(
+    last_folder, small, pair, patients, how, kept
+):
+    model = read_model(last_folder)
+    model.calibration = {"variance": torch.tensor([pair, (2.0, 0.1)])}
+    if patients is not None:
+        model.calibration["patients"] = torch.tensor(patients, dtype=torch.int32)
+    record = complete(small / "Ann", model, SETTINGS).manifest["std"]
+    assert record["of"] == f"the unguided synthesis's error, learnt, {how}"
+    assert [record["calibration"][target].get("patients") for target in ("t1c", "t2f")] == kept
 
 
 @pytest.mark.parametrize("changes", [{}, {"guidance": "sample", "samples": 2}], ids=["unguided", "samples"])

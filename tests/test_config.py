@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from crossmr.config import from_dict, to_dict, with_settings
+from crossmr.config import check_kind, from_dict, to_dict, with_settings
 from crossmr.errors import ConfigError
 from crossmr.networks.model import ModelConfig
 from crossmr.training.recipes import PAPER, RECIPES, TINY, Recipe
@@ -212,3 +212,9 @@ def test_the_checks_of_each_dataclass_surface(path, text):
 def test_networks_of_no_level_are_refused(stage):
     with pytest.raises(ConfigError, match="at least 1"):
         from_dict(Recipe, {stage: {"multipliers": []}})
+
+
+def test_settings_of_another_kind_are_named():
+    check_kind(OUTER, Outer)
+    with pytest.raises(ConfigError, match=r"inner is \{'size': 3\}; expected Inner\(…\), with the settings by name"):
+        check_kind({"size": 3}, Inner, "inner")

@@ -21,8 +21,9 @@ from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import PrepareSettings, prepare
 from crossmr.data.split import Split
-from crossmr.display import Display
+from crossmr.display import LOG, Display
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
+from crossmr.evaluation import evaluate as evaluation
 from crossmr.evaluation import predictors as module
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate, overlap_warnings
 from crossmr.evaluation.measures import METRICS, measure, measure_contrasts
@@ -208,8 +209,13 @@ def test_the_summary_is_over_the_scores(evaluated):
                 assert set(e[metric].values()) == {None}
                 continue
             assert e[metric]["mean"] == pytest.approx(np.mean(values))
-            bounds = (min(values) - 1e-9, e[metric]["low"], e[metric]["mean"], e[metric]["high"], max(values) + 1e-9)
-            assert list(bounds) == sorted(bounds)
+            interval = [e[metric][bound] for bound in ("low", "high")]
+            if e["region"] == "tumour":  # of three patients
+                assert interval == [None, None]
+            else:
+                bounds = (min(values) - 1e-9, interval[0], e[metric]["mean"], interval[1], max(values) + 1e-9)
+                assert list(bounds) == sorted(bounds)
+            assert (e[metric]["least"], e[metric]["most"]) == pytest.approx((min(values), max(values)))
             assert 0 < e[metric].get("p_uncorrected_against_first", 1) <= 1
     assert entry(body["summary"], "t2f", "constant", "brain")["mae"]["p_uncorrected_against_first"] == pytest.approx(
         2 / 2**6
@@ -469,7 +475,7 @@ def test_standard_deviations_are_compared_with_the_errors_of_the_model_s_own_ima
             == (e["uncertainty"] == "predicted intensity")
             == ("p_uncorrected_against_std" in e)
         )
-    assert uncertainty_table(body["uncertainty"]).row_count == 4
+    assert uncertainty_table(body["uncertainty_by_target"]).row_count == 4
 
 
 def test_the_calibration_curve_of_each_case_and_of_all(evaluated, cohort, model):
@@ -713,7 +719,7 @@ def test_a_model_of_any_subset_is_measured_on_what_is_hidden(any_model, tmp_path
         (written,) = [s for s in scores if (s.case, s.sources, s.target, s.predictor, s.region) == key]
         assert written.mae == pytest.approx(score.mae, rel=1e-4)
     assert [table.row_count for table in tables(body["summary"])] == [5] * 4 + [7] * 4
-    assert uncertainty_table(body["uncertainty"]).row_count == 8
+    assert uncertainty_table(body["uncertainty_by_target"]).row_count == 8
     pictures = {(picture["case"], picture["target"]): set(picture["sources"]) for picture in body["pictures"]}
     assert len(pictures) == len(body["pictures"])  # of each target one, from all other modalities
     assert pictures == {(case, m): {*acquired} - {m} for case, acquired in studies.items() for m in acquired}
@@ -732,3 +738,37 @@ def test_tables_of_an_earlier_evaluation_do_not_stay_beside_those_of_another(eva
     evaluate(bare, cohort, tmp_path / "out", settings())
     left = {path.name for path in (tmp_path / "out").glob("*.csv")}
     assert left == {"metrics.csv", "contrasts.csv"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, StudyError])
+def test_an_evaluation_that_does_not_end_leaves_an_earlier_one_as_it_is(
+    evaluated, bare, cohort, tmp_path, monkeypatch, error
+):
+    """Where it is stopped while it measures, and where not one study can be measured."""
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    report_evaluation(out)
+    before = {path: sha for path, sha in tree(out).items() if path != LOG}
+    measured, usual = [], evaluation.measure_subject
+
+    def stopped(subject, *given, **named):
+        if error is StudyError or measured:
+            raise error(f"{subject.name}: stopped")
+        measured.append(usual(subject, *given, **named))
+        return measured[-1]
+
+    monkeypatch.setattr(evaluation, "measure_subject", stopped)
+    with pytest.raises(error):
+        evaluate(bare, cohort, out, SETTINGS)
+    assert {path: sha for path, sha in tree(out).items() if path != LOG} == before
+    assert len(measured) == (error is KeyboardInterrupt)
+
+
+def test_nothing_of_an_earlier_evaluation_stays_beside_another(evaluated, bare, cohort, tmp_path):
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    report_evaluation(out)
+    shutil.copytree(cohort / "A1", tmp_path / "cohort" / "A1")
+    (out / "pictures" / "mine.webp").write_bytes(b"mine")
+    body = evaluate(bare, tmp_path / "cohort", out, SETTINGS)
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {LOG}
+    pictures = {picture["file"] for picture in body["pictures"]}
+    assert left == {"metrics.json", "metrics.csv", "contrasts.csv", "pictures/mine.webp", *pictures}

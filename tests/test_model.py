@@ -20,9 +20,11 @@ from crossmr.networks.c_unet import SynthesisConfig, synthesis_error
 from crossmr.networks.distribution import DistributionConfig
 from crossmr.networks.masked_autoencoder import RepresentationConfig, z_score
 from crossmr.networks.model import (
+    INHERITED,
     LOG_SCALE_RANGE,
     CrossConditionedModel,
     ModelConfig,
+    calibrated_on,
     laplace_variance,
     read_model,
     save_model,
@@ -755,6 +757,21 @@ def test_a_calibration_that_does_not_fit_is_refused(folder, variance):
     calibration = {"other": torch.ones(2, 2)} if variance is None else {"variance": variance}
     resave(folder, lambda tensors, _: tensors.update(calibration=calibration))
     refused(folder, r"calibration\.safetensors does not fit")
+
+
+@pytest.mark.parametrize("patients", [torch.zeros(3, dtype=torch.int32), torch.zeros(2)])
+def test_counts_of_patients_that_do_not_fit_are_refused(folder, patients):
+    calibration = {"variance": torch.ones(2, 2), "patients": patients}
+    resave(folder, lambda tensors, _: tensors.update(calibration=calibration))
+    refused(folder, r"calibration\.safetensors does not fit")
+
+
+def test_a_model_says_on_how_many_patients_each_standard_deviation_was_calibrated():
+    targets, variance = ("t1c", "t2f"), torch.tensor([[1.0, 0.0], [2.0, 0.1]])
+    assert calibrated_on({}, targets) == {"t1c": 0, "t2f": 0}
+    assert calibrated_on({"variance": variance}, targets) == {"t1c": 0, "t2f": None}  # of old
+    counts = torch.tensor([0, INHERITED], dtype=torch.int32)
+    assert calibrated_on({"variance": variance, "patients": counts}, targets) == {"t1c": 0, "t2f": INHERITED}
 
 
 @pytest.mark.parametrize(

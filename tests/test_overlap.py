@@ -50,6 +50,21 @@ def test_validated_on_the_model_s_own_set_and_trained_on_by_the_model_it_started
     assert unknown == overlap(["A1", "A2"], known=False)
 
 
+def test_the_model_s_own_set_says_nothing_of_those_whom_the_initial_model_learnt_from():
+    """Its set stands for its own list alone."""
+    own, earlier = remember((), ()), remember(names_of("A", ()), ())
+    for lists, known in (
+        ((own, PatientList()), False),  # of the initial model nobody knows
+        ((PatientList(), earlier), True),  # here the set is the list
+        ((own, earlier), True),
+        ((own,), False),
+        ((), False),  # the whole file was lost
+    ):
+        found = find_overlap(model(lists, set="own", initial_model="abc"), PATIENTS, SCANS, ("own", "test"))
+        assert found["known"] is known, lists
+    assert not find_overlap(model((), initial_model="abc"), PATIENTS, SCANS)["known"]
+
+
 def test_it_is_said_of_how_many_patients():
     trained, validated = say_overlap("model", overlap(["A1", "A2", "B1"], ["C1"]), PATIENTS)
     assert trained.startswith("The model was trained on 2 of these patients (A1, A2, B1): for them")

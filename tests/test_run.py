@@ -11,12 +11,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import sha256, tree, write_study
+from conftest import make_head, sha256, tree, write_study
 
 from crossmr import tensors
 from crossmr.baselines import together
@@ -27,7 +28,7 @@ from crossmr.data.split import Split
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, ModelError, OutputError, SetError
 from crossmr.networks.inference import HeadVolumes, InferenceSettings, synthesise
-from crossmr.networks.model import CrossConditionedModel, read_model
+from crossmr.networks.model import CrossConditionedModel, calibrated_on, read_model
 from crossmr.networks.trained_on import find, names_of
 from crossmr.networks.unet import Encoder, LightEncoder
 from crossmr.training import calibration, loop, memory, run, stages
@@ -277,7 +278,7 @@ def test_without_guidance_there_is_neither_mrm_nor_mdn(prepared, tmp_path, uncer
     recipe = replace(UNGUIDED, uncertainty=uncertainty)
     model = read_model(train(prepared, tmp_path, recipe, steps=2))
     assert set(model.networks()) == {"synthesis"}
-    assert set(model.calibration) == ({"variance"} if uncertainty else set())
+    assert set(model.calibration) == ({"variance", "patients"} if uncertainty else set())
 
 
 def test_three_dimensions(prepared, tmp_path):
@@ -628,6 +629,17 @@ def test_a_model_of_any_subset_goes_on_with_the_modalities_a_cohort_has(any_run,
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run" / "model").values())
 
 
+def test_a_contrast_that_the_initial_model_does_not_know_is_named(any_run, tmp_path, capsys):
+    for number in range(2):
+        swi = {"swi": make_head("t1c", seed=7 + number, air=False)}
+        case = f"Q-0000{number}-000"
+        write_study(tmp_path / "cohort", case, ("t1n", "t2f"), seed=9 + number, air=False, replace=swi)
+    prepare(tmp_path / "cohort", tmp_path / "set", PrepareSettings({"swi": "*swi*"}, split=Split(1.0, 0.0, 0.0)))
+    train(tmp_path / "set", tmp_path / "run", None, initial=any_run / "model", steps=1, display=Display())
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Warning: swi, of .*, cannot be learnt: the initial model knows T1, T1ce, T2, FLAIR alone", said)
+
+
 def test_one_contrast_alone_is_no_model_of_any_subset(prepared, any_run, tmp_path):
     for initial in ({"initial": any_run / "model"}, {"recipe": ANY_SMALL}):
         for named, options in (
@@ -662,6 +674,68 @@ def test_a_training_that_starts_from_a_model_without_its_patients_does_not_know_
     assert [bool(one.salt) for one in model.patients] == [True, False]
 
 
+@pytest.fixture(scope="module")
+def resplit(prepared, trained, tmp_path_factory):
+    """Prepares the cohort again: case by number -> its part, of those whom `trained` learnt from and of the others."""
+    earlier = PreparedDataset(prepared)
+    learnt, others = ([c.name for c in earlier.cases if (c.split == "train") is known] for known in (True, False))
+
+    def prepare_again(parts_of_learnt, parts_of_others):
+        folder = tmp_path_factory.mktemp("resplit")
+        parts = [*zip(learnt, parts_of_learnt, strict=True), *zip(others, parts_of_others, strict=True)]
+        rows = [f"{case},{case},{part}" for case, part in parts]
+        (folder / "patients.csv").write_text("\n".join(["case,patient,part", *rows]))
+        prepare(prepared.parent / "cohort", folder / "set", PrepareSettings(patients=folder / "patients.csv"))
+        return folder / "set", learnt, others
+
+    return prepare_again
+
+
+def test_validation_patients_whom_the_initial_model_learnt_from_are_left_out(resplit, trained, tmp_path, capsys):
+    data, learnt, others = resplit(("train", "train", "val", "test"), ("train", "val", "test"))
+    model = read_model(train(data, tmp_path / "run", initial=trained / "model", steps=1, display=Display()))
+    said = capsys.readouterr().out
+    assert f"initial model: it learnt from 2 of 3 training patients ({learnt[0]}, {learnt[1]}) before" in said
+    assert (
+        f"Warning: the initial model learnt from 1 of 2 validation patients ({learnt[2]}): they are left out, and 1 "
+        "validates this training"
+    ) in " ".join(said.split())
+    assert f"learnt from 1 of 2 test patients ({learnt[3]}): for them an evaluation says" in " ".join(said.split())
+    assert "does not say whom" not in said
+    whole = find(model.patients[:1], {case: names_of(case, ()) for case in (*learnt, *others)})
+    assert [case for case, part in whole.items() if part == "val"] == [others[1]]
+    assert [*whole] == [learnt[0], learnt[1], others[0], others[1]]
+
+
+def test_where_the_initial_model_learnt_from_all_validation_patients_there_are_none(resplit, trained, tmp_path, capsys):
+    data, learnt, _ = resplit(("train", "val", "val", "train"), ("train", "train", "train"))
+    model = read_model(train(data, tmp_path / "run", initial=trained / "model", steps=1, display=Display()))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"2 of 2 validation patients ({learnt[1]}, {learnt[2]}): they are left out, and none validates" in said
+    assert model.record["training"]["validation"] == {}
+    assert torch.equal(model.calibration["variance"], read_model(trained / "model").calibration["variance"])
+    assert not any(key.startswith("val_") for line in records(tmp_path / "run") for key in line)
+
+
+def test_all_processes_leave_out_the_patients_that_the_first_one_found(tmp_path):
+    """A model elsewhere may have lost its list."""
+    agreed = {"minutes": 2.0, "kept": [None, 2.0], "identity": {}, "learnt": ["A"]}
+    second = SimpleNamespace(first=False, broadcast_json=lambda _: agreed)
+    started = run._agree(lambda *given: SimpleNamespace(identity={}, given=given), tmp_path, TrainingSettings(), second)
+    assert started[0].given == (2.0, second, ["A"])
+
+
+def test_of_an_initial_model_without_its_patients_it_is_said_that_nobody_knows(prepared, trained, tmp_path, capsys):
+    shutil.copytree(trained / "model", tmp_path / "stripped")
+    (tmp_path / "stripped" / "patients.json").unlink()
+    train(prepared, tmp_path / "run", initial=tmp_path / "stripped", steps=1, display=Display())
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "the initial model does not say whom it learnt from: patients of validation and test may be among them" in said
+    )
+    assert any(key.startswith("val_") for line in records(tmp_path / "run") for key in line)
+
+
 def test_the_list_of_patients_of_an_old_run_is_left_out(prepared, trained, tmp_path):
     """Runs kept unsalted hashes of their patients in run.json."""
     shutil.copytree(trained, tmp_path / "run")
@@ -687,6 +761,15 @@ def test_a_training_starts_from_no_other_network(prepared, trained, any_run, tmp
     train(prepared, tmp_path / "run", initial=trained / "model", steps=1, stages=("representation",))
     with pytest.raises(ConfigError, match="another initial_model"):
         train(prepared, tmp_path / "run", steps=1)
+
+
+def test_a_target_that_no_validation_patient_has_is_said_not_to_be_calibrated(resplit, tmp_path, capsys):
+    data, learnt, _ = resplit(("val", "train", "train", "train"), ("train", "train", "test"))
+    assert learnt[0] == "P-00000-000"  # has no FLAIR
+    model = read_model(train(data, tmp_path / "run", UNGUIDED, steps=1, display=Display()))
+    said = capsys.readouterr().out
+    assert "standard deviations of FLAIR: not calibrated, since no validation patient has it" in said
+    assert calibrated_on(model.calibration, model.config.targets) == {"t1c": 1, "t2f": 0}
 
 
 # Memory

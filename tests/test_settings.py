@@ -2,8 +2,13 @@
 
 import pytest
 
+from crossmr.completion.study import complete
 from crossmr.errors import ConfigError
+from crossmr.evaluation.challenge import ProtocolSettings, evaluate_by_protocol
+from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
+from crossmr.networks.inference import InferenceSettings
 from crossmr.training.recipes import RECIPES
+from crossmr.training.run import train
 from crossmr.training.settings import TrainingSettings
 
 
@@ -32,3 +37,42 @@ def test_settings_that_make_no_sense_are_refused():
             TrainingSettings(**wrong)
     with pytest.raises(ConfigError, match="64 bits"):
         TrainingSettings(seed=2**64)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"recipe": {"crop": (3, 3)}},
+            r"recipe is \{'crop': \(3, 3\)\}; expected one of standard, any, paper, tiny",
+        ),
+        ({"minutes": "5"}, "minutes is '5'; expected a number"),
+        ({"minutes": True}, "minutes is True; expected a number"),
+        ({"stages": 3}, "stages is 3; expected names of stages"),
+        ({"stages": (3,)}, "expected names of stages"),
+        ({"device": None}, "device is None; expected text"),
+        ({"precision": 32}, "precision is 32; expected text"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_when_it_is_said(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainingSettings(**wrong)
+
+
+@pytest.mark.parametrize("settings", ["tiny", {"seed": 1}, {}, InferenceSettings()])
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda settings: train("set", "run", settings), "TrainingSettings"),
+        (lambda settings: evaluate("model", "set", "out", settings), "EvaluationSettings"),
+        (lambda settings: evaluate_by_protocol("model", "set", "out", settings), "ProtocolSettings"),
+        (lambda settings: EvaluationSettings(inference=settings), "InferenceSettings"),
+        (lambda settings: ProtocolSettings(evaluation=settings), "EvaluationSettings"),
+        (lambda settings: complete({}, "model", settings), "InferenceSettings"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_by_name(call, kind, settings):
+    if isinstance(settings, InferenceSettings) and kind == "InferenceSettings":
+        settings = TrainingSettings()
+    with pytest.raises(ConfigError, match=rf"is .*; expected {kind}\(…\)"):
+        call(settings)

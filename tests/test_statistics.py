@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
+from crossmr.baselines import BASELINES
 from crossmr.evaluation.measures import (
     INTENSITY,
     METRICS,
@@ -18,10 +19,12 @@ from crossmr.evaluation.measures import (
     UncertaintyScore,
 )
 from crossmr.evaluation.statistics import (
+    out_of_reach,
     summarise,
     summarise_calibration,
     summarise_contrasts,
     summarise_uncertainty,
+    summarise_uncertainty_by_target,
 )
 from crossmr.metrics import holm
 
@@ -126,6 +129,35 @@ def test_p_values_are_corrected_over_predictors_and_regions_of_one_metric_and_ta
     assert "p_holm_against_first" not in entries["t2f", "own", "brain"]
 
 
+def test_baselines_are_a_family_of_their_own(paired):
+    """What a model differs from a constant by does not count against its difference from another model."""
+    own, other, p = paired
+    rows = [score(case, "own", mae=own[case]) for case in CASES]
+    rows += [score(case, "against: x", mae=other[case]) for case in CASES]
+    rows += [score(case, name, mae=own[case] + k + 1) for k, name in enumerate(BASELINES) for case in CASES]
+    rows += [replace(row, region="deep", mae=0.5) for row in rows]
+    corrected = {(e["predictor"], e["region"]): e["mae"].get("p_holm_against_first") for e in summarise(rows)}
+    assert corrected["against: x", "brain"] == pytest.approx(2 * p)
+    assert corrected["constant", "brain"] == pytest.approx(6 * 2 / 2**10)
+
+
+@pytest.mark.parametrize(("patients", "regions", "least"), [(9, 4, None), (7, 4, 4 / 64), (6, 1, None), (2, 4, 1.0)])
+def test_where_no_difference_can_be_significant_the_least_p_is_known(patients, regions, least):
+    rows = [
+        score(f"P{k}", name, region=f"r{r}", mae=0.1 * k + 1.0 * shift, correlation=math.nan)
+        for k in range(patients)
+        for r in range(regions)
+        for name, shift in (("own", 0), ("against: x", 1), *((name, 2) for name in BASELINES))
+    ]
+    entries = summarise(rows)
+    assert out_of_reach(entries, baselines=False) == least
+    holm_p = min(e["mae"]["p_holm_against_first"] for e in entries if e["predictor"] == "against: x")
+    assert holm_p == pytest.approx(min(1, regions * 2.0 ** (1 - patients)))
+    of_baselines = out_of_reach(entries, baselines=True)
+    assert of_baselines == (p if (p := min(1.0, 3 * regions * 2.0 ** (1 - patients))) >= 0.05 else None)
+    assert out_of_reach([e for e in entries if e["predictor"] == "own"], baselines=False) is None
+
+
 def test_p_values_of_uncertainty_are_corrected_over_all_targets(paired):
     stds, intensities, p = paired
     rows = [uncertainty(case, STD, ause=stds[case]) for case in CASES]
@@ -146,12 +178,23 @@ def test_means_and_intervals_are_of_the_cases(paired):
         assert estimate["high"] == pytest.approx(estimate["mean"] + half, abs=0.3 * half)
 
 
+@pytest.mark.parametrize(("patients", "interval"), [(1, False), (5, False), (6, True)])
+def test_of_few_patients_there_is_no_interval_but_their_range(patients, interval):
+    """Of two patients half of the bootstrap intervals would not hold the mean."""
+    values = [1.0, 5.0, 2.0, 4.0, 3.0, 9.0, math.nan][:patients]
+    (summary,) = summarise([score(f"P{k}", "own", psnr=value) for k, value in enumerate([*values, math.nan])])
+    estimate = summary["psnr"]
+    assert (estimate["least"], estimate["most"]) == (min(values), max(values))
+    assert [estimate[bound] is not None for bound in ("low", "high")] == [interval] * 2
+
+
 def test_scores_that_do_not_exist_are_null_and_left_out_of_the_mean():
     rows = [score("A", "own", psnr=math.inf, nmse=math.nan, mae=math.nan), score("B", "own", nmse=math.nan, mae=0.25)]
     (summary,) = summarise(rows)
-    assert summary["psnr"] == {"mean": None, "low": 0.5, "high": None}
-    assert summary["nmse"] == {"mean": None, "low": None, "high": None}
-    assert summary["mae"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    none = dict.fromkeys(("mean", "low", "high", "least", "most"))
+    assert summary["psnr"] == none | {"least": 0.5}
+    assert summary["nmse"] == none
+    assert summary["mae"] == none | dict.fromkeys(("mean", "least", "most"), 0.25)
     json.dumps(summary, allow_nan=False)
 
 
@@ -238,6 +281,18 @@ def test_uncertainty_is_the_mean_over_cases_and_its_test_pairs_each_case_with_it
     assert of_intensity["correlation"] is None
     assert "p_uncorrected_against_std" not in of_std
     assert of_intensity["p_uncorrected_against_std"] == pytest.approx(p)
+
+
+def test_uncertainty_of_a_target_is_the_mean_over_patients_not_over_subsets():
+    """One patient who lacks a contrast is one of twenty."""
+    rows = [uncertainty(f"P{k}", STD, error=0.04, coverage_95=0.95) for k in range(19)]
+    rows += [replace(uncertainty("P19", STD, error=0.2, coverage_95=0.15), sources="t2w")]
+    rows += [replace(uncertainty("P18", STD, error=0.08, coverage_95=0.95), sources="t1n+t2w")]
+    (summary,) = summarise_uncertainty_by_target(rows)
+    assert summary["patients"] == 20
+    assert summary["error"] == pytest.approx((18 * 0.04 + 0.06 + 0.2) / 20)
+    assert summary["coverage_95"] == pytest.approx((19 * 0.95 + 0.15) / 20)
+    assert summary["sources"] == "any"
 
 
 def test_calibration_is_the_root_mean_square_of_each_decile():

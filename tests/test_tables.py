@@ -18,8 +18,8 @@ from crossmr.evaluation.measures import (
     Score,
     UncertaintyScore,
 )
-from crossmr.evaluation.statistics import summarise, summarise_contrasts, summarise_uncertainty
-from crossmr.evaluation.tables import read_scores, tables, uncertainty_table, write_csv
+from crossmr.evaluation.statistics import summarise, summarise_contrasts, summarise_uncertainty_by_target
+from crossmr.evaluation.tables import other_tables, read_scores, tables, uncertainty_table, write_csv
 
 
 def score(case="A", predictor="own", region="brain", sources="t1n", target="t2f", **metrics):
@@ -102,7 +102,7 @@ def test_a_target_has_a_row_for_each_predictor():
     assert [table.row_count for table in shown] == [4, 4]
     text = text_of(*shown)
     for words in (
-        "t1c from t1n: mean and 95 % interval over 3 patients",
+        "t1c from t1n: mean and range over 3 patients (fewer than 6: no interval)",
         "t2f from t1n",
         "own",
         "guided: sample",
@@ -172,6 +172,25 @@ def test_of_one_patient_there_is_no_interval():
     assert next(iter(table.columns[2].cells)) == "20.00"
 
 
+def test_an_interval_stands_beside_the_mean_of_six_patients():
+    rows = [score(str(k), psnr=20.0 + k) for k in range(6)]
+    rows += [score(str(k), region="tumour", psnr=20.0 + k) for k in range(5)]
+    (table,) = tables(summarise(rows))
+    assert table.title == "t2f from t1n: mean and 95 % interval over 6 patients"
+    cells = {column.header: next(iter(column.cells)) for column in table.columns}
+    low, high = map(float, cells["PSNR\nbrain"].split("\n")[1].split("–"))
+    assert 20 < low < 22.5 < high < 25
+    assert cells["PSNR\ntumour"] == "22.00"  # of five there is none
+
+
+@pytest.mark.parametrize(("patients", "caption"), [(5, "0.062"), (6, None)])
+def test_a_table_says_where_two_models_cannot_differ_significantly(patients, caption):
+    rows = [score(str(k), name, psnr=20.0 + k) for k in range(patients) for name in ("own", "against: x", "constant")]
+    (table,) = tables(summarise(rows))
+    wanted = f"5 patients are too few for a significant difference between models: p is {caption} at least"
+    assert table.caption == (caption and wanted)
+
+
 def test_every_subset_has_two_tables_for_each_predictor_but_the_baselines():
     psnr = {"own": 20.0, "against: plain": 21.0, "linear regression": 19.0, "constant": 5.0}
     subsets = (("t1n", "t2f"), ("t1n", "t1c"), ("t1n+t1c", "t2f"))
@@ -214,12 +233,27 @@ def test_uncertainty_is_one_table():
         for sources, error in (("t1n", 0.02), ("t1n+t2w", 0.04))
         for name, ause in ((STD, 0.2), (INTENSITY, 0.4))
     ]
-    table = uncertainty_table(summarise_uncertainty(rows))
-    assert [column.header for column in table.columns][:2] == ["target", "uncertainty"]
+    table = uncertainty_table(summarise_uncertainty_by_target(rows))
+    assert [column.header for column in table.columns][:3] == ["target", "uncertainty", "patients"]
     assert [list(column.cells) for column in table.columns] == [
-        *(["t2f", "t2f"], ["std", "predicted intensity"]),
+        *(["t2f", "t2f"], ["std", "predicted intensity"], ["1", "1"]),
         *(["0.0300", "0.0300"], ["0.0150", "0.0150"], ["0.20", "0.40"], ["0.90", "–"]),
         ["2.00 / 3.00", "2.00 / 3.00"],
     ]
     rows = [replace(row, std_ratio=math.nan, error_ratio=math.nan) for row in rows]
-    assert list(uncertainty_table(summarise_uncertainty(rows)).columns[-1].cells) == ["– / –", "– / –"]
+    assert list(uncertainty_table(summarise_uncertainty_by_target(rows)).columns[-1].cells) == ["– / –", "– / –"]
+
+
+def test_a_mean_over_fewer_images_than_another_says_so():
+    """By another protocol: two of four images have a tumour, and two a linear regression."""
+    rows = [
+        {"target": "t2f", "predictor": name, "measure": measure, "images": images, "mean": 0.5}
+        for name, counts in (("own", (4, 1)), ("linear regression", (2, 1)))
+        for measure, images in zip(("ssim_whole", "ssim_tumour"), counts, strict=True)
+    ]
+    (table,) = other_tables("brasyn", rows)
+    assert table.title == "t2f by the protocol 'brasyn': mean over 4 images"
+    assert [list(column.cells) for column in table.columns][1:] == [
+        ["0.5000", "0.5000\nof 2 images"],
+        ["0.5000\nof 1 image"] * 2,
+    ]

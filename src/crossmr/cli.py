@@ -437,7 +437,7 @@ def evaluate(
     result = run(model, data, out, settings, display=display)
     display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
     if result["uncertainty"]:
-        display.print_tables([uncertainty_table(result["uncertainty"])])
+        display.print_tables([uncertainty_table(result["uncertainty_by_target"])])
     waiting = f"part {own} is measured; others are not yet, or of other studies, models or settings"
     last = f"report: {report_evaluation(out)}" if result["finished"] else waiting
     lines = [*(f"Warning: {text}" for text in overlap_warnings(result)), last]

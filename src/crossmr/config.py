@@ -27,6 +27,16 @@ def read_text(settings: Any, name: str, kind: Any, read: Callable[[str], Any], e
         raise ConfigError(f"{name} is {value!r}; expected text such as '{example}'.")
 
 
+def check_kind(value: Any, kind: type, name: str = "settings") -> None:
+    """Refuse settings that are none, such as a dict or a recipe's name.
+
+    Raises:
+        ConfigError: `value` is no `kind`.
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r}; expected {kind.__name__}(…), with the settings by name.")
+
+
 def read_whole(settings: Any, *names: str) -> None:
     """Make attributes of a frozen dataclass integers; None is what was not given.
 

@@ -92,7 +92,7 @@ def _demo(out: Path, seed: int, minutes: float, display: Display) -> Evaluation:
     display.say("6/6 evaluate on phantoms that training never saw")
     result = evaluate(model, out / "set", out / "evaluation", EvaluationSettings(inference=settings), display=display)
     display.print_tables(tables(result["summary"], result["contrasts"], intervals=display.wide))
-    display.print_tables([uncertainty_table(result["uncertainty"])])
+    display.print_tables([uncertainty_table(result["uncertainty_by_target"])])
     pages = report_completion(out / "completed"), report_evaluation(out / "evaluation")
     display.say(
         f"done in {time.monotonic() - start:.0f} s: look at {out / 'trained.png'}, {' and '.join(map(str, pages))}"

@@ -24,9 +24,10 @@ from crossmr.completion.lesions import Voxel, find_lesions, most_uncertain
 from crossmr.completion.unread import Unread
 from crossmr.completion.verdict import is_refusal, judge, refusals, undertrained, unlearnt, verdict_on
 from crossmr.completion.writing import save_study
+from crossmr.config import check_kind
 from crossmr.data.formats import content_sha256, stamp
 from crossmr.data.head import DARKEST, HIGHEST, LOWEST
-from crossmr.data.naming import StudyFiles, find_studies, modality_name
+from crossmr.data.naming import StudyFiles, display_name, find_studies, modality_name
 from crossmr.data.study import Study, load_study, study_memory
 from crossmr.data.volume import on_grid
 from crossmr.device import choose_precision
@@ -45,7 +46,7 @@ from crossmr.networks.inference import (
     slices_at_once,
     synthesise,
 )
-from crossmr.networks.model import CrossConditionedModel
+from crossmr.networks.model import INHERITED, CrossConditionedModel, calibrated_on
 from crossmr.picture import middle, window
 from crossmr.registry import load_model
 
@@ -172,7 +173,8 @@ def complete(
         CrossmrError: with one line that says what is wrong. NamingError, VolumeError, StudyError: the study.
             ModelError: the model. ConfigError: a setting, or a name that is not a modality.
     """
-    settings = settings or InferenceSettings()
+    settings = InferenceSettings() if settings is None else settings
+    check_kind(settings, InferenceSettings)
     if targets is not None:
         settings = replace(settings, targets=targets)
     model = load_model(model, settings.device)
@@ -424,12 +426,20 @@ def _std_record(model: CrossConditionedModel) -> dict[str, Any]:
     """What the manifest says of the standard deviations."""
     if not model.config.uncertainty:
         return {"of": "guided syntheses, uncalibrated: several times too small", "calibration": None}
-    variance = model.calibration.get("variance")
-    factors = None if variance is None else dict(zip(model.config.targets, variance.tolist(), strict=True))
+    variance, targets = model.calibration.get("variance"), model.config.targets
+    if variance is None:
+        return {"of": "the unguided synthesis's error, learnt, uncalibrated", "calibration": None}
+    fitted = calibrated_on(model.calibration, targets)
+    others = {0: "not calibrated", INHERITED: "fitted to the errors of the model that its training started from"}
+    said = [f"{display_name(target)}: {others[count]}" for target, count in fitted.items() if count in others]
+    factors = {target: {"a": a, "c": c} for target, (a, c) in zip(targets, variance.tolist(), strict=True)}
+    for target, count in fitted.items():
+        if count is not None and count >= 0:
+            factors[target]["patients"] = count
+    how = "fitted to the errors on validation patients" if len(said) < len(targets) else ""
     return {
-        "of": "the unguided synthesis's error, learnt, "
-        + ("fitted to the errors on validation patients" if factors else "uncalibrated"),
-        "calibration": factors and {target: {"a": a, "c": c} for target, (a, c) in factors.items()},
+        "of": f"the unguided synthesis's error, learnt, {'; '.join([*([how] if how else []), *said])}",
+        "calibration": factors,
     }
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
-from crossmr.config import read_text
+from crossmr.config import check_kind, read_text
 from crossmr.data.labels import as_counted
 from crossmr.data.naming import in_usual_order
 from crossmr.data.patients import merge
@@ -77,6 +77,7 @@ class ProtocolSettings:
     """The studies, and how to synthesise; every subset and parts are not for these protocols."""
 
     def __post_init__(self) -> None:
+        check_kind(self.evaluation, EvaluationSettings, "evaluation")
         read_text(self, "segmenter", Segmenter | None, Segmenter, EXAMPLE)
         if self.protocol not in OTHER_PROTOCOLS:
             raise ConfigError(f"--protocol is '{self.protocol}'; expected crossmr, {' or '.join(OTHER_PROTOCOLS)}.")
@@ -133,6 +134,7 @@ def evaluate_by_protocol(
         CrossmrError: nothing could be measured, the model or the data is not for this protocol, or OUT holds something
             else that has the name of a file to be written. A study that fails is listed under 'failed'.
     """
+    check_kind(settings, ProtocolSettings)
     out, data, chosen = Path(out), Path(data), settings.evaluation
     model = load_model(model, chosen.inference.device)
     _check(model, data, settings)

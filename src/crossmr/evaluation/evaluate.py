@@ -4,7 +4,8 @@ What is measured, and how, is said in `measures`.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -13,14 +14,24 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from crossmr.config import read_text
+from crossmr.config import check_kind, read_text
 from crossmr.data.naming import DISPLAY_NAMES
+from crossmr.data.patients import read_patients
 from crossmr.device import choose_precision
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, OutputError, StudyError, names_only
-from crossmr.evaluation.measurements import TABLES, Measurements, Outcome, Picture, read_parts, write_part
+from crossmr.evaluation.measurements import (
+    TABLES,
+    Measurements,
+    Outcome,
+    Picture,
+    read_parts,
+    unlike_parts,
+    write_part,
+)
 from crossmr.evaluation.measures import (
     PROTOCOL,
+    Row,
     measure,
     measure_calibration,
     measure_contrasts,
@@ -37,6 +48,7 @@ from crossmr.evaluation.statistics import (
     summarise_calibration,
     summarise_contrasts,
     summarise_uncertainty,
+    summarise_uncertainty_by_target,
 )
 from crossmr.evaluation.subjects import (
     SPLIT,
@@ -84,6 +96,7 @@ class EvaluationSettings:
     """Of a folder of studies: table of whose each is, see `data.patients`; None goes by names."""
 
     def __post_init__(self) -> None:
+        check_kind(self.inference, InferenceSettings, "inference")
         read_text(self, "part", Part | None, Part.parse, "3/100")
         read_text(self, "patients", Path | None, Path, "patients.csv")
         read_text(self, "guidances", Sequence, lambda text: (text,), "unconditional")
@@ -112,6 +125,8 @@ class Evaluation(TypedDict):
     summary: list[Summary]
     contrasts: list[ContrastSummary]
     uncertainty: list[UncertaintySummary]
+    uncertainty_by_target: list[UncertaintySummary]
+    """The same whatever the sources."""
     calibration: list[CalibrationSummary]
     own: str
     """The predictor that is the model's own."""
@@ -141,11 +156,14 @@ def evaluate(
     gets metrics.csv, metrics.json, pictures, contrasts.csv where a study has a lesion or fluid, and with standard
     deviations uncertainty.csv and calibration.csv.
 
+    Nothing of an earlier evaluation in OUT is replaced before all is measured, and nothing of it stays then.
+
     Raises:
         CrossmrError: nothing could be measured, or OUT holds something else that has the name of a file to be written.
             A study that fails is listed under 'failed', and so are all further ones after an error of the device or of
             memory: in what is returned with paths, in what is written with the names of files only.
     """
+    check_kind(settings, EvaluationSettings)
     out, part = Path(out), settings.part
     model = load_model(model, settings.inference.device)
     if settings.every_subset and not model.config.any_subset:
@@ -158,37 +176,67 @@ def evaluate(
     if not subjects:  # an earlier evaluation in OUT stays
         raise StudyError(f"No study of {data} could be measured: the split '{settings.split or SPLIT}' is empty")
     own = subjects if part is None else part.take(subjects)
+    of_set = set_and_split(Path(data), settings)
     with locked(out, shared=part is not None):
         _refuse_foreign(out, [one.name for one in own], predictors[0].model.config.targets)
-        if part is None:
+        key = _key(subjects, predictors, of_set, settings)
+        place = out / WORK / digest(key)[:16]
+        if part is None and not (out / "metrics.json").exists():
             write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
-        with display.logged(out / LOG) as logging:
-            outcomes = _measure_all(own, predictors, out, settings, logging)
-        paths = {one.name: [*one.paths, Path(data), out] for one in own}
-        shareable = {one.name: names_only(one.failed, paths[one.name]) for one in outcomes if one.failed}
-        if part is not None:
-            key = _key(subjects, predictors, set_and_split(Path(data), settings), settings)
-            write_part(out, part, key, [replace(one, failed=shareable.get(one.name, "")) for one in outcomes])
-            if all_outcomes := read_parts(out, part.of, key):
-                outcomes = all_outcomes
-                shareable = {one.name: one.failed for one in outcomes if one.failed}
-        complete = len(outcomes) == len(subjects)
-        measured = Measurements.of(outcomes)
-        if not measured.scores and complete:
-            raise StudyError(f"No study of {data} could be measured: {next(iter(measured.failed.values()))}")
-        measured = measured.by_patient()
-        evaluation = summarise_all(measured, predictors, set_and_split(Path(data), settings))
-        evaluation["finished"] = complete
-        if complete:
-            rows = measured.rows()
-            for name in TABLES:
-                if name in rows:
-                    write_csv(out / f"{name}.csv", rows[name])
-                else:  # of an earlier evaluation
-                    remove(out / f"{name}.csv")
-            write_json(out / "metrics.json", {**evaluation, "failed": shareable})
-            remove(out / WORK)
+        with display.logged(out / LOG) as logging, _kept(place, for_others=part is not None):
+            outcomes = _measure_all(own, predictors, place, settings, logging)
+            paths = {one.name: [*one.paths, Path(data), out] for one in own}
+            shareable = {one.name: names_only(one.failed, paths[one.name]) for one in outcomes if one.failed}
+            if part is not None:
+                write_part(out, part, key, [replace(one, failed=shareable.get(one.name, "")) for one in outcomes])
+                if all_outcomes := read_parts(out, part.of, key):
+                    outcomes = all_outcomes
+                    shareable = {one.name: one.failed for one in outcomes if one.failed}
+                for other, names in unlike_parts(out, part.of, key).items():
+                    logging.say(f"Part {other} in {out} is of other {', '.join(names)}: it is not joined with {part}.")
+            complete = len(outcomes) == len(subjects)
+            measured = Measurements.of(outcomes)
+            if not measured.scores and complete:
+                raise StudyError(f"No study of {data} could be measured: {next(iter(measured.failed.values()))}")
+            measured = measured.by_patient()
+            evaluation = summarise_all(measured, predictors, of_set)
+            evaluation["finished"] = complete
+            if complete:
+                _publish(out, place, measured.rows(), {**evaluation, "failed": shareable})
     return evaluation
+
+
+@contextmanager
+def _kept(place: Path, *, for_others: bool) -> Iterator[None]:
+    """The folder of the pictures until all is measured; it stays for the other parts alone."""
+    try:
+        yield
+    finally:
+        if not for_others:
+            remove(place)
+            with suppress(OSError):  # parts of an evaluation may wait in it
+                place.parent.rmdir()
+
+
+def _publish(out: Path, place: Path, rows: Mapping[str, Sequence[Row]], body: Evaluation) -> None:
+    """Put an evaluation in the place of an earlier one, of which nothing stays; metrics.json comes last."""
+    write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
+    remove(out / REPORT)
+    for name in TABLES:
+        if name in rows:
+            write_csv(out / f"{name}.csv", rows[name])
+        else:
+            remove(out / f"{name}.csv")
+    shown = [out / picture["file"] for picture in body["pictures"]]
+    for path in set((out / "pictures").glob("*.webp")) - set(shown):
+        if not path.is_symlink() and is_picture(path):
+            remove(path)
+    for path in shown:
+        path.parent.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another part that ended now has moved it
+            (place / path.relative_to(out)).replace(path)
+    write_json(out / "metrics.json", body)
+    remove(out / WORK)
 
 
 def _key(
@@ -196,31 +244,40 @@ def _key(
     predictors: Sequence[Predictor],
     of_set: tuple[str, str] | None,
     settings: EvaluationSettings,
-) -> str:
-    """What all parts of one evaluation have in common: studies, models and settings.
+) -> dict[str, str]:
+    """What all parts of one evaluation have in common, by name: studies, models, patients and settings, as hashes.
 
     Of files the sizes stand for what they hold: for hashes each part would have to read the studies of all.
     """
     studies = {one.name: [(path.name, path.stat().st_size) for path in one.paths if of_set is None] for one in subjects}
-    models = [(one.name, one.model.record.get("sha256")) for one in predictors]
+    table = {} if settings.patients is None else read_patients(settings.patients)
+    common: dict[str, Any] = {
+        "studies": studies,
+        "set or --split": of_set,
+        "models": [(one.name, one.model.record.get("sha256")) for one in predictors],
+        "patients (--patients)": {case: entry.patient for case, entry in sorted(table.items())},
+        "--map": sorted((settings.mapping or {}).items()),
+        "--every-subset": settings.every_subset,
+        "--guidance": settings.guidances,
+    }
     inference = replace(settings.inference, device=predictors[0].model.device.type)  # any of its kind
-    same = replace(settings, part=None, split=None, against=None, inference=inference)  # the split is of_set's
-    return digest({"studies": studies, "set": of_set, "models": models, "settings": repr(same)})
+    common |= {f"--{name.replace('_', '-')}": repr(value) for name, value in vars(inference).items()}
+    return {name: digest({name: value}) for name, value in common.items()}
 
 
 def _measure_all(
     subjects: Sequence[FoundSubject],
     predictors: Sequence[Predictor],
-    out: Path,
+    place: Path,
     settings: EvaluationSettings,
     display: Display,
 ) -> list[Outcome]:
-    """What became of each study."""
+    """What became of each study; its pictures lie in `place`."""
 
     def measure_one(found: FoundSubject) -> Measurements:
         warn_of_memory(found, predictors, display, every_subset=settings.every_subset)
         subject = say_notes(found.read(), display)
-        return measure_subject(subject, predictors, out, every_subset=settings.every_subset)
+        return measure_subject(subject, predictors, place, every_subset=settings.every_subset)
 
     return [Outcome(name, measured, failed) for name, measured, failed in each_study(subjects, measure_one, display)]
 
@@ -332,6 +389,7 @@ def summarise_all(
         summary=summarise(measured.scores),
         contrasts=summarise_contrasts(measured.contrasts),
         uncertainty=summarise_uncertainty(measured.uncertainty),
+        uncertainty_by_target=summarise_uncertainty_by_target(measured.uncertainty),
         calibration=summarise_calibration(measured.calibration),
         own=own.name,
         against=None if second is None else describe(second, measured.patients, measured.scans, of_set),

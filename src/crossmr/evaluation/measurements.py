@@ -100,18 +100,18 @@ class Outcome:
     failed: str = ""
 
 
-def write_part(out: Path, part: Part, key: str, outcomes: Sequence[Outcome]) -> None:
-    """Keep what one part measured; `key` says of which studies, and how.
+def write_part(out: Path, part: Part, key: Mapping[str, str], outcomes: Sequence[Outcome]) -> None:
+    """Keep what one part measured; `key` says of which studies, and how, each by a name.
 
     Raises:
         OutputError: it cannot be written.
     """
-    body = {"key": key, "outcomes": [asdict(outcome) for outcome in outcomes]}
+    body = {"key": dict(key), "outcomes": [asdict(outcome) for outcome in outcomes]}
     text = json.dumps(body, default=float)  # of NumPy's numbers; and NaN, which JSON has not, is read here alone
     write_atomically(_path(out, part), text.encode(errors="surrogatepass"))
 
 
-def read_parts(out: Path, of: int, key: str) -> list[Outcome]:
+def read_parts(out: Path, of: int, key: Mapping[str, str]) -> list[Outcome]:
     """What all parts measured, in the order of the studies; [] where not all have, or one has of other studies.
 
     Raises:
@@ -131,6 +131,21 @@ def read_parts(out: Path, of: int, key: str) -> list[Outcome]:
             return []
     longest = max(map(len, parts))
     return [part[k] for k in range(longest) for part in parts if k < len(part)]
+
+
+def unlike_parts(out: Path, of: int, key: Mapping[str, str]) -> dict[str, list[str]]:
+    """The parts that cannot be joined with those of this key → the names of what is another in it."""
+    unlike = {}
+    for part in (Part(number, of) for number in range(1, of + 1)):
+        try:
+            theirs = json.loads(_path(out, part).read_bytes())["key"]
+        except (OSError, ValueError, KeyError, TypeError):  # it is not there yet, or `read_parts` names it
+            continue
+        if not isinstance(theirs, dict):
+            unlike[str(part)] = ["version of crossmr"]
+        elif theirs != key:
+            unlike[str(part)] = sorted(name for name in {*theirs, *key} if theirs.get(name) != key.get(name))
+    return unlike
 
 
 def _path(out: Path, part: Part) -> Path:

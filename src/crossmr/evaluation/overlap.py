@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from crossmr.networks.model import CrossConditionedModel
-from crossmr.networks.trained_on import find, names_of
+from crossmr.networks.trained_on import PatientList, find, names_of
 
 LISTED = 8
 """Cases that a warning names."""
@@ -14,7 +14,7 @@ class Overlap(TypedDict):
     """Of which cases a model has seen the patient, by name or by a scan."""
 
     known: bool
-    """Whether the model says on whom it was trained: if not, the lists may lack cases."""
+    """Whether it is known on whom the model, and each that it started from, was trained: if not, cases may lack."""
     trained_on: list[str]
     validated_on: list[str]
     """Those on whom its training was validated and its standard deviations were calibrated."""
@@ -36,15 +36,24 @@ def find_overlap(
     """
     studies = {case: names_of(patient, scans.get(case, ())) for case, patient in patients.items()}
     seen: dict[str, str] = {**find(model.patients, studies)}
-    own_set = of_set is not None and of_set[0] == model.record.get("training", {}).get("set")
+    training = model.record.get("training", {})
+    own_set = of_set is not None and of_set[0] == training.get("set")
     if own_set and of_set is not None and of_set[1] != "test":
         seen |= {case: of_set[1] for case in studies if seen.get(case) != "train"}
     by_part = {part: {patients[case] for case in seen if seen[case] == part} for part in ("train", "val")}
     return Overlap(
-        known=own_set or (bool(model.patients) and all(one.salt for one in model.patients)),
+        known=_is_known(model.patients, own_set=own_set, started=bool(training.get("initial_model"))),
         trained_on=[case for case, who in patients.items() if who in by_part["train"]],
         validated_on=[case for case, who in patients.items() if who in by_part["val"] - by_part["train"]],
     )
+
+
+def _is_known(lists: Sequence[PatientList], *, own_set: bool, started: bool) -> bool:
+    """Whether each training is known: the model's own by its list or its set, those before it by their lists alone."""
+    own, earlier = lists[:1], lists[1:]
+    if started and not earlier:
+        return False
+    return (own_set or any(one.salt for one in own)) and all(one.salt for one in earlier)
 
 
 def say_overlap(name: str, overlap: Overlap, patients: Mapping[str, str]) -> list[str]:

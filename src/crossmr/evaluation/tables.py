@@ -15,7 +15,7 @@ from crossmr.baselines import BASELINES
 from crossmr.data.naming import in_usual_order
 from crossmr.errors import OutputError
 from crossmr.evaluation.measures import METRICS, STRUCTURES, Metric, Score, Structure
-from crossmr.evaluation.statistics import ContrastSummary, Summary, UncertaintySummary
+from crossmr.evaluation.statistics import FEWEST, ContrastSummary, Summary, UncertaintySummary, out_of_reach
 from crossmr.files import write_atomically
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ UNCERTAINTY_COLUMNS: tuple[tuple[str, Literal["error", "error_most_certain_90", 
     ("within 1.96 std", "coverage_95", 2),
 )
 """What the table of uncertainty shows: heading, measure, digits."""
+RATIOS: tuple[Literal["error_ratio", "std_ratio"], ...] = ("error_ratio", "std_ratio")
+"""And last, in one column."""
 OTHER_COLUMNS: dict[str, tuple[str, int]] = {
     "ssim_whole": ("SSIM\nwhole", 4),
     "ssim_tumour": ("SSIM\ntumour", 4),
@@ -50,6 +52,15 @@ OTHER_COLUMNS: dict[str, tuple[str, int]] = {
     "dice_et": ("Dice\nET", 3),
 }
 """Measure of another protocol → heading and digits."""
+
+
+Bounds = tuple[Literal["low", "least"], Literal["high", "most"]]
+SPREADS: dict[Bounds | None, str] = {None: "", ("least", "most"): " and range", ("low", "high"): " and 95 % interval"}
+TOO_FEW: dict[Bounds | None, str] = {
+    None: "",
+    ("least", "most"): f" (fewer than {FEWEST}: no interval)",
+    ("low", "high"): "",
+}
 
 
 class OtherSummary(TypedDict):
@@ -92,38 +103,53 @@ def _size(entries: Sequence[Summary]) -> tuple[int, int]:
 
 
 def uncertainty_table(summary: Sequence[UncertaintySummary]) -> Table:
-    """How well the standard deviations tell where the errors are.
-
-    Of a target that was synthesised from several subsets of sources, the mean over these.
-    """
-    table = _table("uncertainty: errors within the head")
+    """How well the standard deviations tell where the errors are: see `summarise_uncertainty_by_target`."""
+    table = _table("uncertainty: errors within the head, mean over patients")
     table.add_column("target")
     table.add_column("uncertainty")
-    for heading in (*(heading for heading, _, _ in UNCERTAINTY_COLUMNS), "error / std, lesion over rest"):
+    for heading in ("patients", *(heading for heading, _, _ in UNCERTAINTY_COLUMNS), "error / std, lesion over rest"):
         table.add_column(heading, justify="right")
-    for target, name in dict.fromkeys((entry["target"], entry["uncertainty"]) for entry in summary):
-        entries = [entry for entry in summary if (entry["target"], entry["uncertainty"]) == (target, name)]
-        cells = [_mean([entry[measure] for entry in entries], digits) for _, measure, digits in UNCERTAINTY_COLUMNS]
-        ratios = ([entry["error_ratio"] for entry in entries], [entry["std_ratio"] for entry in entries])
-        table.add_row(target, name, *cells, " / ".join(_mean(values, 2) for values in ratios))
+    for entry in summary:
+        cells = [_number(entry[measure], digits) for _, measure, digits in UNCERTAINTY_COLUMNS]
+        ratios = " / ".join(_number(entry[ratio], 2) for ratio in RATIOS)
+        table.add_row(entry["target"], entry["uncertainty"], str(entry["patients"]), *cells, ratios)
     return table
 
 
 def other_tables(protocol: str, summary: Sequence[OtherSummary]) -> list[Table]:
-    """A table for all targets together and one for each, by another protocol than ours."""
+    """A table for all targets together and one for each, by another protocol than ours.
+
+    What is the mean over fewer images than the others says over how many.
+    """
     shown = [measure for measure in OTHER_COLUMNS if any(entry["measure"] == measure for entry in summary)]
     made = []
     for target in dict.fromkeys(entry["target"] for entry in summary):
-        means = {(e["predictor"], e["measure"]): e["mean"] for e in summary if e["target"] == target}
-        images = max(entry["images"] for entry in summary if entry["target"] == target)
+        entries = {(e["predictor"], e["measure"]): e for e in summary if e["target"] == target}
+        images = max(entry["images"] for entry in entries.values())
         table = _table(f"{target} by the protocol '{protocol}': mean over {images} image{'s' * (images > 1)}")
         table.add_column("predictor", no_wrap=True)
         for measure in shown:
             table.add_column(OTHER_COLUMNS[measure][0], justify="right", no_wrap=True)
-        for predictor in dict.fromkeys(predictor for predictor, _ in means):
-            table.add_row(escape(predictor), *(_mean([means.get((predictor, m))], OTHER_COLUMNS[m][1]) for m in shown))
+        for predictor in dict.fromkeys(predictor for predictor, _ in entries):
+            cells = [_other_cell(entries.get((predictor, m)), OTHER_COLUMNS[m][1], images) for m in shown]
+            table.add_row(escape(predictor), *cells)
         made.append(table)
     return made
+
+
+def _other_cell(entry: OtherSummary | None, digits: int, images: int) -> str:
+    """A mean, and over how many images where that is not over all `images`."""
+    if entry is None or entry["mean"] is None:
+        return "–"
+    fewer = f"\nof {entry['images']} image{'s' * (entry['images'] > 1)}" * (entry["images"] < images)
+    return f"{_number(entry['mean'], digits)}{fewer}"
+
+
+def bounds_of(patients: int) -> Bounds | None:
+    """Which bounds stand beside a mean over so many patients: of its interval, or, of few, of their values."""
+    if patients < 2:
+        return None
+    return ("least", "most") if patients < FEWEST else ("low", "high")
 
 
 def kept_cell(entry: ContrastSummary | None) -> str:
@@ -174,8 +200,12 @@ def read_scores(path: Path) -> list[Score]:
 def _target_table(entries: Sequence[Summary], contrasts: Sequence[ContrastSummary], intervals: bool) -> Table:
     """Predictor × region and metric, then structure, of one target."""
     patients, (target, sources) = max(e["patients"] for e in entries), (entries[0]["target"], entries[0]["sources"])
-    intervals = intervals and patients > 1
-    table = _table(f"{target} from {sources}: mean{' and 95 % interval' * intervals} over {patients} patients")
+    bounds = bounds_of(patients) if intervals else None
+    table = _table(f"{target} from {sources}: mean{SPREADS[bounds]} over {patients} patients{TOO_FEW[bounds]}")
+    if (least := out_of_reach(entries, baselines=False)) is not None:
+        table.caption = (
+            f"{patients} patients are too few for a significant difference between models: p is {least:.2g} at least"
+        )
     table.add_column("predictor", no_wrap=True)
     for region, metric, _ in COLUMNS:
         table.add_column(f"{HEADINGS[metric]}\n{region}", justify="right", no_wrap=True)
@@ -184,7 +214,7 @@ def _target_table(entries: Sequence[Summary], contrasts: Sequence[ContrastSummar
     kept = {(e["predictor"], e["structure"]): e for e in contrasts if (e["target"], e["sources"]) == (target, sources)}
     by_place = {(entry["predictor"], entry["region"]): entry for entry in entries}
     for predictor in dict.fromkeys(entry["predictor"] for entry in entries):
-        cells = [_cell(by_place.get((predictor, r)), metric, digits, intervals) for r, metric, digits in COLUMNS]
+        cells = [_cell(by_place.get((predictor, r)), metric, digits, bounds) for r, metric, digits in COLUMNS]
         cells += [kept_cell(kept.get((predictor, structure))) for structure in STRUCTURES]
         table.add_row(escape(predictor), *cells)
     return table
@@ -203,7 +233,7 @@ def _subsets_table(summary: Sequence[Summary], predictor: str, metric: Metric, d
         cells = []
         for target in targets:
             pair = (brain.get((sources, target, name)) for name in (predictor, BASELINE))
-            own, baseline = (_cell(entry, metric, digits, False) for entry in pair)
+            own, baseline = (_cell(entry, metric, digits) for entry in pair)
             cells.append("" if own == "–" else f"{own} ({baseline})")
         patients = max(entry["patients"] for entry in summary if entry["sources"] == sources)
         table.add_row(sources, str(patients), *cells)
@@ -214,15 +244,14 @@ def _table(title: str) -> Table:
     return Table(title=escape(title), title_justify="left", box=SIMPLE, padding=(0, 1))
 
 
-def _mean(values: Sequence[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.{digits}f}" if known else "–"
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _cell(entry: Summary | None, metric: Metric, digits: int, interval: bool) -> str:
+def _cell(entry: Summary | None, metric: Metric, digits: int, bounds: Bounds | None = None) -> str:
     if entry is None or (mean := entry[metric]["mean"]) is None:
         return "–"
-    low, high = entry[metric]["low"], entry[metric]["high"]
-    if not interval or low is None or high is None:
+    low, high = (entry[metric][bound] for bound in bounds) if bounds else (None, None)
+    if low is None or high is None:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f}\n{low:.{digits}f}–{high:.{digits}f}"

@@ -40,6 +40,8 @@ EXTRAS = ("baselines", "calibration")
 """Files beside the networks'."""
 LOG_SCALE_RANGE = -5.0, 3.0
 """Range of log b, b being the error that the C-UNet expects, in robust standard deviations."""
+INHERITED = -1
+"""Stands for a count of patients where a target's calibration is the initial model's: see `calibrated_on`."""
 PADDING = 16
 """Sides of completed images are padded to multiples of this at least, so that heads of similar size share one shape."""
 Guidance = Literal["sample", "unconditional", "reference", "none"]
@@ -152,7 +154,8 @@ class CrossConditionedModel(nn.Module):
 
     `seed` and a network's name decide its first weights, so that no network changes another's. `baselines` holds the
     fitted baselines; `calibration` 'variance' (T, 2): the squared error of a target, in robust standard deviations, is
-    a·variance + c. `record`, once loaded, is its SHA-256 and how it was trained, `patients` on whom, as far as known.
+    a·variance + c, and 'patients' (T,), see `calibrated_on`. `record`, once loaded, is its SHA-256 and how it was
+    trained, `patients` on whom, as far as known.
     """
 
     representation: MaskedAutoencoder | None
@@ -303,6 +306,20 @@ class CrossConditionedModel(nn.Module):
         return variance.sqrt() / RANGE
 
 
+def calibrated_on(calibration: Mapping[str, Tensor], targets: Sequence[str]) -> dict[str, int | None]:
+    """Target → how many validation patients its standard deviation was fitted to: 0 where it was not calibrated.
+
+    INHERITED where it was fitted to the errors of the model that the training started from; None where it is not known
+    how many, as of models that were trained before that was kept.
+    """
+    variance, patients = calibration.get("variance"), calibration.get("patients")
+    if variance is None:
+        return dict.fromkeys(targets, 0)
+    counts = [None] * len(targets) if patients is None else patients.tolist()
+    pairs = zip(targets, counts, variance.tolist(), strict=True)
+    return {target: 0 if pair == [1, 0] else count for target, count, pair in pairs}
+
+
 def laplace_variance(log_scale: Tensor) -> Tensor:
     """The variance 2·b² of a Laplace distribution of scale b, from log b."""
     return 2 * (2 * log_scale).exp()
@@ -425,10 +442,13 @@ def _load_weights(file: Path, network: nn.Module, tensors: Mapping[str, Tensor])
 
 
 def _calibration_fits(calibration: Mapping[str, Tensor], targets: int) -> bool:
-    """Whether the calibration, where there is one, is of so many targets."""
+    """Whether the calibration, where there is one, is of so many targets; older ones do not count patients."""
     variance = calibration.get("variance", torch.zeros(0))
     if not calibration or variance.shape != (targets, 2) or variance.dtype != torch.float32:
         return not calibration
+    patients = calibration.get("patients", torch.zeros(targets, dtype=torch.int32))
+    if patients.shape != (targets,) or patients.dtype != torch.int32:
+        return False
     return bool((torch.isfinite(variance) & (variance >= 0)).all())
 
 

@@ -24,8 +24,19 @@ from crossmr.evaluation.evaluate import BY_PROTOCOL, Evaluation, overlap_warning
 from crossmr.evaluation.measurements import Picture
 from crossmr.evaluation.measures import KEPT, STRUCTURES, Score
 from crossmr.evaluation.predictors import AGAINST
-from crossmr.evaluation.statistics import CalibrationSummary, ContrastSummary, Summary
-from crossmr.evaluation.tables import BASELINE, COLUMNS, HEADINGS, KEPT_HEADINGS, kept_cell, read_scores
+from crossmr.evaluation.statistics import CalibrationSummary, ContrastSummary, Summary, out_of_reach
+from crossmr.evaluation.tables import (
+    BASELINE,
+    COLUMNS,
+    HEADINGS,
+    KEPT_HEADINGS,
+    SPREADS,
+    TOO_FEW,
+    Bounds,
+    bounds_of,
+    kept_cell,
+    read_scores,
+)
 from crossmr.files import REPORT, is_page, read_json, refuse_foreign, write_atomically
 from crossmr.picture import BRIGHT, BRIGHTEST, COLOURS, DARK
 
@@ -74,6 +85,10 @@ class TargetTable:
     """Predictor → region → its metrics."""
     kept: Mapping[str, Sequence[str]]
     """Predictor → how often it keeps the contrast of each structure, as text."""
+    bounds: Bounds | None
+    """What stands beside a mean."""
+    out_of_reach: Sequence[str]
+    """Which differences cannot be significant, as text."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +199,8 @@ def report_evaluation(out: Path) -> Path:
         "headings": [(region, HEADINGS[metric], metric, digits) for region, metric, digits in COLUMNS],
         "structures": list(KEPT_HEADINGS.values()),
         "kept_between": KEPT,
+        "spreads": SPREADS,
+        "too_few": TOO_FEW,
         "by_case": by_case,
         "picture": _reader(out, (picture["file"] for picture in result["pictures"])),
     }
@@ -246,7 +263,10 @@ def _target_tables(summary: Sequence[Summary], contrasts: Sequence[ContrastSumma
             predictor: [kept_cell(by_structure.get((target, sources, predictor, each))) for each in STRUCTURES]
             for predictor in rows
         }
-        tables.append(TargetTable(target, sources, max(entry["patients"] for entry in entries), rows, kept))
+        patients = max(entry["patients"] for entry in entries)
+        least = {who: out_of_reach(entries, baselines=who == "baselines") for who in ("other models", "baselines")}
+        too_few = [f"from {who} (p is {p:.2g} at least)" for who, p in least.items() if p is not None]
+        tables.append(TargetTable(target, sources, patients, rows, kept, bounds_of(patients), too_few))
     return tables
 
 

@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from crossmr.device import autocast
-from crossmr.networks.model import CrossConditionedModel, laplace_variance
+from crossmr.networks.model import INHERITED, CrossConditionedModel, calibrated_on, laplace_variance
 from crossmr.networks.scale import standardise
 from crossmr.tensors import seeded
 from crossmr.training.shared import Training, cut, in_chunks
@@ -22,22 +22,27 @@ def calibration(
     """'variance' (T, 2): for each target a, c >= 0 of squared error = a·variance + c within validation patients' heads.
 
     Both are in squared robust standard deviations. By the Gaussian likelihood, for which a few large errors do not
-    outweigh the rest. A target that no validation patient has keeps its pair of `before`, or else gets (1, 0). Of
-    several processes each computes its shard of the errors, and rank 0 fits.
+    outweigh the rest. A target that no validation patient has keeps its pair of `before`, or else gets (1, 0).
+    'patients' (T,): to how many validation patients' errors each pair was fitted; see `calibrated_on`. Of several
+    processes each computes its shard of the errors, and rank 0 fits.
     """
     compute, config = training.compute, training.config
-    known = before.get("variance") if before else None
+    known, earlier = before.get("variance") if before else None, calibrated_on(before or {}, config.targets)
+    inherited = [INHERITED if earlier[target] != 0 else 0 for target in config.targets]
     usable = training.in_planes(training.usable(training.val))
     if not usable:
-        return dict(before or {})
+        return {} if known is None else {"variance": known, "patients": torch.tensor(inherited, dtype=torch.int32)}
     model.eval()
     raw = training.batches("synthesis", usable, config.modalities).validation_batch(VALIDATION_SLICES)
     pairs: list[list[Tensor]] = [[] for _ in config.targets]
+    patients: list[set[str]] = [set() for _ in config.targets]
     for number in range(validation_views(config)):
         batch = synthesis_batch(config, raw, None, seeded("calibrate", compute.seed, number))
         both, there = _squared_errors(training, model, batch), batch.truth > 0
         for index, chosen in enumerate((batch.target_mask > 0).unbind(1)):
             pairs[index].append(both[:, chosen, index][:, there[chosen, index]])
+            seen = chosen & there[:, index].flatten(1).any(1)
+            patients[index].update(usable[number].patient for number in raw.case[seen].tolist())
     if not compute.ranks.first:  # which fits, and keeps
         return {}
     fitted = []
@@ -45,7 +50,11 @@ def calibration(
         variance, squared = torch.cat(parts, 1)
         unknown = torch.tensor([1.0, 0.0]) if known is None else known[index].cpu()
         fitted.append(_likeliest(variance, squared) if len(variance) else unknown)
-    return {"variance": torch.stack([pair.float() for pair in fitted])}
+    counts = [len(who) or kept for who, kept in zip(patients, inherited, strict=True)]
+    return {
+        "variance": torch.stack([pair.float() for pair in fitted]),
+        "patients": torch.tensor(counts, dtype=torch.int32),
+    }
 
 
 def _squared_errors(training: Training, model: CrossConditionedModel, batch: SynthesisBatch) -> Tensor:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 
 from crossmr.data.dataset import Case
 from crossmr.tensors import NEIGHBOURS_MM, PLANES, foreground_slices, neighbours, planes_of
 from crossmr.training.batches import times_drawn
-from crossmr.training.recipes import Recipe
+from crossmr.training.recipes import BY_SET, STANDARD, Recipe
 
 CLOSE_MM = 2 * NEIGHBOURS_MM
 """Slices that lie closer have neighbours of their own (`tensors.neighbours`)."""
@@ -24,12 +25,22 @@ STEPS = 4_000, 60_000
 """Fewest and most, where neither --steps nor --minutes are given."""
 
 
+def left_open(recipe: Recipe) -> tuple[str, ...]:
+    """What of `recipe.by_set` the set decides: not what a caller changed, and is therefore no default any more.
+
+    A recipe whose by_set is STANDARD's or ANY's own was made from one of them, so that what differs was changed. A
+    by_set that a caller wrote leaves open what is as in one of them, or as in a Recipe of which nothing is said.
+    """
+    defaults = [STANDARD] if set(recipe.by_set) == set(BY_SET) else [STANDARD, Recipe()]
+    return tuple(n for n in recipe.by_set if attrgetter(n)(recipe) in [attrgetter(n)(default) for default in defaults])
+
+
 def choose(recipe: Recipe, cases: Sequence[Case], device: str, minutes: float | None) -> tuple[Recipe, list[str]]:
-    """Settle what `recipe.by_set` names, for these training cases and a device of this type.
+    """Settle what a recipe leaves open (`left_open`), for these training cases and a device of this type.
 
     Returns the recipe, which leaves nothing open any more, and a line for each choice.
     """
-    said = []
+    recipe, said = replace(recipe, by_set=left_open(recipe)), []
     if "context_slices" in recipe.by_set:
         close = [case for case in cases if len({*neighbours(1, 3, 3, case.spacing_mm[0])}) == 3]
         recipe = replace(recipe, context_slices=3 if 2 * len(close) > len(cases) and recipe.spatial_dims == 2 else 1)

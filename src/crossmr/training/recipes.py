@@ -68,7 +68,7 @@ class Recipe:
     """One training, from masked autoencoder to C-UNet."""
 
     by_set: tuple[str, ...] = ()
-    """Settings that the set, the device and the time decide (choices.py); what is given here for them is a default."""
+    """Settings that the set, the device and the time decide (choices.py), as far as they are left at their defaults."""
     spatial_dims: int = 2
     """2: axial slices, as published. 3: volumes."""
     any_subset: bool = False

@@ -13,7 +13,7 @@ from crossmr.data.dataset import Case
 from crossmr.data.head import bounding_box
 from crossmr.files import read_json, read_lines, write_json
 from crossmr.networks.model import CrossConditionedModel
-from crossmr.networks.trained_on import PHANTOM, PatientList, add_seen, count_seen, names_of, remember
+from crossmr.networks.trained_on import PHANTOM, PatientList, add_seen, count_seen, find, names_of, remember
 from crossmr.training.shared import Training
 from crossmr.typical import describe, summarise
 
@@ -100,8 +100,24 @@ def patients_of(training: Training, initial: CrossConditionedModel | None) -> li
     """On whom the model was trained, those of the initial model included, or that nobody knows who these were."""
 
     def names(cases: Sequence[Case]) -> list[str]:
-        also = [name for case in cases if case.named for name in names_of(case.named, ())]
-        return [*also, *(name for case in cases for name in names_of(case.patient, case.scans))]
+        return [name for case in cases for name in _names_of(case)]
 
     earlier = () if initial is None else (initial.patients or (PatientList(),))
     return [remember(names(training.train), names(training.val)), *earlier]
+
+
+def learnt_from(initial: CrossConditionedModel, cases: Sequence[Case]) -> list[str]:
+    """The cases whose patient the initial model, or one that it started from, learnt from: all of the patient's."""
+    found = find(initial.patients, {case.name: _names_of(case) for case in cases})
+    learnt = {case.patient for case in cases if found.get(case.name) == "train"}
+    return [case.name for case in cases if case.patient in learnt]
+
+
+def knows_its_patients(initial: CrossConditionedModel) -> bool:
+    """Whether the initial model says of every training whom it learnt from."""
+    return bool(initial.patients) and all(one.salt for one in initial.patients)
+
+
+def _names_of(case: Case) -> list[str]:
+    """All that a case's patient can be recognised by."""
+    return [*(names_of(case.named, ()) if case.named else ()), *names_of(case.patient, case.scans)]

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from crossmr.checkpoint import load_checkpoint
-from crossmr.config import from_dict, to_dict
+from crossmr.config import check_kind, from_dict, to_dict
 from crossmr.data.dataset import PreparedDataset
-from crossmr.data.naming import in_usual_order
+from crossmr.data.naming import display_name, in_usual_order
 from crossmr.device import choose_device, choose_precision, numerics
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, Interrupted, ModelError, RankLost, SetError
 from crossmr.files import is_record, locked, read_json, refuse_foreign, write_json
-from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig, save_model
+from crossmr.networks.model import FORMAT, INHERITED, CrossConditionedModel, ModelConfig, calibrated_on, save_model
 from crossmr.networks.trained_on import FILE as PATIENTS
 from crossmr.networks.trained_on import FORMAT as PATIENTS_FORMAT
 from crossmr.ranks import ALONE, Ranks, joined
@@ -39,7 +39,7 @@ from crossmr.training.choices import choose
 from crossmr.training.loop import Trainer, without_prefix
 from crossmr.training.plan import Budget, Plan, read_plan, write_plan
 from crossmr.training.recipes import STANDARD, Recipe, recipe_of
-from crossmr.training.record import baselines_of, patients_of, record_of
+from crossmr.training.record import baselines_of, knows_its_patients, learnt_from, patients_of, record_of
 from crossmr.training.settings import TrainingSettings
 from crossmr.training.shared import Compute, Training
 from crossmr.training.stages import STAGES
@@ -50,6 +50,9 @@ WRITTEN: dict[str, Callable[[Path], bool]] = {
     **dict.fromkeys(("stages", "pictures", "model"), Path.is_dir),
 }
 """What a run writes beside run.json, and whether that is a file or a folder."""
+LISTED = 8
+"""Cases that a warning names."""
+NAMES_OF_PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 
 def train(
@@ -68,7 +71,8 @@ def train(
         settings: what is trained, for how long, and where.
         initial_model: a trained model, loaded, as folder or by name, from whose weights every network starts.
             Modalities and networks are then its own; a model of any subset goes on with those of its modalities that
-            the set has, and keeps what it knew of the others, which nothing trains.
+            the set has, and keeps what it knew of the others, which nothing trains. Validation patients whom it learnt
+            from are left out.
         display: where progress goes.
 
     Returns:
@@ -83,21 +87,28 @@ def train(
         Interrupted: on Ctrl-C, after a checkpoint.
         RankLost: another process of the training ended.
     """
-    budget, settings, folder = Budget(), settings or TrainingSettings(), Path(run)
+    budget, settings, folder = Budget(), TrainingSettings() if settings is None else settings, Path(run)
+    check_kind(settings, TrainingSettings)
 
-    def begin(minutes: float | None, ranks: Ranks) -> _TrainingStart:
+    def begin(minutes: float | None, ranks: Ranks, learnt: Sequence[str] | None) -> _TrainingStart:
         dataset = PreparedDataset(prepared)
         initial = None if initial_model is None else load_model(initial_model, "cpu")
         recipe, reasons = _recipe(dataset, settings, initial, minutes)
         training = _training(folder, dataset, replace(settings, recipe=recipe), initial, display, budget, ranks)
         chosen = _chosen_stages(training.config, settings)
-        return _TrainingStart(training, initial, chosen, reasons, _identity(training, dataset, initial))
+        lines = [f"chosen by the set: {reason}" for reason in reasons]
+        if learnt is None:
+            learnt = [] if initial is None else learnt_from(initial, dataset.cases)
+        if initial is not None:
+            lines += [*_left_out(dataset, training), *_learnt_before(dataset, initial, learnt)]
+        training = replace(training, val=tuple(case for case in training.val if case.name not in {*learnt}))
+        return _TrainingStart(training, initial, chosen, lines, learnt, _identity(training, dataset, initial))
 
     with joined(settings.device) as ranks, _only_own_failures(ranks, display), _locked_by_first(folder, ranks):
         begun, steps, budget.minutes = _agree(begin, folder, settings, ranks)
         with display.logged(folder / LOG) if ranks.first else nullcontext(SILENT) as logging:
-            for reason in begun.reasons:
-                logging.say(f"chosen by the set: {reason}")
+            for line in begun.lines:
+                logging.say(line)
             if ranks.size > 1:
                 logging.say(f"{ranks.size} processes train together, {ranks.local_size} of them on this machine")
             training = replace(begun.training, compute=replace(begun.training.compute, display=logging))
@@ -113,24 +124,30 @@ class _TrainingStart(NamedTuple):
     training: Training
     initial: CrossConditionedModel | None
     chosen: Sequence[str]
-    reasons: Sequence[str]
+    lines: Sequence[str]
+    """What is to be said of it."""
+    learnt: Sequence[str]
+    """Cases whose patient the initial model learnt from: none of them validates."""
     identity: dict[str, Any]
 
 
 def _agree(
-    begin: Callable[[float | None, Ranks], _TrainingStart], folder: Path, settings: TrainingSettings, ranks: Ranks
+    begin: Callable[[float | None, Ranks, Sequence[str] | None], _TrainingStart],
+    folder: Path,
+    settings: TrainingSettings,
+    ranks: Ranks,
 ) -> tuple[_TrainingStart, int | None, float | None]:
     """What is trained, its steps and minutes: rank 0 begins, and keeps the run; the others begin the same."""
     begun, agreed = None, dict[str, Any]()
     if ranks.first:
         _refuse_foreign(folder)
         minutes = _minutes(folder, settings)
-        begun = begin(minutes, ranks)
+        begun = begin(minutes, ranks, None)
         kept = _check_identity(folder, begun.identity, settings)  # last: a run keeps it
-        agreed = {"minutes": minutes, "kept": kept, "identity": begun.identity}
+        agreed = {"minutes": minutes, "kept": kept, "identity": begun.identity, "learnt": begun.learnt}
     agreed = ranks.broadcast_json(lambda: agreed)
     if begun is None:
-        begun = begin(agreed["minutes"], ranks)
+        begun = begin(agreed["minutes"], ranks, agreed["learnt"])
         _check_same(begun.identity, agreed["identity"])
     steps, minutes = agreed["kept"]
     return begun, steps, minutes
@@ -174,13 +191,69 @@ def _train_model(
     model = _first_model(training, initial)
     if _train_stages(training, model, chosen, steps):
         if model.config.uncertainty:
-            validated = training.usable(training.val)
+            validated, say = training.usable(training.val), training.compute.display.say
             how = "calibrated on validation patients" if validated else "as they are, without validation patients"
-            training.compute.display.say(f"standard deviations: {how}")
+            say(f"standard deviations: {how}")
             model.calibration = calibration(training, model, None if initial is None else initial.calibration)
+            for line in _not_calibrated(model):
+                say(line)
         if not training.compute.ranks.first:
             return
         save_model(training.folder / "model", model, record_of(training, initial), patients_of(training, initial))
+
+
+def _not_calibrated(model: CrossConditionedModel) -> list[str]:
+    """The targets whose standard deviations were not fitted to errors of this training, where others were."""
+    ways = {0: "not calibrated", INHERITED: "as the initial model's"}
+    counts = calibrated_on(model.calibration, model.config.targets)
+    by_way = {how: [display_name(t) for t, count in counts.items() if count == n] for n, how in ways.items()}
+    return [
+        f"standard deviations of {', '.join(targets)}: {how}, since no validation patient has "
+        + ("them" if len(targets) > 1 else "it")
+        for how, targets in by_way.items()
+        if 0 < len(targets) < len(counts)
+    ]
+
+
+def _left_out(dataset: PreparedDataset, training: Training) -> list[str]:
+    """The contrasts of training patients that a model of any subset does not learn, as the initial model lacks them."""
+    known = training.config.modalities
+    others = in_usual_order({m for case in training.train for m in case.modalities} - {*known})
+    if not others or not training.config.any_subset:
+        return []
+    return [
+        f"Warning: {', '.join(map(display_name, others))}, of {dataset.folder}, cannot be learnt: the initial model "
+        f"knows {', '.join(map(display_name, known))} alone. A training without --start learns all contrasts"
+    ]
+
+
+def _learnt_before(dataset: PreparedDataset, initial: CrossConditionedModel, learnt: Sequence[str]) -> list[str]:
+    """Whom of the set the initial model learnt from, and what follows from that."""
+
+    def found(part: str) -> tuple[str, int]:
+        cases = dataset.split(part)
+        those = [case for case in cases if case.name in learnt]
+        who, whole = ({case.patient for case in some} for some in (those, cases))
+        named = ", ".join(case.name for case in those[:LISTED]) + ", …" * (len(those) > LISTED)
+        return f"{len(who)} of {len(whole)} {NAMES_OF_PARTS[part]} patients ({named})" if who else "", len(whole - who)
+
+    lines = []
+    if of := found("train")[0]:
+        lines.append(f"initial model: it learnt from {of} before")
+    of, left = found("val")
+    if of:
+        rest = f"{left} validate{'s' * (left == 1)}" if left else "none validates"
+        lines.append(f"Warning: the initial model learnt from {of}: they are left out, and {rest} this training")
+    if of := found("test")[0]:
+        lines.append(
+            f"Warning: the initial model learnt from {of}: for them an evaluation says nothing about new patients"
+        )
+    if not knows_its_patients(initial):
+        lines.append(
+            "Warning: the initial model does not say whom it learnt from: patients of validation and test may be among "
+            "them"
+        )
+    return lines
 
 
 def _learnt_from(training: Training) -> list[str]:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from crossmr.config import read_whole
 from crossmr.data.naming import modality_names
@@ -40,8 +42,22 @@ class TrainingSettings:
                 object.__setattr__(self, name, modality_names(given))
         if isinstance(self.recipe, str) and self.recipe not in RECIPES:
             raise ConfigError(f"There is no recipe '{self.recipe}': expected one of {', '.join(RECIPES)}.")
+        if not isinstance(self.recipe, Recipe | str | None):
+            raise ConfigError(
+                f"recipe is {self.recipe!r}; expected one of {', '.join(RECIPES)}, or a Recipe, such as one of RECIPES "
+                "with some settings replaced (dataclasses.replace)."
+            )
         if isinstance(self.stages, str):
             object.__setattr__(self, "stages", (self.stages,))
+        stages: Any = self.stages or ()
+        if not isinstance(stages, Sequence) or not all(isinstance(name, str) for name in stages):
+            raise ConfigError(f"stages is {stages!r}; expected names of stages, such as ('synthesis',).")
+        for name in ("device", "precision"):
+            if not isinstance(given := getattr(self, name), str):
+                raise ConfigError(f"{name} is {given!r}; expected text, such as 'auto'.")
+        minutes: Any = self.minutes
+        if isinstance(minutes, bool) or not isinstance(minutes, Real | None):
+            raise ConfigError(f"minutes is {minutes!r}; expected a number.")
         read_whole(self, "steps", "seed")
         if self.steps is not None and self.minutes is not None:
             raise ConfigError("Give --steps or --minutes, not both.")
