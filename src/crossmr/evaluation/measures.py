@@ -30,7 +30,8 @@ A model of any subset is measured with each modality hidden in turn and all othe
 and all the rest hidden. The head mask is found on all volumes of a study, the hidden ones included; it places the
 box and scales the sources. Of it counts what the target has: neither a skull nor slices that only others have, and
 there predictions are set to 0. The model's own image comes first. Beside it stand other guidance modes, a second
-model, images that another program made, each standardised by its own median and quartiles, and the baselines; not the linear regression where no training patient had these sources together with the target.
+model, images that another program made, each standardised by its own median and quartiles, and the baselines; not the
+linear regression where no training patient had these sources together with the target.
 
 Where the model gives a standard deviation for each voxel, it is compared with the absolute error within the head, on
 the [0, 1] scale, beside the predicted intensity, which ranks errors too and which every network has. The calibration
