@@ -53,8 +53,14 @@ def settings(**changes) -> EvaluationSettings:
     return EvaluationSettings(inference=INFERENCE, **changes)
 
 
-def test_the_truth_in_other_units_is_perfect_whatever_its_scale(cohort, tmp_path):
-    folder = write_images(cohort, tmp_path / "images", lambda voxels: voxels * np.float32(3) + np.float32(70))
+@pytest.mark.parametrize("scale", ["of the scan", "of crossmr"])
+def test_the_truth_is_perfect_in_its_own_units_and_on_the_scale_of_a_set(cohort, tmp_path, scale):
+    folder = write_images(cohort, tmp_path / "images")
+    for found in find_subjects(cohort) if scale == "of crossmr" else ():
+        path, subject = folder / f"{found.name}-t2f.nii.gz", found.read()
+        image = nib.load(path)
+        voxels = subject.normalisation["t2f"].apply(image.get_fdata(dtype=np.float32))
+        nib.save(nib.Nifti1Image(voxels, image.affine), path)
     (images,) = find_images({"mine": folder}, CASES, ALL)
     assert images.name == f"{PREFIX}mine"
     for found in find_subjects(cohort):
@@ -62,6 +68,31 @@ def test_the_truth_in_other_units_is_perfect_whatever_its_scale(cohort, tmp_path
         made = images.of(subject, ("t1c", "t2f"))
         assert [*made] == ["t2f"]
         np.testing.assert_allclose(made["t2f"], subject.volumes["t2f"], atol=1e-4)
+
+
+def test_other_units_are_refused(cohort, tmp_path):
+    folder = write_images(cohort, tmp_path / "images", lambda voxels: voxels * np.float32(3) + np.float32(900))
+    (images,) = find_images({"mine": folder}, CASES, ALL)
+    subject = find_subjects(cohort)[0].read()
+    with pytest.raises(StudyError, match=r"A1-t2f.nii.gz has a median within the head that is .* Write the images in"):
+        images.of(subject, ("t2f",))
+
+
+def test_a_smoother_image_is_not_stretched(cohort, tmp_path):
+    """By its own quartiles it would be."""
+
+    def halved(voxels):
+        middle = np.median(voxels[voxels > voxels.mean()])
+        return middle + (voxels - middle) / np.float32(2)
+
+    folder = write_images(cohort, tmp_path / "images", halved)
+    (images,) = find_images({"mine": folder}, CASES, ALL)
+    subject = find_subjects(cohort)[0].read()
+    head = subject.head_of("t2f")
+    made, true = (
+        np.percentile(v[head], (25, 75)) for v in (images.of(subject, ("t2f",))["t2f"], subject.volumes["t2f"])
+    )
+    assert np.ptp(made) == pytest.approx(np.ptp(true) / 2, rel=0.01)
 
 
 def test_they_stand_beside_the_model_with_all_its_measures_and_in_its_report(cohort, model, tmp_path):

@@ -1,8 +1,10 @@
 """Images that another program made of the studies, measured beside a model's: one's own network, a rival's.
 
-They are found by their names, as studies are: the same case, the contrast that each stands for. As nobody knows on
-which scale a program writes, each is standardised by its own median and quartiles within the head, as a scan is. This
-favours them a little: a model's own images have to meet the true median and quartiles.
+They are found by their names, as studies are: the same case, the contrast that each stands for. Their intensities are
+those of the true scan, and become [0, 1] as its own do; or they lie on that scale already, as what crossmr writes does,
+and a network that learnt from a prepared dataset. Of the two, where all lie within [0, 1], it is the scale by which
+their median is nearer to the true one. They are not standardised by themselves,
+since that stretches an image that is smoother than the truth.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -11,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from crossmr.data.head import fit_normalisation
+from crossmr.data.head import MEDIAN_OF_HEAD, STD_OF_HEAD
 from crossmr.data.naming import find_studies
 from crossmr.data.volume import describe_grid, displacement_mm, read_volume, same_grid
 from crossmr.errors import ConfigError, StudyError
 from crossmr.evaluation.subjects import Array, Subject
 
+FAR = 3.0
+"""Robust standard deviations of the truth: images whose median lies farther from the true one have other units."""
 PREFIX = "images: "
 """What their name begins with in tables and files."""
 
@@ -58,7 +62,17 @@ class OtherImages:
         data, head = volume.data[z, y, x], subject.head_of(target)
         if not np.isfinite(data[head]).all():
             raise StudyError(f"{subject.name}: {where} has voxels within the head that are NaN or infinite.")
-        image: Array = np.where(head, fit_normalisation(data, head).apply(data), np.float32(0))
+        scales = [subject.normalisation[target].apply(data)]
+        if data.min() >= 0 and data.max() <= 1:
+            scales.append(data)
+        medians = [abs(float(np.median(image[head])) - MEDIAN_OF_HEAD) for image in scales]
+        nearest = int(np.argmin(medians))
+        image: Array = np.where(head, scales[nearest], np.float32(0))
+        if (far := medians[nearest] / STD_OF_HEAD) > FAR:
+            raise StudyError(
+                f"{subject.name}: {where} has a median within the head that is {far:.1f} robust standard deviations "
+                "from the scan's. Write the images in the scan's units, or on crossmr's scale from 0 to 1."
+            )
         return image
 
 
