@@ -387,6 +387,13 @@ def evaluate(
     against: Annotated[
         Path | None, typer.Option(metavar="MODEL", help="Second model to measure on the same patients.")
     ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="Images that another program made of the studies, CASE-CONTRAST.nii.gz, to measure too; repeatable.",
+        ),
+    ] = None,
     guidance: Annotated[
         list[str] | None, typer.Option(help="Guidance to measure as well; repeatable.", rich_help_panel=EXPERT)
     ] = None,
@@ -428,6 +435,7 @@ def evaluate(
         every_subset=every_subset,
         guidances=tuple(guidance or ()),  # type: ignore[arg-type]
         against=against,
+        images={name: Path(folder) for name, folder in pairs(images, "--images", "unet=FOLDER").items()},
         inference=inference,
         mapping=names,
         patients=patients,

@@ -45,6 +45,8 @@ class Case:
     """Of (Z, Y, X)."""
     air: Mapping[str, float] = field(default_factory=dict)
     """Modality → where air lies on the [0, 1] scale; below 0 where it is darker than the scale's end."""
+    normalisation: Mapping[str, Normalisation] = field(default_factory=dict)
+    """Modality → how its intensities became [0, 1]."""
     lesion_voxels: tuple[int, ...] = ()
     """Voxels that the labels count to a lesion, per axial slice; empty without labels."""
     shape: tuple[int, int, int] = (1, 1, 1)
@@ -233,6 +235,7 @@ def _turned(array: npt.NDArray[Any], plane: str) -> npt.NDArray[Any]:
 
 def _case(folder: Path, name: str, record: Mapping[str, Any]) -> Case:
     """A case from its record in the manifest."""
+    normalisation = {m: Normalisation(**fitted) for m, fitted in record["normalisation"].items()}
     return Case(
         name=name,
         patient=record["patient"],
@@ -243,7 +246,8 @@ def _case(folder: Path, name: str, record: Mapping[str, Any]) -> Case:
         corner=tuple(start for start, _ in record["box"]),
         grid=tuple(record["shape"]),
         spacing_mm=tuple(record["spacing_mm"]),
-        air={m: Normalisation(**fitted).air_level for m, fitted in record["normalisation"].items()},
+        air={m: one.air_level for m, one in normalisation.items()},
+        normalisation=normalisation,
         lesion_voxels=tuple(record["lesion_voxels"]),
         masked_background=record["masked_background"],
         has_labels=record["labelled"],

@@ -22,6 +22,9 @@ Result = TypeVar("Result")
 
 LOWEST, HIGHEST = -5.0, 10.0
 """The intensity scale reaches from here to here, in robust standard deviations about the head's median."""
+STD_OF_HEAD = 1 / (HIGHEST - LOWEST)
+MEDIAN_OF_HEAD = -LOWEST * STD_OF_HEAD
+"""Robust standard deviation and median within the head, of every volume, on the [0, 1] scale."""
 DARKEST = 2.0**-10
 """What the darkest voxels of the head saturate to: exactly 0 is where nothing was acquired, or was masked."""
 RIM_MM = 6.0

@@ -30,6 +30,7 @@ from crossmr.evaluation.evaluate import (
     versions,
     warn_of_memory,
 )
+from crossmr.evaluation.others import PREFIX, OtherImages, find_images, say_images
 from crossmr.evaluation.overlap import Overlap, find_overlap, say_overlap
 from crossmr.evaluation.predictors import AGAINST, Predictor, find_predictors, predict
 from crossmr.evaluation.protocols import (
@@ -141,15 +142,18 @@ def evaluate_by_protocol(
     predictors = find_predictors(model, chosen.inference, chosen.guidances, chosen.against)
     subjects = find_subjects(data, chosen.split, chosen.mapping, chosen.inference.register, chosen.patients)
     dropped = dropped_contrasts([one.name for one in subjects]) if settings.protocol == "brasyn" else {}
+    images = find_images(chosen.images, [one.name for one in subjects], model.config.targets) if subjects else []
 
     with locked(out):
         refuse_others(out, settings.protocol)
         refuse_foreign(out / "metrics.csv", partial(is_table, kind=OtherScore))
         with display.logged(out / LOG) as logging:
+            for line in say_images(images, [one.name for one in subjects]):
+                logging.say(f"warning: {line}")
 
             def measure_one(found: FoundSubject) -> _Measured:
                 warn_of_memory(found, predictors, logging)
-                return _measure_study(found, predictors, settings, dropped.get(found.name), logging)
+                return _measure_study(found, predictors, images, settings, dropped.get(found.name), logging)
 
             outcomes = list(each_study(subjects, measure_one, logging))
         measured = {name: one for name, one, _ in outcomes if one is not None}
@@ -220,6 +224,7 @@ def _check(model: CrossConditionedModel, data: Path, settings: ProtocolSettings)
 def _measure_study(
     found: FoundSubject,
     predictors: Sequence[Predictor],
+    others: Sequence[OtherImages],
     settings: ProtocolSettings,
     dropped: str | None,
     display: Display,
@@ -236,8 +241,12 @@ def _measure_study(
         subsets = [tuple(m for m in config.modalities if m in DROPPED and m != dropped)]
     scores = []
     for sources in subsets:
-        predicted = predict(subject, sources, predictors).images
-        shown = [name for name in predicted if name == BASELINE or name in {p.name for p in predictors}]
+        predicted = predict(subject, sources, predictors, others).images
+        shown = [
+            name
+            for name in predicted
+            if name == BASELINE or name.startswith(PREFIX) or name in {p.name for p in predictors}
+        ]
         for target in predicted[predictors[0].name] if dropped is None else [dropped]:
             images = {name: predicted[name][target] for name in shown if target in predicted[name]}
             common = (subject.name, "+".join(sources), target)

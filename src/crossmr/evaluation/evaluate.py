@@ -37,6 +37,7 @@ from crossmr.evaluation.measures import (
     measure_contrasts,
     measure_uncertainty,
 )
+from crossmr.evaluation.others import PREFIX, OtherImages, find_images, say_images
 from crossmr.evaluation.overlap import Overlap, find_overlap, say_overlap
 from crossmr.evaluation.predictors import AGAINST, Predictions, Predictor, find_predictors, memory_needed, predict
 from crossmr.evaluation.statistics import (
@@ -86,6 +87,8 @@ class EvaluationSettings:
     """Guidance modes measured beside the model's own."""
     against: Path | str | None = None
     """The folder or name of a second model, measured beside the first by its own default guidance."""
+    images: Mapping[str, Path] = field(default_factory=dict)
+    """Name → folder of images that another program made of the studies, measured beside the models'; see `others`."""
     inference: InferenceSettings = field(default_factory=InferenceSettings)
     """The model's own guidance, and seed, steps, device and precision of all."""
     mapping: Mapping[str, str] | None = None
@@ -175,16 +178,19 @@ def evaluate(
     subjects = find_subjects(Path(data), settings.split, *source)
     if not subjects:  # an earlier evaluation in OUT stays
         raise StudyError(f"No study of {data} could be measured: the split '{settings.split or SPLIT}' is empty")
+    images = find_images(settings.images, [one.name for one in subjects], predictors[0].model.config.targets)
     own = subjects if part is None else part.take(subjects)
     of_set = set_and_split(Path(data), settings)
     with locked(out, shared=part is not None):
         _refuse_foreign(out, [one.name for one in own], predictors[0].model.config.targets)
-        key = _key(subjects, predictors, of_set, settings)
+        key = _key(subjects, predictors, images, of_set, settings)
         place = out / WORK / digest(key)[:16]
         if part is None and not (out / "metrics.json").exists():
             write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
         with display.logged(out / LOG) as logging, _kept(place, for_others=part is not None):
-            outcomes = _measure_all(own, predictors, place, settings, logging)
+            for line in say_images(images, [one.name for one in own]):
+                logging.say(f"warning: {line}")
+            outcomes = _measure_all(own, predictors, images, place, settings, logging)
             paths = {one.name: [*one.paths, Path(data), out] for one in own}
             shareable = {one.name: names_only(one.failed, paths[one.name]) for one in outcomes if one.failed}
             if part is not None:
@@ -242,6 +248,7 @@ def _publish(out: Path, place: Path, rows: Mapping[str, Sequence[Row]], body: Ev
 def _key(
     subjects: Sequence[FoundSubject],
     predictors: Sequence[Predictor],
+    images: Sequence[OtherImages],
     of_set: tuple[str, str] | None,
     settings: EvaluationSettings,
 ) -> dict[str, str]:
@@ -259,6 +266,7 @@ def _key(
         "--map": sorted((settings.mapping or {}).items()),
         "--every-subset": settings.every_subset,
         "--guidance": settings.guidances,
+        "--images": [(one.name, case, m, path.name, path.stat().st_size) for one in images for case, m, path in one],
     }
     inference = replace(settings.inference, device=predictors[0].model.device.type)  # any of its kind
     common |= {f"--{name.replace('_', '-')}": repr(value) for name, value in vars(inference).items()}
@@ -268,6 +276,7 @@ def _key(
 def _measure_all(
     subjects: Sequence[FoundSubject],
     predictors: Sequence[Predictor],
+    images: Sequence[OtherImages],
     place: Path,
     settings: EvaluationSettings,
     display: Display,
@@ -277,7 +286,7 @@ def _measure_all(
     def measure_one(found: FoundSubject) -> Measurements:
         warn_of_memory(found, predictors, display, every_subset=settings.every_subset)
         subject = say_notes(found.read(), display)
-        return measure_subject(subject, predictors, place, every_subset=settings.every_subset)
+        return measure_subject(subject, predictors, place, images, every_subset=settings.every_subset)
 
     return [Outcome(name, measured, failed) for name, measured, failed in each_study(subjects, measure_one, display)]
 
@@ -330,13 +339,23 @@ def _refuse_foreign(out: Path, names: Sequence[str], targets: Sequence[str]) -> 
 
 
 def measure_subject(
-    subject: Subject, predictors: Sequence[Predictor], out: Path, *, every_subset: bool = False
+    subject: Subject,
+    predictors: Sequence[Predictor],
+    out: Path,
+    images: Sequence[OtherImages] = (),
+    *,
+    every_subset: bool = False,
 ) -> Measurements:
-    """Measure every predictor on one study, and draw pictures of it: those from the largest subsets of sources."""
+    """Measure every predictor on one study, and draw pictures of it: those from the largest subsets of sources.
+
+    The images of other programs are held against what is made from these subsets, too.
+    """
     measured = Measurements(patients={subject.name: subject.patient}, scans={subject.name: subject.scans})
     pictured: dict[tuple[str, ...], dict[str, list[Panel]]] = {}
-    for sources in patterns(predictors[0].model.config, subject, every_subset=every_subset):
-        predictions = predict(subject, sources, predictors)
+    subsets = patterns(predictors[0].model.config, subject, every_subset=every_subset)
+    for sources in subsets:
+        largest = len(sources) == max(map(len, subsets))
+        predictions = predict(subject, sources, predictors, images if largest else ())
         own = predictions.images[predictors[0].name]
         measured.scores.extend(measure(subject, sources, predictions.images))
         measured.contrasts.extend(measure_contrasts(subject, sources, predictions.images))
@@ -360,12 +379,12 @@ def _panels(subject: Subject, sources: Sequence[str], predictions: Predictions) 
     Cut where there is most tumour, or else in the middle.
     """
     at = where_most(subject.tumour) if subject.tumour.any() else middle(subject.head)
-    second = next((name for name in predictions.images if name.startswith(AGAINST)), None)
+    beside = [name for name in predictions.images if name.startswith((AGAINST, PREFIX))]
     panels = {}
     for target, own in next(iter(predictions.images.values())).items():
         truth = subject.volumes[target]
         volumes: dict[Kind, Array] = {"synthetic": own}
-        if second is not None:
+        if second := next((name for name in beside if target in predictions.images[name]), None):
             volumes["other model"] = predictions.images[second][target]
         volumes |= {"truth": truth, "error": np.abs(own - truth)}
         if target in predictions.stds:

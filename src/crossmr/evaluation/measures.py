@@ -31,8 +31,9 @@ those of other models and guidance modes together, and those of the baselines.
 A model of any subset is measured with each modality hidden in turn and all others given, or with every subset given
 and all the rest hidden. The head mask is found on all volumes of a study, the hidden ones included; it places the
 box and scales the sources. Of it counts what the target has: neither a skull nor slices that only others have, and
-there predictions are set to 0. The model's own image comes first. Beside it stand other guidance modes, a second model
-and the baselines; not the linear regression where no training patient had these sources together with the target.
+there predictions are set to 0. The model's own image comes first. Beside it stand other guidance modes, a second
+model, images that another program made, mapped as the truth is, and the baselines; not the linear regression where no
+training patient had these sources together with the target.
 
 Where the model gives a standard deviation for each voxel, it is compared with the absolute error within the head, on
 the [0, 1] scale, beside the predicted intensity, which ranks errors too and which every network has. The calibration
@@ -52,7 +53,7 @@ import torch
 from scipy import ndimage
 
 from crossmr import metrics
-from crossmr.data.head import HIGHEST, LOWEST
+from crossmr.data.head import MEDIAN_OF_HEAD, STD_OF_HEAD
 from crossmr.errors import StudyError
 from crossmr.evaluation.subjects import Array, Mask, Subject
 from crossmr.tensors import foreground_slices
@@ -71,9 +72,6 @@ STANDS_OUT = 0.5
 """Quartile ranges of the rest: the least true contrast of which a share is taken."""
 KEPT, LOST = (0.7, 1.4), 0.5
 """Shares of the true contrast between which it counts as kept, and below which a lesion is lost."""
-STD_OF_HEAD = 1 / (HIGHEST - LOWEST)
-MEDIAN_OF_HEAD = -LOWEST * STD_OF_HEAD
-"""Robust standard deviation and median within the head, of every volume; see `data.head`."""
 PROTOCOL = (__doc__ or "").strip()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from crossmr.baselines import BASELINES, predict_baselines
 from crossmr.errors import ConfigError
+from crossmr.evaluation.others import OtherImages
 from crossmr.evaluation.subjects import Array, FoundSubject, Subject
 from crossmr.networks.inference import (
     HeadVolumes,
@@ -125,8 +126,15 @@ def memory_needed(found: FoundSubject, predictors: Sequence[Predictor], *, every
     return study.bytes(study.head * (4 * volumes + MASKS + MEASURING)) + features
 
 
-def predict(subject: Subject, sources: Sequence[str], predictors: Sequence[Predictor]) -> Predictions:
+def predict(
+    subject: Subject,
+    sources: Sequence[str],
+    predictors: Sequence[Predictor],
+    others: Sequence[OtherImages] = (),
+) -> Predictions:
     """Synthesise the targets of one study by every predictor, and by the first one's baselines, from `sources` alone.
+
+    Beside them stand the images of `others`, of which nobody knows from which sources they were made.
 
     The targets are those of the first model that the study has and that are hidden. They are 0 where the true one has
     nothing of the head.
@@ -144,6 +152,7 @@ def predict(subject: Subject, sources: Sequence[str], predictors: Sequence[Predi
         for each in predictors
     ]
     images = {each.name: by_target(result.images) for each, result in zip(predictors, results, strict=True)}
+    images |= {other.name: made for other in others if (made := other.of(subject, targets))}
     for target in targets if model.baselines else ():
         baselines = predict_baselines(model.baselines, model.config.modalities, head.volumes, [target])
         for name, (volume,) in baselines.items():

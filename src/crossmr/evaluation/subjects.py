@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from crossmr.data.dataset import Case, PreparedDataset
+from crossmr.data.head import Normalisation
 from crossmr.data.labels import ENHANCING
 from crossmr.data.naming import StudyFiles, find_studies
 from crossmr.data.patients import assign, read_patients
 from crossmr.data.registration import RegistrationMode
 from crossmr.data.study import Study, StudyMemory, load_study, study_memory
-from crossmr.data.volume import voxels_sha256
+from crossmr.data.volume import Volume, voxels_sha256
 from crossmr.device import ends_the_run
 from crossmr.display import Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError
@@ -53,6 +54,10 @@ class Subject:
     """Voxels of the whole scan, (Z, Y, X)."""
     notes: tuple[str, ...] = ()
     """What is to be known of how its files were read; of a prepared dataset `prepare` has said it."""
+    normalisation: Mapping[str, Normalisation] = field(default_factory=dict)
+    """Modality → how its intensities became [0, 1]."""
+    whole: Volume | None = None
+    """The grid of the whole scan, every voxel 0; None of a prepared dataset, which does not keep its place."""
 
     def head_of(self, modality: str) -> Mask:
         """What one volume has of the head: it may lack slices, or be without the skull that others have."""
@@ -139,6 +144,7 @@ def subject_of_case(case: Case) -> Subject:
         patient=case.patient,
         volumes={modality: case.volume(modality) for modality in case.modalities},
         air=case.air,
+        normalisation=case.normalisation,
         head=head > 0,
         tumour=labels > 0,
         enhancing=labels >= ENHANCING,
@@ -164,6 +170,7 @@ def subject_of_study(study: Study) -> Subject:
         patient=study.patient,
         volumes={m: np.ascontiguousarray(study.normalised(m, box)) for m in study.volumes},
         air={m: normalisation.air_level for m, normalisation in study.normalisation.items()},
+        normalisation=study.normalisation,
         head=head,
         tumour=labels > 0,
         enhancing=labels >= ENHANCING,
@@ -172,6 +179,7 @@ def subject_of_study(study: Study) -> Subject:
         corner=(box[0].start, box[1].start, box[2].start),
         grid=(study.mask.shape[0], study.mask.shape[1], study.mask.shape[2]),
         notes=tuple(study.notes),
+        whole=replace(study.reference, data=np.broadcast_to(np.float32(0), study.mask.shape)),
     )
 
 

@@ -23,6 +23,7 @@ from crossmr.errors import OutputError
 from crossmr.evaluation.evaluate import BY_PROTOCOL, Evaluation, overlap_warnings
 from crossmr.evaluation.measurements import Picture
 from crossmr.evaluation.measures import KEPT, STRUCTURES, Score
+from crossmr.evaluation.others import PREFIX
 from crossmr.evaluation.predictors import AGAINST
 from crossmr.evaluation.statistics import CalibrationSummary, ContrastSummary, Summary, out_of_reach
 from crossmr.evaluation.tables import (
@@ -180,6 +181,7 @@ def report_evaluation(out: Path) -> Path:
     for picture in result["pictures"]:
         by_case.setdefault(picture["case"], []).append(picture)
     others = [BASELINE, *([result["against"]["predictor"]] if result["against"] else [])]
+    others += dict.fromkeys(entry["predictor"] for entry in result["summary"] if entry["predictor"].startswith(PREFIX))
     scores = read_scores(out / "metrics.csv")
     body = {
         "title": "Evaluation",
