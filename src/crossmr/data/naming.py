@@ -30,7 +30,16 @@ from crossmr.data.tree import (
     parts,
     read_channels,
 )
-from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, parse_patient
+from crossmr.data.visits import (
+    CONFIDENCES,
+    Confidence,
+    after_first,
+    is_dated,
+    is_visit,
+    look_alike,
+    may_repeat,
+    parse_patient,
+)
 from crossmr.data.words import CONTRASTS, LABEL, OTHER, is_raw, spelt
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
@@ -73,7 +82,7 @@ class StudyFiles:
     confidence: Confidence = "sure"
     """How surely the name says who the patient is; see `visits`."""
     alike: str = ""
-    """How names of this patient's other studies may begin, as GBM_07; '' where the name leaves no doubt."""
+    """How names of this patient's other studies may begin, as GBM_07, or end, as *P01; '' where there is no doubt."""
     notes: tuple[str, ...] = ()
     """What is doubtful of the files: what the voxels said where their names left it open, or whose they are."""
 
@@ -466,10 +475,42 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
     for folder, name in called.items():  # 1 of another cohort is another patient: Meier/1, Huber/1
         if BARE.fullmatch(name) and len(words := parts(folder, root)) > 1:
             called[folder] = f"{words[-2]}_{name}"
-    return {
+    patients = {
         case: patient if patient.folder is None else patient._replace(name=called[patient.folder])
         for case, patient in patients.items()
     }
+    return _same_ends(patients, root)
+
+
+def _same_ends(patients: dict[str, "_Patient"], root: Path | None) -> dict[str, "_Patient"]:
+    """The patients, with `alike` of those whose names end alike, so that they may be one: site1/P01 and site2/P01.
+
+    A case in which nothing but a time point was found has a patient, if its first word surely is a visit's, and the
+    others are in another case, too: 20190101_0001 and 20200101_0001, baseline_003 and followup_003.
+    """
+    ends: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # end → beginning → cases
+    visits: dict[str, list[str]] = defaultdict(list)
+    for case, patient in patients.items():
+        first, rest = after_first(case)
+        if patient.name == case and is_visit(case) and is_visit(first):
+            visits[rest].append(case)
+        above = () if patient.folder is None else parts(patient.folder, root)[:-1]
+        whole = patient.name if patient.folder is None else patient.folder.name
+        ends[whole][above[-1] if above else ""].add(case)
+        if not above:
+            first, rest = after_first(patient.name)
+            ends[rest][first].add(case)
+    found = dict(patients)
+    for rest, cases in visits.items():
+        found |= {case: _Patient(rest, "weak") for case in cases if len(cases) > 1}
+    repeated = {
+        end: of for end, of in ends.items() if len({found[case].name for some in of.values() for case in some}) > 1
+    }
+    for end, of in repeated.items():
+        said = [may_repeat(first, end) for first in of if first]
+        if said and all(one or (one is None and len(repeated) >= len(of)) for one in said):
+            found |= {case: found[case]._replace(alike=f"*{end}") for cases in of.values() for case in cases}
+    return found
 
 
 def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | None) -> _Patient:
@@ -495,10 +536,17 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
         if reading.patient:
             if place != folder and confidence == "weak" and not re.search(r"\d", reading.patient):
                 break
-            named = re.search(r"\d", place.parent.name) or BARE.fullmatch(place.name)
+            known = is_visit(place.parent.name) or may_repeat(place.parent.name, "P1")
+            bare = BARE.fullmatch(place.name) and not is_visit(place.parent.name)
+            named = bare or (re.search(r"\d", place.parent.name) and not known)  # V1/P01 is no visit of V1
             above = str(place.parent) if below(place.parent) and named else ""
             alike = (look_alike(place.name) or above) if reading.patient == place.name and place == folder else ""
             own = place.with_name(reading.patient)
+            visits = [above for above in own.parents if below(above) and is_visit(above.name)]
+            if BARE.fullmatch(own.name) and any(is_dated(above.name) for above in visits):  # 2019-03-01/1
+                confidence = "weak"
+            for visit in visits:  # baseline/P1, from the nearest up
+                own = visit.parent / own.relative_to(visit)
             while own.parent.name == own.name and below(own.parent):  # P1/P1_baseline
                 own = own.parent
             return _Patient("", confidence, alike, own)

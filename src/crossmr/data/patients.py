@@ -148,12 +148,16 @@ def doubts(studies: Sequence[StudyFiles]) -> list[str]:
         if study.alike:
             alike.setdefault(study.alike, set()).add(study.case)
     patients = {study.case: study.patient for study in studies}
+    for study in studies:  # P01 beside P01_A
+        if study.patient in alike and not study.alike:
+            alike[study.patient].add(study.case)
     open_ones = [
         sorted(cases)
-        for cases in alike.values()
+        for name, cases in alike.items()
         if len({patients[case] for case in cases}) > 1
-        and len(cases) <= LARGEST_FAMILY
-        and (len(cases) < len(studies) or len(studies) == 2)
+        and (
+            name.startswith("*") or (len(cases) <= LARGEST_FAMILY and (len(cases) < len(studies) or len(studies) == 2))
+        )
     ]
     found = [f"{listed(cases)} are taken for studies of one patient, {patient}" for patient, cases in taken.items()]
     return found + [f"{listed(cases)} are taken for studies of different patients" for cases in open_ones]
