@@ -23,6 +23,7 @@ from crossmr.data.patients import SPLITS
 from crossmr.data.prepare import (
     PrepareSettings,
     default_workers,
+    lesions_in_words,
     prepare,
     prepare_case,
 )
@@ -99,6 +100,11 @@ def test_the_manifest_is_complete(cohort, tmp_path):
     assert fingerprint["shape_zyx"] == {"min": [24, 32, 28], "max": [24, 32, 28]}
     assert fingerprint["spacing_mm_zyx"]["median"] == [7, 6, 6]
     assert (fingerprint["masked_background"], fingerprint["labelled"]) == (1, 1)
+    assert fingerprint["label_values"] == [3]
+    head, lesion = (sum(manifest["cases"][CASES[0]][name]) for name in ("head_voxels", "lesion_voxels"))
+    assert fingerprint["lesion_share"] == pytest.approx(lesion / head, abs=1e-6)
+    assert lesions_in_words(fingerprint) == f"of 1 of 4 studies, values 3, median {lesion / head:.2%} of the head"
+    assert lesions_in_words({"labelled": 0}) == "of no study"
     assert 0.15 < fingerprint["intensity"]["t1n"]["mean"] < 0.5
     patients = {"P-00001", "P-00002", "P-00003"}
     assert set().union(*(manifest["split"][name] for name in SPLITS)) == patients

@@ -446,8 +446,27 @@ def _fingerprint(cases: Mapping[str, Mapping[str, Any]], patients: Mapping[str, 
         },
         "masked_background": sum(case["masked_background"] for case in cases.values()),
         "labelled": sum(case["labelled"] for case in cases.values()),
+        **_lesions([case for case in cases.values() if case["labelled"]]),
         "intensity": statistic,
     }
+
+
+def _lesions(labelled: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the labels of these cases are: their values in the files, and which share of the head they cover."""
+    shares = [sum(case["lesion_voxels"]) / sum(case["head_voxels"]) for case in labelled]
+    values = {value for case in labelled for value in case.get("label_values", ())}
+    return {"label_values": sorted(values), "lesion_share": round(statistics.median(shares), 6) if shares else 0.0}
+
+
+def lesions_in_words(fingerprint: Mapping[str, Any]) -> str:
+    """How many studies have lesion labels, and what these are, by a set's fingerprint."""
+    if not fingerprint["labelled"]:
+        return "of no study"
+    values = ", ".join(map(str, fingerprint["label_values"])) or "none"
+    return (
+        f"of {fingerprint['labelled']} of {fingerprint['studies']} studies, values {values}, "
+        f"median {fingerprint['lesion_share']:.2%} of the head"
+    )
 
 
 def default_workers() -> int:

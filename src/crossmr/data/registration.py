@@ -59,6 +59,15 @@ class Registered:
     """Largest displacement of eight points `CORNER_MM` from the middle."""
     mutual_information: tuple[float, float]
     """Mutual information of the two volumes (Mattes et al. 2003), before and after."""
+    transform: Any = None
+    """ITK's, from the reference to the volume as it was."""
+
+    def move_labels(self, labels: npt.NDArray[np.uint8], drawn_on: Volume) -> npt.NDArray[np.uint8]:
+        """Labels (Z, Y, X) that were drawn on the volume as it was, moved as it was: each voxel the nearest one's."""
+        itk = _simpleitk()
+        target, source = _image(itk, self.volume), _image(itk, replace(drawn_on, data=labels))
+        moved = itk.Resample(source, target, self.transform, itk.sitkNearestNeighbor, 0, itk.sitkUInt8)
+        return np.ascontiguousarray(itk.GetArrayFromImage(moved), dtype=np.uint8)
 
     def __str__(self) -> str:
         shift = ", ".join(f"{value:.1f}" for value in self.translation_mm)
@@ -90,7 +99,8 @@ def register_rigidly(case: str, modality: str, moving: Volume, fixed: Volume) ->
     data = np.ascontiguousarray(itk.GetArrayFromImage(resampled), dtype=np.float32)
     shift, turn, farthest = _movement(itk, transform, target)
     result = Registered(
-        replace(fixed, data=data, name=moving.name, synthetic=moving.synthetic), shift, turn, farthest, (before, after)
+        replace(fixed, data=data, name=moving.name, synthetic=moving.synthetic),
+        *(shift, turn, farthest, (before, after), transform),
     )
     overlap = _dice(data, fixed.data)
     if overlap < OVERLAP or farthest > FARTHEST_MM or max(map(abs, turn)) > WIDEST_DEGREES:
