@@ -11,7 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import Listener, header_alone, image, make_head, write_study
+from conftest import Listener, ellipsoid, header_alone, image, make_head, write_study
 
 import crossmr.data.prepare as module
 import crossmr.data.prepared_case as case_module
@@ -593,6 +593,26 @@ def test_prepare_says_who_has_several_studies_and_what_names_leave_open(tmp_path
     assert warning.startswith(
         "warning: names leave open who is whose: P1_T0, P1_T1 are taken for studies of one patient"
     )
+
+
+def test_prepare_names_labels_that_it_does_not_use(tmp_path):
+    write_study(tmp_path / "cohort", "P1", ("t1n", "t2f"), lesion=True)
+    write_study(tmp_path / "cohort", "P2", ("t1n", "t2f"), seed=1)
+    write_study(tmp_path / "cohort", "P3", ("t1n", "t2f"), seed=2)
+    (tmp_path / "cohort" / "labels").mkdir()
+    seg = tmp_path / "cohort" / "P1" / "P1-seg.nii.gz"
+    for name in ("P2", "P-3_seg"):
+        (tmp_path / "cohort" / "labels" / f"{name}.nii.gz").write_bytes(seg.read_bytes())
+    nib.save(image(ellipsoid().astype(np.uint8)), seg)
+    said = []
+    manifest = prepare(tmp_path / "cohort", tmp_path / "set", display=listening(said))
+    assert [case for case, record in manifest["cases"].items() if record["labelled"]] == ["P2"]
+    (warning,) = (line for line in said if line.startswith("warning"))
+    assert warning.startswith(
+        f"warning: 1 volume that may be lesion labels is used for no study: {Path('labels', 'P-3_seg.nii.gz')}. Call"
+    )
+    (note,) = (line for line in said if line.startswith("note"))
+    assert note.startswith("note on P1: the segmentation *-seg.nii.gz is not used: it covers more than 40% of the head")
 
 
 def test_a_set_that_grows_keeps_the_part_of_everybody_it_knows(tmp_path):

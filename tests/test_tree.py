@@ -434,6 +434,9 @@ class TestMasks:
             ("P1/P1_seg.nii P1/P1_BraTS-seg.nii", "P1_seg.nii"),
             ("P1/Consensus.nii P1/ManualSegmentation_1.nii P1/ManualSegmentation_2.nii", "Consensus.nii"),
             ("P1/P1_seg.nii P1/P1_T1_mask.nii", "P1_seg.nii"),
+            ("P1/P1_T1_bet_mask.nii", ""),  # HD-BET
+            ("P1/P1_T1_seg.nii P1/P1_T1_pve_0.nii P1/P1_T1_pve_1.nii", ""),  # FSL FAST
+            ("P1/P1_T1_seg.nii P1/P1_T1_pve_0.nii P1/P1_lesion.nii", "P1_lesion.nii"),
         ],
     )
     def test_the_segmentation_of_several(self, files: str, label: str) -> None:

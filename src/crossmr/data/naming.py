@@ -40,7 +40,7 @@ from crossmr.data.visits import (
     may_repeat,
     parse_patient,
 )
-from crossmr.data.words import CONTRASTS, LABEL, OTHER, is_raw, spelt
+from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, holds_labels, is_raw, spelt
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
 from crossmr.paths import check_studies
@@ -186,7 +186,21 @@ def _several(text: str) -> tuple[str, ...]:
 def find_studies(
     folder: Path, mapping: Mapping[str, str] | None = None, exclude: Collection[Path] = ()
 ) -> list[StudyFiles]:
-    """The studies under a folder (at any depth), or the one study that the folder is; sorted by case.
+    """The studies under a folder, or the one study that the folder is; sorted by case; see `find_all`."""
+    return find_all(folder, mapping, exclude).studies
+
+
+class Found(NamedTuple):
+    """What lies under a folder."""
+
+    studies: list[StudyFiles]
+    """Sorted by case."""
+    unused: list[Path]
+    """Segmentations of no study, and volumes in folders of labels where the study has no segmentation."""
+
+
+def find_all(folder: Path, mapping: Mapping[str, str] | None = None, exclude: Collection[Path] = ()) -> Found:
+    """The studies under a folder (at any depth), or the one study that the folder is, and labels of none of them.
 
     Takes the volumes of every format that `formats` reads, and follows links. Skips hidden files and folders, folders
     ending in `.partial`, those in `exclude`, and the derivatives and sourcedata of a BIDS dataset, unless `folder` is
@@ -230,8 +244,8 @@ def find_studies(
     above = [folder for folder in root.parents if folder.is_relative_to(dataset)]
     sidecars.update(path for folder in above for path in folder.glob("*.json"))
     whole = dataset if above and (dataset / ROOT).is_file() else root
-    studies = recognise(paths, mapping, whole, channels, enhanced_by_sidecar(paths, sidecars, dataset))
-    return [_without_synthetic(study) for study in studies]
+    found = _recognise(paths, mapping, whole, channels, enhanced_by_sidecar(paths, sidecars, dataset))
+    return found._replace(studies=[_without_synthetic(study) for study in found.studies])
 
 
 def _without_synthetic(study: StudyFiles) -> StudyFiles:
@@ -323,7 +337,8 @@ def recognise(
     5. Of several files of one contrast the one is taken that lies with most others, is registered to one of them, has
        fewest words beside, lies in the plane of most files, is the last run, and is NIfTI; the others are
        `passed_over`. Two alike are refused, by `StudyFiles.images()`.
-    6. Masks and segmentations make no case: they join that of their name or folder.
+    6. Masks and segmentations make no case: they join that of their name or folder. In a folder of labels, `labels/P1`
+       is the segmentation of the one study that is called P1, or whose folder is, as is `labels/P1/seg`.
 
     A `mapping` from modality to a glob on the file name adds to these rules, for instance
     `{"t1n": "*_MPRAGE.nii.gz|*_BRAVO.nii.gz", "swi": "*_SWI*"}` (case-sensitive; of several globs with `|` between them
@@ -336,6 +351,17 @@ def recognise(
     Raises:
         ConfigError: a key of the mapping is not a name for a modality.
     """
+    return _recognise(paths, mapping, root, channels, enhanced).studies
+
+
+def _recognise(
+    paths: Iterable[Path],
+    mapping: Mapping[str, str] | None,
+    root: Path | None,
+    channels: Mapping[Path, Channels] | None,
+    enhanced: Collection[Path],
+) -> Found:
+    """As `recognise`, with the labels of no study."""
     names = NamesInTree(sorted(set(paths)), mapping, root, channels, enhanced)
     named = [(path, names.case(path, reading), reading) for path, reading in names.readings if not is_mask(reading)]
     cases = {case for _, case, reading in named if reading.meaning}
@@ -351,8 +377,13 @@ def recognise(
         folder: min(here) if below[folder] == here and len(here) == 1 else None for folder, here in in_folder.items()
     }
 
+    called = _called(named, names)
     studies: dict[str, list[File]] = defaultdict(list)
+    unused: list[Path] = []
     for path, case, reading in named:
+        if not reading.meaning and (labelled := called.get(_of_labels(path, stem_of(path.name), called, root))):
+            studies[labelled].append((path, Reading(meaning=LABEL, mask=True, extras=1)))
+            continue
         own = case if reading.meaning or (reading.head and case in cases) else _assign(path, cases, of_one, names)
         studies[own].append((path, reading))
     for path, reading in names.readings:
@@ -360,11 +391,46 @@ def recognise(
             case = names.case(path, reading) if reading.meaning else ""
             assigned = _assign(path, cases, of_one, names)
             own = case if case in cases or (case and assigned not in cases) else assigned
+            if own not in cases and reading.meaning == LABEL:
+                name = reading.head or (stem_of(path.name) if path in names.mapped else "")
+                if labelled := called.get(_of_labels(path, name, called, root)):
+                    own, reading = labelled, replace(reading, head="", visit="")
             # A mask makes no case, except where there is nothing else, or where a mapping says what it is.
             if own in cases or not named or path in names.mapped:
                 studies[own].append((path, reading))
+            elif reading.meaning == LABEL:
+                unused.append(path)
     patients = _patients(studies, names, root)
-    return [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
+    found = [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
+    unused += [
+        path for study in found if not study.labels for path in study.unrecognised if _folder_of_labels(path, root)
+    ]
+    return Found(found, sorted(unused))
+
+
+def _called(named: Sequence[tuple[Path, str, Reading]], names: NamesInTree) -> dict[str, str]:
+    """Names of images' cases, and of their folders, that are of one case → the case."""
+    called: dict[str, set[str]] = defaultdict(set)
+    for path, case, reading in named:
+        if reading.meaning:
+            for name in {case, reading.head, names.folder(path).name} - {""}:
+                called[name].add(case)
+    return {name: min(cases) for name, cases in called.items() if len(cases) == 1}
+
+
+def _folder_of_labels(path: Path, root: Path | None) -> Path | None:
+    """The folder above a file, below the root, that is named after labels of lesions."""
+    within = (folder for folder in path.parents if root is not None and root in folder.parents)
+    return next((folder for folder in within if holds_labels(folder.name)), None)
+
+
+def _of_labels(path: Path, name: str, called: Mapping[str, str], root: Path | None) -> str:
+    """By which name a file in a folder of labels is a case's: by its own, or that of a folder below; else ''."""
+    folder = _folder_of_labels(path, root)
+    if folder is None:
+        return ""
+    below = [place.name for place in path.parents if folder in place.parents]
+    return next((one for one in (name, *below) if one in called), "")
 
 
 def _short(case: str) -> str:
@@ -462,7 +528,8 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
     folders = {case: folder for folder, case in names.names.items()}
     patients = {}
     for case, files in studies.items():
-        path, reading = next((file for file in files if file[1].meaning), files[0])
+        images = (file for file in files if file[1].meaning and not is_mask(file[1]))
+        path, reading = next(images, next((file for file in files if file[1].meaning), files[0]))
         own = folders.get(case)
         if (own is None and not reading.head and reading.visit) or (
             case != reading.head and not parse_patient(reading.head).patient

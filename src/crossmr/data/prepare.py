@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crossmr.config import read_text, read_whole
-from crossmr.data.naming import StudyFiles, find_studies, unmatched
+from crossmr.data.naming import StudyFiles, find_all, unmatched
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
 from crossmr.data.prepared_case import (
     FORMAT_VERSION,
@@ -91,13 +91,15 @@ def prepare(
     """
     out, folders = Path(out), [Path(c) for c in ([cohorts] if isinstance(cohorts, (str, Path)) else cohorts)]
     with locked(out):
-        studies = [study for folder in folders for study in find_studies(folder, settings.mapping)]
+        found = [find_all(folder, settings.mapping) for folder in folders]
+        studies = [study for cohort in found for study in cohort.studies]
         names = [study.case for study in studies]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
                 f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or prepare them separately."
             )
-        for text in unmatched(studies, settings.mapping):
+        unused = [path for cohort in found for path in cohort.unused]
+        for text in (*unmatched(studies, settings.mapping), *_unused_labels(unused, folders)):
             display.say(f"warning: {text}")
         entries = {} if settings.patients is None else read_patients(settings.patients)
         if settings.patients is not None:
@@ -123,6 +125,20 @@ def prepare(
         stored = {**manifest, "refused": _shareable(manifest["refused"], studies, [*folders, out])}
         write_json(out / "manifest.json", {**stored, "sha256": digest(stored)})
         return manifest
+
+
+def _unused_labels(unused: Sequence[Path], folders: Sequence[Path]) -> list[str]:
+    """What to say of volumes that seem to be lesion labels, and are used for no study."""
+    if not unused:
+        return []
+    roots = [Path(os.path.abspath(folder)) for folder in folders]
+    names = [next(str(path.relative_to(root)) for root in roots if root in path.parents) for path in unused[:3]]
+    count = "1 volume that may be lesion labels is" if len(unused) == 1 else ""
+    count = count or f"{len(unused)} volumes that may be lesion labels are"
+    return [
+        f"{count} used for no study: {', '.join(names)}{', …' if len(unused) > 3 else ''}. Call each after its study (P1_seg.nii.gz, labels/P1.nii.gz), or name them "
+        "with --map seg='*_NAME.nii.gz'."
+    ]
 
 
 def _notes(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -78,8 +78,14 @@ class _Beside:
                 numbered[read_words(stem_of(path.name), literal=True).head].add(reading.meaning)
         several = any(len(meanings) > 1 for meanings in numbered.values())
         one = len({meaning for meanings in numbered.values() for meaning in meanings}) == 1
+        self.stems = {stem_of(path.name) for path, _ in files}
         self.numbers_patients = several or (one and len(numbered) > 1)
         """Whether the numbers before contrasts are patients': one is on several contrasts, or all are on one."""
+
+    def has_tissues(self, stem: str) -> bool:
+        """Whether a segmentation is FSL FAST's of the tissues: `T1_seg` beside the probabilities `T1_pve_0`."""
+        others = ("pve_0", "pve_1", "pveseg", "mixeltype")
+        return stem.endswith("_seg") and any(f"{stem.removesuffix('seg')}{other}" in self.stems for other in others)
 
 
 class NamesInTree:
@@ -130,6 +136,8 @@ class NamesInTree:
 
     def _settled(self, path: Path, reading: Reading, beside: "_Beside") -> Reading:
         """The reading that the other files of a folder leave of those that a name allows."""
+        if reading.meaning == LABEL and beside.has_tissues(stem_of(path.name)):
+            return replace(reading, meaning=OTHER)
         if reading.doubt:
             literal = read_words(stem_of(path.name), literal=True)
             if literal.visit != reading.visit:  # T1_post_1
