@@ -74,6 +74,25 @@ def test_a_study_that_is_not_there_is_refused_with_the_nearest(tmp_path):
         assign(studies("P-001", "P-002"), read_patients(path), path)
 
 
+def test_the_hint_is_none_that_the_table_lists_itself(tmp_path):
+    path = table(tmp_path, "case,patient\nP00,A\nP01,B\nP02,C\n")
+    with pytest.raises(ConfigError, match=r"line 2, .* there is no study 'P00'. The studies are P01, P02, …$"):
+        assign(studies("P01", "P02"), read_patients(path), path)
+    with pytest.raises(ConfigError, match=r"line 3, .* there is no study 'P01'. Did you mean 'P-01'\?$"):
+        assign(studies("P02", "P-01", "P00"), read_patients(path), path)
+
+
+def test_a_table_of_the_whole_cohort_serves_a_part_of_it(tmp_path):
+    path, said = table(tmp_path, "case,patient\nP00,A\nP01,A\nP02,C\nP_3,D\n"), []
+    found = assign(studies("P01", "P02", "P-3"), read_patients(path), path, said.append)
+    assert {study.case: study.patient for study in found} == {"P01": "A", "P02": "C", "P-3": "P-3"}
+    assert said == [
+        f"warning: 2 lines name studies that are not there in --patients {path}: P00, P_3; did you mean 'P-3' by 'P_3'?"
+    ]
+    with pytest.raises(ConfigError, match="there is no study 'P0"):  # of another cohort
+        assign(studies("Q01", "Q02"), read_patients(path), path, said.append)
+
+
 # Shared scans
 
 

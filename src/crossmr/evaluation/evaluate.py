@@ -154,7 +154,7 @@ def evaluate(
         )
     predictors = find_predictors(model, settings.inference, settings.guidances, settings.against)
     source = settings.mapping, settings.inference.register, settings.patients
-    subjects = find_subjects(Path(data), settings.split, *source)
+    subjects = find_subjects(Path(data), settings.split, *source, display.say)
     if not subjects:  # an earlier evaluation in OUT stays
         raise StudyError(f"No study of {data} could be measured: the split '{settings.split or SPLIT}' is empty")
     own = subjects if part is None else part.take(subjects)
