@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
@@ -595,6 +597,24 @@ def test_prepare_says_who_has_several_studies_and_what_names_leave_open(tmp_path
     )
 
 
+@pytest.mark.parametrize("guard", ["", 'if __name__ == "__main__":\n    '])
+def test_a_script_without_a_guard_is_told_of_it(cohort, tmp_path, guard):
+    """Every process imports the script, which begins the same anew."""
+    script = tmp_path / "script.py"
+    call = f"crossmr.prepare({str(cohort)!r}, {str(tmp_path / 'set')!r}, crossmr.PrepareSettings(workers=2))"
+    script.write_text(f"import crossmr\n{guard}print(crossmr.__name__, {call}['fingerprint']['studies'])\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    if guard:
+        assert (done.returncode, done.stdout) == (0, "crossmr 4\n")
+        return
+    assert done.returncode == 1
+    *before, last = done.stderr.strip().splitlines()
+    assert last.startswith("crossmr.errors.ConfigError: prepare: a process ended while it began.")
+    assert last.endswith('Put what it does under if __name__ == "__main__": or prepare with workers=1.')
+    assert sum(line.startswith("Traceback") for line in before) <= 2  # of this process, and its cause
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
 def test_prepare_names_labels_that_it_does_not_use(tmp_path):
     write_study(tmp_path / "cohort", "P1", ("t1n", "t2f"), lesion=True)
     write_study(tmp_path / "cohort", "P2", ("t1n", "t2f"), seed=1)
@@ -656,7 +676,10 @@ def test_settings_are_understood_as_the_command_line_gives_them():
     ("wrong", "said"),
     [
         ({"split": "70/30"}, r"--split is '70/30'; expected train/val/test"),
-        ({"split": (0.7, 0.1, 0.2)}, r"split is \(.*\); expected text such as '70/10/20'"),
+        (
+            {"split": (0.7, 0.1, 0.2)},
+            r"split is \(.*\); expected text such as '70/10/20' or crossmr\.Split\(0\.7, 0\.1, 0\.2\)\.$",
+        ),
         ({"patients": 5}, r"patients is 5; expected text such as 'patients.csv'"),
         ({"register": "yes"}, r"register is 'yes'; expected one of never, if needed, always"),
         ({"workers": "two"}, r"workers is 'two'; expected a whole number"),
