@@ -1,5 +1,6 @@
 """A cohort becomes a prepared set: complete, repeatable, and nobody else's files are touched."""
 
+import itertools
 import os
 import re
 import shutil
@@ -199,6 +200,35 @@ def test_several_cohorts_make_one_set(tmp_path):
     with pytest.raises(ConfigError, match=r"share study names \(A1\)"):
         prepare([tmp_path / "a", tmp_path / "b"], tmp_path / "set")
     assert tree(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize("folder", ["{}/{}/", "{}/", "{}/{}/{}_"])
+def test_cohorts_that_share_names_are_one_set_by_the_folder_above(tmp_path, folder):
+    """The remedy of the message, for names of folders, of files, and of both."""
+    cohorts = [tmp_path / "both" / site for site in ("siteA", "siteB")]
+    for seed, (cohort, case) in enumerate(itertools.product(cohorts, ("P1", "P2"))):
+        write_study(tmp_path / "made", f"{seed}", ("t1n", "t2f"), seed=seed)
+        for m in ("t1n", "t2f"):
+            name = {1: f"{m}.nii.gz", 0: f"{case}_{m}.nii.gz"}[int(folder == "{}/{}/")]
+            path = Path(folder.format(cohort, case, case) + name.removeprefix(f"{case}_" if "{}_" in folder else ""))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tmp_path / "made" / f"{seed}" / f"{seed}-{m}.nii.gz", path)
+    with pytest.raises(
+        ConfigError, match=r"names \(P1, P2\); rename them, or give .*, the folder above .*siteA_NAME"
+    ) as e:
+        prepare(cohorts, tmp_path / "set")
+    said = []
+    manifest = prepare(re.search("give (.*), the", str(e.value))[1], tmp_path / "set", display=listening(said))
+    assert list(manifest["cases"]) == ["siteA_P1", "siteA_P2", "siteB_P1", "siteB_P2"]
+    assert len({case["patient"] for case in manifest["cases"].values()}) == 4
+    assert any("siteA_P1, siteB_P1 are taken for studies of different patients" in line for line in said)
+
+
+def test_the_remedy_for_shared_names_where_no_folder_is_above_all_cohorts_alone(tmp_path):
+    for folder in ("a", "b/c"):
+        write_study(tmp_path / folder, "P1")
+    with pytest.raises(ConfigError, match=r"\(P1\); rename them, or move the cohorts into one folder, and give that: "):
+        prepare([tmp_path / "a", tmp_path / "b" / "c"], tmp_path / "set")
 
 
 def test_a_mapping_tells_the_modalities(tmp_path):

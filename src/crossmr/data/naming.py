@@ -327,7 +327,8 @@ def recognise(
        does not depend on what lies beside, but for a hash where A_B/C and A/B_C would be one. Without `root`, it is
        preceded by as many parents as make it unique. A text without a digit that lies in several folders, none of them
        named after it, is no patient's: `P1/final_T1` and `P2/final_T2` are of P1 and P2, or of P1_final where P1 has
-       other texts, too.
+       other texts, too. Where folders directly below `root` have an image of one name, each is called after its folder,
+       as is all that this patient has there: `siteA/P1_T1` and `siteB/P1_T1` are of siteA_P1 and siteB_P1.
     3. The other files of the folder settle what a name leaves open: T2 in `P1_T2_FLAIR` is a visit beside `P1_T2_T1`,
        `post` in `post_T1` beside `post_FLAIR`; 2 in `2_T1` is the patient's number where others share it; `P1_POST` is
        T1ce beside `P1_FLAIR`; a file alone in a folder named after a contrast is that.
@@ -624,8 +625,10 @@ def _assign(path: Path, cases: Collection[str], of_one: Mapping[Path, str | None
     """The study of a file whose name says no contrast: the longest case that it begins with, else its folder's."""
     stem = stem_of(path.name)
     for end in range(len(stem), 0, -1):
-        if (end == len(stem) or stem[end] in SEPARATORS) and stem[:end] in cases:
-            return stem[:end]
+        if end == len(stem) or stem[end] in SEPARATORS:
+            own = f"{names.site(path, stem[:end])}{stem[:end]}"
+            if own in cases:
+                return own
     for folder in path.parents:
         if case := of_one.get(folder):
             return case

@@ -106,7 +106,7 @@ def prepare(
         names = [study.case for study in studies]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
-                f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or prepare them separately."
+                f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or {_remedy(folders)}."
             )
         unused = [path for cohort in found for path in cohort.unused]
         for text in (*unmatched(studies, settings.mapping), *_unused_labels(unused, folders)):
@@ -135,6 +135,19 @@ def prepare(
         stored = {**manifest, "refused": _shareable(manifest["refused"], studies, [*folders, out])}
         write_json(out / "manifest.json", {**stored, "sha256": digest(stored)})
         return manifest
+
+
+def _remedy(folders: Sequence[Path]) -> str:
+    """How cohorts that share names of studies can be one set."""
+    whole = [Path(os.path.abspath(folder)) for folder in folders]
+    above = Path(os.path.commonpath(whole))
+    same = above in whole or any(folder.parent != above for folder in whole)
+    where = (
+        "move the cohorts into one folder, and give that"
+        if same
+        else f"give {above}, the folder above all of them, alone"
+    )
+    return f"{where}: studies are then called after their cohort, too, such as {whole[0].name}_NAME"
 
 
 def _unused_labels(unused: Sequence[Path], folders: Sequence[Path]) -> list[str]:
