@@ -45,6 +45,11 @@ from crossmr.data.naming import find_studies, recognise
         ("desc-syntheticstd_FLAIR", ""),
         ("space-T1w_desc-lesion_mask", "label"),
         ("desc-brain_mask", ""),
+        ("desc-aseg_dseg", ""),
+        ("space-T1w_desc-aparcaseg_dseg", ""),
+        ("label-GM_mask", ""),
+        ("label-lesion_mask", "label"),
+        ("desc-tumor_dseg", "label"),
         ("T1w__dup-01", "t1n"),
     ],
 )

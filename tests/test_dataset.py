@@ -134,12 +134,18 @@ def test_a_data_loader_takes_items_of_one_size(prepared, size, workers):
     assert torch.equal(batches[0]["image"][0, 2], wanted)
 
 
+def test_a_size_of_whole_numbers_as_floats_is_one_of_voxels(prepared):
+    dataset = PreparedDataset(prepared, size=(8.0, np.int64(16), 16))
+    assert dataset.size == (8, 16, 16)
+    assert dataset[0]["image"].shape == (3, 8, 16, 16)
+
+
 def test_items_that_cannot_be_are_refused(prepared, copy):
     with pytest.raises(ConfigError, match="'training' is not a split"):
         PreparedDataset(prepared, split="training")
     with pytest.raises(ConfigError, match="has pdw; it has t1n, t1c, t2f"):
         PreparedDataset(prepared, modalities=("t1n", "PD"))
-    for size in ((8,), (8, 8, 8, 8), (8, 0)):
+    for size in ((8,), (8, 8, 8, 8), (8, 0), (8.5, 16, 16), (8, np.nan), ("8", "8"), 8, (True, 8)):
         with pytest.raises(ConfigError, match=r"expected \(Y, X\) for slices"):
             PreparedDataset(prepared, size=size)
     dataset = PreparedDataset(copy)

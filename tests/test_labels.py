@@ -3,9 +3,9 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import image, write_study
+from conftest import ellipsoid, image, write_study
 
-from crossmr.data.labels import as_counted, note_on
+from crossmr.data.labels import as_counted, not_a_lesion, note_on
 from crossmr.data.naming import find_studies
 from crossmr.data.study import load_study
 
@@ -40,3 +40,35 @@ def test_labels_that_may_be_of_two_years_are_said(tmp_path):
     assert named.notes == ()
     assert note_on({1, 2, 4}, "P1") == note_on({1, 2, 3}, "P1") == ""
     assert note_on([0, 255], "P1") == "its labels above 4 (255) count as lesion that does not enhance."
+
+
+def test_what_covers_the_head_or_lies_outside_is_no_lesion():
+    head, lesion = ellipsoid(), np.zeros(ellipsoid().shape, np.uint8)
+    assert not_a_lesion(lesion, head) == ""  # a head without any
+    lesion[10:14, 14:18, 10:13] = 3
+    assert not_a_lesion(lesion, head) == ""
+    assert not_a_lesion(head.astype(np.uint8), head).startswith("it covers more than 40% of the head")
+    assert not_a_lesion(np.where(np.arange(32)[:, None] > 16, 0, head).astype(np.uint8), head)
+    air = (slice(0, 2), slice(0, 2), slice(0, 2))
+    assert not head[air].any()
+    lesion[air] = 1
+    assert not_a_lesion(lesion, head) == "10% or more of it lies outside the head"
+
+
+@pytest.mark.parametrize("tissues", [False, True])
+def test_a_brain_mask_and_tissues_are_no_label(tmp_path, tissues):
+    """HD-BET's `_mask`, or FAST's `_seg` with 1 CSF, 2 grey and 3 white matter."""
+    write_study(tmp_path, "P1", ("t1n", "t2w"))
+    brain = ellipsoid().astype(np.uint8)
+    nib.save(image(brain * (1 + np.arange(24, dtype=np.uint8) % 3) if tissues else brain), tmp_path / "P1/P1_seg.nii")
+    (files,) = find_studies(tmp_path)
+    study = load_study(files)
+    assert (study.labels, study.label_values) == (None, ())
+    (note,) = study.notes
+    assert note.startswith("the segmentation *_seg.nii is not used: it covers more than 40% of the head")
+
+
+def test_the_values_of_the_file_are_known(tmp_path):
+    write_study(tmp_path, "BraTS-GLI-02405-100", ("t1n", "t2w"), lesion=True)
+    (files,) = find_studies(tmp_path)
+    assert load_study(files).label_values == (3,)

@@ -9,6 +9,7 @@ from crossmr.data.naming import (
     LONGEST,
     MODALITIES,
     StudyFiles,
+    find_all,
     find_studies,
     modality_name,
     modality_names,
@@ -233,6 +234,48 @@ def test_two_segmentations_are_refused() -> None:
     assert list(found.images()) == ["t1n"]
     with pytest.raises(NamingError, match=r"^P: 2 files claim to be the segmentation: .*P_mask.nii, .*P_seg.nii"):
         found.label()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("images/{0}_T1 images/{0}_T2", "labels/{0}"),
+        ("images/{0}/T1 images/{0}/T2", "labels/{0}"),
+        ("images/{0}/T1 images/{0}/T2", "manual_masks/{0}/seg"),
+        ("site/imagesTr/{0}_T1 site/imagesTr/{0}_T2", "site/labelsTr/{0}"),
+        ("{0}/T1 {0}/T2", "GT/{0}_seg"),
+    ],
+)
+def test_labels_in_a_folder_of_their_own(tmp_path: Path, images: str, labels: str) -> None:
+    for patient in ("P1", "P2"):
+        touch(tmp_path, *(f"{name.format(patient)}.nii.gz" for name in (*images.split(), labels)))
+    found = find_all(tmp_path)
+    assert [s.patient for s in found.studies] == ["P1", "P2"]
+    assert [s.label() for s in found.studies] == [tmp_path / f"{labels.format(p)}.nii.gz" for p in ("P1", "P2")]
+    assert [*map(names, found.studies)] == [names(s) for s in found.studies if len(names(s)) == 2]
+    assert found.unused == []
+
+
+def test_a_label_beside_the_images_is_preferred_to_one_elsewhere(tmp_path: Path) -> None:
+    touch(tmp_path, "P1/P1_T1.nii", "P1/P1_seg.nii", "labels/P1.nii")
+    (found,) = find_studies(tmp_path)
+    assert found.label() == tmp_path / "P1/P1_seg.nii"
+
+
+def test_labels_of_no_study_are_known(tmp_path: Path) -> None:
+    """Of another name, of a patient without images, of two visits, and those whose names say nothing."""
+    touch(tmp_path, "P1/P1_T1.nii", "P1/labels/final.nii", "baseline/P2/T1.nii", "followup/P2/T1.nii")
+    touch(tmp_path, "labels/P-1_seg.nii", "labels/P2.nii", "P9_seg.nii", "P1/P1_brain_mask.nii")
+    unused = [str(path.relative_to(tmp_path)) for path in find_all(tmp_path).unused]
+    assert unused == ["P1/labels/final.nii", "P9_seg.nii", "labels/P-1_seg.nii", "labels/P2.nii"]
+
+
+def test_a_mapping_names_labels_of_any_place(tmp_path: Path) -> None:
+    touch(
+        tmp_path, *(f"{place}/P{k}{end}.nii" for k in (1, 2) for place, end in (("i", "_T1"), ("i", "_T2"), ("x", "")))
+    )
+    assert [s.label() for s in find_studies(tmp_path)] == [None, None]
+    assert [s.label() for s in find_studies(tmp_path, {"seg": "P?.nii"})] == [tmp_path / f"x/P{k}.nii" for k in (1, 2)]
 
 
 def test_folders_of_one_name_are_never_mixed() -> None:

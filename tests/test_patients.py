@@ -74,6 +74,25 @@ def test_a_study_that_is_not_there_is_refused_with_the_nearest(tmp_path):
         assign(studies("P-001", "P-002"), read_patients(path), path)
 
 
+def test_the_hint_is_none_that_the_table_lists_itself(tmp_path):
+    path = table(tmp_path, "case,patient\nP00,A\nP01,B\nP02,C\n")
+    with pytest.raises(ConfigError, match=r"line 2, .* there is no study 'P00'. The studies are P01, P02, …$"):
+        assign(studies("P01", "P02"), read_patients(path), path)
+    with pytest.raises(ConfigError, match=r"line 3, .* there is no study 'P01'. Did you mean 'P-01'\?$"):
+        assign(studies("P02", "P-01", "P00"), read_patients(path), path)
+
+
+def test_a_table_of_the_whole_cohort_serves_a_part_of_it(tmp_path):
+    path, said = table(tmp_path, "case,patient\nP00,A\nP01,A\nP02,C\nP_3,D\n"), []
+    found = assign(studies("P01", "P02", "P-3"), read_patients(path), path, said.append)
+    assert {study.case: study.patient for study in found} == {"P01": "A", "P02": "C", "P-3": "P-3"}
+    assert said == [
+        f"warning: 2 lines name studies that are not there in --patients {path}: P00, P_3; did you mean 'P-3' by 'P_3'?"
+    ]
+    with pytest.raises(ConfigError, match="there is no study 'P0"):  # of another cohort
+        assign(studies("Q01", "Q02"), read_patients(path), path, said.append)
+
+
 # Shared scans
 
 
@@ -116,6 +135,84 @@ def test_folders_of_years_are_doubtful():
     found = recognise(names, root=Path("c"))
     assert [s.patient for s in found] == ["Smith_A_2019", "Smith_A_2020", "Smith_J_2019", "Smith_J_2020"]
     assert len(doubts(found)) == 2
+
+
+def in_folders(*folders):
+    return recognise([Path("c", folder, f"{m}.nii") for folder in folders for m in ("T1", "T2")], root=Path("c"))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "baseline {} followup {}",
+        "preop {} post-op {}",
+        "timepoint1 {} timepoint2 {}",
+        "ses-1 {} ses-2 {}",
+        "2019-03-01 {} 2020-03-01 {}",
+        "site/baseline {} site/followup {}",
+        "pre {} post {}",
+    ],
+)
+@pytest.mark.parametrize("patients", [("P00", "P01"), ("sub-01", "sub-02"), ("Ann", "Bob")])
+def test_visits_that_are_named_before_the_patient(first, patients):
+    one, two = first.format("", "").split()
+    found = in_folders(*(f"{visit}/{patient}" for visit in (one, two) for patient in patients))
+    assert sorted(study.patient for study in found) == [patient for patient in patients for _ in range(2)]
+    assert doubts(found) == []
+    if one != "pre" and "/" not in one and "Ann" not in patients:
+        named = studies(*(f"{visit}_{patient}" for visit in (one, two) for patient in patients))
+        assert {study.case: study.patient for study in named} == {study.case: study.patient for study in found}
+
+
+def test_visits_before_numbers_are_doubtful():
+    """20190101_0001 may be a day and a minute; 1 of one day need not be 1 of another."""
+    by_name = studies("20190101_0001", "20200101_0001", "20190101_0002", "baseline_003", "followup_003")
+    whose = [study.patient for study in by_name]
+    assert whose == ["0001", "20190101_0002", "0001", "003", "003"]
+    by_folder = in_folders("2019-03-01/1", "2019-03-02/1", "2019-03-01/2")
+    assert [study.patient for study in by_folder] == ["1", "2", "1"]
+    assert doubts([*by_name, *by_folder]) == [
+        "20190101_0001, 20200101_0001 are taken for studies of one patient, 0001",
+        "baseline_003, followup_003 are taken for studies of one patient, 003",
+        "2019-03-01_1, 2019-03-02_1 are taken for studies of one patient, 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        "train/P01 test/P01",
+        "siteA/P01 siteB/P01 siteC/P01",
+        "site1/P01 site2/P01",
+        "V1/P01 V2/P01",
+        "2019/P01 2020/P01",
+        "train/001 test/001",
+        "progression/P01 pseudoprogression/P01",
+        "A/imgs/P1 B/imgs/P1",
+    ],
+)
+def test_one_name_in_several_places_is_doubtful(folders):
+    """Different patients, but that is said, of the right ones, and not of those beside them."""
+    twice = folders.split()
+    found = in_folders(*twice, *(f"{twice[0].split('/')[0]}/P0{k}" for k in (5, 6)))
+    of = ", ".join(sorted(folder.replace("/", "_") for folder in twice))
+    assert doubts(found) == [f"{of} are taken for studies of different patients"]
+    if "00" not in folders and "imgs" not in folders:
+        assert doubts(studies(*(folder.replace("/", "_") for folder in twice))) == doubts(found)
+
+
+def test_a_letter_after_a_number_and_names_with_and_without_a_last_word_are_doubtful():
+    found = studies("P01a", "P01b", "P02A", "P03", "P03_op")
+    assert [study.patient for study in found] == ["P01a", "P01b", "P02A", "P03", "P03_op"]
+    assert doubts(found) == [
+        "P01a, P01b are taken for studies of different patients",
+        "P03, P03_op are taken for studies of different patients",
+    ]
+
+
+def test_scans_of_one_name_in_every_patients_folder_are_not_doubtful():
+    assert doubts(in_folders(*(f"P0{k}/series3" for k in range(4)))) == []
+    assert doubts(in_folders("P1/baseline/scanA1", "P1/followup/scanA1", "P2/baseline/scanA1")) == []
 
 
 @pytest.mark.parametrize(

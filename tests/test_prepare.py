@@ -1,8 +1,11 @@
 """A cohort becomes a prepared set: complete, repeatable, and nobody else's files are touched."""
 
+import itertools
 import os
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import Listener, header_alone, image, make_head, write_study
+from conftest import Listener, ellipsoid, header_alone, image, make_head, write_study
 
 import crossmr.data.prepare as module
 import crossmr.data.prepared_case as case_module
@@ -23,6 +26,7 @@ from crossmr.data.patients import SPLITS
 from crossmr.data.prepare import (
     PrepareSettings,
     default_workers,
+    lesions_in_words,
     prepare,
     prepare_case,
 )
@@ -99,6 +103,11 @@ def test_the_manifest_is_complete(cohort, tmp_path):
     assert fingerprint["shape_zyx"] == {"min": [24, 32, 28], "max": [24, 32, 28]}
     assert fingerprint["spacing_mm_zyx"]["median"] == [7, 6, 6]
     assert (fingerprint["masked_background"], fingerprint["labelled"]) == (1, 1)
+    assert fingerprint["label_values"] == [3]
+    head, lesion = (sum(manifest["cases"][CASES[0]][name]) for name in ("head_voxels", "lesion_voxels"))
+    assert fingerprint["lesion_share"] == pytest.approx(lesion / head, abs=1e-6)
+    assert lesions_in_words(fingerprint) == f"of 1 of 4 studies, values 3, median {lesion / head:.2%} of the head"
+    assert lesions_in_words({"labelled": 0}) == "of no study"
     assert 0.15 < fingerprint["intensity"]["t1n"]["mean"] < 0.5
     patients = {"P-00001", "P-00002", "P-00003"}
     assert set().union(*(manifest["split"][name] for name in SPLITS)) == patients
@@ -191,6 +200,35 @@ def test_several_cohorts_make_one_set(tmp_path):
     with pytest.raises(ConfigError, match=r"share study names \(A1\)"):
         prepare([tmp_path / "a", tmp_path / "b"], tmp_path / "set")
     assert tree(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize("folder", ["{}/{}/", "{}/", "{}/{}/{}_"])
+def test_cohorts_that_share_names_are_one_set_by_the_folder_above(tmp_path, folder):
+    """The remedy of the message, for names of folders, of files, and of both."""
+    cohorts = [tmp_path / "both" / site for site in ("siteA", "siteB")]
+    for seed, (cohort, case) in enumerate(itertools.product(cohorts, ("P1", "P2"))):
+        write_study(tmp_path / "made", f"{seed}", ("t1n", "t2f"), seed=seed)
+        for m in ("t1n", "t2f"):
+            name = {1: f"{m}.nii.gz", 0: f"{case}_{m}.nii.gz"}[int(folder == "{}/{}/")]
+            path = Path(folder.format(cohort, case, case) + name.removeprefix(f"{case}_" if "{}_" in folder else ""))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tmp_path / "made" / f"{seed}" / f"{seed}-{m}.nii.gz", path)
+    with pytest.raises(
+        ConfigError, match=r"names \(P1, P2\); rename them, or give .*, the folder above .*siteA_NAME"
+    ) as e:
+        prepare(cohorts, tmp_path / "set")
+    said = []
+    manifest = prepare(re.search("give (.*), the", str(e.value))[1], tmp_path / "set", display=listening(said))
+    assert list(manifest["cases"]) == ["siteA_P1", "siteA_P2", "siteB_P1", "siteB_P2"]
+    assert len({case["patient"] for case in manifest["cases"].values()}) == 4
+    assert any("siteA_P1, siteB_P1 are taken for studies of different patients" in line for line in said)
+
+
+def test_the_remedy_for_shared_names_where_no_folder_is_above_all_cohorts_alone(tmp_path):
+    for folder in ("a", "b/c"):
+        write_study(tmp_path / folder, "P1")
+    with pytest.raises(ConfigError, match=r"\(P1\); rename them, or move the cohorts into one folder, and give that: "):
+        prepare([tmp_path / "a", tmp_path / "b" / "c"], tmp_path / "set")
 
 
 def test_a_mapping_tells_the_modalities(tmp_path):
@@ -589,6 +627,44 @@ def test_prepare_says_who_has_several_studies_and_what_names_leave_open(tmp_path
     )
 
 
+@pytest.mark.parametrize("guard", ["", 'if __name__ == "__main__":\n    '])
+def test_a_script_without_a_guard_is_told_of_it(cohort, tmp_path, guard):
+    """Every process imports the script, which begins the same anew."""
+    script = tmp_path / "script.py"
+    call = f"crossmr.prepare({str(cohort)!r}, {str(tmp_path / 'set')!r}, crossmr.PrepareSettings(workers=2))"
+    script.write_text(f"import crossmr\n{guard}print(crossmr.__name__, {call}['fingerprint']['studies'])\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    if guard:
+        assert (done.returncode, done.stdout) == (0, "crossmr 4\n")
+        return
+    assert done.returncode == 1
+    *before, last = done.stderr.strip().splitlines()
+    assert last.startswith("crossmr.errors.ConfigError: prepare: a process ended while it began.")
+    assert last.endswith('Put what it does under if __name__ == "__main__": or prepare with workers=1.')
+    assert sum(line.startswith("Traceback") for line in before) <= 2  # of this process, and its cause
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+def test_prepare_names_labels_that_it_does_not_use(tmp_path):
+    write_study(tmp_path / "cohort", "P1", ("t1n", "t2f"), lesion=True)
+    write_study(tmp_path / "cohort", "P2", ("t1n", "t2f"), seed=1)
+    write_study(tmp_path / "cohort", "P3", ("t1n", "t2f"), seed=2)
+    (tmp_path / "cohort" / "labels").mkdir()
+    seg = tmp_path / "cohort" / "P1" / "P1-seg.nii.gz"
+    for name in ("P2", "P-3_seg"):
+        (tmp_path / "cohort" / "labels" / f"{name}.nii.gz").write_bytes(seg.read_bytes())
+    nib.save(image(ellipsoid().astype(np.uint8)), seg)
+    said = []
+    manifest = prepare(tmp_path / "cohort", tmp_path / "set", display=listening(said))
+    assert [case for case, record in manifest["cases"].items() if record["labelled"]] == ["P2"]
+    (warning,) = (line for line in said if line.startswith("warning"))
+    assert warning.startswith(
+        f"warning: 1 volume that may be lesion labels is used for no study: {Path('labels', 'P-3_seg.nii.gz')}. Call"
+    )
+    (note,) = (line for line in said if line.startswith("note"))
+    assert note.startswith("note on P1: the segmentation *-seg.nii.gz is not used: it covers more than 40% of the head")
+
+
 def test_a_set_that_grows_keeps_the_part_of_everybody_it_knows(tmp_path):
     cohort, split = tmp_path / "cohort", PrepareSettings(split=Split(0.5, 0.25, 0.25))
     for seed, case in enumerate(("P1_T0", "B", "C", "D")):
@@ -630,7 +706,10 @@ def test_settings_are_understood_as_the_command_line_gives_them():
     ("wrong", "said"),
     [
         ({"split": "70/30"}, r"--split is '70/30'; expected train/val/test"),
-        ({"split": (0.7, 0.1, 0.2)}, r"split is \(.*\); expected text such as '70/10/20'"),
+        (
+            {"split": (0.7, 0.1, 0.2)},
+            r"split is \(.*\); expected text such as '70/10/20' or crossmr\.Split\(0\.7, 0\.1, 0\.2\)\.$",
+        ),
         ({"patients": 5}, r"patients is 5; expected text such as 'patients.csv'"),
         ({"register": "yes"}, r"register is 'yes'; expected one of never, if needed, always"),
         ({"workers": "two"}, r"workers is 'two'; expected a whole number"),

@@ -109,6 +109,36 @@ def test_only_volumes_on_another_grid_are_registered_if_needed(head):
     np.testing.assert_array_equal(study.volumes["t1c"].data, read_volume(paths["t2w"]).data)
 
 
+def test_a_lesion_drawn_on_another_grid_moves_with_its_volume(head, tmp_path):
+    """And one that fits no volume leaves the study without labels, and says so."""
+    fixed, true, moving, _, _ = head
+    (tmp_path / "P").mkdir()
+    nib.save(nib.Nifti1Image(*_stored(fixed)), tmp_path / "P" / "P_T1.nii.gz")
+    nib.save(nib.Nifti1Image(*_stored(moving)), tmp_path / "P" / "P_T2.nii.gz")
+    bright = _stored(moving)[0] > np.percentile(moving.data, 98)  # fluid
+    nib.save(nib.Nifti1Image((2 * bright).astype(np.uint8), moving.affine), tmp_path / "P" / "P_lesion.nii.gz")
+    (files,) = find_studies(tmp_path)
+    with pytest.raises(StudyError, match="pass --register"):
+        load_study(files)
+    study = load_study(files, register="always")
+    assert study.labels is not None
+    assert study.label_values == (2,)
+    assert study.labels.shape == study.mask.shape
+    there = true.data > np.percentile(true.data, 97)
+    assert there[study.labels == 2].mean() > 0.85
+    assert [note for note in study.notes if "segmentation" in note] == []
+    nib.save(nib.Nifti1Image(bright[:, :, 1:].astype(np.uint8), moving.affine), files.labels[0])
+    study = load_study(files, register="always")
+    assert study.labels is None
+    (note,) = [note for note in study.notes if "segmentation" in note]
+    assert note.startswith("the segmentation *_lesion.nii.gz is not used: it is 90×105×55 at")
+
+
+def _stored(volume):
+    """A volume's voxels as files of these tests have them, whose axes are those of RAS+, and its affine."""
+    return volume.data.T, volume.affine
+
+
 def test_completing_with_register_says_what_was_done(head, tmp_path):
     _, _, _, moved, paths = head
     folder = tmp_path / "in" / "P"

@@ -95,6 +95,17 @@ def test_a_prepared_dataset_and_its_cohort_give_the_same_subjects(cohort, tmp_pa
         find_subjects(tmp_path / "set", None, {"t1n": "*"}, "always")
 
 
+def test_a_table_of_patients_may_list_more_than_the_folder_has(cohort, tmp_path):
+    (study, *_) = find_subjects(cohort)
+    (table := tmp_path / "patients.csv").write_text(f"case,patient\n{study.name},Ann\nZ9,Ann\n")
+    with pytest.raises(ConfigError, match="there is no study 'Z9'"):
+        find_subjects(cohort, patients=table)
+    said = []
+    (found, *_) = find_subjects(cohort, patients=table, say=said.append)
+    assert found.read().patient == "Ann"
+    assert [line.startswith("warning: 1 line names a study that is not there in") for line in said] == [True]
+
+
 def test_a_mapping_names_the_files(tmp_path):
     for modality, name in {"t1n": "MPRAGE", "t2w": "TSE"}.items():
         nib.save(image(make_head(modality)), tmp_path / f"P_{name}.nii.gz")

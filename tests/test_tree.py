@@ -408,6 +408,28 @@ def test_each_name_is_read_once_with_its_folder():
     assert [names.case(path, reading) for path, reading in names.readings] == ["P2", "P1"]
 
 
+def test_one_name_at_several_sites_is_called_after_the_site() -> None:
+    """With all that this patient has there; copies of one image in other forms stay one study's, and are refused."""
+    found = recognise(
+        [Path("c", f"{name}.nii") for name in ["A/P1_T1", "A/P1_T2", "A/P1_seg", "A/P1_x", "A/P1_fu_T1", "A/P2_T1"]]
+        + [Path("c", f"{name}.nii") for name in ["B/P1_T1", "B/P1_T2", "B/P1_seg", "B/P3_T1"]],
+        root=Path("c"),
+    )
+    cases = {study.case: (study.patient, [path.name for path in study.paths()]) for study in found}
+    assert cases == {
+        "A_P1": ("A_P1", ["P1_T1.nii", "P1_T2.nii", "P1_seg.nii", "P1_x.nii"]),
+        "A_P1_fu": ("A_P1", ["P1_fu_T1.nii"]),
+        "B_P1": ("B_P1", ["P1_T1.nii", "P1_T2.nii", "P1_seg.nii"]),
+        "P2": ("P2", ["P2_T1.nii"]),
+        "P3": ("P3", ["P3_T1.nii"]),
+    }
+    for first, other in (("rawdata", "B"), ("A", "preproc"), ("T1w", "T1"), ("x/A", "x/B")):
+        copies = [Path("c", folder, "P1_T1.nii") for folder in (first, other)]
+        assert [study.case for study in recognise(copies, root=Path("c"))] == ["P1"]
+    visits = [Path("c", folder, "P1_T1.nii") for folder in ("baseline", "followup")]
+    assert [study.case for study in recognise(visits, root=Path("c"))] == ["P1_baseline", "P1_followup"]
+
+
 class TestMasks:
     @pytest.mark.parametrize(
         "mask",
@@ -434,6 +456,9 @@ class TestMasks:
             ("P1/P1_seg.nii P1/P1_BraTS-seg.nii", "P1_seg.nii"),
             ("P1/Consensus.nii P1/ManualSegmentation_1.nii P1/ManualSegmentation_2.nii", "Consensus.nii"),
             ("P1/P1_seg.nii P1/P1_T1_mask.nii", "P1_seg.nii"),
+            ("P1/P1_T1_bet_mask.nii", ""),  # HD-BET
+            ("P1/P1_T1_seg.nii P1/P1_T1_pve_0.nii P1/P1_T1_pve_1.nii", ""),  # FSL FAST
+            ("P1/P1_T1_seg.nii P1/P1_T1_pve_0.nii P1/P1_lesion.nii", "P1_lesion.nii"),
         ],
     )
     def test_the_segmentation_of_several(self, files: str, label: str) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from crossmr.data.visits import look_alike, parse_patient
+from crossmr.data.visits import is_dated, is_visit, look_alike, may_repeat, parse_patient
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,9 @@ from crossmr.data.visits import look_alike, parse_patient
         ("P01_visit2 P01_Visit-3 P01_week-040 P01_week-000-1 P01_6months P01_month3 P01_tp1 P01_day-7", "P01", "sure"),
         ("P01_visit2_2019-03-01 P01_baseline_preop", "P01", "sure"),
         ("sub-01_ses-02 sub-01_ses-preop sub-01", "sub-01", "sure"),
+        ("baseline_P01 followup_P01 week-4_P01 2019-03-01_P01 20190301_1432_P01 pre_P01 post-op_P01", "P01", "sure"),
+        ("ses-1_sub-01 visit2_sub-01 baseline_sub-01_ses-3", "sub-01", "sure"),
+        ("20190301_DOE_JOHN 20200301_DOE_JOHN", "DOE_JOHN", "weak"),
         ("UCSF-PDGM-0429 UCSF-PDGM-0429_FU001d", "UCSF-PDGM-0429", "sure"),
         ("BraTS-GLI-00000-000 BraTS-GLI-00000-001", "BraTS-GLI-00000", "fair"),
         ("UPENN-GBM-00001_11 UPENN-GBM-00001_21", "UPENN-GBM-00001", "fair"),
@@ -44,6 +47,7 @@ def test_the_visits_of_a_patient(visits, patient, confidence):
         "Brats18_2013_11_1 Brats18_2013_2_1 Brats18_TCIA01_131_1 BraTS20_Training_355 BraTS20_Training_356",
         "TCGA-02-0003 TCGA-02-0006 TCGA-06-1987 TCGA-06-2001",
         "GBM_M12 GBM_M13 hospital_scan1 hospital_scan2 hospital_V1",
+        "baseline_P1 baseline_P2 post_contrast pre_contrast GBM_P01 V1_P01 2019_P01 siteA_P01",
         "patient19 patient20 W39_1998.09.19 W40_1998.09.19 REAL-001 REAL-002 A1 B1",
     ],
 )
@@ -63,5 +67,20 @@ def test_a_name_that_is_a_time_point_names_no_patient(name):
 def test_what_may_be_a_time_point_is_pointed_out():
     assert {look_alike(name) for name in ("P01_A", "P01_B", "P01_2019", "P01_7")} == {"P01"}
     assert {look_alike(name) for name in ("Ann_T0", "Ann_T1")} == {"Ann"}
+    assert {look_alike(name) for name in ("P01a", "P01B")} == {"P01"}
     for name in ("P01", "sub-01", "TCGA-02-0003", "Ann_Bee", "P01_T0", "BraTS-GLI-00000-000", "IXI012-HH-1211"):
         assert look_alike(name) == "", name
+
+
+def test_a_visit_is_a_time_point_and_nothing_else():
+    assert all(map(is_visit, ("baseline", "2019-03-01", "ses-1", "preop", "timepoint1", "week4_2019-03-01")))
+    assert not any(map(is_visit, ("V1", "T0", "2019", "baseline_P01", "images", "")))
+    assert is_dated("2019-03-01")
+    assert not is_dated("baseline")
+
+
+def test_what_may_stand_before_a_patient():
+    assert all(may_repeat(first, "P01") for first in ("V1", "2019", "siteA", "site_2", "train", "test1", "own"))
+    assert may_repeat("P02", "series3") is None
+    assert not any((may_repeat("V1", "V2"), may_repeat("siteA", "T0"), may_repeat("HC", "12"), may_repeat("Ann", "op")))
+    assert may_repeat("train", "12")

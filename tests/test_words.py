@@ -2,7 +2,7 @@
 
 import pytest
 
-from crossmr.data.words import LABEL, describes, is_raw, possible_contrasts, read_words, spelt
+from crossmr.data.words import LABEL, describes, holds_labels, is_raw, possible_contrasts, read_words, spelt
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,7 @@ from crossmr.data.words import LABEL, describes, is_raw, possible_contrasts, rea
         # segmentations
         ("P1_seg P1_mask_FLAIR P1_FLAIR_lesion P1_T1_mask P1_consensus_gt P1_tumor_segmentation P1_mask1", "P1", LABEL),
         ("P1_T1_pred_seg P1_predicted_FLAIR_lesion P1_manual_seg", "P1", LABEL),
+        ("P1_T1_bet_seg P1_FLAIR_bet_lesion_mask P1_bet_tumor", "P1", LABEL),
         ("mask_FLAIR wmh MASK ManualSegmentation_1 ground_truth lesion_T2 FLAIR_to_T1_mask", "", LABEL),
     ],
 )
@@ -77,6 +78,7 @@ def test_names(names: str, head: str, meaning: str) -> None:
         "P1_t2f_synthetic P1_T2Synth P1_T1_pred2 P1_T1_fast P1_T1_brain_pve_0 P1_SWI P1_ADC P1_DWI",
         "P1_T1_Gdbolus P1_T1_KM",
         "P1_FLAIR_pred P1_pred_T1 P1_synthetic_T1 T1ce_synth P1_T2_predicted_bet P1_T1_synthseg P1_FLAIR_manual",
+        "T1_bet_mask P1_hdbet_mask P1_T1_synthstrip_mask FLAIR_skullstripped_mask",  # of the brain
         "P1_brain_mask brainmask T1_brain_mask head_mask P1_brain_parenchyma_segmentation csf_seg",
     ],
 )
@@ -171,3 +173,9 @@ def test_folders_that_say_what_their_files_are() -> None:
     of_patients = ("P1", "Tumor_01", "P1_seg", "site1", "HGG", "baseline", "week-040", "T1", "pre", "Ann_brain", "x")
     assert [name for name in (*of_steps, *of_patients) if describes(name)] == [*of_steps]
     assert [is_raw(name) for name in ("orig", "Raw_Data", "pre", "P1")] == [True, True, False, False]
+
+
+def test_folders_of_labels():
+    yes = "labels labelsTr LabelsTs masks Tumor_Masks manual_seg ground_truth GT segmentations lesion-masks"
+    no = "brain_masks T1_mask imagesTr P1_seg seg1x anat P1 brain labels_P1"
+    assert {name for name in (*yes.split(), *no.split()) if holds_labels(name)} == {*yes.split()}

@@ -502,7 +502,7 @@ def prepare(
     """Check, normalise and crop a cohort into a prepared dataset. The same command again goes on where it stopped."""
     check_paths(out=out, studies=cohort)
     names = mapping_of(mapping)
-    from crossmr.data.prepare import PrepareSettings, default_workers
+    from crossmr.data.prepare import PrepareSettings, default_workers, lesions_in_words
     from crossmr.data.prepare import prepare as run
     from crossmr.data.split import Split
     from crossmr.display import LOG
@@ -521,6 +521,7 @@ def prepare(
     lines = (
         f"{found['studies']} studies of {found['patients']} patients ({counts})",
         "contrasts: " + ", ".join(f"{m} {n}" for m, n in found["modalities"].items()),
+        f"lesion labels: {lesions_in_words(found)}",
     )
     failed = {entry["case"]: entry["reason"] for entry in manifest["refused"]}
     outcomes = {"failed": len(failed), "prepared": found["studies"]}

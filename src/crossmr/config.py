@@ -14,8 +14,12 @@ from crossmr.errors import ConfigError
 T = TypeVar("T")
 
 
-def read_text(settings: Any, name: str, kind: Any, read: Callable[[str], Any], example: str) -> None:
+def read_text(
+    settings: Any, name: str, kind: Any, read: Callable[[str], Any], example: str, otherwise: str = ""
+) -> None:
     """Replace an attribute of a frozen dataclass, where it is given as text, by what `read` makes of it.
+
+    `otherwise` is how a `kind` is written, for messages.
 
     Raises:
         ConfigError: it is neither text nor a `kind`, or text that `read` refuses.
@@ -24,7 +28,7 @@ def read_text(settings: Any, name: str, kind: Any, read: Callable[[str], Any], e
     if isinstance(value, str):
         object.__setattr__(settings, name, read(value))
     elif not isinstance(value, kind):
-        raise ConfigError(f"{name} is {value!r}; expected text such as '{example}'.")
+        raise ConfigError(f"{name} is {value!r}; expected text such as '{example}'{otherwise and f' or {otherwise}'}.")
 
 
 def check_kind(value: Any, kind: type, name: str = "settings") -> None:

@@ -21,6 +21,12 @@ _FILE = re.compile(
 _SUFFIXES = {"T1w": "t1n", "UNIT1": "t1n", "T2w": "t2w", "FLAIR": "t2f", "PDw": "pdw", "PD": "pdw", "PDT2": OTHER}
 _NO_AGENT = re.compile(r"no|non|none|nil|na|false|without|wo|pre|plain", re.I)
 _UNKNOWN = re.compile(r"\W*(unknown|n/?a|none|no|unspecified|undefined|null|anonymi[sz]ed|removed)?\W*", re.I)
+_TISSUE = re.compile(
+    r"(brain|head|skull|skullstrip(ped)?|bet|hdbet|synthstrip|tissues?|fast|c?aseg|aparc.*|carve.*|synthseg|cortex|"
+    r"[gc]?gm|[cs]?wm|csf|bg|bone|softtissue|nonbrain|ribbon|hemi|thalamus|brainstem|cerebellum)",
+    re.I,
+)
+"""What `desc-` and `label-` say of a mask that is of no lesion; the latter by the specification's list of tissues."""
 _FLUID = re.compile(r".*(flair|t2f|darkfluid|tirm).*", re.I)
 
 
@@ -53,7 +59,8 @@ def _meaning(suffix: str, entities: Mapping[str, str]) -> str:
     if suffix in ("PDT2", "MP2RAGE") or entities.get("part", "mag") != "mag" or "inv" in entities:
         return OTHER
     meaning = _SUFFIXES.get(suffix) or spelt(suffix)
-    if entities.get("desc", "").startswith("synthetic") or (meaning == LABEL and entities.get("desc") == "brain"):
+    of_tissue = any(_TISSUE.fullmatch(entities.get(key, "")) for key in ("desc", "label"))
+    if entities.get("desc", "").startswith("synthetic") or (meaning == LABEL and of_tissue):
         return OTHER
     acquisition = entities.get("acq", "")
     if meaning == "t2w" and _FLUID.fullmatch(acquisition):

@@ -1,8 +1,9 @@
 """Reading a prepared dataset: its manifest, its arrays mapped into memory, and its items as tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,7 @@ class PreparedDataset(Dataset[dict[str, Any]]):
         except (AttributeError, KeyError, TypeError) as error:
             raise SetError(f"{path} does not say what its cases are ({error!r}). Run prepare again.") from error
         self.modalities = self._modalities(modalities)
-        self.size = None if size is None else tuple(size)
-        if self.size is not None and (len(self.size) not in (2, 3) or min(self.size) < 1):
-            raise ConfigError(f"size is {self.size}; expected (Y, X) for slices, or (Z, Y, X), in voxels.")
+        self.size = None if size is None else _voxels(size)
         self._slices = len(self.size or ()) == 2
         chosen = self.cases if split is None else self.split(split)
         self._items = [(case, z) for case in chosen for z in self._slices_of(case)]
@@ -225,6 +224,21 @@ class PreparedDataset(Dataset[dict[str, Any]]):
         what = ("files", "part", "patient", "named", "modalities", "spacing_mm")
         cases = {name: {key: case.get(key) for key in what} for name, case in self.manifest["cases"].items()}
         return digest({"cases": cases, "split": self.manifest["split"]})
+
+
+def _voxels(size: object) -> tuple[int, ...]:
+    """What `size` gives, as whole numbers.
+
+    Raises:
+        ConfigError: it is not two or three whole numbers from 1.
+    """
+    given: tuple[Any, ...] = tuple(size) if isinstance(size, Iterable) else (size,)
+    whole = [not isinstance(n, bool) and isinstance(n, Real) and float(n) % 1 == 0 and float(n) >= 1 for n in given]
+    if len(given) not in (2, 3) or not all(whole):
+        raise ConfigError(
+            f"size is {size!r}; expected (Y, X) for slices, or (Z, Y, X), in voxels: whole numbers from 1."
+        )
+    return tuple(int(n) for n in given)
 
 
 def _turned(array: npt.NDArray[Any], plane: str) -> npt.NDArray[Any]:

@@ -8,6 +8,8 @@
 
 Which year it is, names and values tell: no file says it. Labels above 4, such as a mask's 255, are lesion of which
 nobody says that it enhances.
+
+A mask of the brain, or a segmentation of its tissues, may have the name of a lesion's: `not_a_lesion` tells by voxels.
 """
 
 import re
@@ -17,6 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 Labels = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+LARGEST, OUTSIDE = 0.4, 0.1
+"""More of the head than this is no lesion, nor is what lies outside it by this share. Real ones: .1 and .001."""
 ENHANCING = 3
 """Smallest label of enhancing tumour, as crossmr counts them."""
 LAST = 4
@@ -37,6 +42,16 @@ def as_counted(labels: Labels, case: str) -> Labels:
     if cavity_is_labelled(case):
         return np.where(labels == 4, np.uint8(0), labels)
     return np.where(labels == ENHANCING, np.uint8(1), labels)
+
+
+def not_a_lesion(labels: Labels, head: Mask) -> str:
+    """Why labels, as they are counted, cannot be of a lesion of this head; '' where they can."""
+    lesion = labels > 0
+    if lesion.sum() > LARGEST * head.sum():
+        return f"it covers more than {LARGEST:.0%} of the head, as masks of the brain or of its tissues do"
+    if lesion.any() and (lesion & ~head).sum() >= OUTSIDE * lesion.sum():
+        return f"{OUTSIDE:.0%} or more of it lies outside the head"
+    return ""
 
 
 def note_on(values: Collection[int], case: str) -> str:

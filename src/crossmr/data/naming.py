@@ -30,8 +30,17 @@ from crossmr.data.tree import (
     parts,
     read_channels,
 )
-from crossmr.data.visits import CONFIDENCES, Confidence, look_alike, parse_patient
-from crossmr.data.words import CONTRASTS, LABEL, OTHER, is_raw, spelt
+from crossmr.data.visits import (
+    CONFIDENCES,
+    Confidence,
+    after_first,
+    is_dated,
+    is_visit,
+    look_alike,
+    may_repeat,
+    parse_patient,
+)
+from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, holds_labels, is_raw, spelt
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
 from crossmr.paths import check_studies
@@ -73,7 +82,7 @@ class StudyFiles:
     confidence: Confidence = "sure"
     """How surely the name says who the patient is; see `visits`."""
     alike: str = ""
-    """How names of this patient's other studies may begin, as GBM_07; '' where the name leaves no doubt."""
+    """How names of this patient's other studies may begin, as GBM_07, or end, as *P01; '' where there is no doubt."""
     notes: tuple[str, ...] = ()
     """What is doubtful of the files: what the voxels said where their names left it open, or whose they are."""
 
@@ -177,7 +186,21 @@ def _several(text: str) -> tuple[str, ...]:
 def find_studies(
     folder: Path, mapping: Mapping[str, str] | None = None, exclude: Collection[Path] = ()
 ) -> list[StudyFiles]:
-    """The studies under a folder (at any depth), or the one study that the folder is; sorted by case.
+    """The studies under a folder, or the one study that the folder is; sorted by case; see `find_all`."""
+    return find_all(folder, mapping, exclude).studies
+
+
+class Found(NamedTuple):
+    """What lies under a folder."""
+
+    studies: list[StudyFiles]
+    """Sorted by case."""
+    unused: list[Path]
+    """Segmentations of no study, and volumes in folders of labels where the study has no segmentation."""
+
+
+def find_all(folder: Path, mapping: Mapping[str, str] | None = None, exclude: Collection[Path] = ()) -> Found:
+    """The studies under a folder (at any depth), or the one study that the folder is, and labels of none of them.
 
     Takes the volumes of every format that `formats` reads, and follows links. Skips hidden files and folders, folders
     ending in `.partial`, those in `exclude`, and the derivatives and sourcedata of a BIDS dataset, unless `folder` is
@@ -221,8 +244,8 @@ def find_studies(
     above = [folder for folder in root.parents if folder.is_relative_to(dataset)]
     sidecars.update(path for folder in above for path in folder.glob("*.json"))
     whole = dataset if above and (dataset / ROOT).is_file() else root
-    studies = recognise(paths, mapping, whole, channels, enhanced_by_sidecar(paths, sidecars, dataset))
-    return [_without_synthetic(study) for study in studies]
+    found = _recognise(paths, mapping, whole, channels, enhanced_by_sidecar(paths, sidecars, dataset))
+    return found._replace(studies=[_without_synthetic(study) for study in found.studies])
 
 
 def _without_synthetic(study: StudyFiles) -> StudyFiles:
@@ -304,7 +327,8 @@ def recognise(
        does not depend on what lies beside, but for a hash where A_B/C and A/B_C would be one. Without `root`, it is
        preceded by as many parents as make it unique. A text without a digit that lies in several folders, none of them
        named after it, is no patient's: `P1/final_T1` and `P2/final_T2` are of P1 and P2, or of P1_final where P1 has
-       other texts, too.
+       other texts, too. Where folders directly below `root` have an image of one name, each is called after its folder,
+       as is all that this patient has there: `siteA/P1_T1` and `siteB/P1_T1` are of siteA_P1 and siteB_P1.
     3. The other files of the folder settle what a name leaves open: T2 in `P1_T2_FLAIR` is a visit beside `P1_T2_T1`,
        `post` in `post_T1` beside `post_FLAIR`; 2 in `2_T1` is the patient's number where others share it; `P1_POST` is
        T1ce beside `P1_FLAIR`; a file alone in a folder named after a contrast is that.
@@ -314,7 +338,8 @@ def recognise(
     5. Of several files of one contrast the one is taken that lies with most others, is registered to one of them, has
        fewest words beside, lies in the plane of most files, is the last run, and is NIfTI; the others are
        `passed_over`. Two alike are refused, by `StudyFiles.images()`.
-    6. Masks and segmentations make no case: they join that of their name or folder.
+    6. Masks and segmentations make no case: they join that of their name or folder. In a folder of labels, `labels/P1`
+       is the segmentation of the one study that is called P1, or whose folder is, as is `labels/P1/seg`.
 
     A `mapping` from modality to a glob on the file name adds to these rules, for instance
     `{"t1n": "*_MPRAGE.nii.gz|*_BRAVO.nii.gz", "swi": "*_SWI*"}` (case-sensitive; of several globs with `|` between them
@@ -327,6 +352,17 @@ def recognise(
     Raises:
         ConfigError: a key of the mapping is not a name for a modality.
     """
+    return _recognise(paths, mapping, root, channels, enhanced).studies
+
+
+def _recognise(
+    paths: Iterable[Path],
+    mapping: Mapping[str, str] | None,
+    root: Path | None,
+    channels: Mapping[Path, Channels] | None,
+    enhanced: Collection[Path],
+) -> Found:
+    """As `recognise`, with the labels of no study."""
     names = NamesInTree(sorted(set(paths)), mapping, root, channels, enhanced)
     named = [(path, names.case(path, reading), reading) for path, reading in names.readings if not is_mask(reading)]
     cases = {case for _, case, reading in named if reading.meaning}
@@ -342,8 +378,13 @@ def recognise(
         folder: min(here) if below[folder] == here and len(here) == 1 else None for folder, here in in_folder.items()
     }
 
+    called = _called(named, names)
     studies: dict[str, list[File]] = defaultdict(list)
+    unused: list[Path] = []
     for path, case, reading in named:
+        if not reading.meaning and (labelled := called.get(_of_labels(path, stem_of(path.name), called, root))):
+            studies[labelled].append((path, Reading(meaning=LABEL, mask=True, extras=1)))
+            continue
         own = case if reading.meaning or (reading.head and case in cases) else _assign(path, cases, of_one, names)
         studies[own].append((path, reading))
     for path, reading in names.readings:
@@ -351,11 +392,46 @@ def recognise(
             case = names.case(path, reading) if reading.meaning else ""
             assigned = _assign(path, cases, of_one, names)
             own = case if case in cases or (case and assigned not in cases) else assigned
+            if own not in cases and reading.meaning == LABEL:
+                name = reading.head or (stem_of(path.name) if path in names.mapped else "")
+                if labelled := called.get(_of_labels(path, name, called, root)):
+                    own, reading = labelled, replace(reading, head="", visit="")
             # A mask makes no case, except where there is nothing else, or where a mapping says what it is.
             if own in cases or not named or path in names.mapped:
                 studies[own].append((path, reading))
+            elif reading.meaning == LABEL:
+                unused.append(path)
     patients = _patients(studies, names, root)
-    return [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
+    found = [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
+    unused += [
+        path for study in found if not study.labels for path in study.unrecognised if _folder_of_labels(path, root)
+    ]
+    return Found(found, sorted(unused))
+
+
+def _called(named: Sequence[tuple[Path, str, Reading]], names: NamesInTree) -> dict[str, str]:
+    """Names of images' cases, and of their folders, that are of one case → the case."""
+    called: dict[str, set[str]] = defaultdict(set)
+    for path, case, reading in named:
+        if reading.meaning:
+            for name in {case, reading.head, names.folder(path).name} - {""}:
+                called[name].add(case)
+    return {name: min(cases) for name, cases in called.items() if len(cases) == 1}
+
+
+def _folder_of_labels(path: Path, root: Path | None) -> Path | None:
+    """The folder above a file, below the root, that is named after labels of lesions."""
+    within = (folder for folder in path.parents if root is not None and root in folder.parents)
+    return next((folder for folder in within if holds_labels(folder.name)), None)
+
+
+def _of_labels(path: Path, name: str, called: Mapping[str, str], root: Path | None) -> str:
+    """By which name a file in a folder of labels is a case's: by its own, or that of a folder below; else ''."""
+    folder = _folder_of_labels(path, root)
+    if folder is None:
+        return ""
+    below = [place.name for place in path.parents if folder in place.parents]
+    return next((one for one in (name, *below) if one in called), "")
 
 
 def _short(case: str) -> str:
@@ -453,7 +529,8 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
     folders = {case: folder for folder, case in names.names.items()}
     patients = {}
     for case, files in studies.items():
-        path, reading = next((file for file in files if file[1].meaning), files[0])
+        images = (file for file in files if file[1].meaning and not is_mask(file[1]))
+        path, reading = next(images, next((file for file in files if file[1].meaning), files[0]))
         own = folders.get(case)
         if (own is None and not reading.head and reading.visit) or (
             case != reading.head and not parse_patient(reading.head).patient
@@ -466,10 +543,42 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
     for folder, name in called.items():  # 1 of another cohort is another patient: Meier/1, Huber/1
         if BARE.fullmatch(name) and len(words := parts(folder, root)) > 1:
             called[folder] = f"{words[-2]}_{name}"
-    return {
+    patients = {
         case: patient if patient.folder is None else patient._replace(name=called[patient.folder])
         for case, patient in patients.items()
     }
+    return _same_ends(patients, root)
+
+
+def _same_ends(patients: dict[str, "_Patient"], root: Path | None) -> dict[str, "_Patient"]:
+    """The patients, with `alike` of those whose names end alike, so that they may be one: site1/P01 and site2/P01.
+
+    A case in which nothing but a time point was found has a patient, if its first word surely is a visit's, and the
+    others are in another case, too: 20190101_0001 and 20200101_0001, baseline_003 and followup_003.
+    """
+    ends: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # end → beginning → cases
+    visits: dict[str, list[str]] = defaultdict(list)
+    for case, patient in patients.items():
+        first, rest = after_first(case)
+        if patient.name == case and is_visit(case) and is_visit(first):
+            visits[rest].append(case)
+        above = () if patient.folder is None else parts(patient.folder, root)[:-1]
+        whole = patient.name if patient.folder is None else patient.folder.name
+        ends[whole][above[-1] if above else ""].add(case)
+        if not above:
+            first, rest = after_first(patient.name)
+            ends[rest][first].add(case)
+    found = dict(patients)
+    for rest, cases in visits.items():
+        found |= {case: _Patient(rest, "weak") for case in cases if len(cases) > 1}
+    repeated = {
+        end: of for end, of in ends.items() if len({found[case].name for some in of.values() for case in some}) > 1
+    }
+    for end, of in repeated.items():
+        said = [may_repeat(first, end) for first in of if first]
+        if said and all(one or (one is None and len(repeated) >= len(of)) for one in said):
+            found |= {case: found[case]._replace(alike=f"*{end}") for cases in of.values() for case in cases}
+    return found
 
 
 def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | None) -> _Patient:
@@ -495,10 +604,17 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
         if reading.patient:
             if place != folder and confidence == "weak" and not re.search(r"\d", reading.patient):
                 break
-            named = re.search(r"\d", place.parent.name) or BARE.fullmatch(place.name)
+            known = is_visit(place.parent.name) or may_repeat(place.parent.name, "P1")
+            bare = BARE.fullmatch(place.name) and not is_visit(place.parent.name)
+            named = bare or (re.search(r"\d", place.parent.name) and not known)  # V1/P01 is no visit of V1
             above = str(place.parent) if below(place.parent) and named else ""
             alike = (look_alike(place.name) or above) if reading.patient == place.name and place == folder else ""
             own = place.with_name(reading.patient)
+            visits = [above for above in own.parents if below(above) and is_visit(above.name)]
+            if BARE.fullmatch(own.name) and any(is_dated(above.name) for above in visits):  # 2019-03-01/1
+                confidence = "weak"
+            for visit in visits:  # baseline/P1, from the nearest up
+                own = visit.parent / own.relative_to(visit)
             while own.parent.name == own.name and below(own.parent):  # P1/P1_baseline
                 own = own.parent
             return _Patient("", confidence, alike, own)
@@ -509,8 +625,10 @@ def _assign(path: Path, cases: Collection[str], of_one: Mapping[Path, str | None
     """The study of a file whose name says no contrast: the longest case that it begins with, else its folder's."""
     stem = stem_of(path.name)
     for end in range(len(stem), 0, -1):
-        if (end == len(stem) or stem[end] in SEPARATORS) and stem[:end] in cases:
-            return stem[:end]
+        if end == len(stem) or stem[end] in SEPARATORS:
+            own = f"{names.site(path, stem[:end])}{stem[:end]}"
+            if own in cases:
+                return own
     for folder in path.parents:
         if case := of_one.get(folder):
             return case

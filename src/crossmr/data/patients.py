@@ -6,7 +6,7 @@ empty where a patient's split is left to chance). Studies that it does not list 
 
 import csv
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,18 +80,34 @@ def _check(values: Mapping[str, str], entries: Mapping[str, Entry], where: str) 
             )
 
 
-def assign(studies: Sequence[StudyFiles], entries: Mapping[str, Entry], path: Path) -> list[StudyFiles]:
+def assign(
+    studies: Sequence[StudyFiles],
+    entries: Mapping[str, Entry],
+    path: Path,
+    say: Callable[[str], object] | None = None,
+) -> list[StudyFiles]:
     """The studies with the patients of a table.
 
+    `say` is told of lines without a study, as where the table is of a whole cohort and these studies are a part of it.
+
     Raises:
-        ConfigError: it names a study that is not there.
+        ConfigError: the table names a study that is not there, and `say` is not given, or it names none that is.
     """
-    known = [study.case for study in studies]
-    for case, entry in entries.items():
-        if case not in known:
-            close = difflib.get_close_matches(case, known, n=1)
-            hint = f"Did you mean '{close[0]}'?" if close else f"The studies are {', '.join(known[:3])}, …"
-            raise ConfigError(f"--patients {path}, line {entry.line}, column case: there is no study '{case}'. {hint}")
+    known = {study.case for study in studies}
+    missing = [case for case in entries if case not in known]
+    unlisted = sorted(known - {*entries})
+    close = {case: near[0] for case in missing if (near := difflib.get_close_matches(case, unlisted, n=1))}
+    if missing and (say is None or len(missing) == len(entries)):
+        case = next(iter(close), missing[0])
+        some = ", ".join(sorted(known)[:3])
+        hint = f"Did you mean '{close[case]}'?" if case in close else f"The studies are {some}, …"
+        raise ConfigError(
+            f"--patients {path}, line {entries[case].line}, column case: there is no study '{case}'. {hint}"
+        )
+    if missing and say is not None:
+        also = [f"did you mean '{near}' by '{case}'?" for case, near in [*close.items()][:SHOWN]]
+        what = "line names a study that is" if len(missing) == 1 else "lines name studies that are"
+        say("; ".join([f"warning: {len(missing)} {what} not there in --patients {path}: {listed(missing)}", *also]))
     return [
         replace(study, patient=entries[study.case].patient, confidence="sure", alike="")
         if study.case in entries
@@ -148,12 +164,16 @@ def doubts(studies: Sequence[StudyFiles]) -> list[str]:
         if study.alike:
             alike.setdefault(study.alike, set()).add(study.case)
     patients = {study.case: study.patient for study in studies}
+    for study in studies:  # P01 beside P01_A
+        if study.patient in alike and not study.alike:
+            alike[study.patient].add(study.case)
     open_ones = [
         sorted(cases)
-        for cases in alike.values()
+        for name, cases in alike.items()
         if len({patients[case] for case in cases}) > 1
-        and len(cases) <= LARGEST_FAMILY
-        and (len(cases) < len(studies) or len(studies) == 2)
+        and (
+            name.startswith("*") or (len(cases) <= LARGEST_FAMILY and (len(cases) < len(studies) or len(studies) == 2))
+        )
     ]
     found = [f"{listed(cases)} are taken for studies of one patient, {patient}" for patient, cases in taken.items()]
     return found + [f"{listed(cases)} are taken for studies of different patients" for cases in open_ones]

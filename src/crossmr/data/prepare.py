@@ -6,20 +6,22 @@ SET/
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import statistics
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from crossmr.config import read_text, read_whole
-from crossmr.data.naming import StudyFiles, find_studies, unmatched
+from crossmr.data.naming import StudyFiles, find_all, unmatched
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
 from crossmr.data.prepared_case import (
     FORMAT_VERSION,
@@ -40,6 +42,11 @@ from crossmr.files import digest, is_record, locked, read_json, refuse_foreign, 
 from crossmr.main_memory import available_memory, gigabytes, reusable_memory
 
 FORMAT = "crossmr-set"
+GUARD = (
+    "Processes begin by importing the script that started them, which would call prepare again. Put what it does under "
+    'if __name__ == "__main__": or prepare with workers=1.'
+)
+"""What to do where a script has no guard."""
 NOTES = 8
 """So many different notes on studies are said; all are kept."""
 PROCESS_BYTES = 120 * 10**6
@@ -64,7 +71,7 @@ class PrepareSettings:
     """Table of whose each study is, and perhaps of the splits, see `patients`; None goes by names."""
 
     def __post_init__(self) -> None:
-        read_text(self, "split", Split, Split.parse, "70/10/20")
+        read_text(self, "split", Split, Split.parse, "70/10/20", "crossmr.Split(0.7, 0.1, 0.2)")
         read_text(self, "patients", Path | None, Path, "patients.csv")
         object.__setattr__(self, "register", registration_mode(self.register))
         read_whole(self, "workers")
@@ -85,19 +92,24 @@ def prepare(
     `settings.prune`, those that are no longer in the cohorts. By the same split, patients of the set keep their part.
 
     Raises:
-        NamingError: a cohort without any study. ConfigError: two studies of one name, or a table of patients that is
-            wrong. SetError: every study was refused. OutputError: cannot write, or `out` holds something else, or,
-            without `settings.prune`, cases that are not in the cohorts.
+        NamingError: a cohort without any study. ConfigError: two studies of one name, a table of patients that is
+            wrong, or several workers of a script without `if __name__ == "__main__":`. SetError: every study was
+            refused. OutputError: cannot write, or `out` holds something else, or, without `settings.prune`, cases that
+            are not in the cohorts.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a process that imports its script
+        raise SystemExit(f"crossmr: {GUARD}")
     out, folders = Path(out), [Path(c) for c in ([cohorts] if isinstance(cohorts, (str, Path)) else cohorts)]
     with locked(out):
-        studies = [study for folder in folders for study in find_studies(folder, settings.mapping)]
+        found = [find_all(folder, settings.mapping) for folder in folders]
+        studies = [study for cohort in found for study in cohort.studies]
         names = [study.case for study in studies]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
-                f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or prepare them separately."
+                f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or {_remedy(folders)}."
             )
-        for text in unmatched(studies, settings.mapping):
+        unused = [path for cohort in found for path in cohort.unused]
+        for text in (*unmatched(studies, settings.mapping), *_unused_labels(unused, folders)):
             display.say(f"warning: {text}")
         entries = {} if settings.patients is None else read_patients(settings.patients)
         if settings.patients is not None:
@@ -123,6 +135,33 @@ def prepare(
         stored = {**manifest, "refused": _shareable(manifest["refused"], studies, [*folders, out])}
         write_json(out / "manifest.json", {**stored, "sha256": digest(stored)})
         return manifest
+
+
+def _remedy(folders: Sequence[Path]) -> str:
+    """How cohorts that share names of studies can be one set."""
+    whole = [Path(os.path.abspath(folder)) for folder in folders]
+    above = Path(os.path.commonpath(whole))
+    same = above in whole or any(folder.parent != above for folder in whole)
+    where = (
+        "move the cohorts into one folder, and give that"
+        if same
+        else f"give {above}, the folder above all of them, alone"
+    )
+    return f"{where}: studies are then called after their cohort, too, such as {whole[0].name}_NAME"
+
+
+def _unused_labels(unused: Sequence[Path], folders: Sequence[Path]) -> list[str]:
+    """What to say of volumes that seem to be lesion labels, and are used for no study."""
+    if not unused:
+        return []
+    roots = [Path(os.path.abspath(folder)) for folder in folders]
+    names = [next(str(path.relative_to(root)) for root in roots if root in path.parents) for path in unused[:3]]
+    count = "1 volume that may be lesion labels is" if len(unused) == 1 else ""
+    count = count or f"{len(unused)} volumes that may be lesion labels are"
+    return [
+        f"{count} used for no study: {', '.join(names)}{', …' if len(unused) > 3 else ''}. Call each after its study "
+        "(P1_seg.nii.gz, labels/P1.nii.gz), or name them with --map seg='*_NAME.nii.gz'."
+    ]
 
 
 def _notes(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -329,10 +368,7 @@ def _prepare_all(
             except (CrossmrError, MemoryError):
                 raise
             except BrokenProcessPool as error:
-                raise OutputError(
-                    f"{out}: a process was killed, as happens where memory runs out. Run the same command again with "
-                    "--workers 1; what is prepared is kept."
-                ) from error
+                raise _ended((), out) from error
             except Exception as error:  # nobody foresaw it: the other patients go on all the same
                 result = f"{study.case}: {display.unforeseen(error)}"
             if isinstance(result, Unread):
@@ -378,22 +414,53 @@ def _memory(files: StudyFiles, register: RegistrationMode) -> int:
 def _each(
     studies: list[StudyFiles], out: Path, settings: PrepareSettings
 ) -> Generator[tuple[StudyFiles, Callable[[], Prepared]]]:
-    """Each study with what prepares it, or waits for the process that does, in the order in which they finish."""
+    """Each study with what prepares it, or waits for the process that does, in the order in which they finish.
+
+    Raises:
+        ConfigError, OutputError: a process ended; so do what waits for one.
+    """
     if settings.workers <= 1:
         yield from ((study, partial(prepare_case, study, out, settings.register)) for study in studies)
         return
+    others = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(
         min(settings.workers, len(studies)), mp_context=get_context("spawn"), initializer=_let_finish
     ) as pool:
-        with _interrupts_held():
-            futures = {pool.submit(prepare_case, study, out, settings.register): study for study in studies}
+        futures: dict[Future[Prepared], StudyFiles] = {}
+        started: set[BaseProcess] = set()
         try:
+            with _interrupts_held():
+                for study in studies:
+                    futures[pool.submit(prepare_case, study, out, settings.register)] = study
+                    started |= {*multiprocessing.active_children()} - others
             for future in as_completed(futures):
-                yield futures[future], future.result
+                yield futures[future], partial(_result, future, started, out)
+        except BrokenProcessPool as error:
+            raise _ended(started, out) from error
         except BaseException:
             for future in futures:  # shutdown(cancel_futures=True) forgets that when the pool is left, now and then
                 future.cancel()
             raise
+
+
+def _result(future: Future[Prepared], started: Collection[BaseProcess], out: Path) -> Prepared:
+    """What a process made of a study."""
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise _ended(started, out) from error
+
+
+def _ended(started: Collection[BaseProcess], out: Path) -> CrossmrError:
+    """Why a process ended: it was killed, or could not import the script that started it."""
+    for process in started:
+        process.join(5)
+    if any((process.exitcode or 0) > 0 for process in started):
+        return ConfigError(f"prepare: a process ended while it began. {GUARD}")
+    return OutputError(
+        f"{out}: a process was killed, as happens where memory runs out. Run the same command again with --workers 1; "
+        "what is prepared is kept."
+    )
 
 
 @contextlib.contextmanager
@@ -446,8 +513,27 @@ def _fingerprint(cases: Mapping[str, Mapping[str, Any]], patients: Mapping[str, 
         },
         "masked_background": sum(case["masked_background"] for case in cases.values()),
         "labelled": sum(case["labelled"] for case in cases.values()),
+        **_lesions([case for case in cases.values() if case["labelled"]]),
         "intensity": statistic,
     }
+
+
+def _lesions(labelled: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the labels of these cases are: their values in the files, and which share of the head they cover."""
+    shares = [sum(case["lesion_voxels"]) / sum(case["head_voxels"]) for case in labelled]
+    values = {value for case in labelled for value in case.get("label_values", ())}
+    return {"label_values": sorted(values), "lesion_share": round(statistics.median(shares), 6) if shares else 0.0}
+
+
+def lesions_in_words(fingerprint: Mapping[str, Any]) -> str:
+    """How many studies have lesion labels, and what these are, by a set's fingerprint."""
+    if not fingerprint["labelled"]:
+        return "of no study"
+    values = ", ".join(map(str, fingerprint["label_values"])) or "none"
+    return (
+        f"of {fingerprint['labelled']} of {fingerprint['studies']} studies, values {values}, "
+        f"median {fingerprint['lesion_share']:.2%} of the head"
+    )
 
 
 def default_workers() -> int:

@@ -124,6 +124,7 @@ def _write_case(study: Study, files: StudyFiles, signature: str, folder: Path) -
         "box": [[s.start, s.stop] for s in (z, y, x)],
         "masked_background": study.masked_background,
         "labelled": study.labels is not None,
+        "label_values": list(study.label_values),
         "notes": list(study.notes),
         "normalisation": {m: asdict(n) for m, n in study.normalisation.items()},
         "statistics": {m: _statistics(images[:, i], masks[:, 0] > 0) for i, m in enumerate(modalities)},

@@ -66,6 +66,15 @@ class Registered:
     both of the volume interpolated linearly."""
     kept: bool = False
     """Whether it was left where its header says."""
+    transform: Any = None
+    """ITK's, from the reference to the volume as it was."""
+
+    def move_labels(self, labels: npt.NDArray[np.uint8], drawn_on: Volume) -> npt.NDArray[np.uint8]:
+        """Labels (Z, Y, X) that were drawn on the volume as it was, moved as it was: each voxel the nearest one's."""
+        itk = _simpleitk()
+        target, source = _image(itk, self.volume), _image(itk, replace(drawn_on, data=labels))
+        moved = itk.Resample(source, target, self.transform, itk.sitkNearestNeighbor, 0, itk.sitkUInt8)
+        return np.ascontiguousarray(itk.GetArrayFromImage(moved), dtype=np.uint8)
 
     def __str__(self) -> str:
         shift = ", ".join(f"{value:.1f}" for value in self.translation_mm)
@@ -114,6 +123,7 @@ def register_rigidly(case: str, modality: str, moving: Volume, fixed: Volume) ->
         displacement_mm=farthest,
         mutual_information=(before, after),
         kept=kept,
+        transform=transform,
     )
     overlap = _dice(data, fixed.data)
     if overlap < OVERLAP or farthest > FARTHEST_MM or max(map(abs, turn)) > WIDEST_DEGREES:

@@ -24,10 +24,10 @@ from crossmr.data.head import (
     in_threads,
     was_acquired,
 )
-from crossmr.data.labels import as_counted, note_on
+from crossmr.data.labels import as_counted, not_a_lesion, note_on
 from crossmr.data.naming import StudyFiles, display_name, in_usual_order
 from crossmr.data.nifti import is_synthetic, read_header
-from crossmr.data.registration import RegistrationMode, register_rigidly
+from crossmr.data.registration import Registered, RegistrationMode, register_rigidly
 from crossmr.data.volume import Volume, describe_grid, displacement_mm, read_grid, read_labels, read_volume, same_grid
 from crossmr.errors import StudyError, VolumeError
 
@@ -89,6 +89,8 @@ class Study:
     normalisation: Mapping[str, Normalisation]
     labels: npt.NDArray[np.uint8] | None = None
     """Lesion labels (Z, Y, X), 0 outside, or None; see `labels.as_counted`."""
+    label_values: Sequence[int] = ()
+    """The labels that the segmentation's file has, without 0."""
     notes: Sequence[str] = field(default_factory=tuple)
     """Remarks on the input that belong in every report of a result."""
     stripped: Sequence[str] = ()
@@ -135,7 +137,8 @@ def load_study(
         case: name of the study, where `source` does not say.
         allow: the modalities to read; by default all.
         register: which volumes are registered to the first one; the notes say how far each was moved.
-        labels: whether the segmentation is read, and a study with several of them refused.
+        labels: whether the segmentation is read, and a study with several of them refused. One that cannot be of a
+            lesion is not used, nor, with `register`, one on the grid of no volume; a note says so.
 
     Raises:
         NamingError, VolumeError, StudyError: one line that names the case, the volume and the remedy.
@@ -156,15 +159,24 @@ def load_study(
     notes += [f"{m} is itself synthetic, so it was not used as an input." for m in read if m not in volumes]
     notes += [f"{display_name(m)} {volume.remark}" for m, volume in volumes.items() if volume.remark]
     checked = {m: _checked(case, m, volume) for m, volume in volumes.items()}
-    volumes, movements = _on_one_grid(case, {m: volume for m, (volume, _) in checked.items()}, register)
+    before = {m: volume for m, (volume, _) in checked.items()}
+    volumes, moved = _on_one_grid(case, before, register)
     head = find_head(case, volumes)
     for m, (volume, nan) in checked.items():
         if nan is not None:
             notes.append(_nan_note(m, nan, head.parts.get(m, head.mask) if volumes[m] is volume else None))
     notes += [*skull_note(volumes, head.stripped), *_less_note(head)]
-    lesion = None if label is None else _read_labels(case, label, next(iter(volumes.values())))
-    if lesion is not None and (note := note_on(np.unique(lesion), case)):
+    lesion = None if label is None else _lesion(case, label, before, moved, register)
+    if lesion and lesion.labels is not None and (why := not_a_lesion(lesion.labels, head.mask)):
+        lesion = _Lesion(why=why)
+    if lesion and label is not None and lesion.why:
+        notes.append(f"the segmentation {label.name.replace(case, '*')} is not used: {lesion.why}.")
+    elif lesion and (note := note_on(lesion.values, case)):
         notes.append(note)
+    first = next(iter(volumes))
+    movements = [
+        f"{m} was {'resampled' if result.kept else 'registered'} to {first}: {result}." for m, result in moved.items()
+    ]
     return Study(
         case=case,
         patient=patient,
@@ -174,7 +186,8 @@ def load_study(
         normalisation=in_threads(
             lambda m, volume: fit_normalisation(volume.data, head.parts.get(m, head.mask)), volumes
         ),
-        labels=None if lesion is None else as_counted(lesion, case),
+        labels=lesion.labels if lesion else None,
+        label_values=lesion.values if lesion else (),
         notes=(*notes, *movements),
         stripped=head.stripped,
         parts=head.parts,
@@ -215,17 +228,17 @@ def _acquired(case: str, volumes: Mapping[str, Volume], source: StudyFiles | Map
 
 def _on_one_grid(
     case: str, volumes: Mapping[str, Volume], register: RegistrationMode
-) -> tuple[dict[str, Volume], list[str]]:
-    """Compare all grids, and register the volumes that `register` says; also returns how far each was moved."""
-    first, reference = next(iter(volumes.items()))
+) -> tuple[dict[str, Volume], dict[str, Registered]]:
+    """Compare all grids, and register the volumes that `register` says; also returns how each of them was moved."""
+    reference = next(iter(volumes.values()))
     aligned = dict(volumes)
-    movements: list[str] = []
+    moved: dict[str, Registered] = {}
     for modality in _to_register(case, volumes, register):
         result = register_rigidly(case, modality, volumes[modality], reference)
         if result.volume is not volumes[modality]:
             aligned[modality] = result.volume
-            movements.append(f"{modality} was {'resampled' if result.kept else 'registered'} to {first}: {result}.")
-    return aligned, movements
+            moved[modality] = result
+    return aligned, moved
 
 
 def _to_register(case: str, volumes: Mapping[str, Volume], register: RegistrationMode) -> list[str]:
@@ -262,11 +275,43 @@ def _hint(source: StudyFiles | Mapping[str, Any]) -> str:
     return "; add one, or leave this study out"
 
 
-def _read_labels(case: str, label: Path, reference: Volume) -> npt.NDArray[np.uint8]:
+class _Lesion(NamedTuple):
+    """What a segmentation says."""
+
+    labels: npt.NDArray[np.uint8] | None = None
+    """As they are counted, on the first volume's grid; None where they are not used."""
+    values: tuple[int, ...] = ()
+    """Those of the file, without 0."""
+    why: str = ""
+    """Why they are not used."""
+
+
+def _lesion(
+    case: str,
+    label: Path,
+    volumes: Mapping[str, Volume],
+    moved: Mapping[str, Registered],
+    register: RegistrationMode,
+) -> _Lesion:
+    """Read lesion labels; those on the grid of a volume that was registered are moved as it was.
+
+    Raises:
+        VolumeError: they cannot be read, or, where nothing is registered, lie on another grid.
+    """
+    reference = next(iter(volumes.values()))
     try:
-        return read_labels(label, reference)
+        grid = read_grid(label) or read_volume(label)
+        drawn_on = [m for m in moved if same_grid(grid, volumes[m])]
+        if same_grid(grid, reference) or (register == "never" and not drawn_on):
+            labels = stored = read_labels(label, reference)
+        elif drawn_on:
+            stored = read_labels(label, volumes[drawn_on[0]])
+            labels = moved[drawn_on[0]].move_labels(stored, volumes[drawn_on[0]])
+        else:
+            return _Lesion(why=f"it is {describe_grid(grid)}, on the grid of none of the volumes")
     except VolumeError as error:
         raise VolumeError(f"{case}: {error}") from error
+    return _Lesion(as_counted(labels, case), tuple(int(value) for value in np.unique(stored) if value))
 
 
 def _name(case: str, modality: str, image: Any) -> str:

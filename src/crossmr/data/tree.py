@@ -13,7 +13,7 @@ from pathlib import Path
 
 from crossmr.data.bids import case_of, read_bids
 from crossmr.data.formats import stem_of
-from crossmr.data.visits import parse_patient
+from crossmr.data.visits import is_visit, parse_patient
 from crossmr.data.words import (
     CONTRASTS,
     LABEL,
@@ -38,6 +38,8 @@ _ANONYMOUS = frozenset(
 NNUNET = "dataset.json"
 _ADNI = re.compile(r"ADNI_(?P<subject>\d{3}_S_\d{4,5})_M[RT]_(?P<what>.+?)(_[Bb]r)?(_raw)?_\d{14,}(_\d+)?_S\d+_I\d+")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
+_OF_COPIES = re.compile(r"raw|orig|source|proc|deriv|strip|bet\b|regist|coreg|n4|norm|mni|nifti|space", re.I)
+"""What names of folders have in them that hold one patient's images in another form."""
 _AGENTS = re.compile(r"(pre|post|with|without|non?)[-_. ]?[a-z]", re.I)
 """How a folder's name begins that is of an agent and names no contrast: post_contrast, but not post, or contrast."""
 
@@ -78,8 +80,14 @@ class _Beside:
                 numbered[read_words(stem_of(path.name), literal=True).head].add(reading.meaning)
         several = any(len(meanings) > 1 for meanings in numbered.values())
         one = len({meaning for meanings in numbered.values() for meaning in meanings}) == 1
+        self.stems = {stem_of(path.name) for path, _ in files}
         self.numbers_patients = several or (one and len(numbered) > 1)
         """Whether the numbers before contrasts are patients': one is on several contrasts, or all are on one."""
+
+    def has_tissues(self, stem: str) -> bool:
+        """Whether a segmentation is FSL FAST's of the tissues: `T1_seg` beside the probabilities `T1_pve_0`."""
+        others = ("pve_0", "pve_1", "pveseg", "mixeltype")
+        return stem.endswith("_seg") and any(f"{stem.removesuffix('seg')}{other}" in self.stems for other in others)
 
 
 class NamesInTree:
@@ -119,6 +127,11 @@ class NamesInTree:
             together = _Beside(files)
             self.readings += [(path, self._settled(path, reading, together)) for path, reading in files]
         self.readings.sort(key=lambda file: file[0])
+        self._patients_of_sites = self._sites()
+        self.readings = [
+            (path, replace(reading, head=f"{self.site(path, reading.head)}{reading.head}"))
+            for path, reading in self.readings
+        ]
         places = self._places()
         unnamed = {self.folder(path) for path, reading in self.readings if not parse_patient(reading.head).patient}
         unnamed |= {self.folder(path) for path in places} | {*places.values()}
@@ -130,6 +143,8 @@ class NamesInTree:
 
     def _settled(self, path: Path, reading: Reading, beside: "_Beside") -> Reading:
         """The reading that the other files of a folder leave of those that a name allows."""
+        if reading.meaning == LABEL and beside.has_tissues(stem_of(path.name)):
+            return replace(reading, meaning=OTHER)
         if reading.doubt:
             literal = read_words(stem_of(path.name), literal=True)
             if literal.visit != reading.visit:  # T1_post_1
@@ -150,6 +165,37 @@ class NamesInTree:
         if alone and path.parent.name and (said := self._said_by_folder(path)):
             return Reading(meaning=said)
         return reading
+
+    def _sites(self) -> dict[Path, set[str]]:
+        """Folders directly below the root that are named after sites, and the patients whose names others have, too.
+
+        Of these an image lies there under the name that it has in another such folder: `siteA/P1_T1` and `siteB/P1_T1`.
+        """
+        folders: dict[tuple[str, Reading], set[Path]] = defaultdict(set)
+        for path, reading in self.readings:
+            told = reading.meaning in CONTRASTS and not reading.mask and path not in self.mapped
+            if told and reading.head and not _is_vague(reading.head) and (top := self._top(path)):
+                folders[path.name, reading].add(top)
+        found: dict[Path, set[str]] = defaultdict(set)
+        for (_, reading), tops in folders.items():
+            if len(tops) > 1 and not any(self._says_no_site(top) for top in tops):
+                for top in tops:
+                    found[top].add(parse_patient(reading.head).patient)
+        return found
+
+    def _top(self, path: Path) -> Path | None:
+        """The folder directly below the root that a file lies in."""
+        return next((folder for folder in path.parents if folder.parent == self.root and folder != self.root), None)
+
+    def _says_no_site(self, folder: Path) -> bool:
+        """Whether a folder is named after what its files are, as copies of others are, or after a time point."""
+        return self._says_no_case(folder) or is_visit(folder.name) or _OF_COPIES.search(folder.name) is not None
+
+    def site(self, path: Path, name: str) -> str:
+        """What stands before the name of a case where other sites have such a patient, too: `siteA_` of P1; else ''."""
+        top = self._top(path) if self._patients_of_sites else None
+        patients = self._patients_of_sites.get(top, set()) if top else set[str]()
+        return f"{top.name}_" if top and name and parse_patient(name).patient in patients else ""
 
     def _places(self) -> dict[Path, Path]:
         """Files whose heads name no patient, since they lie in several places and have no digit, and these places."""

@@ -11,6 +11,9 @@ weak     a letter with a number: T0, v2, m12, d3; scan1, exam2, MR1; a number of
          A date after a name without any digit is weak, too, but counts: `DOE_JOHN_20190301`
 
 What follows `sub-` is BIDS' name of the patient and never a time point.
+
+A sure time point may stand before the patient, too: `baseline_P01`, `week4_P01`, `ses-1_sub-01`. It is taken away last,
+so `2019-03-01_1432` is a day and an hour.
 """
 
 import re
@@ -38,6 +41,8 @@ _SURE = re.compile(
 )
 _WEAK = re.compile(r"[tvmwdy]\d{1,4}|(scan|exam|study|mri?|acq)-?\d{1,3}")
 _MOST_WORDS = 5
+_PART = r"(train|training|test|testing|val|validation)(set)?\d*"
+_SITE = r"site|cent(er|re)|hospital|clinic|cohort|group|dataset|set|batch|scanner|part|fold"
 _ANYTHING = frozenset({"mr", "mri", "brain", "head", "scan", "scans", "exam", "study", "nifti", "images", "anat"})
 """Words that name no patient: where nothing else is left, the name says a time point alone."""
 
@@ -63,28 +68,67 @@ def parse_patient(name: str) -> PatientName:
         left = name[: words[count - taken - 1].end()] if count > taken else ""
         if confidence == "weak" and (not _has_digit(left) if left else count < len(words)):
             break
-        dated |= _DATED.fullmatch("-".join(word[0].lower() for word in words[count - taken : count])) is not None
+        dated |= _is_date(words[count - taken : count])
         count -= taken
         used.add(confidence)
-    patient = name[: words[count - 1].end()] if count else ""
-    if count < len(words) and all(word[0].lower() in _ANYTHING for word in words[:count]):
+    first = 0 if kept else _leading([word[0].lower() for word in words[:count]])
+    dated |= _is_date(words[:first])
+    patient = name[words[first].start() : words[count - 1].end()] if count else ""
+    if count - first < len(words) and all(word[0].lower() in _ANYTHING for word in words[first:count]):
         patient = ""
     if dated and patient and not _has_digit(patient):
         used.add("weak")
     return PatientName(patient, max(used, key=CONFIDENCES.index))
 
 
-def look_alike(name: str) -> str:
-    """All but the last word of a name, if that word could be a time point which `read` does not take for one; or ''.
+def is_visit(name: str) -> bool:
+    """Whether the name of a folder surely is a time point and nothing else: baseline, 2019-03-01, ses-1."""
+    return bool(name) and parse_patient(name) == PatientName("", "sure")
 
-    It could where what stands before it has a digit, or where it is a letter with a number.
+
+def is_dated(name: str) -> bool:
+    """Whether a name is a date."""
+    return _is_date([*_WORD.finditer(name)])
+
+
+def look_alike(name: str) -> str:
+    """How names of the patient's other studies may begin, where the end of this one could be a time point; or ''.
+
+    That is all but the last word, if `parse_patient` does not take that one for a time point, and what stands before it
+    has a digit, or it is a letter with a number; or all but a single letter after a number: P01a.
     """
     words = list(_WORD.finditer(name))
-    if len(words) < (3 if name.lower().startswith("sub-") else 2) or parse_patient(name).patient != name:
+    if parse_patient(name).patient != name:
+        return ""
+    if re.fullmatch(r"[a-z]*\d+[a-z]", words[-1][0].lower()):
+        return name[:-1]
+    if len(words) < (3 if name.lower().startswith("sub-") else 2):
         return ""
     last, left = words[-1][0].lower(), name[: words[-2].end()]
     short = re.fullmatch(r"[a-z]*\d{0,3}|(19|20)\d\d", last) is not None
     return left if (short and _has_digit(left)) or _WEAK.fullmatch(last) else ""
+
+
+def after_first(name: str) -> tuple[str, str]:
+    """The first word of a name, and what follows it; the first is '' where there is but one, or it is `sub`."""
+    words = list(_WORD.finditer(name))
+    if len(words) < 2 or words[0][0].lower() == "sub":
+        return "", name
+    return words[0][0], name[words[1].start() :]
+
+
+def may_repeat(first: str, rest: str) -> bool | None:
+    """Whether `first` may be a time point or a site of the patient `rest`: V1 of P01, 2019 of P01, siteA of P01.
+
+    None where it has a number, so that it may be the patient, too; False where `rest` names nobody.
+    """
+    words = [word[0].lower() for word in _WORD.finditer(first)]
+    visit = _WEAK.fullmatch("-".join(words)) is not None or re.fullmatch(r"(19|20)\d\d", first) is not None
+    place = re.fullmatch(rf"({_SITE})\d*", "".join(words)) is not None
+    known = visit or re.fullmatch(_PART, "".join(words)) is not None
+    if not _has_digit(rest) or not parse_patient(rest).patient or (re.fullmatch(r"\d{1,3}", rest) and not known):
+        return False
+    return True if known or place or not _has_digit(first) else None
 
 
 def trailing_visit(words: Sequence[str]) -> int:
@@ -108,6 +152,26 @@ def _time_point(words: Sequence[str]) -> tuple[int, Confidence] | None:
         if not re.fullmatch(r"(19|20)\d\d", words[-2]):
             return 1, "weak"
     return None
+
+
+def _leading(words: Sequence[str]) -> int:
+    """How many of the first words surely are time points of the patient whom the others name; 0 where none is left."""
+    first = 0
+    while taken := next(
+        (n for n in range(min(_MOST_WORDS, len(words) - first - 1), 0, -1) if _is_leading(words[first:], n)), 0
+    ):
+        first += taken
+    return first
+
+
+def _is_leading(words: Sequence[str], taken: int) -> bool:
+    """Whether the first words are a time point; post alone may be of a contrast agent, unless a number follows."""
+    said = "-".join(words[:taken])
+    return _SURE.fullmatch(said) is not None and (said not in ("pre", "post") or _has_digit("".join(words[taken:])))
+
+
+def _is_date(words: Sequence[re.Match[str]]) -> bool:
+    return _DATED.fullmatch("-".join(word[0].lower() for word in words)) is not None
 
 
 def _has_digit(text: str) -> bool:

@@ -114,6 +114,8 @@ _ONLY_AFTER = _set(
     "plain agent medium mdc bez"
 )
 """Words that count only after the contrast: before it they may be somebody's initials."""
+_STRIPPING = _set("bet hdbet synthstrip strip stripped skullstrip skullstripped extracted")
+"""Steps whose mask is of the brain: `T1_bet_mask`, but `T1_bet_seg` may be of a lesion."""
 _KINDS = frozenset(["seg", "segm", "segmentation", "segmentations", "mask", "masks", "labels"])
 _WORD = re.compile(r"[^-_. ()\[\]+,]+")
 _ARCHIVE = re.compile(r"VSD\.Brain(_\dmore)?\.XX\.[A-Z]\.(?=(MR|OT)\b|(MR|OT)_)", re.IGNORECASE)
@@ -288,6 +290,13 @@ def describes(name: str) -> bool:
     return any(word.has("step", "space", "registered") for word in words) and all(word.pieces for word in words)
 
 
+def holds_labels(name: str) -> bool:
+    """Whether a folder is named after segmentations of lesions and nothing else: labels, labelsTr, Tumor-Masks."""
+    words = _cut(re.sub(r"(?i)^labels(tr|ts)$", "labels", name))
+    known = all(word.has("mask", "origin", "noise") and not word.has("tissue") for word in words)
+    return known and any(word.has("mask") for word in words)
+
+
 def is_raw(name: str) -> bool:
     """Whether a folder is named after images as the scanner made them."""
     return any(word.has("raw") for word in _cut(name))
@@ -437,7 +446,10 @@ def _meaning(words: Sequence[Word]) -> Reading | None:
         return None
     if mask:
         lesion = any(piece.text.startswith(("lesion", "tumo")) for piece in pieces)
-        tissue = any(piece.value("tissue") is not None for piece in pieces) and not lesion
+        stripping = any(piece.text in _STRIPPING for piece in pieces) and all(
+            piece.text in ("mask", "masks", "msk") for piece in pieces if piece.value("mask") is not None
+        )
+        tissue = (stripping or any(piece.value("tissue") is not None for piece in pieces)) and not lesion
         meaning = OTHER if tissue else LABEL
     else:
         meaning = _modality(contrasts, agents)

@@ -140,7 +140,8 @@ def evaluate_by_protocol(
     model = load_model(model, chosen.inference.device)
     _check(model, data, settings)
     predictors = find_predictors(model, chosen.inference, chosen.guidances, chosen.against)
-    subjects = find_subjects(data, chosen.split, chosen.mapping, chosen.inference.register, chosen.patients)
+    source = chosen.mapping, chosen.inference.register, chosen.patients
+    subjects = find_subjects(data, chosen.split, *source, display.say)
     dropped = dropped_contrasts([one.name for one in subjects]) if settings.protocol == "brasyn" else {}
     images = find_images(chosen.images, [one.name for one in subjects], model.config.targets) if subjects else []
 

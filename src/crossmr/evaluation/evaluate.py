@@ -175,7 +175,7 @@ def evaluate(
         )
     predictors = find_predictors(model, settings.inference, settings.guidances, settings.against)
     source = settings.mapping, settings.inference.register, settings.patients
-    subjects = find_subjects(Path(data), settings.split, *source)
+    subjects = find_subjects(Path(data), settings.split, *source, display.say)
     if not subjects:  # an earlier evaluation in OUT stays
         raise StudyError(f"No study of {data} could be measured: the split '{settings.split or SPLIT}' is empty")
     images = find_images(settings.images, [one.name for one in subjects], predictors[0].model.config.targets)

@@ -91,11 +91,13 @@ def find_subjects(
     mapping: Mapping[str, str] | None = None,
     register: RegistrationMode = "never",
     patients: Path | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> list[FoundSubject]:
     """Each study, not yet read: those of a prepared dataset's split, or all of a folder of studies.
 
     `split`, SPLIT unless given, is of a prepared dataset; `mapping`, `register` and `patients`, a table (see
-    `read_patients`), are of a folder of studies.
+    `read_patients`), are of a folder of studies. `say` is told of lines of the table without a study; without it they
+    are refused.
 
     Raises:
         ConfigError: no such split, a table of patients that is wrong, or what is of the other kind of folder.
@@ -114,7 +116,7 @@ def find_subjects(
         raise ConfigError(f"--split is for a prepared set: of {data}, a folder of studies, all are measured.")
     studies = find_studies(data, mapping)
     if patients is not None:
-        studies = assign(studies, read_patients(patients), patients)
+        studies = assign(studies, read_patients(patients), patients, say)
     return [_found_files(files, register) for files in studies]
 
 
