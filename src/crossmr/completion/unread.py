@@ -219,6 +219,8 @@ def _left_out(series: Series) -> Unread:
             may_be |= _said(description) | ({"t2w"} if verdict.modality == "pdw" else set())
     elif verdict.reason == "unclear" and not decided:
         may_be = possible_contrasts(description)
+    if series.mapped and not decided and images > 3:  # a pattern may match localisers, too
+        may_be = frozenset(series.mapped)
     remedy = "" if "Export" in series.why else "; export it again"
     if verdict.modality is None and not series.unreadable:
         remedy = f"; name it, such as --map {min(may_be, default='t1c')}='DESCRIPTION'"
