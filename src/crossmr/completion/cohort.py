@@ -295,7 +295,7 @@ def _key(run: Run, paths: Sequence[Path]) -> str:
     what = {"cohort": [*map(str, paths)], "mapping": dict(options.mapping or {}), "keep_names": options.keep_names}
     what |= {"profile": options.profile, "overwrite": options.overwrite}
     if (table := _series_table(run)) is not None:
-        what["series_table"] = digest(repr(table.rows))
+        what["series_table"] = table.digest
     return digest({**what, **run.record, "device": None, "precision": run.settings.precision})
 
 

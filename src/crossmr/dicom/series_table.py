@@ -78,10 +78,14 @@ class SeriesTable:
         """The UIDs of the studies of which it has a line."""
         return {study for study, *_ in self.rows}
 
+    @cached_property
+    def digest(self) -> str:
+        """A hash of what it decides, however its lines are sorted."""
+        return digest(repr(sorted((key, row.contrast, row.checked) for key, row in self.rows.items())))
+
     def of(self, all_series: Sequence[Series]) -> list[Row | None]:
         """What it says of each series of a study; None where it has no line of it."""
-        keys = keys_of(all_series)
-        return [self.rows.get(key) for key in keys]
+        return [self.rows.get(key) for key in keys_of(all_series)]
 
 
 def keys_of(all_series: Sequence[Series]) -> list[Key]:
