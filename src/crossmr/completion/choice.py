@@ -48,7 +48,7 @@ def as_chosen(inputs: Inputs, table: SeriesTable, display: Display, *, whole: bo
         case for case, all_series in cases.items() if any(key[0] in table.studies for key in keys_of(all_series))
     )
     chosen = [case for case, of_case in decided.items() for one in of_case if one.why in (BY_PERSON, NOT_USED)]
-    where = f"in {len({*chosen})} of {len(listed)} studies"
+    where = f"in {len({*chosen})} of {_studies(len(listed))}"
     display.say(f"{table.path.name}: a person has chosen {len(chosen)} series, {where}")
     return replace(inputs, series=decided, listed=listed)
 
