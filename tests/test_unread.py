@@ -330,6 +330,18 @@ def test_what_a_series_that_is_not_used_may_be(made, unread, tmp_path):
     assert series_of(tmp_path, *made) == unread
 
 
+def test_a_faulty_series_may_be_what_a_person_says(tmp_path):
+    """Whatever its description says; localisers that a pattern matches by chance are none."""
+    from crossmr.dicom.series import find_series
+
+    mapping = {"t2f": "*sub*"}
+    series_of(tmp_path, ("t1n", "AX T1", {}), ("t2f", "AX SUB lost", {}))
+    assert {one.name: {*one.may_be} for one in unread_series(find_series(tmp_path, mapping))} == {"series 3": {"t2f"}}
+    for path in sorted((tmp_path / "3").iterdir())[3:]:
+        path.unlink()
+    assert unread_series(find_series(tmp_path, mapping)) == []
+
+
 def test_dicom_beside_nifti_belongs_to_the_nearest_study(tmp_path, model):
     dicoms = pytest.importorskip("dicoms", reason="pip install crossmr[dicom]", exc_type=ImportError)
     for case in ("P1", "P2"):

@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ from crossmr.command import (
     RetryFailed,
     Samples,
     Seed,
+    SeriesTable,
     Share,
     Summary,
     Targets,
@@ -172,9 +173,11 @@ def complete(
         typer.Option(help="Intensities: unit for [0, 1], input for a scale like that of the study's other volumes."),
     ] = "unit",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be synthesised from what, and write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Say what would be synthesised from what; write nothing but --series-table."),
     ] = False,
     mapping: Names = None,
+    series_table: SeriesTable = None,
     register: Register = False,
     profile: Annotated[
         str, typer.Option(help="Layout of OUT: labelled, challenge (BraSyn's flat folder) or bids (a BIDS derivative).")
@@ -211,9 +214,10 @@ def complete(
         register="always" if register else "never",
         scale=scale,  # type: ignore[arg-type]
     )
-    options = CohortSettings(names, overwrite, profile, keep_names, own, retry_failed, share)  # type: ignore[arg-type]
+    options = CohortSettings(names, overwrite, profile, keep_names, own, retry_failed, share, series_table)  # type: ignore[arg-type]
     if dry_run:
-        return _planned(plan_cohort(study_or_cohort, out, model, settings, options, display=display))
+        planned = plan_cohort(study_or_cohort, out, model, settings, options, display=display)
+        return _planned(planned, f"nothing but {series_table}" if series_table else "nothing")
     if ray is None:
         summary = complete_cohort(study_or_cohort, out, model, settings, options, display=display)
     else:
@@ -234,16 +238,18 @@ def complete(
     )
 
 
-def _planned(planned: Sequence["PlannedCase"]) -> Summary:
-    """What would become of each study."""
+def _planned(planned: Sequence["PlannedCase"], written: str) -> Summary:
+    """What would become of each study, and what was `written` meanwhile."""
+    from crossmr.completion.choice import by_description
+
     outcomes = ("would fail", "not to be synthesised", "to be synthesised", "nothing to synthesise", "finished before")
     counts = {outcome: sum(case.outcome == outcome for case in planned) for outcome in outcomes}
     failures = {case.case: case.failed for case in planned if case.outcome == outcomes[0]}
-    record = {"studies": [asdict(case) for case in planned]}
-    lines = [line for case in planned for line in case.lines()]
+    record = {"studies": [asdict(replace(case, described={})) for case in planned]}
+    lines = [*(line for case in planned for line in case.lines()), *by_description(planned)]
     doubtful = any(case.unread for case in planned)
-    where = "nothing was written; names and headers were read, images were not checked, so a study may still be refused"
-    return Summary(counts, failures, where, record, lines, doubtful=doubtful)
+    unsure = "names and headers were read, images were not checked, so a study may still be refused"
+    return Summary(counts, failures, f"{written} was written; {unsure}", record, lines, doubtful=doubtful)
 
 
 def _outcomes(summary: "CohortSummary") -> Iterator[str]:
@@ -578,8 +584,6 @@ def train(
 
     display = display if first else SILENT
     display.say(f"training on {prepared} in {out}")  # PyTorch takes seconds to load
-    from dataclasses import replace
-
     from crossmr.config import with_settings
     from crossmr.registry import load_model
     from crossmr.training.recipes import RECIPES, recipe_of
@@ -714,6 +718,14 @@ def convert(
             help="Say which series descriptions are a contrast, e.g. --map t1c='*GD*'; repeatable.",
         ),
     ] = None,
+    series_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--series-table",
+            metavar="CSV",
+            help="Take the series as this table says, which 'complete --dry-run --series-table' has written.",
+        ),
+    ] = None,
     part: PartOption = None,
     *,
     display: "Display",
@@ -724,7 +736,7 @@ def convert(
     from crossmr.dicom.convert import convert as run
     from crossmr.display import LOG
 
-    found = run(folder, out, mapping=names, keep_names=keep_names, part=own, display=display)
+    found = run(folder, out, mapping=names, keep_names=keep_names, part=own, series_table=series_table, display=display)
     lines = [line for one in found for line in (*one.lines(), *(f"{one.case}: warning: {note}" for note in one.notes))]
     failed = {one.case: one.refused for one in found if one.refused}
     counts = {"failed": len(failed), "converted": len(found) - len(failed)}

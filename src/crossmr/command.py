@@ -62,6 +62,15 @@ Names = Annotated[
         help="Say which files, or which DICOM series, are a contrast, e.g. --map t1n='*_MPRAGE.nii.gz'; repeatable.",
     ),
 ]
+SeriesTable = Annotated[
+    Path | None,
+    typer.Option(
+        "--series-table",
+        metavar="CSV",
+        help="Take DICOM series as this table says; --dry-run writes it, for you to correct, or adds what it lacks.",
+        rich_help_panel=DICOM,
+    ),
+]
 Register = Annotated[
     bool, typer.Option("--register", help="Register each study's volumes rigidly to its first one (SimpleITK).")
 ]

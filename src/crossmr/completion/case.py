@@ -29,7 +29,7 @@ from crossmr.data.naming import DISPLAY_NAMES, StudyFiles, display_name
 from crossmr.data.nifti import is_synthetic
 from crossmr.data.study import Study, load_study
 from crossmr.data.volume import read_volume
-from crossmr.dicom.convert import Scans
+from crossmr.dicom.convert import Scans, hash_of_images
 from crossmr.display import Display
 from crossmr.errors import NamingError, OutputError, StudyError, names_only
 from crossmr.files import read_json, remove, write_json
@@ -57,6 +57,8 @@ class CohortSettings:
     """With a part: whether to try again what failed before in this run."""
     share: bool = False
     """Whether other calls may complete other studies into OUT at the same time; `finish_cohort` sums all up."""
+    series_table: Path | None = None
+    """A table of the series of DICOM, in which a person has said which are which contrast; `plan_cohort` writes it."""
 
     def __post_init__(self) -> None:
         read_text(self, "part", Part | None, Part.parse, "3/100")
@@ -223,7 +225,10 @@ def _write_dicom(
     from crossmr.dicom.write import DerivedSeries, choose_steps, write_derived
 
     manifest["series"] = {
-        "taken": {m: {"series": series.number, "why": series.why} for m, series in scans.series.items()},
+        "taken": {
+            m: {"series": series.number, "why": series.why, "of": hash_of_images(series)}
+            for m, series in scans.series.items()
+        },
         "left_out": dict(scans.left_out),
     }
     settings = " ".join(str(manifest["settings"][key]) for key in ("model_sha256", "guidance", "samples", "seed"))

@@ -4,6 +4,7 @@ Several processes may share the studies and OUT; `work` says how.
 """
 
 import errno
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import Any
 from crossmr.completion import private, status
 from crossmr.completion.case import CohortSettings as CohortSettings
 from crossmr.completion.case import Run, complete_case, finished_before
+from crossmr.completion.choice import as_chosen, write_choice
 from crossmr.completion.inputs import Inputs, PlannedCase, find_inputs, plan, what_to_fill, with_files_beside
 from crossmr.completion.layout import FORMAT, Layout
 from crossmr.completion.ownership import check_case, check_output_is_ours, check_profile
@@ -21,11 +23,13 @@ from crossmr.completion.status import Line, line_of, read_manifests, reasons_of,
 from crossmr.completion.study import read_reference, registering
 from crossmr.completion.turns import Turns, read_ahead
 from crossmr.completion.work import FINISH, PATHS, Work
+from crossmr.data.tree import mapping_key
 from crossmr.device import ends_the_run
 from crossmr.dicom.convert import cases_of_part, check_scans
 from crossmr.dicom.folders import begins_with_dicom, folders_of_part
 from crossmr.dicom.selection import taken
 from crossmr.dicom.series import Series
+from crossmr.dicom.series_table import SeriesTable, read_series_table
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import REPORT, digest, write_json
@@ -243,16 +247,23 @@ def plan_cohort(
     *,
     display: Display = SILENT,
 ) -> list[PlannedCase]:
-    """What `complete_cohort` would do with these arguments; nothing is written.
+    """What `complete_cohort` would do with these arguments; nothing is written but `options.series_table`.
+
+    Where there is no such table it is made, where there is one it decides, and is given the series that it lacks.
 
     Raises:
         CrossmrError: as `complete_cohort`, but for what only writing tells.
     """
     job = Job(cohort, Path(out), model, settings or InferenceSettings(), options or CohortSettings())
+    if (path := job.options.series_table) is not None and not os.path.lexists(path):
+        job = replace(job, options=replace(job.options, series_table=None))
     run = open_run(job, job.work(), display)
     check_profile(run.layout)
     run = _checked(run, _inputs(run, cohort) if job.options.part is None else _inputs_of_part(run, cohort))
-    return plan(run.inputs, run.layout, run.model, run.settings, overwrite=job.options.overwrite)
+    planned = plan(run.inputs, run.layout, run.model, run.settings, overwrite=job.options.overwrite)
+    if path is not None:
+        write_choice(Path(path), run.inputs, run.model, _series_table(run), display)
+    return planned
 
 
 def paths_of(cohort: Path | str | Sequence[Path | str]) -> list[Path]:
@@ -263,10 +274,19 @@ def paths_of(cohort: Path | str | Sequence[Path | str]) -> list[Path]:
 def _inputs(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
     """The studies of a cohort, with those that the layout has no place for."""
     given: Any = {"keep_names": run.options.keep_names, "exclude": run.layout.out, "display": run.display}
+    table = _series_table(run)
     inputs = find_inputs(paths_of(cohort), run.options.mapping, **given)
+    inputs = inputs if table is None else as_chosen(inputs, table, run.display)
     taken = {case: f"{case}: crossmr writes a file of this name into OUT. Rename the study." for case in RECORDS}
     faults = {case: taken[case] for case in inputs.cases if case in taken}
     return replace(inputs, faults=run.layout.clashes(inputs.cases) | faults)
+
+
+def _series_table(run: Run) -> SeriesTable | None:
+    """The table in which a person has chosen series, if one is given."""
+    path = run.options.series_table
+    own = {*run.model.config.modalities, *map(mapping_key, run.options.mapping or {})}
+    return None if path is None else read_series_table(Path(path), own)
 
 
 def _key(run: Run, paths: Sequence[Path]) -> str:
@@ -274,6 +294,8 @@ def _key(run: Run, paths: Sequence[Path]) -> str:
     options = run.options
     what = {"cohort": [*map(str, paths)], "mapping": dict(options.mapping or {}), "keep_names": options.keep_names}
     what |= {"profile": options.profile, "overwrite": options.overwrite}
+    if (table := _series_table(run)) is not None:
+        what["series_table"] = table.digest
     return digest({**what, **run.record, "device": None, "precision": run.settings.precision})
 
 
@@ -330,12 +352,14 @@ def _dicom_of_part(run: Run, paths: Sequence[Path], *, note: bool) -> Inputs:
     given: Any = {"keep_names": options.keep_names, "exclude": layout.out, "note": note, "display": display}
     cases: dict[str, Sequence[Series]] = {}
     faults: dict[str, str] = {}
+    table = _series_table(run)
     for path in paths:
         found, refused = cases_of_part(path, layout.records, part, options.mapping, **given)
         faults |= {one.case: one.refused for one in refused}
         cases |= found | {one.case: () for one in refused}
     own = [folder for path in paths for folder in folders_of_part(path, part, layout.out)]
-    return with_files_beside(Inputs(paths[0], series=cases, faults=faults), own, layout.out, display)
+    inputs = with_files_beside(Inputs(paths[0], series=cases, faults=faults), own, layout.out, display)
+    return inputs if table is None else as_chosen(inputs, table, display, whole=part.of == 1)
 
 
 def _check_all(run: Run) -> None:

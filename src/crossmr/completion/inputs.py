@@ -28,14 +28,15 @@ from crossmr.completion.unread import (
 )
 from crossmr.completion.verdict import despite
 from crossmr.data.enhancement import doubtful_files, tell_apart
-from crossmr.data.naming import StudyFiles, find_studies, recognise, study_of, unmatched
+from crossmr.data.naming import StudyFiles, find_studies, in_usual_order, recognise, study_of, unmatched
 from crossmr.data.study import check_headers
 from crossmr.data.tree import mapping_key
 from crossmr.data.words import possible_contrasts
-from crossmr.dicom.convert import Scans, convert_case, find_cases, other_series
+from crossmr.dicom.convert import Scans, convert_case, find_cases, hash_of_images, other_series
 from crossmr.dicom.folders import holds_dicom
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import Series
+from crossmr.dicom.series_table import BY_PERSON
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import listed_once, read_json
@@ -60,6 +61,8 @@ class Inputs:
     """Case → DICOM that lies by its NIfTI."""
     faults: Mapping[str, str] = field(default_factory=dict)
     """Case → why the output has no place for it."""
+    listed: frozenset[str] = frozenset()
+    """The cases of which a person's table of the series has a line; see choice.py."""
 
     @property
     def cases(self) -> list[str]:
@@ -73,7 +76,7 @@ class Inputs:
         )
         series = None if self.series is None else {case: self.series[case]}
         files = [self.by_case[case]] if series is None else []
-        return Inputs(self.root, files, series, beside, dicom, faults)  # type: ignore[arg-type]
+        return Inputs(self.root, files, series, beside, dicom, faults, self.listed & {case})  # type: ignore[arg-type]
 
     @cached_property
     def by_case(self) -> Mapping[str, StudyFiles]:
@@ -89,6 +92,22 @@ class Inputs:
             ]
             return [*unread_series(self.series[files.case]), *found]
         return [*unread_files(files, others, wanted), *self.dicom.get(files.case, ())]
+
+    def chosen_since(self, manifest: Mapping[str, Any], case: str) -> list[str]:
+        """The contrasts for which a person's table says otherwise than a finished case was completed from.
+
+        That is another series, or none, or that a person says it now. [] where the table has no line of the study, or
+        where the case was made of another study's series.
+        """
+        before = manifest.get("series", {}).get("taken", {})
+        if case not in self.listed or self.series is None:
+            return []
+        here = {hash_of_images(series) for series in self.series[case]}
+        if here.isdisjoint(entry.get("of") for entry in before.values()):
+            return []
+        told = {m: (entry.get("of"), entry["why"] == BY_PERSON) for m, entry in before.items()}
+        now = {m: (hash_of_images(one), one.why == BY_PERSON) for m, one in choose(self.series[case])[0].items()}
+        return [m for m in in_usual_order({*told, *now}) if told.get(m) != now.get(m)]
 
     def convert(self, case: str, place: Path, *, keep_names: bool = False) -> tuple[StudyFiles, Scans]:
         """A study of DICOM as NIfTI in PLACE/CASE; without files where `refused` says why it is not."""
@@ -266,6 +285,8 @@ class PlannedCase:
     """Whether it was finished before, and would be skipped."""
     again: str = ""
     """Why it would be done again, of a study that was finished before."""
+    described: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Contrast, '' for none → how its series of DICOM are described; not for sharing."""
 
     @property
     def outcome(self) -> str:
@@ -392,8 +413,8 @@ def _now(
     may_be = {m: one.name for one in unread for m in sorted(one.may_be)}
     come = {**come, **{m: name for m, name in may_be.items() if m in manifest.get("synthetic", {})}}
     what = {"model_sha256": model.record.get("sha256"), "register": settings.register}
-    gone = layout.gone(files.case, manifest)
-    return Now(acquired, others, come, [*may_be], gone, settings.targets, model.config.targets, what)
+    gone, chosen = layout.gone(files.case, manifest), inputs.chosen_since(manifest, files.case)
+    return Now(acquired, others, come, [*may_be], gone, settings.targets, model.config.targets, what, chosen)
 
 
 def _found(inputs: Inputs) -> list[tuple[StudyFiles, dict[str, Any]]]:
@@ -403,7 +424,12 @@ def _found(inputs: Inputs) -> list[tuple[StudyFiles, dict[str, Any]]]:
         chosen, excluded, _ = choose(all_series)
         acquired = {modality: f"{series.name} ({series.why})" for modality, series in chosen.items()}
         failed = "" if chosen else "none of its series is a contrast that crossmr knows"
-        found.append((_as_files(case, all_series), {"acquired": acquired, "excluded": excluded, "failed": failed}))
+        described: dict[str, list[str]] = {}
+        for series in all_series:
+            modality = next((m for m, one in chosen.items() if one is series), "")
+            described.setdefault(modality, []).append(series.acquisition.description)
+        what = {"acquired": acquired, "excluded": excluded, "failed": failed, "described": described}
+        found.append((_as_files(case, all_series), what))
     for files in inputs.studies:
         excluded = {path.name: "its name says no contrast" for path in files.unrecognised}
         excluded |= {path.name: why_passed_over(path) for path in files.passed_over}

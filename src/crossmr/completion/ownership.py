@@ -172,17 +172,21 @@ class Now:
     """Contrasts that the model makes."""
     settings: Mapping[str, Any]
     """'model_sha256' and 'register'."""
+    chosen: Sequence[str] = ()
+    """Contrasts for which a person's table of the series says otherwise now."""
 
 
 def redo_reason(manifest: Mapping[str, Any], now: Now) -> str:
     """Why a case that was finished before is not any more: a scan of what was synthesised has come, or may have come.
 
-    Or something that was written of it is gone. Or what was not filled, because of a file that may be it, is no longer
-    in doubt; or nothing could be synthesised of the scans that there were, or by that model. Empty where it stays as it
-    is, or is refused because its scans are others.
+    Or a person has chosen other series of the same study. Or something that was written of it is gone. Or what was not
+    filled, because of a file that may be it, is no longer in doubt; or nothing could be synthesised of the scans that
+    there were, or by that model. Empty where it stays as it is, or is refused because its scans are others.
     """
     refused = manifest.get("refused", ())
     nothing = bool(manifest.get("not_filled")) and not manifest.get("synthetic")
+    if now.chosen:
+        return f"the table of the series says otherwise now ({', '.join(now.chosen)})"
     if now.others:  # which is refused, unless a user mends what was refused
         mended = refused and any(m in now.acquired and m not in now.others for m in manifest["acquired"])
         return f"{', '.join(refused)} was refused, with other scans" if mended else ""

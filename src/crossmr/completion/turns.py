@@ -14,7 +14,8 @@ from crossmr.completion.work import ATTEMPTS
 from crossmr.data.naming import StudyFiles
 from crossmr.data.study import Study
 from crossmr.dicom.convert import Scans, other_series
-from crossmr.errors import CrossmrError
+from crossmr.errors import CrossmrError, OutputError
+from crossmr.files import read_json
 from crossmr.main_memory import available_memory, reusable_memory
 from crossmr.parts import POLL_SECONDS, Claim
 
@@ -102,7 +103,9 @@ class Turns:
         """A study of DICOM as NIfTI, or why it is not."""
         run, place = self.run, self.run.layout.records / SCANS
         if is_finished(run, case) and (others := other_series(case, (run.inputs.series or {})[case], place)):
-            return None, why_not_kept(case, others)
+            manifest = read_json(run.layout.folder(case) / "manifest.json", OutputError)
+            if not run.inputs.chosen_since(manifest, case):
+                return None, why_not_kept(case, others)
         files, scans = run.inputs.convert(case, place, keep_names=run.options.keep_names)
         for line in scans.lines():
             run.display.say(line)

@@ -221,6 +221,8 @@ def _left_out(series: Series) -> Unread:
         may_be = possible_contrasts(description)
     elif verdict.reason == "denied" and series.reason not in ("decided", "directions", "few slices"):
         may_be = verdict.may_be
+    if series.mapped and not decided and images > 3:  # a pattern may match localisers, too
+        may_be = frozenset(series.mapped)
     remedy = "" if "Export" in series.why else "; export it again"
     if remedy and verdict.modality is None and not series.unreadable:
         remedy = f"; name it, such as --map {min(may_be, default='t1c')}='DESCRIPTION'"

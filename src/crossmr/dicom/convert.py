@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from crossmr.data.tree import mapping_key
 from crossmr.dicom.agents import in_question, tell_apart
 from crossmr.dicom.converter import convert_series, cut_off, find_converter, read_series
 from crossmr.dicom.folders import CONVERTED, folders_of_part
 from crossmr.dicom.selection import choose, taken
 from crossmr.dicom.series import Series, find_series, unmatched_by
+from crossmr.dicom.series_table import about, decide, read_series_table
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import CrossmrError, NamingError, OutputError
 from crossmr.files import (
@@ -73,6 +75,7 @@ def convert(
     keep_names: bool = False,
     exclude: Path | None = None,
     part: Part | None = None,
+    series_table: Path | None = None,
     display: Display = SILENT,
 ) -> list[Scans]:
     """Convert every study of a folder of DICOM into OUT/CASE/CASE-MODALITY.nii.gz, on the series' own grids.
@@ -87,18 +90,25 @@ def convert(
         keep_names: name cases after patient ID and date, not after hashes of UIDs (`sub-1f0c…_ses-77ab…`).
         exclude: a folder that is not searched; by default `out`.
         part: which of the folders in `folder`, where several processes share them, and OUT; see `cases_of_part`.
+        series_table: a table in which a person has said which series are which contrast; see series_table.py.
         display: where progress is shown.
 
     Raises:
-        ConfigError: pydicom or dcm2niix is not installed. NamingError: no MR image. OutputError: OUT cannot be written,
-            or something else has the name of what would be written.
+        ConfigError: pydicom or dcm2niix is not installed, or the table is none. NamingError: no MR image. OutputError:
+            OUT cannot be written, or something else has the name of what would be written.
     """
+    table = None if series_table is None else read_series_table(series_table, [*map(mapping_key, mapping or {})])
     given: Any = {"keep_names": keep_names, "exclude": exclude or out, "display": display}
     with locked(out, shared=part is not None), contextlib.closing(Claims(out / WORK / "claims")) as claims:
         if part is None:
             cases, refused = find_cases(folder, mapping, **given), list[Scans]()
         else:
             cases, refused = cases_of_part(folder, out, part, mapping, **given)
+        if table is not None:
+            whole = part is None or part.of == 1
+            for line in about(table, cases, whole=whole):
+                display.say(line)
+            cases = {case: decide(all_series, table) for case, all_series in cases.items()}
         check_scans(cases, out)
         with display.logged(out / LOG) as logging:
             converted = convert_cases(
@@ -219,7 +229,7 @@ def convert_cases(
         for case, all_series in cases.items():
             claim = claims and claims.wait_for(case)
             before = {entry.get("of") for entry in _taken_before(out / case).values()}
-            if keep_names and before and before.isdisjoint(map(_images_of, choose(all_series)[0].values())):
+            if keep_names and before and before.isdisjoint(map(hash_of_images, choose(all_series)[0].values())):
                 why = f"{case}: {out / case} was converted from other images. Delete it, or name another folder."
                 converted.append(Scans(case, {}, {}, refused=why))
             else:
@@ -318,11 +328,11 @@ def _clear(folder: Path, case: str) -> None:
 
 def _described(series: Series, keep_names: bool) -> dict[str, Any]:
     """A series' entry in series.json; its description may name the patient."""
-    entry = {"series": series.number, "why": series.why, "images": len(series.images), "of": _images_of(series)}
+    entry = {"series": series.number, "why": series.why, "images": len(series.images), "of": hash_of_images(series)}
     return {**entry, "description": series.acquisition.description} if keep_names else entry
 
 
-def _images_of(series: Series) -> str:
+def hash_of_images(series: Series) -> str:
     """A hash of which images a series consists of."""
     return digest("\n".join(image.sop_instance for image in series.images))
 
@@ -334,7 +344,7 @@ def other_series(case: str, all_series: Sequence[Series], out: Path) -> list[str
     """
     before, now = _taken_before(out / case), choose(all_series)[0]
     both = [m for m in now if m in before]
-    return [m for m in both if before[m].get("of") != _images_of(now[m])] if both or not before else [*now]
+    return [m for m in both if before[m].get("of") != hash_of_images(now[m])] if both or not before else [*now]
 
 
 def _cases(all_series: Sequence[Series], keep_names: bool) -> dict[str, str]:

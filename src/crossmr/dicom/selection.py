@@ -97,7 +97,7 @@ def _agent_everywhere(all_series: Sequence[Series], chosen: Mapping[str, Series]
     known = [series for series in all_series if series.modality]
     if len(known) < 2 or "t1c" not in chosen or "t1n" in chosen or not all(s.acquisition.agent for s in known):
         return ""
-    if says_agent(chosen["t1c"].acquisition.description):
+    if chosen["t1c"].mapped or says_agent(chosen["t1c"].acquisition.description):
         return ""
     return (
         "every series names a contrast agent, which may have been typed in for the whole examination; "

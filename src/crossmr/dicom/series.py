@@ -133,6 +133,8 @@ class Series:
     """What to look at where it is taken."""
     padding: float | None = None
     """The value of voxels that were not acquired, which stand for 0; None where it is 0 or there are none."""
+    barred: Recognition | None = None
+    """Why it is no volume of any contrast, whatever a person says; None where it may be one."""
 
     @cached_property
     def name(self) -> str:
@@ -253,6 +255,8 @@ def _unread_kind(study: str, files: Sequence[File], mapping: Mapping[str, str] |
     frames = sum(number_of(header, "NumberOfFrames") or 1 for _, header in files)
     in_colour = (number_of(first, "SamplesPerPixel") or 1) != 1
     may_be = named and frames > MOST_CAPTURES and not in_colour and all(may_be_scan(header) for _, header in files)
+    why = f"{why_not_read(first)}{'. Export it as MR images' if may_be else ''}"
+    reason: Reason = "" if may_be else "decided"
     return Series(
         patient=text_of(first, "PatientID"),
         study=study,
@@ -269,9 +273,10 @@ def _unread_kind(study: str, files: Sequence[File], mapping: Mapping[str, str] |
         extent_mm=(),
         places=None,
         mixed=False,
-        why=f"{why_not_read(first)}{'. Export it as MR images' if may_be else ''}",
-        reason="" if may_be else "decided",
+        why=why,
+        reason=reason,
         mapped=_mapped(files[0], acquisition, mapping),
+        barred=Recognition(None, why, reason),
     )
 
 
@@ -366,7 +371,8 @@ def _left_out(series: Series, lost: Sequence[Path]) -> Series:
         why = series.why.replace("some are missing", f"some are missing, and {what}")
     else:
         why = f"{what}. Export the whole series"
-    return replace(series, modality=None, why=why, unreadable=tuple(lost))
+    barred = Recognition(None, f"{what}. Export the whole series")
+    return replace(series, modality=None, why=why, unreadable=tuple(lost), barred=barred)
 
 
 def _unread(folder: Path, lost: Sequence[Path], all_series: Sequence[Series]) -> Series | None:
@@ -375,6 +381,7 @@ def _unread(folder: Path, lost: Sequence[Path], all_series: Sequence[Series]) ->
     if len({series.study for series in near}) != 1:
         return None
     count = f"its {len(lost)} files" if len(lost) > 1 else "its file"
+    why = f"none of {count} can be read as DICOM{listed(lost)}. Export the series again, or delete it"
     return replace(
         near[0],
         number=None,
@@ -383,8 +390,10 @@ def _unread(folder: Path, lost: Sequence[Path], all_series: Sequence[Series]) ->
         modality=None,
         places=None,
         mixed=False,
-        why=f"none of {count} can be read as DICOM{listed(lost)}. Export the series again, or delete it",
+        why=why,
         unreadable=tuple(lost),
+        mapped=(),
+        barred=Recognition(None, why),
     )
 
 
@@ -417,9 +426,11 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
     even = images if places is None else [replace(i, position=p) for i, p in zip(images, places, strict=True)]
     reason, fault, slice_distance = _fault(even, orientations)
     mapped = _mapped(files[0], acquisition, mapping)
-    recognised = _recognised(first, acquisition, mapped)
-    if (recognised.modality is not None or recognised.reason == "denied") and fault:
-        recognised = Recognition(None, fault, reason)
+    no_scan = _no_scan(first, acquisition.description)
+    barred = no_scan or (Recognition(None, fault, reason) if fault else None)
+    recognised = no_scan or _recognised(acquisition, mapped)
+    if (recognised.modality is not None or recognised.reason == "denied") and barred:
+        recognised = barred
     voxel_mm = tuple(float(side) for side in (*spacings[0], slice_distance))
     counts = (
         int(first.get("Rows") or 0),
@@ -446,6 +457,7 @@ def _series(study: str, files: Sequence[File], acquisition: Acquisition, mapping
         reason=recognised.reason,
         mapped=mapped,
         padding=_padding(first),
+        barred=barred,
     )
 
 
@@ -455,20 +467,24 @@ def _padding(header: Any) -> float | None:
     return float(np.float32(value * (1.0 if slope is None else slope) + (offset or 0.0))) if value else None
 
 
-def _recognised(header: Any, acquisition: Acquisition, mapped: Sequence[str]) -> Recognition:
-    """The contrast of a series: by its tags, or what `mapped` says, the modalities that --map gives it."""
+def _no_scan(header: Any, description: str) -> Recognition | None:
+    """Why the images of a series are no scan of one brightness, or none that was acquired; None where they may be."""
     shades = text_of(header, "PhotometricInterpretation")
     if (number_of(header, "SamplesPerPixel") or 1) != 1 or shades == "PALETTE COLOR":
         return Recognition(None, "in colour", "decided")
     if shades == "MONOCHROME1":
         return Recognition(None, "stored with white for the lowest value (MONOCHROME1). Export it as MONOCHROME2")
-    description = acquisition.description
     if description.upper().startswith("SYNTHETIC") or names_crossmr(header):
         return Recognition(None, "itself synthetic", "decided")
-    if not mapped and _SYNTHETIC.search(description):
+    return None
+
+
+def _recognised(acquisition: Acquisition, mapped: Sequence[str]) -> Recognition:
+    """The contrast of a series: by its tags, or what `mapped` says, the modalities that --map gives it."""
+    if not mapped and _SYNTHETIC.search(acquisition.description):
         return Recognition(None, "called synthetic, by whatever program. Export what was acquired, or name it by --map")
     recognised = recognise_contrast(acquisition)
-    if recognised.modality is not None and covers(acquisition.part, description) == 0:
+    if recognised.modality is not None and covers(acquisition.part, acquisition.description) == 0:
         recognised = Recognition(None, "of another part of the body than the head")
     if len(mapped) > 1:
         return Recognition(None, f"named {' and '.join(mapped)} by --map; name it once")

@@ -1,0 +1,349 @@
+"""A table of the series of all studies, in which a person sees which is taken for which contrast, and corrects it.
+
+A CSV file, one line for each series. Studies and series are known by their UIDs, in the columns `study` and `series`,
+and where several series share one, by `which`. `contrast` says what a series is taken for; empty, it is not used.
+Only what a person has changed in it, has called 'unused' or has marked in `checked` is that person's word: whatever
+else a table says is what crossmr recognises itself. It holds descriptions, which may name the patient.
+"""
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossmr.data.naming import modality_name
+from crossmr.dicom.contrast import Recognition
+from crossmr.dicom.headers import import_pydicom, number_of, read_header, text_of, texts_of
+from crossmr.dicom.selection import choose
+from crossmr.dicom.series import Series
+from crossmr.errors import ConfigError
+from crossmr.files import digest, write_atomically
+
+COLUMNS = (
+    *("case", "acquired", "number", "description", "contrast", "checked", "why", "doubt", "plane", "slices"),
+    *("voxel_mm", "image_type", "tr_ms", "te_ms", "ti_ms", "agent", "study", "series", "which"),
+)
+"""`acquired` is when, `why` why it is taken or not, `agent` what the tags say of the contrast agent."""
+REQUIRED = ("study", "series", "contrast")
+"""Columns without which a file is no such table; others may be added."""
+BY_PERSON, NOT_USED = "chosen by a person", "not used, chosen by a person"
+UNUSED = "unused"
+"""What a cell says that is surely no contrast to be used; an empty one leaves open why."""
+_SPELLINGS = (UNUSED, "not used", "none", "-")
+_OBLIQUE = float(np.cos(np.radians(30)))
+"""A series whose normal is further from every axis is oblique."""
+_PLANES = ("sagittal", "coronal", "axial")
+SHOWN = 5
+"""So many studies or series of a kind are named."""
+_REMEDY = re.compile(r"(?:^|[;.] )(?:(?![;.] ).)*--map.*$")
+"""What a note says of --map, which has no place in a table."""
+
+Key = tuple[str, str, str]
+"""UIDs of study and series, and what tells those apart that share them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table says of one series."""
+
+    contrast: str
+    """A modality, UNUSED, or '' where it is not used."""
+    checked: bool
+    """Whether a person says that it is right."""
+    line: int
+    name: str
+    """The series and its study, for messages."""
+
+
+@dataclass(frozen=True)
+class SeriesTable:
+    """A table that was read."""
+
+    path: Path
+    columns: Sequence[str]
+    delimiter: str
+    lines: Sequence[Sequence[str]]
+    """As they are in the file, without the first."""
+    rows: Mapping[Key, Row] = field(repr=False)
+
+    @cached_property
+    def studies(self) -> Collection[str]:
+        """The UIDs of the studies of which it has a line."""
+        return {study for study, *_ in self.rows}
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of what it decides, however its lines are sorted."""
+        return digest(repr(sorted((key, row.contrast, row.checked) for key, row in self.rows.items())))
+
+    def of(self, all_series: Sequence[Series]) -> list[Row | None]:
+        """What it says of each series of a study; None where it has no line of it."""
+        return [self.rows.get(key) for key in keys_of(all_series)]
+
+
+def keys_of(all_series: Sequence[Series]) -> list[Key]:
+    """What each series of a study is known by; the last part is empty where the UIDs are its own."""
+    uids = [
+        (" ".join(series.study.split()), series.uid if series.images[0].sop_instance else "")  # of what is no image
+        for series in all_series
+    ]
+    shared, seen, keys = Counter(uids), Counter[Key](), list[Key]()
+    for series, (study, uid) in zip(all_series, uids, strict=True):
+        key = study, uid, _which(series) if shared[study, uid] > 1 else ""
+        seen[key] += 1
+        keys.append(key if seen[key] == 1 else (*key[:2], f"{key[2]}-{seen[key]}"))
+    return keys
+
+
+def _which(series: Series) -> str:
+    """What tells a series apart from others of its UID; a word, as spreadsheets change numbers."""
+    acquisition = series.acquisition
+    told = series.number, acquisition.te_ms, sorted(acquisition.kinds), acquisition.description
+    return f"w{digest(repr(told))[:8]}"
+
+
+def read_series_table(path: Path, extra: Collection[str] = ()) -> SeriesTable:
+    """Read a table, as it was written or as a spreadsheet saved it; `extra` are modalities of a user's own.
+
+    Raises:
+        ConfigError: with line and column, what is wrong with it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--series-table {path} cannot be read: {error.strerror}. --dry-run writes it.") from error
+    text = _decoded(content)
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        if missing := [name for name in REQUIRED if columns.count(name) != 1]:
+            raise ConfigError(
+                f"--series-table {path}, line 1: its columns are {', '.join(columns)[:200] or 'none'}; "
+                f"expected {', '.join(REQUIRED)}, each once ({missing[0]} is not). --dry-run writes such a table."
+            )
+        lines, rows = list[list[str]](), dict[Key, Row]()
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            where = f"--series-table {path}, line {reader.line_num}"
+            if any(cell.strip() for cell in cells[len(columns) :]):
+                raise ConfigError(f"{where}: it has {len(cells)} columns; expected {len(columns)}, as in line 1.")
+            lines.append([*cells, *[""] * len(columns)][: len(columns)])
+            values = {name: cell.strip() for name, cell in zip(columns, lines[-1], strict=True)}
+            _add(rows, values, reader.line_num, where, extra)
+    except csv.Error as error:
+        raise ConfigError(f"--series-table {path}, line {reader.line_num}: it is no CSV file ({error}).") from error
+    return SeriesTable(path, columns, delimiter, lines, rows)
+
+
+def _decoded(content: bytes) -> str:
+    """The text of a file as spreadsheets write it: UTF-8, UTF-16 or, of old, the code page of the West."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", errors="replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
+
+
+def _add(rows: dict[Key, Row], values: Mapping[str, str], line: int, where: str, extra: Collection[str]) -> None:
+    """Add a line to those before; refuse it where it says no contrast, or what another one contradicts."""
+    key = values["study"], values["series"], values.get("which", "")
+    if not key[0]:
+        raise ConfigError(f"{where}, column study: it is empty. Copy the study's UID, or delete the line.")
+    if key in rows:
+        raise ConfigError(f"{where}: its series is on line {rows[key].line} already. Delete one.")
+    said = values["contrast"]
+    try:
+        unused = said.casefold() in _SPELLINGS
+        contrast = UNUSED if unused else modality_name(said, extra) if said else ""
+    except ConfigError as error:
+        raise ConfigError(f"{where}, column contrast: {error} Empty or 'unused', it is not used.") from error
+    for other, row in rows.items():
+        if other[0] == key[0] and row.contrast == contrast and contrast not in ("", UNUSED):
+            raise ConfigError(
+                f"{where}, column contrast: {contrast} of this study is on line {row.line} already. Name one of them."
+            )
+    number = values.get("number", "")
+    name = " ".join(filter(None, (values.get("case", ""), f"series {number}" if number else "")))
+    rows[key] = Row(contrast, bool(values.get("checked")), line, name)
+
+
+def decide(all_series: Sequence[Series], table: SeriesTable) -> list[Series]:
+    """The series of a study, with the contrasts that a table says: those that would be taken are its own.
+
+    A series is of a person's choice where the person has marked it as checked or as unused, and wherever another one
+    would be taken than the table says. What a file or its geometry makes unfit stays left out, with the reason.
+    """
+    rows = table.of(all_series)
+    by_person = {k for k, row in enumerate(rows) if row and (row.checked or row.contrast == UNUSED)}
+    while True:
+        decided = _with(all_series, rows, by_person)
+        taken = {id(series): modality for modality, series in choose(decided)[0].items()}
+        others = {
+            k
+            for k, row in enumerate(rows)
+            if row and k not in by_person and row.contrast != taken.get(id(decided[k]), "")
+        }
+        if not others:
+            return decided
+        by_person |= others
+
+
+def _with(all_series: Sequence[Series], rows: Sequence[Row | None], by_person: Collection[int]) -> list[Series]:
+    """The series, of which those `by_person` are what their rows say, and no other one is of their contrasts."""
+    said = {k: rows[k].contrast.replace(UNUSED, "") for k in by_person}  # type: ignore[union-attr]
+    named = {*said.values()} - {""}
+    decided = []
+    for k, series in enumerate(all_series):
+        if modality := said.get(k):
+            found = series.barred or Recognition(modality, BY_PERSON)
+            series = replace(series, mapped=(modality,), told="", compared=False)
+            series = replace(series, modality=found.modality, why=found.why, reason=found.reason)
+        elif k in said:
+            series = replace(series, modality=None, why=NOT_USED, reason="decided", mapped=())
+        elif series.modality in named:
+            why = f"not the {series.modality} that a person chose"
+            series = replace(series, modality=None, why=why, reason="decided", mapped=())
+        decided.append(series)
+    return decided
+
+
+def reasons_of(all_series: Sequence[Series]) -> dict[Series, tuple[str, str]]:
+    """Each series of a study → the contrast it is taken for, '' for none, and why or why not."""
+    chosen, left_out, _ = choose(all_series)
+    taken = {id(series): modality for modality, series in chosen.items()}
+    names = Counter(series.name for series in all_series)
+    told: dict[Series, tuple[str, str]] = {}
+    for series in all_series:
+        why = series.why
+        if id(series) not in taken and series.modality is not None:
+            one = names[series.name] == 1
+            why = left_out[series.name] if one else f"another {series.modality} is preferred"
+        told[series] = taken.get(id(series), ""), why
+    return told
+
+
+def without_remedy(text: str) -> str:
+    """A note without what it says of --map."""
+    return _REMEDY.sub("", text)
+
+
+def write_series_table(
+    path: Path, cases: Mapping[str, Sequence[Series]], doubts: Mapping[Series, str], table: SeriesTable | None = None
+) -> int:
+    """Write a table of these cases in their order, or add to one that was read what it lacks; returns how many lines.
+
+    Whatever the table has already stays as it is. One that lacks nothing is not written.
+
+    Raises:
+        OutputError: it cannot be written. ConfigError: pydicom is not installed.
+    """
+    pydicom = import_pydicom()
+    columns: Sequence[str] = COLUMNS
+    delimiter, lines = ",", list[Sequence[str]]()
+    if table is not None:
+        columns, delimiter, lines = table.columns, table.delimiter, [*table.lines]
+    before = len(lines)
+    with pydicom.config.disable_value_validation():
+        for case, all_series in cases.items():
+            told = reasons_of(all_series)
+            for series, key in zip(all_series, keys_of(all_series), strict=True):
+                if table is not None and key in table.rows:
+                    continue
+                cells = _cells(case, series, pydicom) | dict(zip(("study", "series", "which"), key, strict=True))
+                cells |= {"contrast": told[series][0], "why": told[series][1], "doubt": doubts.get(series, "")}
+                lines.append([_as_text(cells.get(name, "")) for name in columns])
+    if table is None or len(lines) > before:
+        text = io.StringIO()
+        csv.writer(text, delimiter=delimiter).writerows((columns, *lines))
+        write_atomically(path, text.getvalue().encode("utf-8-sig", errors="replace"))
+    return len(lines) - before
+
+
+def _cells(case: str, series: Series, pydicom: Any) -> dict[str, str]:
+    """What is told of a series by its tags."""
+    acquisition = series.acquisition
+    header = read_header(pydicom, series.images[0].path)
+    agent = {True: "given", False: "not given", None: ""}[acquisition.agent]
+    kinds = sorted(acquisition.kinds)
+    if header is not None:
+        volume = number_of(header, "ContrastBolusVolume")
+        named = text_of(header, "ContrastBolusAgent")
+        agent = " ".join(filter(None, (named or agent, f"{volume:g} ml" if volume else "")))
+        kinds = texts_of(header, "ImageType") or kinds
+    times = {"tr_ms": acquisition.tr_ms, "te_ms": acquisition.te_ms, "ti_ms": acquisition.ti_ms}
+    return {
+        "case": case,
+        "acquired": f"{_spaced(series.date, '-', 4)} {_spaced(series.time.partition('.')[0], ':', 2)}".strip(),
+        "number": "" if series.number is None else str(series.number),
+        "description": acquisition.description,
+        "plane": _plane(series),
+        "slices": str(sum(len(np.atleast_2d(image.position)) for image in series.images)),
+        "voxel_mm": " x ".join(f"{side:.3g}" for side in series.voxel_mm),
+        "image_type": "\\".join(kinds),
+        "agent": agent,
+        **{name: "" if value is None else f"{value:g}" for name, value in times.items()},
+    }
+
+
+def _spaced(digits: str, by: str, first: int) -> str:
+    """Date or time of DICOM as people write it: 2024-01-31, 10:15:00; as it is where it is none."""
+    if not re.fullmatch(rf"\d{{{first}}}(\d\d){{1,2}}", digits):
+        return digits
+    return by.join((digits[:first], *re.findall("..", digits[first:])))
+
+
+def _plane(series: Series) -> str:
+    """Axial, sagittal, coronal or oblique; '' where the images do not say."""
+    if series.orientation.shape != (2, 3):
+        return ""
+    normal = np.abs(np.cross(*series.orientation))
+    return _PLANES[int(normal.argmax())] if normal.max() >= _OBLIQUE else "oblique"
+
+
+def _as_text(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula, and of one line."""
+    cell = " ".join(cell.split())
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
+
+
+def about(table: SeriesTable, cases: Mapping[str, Sequence[Series]], *, whole: bool = True) -> list[str]:
+    """What to say of a table beside the studies that there are: what of the one is not in the other.
+
+    `whole` says whether all studies are there of which it could have lines.
+    """
+    name, without, partly, known = table.path.name, list[str](), list[str](), set[Key]()
+    for case, all_series in cases.items():
+        keys = keys_of(all_series)
+        known.update(keys)
+        if keys and not any(study in table.studies for study, *_ in keys):
+            without.append(case)
+            continue
+        new = [series.name for series, key in zip(all_series, keys, strict=True) if key not in table.rows]
+        partly += [f"{case} ({_listed(new)})"] if new else []
+    said = []
+    if without:
+        how_many = f"{len(without)} {'study, which goes' if len(without) == 1 else 'studies, which go'}"
+        said.append(f"{name} has no line of {how_many} as recognised: {_listed(without)}")
+    if partly:
+        said.append(f"{name} lacks series, which go as recognised: {_listed(partly)}")
+    if lost := [row for key, row in table.rows.items() if key not in known] if whole else []:
+        rows = [f"line {row.line}{f' ({row.name})' if row.name else ''}" for row in lost]
+        said.append(f"{name} has {len(lost)} series that no study has, and which change nothing: {_listed(rows)}")
+    return [f"warning: {line}" for line in said]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Some of them."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
