@@ -248,6 +248,9 @@ MPRAGE = (("GR IR", 2300, 2.98, 900), {"variants": MP})
         (acquisition("GR", 7, 3, description="T1 GRADIENT ECHO"), "t1n"),
         (acquisition("SE IR", 9000, 110, 2500, description="sub-01 FLAIR perf"), "t2f"),
         (acquisition(description="T2 BRAIN AND NECK"), "t2w"),
+        (acquisition(*MPRAGE[0], **MPRAGE[1], description="SAG 3D T1 NEUROQUANT"), "t1n"),
+        (acquisition("SE IR", 9000, 110, 2500, description="SAG FLAIR LESIONQUANT"), "t2f"),
+        (acquisition(*MPRAGE[0], **MPRAGE[1], description="T1 3D for segmentation"), "t1n"),
     ],
 )
 def test_a_word_alone_excludes_no_series_whose_tags_deny_it(given, modality):
@@ -399,6 +402,7 @@ SIMPLE, CONTRAST = (replace(T1, description=text) for text in ("T1 SIMPLE", "T1 
         ((SIMPLE, T2), (True, None), "t1c t2w"),
         ((SIMPLE, SIMPLE, T2), (True, True, None), "t1c t1c t2w"),
         ((T1, T2, CONTRAST), (False, False, False), "t1n t2w t1c"),  # the console's NONE
+        ((T1, T2, CONTRAST), (None, None, False), "t1n t2w t1c"),  # a clock that is late
         ((CONTRAST, T2), (False, False), "t1n t2w"),
         ((T1, T2, CONTRAST), (True, None, False), "t1c t2w t1n"),
     ],
@@ -427,6 +431,7 @@ def test_an_unknown_word_is_an_agent_where_other_series_lack_it():
         *(("CSPINE", "SAG T1", 0), ("BRAIN", "SAG T1 C-SPINE", 0), ("KNEE", "", 0), ("", "T2 HWS sag", 0)),
         *(("HEAD", "SAG T2 CSP", 0), ("BRAIN", "T2 SAG C-SP", 0), ("", "t2 tse hals", 0), ("BRAIN", "T2 cuello", 0)),
         *(("", "T1 CAROTID", 0), ("", "T2 Kopf Hals", 2), ("", "T1 brain neck", 2)),
+        *(("CAROTID", "AX T1", 2), ("", "AX T2 TSP", 2)),  # of an examination of both; of a TSE
     ],
 )
 def test_what_of_the_head_a_series_shows(part, description, shown):

@@ -142,6 +142,7 @@ BOTH = (
         "W/ & W/O IV CONTRAST AGENT",
         "W+WO GAD",
     ),
+    *("CEREBRO SIMPLE + CONTRASTE", "BRAIN PLAIN + CONTRAST", "BASALE + MDC", "ENCEFALO BLANCO/CONTRASTE"),
     *("HEAD WITHOUT AND WITH", "BRAIN WWO", "BRAIN PRE/POST", "PRE GD/POST GD", "BRAIN +/- GAD", "C+/-", "W/WO FS"),
     *("before and after Gadovist", "con y sin contraste", "sin y con contraste", "sans et avec injection"),
     *("MRT vor/nach KM", "mit und ohne KM", "z i bez kontrastu", "с и без контраста", "до и после контраста"),

@@ -1,5 +1,8 @@
 """Which images are of one study, and of one series, where UIDs, numbers and tags say it badly."""
 
+import shutil
+from functools import partial
+
 import dicoms
 import nibabel as nib
 import numpy as np
@@ -132,14 +135,27 @@ def test_two_people_under_one_made_up_name_are_two_cases(frames, changed, tmp_pa
     assert all("its images name no study" in s.notes[0] for s in scans)
 
 
-def test_a_patient_and_a_date_of_their_own_are_one_study_unless_frame_and_folder_differ(tmp_path):
+def test_a_patient_and_a_date_of_their_own_are_one_study_unless_a_series_comes_twice(tmp_path):
     of_two_people(tmp_path / "1", frames=False)
     of_two_people(tmp_path / "2", frames=True)
     assert [[*s.series] for s in convert(tmp_path / "1", tmp_path / "o")] == [["t1n", "t2w", "t2f"]]
-    assert sorted([*s.series] for s in convert(tmp_path / "2", tmp_path / "o2")) == [["t1n", "t2w"], ["t2f"]]
+    assert [[*s.series] for s in convert(tmp_path / "2", tmp_path / "o2")] == [["t1n", "t2w", "t2f"]]
+    dicoms.write_series(tmp_path / "4" / "A" / "2", head("t1n"), OBLIQUE, "t1n", number=2)
+    dicoms.write_series(tmp_path / "4" / "B" / "2", head("t1n"), OBLIQUE, "t1n", number=2)
+
+    def of_session(image, _, number):
+        del image.StudyInstanceUID
+        image.FrameOfReferenceUID = f"1.2.{number}"
+        image.SOPInstanceUID += f".{number}"
+
+    for number, session in enumerate("AB"):
+        edited((tmp_path / "4" / session).rglob("*.dcm"), partial(of_session, number=number))
+    assert [[*s.series] for s in convert(tmp_path / "4", tmp_path / "o4")] == [["t1n"], ["t1n"]]
     for path in sorted((tmp_path / "2").rglob("*.dcm")):
         path.rename(tmp_path / path.name)
-    (together,) = convert(tmp_path, tmp_path / "o3", exclude=tmp_path / "1")
+    for number in ("1", "4"):
+        shutil.rmtree(tmp_path / number)
+    (together,) = convert(tmp_path, tmp_path / "o3")
     assert ([*together.series], together.notes) == (["t1n", "t2w", "t2f"], [])
 
 

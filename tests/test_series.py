@@ -187,3 +187,23 @@ def test_enhanced_images_of_one_time_are_of_one_acquisition(tmp_path):
     times = [series.time for series in find_series(tmp_path)]
     assert times[0] == times[1] < times[2]
     assert times[0]
+
+
+def test_the_spine_beside_a_brain_leaves_no_doubt_of_the_brain(tmp_path):
+    write(tmp_path / "in", ("t1n", "t2f"))
+    for path in dicoms.write_series(tmp_path / "in" / "spine", head("t2w"), OBLIQUE, "t2w", number=9):
+        image = pydicom.dcmread(path)
+        image.SeriesDescription = "SAG T2 SCOUT C-SPINE"
+        image.save_as(path)
+    (spine,) = [series for series in find_series(tmp_path / "in") if series.number == 9]
+    assert (spine.modality, spine.reason) == (None, "decided")
+    assert "another part of the body" in spine.why
+
+
+def test_a_protocol_that_names_crossmr_is_a_scan(tmp_path):
+    for path in dicoms.write_series(tmp_path, head(), OBLIQUE):
+        image = pydicom.dcmread(path)
+        image.SeriesDescription = "CROSSMR T1 MPRAGE"
+        image.save_as(path)
+    (series,) = find_series(tmp_path)
+    assert series.modality == "t1n"

@@ -178,6 +178,7 @@ def says_agent(description: str) -> bool | None:
 def said_of_agent(description: str) -> Said:
     """What a description says of a contrast agent, and whether that is sure: "contrast" and "basal" may mean others."""
     text = re.sub(r"(?:\b(?:gd|gad|km|ce|c) ?)?(?:\+ ?/ ?-|- ?/ ?\+|±)", " w wo ", plain(description))
+    text = re.sub(rf"\b(?:{_WEAK_DENIAL}) ?[+/&] ?(?:{_column(0)})\b", " w wo ", text)
     text = re.sub(r"(?<!\w)c/(?:c\b|contrast)", " gd ", text)
     text = re.sub(r"(?<!\w)s(?:/ ?c\b|[/.] ?(?:contrast\w*|gd\b|gad\w*|km\b|mdc\b|inj\w*))", " unenhanced ", text)
     text = re.sub(r"(?<![\w/])u[./] ?kontrast\w*", " unenhanced ", text)

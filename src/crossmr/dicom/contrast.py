@@ -91,7 +91,7 @@ _NOT_WORDS = {
     "a spectrum": r"spectro\w*|svs|csi",
     "a projection or a subtraction": r"mi?n?ip|subtr\w*",
     "a subtraction": r"sub",
-    "a mask": r"\w*mask|\w*overlay|lesionquant|neuroquant|segmentations?",
+    "a mask": r"\w*mask|\w*overlay|(?:lesion|neuro)quant-(?:overlay|report|seg\w*|colou?r\w*|results?)",
     "a map": r"maps?",
     "balanced steady state": r"ciss|fiesta|drive|truefisp|trufi",
     "a phase image or a field map": r"phase|pha|phs|field|field-?map\w*|\w+fieldmap\w*",
@@ -151,10 +151,12 @@ _DIXON = re.compile(
 """The fat or opposed phase of a Dixon acquisition, by a folded description."""
 
 _OTHER_PARTS = re.compile(
-    r"[ctl]-?sp(?:ine)?|[cdl]spine|\w*spinal?|spine|neck|hals|cuello|collo|pescoco|carotid\w*|knee|hip|abdomen|liver|pelvis|shoulder|breast|heart|cardiac|prostate|ankle|"
+    r"[ctl]-?spine|[cdl]spine|\w*spinal?|spine|neck|cuello|collo|pescoco|knee|hip|abdomen|liver|pelvis|shoulder|breast|heart|cardiac|prostate|ankle|"
     r"wrist|elbow|hand|foot|chest|thorax|[hbl]ws|wirbelsaeule|wirbelsaule|rachis|columna|coluna|colonna|lumbar|cervical\w*|"
     r"thoracic|dorsal|kregoslup|позвоночник"
 )
+_OTHER_PARTS_IN_WORDS = re.compile(r"c-?sp|hals|carotid\w*")
+"""The same in a description alone: an examination of brain and carotids may have the latter in Body Part Examined."""
 _PARTS_OF_HEAD = re.compile(
     r"sell[ae]\w*|orbit\w*|pituit\w*|hypoph\w*|hipof\w*|ipof\w*|iacs?|iam|kgh|tmj|cpa|facial?|face|temporal|petrous|felsenbein|"
     r"sinus\w*|nnh|optic\w*|cavernous|augen|tempor\w*|hippo\w*|trigem\w*|skull-?base|peaux|гипофиз\w*|орбит\w*"
@@ -243,7 +245,7 @@ def resolve_agents(acquisitions: Sequence[Acquisition]) -> list[Acquisition]:
     resolved = list(acquisitions)
     for k in t1:
         tag = acquisitions[k].agent
-        alike = any(acquisitions[j].agent is tag and said[j].agent is not said[k].agent for j in t1)
+        alike = any(bool(acquisitions[j].agent) is bool(tag) and said[j].agent is not said[k].agent for j in t1)
         if said[k].contradicts(tag) and (alike or (tag and everywhere)):
             resolved[k] = replace(acquisitions[k], agent=None)
     others = [k for k in known if k not in t1]
@@ -463,6 +465,8 @@ def covers(part: str, description: str) -> int:
         if any(_PARTS_OF_HEAD.fullmatch(term) for term in terms):
             return 1
         if any(_OTHER_PARTS.fullmatch(term) for term in terms):
+            return 0
+        if text is description and any(_OTHER_PARTS_IN_WORDS.fullmatch(term) for term in terms):
             return 0
     return 2
 

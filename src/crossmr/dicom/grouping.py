@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,9 @@ def studies_of(files: Sequence[File]) -> dict[str, list[File]]:
 def _without_uid(files: Sequence[File]) -> dict[str, list[File]]:
     """Studies of images that have no UID of it: of one patient and date, and of one frame of reference or folder.
 
-    Folders that hold one series each, all of other numbers or descriptions, are of one study where they lie in one
-    folder, unless frames of reference tell more and patient and date do not.
+    Where the patient and the date are somebody's own, they suffice unless two folders hold a series of one number and
+    description, of two frames of reference. Folders that hold one series each, all of other numbers or descriptions,
+    are of one study where they lie in one folder, unless frames of reference tell more and patient and date do not.
     """
     alike: dict[tuple[str, ...], list[File]] = defaultdict(list)
     for path, header in files:
@@ -76,9 +77,18 @@ def _without_uid(files: Sequence[File]) -> dict[str, list[File]]:
             frame, folder = text_of(header, "FrameOfReferenceUID"), path.parent
             place = above.get(folder, folder) if known or not frame else folder
             marks.append([f"folder {place}", *([frame] if frame else [])])
-        for mark, of_mark in _joined(of_key, marks).items():
-            studies[str((*key, mark))] = of_mark
+        lots = _joined(of_key, marks)
+        if known and not _repeat(lots.values()):
+            lots = {"": of_key}
+        for mark, of_mark in lots.items():
+            studies[str((*key, mark) if mark else key)] = of_mark
     return studies
+
+
+def _repeat(lots: Iterable[Sequence[File]]) -> bool:
+    """Whether several lots of images have a series of one number and description."""
+    series = [{(text_of(header, "SeriesNumber"), description_of(header)) for _, header in lot} for lot in lots]
+    return sum(map(len, series)) > len(set[tuple[str, str]]().union(*series))
 
 
 def _folders_of_series(files: Sequence[File]) -> dict[Path, Path]:

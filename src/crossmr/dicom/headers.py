@@ -225,8 +225,10 @@ def description_of(header: Any) -> str:
 def names_crossmr(header: Any) -> bool:
     """Whether crossmr made an image, by any tag that says so: de-identification may have emptied the others."""
     items = [header, *(header.get("ContributingEquipmentSequence") or [])]
-    tags = ("Manufacturer", "ManufacturerModelName", "ImageType", "SeriesDescription", "DerivationDescription")
-    told = [text for item in items for tag in (*tags, "ContributionDescription") for text in texts_of(item, tag)]
+    tags = ("Manufacturer", "ManufacturerModelName", "ImageType", "DerivationDescription", "ContributionDescription")
+    told = [text for item in items for tag in tags for text in texts_of(item, tag)]
+    if "(CROSSMR)" in text_of(header, "SeriesDescription").upper():
+        return True
     return any("CROSSMR" in text.upper() or text.startswith(CONTRIBUTION[:40]) for text in told)
 
 

@@ -236,7 +236,7 @@ def _not_read(
         series = _unread_kind(study, group, mapping)
         if study in patients:
             found.append(replace(series, patient=patients[study]))
-        elif series.reason != "decided":
+        elif series.reason != "decided" and series.patient not in patients.values():  # else captures of other studies
             found.append(series)
     return found
 
@@ -484,8 +484,9 @@ def _recognised(acquisition: Acquisition, mapped: Sequence[str]) -> Recognition:
     if not mapped and _SYNTHETIC.search(acquisition.description):
         return Recognition(None, "called synthetic, by whatever program. Export what was acquired, or name it by --map")
     recognised = recognise_contrast(acquisition)
-    if recognised.modality is not None and covers(acquisition.part, acquisition.description) == 0:
-        recognised = Recognition(None, "of another part of the body than the head")
+    denied = recognised.reason == "denied"
+    if (recognised.modality is not None or denied) and covers(acquisition.part, acquisition.description) == 0:
+        recognised = Recognition(None, "of another part of the body than the head", "decided" if denied else "")
     if len(mapped) > 1:
         return Recognition(None, f"named {' and '.join(mapped)} by --map; name it once")
     return Recognition(mapped[0], BY_USER) if mapped else recognised
