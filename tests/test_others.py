@@ -1,6 +1,7 @@
 """Images of other programs: found by name, put on the scale of the studies, measured beside a model's."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,7 @@ from conftest import Listener, save_untrained, write_study
 from typer.testing import CliRunner
 
 from crossmr.cli import app
+from crossmr.data.head import Normalisation
 from crossmr.data.prepare import PrepareSettings, prepare
 from crossmr.errors import ConfigError, StudyError
 from crossmr.evaluation.challenge import ProtocolSettings, evaluate_by_protocol
@@ -39,8 +41,13 @@ def model(tmp_path_factory) -> Path:
     return save_untrained(place, guidance="none", sources=ALL, targets=ALL)
 
 
-def write_images(cohort: Path, folder: Path, change=lambda voxels: voxels, cases=CASES, target="t2f") -> Path:
-    """The true images of a contrast, changed, as another program might have written them: flat, under other units."""
+def nearly(voxels):
+    """The truth itself is refused."""
+    return voxels * np.float32(1.0001)
+
+
+def write_images(cohort: Path, folder: Path, change=nearly, cases=CASES, target="t2f") -> Path:
+    """The true images of a contrast, changed, as another program might have written them."""
     folder.mkdir(parents=True, exist_ok=True)
     for case in cases:
         true = nib.load(cohort / case / f"{case}-{target}.nii.gz")
@@ -70,12 +77,61 @@ def test_the_truth_is_perfect_in_its_own_units_and_on_the_scale_of_a_set(cohort,
         np.testing.assert_allclose(made["t2f"], subject.volumes["t2f"], atol=1e-4)
 
 
-def test_other_units_are_refused(cohort, tmp_path):
-    folder = write_images(cohort, tmp_path / "images", lambda voxels: voxels * np.float32(3) + np.float32(900))
-    (images,) = find_images({"mine": folder}, CASES, ALL)
+def scaled(cohort, folder, change):
+    """Images on crossmr's scale, changed."""
+    for found in find_subjects(cohort):
+        subject = found.read()
+        path = write_images(cohort, folder, cases=[found.name]) / f"{found.name}-t2f.nii.gz"
+        image = nib.load(path)
+        voxels = subject.normalisation["t2f"].scale(image.get_fdata(dtype=np.float32))
+        nib.save(nib.Nifti1Image(change(voxels).astype(np.float32), image.affine), path)
+    return folder
+
+
+def outside(voxels, value):
+    changed = voxels.copy()
+    changed[0], changed[:, :, -1] = value, value
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: np.clip(v, 0, 1),
+        lambda v: v,  # not clipped
+        lambda v: outside(v, -1),
+        lambda v: outside(v, np.nan),
+        lambda v: v + np.random.default_rng(0).normal(0, 1e-3, v.shape),
+    ],
+)
+def test_what_lies_beyond_the_scale_or_the_head_does_not_matter(cohort, tmp_path, change):
+    (images,) = find_images({"mine": scaled(cohort, tmp_path / "images", change)}, CASES, ALL)
     subject = find_subjects(cohort)[0].read()
-    with pytest.raises(StudyError, match=r"A1-t2f.nii.gz has a median within the head that is .* Write the images in"):
+    head = subject.head_of("t2f")
+    made = images.of(subject, ("t2f",))["t2f"]
+    assert np.abs(made - subject.volumes["t2f"])[head].mean() < 2e-3
+
+
+@pytest.mark.parametrize(
+    "change", [lambda v: 255 * np.clip(v, 0, 1), lambda v: 2 * np.clip(v, 0, 1) - 1, lambda v: (v - 1 / 3) * 15]
+)
+def test_other_units_are_refused(cohort, tmp_path, change):
+    """Bytes, [-1, 1] and robust standard deviations, where the scans have units of their own."""
+    far = write_images(cohort, tmp_path / "cohort", lambda voxels: voxels * np.float32(40) + np.float32(900))
+    subject = find_subjects(cohort)[0].read()
+    (images,) = find_images({"far": far}, CASES, ALL)
+    with pytest.raises(StudyError, match=r"A1-t2f.nii.gz has other units: .* Write the images in"):
         images.of(subject, ("t2f",))
+    wide = replace(subject, normalisation={"t2f": Normalisation(low=-4000, high=8000, air=-3000)})
+    (images,) = find_images({"mine": scaled(cohort, tmp_path / "images", change)}, CASES, ALL)
+    with pytest.raises(StudyError, match="has other units"):
+        images.of(wide, ("t2f",))
+
+
+def test_the_true_scans_are_no_images(cohort):
+    (images,) = find_images({"mine": cohort}, CASES, ALL)
+    with pytest.raises(StudyError, match=r"A1-t2f.nii.gz is the true scan"):
+        images.of(find_subjects(cohort)[0].read(), ("t2f",))
 
 
 def test_a_smoother_image_is_not_stretched(cohort, tmp_path):
@@ -96,7 +152,7 @@ def test_a_smoother_image_is_not_stretched(cohort, tmp_path):
 
 
 def test_they_stand_beside_the_model_with_all_its_measures_and_in_its_report(cohort, model, tmp_path):
-    folder = write_images(cohort, tmp_path / "images", lambda voxels: voxels + np.float32(0))
+    folder = write_images(cohort, tmp_path / "images", lambda voxels: voxels + np.float32(0.01))
     result = evaluate(model, cohort, tmp_path / "out", settings(images={"mine": folder}))
     rows = {(e["target"], e["predictor"]): e for e in result["summary"] if e["region"] == "brain"}
     assert rows["t2f", "images: mine"]["correlation"]["mean"] == pytest.approx(1, abs=1e-4)
@@ -138,7 +194,7 @@ def test_of_every_subset_they_stand_beside_the_largest(cohort, model, tmp_path):
     assert sources == {"t1n+t1c+t2w"}
 
 
-def test_what_lies_elsewhere_or_holds_no_numbers_fails_its_study_alone(cohort, model, tmp_path):
+def test_what_lies_elsewhere_or_holds_no_numbers_is_left_out_with_a_word(cohort, model, tmp_path):
     folder = write_images(cohort, tmp_path / "images")
     moved = nib.load(folder / "B2-t2f.nii.gz")
     affine = moved.affine.copy()
@@ -148,10 +204,15 @@ def test_what_lies_elsewhere_or_holds_no_numbers_fails_its_study_alone(cohort, m
     voxels = holes.get_fdata(dtype=np.float32)
     voxels[14, 16, 12] = np.nan
     nib.save(nib.Nifti1Image(voxels, holes.affine), folder / "C3-t2f.nii.gz")
-    result = evaluate(model, cohort, tmp_path / "out", settings(images={"mine": folder}))
-    assert result["cases"] == ["A1"]
-    assert "lies up to 3 mm elsewhere. Write the images on the grid" in result["failed"]["B2"]
-    assert "has voxels within the head that are NaN" in result["failed"]["C3"]
+    listener = Listener()
+    result = evaluate(model, cohort, tmp_path / "out", settings(images={"mine": folder}), display=listener)
+    assert (result["cases"], result["failed"]) == ([*CASES], {})  # the model's own go on
+    (row,) = [e for e in result["summary"] if (e["predictor"], e["region"]) == ("images: mine", "brain")]
+    assert row["patients"] == 1
+    said = "\n".join(listener.said)
+    assert "B2-t2f.nii.gz is" in said
+    assert "lies up to 3 mm elsewhere. Write the images on the grid" in said
+    assert "C3-t2f.nii.gz has voxels within the head that are NaN" in said
     (subject,) = [found.read() for found in find_subjects(cohort) if found.name == "A1"]
     nib.save(nib.Nifti1Image(np.ones((5, 6, 7), np.float32), np.eye(4)), folder / "A1-t2f.nii.gz")
     with pytest.raises(StudyError, match=r"A1: images: mine: A1-t2f.nii.gz is 5×6×7 at 1×1×1 mm, but the study is"):

@@ -30,7 +30,7 @@ from crossmr.evaluation.evaluate import (
     versions,
     warn_of_memory,
 )
-from crossmr.evaluation.others import PREFIX, OtherImages, find_images, say_images
+from crossmr.evaluation.others import PREFIX, OtherImages, find_images, read_images, say_images
 from crossmr.evaluation.overlap import Overlap, find_overlap, say_overlap
 from crossmr.evaluation.predictors import AGAINST, Predictor, find_predictors, predict
 from crossmr.evaluation.protocols import (
@@ -233,7 +233,7 @@ def _measure_study(
     """Measure one study; `dropped` is the contrast to be hidden, None for every one that the model makes."""
     study = found.study() if settings.segmenter is not None and found.study is not None else None
     subject = say_notes(found.read() if study is None else subject_of_study(study), display)
-    config = predictors[0].model.config
+    config, made = predictors[0].model.config, read_images(others, subject, display)
     if dropped is None:
         subsets = patterns(config, subject)
     else:
@@ -242,7 +242,7 @@ def _measure_study(
         subsets = [tuple(m for m in config.modalities if m in DROPPED and m != dropped)]
     scores = []
     for sources in subsets:
-        predicted = predict(subject, sources, predictors, others).images
+        predicted = predict(subject, sources, predictors, made).images
         shown = [
             name
             for name in predicted

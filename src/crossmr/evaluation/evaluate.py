@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import numpy as np
@@ -37,7 +38,7 @@ from crossmr.evaluation.measures import (
     measure_contrasts,
     measure_uncertainty,
 )
-from crossmr.evaluation.others import PREFIX, OtherImages, find_images, say_images
+from crossmr.evaluation.others import PREFIX, OtherImages, find_images, read_images, say_images
 from crossmr.evaluation.overlap import Overlap, find_overlap, say_overlap
 from crossmr.evaluation.predictors import AGAINST, Predictions, Predictor, find_predictors, memory_needed, predict
 from crossmr.evaluation.statistics import (
@@ -225,7 +226,13 @@ def _kept(place: Path, *, for_others: bool) -> Iterator[None]:
 
 
 def _publish(out: Path, place: Path, rows: Mapping[str, Sequence[Row]], body: Evaluation) -> None:
-    """Put an evaluation in the place of an earlier one, of which nothing stays; metrics.json comes last."""
+    """Put an evaluation in the place of an earlier one, of which nothing stays; metrics.json comes last.
+
+    Nothing is done where another part that ended at the same time has done it.
+    """
+    path = out / "metrics.json"
+    if path.exists() and digest(read_json(path, OutputError)) == digest(body):
+        return
     write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
     remove(out / REPORT)
     for name in TABLES:
@@ -256,7 +263,7 @@ def _key(
 
     Of files the sizes stand for what they hold: for hashes each part would have to read the studies of all.
     """
-    studies = {one.name: [(path.name, path.stat().st_size) for path in one.paths if of_set is None] for one in subjects}
+    studies = {one.name: [(path.name, _size(path)) for path in one.paths if of_set is None] for one in subjects}
     table = {} if settings.patients is None else read_patients(settings.patients)
     common: dict[str, Any] = {
         "studies": studies,
@@ -265,12 +272,19 @@ def _key(
         "patients (--patients)": {case: entry.patient for case, entry in sorted(table.items())},
         "--map": sorted((settings.mapping or {}).items()),
         "--every-subset": settings.every_subset,
-        "--guidance": settings.guidances,
-        "--images": [(one.name, case, m, path.name, path.stat().st_size) for one in images for case, m, path in one],
+        "guidance modes": settings.guidances,
+        "--images": [(one.name, case, m, path.name, _size(path)) for one in images for case, m, path in one],
     }
     inference = replace(settings.inference, device=predictors[0].model.device.type)  # any of its kind
     common |= {f"--{name.replace('_', '-')}": repr(value) for name, value in vars(inference).items()}
     return {name: digest({name: value}) for name, value in common.items()}
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where it cannot be asked for, which is said when its study's turn comes."""
+    with suppress(OSError):
+        return path.stat().st_size
+    return None
 
 
 def _measure_all(
@@ -286,7 +300,8 @@ def _measure_all(
     def measure_one(found: FoundSubject) -> Measurements:
         warn_of_memory(found, predictors, display, every_subset=settings.every_subset)
         subject = say_notes(found.read(), display)
-        return measure_subject(subject, predictors, place, images, every_subset=settings.every_subset)
+        made = read_images(images, subject, display)
+        return measure_subject(subject, predictors, place, made, every_subset=settings.every_subset)
 
     return [Outcome(name, measured, failed) for name, measured, failed in each_study(subjects, measure_one, display)]
 
@@ -342,20 +357,21 @@ def measure_subject(
     subject: Subject,
     predictors: Sequence[Predictor],
     out: Path,
-    images: Sequence[OtherImages] = (),
+    others: Mapping[str, Mapping[str, Array]] = MappingProxyType({}),
     *,
     every_subset: bool = False,
 ) -> Measurements:
     """Measure every predictor on one study, and draw pictures of it: those from the largest subsets of sources.
 
-    The images of other programs are held against what is made from these subsets, too.
+    `others` are images of other programs, name → target → volume; they are held against what is made from these
+    subsets, too.
     """
     measured = Measurements(patients={subject.name: subject.patient}, scans={subject.name: subject.scans})
     pictured: dict[tuple[str, ...], dict[str, list[Panel]]] = {}
     subsets = patterns(predictors[0].model.config, subject, every_subset=every_subset)
     for sources in subsets:
         largest = len(sources) == max(map(len, subsets))
-        predictions = predict(subject, sources, predictors, images if largest else ())
+        predictions = predict(subject, sources, predictors, others if largest else {})
         own = predictions.images[predictors[0].name]
         measured.scores.extend(measure(subject, sources, predictions.images))
         measured.contrasts.extend(measure_contrasts(subject, sources, predictions.images))

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from crossmr.data.head import MEDIAN_OF_HEAD, STD_OF_HEAD
+from crossmr.data.head import DARKEST, MEDIAN_OF_HEAD, STD_OF_HEAD
 from crossmr.data.naming import find_studies
-from crossmr.data.volume import describe_grid, displacement_mm, read_volume, same_grid
-from crossmr.errors import ConfigError, StudyError
+from crossmr.data.volume import describe_grid, displacement_mm, read_volume, same_grid, voxels_sha256
+from crossmr.display import Display
+from crossmr.errors import ConfigError, CrossmrError, StudyError
 from crossmr.evaluation.subjects import Array, Subject
 
-FAR = 3.0
-"""Robust standard deviations of the truth: images whose median lies farther from the true one have other units."""
+FAR, NARROW = 3.0, 0.15
+"""Robust standard deviations of the truth: images whose median lies farther from the true one, or whose own deviation
+is smaller, have other units."""
+SLACK = 0.02
+"""So far beyond 0 and 1 may images on crossmr's scale lie, but for a twentieth of their voxels at each end."""
 PREFIX = "images: "
 """What their name begins with in tables and files."""
 
@@ -45,7 +49,8 @@ class OtherImages:
             StudyError: one is on another grid, or has voxels of the head that are no numbers. VolumeError: unreadable.
         """
         files = self.files.get(subject.name, {})
-        return {target: self._read(files[target], subject, target) for target in targets if target in files}
+        there = [target for target in targets if target in files and target in subject.volumes]
+        return {target: self._read(files[target], subject, target) for target in there}
 
     def _read(self, path: Path, subject: Subject, target: str) -> Array:
         volume = read_volume(path)
@@ -64,20 +69,38 @@ class OtherImages:
         corner, shape = subject.corner, subject.head.shape
         z, y, x = (slice(start, start + size) for start, size in zip(corner, shape, strict=True))
         data, head = volume.data[z, y, x], subject.head_of(target)
-        if not np.isfinite(data[head]).all():
+        inside = data[head]
+        if not np.isfinite(inside).all():
             raise StudyError(f"{subject.name}: {where} has voxels within the head that are NaN or infinite.")
-        scales = [subject.normalisation[target].apply(data)]
-        if data.min() >= 0 and data.max() <= 1:
-            scales.append(data)
-        medians = [abs(float(np.median(image[head])) - MEDIAN_OF_HEAD) for image in scales]
-        nearest = int(np.argmin(medians))
-        image: Array = np.where(head, scales[nearest], np.float32(0))
-        if (far := medians[nearest] / STD_OF_HEAD) > FAR:
+        if voxels_sha256(volume) in subject.scans:
+            raise StudyError(f"{subject.name}: {where} is the true scan. Name a folder that holds what was made alone.")
+        scales = [subject.normalisation[target].apply(inside)]
+        least, most = np.percentile(inside, (5, 95))
+        if least >= -SLACK and most <= 1 + SLACK:
+            scales.append(np.clip(inside, DARKEST, 1))
+        image = np.zeros(head.shape, np.float32)
+        image[head] = min(scales, key=lambda scaled: abs(float(np.median(scaled)) - MEDIAN_OF_HEAD))
+        low, middle, high = np.percentile(image[head], (25, 50, 75))
+        far, spread = abs(middle - MEDIAN_OF_HEAD) / STD_OF_HEAD, (high - low) / 1.349 / STD_OF_HEAD
+        if far > FAR or spread < NARROW:
             raise StudyError(
-                f"{subject.name}: {where} has a median within the head that is {far:.1f} robust standard deviations "
-                "from the scan's. Write the images in the scan's units, or on crossmr's scale from 0 to 1."
+                f"{subject.name}: {where} has other units: within the head its median lies {far:.1f} robust standard "
+                f"deviations from the scan's, and its own is {spread:.2f} of the scan's. Write the images in the "
+                "scan's units, or on crossmr's scale from 0 to 1 (--scale unit)."
             )
         return image
+
+
+def read_images(images: Sequence[OtherImages], subject: Subject, display: Display) -> dict[str, dict[str, Array]]:
+    """Name → target → volume of one study; one that cannot be measured is left out, with a word."""
+    made: dict[str, dict[str, Array]] = {}
+    for one in images:
+        for target in one.files.get(subject.name, ()):
+            try:
+                made.setdefault(one.name, {}).update(one.of(subject, [target]))
+            except CrossmrError as error:
+                display.say(f"warning: not measured: {error}")
+    return made
 
 
 def find_images(folders: Mapping[str, Path], cases: Collection[str], targets: Collection[str]) -> list[OtherImages]:
@@ -86,11 +109,12 @@ def find_images(folders: Mapping[str, Path], cases: Collection[str], targets: Co
     Raises:
         ConfigError: a folder has none of these cases' targets, or two images of one. NamingError: it has no volume.
     """
-    found, own = [], {target: f"*-{target}_synthetic.nii.gz" for target in targets}  # as crossmr calls its own
+    found = []
+    by_name = {m: f"*-{m}.nii.gz|*-{m}.nii|*-{m}_synthetic.nii.gz" for m in targets}  # as they are asked for
     for name, folder in folders.items():
         if not name.strip():
             raise ConfigError("--images needs a name: --images unet=FOLDER.")
-        studies = {study.case: study for study in find_studies(Path(folder), own)}
+        studies = {study.case: study for study in find_studies(Path(folder), by_name)}
         files = {
             case: {m: path for m, path in studies[case].images().items() if m in targets}
             for case in studies

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from torch import Tensor
 
 from crossmr.baselines import BASELINES, predict_baselines
 from crossmr.errors import ConfigError
-from crossmr.evaluation.others import OtherImages
 from crossmr.evaluation.subjects import Array, FoundSubject, Subject
 from crossmr.networks.inference import (
     HeadVolumes,
@@ -130,11 +130,12 @@ def predict(
     subject: Subject,
     sources: Sequence[str],
     predictors: Sequence[Predictor],
-    others: Sequence[OtherImages] = (),
+    others: Mapping[str, Mapping[str, Array]] = MappingProxyType({}),
 ) -> Predictions:
     """Synthesise the targets of one study by every predictor, and by the first one's baselines, from `sources` alone.
 
-    Beside them stand the images of `others`, of which nobody knows from which sources they were made.
+    Beside them stand `others`, images of other programs (name → target → volume), of which nobody knows from which
+    sources they were made.
 
     The targets are those of the first model that the study has and that are hidden. They are 0 where the true one has
     nothing of the head.
@@ -152,7 +153,9 @@ def predict(
         for each in predictors
     ]
     images = {each.name: by_target(result.images) for each, result in zip(predictors, results, strict=True)}
-    images |= {other.name: made for other in others if (made := other.of(subject, targets))}
+    for name, made in others.items():
+        if hidden := {target: made[target] for target in targets if target in made}:
+            images[name] = hidden
     for target in targets if model.baselines else ():
         baselines = predict_baselines(model.baselines, model.config.modalities, head.volumes, [target])
         for name, (volume,) in baselines.items():

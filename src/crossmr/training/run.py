@@ -193,6 +193,8 @@ def _train_model(
         if model.config.uncertainty:
             validated, say = training.usable(training.val), training.compute.display.say
             how = "calibrated on validation patients" if validated else "as they are, without validation patients"
+            if not validated and initial is not None and initial.calibration:
+                how = "as the initial model's, without validation patients"
             say(f"standard deviations: {how}")
             model.calibration = calibration(training, model, None if initial is None else initial.calibration)
             for line in _not_calibrated(model):
