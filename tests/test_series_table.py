@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from dataclasses import replace
 
 import dicoms
 import numpy as np
@@ -102,6 +103,24 @@ def test_a_line_says_what_a_series_is_judged_by(tmp_path):
     assert (first["study"], first["series"]) == (one.study, one.uid)
     told = [second[name] for name in ("description", "contrast", "doubt", "plane", "ti_ms", "agent")]
     assert told == ["'+C FLAIR", "t2f", "some doubt", "axial", "2500", ""]
+
+
+def test_what_was_acquired_after_midnight_has_the_next_day(tmp_path):
+    late = ("t1n", {"AcquisitionTime": "235010"}), ("t2w", {"AcquisitionTime": "001500"})
+    same = series(tmp_path / "same", *late)
+    days = ("t1n", {"AcquisitionDate": "20231231"}), ("t2w", {"AcquisitionDate": "20240101"})
+    told = series(tmp_path / "told", *((m, tags | day) for (m, tags), (_, day) in zip(late, days, strict=True)))
+    for name, all_series, first, second in (("a", same, "01-31", "02-01"), ("b", told, None, "01-01")):
+        acquired = [row["acquired"] for row in rows_of(written(tmp_path / f"{name}.csv", all_series))]
+        assert acquired == [f"2024-{first} 23:50:10" if first else "2023-12-31 23:50:10", f"2024-{second} 00:15:00"]
+    undated = [replace(one, date="") for one in same]
+    assert rows_of(written(tmp_path / "c.csv", undated))[1]["acquired"] == "next day 00:15:00"
+
+
+@pytest.mark.parametrize("said", ["", "FALSE", "no", "0", "nein", "Non", "FALSCH"])
+def test_an_empty_box_is_not_checked(said, tmp_path):
+    (tmp_path / "t.csv").write_text(f"study,series,contrast,checked\n1,2,t1n,{said}\n1,3,t2w,TRUE\n")
+    assert [row.checked for row in read_series_table(tmp_path / "t.csv").rows.values()] == [False, True]
 
 
 def test_what_lies_between_the_axes_is_oblique_and_what_has_no_place_has_no_plane(tmp_path):

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ BY_PERSON, NOT_USED = "chosen by a person", "not used, chosen by a person"
 UNUSED = "unused"
 """What a cell says that is surely no contrast to be used; an empty one leaves open why."""
 _SPELLINGS = (UNUSED, "not used", "none", "-")
+_UNCHECKED = ("", "no", "false", "0", "nein", "falsch", "non", "faux")
+"""What a cell of `checked` says that is not checked; spreadsheets write FALSE for an empty box."""
 _OBLIQUE = float(np.cos(np.radians(30)))
 """A series whose normal is further from every axis is oblique."""
 _PLANES = ("sagittal", "coronal", "axial")
@@ -175,7 +178,7 @@ def _add(rows: dict[Key, Row], values: Mapping[str, str], line: int, where: str,
             )
     number = values.get("number", "")
     name = " ".join(filter(None, (values.get("case", ""), f"series {number}" if number else "")))
-    rows[key] = Row(contrast, bool(values.get("checked")), line, name)
+    rows[key] = Row(contrast, values.get("checked", "").casefold() not in _UNCHECKED, line, name)
 
 
 def decide(all_series: Sequence[Series], table: SeriesTable) -> list[Series]:
@@ -284,7 +287,7 @@ def _cells(case: str, series: Series, pydicom: Any) -> dict[str, str]:
     times = {"tr_ms": acquisition.tr_ms, "te_ms": acquisition.te_ms, "ti_ms": acquisition.ti_ms}
     return {
         "case": case,
-        "acquired": f"{_spaced(series.date, '-', 4)} {_spaced(series.time.partition('.')[0], ':', 2)}".strip(),
+        "acquired": _acquired(series),
         "number": "" if series.number is None else str(series.number),
         "description": acquisition.description,
         "plane": _plane(series),
@@ -294,6 +297,18 @@ def _cells(case: str, series: Series, pydicom: Any) -> dict[str, str]:
         "agent": agent,
         **{name: "" if value is None else f"{value:g}" for name, value in times.items()},
     }
+
+
+def _acquired(series: Series) -> str:
+    """Day and time of a series; the day is the study's where its time names none, see `moments_of`."""
+    day, _, time = series.time.rpartition(" ")
+    date = series.date if day in ("", "next") else day
+    if day == "next":
+        try:
+            date = f"{datetime.strptime(date, '%Y%m%d') + timedelta(1):%Y%m%d}"
+        except ValueError:
+            date = f"{date} next day"
+    return f"{_spaced(date, '-', 4)} {_spaced(time, ':', 2)}".strip()
 
 
 def _spaced(digits: str, by: str, first: int) -> str:
