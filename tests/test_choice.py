@@ -149,6 +149,30 @@ def test_an_unused_series_is_synthesised_and_one_that_is_used_again_is_not(model
     assert not (out / case / f"{case}-t2f_synthetic_dicom").exists()
 
 
+def test_a_table_that_nobody_changed_says_nothing_of_what_is_new(model, tmp_path, capsys):
+    """Neither another --map nor a series that arrives is a person's choice, and nothing is done again for it."""
+    write(tmp_path / "in", "A")
+    path, out = tmp_path / "choice.csv", tmp_path / "out"
+    ((case, _),) = {case.case: case for case in planned(tmp_path, model, path)}.items()
+    (mapped,) = planned(tmp_path, model, path, mapping={"t1c": "AX T2"})
+    assert "series 1" in mapped.acquired["t1n"]
+    assert mapped.acquired["t1c"] == "series 2 (named so by --map)"
+    completed(tmp_path, model, path)
+    dicoms.write_series(tmp_path / "in" / "A" / "8", dicoms.head("t2w"), dicoms.OBLIQUE, "t2w", number=8, patient="A")
+    plain = complete_cohort(tmp_path / "in", out, model, SETTINGS).failed
+    capsys.readouterr()
+    assert "other scans of this name" in plain[case]
+    assert completed(tmp_path, model, path).failed == plain
+    said = capsys.readouterr().out
+    assert "a person has chosen 0 series" in said
+    assert "done again" not in said
+    correct(path, case, _4="unused")  # and now a person says something
+    assert planned(tmp_path, model, path)[0].again.startswith("the table of the series says otherwise now")
+    assert completed(tmp_path, model, path).completed == {case: ["t1c", "t2f"]}
+    dicoms.write_series(tmp_path / "in" / "A" / "9", dicoms.head("t2w"), dicoms.OBLIQUE, "t2w", number=9, patient="A")
+    assert "other scans of this name" in completed(tmp_path, model, path).failed[case]
+
+
 def test_a_finished_study_stays_where_no_table_says_otherwise(model, tmp_path):
     """Without the table, as where --map was taken away, and where the result is another study's."""
     write(tmp_path / "in", "A")
@@ -245,6 +269,25 @@ def test_parts_of_a_cohort_share_a_table(model, tmp_path, capsys):
     for number in (1, 2):  # which is another run
         completed(tmp_path, model, path, part=Part(number, 2))
     assert [taken_of(tmp_path / "out", case)["t2w"] for case in (one, other)] == [2, 2]
+
+
+def test_parts_that_begin_a_table_at_once_both_have_their_studies_in_it(model, tmp_path, monkeypatch, capsys):
+    """Each finds no table before it searches; the other has written it when it comes to write."""
+    write(tmp_path / "in", "AB")
+    path, write_now = tmp_path / "both.csv", choice.write_series_table
+
+    def late(*given):
+        monkeypatch.setattr(choice, "write_series_table", write_now)
+        planned(tmp_path, model, path, part=Part(2, 2))
+        return write_now(*given)
+
+    monkeypatch.setattr(choice, "write_series_table", late)
+    planned(tmp_path, model, path, part=Part(1, 2))
+    assert len({row["case"] for row in rows_of(path)}) == 2
+    assert len(rows_of(path)) == 8
+    said = capsys.readouterr().out
+    assert f"{path}: 4 series of 1 study, 0 in doubt." in said
+    assert f"{path}: 4 series added, 0 studies in doubt." in said
 
 
 def test_a_model_of_other_contrasts_has_these_in_its_table(tmp_path):

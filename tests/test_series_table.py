@@ -3,13 +3,16 @@
 import csv
 import io
 import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from time import sleep
 
 import dicoms
 import numpy as np
 import pytest
 from dicoms import OBLIQUE, SAGITTAL, edited, head
 
-from crossmr.dicom import agents
+from crossmr.dicom import agents, series_table
 from crossmr.dicom.agents import tell_apart
 from crossmr.dicom.convert import convert, find_cases
 from crossmr.dicom.selection import choose
@@ -83,13 +86,14 @@ def test_a_line_says_what_a_series_is_judged_by(tmp_path):
     assert path.read_bytes().startswith(b"\xef\xbb\xbfcase,")
     first, second = rows_of(path)
     assert tuple(first) == COLUMNS
-    assert first | {"study": "", "series": ""} == {
+    assert first | {"study": "", "series": "", "which": ""} == {
         **dict.fromkeys(COLUMNS, ""),
         "case": "A",
         "acquired": "2024-01-31 10:15:00",
         "number": "1",
         "description": "'=cmd|'T1'",  # no formula
         "contrast": "t1c",
+        "recognised": "t1c",
         "why": "SE, TR 550 ms, TE 12 ms; contrast agent named",
         "plane": "sagittal",
         "slices": "24",
@@ -99,9 +103,27 @@ def test_a_line_says_what_a_series_is_judged_by(tmp_path):
         "te_ms": "12",
         "agent": "Gadavist 7.5 ml",
     }
-    assert (first["study"], first["series"]) == (one.study, one.uid)
+    assert (first["study"], first["series"], first["which"]) == keys_of([one])[0]
     told = [second[name] for name in ("description", "contrast", "doubt", "plane", "ti_ms", "agent")]
     assert told == ["'+C FLAIR", "t2f", "some doubt", "axial", "2500", ""]
+
+
+def test_what_was_acquired_after_midnight_has_the_next_day(tmp_path):
+    late = ("t1n", {"AcquisitionTime": "235010"}), ("t2w", {"AcquisitionTime": "001500"})
+    same = series(tmp_path / "same", *late)
+    days = ("t1n", {"AcquisitionDate": "20231231"}), ("t2w", {"AcquisitionDate": "20240101"})
+    told = series(tmp_path / "told", *((m, tags | day) for (m, tags), (_, day) in zip(late, days, strict=True)))
+    for name, all_series, first, second in (("a", same, "01-31", "02-01"), ("b", told, None, "01-01")):
+        acquired = [row["acquired"] for row in rows_of(written(tmp_path / f"{name}.csv", all_series))]
+        assert acquired == [f"2024-{first} 23:50:10" if first else "2023-12-31 23:50:10", f"2024-{second} 00:15:00"]
+    undated = [replace(one, date="") for one in same]
+    assert rows_of(written(tmp_path / "c.csv", undated))[1]["acquired"] == "next day 00:15:00"
+
+
+@pytest.mark.parametrize("said", ["", "FALSE", "no", "0", "nein", "Non", "FALSCH"])
+def test_an_empty_box_is_not_checked(said, tmp_path):
+    (tmp_path / "t.csv").write_text(f"study,series,contrast,checked\n1,2,t1n,{said}\n1,3,t2w,TRUE\n")
+    assert [row.checked for row in read_series_table(tmp_path / "t.csv").rows.values()] == [False, True]
 
 
 def test_what_lies_between_the_axes_is_oblique_and_what_has_no_place_has_no_plane(tmp_path):
@@ -150,7 +172,7 @@ def test_nothing_takes_the_place_of_what_a_person_does_not_want(tmp_path):
     path = written(tmp_path / "t.csv", all_series)
     decided = decide(all_series, changed(path, {3: {"contrast": "unused"}}))
     assert taken(decided) == {"t1n": 1}
-    assert whys(decided)[2] == whys(decided)[3] == NOT_USED
+    assert whys(decided) == whys(all_series) | {2: "no t2w, as a person chose", 3: NOT_USED}
     rows = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     path.write_text("".join(row for row in rows if ",2,AX T2," not in row), encoding="utf-8-sig")
     assert taken(decide(all_series, read_series_table(path))) == {"t1n": 1, "t2w": 2}
@@ -162,7 +184,8 @@ def test_a_series_without_a_line_takes_no_contrast_that_a_line_has(tmp_path):
     dicoms.write_series(tmp_path / "in" / "9", head(), OBLIQUE, "t2f", number=9)
     more = find_series(tmp_path / "in")
     assert taken(more) == {"t1n": 1, "t2w": 8, "t2f": 9}
-    decided = decide(more, read_series_table(path))
+    assert decide(more, read_series_table(path)) == more
+    decided = decide(more, changed(path, {3: {"checked": "x"}}))
     assert taken(decided) == {"t1n": 1, "t2w": 3, "t2f": 9}
     assert whys(decided)[8] == "not the t2w that a person chose"
 
@@ -177,10 +200,48 @@ def test_what_a_person_has_checked_is_that_persons_word(tmp_path):
     assert whys(decided) == {1: BY_PERSON, 2: all_series[1].why}
     assert choose(decided)[2] == []
     unsure = series(tmp_path / "two", ("t1n", {}), ("t2w", {}), ("t1n", {}))
-    path = written(tmp_path / "t.csv", unsure)
+    path = written(tmp_path / "two.csv", unsure)
     decided = decide(unsure, changed(path, {1: {"checked": "x"}}))
     assert whys(decided)[3] == "not the t1n that a person chose"
     assert whys(decide(unsure, changed(path, {1: {"checked": ""}, 3: {"checked": "yes"}})))[3] == NOT_USED
+
+
+def test_a_line_that_was_left_alone_overrules_nothing(tmp_path):
+    """Not --map, nor a series that arrives later; spellings are no change either."""
+    usual(tmp_path / "in")
+    path = written(tmp_path / "t.csv", find_series(tmp_path / "in"))
+    table = changed(path, {1: {"contrast": " T1 "}, 4: {"recognised": ""}})
+    mapped = find_series(tmp_path / "in", {"t1c": "AX T1 SUB", "t2f": "AX T2 again"})
+    assert taken(mapped) == {"t1n": 1, "t1c": 4, "t2w": 2, "t2f": 3}
+    assert decide(mapped, table) == mapped
+    dicoms.write_series(tmp_path / "in" / "8", head(), OBLIQUE, "t2w", number=8)
+    more = find_series(tmp_path / "in")
+    assert decide(more, table) == more
+    assert write_series_table(path, {"A": more}, {}) == (1, True)
+    both = read_series_table(path)  # two lines say t2w, of which nobody has chosen one
+    assert decide(more, both) == more
+    with pytest.raises(ConfigError, match="line 6, column contrast: t2w of this study is on line 4 already"):
+        changed(path, {3: {"checked": "x"}})
+    assert taken(decide(more, changed(path, {3: {"checked": "x"}, 8: {"contrast": ""}})))["t2w"] == 3
+
+
+def test_what_a_person_chose_changes_no_line_that_was_left_alone(tmp_path):
+    """Which of two T1 is taken depends on whether there is T1ce."""
+    all_series = series(tmp_path / "in", ("t1n", {}), ("t2w", {}), ("t1n", {}), ("t1n", {"description": "T1 SUB"}))
+    assert taken(all_series) == {"t1n": 1, "t2w": 2}
+    path = written(tmp_path / "t.csv", all_series)
+    decided = decide(all_series, changed(path, {4: {"contrast": "t1c"}}))
+    assert taken(decided) == {"t1n": 1, "t2w": 2, "t1c": 4}
+    assert whys(decided) == whys(all_series) | {3: "not the t1n that a person chose", 4: BY_PERSON}
+
+
+def test_a_table_that_does_not_tell_what_was_recognised_is_a_persons_as_a_whole(tmp_path):
+    all_series = usual(tmp_path / "in")
+    path = written(tmp_path / "t.csv", all_series)
+    path.write_text("\n".join(["study,series,contrast", *(f"{s.study},{s.uid}," for s in all_series[2:])]))
+    decided = decide(all_series, read_series_table(path))
+    assert taken(decided) == {"t1n": 1, "t2w": 2}
+    assert whys(decided) == whys(all_series) | {3: NOT_USED}
 
 
 def test_what_is_no_volume_of_one_contrast_stays_out(tmp_path):
@@ -227,6 +288,68 @@ def test_series_that_share_a_uid_are_told_apart(tmp_path):
     assert len({*keys_of([*all_series, *all_series])}) == 4  # whatever comes twice
 
 
+def test_a_correction_stays_when_another_series_of_its_uid_appears(tmp_path):
+    paths = dicoms.write_series(tmp_path / "in" / "1", head(), OBLIQUE, "t2w", EchoTime=95)
+    changed(written(tmp_path / "t.csv", find_series(tmp_path / "in")), {1: {"contrast": "FLAIR"}})
+    (row,) = rows_of(tmp_path / "t.csv")
+    own = tmp_path / "own.csv"
+    own.write_text(f"study,series,contrast\n{row['study']},{row['series']},t2f\n")
+    alone = find_series(tmp_path / "in")
+    assert taken(decide(alone, read_series_table(own))) == {"t2f": 1}
+    assert write_series_table(own, {"A": alone}, {}) == (0, True)
+    assert not about(read_series_table(own), {"A": alone})
+    more = dicoms.write_series(tmp_path / "in" / "2", head(), OBLIQUE, "t2w", EchoTime=12)
+    edited(more, lambda image, k: setattr(image, "SOPInstanceUID", dicoms.uid(7, k)))
+    edited([*paths, *more], lambda image, _: setattr(image, "SeriesInstanceUID", dicoms.uid(8)))
+    text = (tmp_path / "t.csv").read_text(encoding="utf-8-sig").replace(row["series"], dicoms.uid(8))
+    (tmp_path / "t.csv").write_text(text)
+    table = read_series_table(tmp_path / "t.csv")
+    both = find_series(tmp_path / "in")
+    assert len({one.uid for one in both}) == 1
+    assert [one.modality for one in decide(both, table)].count("t2f") == 1
+    own.write_text(own.read_text().replace(row["series"], dicoms.uid(8)))
+    with pytest.raises(ConfigError, match=r"own\.csv, line 2, column which: empty, and 2 series of the"):
+        about(read_series_table(own), {"A": both})
+    own.write_text(own.read_text().splitlines()[0] + "\n")
+    assert write_series_table(own, {"A": both}, {}) == (2, True)  # with `which`, as they share a UID
+    assert not about(read_series_table(own), {"A": both})
+    untouched = f"study,series,contrast,recognised\n{row['study']},{dicoms.uid(8)},t2w,t2w\n"
+    own.write_text(untouched)
+    assert decide(both, read_series_table(own)) == both
+
+
+def test_what_others_write_meanwhile_stays(tmp_path, monkeypatch):
+    """Another part's lines, and what a person has changed in them."""
+    cases = {name: usual(tmp_path / name, patient=name) for name in "AB"}
+    path = tmp_path / "t.csv"
+    cells = series_table._cells
+
+    def meanwhile(*given):
+        if not path.exists():
+            monkeypatch.setattr(series_table, "_cells", cells)
+            written(path, cases["A"])
+            changed(path, {4: {"contrast": "FLAIR"}})
+        return cells(*given)
+
+    monkeypatch.setattr(series_table, "_cells", meanwhile)
+    assert write_series_table(path, {"B": cases["B"]}, {}) == (4, True)
+    assert [row["case"] for row in rows_of(path)] == [*"AAAABBBB"]
+    assert rows_of(path)[3]["contrast"] == "FLAIR"
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["A", "B", "t.csv"]
+
+
+def test_parts_that_write_a_table_at_once_write_it_one_after_the_other(tmp_path, monkeypatch):
+    cases = {name: usual(tmp_path / name, patient=name) for name in "ABC"}
+    path = tmp_path / "t.csv"
+    monkeypatch.setattr("crossmr.parts.POLL_SECONDS", 0.01)
+    write = series_table._write
+    monkeypatch.setattr(series_table, "_write", lambda *given: (sleep(0.2), write(*given)))
+    with ThreadPoolExecutor(3) as pool:
+        counts = [*pool.map(lambda case: write_series_table(path, {case: cases[case]}, {})[0], cases)]
+    assert counts == [4, 4, 4]
+    assert sorted(row["case"] for row in rows_of(path)) == [*"AAAABBBBCCCC"]
+
+
 @pytest.mark.parametrize(("encoding", "by"), [("cp1252", ";"), ("utf-8-sig", ";"), ("utf-16", "\t"), ("utf-8", ",")])
 def test_spreadsheets_save_it_in_their_own_ways(encoding, by, tmp_path):
     """A German Excel has semicolons and its old code page; 'Unicode text' is of tabs; lines may lose empty ends."""
@@ -240,7 +363,7 @@ def test_spreadsheets_save_it_in_their_own_ways(encoding, by, tmp_path):
     assert taken(decide(all_series, table)) == {"t1n": 1, "t1c": 4, "t2w": 3}
     new = dicoms.write_series(tmp_path / "in" / "9", head(), OBLIQUE, "t2f", number=9, description="Schädel neu")
     assert new
-    assert write_series_table(tmp_path / "t.csv", {"A": find_series(tmp_path / "in")}, {}, table) == 1
+    assert write_series_table(tmp_path / "t.csv", {"A": find_series(tmp_path / "in")}, {}) == (1, True)
     again = read_series_table(tmp_path / "t.csv")  # as UTF-8, its separator kept
     assert (again.delimiter, len(again.rows)) == (by, 5)
     assert "Schädel neu" in again.lines[-1]
@@ -285,7 +408,7 @@ def test_a_table_and_the_studies_beside_it(tmp_path):
     cases = {name: usual(tmp_path / name, patient=name) for name in "ABC"}
     path = written(tmp_path / "t.csv", cases["A"])
     lines = path.read_text(encoding="utf-8-sig").splitlines()
-    path.write_text("\n".join([*lines[:-1], "A,,7,,t2f,,,,,,,,,,,,gone,9.9,"]))
+    path.write_text("\n".join([*lines[:-1], "A,,7,,t2f,,,,,,,,,,,,,gone,9.9,"]))
     table = read_series_table(path)
     assert about(table, cases) == [
         "warning: t.csv has no line of 2 studies, which go as recognised: B, C",
@@ -300,10 +423,10 @@ def test_a_table_and_the_studies_beside_it(tmp_path):
 def test_what_a_table_lacks_is_added_and_nothing_else_is_touched(tmp_path):
     cases = {name: usual(tmp_path / name, patient=name) for name in "AB"}
     path = written(tmp_path / "t.csv", cases["A"])
-    table = changed(path, {4: {"contrast": "FLAIR", "mine": "asked Dr. Roe"}}, mine="")
+    changed(path, {4: {"contrast": "FLAIR", "mine": "asked Dr. Roe"}}, mine="")
     before = path.read_text(encoding="utf-8-sig").splitlines()
-    assert write_series_table(path, {"A": cases["A"]}, {}, table) == 0
-    assert write_series_table(path, cases, {}, table) == 4
+    assert write_series_table(path, {"A": cases["A"]}, {}) == (0, True)
+    assert write_series_table(path, cases, {}) == (4, True)
     after = path.read_text(encoding="utf-8-sig").splitlines()
     assert after[: len(before)] == before
     assert len(after) == len(before) + 4
@@ -320,7 +443,7 @@ def test_files_that_cannot_be_read_have_a_line_too(tmp_path):
     rows = rows_of(path)
     assert (rows[0]["number"], rows[0]["description"]) == ("", "broken")
     assert "can be read as DICOM" in rows[0]["why"]
-    assert [row["which"] for row in rows] == [""] * 5
+    assert [row["which"] for row in rows] == [which for _, _, which in keys_of(all_series)]
     table = changed(path, {0: {"contrast": "FLAIR"}})
     assert "t2f" not in taken(decide(all_series, table))
 

@@ -5,13 +5,16 @@ dicom/series_table.py reads and writes the table; here is what is doubtful in it
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from crossmr.completion.inputs import Inputs, PlannedCase, lacking
+from crossmr.completion.layout import Layout
 from crossmr.completion.unread import unread_series
 from crossmr.data.naming import display_name, in_usual_order
+from crossmr.dicom.convert import hash_of_images
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import Series
 from crossmr.dicom.series_table import (
@@ -20,12 +23,14 @@ from crossmr.dicom.series_table import (
     SeriesTable,
     about,
     decide,
+    is_of_person,
     keys_of,
     without_remedy,
     write_series_table,
 )
 from crossmr.display import Display
-from crossmr.errors import ConfigError
+from crossmr.errors import ConfigError, OutputError
+from crossmr.files import read_json
 from crossmr.networks.model import CrossConditionedModel
 
 BY_DESCRIPTION = "its description"
@@ -34,23 +39,56 @@ DESCRIPTIONS, NOT_TAKEN = 8, 20
 """So many descriptions of each contrast are named, and of what is not used."""
 
 
-def as_chosen(inputs: Inputs, table: SeriesTable, display: Display, *, whole: bool = True) -> Inputs:
+def as_chosen(
+    inputs: Inputs, table: SeriesTable, display: Display, layout: Layout | None = None, *, whole: bool = True
+) -> Inputs:
     """The inputs with the series that a person's table says; what it does not fit is said. `whole` as in `about`.
 
+    A case that was finished in `layout` counts as listed only if a person now says otherwise than when it was.
+
     Raises:
-        ConfigError: they are no DICOM.
+        ConfigError: they are no DICOM; or as `decide`.
     """
     cases = _dicom(inputs, table.path)
     for line in about(table, cases, whole=whole):
         display.say(line)
     decided = {case: decide(all_series, table) for case, all_series in cases.items()}
-    listed = frozenset(
-        case for case, all_series in cases.items() if any(key[0] in table.studies for key in keys_of(all_series))
-    )
+    listed = {case for case, all_series in cases.items() if any(key[0] in table.studies for key in keys_of(all_series))}
     chosen = [case for case, of_case in decided.items() for one in of_case if one.why in (BY_PERSON, NOT_USED)]
     where = f"in {len({*chosen})} of {_studies(len(listed))}"
     display.say(f"{table.path.name}: a person has chosen {len(chosen)} series, {where}")
-    return replace(inputs, series=decided, listed=listed)
+    listed = {case for case in listed if _says_otherwise(decided[case], _finished(layout, case))}
+    return replace(inputs, series=decided, listed=frozenset(listed))
+
+
+def _finished(layout: Layout | None, case: str) -> Mapping[str, Any] | None:
+    """The manifest of a case; None where it is not finished."""
+    path = layout and layout.folder(case) / "manifest.json"
+    try:
+        return read_json(path, OutputError) if path and path.is_file() else None
+    except OutputError:  # which is said when its turn comes
+        return None
+
+
+def _says_otherwise(all_series: Sequence[Series], manifest: Mapping[str, Any] | None) -> bool:
+    """Whether a study's series for a contrast is another than in a manifest by what a person says, or said then."""
+    if manifest is None:
+        return True
+    before = manifest.get("series", {}).get("taken", {})
+    refused = {name for name, why in manifest.get("series", {}).get("left_out", {}).items() if is_of_person(why)}
+    now = choose(all_series)[0]
+    whys = {hash_of_images(series): series.why for series in all_series}
+    for modality in {*before, *now}:
+        was, one = before.get(modality, {}), now.get(modality)
+        same = one is not None and was.get("of") == hash_of_images(one)
+        person = one is not None and one.why == BY_PERSON
+        if same and person == (was.get("why") == BY_PERSON):
+            continue
+        if person or is_of_person(was.get("why", "")) or is_of_person(whys.get(was.get("of", ""), "")):
+            return True
+        if one is not None and any(re.fullmatch(rf"{re.escape(one.name)}( \(\d+\))?", name) for name in refused):
+            return True
+    return False
 
 
 def _dicom(inputs: Inputs, path: Path) -> Mapping[str, Sequence[Series]]:
@@ -60,12 +98,14 @@ def _dicom(inputs: Inputs, path: Path) -> Mapping[str, Sequence[Series]]:
 
 
 def write_choice(
-    path: Path, inputs: Inputs, model: CrossConditionedModel, table: SeriesTable | None, display: Display
+    path: Path, inputs: Inputs, model: CrossConditionedModel, extra: Collection[str], display: Display
 ) -> None:
-    """Write the table of all series, doubtful studies first, or add to one that was read what it lacks.
+    """Write the table of all series, doubtful studies first, or add to one that is there what it lacks.
+
+    `extra` are the modalities of a user's own.
 
     Raises:
-        ConfigError: the inputs are no DICOM. OutputError: it cannot be written.
+        ConfigError: the inputs are no DICOM, or what is there is no such table. OutputError: it cannot be written.
     """
     cases = _dicom(inputs, path)
     doubts: dict[Series, str] = {}
@@ -75,9 +115,9 @@ def write_choice(
         ranks[case] = 0 if grave else 1 if slight else 2
         doubts |= {one: "; ".join([*grave.get(one, ()), *slight.get(one, ())]) for one in {*grave, *slight}}
     order = sorted(cases, key=lambda case: (ranks[case], case))
-    added = write_series_table(path, {case: cases[case] for case in order}, doubts, table)
+    added, there = write_series_table(path, {case: cases[case] for case in order}, doubts, extra)
     count = sum(rank == 0 for rank in ranks.values())
-    told = f"{added} series added, {_studies(count)}" if table else f"{added} series of {_studies(len(cases))}, {count}"
+    told = f"{added} series added, {_studies(count)}" if there else f"{added} series of {_studies(len(cases))}, {count}"
     display.say(
         f"{path}: {told} in doubt. Correct the column contrast, and give the table to the same command without "
         "--dry-run. NOT FOR SHARING: it holds descriptions, dates and UIDs."

@@ -262,7 +262,7 @@ def plan_cohort(
     run = _checked(run, _inputs(run, cohort) if job.options.part is None else _inputs_of_part(run, cohort))
     planned = plan(run.inputs, run.layout, run.model, run.settings, overwrite=job.options.overwrite)
     if path is not None:
-        write_choice(Path(path), run.inputs, run.model, _series_table(run), display)
+        write_choice(Path(path), run.inputs, run.model, _own_modalities(run), display)
     return planned
 
 
@@ -276,7 +276,7 @@ def _inputs(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
     given: Any = {"keep_names": run.options.keep_names, "exclude": run.layout.out, "display": run.display}
     table = _series_table(run)
     inputs = find_inputs(paths_of(cohort), run.options.mapping, **given)
-    inputs = inputs if table is None else as_chosen(inputs, table, run.display)
+    inputs = inputs if table is None else as_chosen(inputs, table, run.display, run.layout)
     taken = {case: f"{case}: crossmr writes a file of this name into OUT. Rename the study." for case in RECORDS}
     faults = {case: taken[case] for case in inputs.cases if case in taken}
     return replace(inputs, faults=run.layout.clashes(inputs.cases) | faults)
@@ -285,8 +285,12 @@ def _inputs(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
 def _series_table(run: Run) -> SeriesTable | None:
     """The table in which a person has chosen series, if one is given."""
     path = run.options.series_table
-    own = {*run.model.config.modalities, *map(mapping_key, run.options.mapping or {})}
-    return None if path is None else read_series_table(Path(path), own)
+    return None if path is None else read_series_table(Path(path), _own_modalities(run))
+
+
+def _own_modalities(run: Run) -> set[str]:
+    """Those of the model, and those that --map names."""
+    return {*run.model.config.modalities, *map(mapping_key, run.options.mapping or {})}
 
 
 def _key(run: Run, paths: Sequence[Path]) -> str:
@@ -359,7 +363,7 @@ def _dicom_of_part(run: Run, paths: Sequence[Path], *, note: bool) -> Inputs:
         cases |= found | {one.case: () for one in refused}
     own = [folder for path in paths for folder in folders_of_part(path, part, layout.out)]
     inputs = with_files_beside(Inputs(paths[0], series=cases, faults=faults), own, layout.out, display)
-    return inputs if table is None else as_chosen(inputs, table, display, whole=part.of == 1)
+    return inputs if table is None else as_chosen(inputs, table, display, layout, whole=part.of == 1)
 
 
 def _check_all(run: Run) -> None:
