@@ -43,16 +43,37 @@ def test_labels_that_may_be_of_two_years_are_said(tmp_path):
 
 
 def test_what_covers_the_head_or_lies_outside_is_no_lesion():
-    head, lesion = ellipsoid(), np.zeros(ellipsoid().shape, np.uint8)
-    assert not_a_lesion(lesion, head) == ""  # a head without any
+    head, lesion, size = ellipsoid(), np.zeros(ellipsoid().shape, np.uint8), (1, 1, 1)
+    assert not_a_lesion(lesion, head, size) == ""  # a head without any
     lesion[10:14, 14:18, 10:13] = 3
-    assert not_a_lesion(lesion, head) == ""
-    assert not_a_lesion(head.astype(np.uint8), head).startswith("it covers more than 40% of the head")
-    assert not_a_lesion(np.where(np.arange(32)[:, None] > 16, 0, head).astype(np.uint8), head)
-    air = (slice(0, 2), slice(0, 2), slice(0, 2))
+    assert not_a_lesion(lesion, head, size) == ""
+    brain = head.astype(np.uint8)
+    assert not_a_lesion(brain, head, size).startswith("it covers more than 40% of the head")
+    assert not_a_lesion(brain * (1 + np.arange(24, dtype=np.uint8) % 3), head, size).startswith(
+        "it covers more than 60% of the head"
+    )
+    half = np.where(np.arange(32)[:, None] > 15, 0, brain)
+    assert 0.4 * head.sum() < half.sum() < 0.6 * head.sum()
+    assert not_a_lesion(half, head, size)
+    half[half > 0] = 1 + (np.argwhere(half).sum(1) % 2)  # a tumour and its oedema
+    assert not_a_lesion(half, head, size) == ""
+    air = (slice(0, 4), slice(0, 4), slice(0, 4))
     assert not head[air].any()
     lesion[air] = 1
-    assert not_a_lesion(lesion, head) == "10% or more of it lies outside the head"
+    assert not_a_lesion(lesion, head, (2, 2, 2)) == "10% or more of it lies outside the head"
+    assert not_a_lesion(lesion, head, (0.1, 0.1, 0.1)) == ""  # within 6 mm
+
+
+@pytest.mark.parametrize("radius", [2.1, 7, 15])
+def test_lesions_at_the_surface_are_lesions(radius):
+    """Small ones at the edge; cavities that open to the surface, which is outside the head."""
+    z, y, x = np.indices((64, 64, 64)) - 32
+    head, distance = z**2 + y**2 + x**2 < 28**2, np.sqrt(z**2 + y**2 + (x - 27) ** 2)
+    lesion = distance < radius
+    if radius > 6:
+        lesion, head = lesion & head, head & (distance >= radius - 1)
+    assert (lesion & ~head).sum() >= 0.1 * lesion.sum()
+    assert not_a_lesion(lesion.astype(np.uint8), head, (1, 1, 1)) == ""
 
 
 @pytest.mark.parametrize("tissues", [False, True])
@@ -65,7 +86,8 @@ def test_a_brain_mask_and_tissues_are_no_label(tmp_path, tissues):
     study = load_study(files)
     assert (study.labels, study.label_values) == (None, ())
     (note,) = study.notes
-    assert note.startswith("the segmentation *_seg.nii is not used: it covers more than 40% of the head")
+    share = 60 if tissues else 40
+    assert note.startswith(f"the segmentation *_seg.nii is not used: it covers more than {share}% of the head")
 
 
 def test_the_values_of_the_file_are_known(tmp_path):

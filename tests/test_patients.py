@@ -165,16 +165,63 @@ def test_visits_that_are_named_before_the_patient(first, patients):
 
 
 def test_visits_before_numbers_are_doubtful():
-    """20190101_0001 may be a day and a minute; 1 of one day need not be 1 of another."""
+    """20190101_0001 may be a day and a minute; 1 of baseline need not be 1 of followup."""
     by_name = studies("20190101_0001", "20200101_0001", "20190101_0002", "baseline_003", "followup_003")
     whose = [study.patient for study in by_name]
     assert whose == ["0001", "20190101_0002", "0001", "003", "003"]
-    by_folder = in_folders("2019-03-01/1", "2019-03-02/1", "2019-03-01/2")
-    assert [study.patient for study in by_folder] == ["1", "2", "1"]
+    by_folder = in_folders("2019-03-01/654321", "2019-03-02/654321", "baseline/1", "followup/1", "followup/2")
+    assert [study.patient for study in by_folder] == ["654321", "654321", "1", "1", "2"]
     assert doubts([*by_name, *by_folder]) == [
         "20190101_0001, 20200101_0001 are taken for studies of one patient, 0001",
         "baseline_003, followup_003 are taken for studies of one patient, 003",
-        "2019-03-01_1, 2019-03-02_1 are taken for studies of one patient, 1",
+        "baseline_1, followup_1 are taken for studies of one patient, 1",
+        "2019-03-01_654321, 2019-03-02_654321 are taken for studies of one patient, 654321",
+    ]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        "20190301/0915 20190302/0915 20190303/1230",
+        "20190301/091500 20200301/091500 20200301/101500",
+        "2019-03-01/1 2019-03-02/1 2019-03-01/2",
+        "20190301/F_33 20190401/F_33",
+        "20190101_101500 20200101_101500 20200102_091020",
+        "BASE-01-007 BASE-02-007 BASE-03-001",
+        "PRE-01-007 PRE-02-007",
+        "TIME-01-007 TIME-02-007",
+        "PRE-01-02 PRE-03-02",
+        "TP53_001 TP54_001 TP53_002 TP54_003 P1 P2 P3 P4 P5 P6 P7 P8",
+        "FU_2019_001 FU_2020_001",
+        "20190301_F_33 20190401_F_33 20190501_M_40",
+        "20190301_Brain_3T 20190401_Brain_3T 20190501_Kopf",
+    ],
+)
+def test_what_is_no_patient_makes_no_two_studies_one_patients(folders):
+    """An hour, a number, sex and age, the field: different patients, and that they may be one is said."""
+    found = in_folders(*folders.split())
+    assert len({study.patient for study in found}) == len(folders.split())
+    one, two = (folder.replace("/", "_") for folder in folders.split()[:2])
+    assert f"{one}, {two} are taken for studies of different patients" in doubts(found)
+
+
+def test_days_in_a_patients_folder_are_doubtful():
+    """A patient's days, described: TCIA's way."""
+    found = in_folders("W1/01-23-1999-NA-MR BRAIN-12345", "W1/03-23-1999-NA-MR BRAIN-22345", "W2/01-23-2000-MR-32345")
+    assert doubts(found) == [
+        "W1_01-23-1999-NA-MR BRAIN-12345, W1_03-23-1999-NA-MR BRAIN-22345 are taken for studies of different patients"
+    ]
+    found = in_folders("W1/01-23-1999-BRAIN-1", "W1/03-23-1999-BRAIN-2", "W2/01-23-2000-BRAIN-3")
+    assert doubts(found) == ["W1_01-23-1999-BRAIN-1, W1_03-23-1999-BRAIN-2 are taken for studies of different patients"]
+    found = in_folders("P01/20190301_Brain_3T", "P01/20200301_Brain_3T", "P02/20190301/Brain_3T")
+    assert [study.patient for study in found] == ["P01", "P01", "P02"]
+
+
+def test_visits_of_isbi_2015_are_doubtful():
+    found = studies("training01_01", "training01_02", "training02_01", "training02_02")
+    assert doubts(found) == [
+        "training01_01, training01_02 are taken for studies of different patients",
+        "training02_01, training02_02 are taken for studies of different patients",
     ]
 
 

@@ -108,6 +108,8 @@ def test_the_manifest_is_complete(cohort, tmp_path):
     assert fingerprint["lesion_share"] == pytest.approx(lesion / head, abs=1e-6)
     assert lesions_in_words(fingerprint) == f"of 1 of 4 studies, values 3, median {lesion / head:.2%} of the head"
     assert lesions_in_words({"labelled": 0}) == "of no study"
+    earlier = {"labelled": 1, "studies": 4, "label_values": [], "lesion_share": 0.01}  # records without label_values
+    assert lesions_in_words(earlier) == "of 1 of 4 studies, median 1.00% of the head"
     assert 0.15 < fingerprint["intensity"]["t1n"]["mean"] < 0.5
     patients = {"P-00001", "P-00002", "P-00003"}
     assert set().union(*(manifest["split"][name] for name in SPLITS)) == patients

@@ -1,8 +1,10 @@
 """One case: what lies on disk, when it counts as finished, what is a case at all."""
 
 import numpy as np
+import pytest
 from conftest import write_study
 
+from crossmr.data import prepared_case
 from crossmr.data.naming import find_studies
 from crossmr.data.prepared_case import ARRAYS, Unread, delete_case, is_case, prepare_case, read_prepared
 from crossmr.files import digest, write_json
@@ -38,6 +40,28 @@ def test_a_case_is_finished_begun_or_none_of_ours(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     (folder / ARRAYS[0]).symlink_to(folder / "notes.txt")
     assert not is_case(folder, ("A",))
+
+
+@pytest.mark.parametrize("rule", ["labels", "registration"])
+def test_what_an_earlier_rule_prepared_is_prepared_again(tmp_path, monkeypatch, rule):
+    """Only where there are labels, or volumes were registered."""
+    cohort = tmp_path / "cohort"
+    for case in ("A", "B"):
+        write_study(cohort, case, lesion=case == "A")
+    mode = "if needed" if rule == "registration" else "never"
+
+    def prepared():
+        for study in find_studies(cohort):
+            prepare_case(study, tmp_path / "set", mode)
+            prepare_case(study, tmp_path / "plain")
+        files = sorted(tmp_path.glob("*/cases/*/case.json"))
+        return {f"{p.parts[-4]}/{p.parts[-2]}": (p.stat().st_mtime_ns, p.stat().st_ino) for p in files}
+
+    before = prepared()
+    assert prepared() == before
+    monkeypatch.setattr(prepared_case, f"RULE_OF_{rule.upper()}", 0)
+    changed = {case for case, when in prepared().items() if when != before[case]}
+    assert changed == ({"set/A", "plain/A"} if rule == "labels" else {"set/A", "set/B"})
 
 
 def test_files_that_cannot_be_read_are_told_from_files_that_are_wrong(tmp_path):

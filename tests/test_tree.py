@@ -426,8 +426,14 @@ def test_one_name_at_several_sites_is_called_after_the_site() -> None:
     for first, other in (("rawdata", "B"), ("A", "preproc"), ("T1w", "T1"), ("x/A", "x/B")):
         copies = [Path("c", folder, "P1_T1.nii") for folder in (first, other)]
         assert [study.case for study in recognise(copies, root=Path("c"))] == ["P1"]
-    visits = [Path("c", folder, "P1_T1.nii") for folder in ("baseline", "followup")]
-    assert [study.case for study in recognise(visits, root=Path("c"))] == ["P1_baseline", "P1_followup"]
+    for first, other in (
+        *(("baseline", "followup"), ("scan1", "scan2"), ("V1", "V2"), ("MR1", "MR2"), ("T0", "T3")),
+        *(("M00", "M12"), ("d0129", "d0757")),
+    ):
+        visits = [Path("c", folder, f"{who}_T1.nii") for folder in (first, other) for who in ("P1", "P2")]
+        studies = recognise(visits, root=Path("c"))
+        assert [s.case for s in studies] == [f"{who}_{visit}" for who in ("P1", "P2") for visit in (first, other)]
+        assert [s.patient for s in studies] == ["P1", "P1", "P2", "P2"]
 
 
 class TestMasks:

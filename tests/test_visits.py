@@ -2,7 +2,7 @@
 
 import pytest
 
-from crossmr.data.visits import is_dated, is_visit, look_alike, may_repeat, parse_patient
+from crossmr.data.visits import after_time_point, is_dated, is_visit, look_alike, may_repeat, parse_patient
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,9 @@ from crossmr.data.visits import is_dated, is_visit, look_alike, may_repeat, pars
         ("baseline_P01 followup_P01 week-4_P01 2019-03-01_P01 20190301_1432_P01 pre_P01 post-op_P01", "P01", "sure"),
         ("ses-1_sub-01 visit2_sub-01 baseline_sub-01_ses-3", "sub-01", "sure"),
         ("20190301_DOE_JOHN 20200301_DOE_JOHN", "DOE_JOHN", "weak"),
+        ("20190301_UCSF-0001 baseline_UCSF-0001", "UCSF-0001", "sure"),
+        ("20190301_OAS30001 20200301_OAS30001 ses-1_OAS30001", "OAS30001", "sure"),
+        ("20190301_1234567 20200301_1234567", "1234567", "weak"),
         ("UCSF-PDGM-0429 UCSF-PDGM-0429_FU001d", "UCSF-PDGM-0429", "sure"),
         ("BraTS-GLI-00000-000 BraTS-GLI-00000-001", "BraTS-GLI-00000", "fair"),
         ("UPENN-GBM-00001_11 UPENN-GBM-00001_21", "UPENN-GBM-00001", "fair"),
@@ -48,6 +51,8 @@ def test_the_visits_of_a_patient(visits, patient, confidence):
         "TCGA-02-0003 TCGA-02-0006 TCGA-06-1987 TCGA-06-2001",
         "GBM_M12 GBM_M13 hospital_scan1 hospital_scan2 hospital_V1",
         "baseline_P1 baseline_P2 post_contrast pre_contrast GBM_P01 V1_P01 2019_P01 siteA_P01",
+        "BASE-01-007 BASE-02-007 BASE-01-008 PRE-01-007 PRE-02-007 TIME-01-007 TIME-02-007 TP53_001 TP54_001",
+        "FU_2019_001 FU_2020_001 20190301_F_33 20190401_F_33 20190301_M-045Y 20190401_M-045Y post_01_A pre_01_A",
         "patient19 patient20 W39_1998.09.19 W40_1998.09.19 REAL-001 REAL-002 A1 B1",
     ],
 )
@@ -58,7 +63,20 @@ def test_different_patients_stay_apart(names):
 
 
 @pytest.mark.parametrize(
-    "name", ["baseline", "followup", "T0", "m12", "2019-03-01", "week-040", "MR_2019-03-01", "scan_baseline"]
+    "name",
+    [
+        "baseline",
+        "followup",
+        "T0",
+        "m12",
+        "2019-03-01",
+        "week-040",
+        "MR_2019-03-01",
+        "scan_baseline",
+        "20190301_Brain_3T",
+        "3T_20190301",
+        "20190301_1.5T",
+    ],
 )
 def test_a_name_that_is_a_time_point_names_no_patient(name):
     assert parse_patient(name).patient == ""
@@ -79,8 +97,15 @@ def test_a_visit_is_a_time_point_and_nothing_else():
     assert not is_dated("baseline")
 
 
+def test_what_follows_a_time_point():
+    names = ("BASE-01-007", "20190101_101500", "week1_P01", "sub-01_x", "P01_baseline", "baseline")
+    assert [after_time_point(name) for name in names] == ["007", "101500", "P01", "", "", ""]
+
+
 def test_what_may_stand_before_a_patient():
     assert all(may_repeat(first, "P01") for first in ("V1", "2019", "siteA", "site_2", "train", "test1", "own"))
     assert may_repeat("P02", "series3") is None
     assert not any((may_repeat("V1", "V2"), may_repeat("siteA", "T0"), may_repeat("HC", "12"), may_repeat("Ann", "op")))
     assert may_repeat("train", "12")
+    assert not may_repeat("training01", "01")  # a patient and a visit
+    assert may_repeat("training01", "P01")

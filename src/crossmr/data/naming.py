@@ -34,11 +34,14 @@ from crossmr.data.visits import (
     CONFIDENCES,
     Confidence,
     after_first,
+    after_time_point,
     is_dated,
     is_visit,
     look_alike,
+    looks_like_patient,
     may_repeat,
     parse_patient,
+    says_nothing,
 )
 from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, holds_labels, is_raw, spelt
 from crossmr.errors import ConfigError, NamingError
@@ -81,8 +84,8 @@ class StudyFiles:
     """Further images of a modality, and masks, beside plainer ones: `T1_bet` beside `T1`. None of them is used."""
     confidence: Confidence = "sure"
     """How surely the name says who the patient is; see `visits`."""
-    alike: str = ""
-    """How names of this patient's other studies may begin, as GBM_07, or end, as *P01; '' where there is no doubt."""
+    alike: tuple[str, ...] = ()
+    """How names of this patient's other studies may begin, as GBM_07, or end, as *P01; none where there is no doubt."""
     notes: tuple[str, ...] = ()
     """What is doubtful of the files: what the voxels said where their names left it open, or whose they are."""
 
@@ -515,7 +518,7 @@ class _Patient(NamedTuple):
 
     name: str
     confidence: Confidence = "sure"
-    alike: str = ""
+    alike: tuple[str, ...] = ()
     folder: Path | None = None
     """The patient's folder, where a folder named them."""
 
@@ -553,14 +556,14 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
 def _same_ends(patients: dict[str, "_Patient"], root: Path | None) -> dict[str, "_Patient"]:
     """The patients, with `alike` of those whose names end alike, so that they may be one: site1/P01 and site2/P01.
 
-    A case in which nothing but a time point was found has a patient, if its first word surely is a visit's, and the
-    others are in another case, too: 20190101_0001 and 20200101_0001, baseline_003 and followup_003.
+    So are those of names that end alike after a time point: BASE-01-007 and BASE-02-007. But a case in which nothing
+    but a time point was found has a patient, weakly, if its first word surely is a visit's, and the others, which are
+    no hour, are in another case, too: 20190101_0001 and 20200101_0001; baseline_003 and followup_003, of two words.
     """
     ends: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))  # end → beginning → cases
     visits: dict[str, list[str]] = defaultdict(list)
     for case, patient in patients.items():
-        first, rest = after_first(case)
-        if patient.name == case and is_visit(case) and is_visit(first):
+        if (rest := after_time_point(patient.name)) and parse_patient(rest).patient:
             visits[rest].append(case)
         above = () if patient.folder is None else parts(patient.folder, root)[:-1]
         whole = patient.name if patient.folder is None else patient.folder.name
@@ -569,16 +572,28 @@ def _same_ends(patients: dict[str, "_Patient"], root: Path | None) -> dict[str, 
             first, rest = after_first(patient.name)
             ends[rest][first].add(case)
     found = dict(patients)
-    for rest, cases in visits.items():
-        found |= {case: _Patient(rest, "weak") for case in cases if len(cases) > 1}
+    for rest, those in visits.items():
+        alone = [case for case in those if _is_visit_of(case, rest, patients[case].name)]
+        words = {re.sub(r"\d", "", after_first(case)[0].lower()) for case in alone}
+        dated = any(is_dated(after_first(case)[0]) for case in alone)
+        if len(alone) > 1 and (looks_like_patient(rest, after_date=dated) or (len(words) > 1 and not dated)):
+            found |= {case: _Patient(rest, "weak") for case in alone}
+        elif len({patients[case].name for case in those}) > 1:
+            found |= {case: found[case]._replace(alike=(*found[case].alike, f"*{rest}")) for case in those}
     repeated = {
         end: of for end, of in ends.items() if len({found[case].name for some in of.values() for case in some}) > 1
     }
     for end, of in repeated.items():
         said = [may_repeat(first, end) for first in of if first]
         if said and all(one or (one is None and len(repeated) >= len(of)) for one in said):
-            found |= {case: found[case]._replace(alike=f"*{end}") for cases in of.values() for case in cases}
+            found |= {case: found[case]._replace(alike=(f"*{end}",)) for cases in of.values() for case in cases}
     return found
+
+
+def _is_visit_of(case: str, rest: str, patient: str) -> bool:
+    """Whether nothing but a time point was found in a case, and its first word is one of what follows."""
+    first, others = after_first(case)
+    return patient == case and others == rest and is_visit(case) and is_visit(first)
 
 
 def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | None) -> _Patient:
@@ -590,7 +605,7 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
     if folder is None:
         reading = parse_patient(case)
         if reading.patient:
-            return _Patient(reading.patient, reading.confidence, look_alike(case))
+            return _Patient(reading.patient, reading.confidence, _said(look_alike(case)))
         confidence, folder = reading.confidence, place_of_files
     elif below(folder):
         confidence = "sure"
@@ -606,19 +621,33 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
                 break
             known = is_visit(place.parent.name) or may_repeat(place.parent.name, "P1")
             bare = BARE.fullmatch(place.name) and not is_visit(place.parent.name)
-            named = bare or (re.search(r"\d", place.parent.name) and not known)  # V1/P01 is no visit of V1
-            above = str(place.parent) if below(place.parent) and named else ""
-            alike = (look_alike(place.name) or above) if reading.patient == place.name and place == folder else ""
-            own = place.with_name(reading.patient)
+            rest = after_time_point(place.name)
+            begins = bool(rest) and is_dated(place.name.removesuffix(rest))  # W1/01-23-1999-BRAIN-12345
+            numbered = re.search(r"\d", place.parent.name)
+            named = bare or (numbered and (begins or not known))  # V1/P01 is no visit of V1
+            own, higher = place.with_name(reading.patient), place.parent
             visits = [above for above in own.parents if below(above) and is_visit(above.name)]
-            if BARE.fullmatch(own.name) and any(is_dated(above.name) for above in visits):  # 2019-03-01/1
+            dated = any(is_dated(above.name) for above in visits)
+            if visits and says_nothing(own.name):  # P01/2019-03-01/Brain_3T
+                continue
+            surely = looks_like_patient(own.name, after_date=dated)
+            if visits and not surely and (dated or not BARE.fullmatch(own.name)):  # 2019-03-01/0915 is an hour
+                higher, named, visits = visits[-1].parent, True, []
+            elif (visits and not surely) or (dated and own.name.isdecimal()):
                 confidence = "weak"
+            above = str(higher) if below(higher) and named else ""
+            whole = place.name.endswith(reading.patient) and place == folder
+            alike = _said((begins and above) or look_alike(place.name) or above) if whole else ()
             for visit in visits:  # baseline/P1, from the nearest up
                 own = visit.parent / own.relative_to(visit)
             while own.parent.name == own.name and below(own.parent):  # P1/P1_baseline
                 own = own.parent
             return _Patient("", confidence, alike, own)
-    return _Patient(case, alike=str(folder.parent) if below(folder) else "")
+    return _Patient(case, alike=_said(str(folder.parent)) if below(folder) else ())
+
+
+def _said(alike: str) -> tuple[str, ...]:
+    return (alike,) if alike else ()
 
 
 def _assign(path: Path, cases: Collection[str], of_one: Mapping[Path, str | None], names: NamesInTree) -> str:

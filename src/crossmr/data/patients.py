@@ -109,7 +109,7 @@ def assign(
         what = "line names a study that is" if len(missing) == 1 else "lines name studies that are"
         say("; ".join([f"warning: {len(missing)} {what} not there in --patients {path}: {listed(missing)}", *also]))
     return [
-        replace(study, patient=entries[study.case].patient, confidence="sure", alike="")
+        replace(study, patient=entries[study.case].patient, confidence="sure", alike=())
         if study.case in entries
         else study
         for study in studies
@@ -161,8 +161,8 @@ def doubts(studies: Sequence[StudyFiles]) -> list[str]:
     taken = several_studies({study.case: study.patient for study in studies if study.patient in weak})
     alike: dict[str, set[str]] = {}
     for study in studies:
-        if study.alike:
-            alike.setdefault(study.alike, set()).add(study.case)
+        for name in study.alike:
+            alike.setdefault(name, set()).add(study.case)
     patients = {study.case: study.patient for study in studies}
     for study in studies:  # P01 beside P01_A
         if study.patient in alike and not study.alike:

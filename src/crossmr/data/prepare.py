@@ -529,9 +529,9 @@ def lesions_in_words(fingerprint: Mapping[str, Any]) -> str:
     """How many studies have lesion labels, and what these are, by a set's fingerprint."""
     if not fingerprint["labelled"]:
         return "of no study"
-    values = ", ".join(map(str, fingerprint["label_values"])) or "none"
+    values = ", ".join(map(str, fingerprint["label_values"]))  # records of earlier versions have none
     return (
-        f"of {fingerprint['labelled']} of {fingerprint['studies']} studies, values {values}, "
+        f"of {fingerprint['labelled']} of {fingerprint['studies']} studies, {f'values {values}, ' if values else ''}"
         f"median {fingerprint['lesion_share']:.2%} of the head"
     )
 

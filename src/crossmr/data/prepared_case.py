@@ -18,7 +18,9 @@ import numpy as np
 
 from crossmr.data.formats import content_sha256, parts, unreadable
 from crossmr.data.head import HIGHEST, LOWEST
+from crossmr.data.labels import RULE as RULE_OF_LABELS
 from crossmr.data.naming import StudyFiles
+from crossmr.data.registration import RULE as RULE_OF_REGISTRATION
 from crossmr.data.registration import RegistrationMode
 from crossmr.data.study import Study, load_study, study_memory
 from crossmr.data.volume import voxels_sha256
@@ -82,7 +84,7 @@ def _finished(folder: Path, signature: str) -> dict[str, Any] | None:
 
 
 def _signature(files: StudyFiles, register: RegistrationMode) -> str:
-    """A hash that changes with the study's files, their modalities, the registration and this format."""
+    """A hash that changes with the study's files, their modalities, the registration, this format, and the rules."""
     label = files.label()
     stats = []
     for role, path in (*files.images().items(), *([] if label is None else [("seg", label)])):
@@ -92,7 +94,9 @@ def _signature(files: StudyFiles, register: RegistrationMode) -> str:
         except VolumeError as error:
             raise VolumeError(f"{files.case}: {error}") from error.__cause__ or error
     registration = {} if register == "never" else {"registered": True if register == "always" else register}
-    return digest({"version": FORMAT_VERSION, "margin": MARGIN, "files": sorted(stats), **registration})
+    rules = {} if label is None else {"rule_of_labels": RULE_OF_LABELS}
+    rules |= {} if register == "never" else {"rule_of_registration": RULE_OF_REGISTRATION}
+    return digest({"version": FORMAT_VERSION, "margin": MARGIN, "files": sorted(stats), **registration, **rules})
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

@@ -25,6 +25,8 @@ SAMPLED = 0.02
 """Fraction of the voxels from which the mutual information of the results is computed."""
 FARTHEST_MM, WIDEST_DEGREES = 80.0, 40.0
 """Largest displacement and rotation that are accepted: no head lies farther from where its header says."""
+RULE = 2
+"""Counts the rules by which a volume is moved: studies that an earlier one registered are prepared again."""
 OVERLAP = 0.6
 """Dice coefficient of the two volumes' voxels above their means, below which a result is refused."""
 STILL_MM = 1.5

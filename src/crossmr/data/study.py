@@ -167,7 +167,8 @@ def load_study(
             notes.append(_nan_note(m, nan, head.parts.get(m, head.mask) if volumes[m] is volume else None))
     notes += [*skull_note(volumes, head.stripped), *_less_note(head)]
     lesion = None if label is None else _lesion(case, label, before, moved, register)
-    if lesion and lesion.labels is not None and (why := not_a_lesion(lesion.labels, head.mask)):
+    spacing_mm = next(iter(volumes.values())).spacing_mm
+    if lesion and lesion.labels is not None and (why := not_a_lesion(lesion.labels, head.mask, spacing_mm)):
         lesion = _Lesion(why=why)
     if lesion and label is not None and lesion.why:
         notes.append(f"the segmentation {label.name.replace(case, '*')} is not used: {lesion.why}.")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from crossmr.data.bids import case_of, read_bids
 from crossmr.data.formats import stem_of
-from crossmr.data.visits import is_visit, parse_patient
+from crossmr.data.visits import parse_patient
 from crossmr.data.words import (
     CONTRASTS,
     LABEL,
@@ -189,7 +189,9 @@ class NamesInTree:
 
     def _says_no_site(self, folder: Path) -> bool:
         """Whether a folder is named after what its files are, as copies of others are, or after a time point."""
-        return self._says_no_case(folder) or is_visit(folder.name) or _OF_COPIES.search(folder.name) is not None
+        if self._says_no_case(folder) or not parse_patient(folder.name).patient:
+            return True
+        return _OF_COPIES.search(folder.name) is not None
 
     def site(self, path: Path, name: str) -> str:
         """What stands before the name of a case where other sites have such a patient, too: `siteA_` of P1; else ''."""

@@ -13,7 +13,8 @@ weak     a letter with a number: T0, v2, m12, d3; scan1, exam2, MR1; a number of
 What follows `sub-` is BIDS' name of the patient and never a time point.
 
 A sure time point may stand before the patient, too: `baseline_P01`, `week4_P01`, `ses-1_sub-01`. It is taken away last,
-so `2019-03-01_1432` is a day and an hour.
+so `2019-03-01_1432` is a day and an hour, and only from what looks like a patient: letters with digits, surely; letters
+alone, or four digits and more that are no hour, weakly. `BASE-01-007`, `TP53_001`, `20190301_F_33` stay as they are.
 """
 
 import re
@@ -45,6 +46,9 @@ _PART = r"(train|training|test|testing|val|validation)(set)?\d*"
 _SITE = r"site|cent(er|re)|hospital|clinic|cohort|group|dataset|set|batch|scanner|part|fold"
 _ANYTHING = frozenset({"mr", "mri", "brain", "head", "scan", "scans", "exam", "study", "nifti", "images", "anat"})
 """Words that name no patient: where nothing else is left, the name says a time point alone."""
+_FIELD = re.compile(r"\b(\d-)?\dt\b")
+_SEX_OR_AGE = re.compile(r"[mfw](-\d{1,3}y?|\d{1,3}y)?|\d{1,3}y")
+_HOUR = re.compile(r"(0[1-9]|1\d|2[0-3])[0-5]\d([0-5]\d)?")
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ def parse_patient(name: str) -> PatientName:
     """The patient in the name of a study, or of a folder."""
     words = list(_WORD.finditer(name))
     kept = 2 if name.lower().startswith("sub-") else 0
+    lower = [word[0].lower() for word in words]
     count, used, dated = len(words), set[Confidence]({"sure"}), False
-    while count > kept and (found := _time_point([word[0].lower() for word in words[kept:count]])) is not None:
+    while count > kept and (found := _time_point(lower[kept:count])) is not None:
         taken, confidence = found
         left = name[: words[count - taken - 1].end()] if count > taken else ""
         if confidence == "weak" and (not _has_digit(left) if left else count < len(words)):
@@ -71,10 +76,13 @@ def parse_patient(name: str) -> PatientName:
         dated |= _is_date(words[count - taken : count])
         count -= taken
         used.add(confidence)
-    first = 0 if kept else _leading([word[0].lower() for word in words[:count]])
+    first = 0 if kept else _leading(lower[:count])
+    if first and _telling(lower[first:count]):
+        surely = _looks_like_patient(lower[first:count], after_date=_is_date(words[:first]))
+        first, used = (first, used | {surely}) if surely else (0, used)
     dated |= _is_date(words[:first])
     patient = name[words[first].start() : words[count - 1].end()] if count else ""
-    if count - first < len(words) and all(word[0].lower() in _ANYTHING for word in words[first:count]):
+    if count - first < len(words) and not _telling(lower[first:count]):
         patient = ""
     if dated and patient and not _has_digit(patient):
         used.add("weak")
@@ -117,6 +125,23 @@ def after_first(name: str) -> tuple[str, str]:
     return words[0][0], name[words[1].start() :]
 
 
+def after_time_point(name: str) -> str:
+    """What follows the time points with which a name begins; '' where it begins with none."""
+    words = list(_WORD.finditer(name))
+    first = 0 if name.lower().startswith("sub-") else _leading([word[0].lower() for word in words])
+    return name[words[first].start() :] if first else ""
+
+
+def looks_like_patient(name: str, *, after_date: bool) -> Confidence | None:
+    """How surely what follows a time point, or lies in its folder, is a patient; None of a number, an hour, an age."""
+    return _looks_like_patient([word[0].lower() for word in _WORD.finditer(name)], after_date=after_date)
+
+
+def says_nothing(name: str) -> bool:
+    """Whether a name has only words that name no patient: Brain_3T."""
+    return not _telling([word[0].lower() for word in _WORD.finditer(name)])
+
+
 def may_repeat(first: str, rest: str) -> bool | None:
     """Whether `first` may be a time point or a site of the patient `rest`: V1 of P01, 2019 of P01, siteA of P01.
 
@@ -125,8 +150,11 @@ def may_repeat(first: str, rest: str) -> bool | None:
     words = [word[0].lower() for word in _WORD.finditer(first)]
     visit = _WEAK.fullmatch("-".join(words)) is not None or re.fullmatch(r"(19|20)\d\d", first) is not None
     place = re.fullmatch(rf"({_SITE})\d*", "".join(words)) is not None
-    known = visit or re.fullmatch(_PART, "".join(words)) is not None
-    if not _has_digit(rest) or not parse_patient(rest).patient or (re.fullmatch(r"\d{1,3}", rest) and not known):
+    part = re.fullmatch(_PART, "".join(words)) is not None
+    known, bare = visit or part, re.fullmatch(r"\d{1,3}", rest) is not None
+    if bare and (not known or (part and _has_digit(first))):  # training01_01 is of training01
+        return False
+    if not _has_digit(rest) or not parse_patient(rest).patient:
         return False
     return True if known or place or not _has_digit(first) else None
 
@@ -168,6 +196,24 @@ def _is_leading(words: Sequence[str], taken: int) -> bool:
     """Whether the first words are a time point; post alone may be of a contrast agent, unless a number follows."""
     said = "-".join(words[:taken])
     return _SURE.fullmatch(said) is not None and (said not in ("pre", "post") or _has_digit("".join(words[taken:])))
+
+
+def _telling(words: Sequence[str]) -> str:
+    """The words that may name a patient, joined by "-": no strength of the field, no brain."""
+    return _FIELD.sub("", "-".join(word for word in words if word not in _ANYTHING)).strip("-")
+
+
+def _looks_like_patient(words: Sequence[str], *, after_date: bool) -> Confidence | None:
+    said = _telling(words)
+    if not said or _SEX_OR_AGE.fullmatch(said):
+        return None
+    if any(letter.isalpha() for letter in said):
+        if _has_digit(said):
+            return "sure"
+        return "weak" if len(said) > 1 else None
+    if "-" in said or re.fullmatch(r"\d{1,3}|(19|20)\d\d", said) or (after_date and _HOUR.fullmatch(said)):
+        return None
+    return "weak"
 
 
 def _is_date(words: Sequence[re.Match[str]]) -> bool:
