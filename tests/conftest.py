@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the processor
 
 import asyncio
+import csv
 import gzip
 import hashlib
 import shutil
@@ -75,6 +76,12 @@ def write_study(
 def unguided(model, inputs):
     """A model's synthesis (N, T, *S) from inputs (N, inputs, *S), guided by nothing, in [0, 1]."""
     return model.image(model.predict(inputs)[0], inputs)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, with or without a byte order mark."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
 
 
 def save_untrained(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import dicoms
 import numpy as np
 import pytest
-from conftest import save_untrained, tree, write_study
+from conftest import rows_of, save_untrained, tree, write_study
 
 from crossmr.cli import main
 from crossmr.completion import choice
@@ -44,10 +44,6 @@ def write(folder, patients="AB", each=SERIES):
             voxels = dicoms.head("t2f" if modality == "?" else modality)
             dicoms.write_series(place, voxels, dicoms.OBLIQUE, modality, **tags)
     return folder
-
-
-def rows_of(path):
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
 
 
 def correct(path, case, **changes):

@@ -1,6 +1,5 @@
 """Evaluation as a whole: every file agrees, a second model stands beside the first, and what fails is listed."""
 
-import csv
 import json
 import math
 import re
@@ -12,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, header_alone, image, make_head, save_untrained, tree, write_study
+from conftest import SHAPE, header_alone, image, make_head, rows_of, save_untrained, tree, write_study
 from PIL import Image
 
 from crossmr import main_memory
@@ -72,11 +71,6 @@ def within(subject, target):
 
 def indexed(scores):
     return {(s.case, s.target, s.predictor, s.region): s for s in scores}
-
-
-def rows_of(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def entry(summary, target, predictor, region):

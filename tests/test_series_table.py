@@ -10,6 +10,7 @@ from time import sleep
 import dicoms
 import numpy as np
 import pytest
+from conftest import rows_of
 from dicoms import OBLIQUE, SAGITTAL, edited, head
 
 from crossmr.dicom import agents, series_table
@@ -50,10 +51,6 @@ def usual(folder, **tags):
 def written(path, all_series, case="A", doubts=None):
     write_series_table(path, {case: all_series}, doubts or {})
     return path
-
-
-def rows_of(path):
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
 
 
 def changed(path, changes, **added):

@@ -125,7 +125,7 @@ def read_labels(source: Path | str | nib.Nifti1Image, like: Volume) -> np.ndarra
     if not same_grid(labels, like):
         raise VolumeError(
             f"{labels.name}: is {describe_grid(labels)}, but {like.name} is {describe_grid(like)}"
-            f"{_displacement(labels, like)}. Resample the segmentation onto the image's grid first."
+            f"{said_displacement(labels, like)}. Resample the segmentation onto the image's grid first."
         )
     valid = np.isfinite(labels.data) & (labels.data == np.rint(labels.data))
     valid &= (labels.data >= 0) & (labels.data <= 255)
@@ -273,5 +273,6 @@ def _as_stored(array: np.ndarray, reference: Volume) -> np.ndarray:
     return voxels
 
 
-def _displacement(a: Volume, b: Volume) -> str:
+def said_displacement(a: Volume, b: Volume) -> str:
+    """That two volumes of one shape lie apart, for a message; '' of others."""
     return f" and lies up to {displacement_mm(a, b):.3g} mm elsewhere" if a.data.shape == b.data.shape else ""

@@ -233,22 +233,22 @@ def _publish(out: Path, place: Path, rows: Mapping[str, Sequence[Row]], body: Ev
     path = out / "metrics.json"
     if path.exists() and digest(read_json(path, OutputError)) == digest(body):
         return
-    write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
+    write_json(path, {"format": FORMAT, "finished": False})
     remove(out / REPORT)
     for name in TABLES:
         if name in rows:
             write_csv(out / f"{name}.csv", rows[name])
         else:
             remove(out / f"{name}.csv")
-    shown = [out / picture["file"] for picture in body["pictures"]]
-    for path in set((out / "pictures").glob("*.webp")) - set(shown):
-        if not path.is_symlink() and is_picture(path):
-            remove(path)
-    for path in shown:
-        path.parent.mkdir(exist_ok=True)
+    shown = [out / one["file"] for one in body["pictures"]]
+    for picture in set((out / "pictures").glob("*.webp")) - set(shown):
+        if not picture.is_symlink() and is_picture(picture):
+            remove(picture)
+    for picture in shown:
+        picture.parent.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):  # another part that ended now has moved it
-            (place / path.relative_to(out)).replace(path)
-    write_json(out / "metrics.json", body)
+            (place / picture.relative_to(out)).replace(picture)
+    write_json(path, body)
     remove(out / WORK)
 
 

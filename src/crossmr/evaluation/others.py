@@ -15,7 +15,7 @@ import numpy as np
 
 from crossmr.data.head import DARKEST, MEDIAN_OF_HEAD, STD_OF_HEAD
 from crossmr.data.naming import find_studies
-from crossmr.data.volume import describe_grid, displacement_mm, read_volume, same_grid, voxels_sha256
+from crossmr.data.volume import describe_grid, read_volume, said_displacement, same_grid, voxels_sha256
 from crossmr.display import Display
 from crossmr.errors import ConfigError, CrossmrError, StudyError
 from crossmr.evaluation.subjects import Array, Subject
@@ -57,14 +57,11 @@ class OtherImages:
         where = f"{self.name}: {path.name}"
         if volume.data.shape != subject.grid or (subject.whole is not None and not same_grid(volume, subject.whole)):
             grid = "×".join(map(str, reversed(subject.grid)))
-            beside = ""
             if subject.whole is not None:
-                grid = describe_grid(subject.whole)
-                if volume.data.shape == subject.grid:
-                    beside = f" and lies up to {displacement_mm(volume, subject.whole):.3g} mm elsewhere"
+                grid = f"{describe_grid(subject.whole)}{said_displacement(volume, subject.whole)}"
             raise StudyError(
-                f"{subject.name}: {where} is {describe_grid(volume)}, but the study is {grid}{beside}. Write the "
-                "images on the grid of the study's first contrast."
+                f"{subject.name}: {where} is {describe_grid(volume)}, but the study is {grid}. Write the images on the "
+                "grid of the study's first contrast."
             )
         corner, shape = subject.corner, subject.head.shape
         z, y, x = (slice(start, start + size) for start, size in zip(corner, shape, strict=True))
