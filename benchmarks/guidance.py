@@ -16,13 +16,17 @@ from what it makes of the training mean; the truth's gain is a lower bound of wh
 T1 + T2 -> T1ce + FLAIR with all of them, three seeds of unguided, published and true; T1 + T1ce + T2 -> FLAIR with
 unguided and true. `--site SSA --start MODEL --patients 5`: few patients of a scanner that the model, one of
 patients.py, has not seen; unguided and true start from it, and are measured on the site's test and validation patients;
-MRM and MDN stay those of all. The three patients who have two visits are training patients of the shipped weights, of
+MRM and MDN stay those of all. `--start nothing`: unguided, published and true learn from random weights as recipe
+`paper` does: its form, half as wide and on patches of 2 x 2, condition layers with the rest at one rate, squared error.
+
+The three patients who have two visits are training patients of the shipped weights, of
 MRM and of MDN, not of these networks; they have a table of their own, and with `--site` those of the site another one:
 there MODEL has not seen them either.
 
 python benchmarks/guidance.py runs/default -o runs/evidence --seeds 0 1 2    # goes on where it was stopped
 python benchmarks/guidance.py runs/default -o runs/evidence --site SSA --patients 5 --start \
     runs/evidence/patients/seed-0/SSA-model-of-other-sites-as-it-is/run/model
+python benchmarks/guidance.py runs/default -o runs/evidence --start nothing
 python benchmarks/guidance.py runs/default -o runs/evidence --table
 """
 
@@ -73,11 +77,17 @@ from crossmr.data.dataset import Case
 from crossmr.device import choose_device
 from crossmr.display import Display
 from crossmr.evaluation.subjects import subject_of_case
+from crossmr.networks.c_unet import CUNet, SynthesisConfig
+from crossmr.networks.model import first_weights
 from crossmr.registry import load_model
 from crossmr.tensors import seeded
 from crossmr.training.batches import ImageBatch
 
-STEPS, LAST_STEPS = 340, 240
+STEPS, LAST_STEPS, STEPS_FROM_NOTHING = 340, 240, 2000
+NOTHING = "nothing"
+"""Where networks start from random weights, in the part's and the option's words."""
+FORM = SynthesisConfig(channels=48, patch=2, condition_width=96)
+"""Recipe paper's, half as wide and on patches, so that a processor gets near the plateau."""
 SECONDS_A_STUDY, REPRESENTING = 4.6, 10
 """To synthesise and to measure two images of a study; minutes to train MRM and MDN and to represent all; two cores."""
 
@@ -124,6 +134,11 @@ AT_VISITS = {
     "unguided": ("nothing",),
     "true": ("truth of the volume", "the other visit", "a patient of the source"),
 }
+FROM_NOTHING = {
+    "unguided": ("nothing",),
+    "published": VARIANTS["published"].completions,
+    "true": (*OF_TRUE, "training mean"),
+}
 VISITS = "visits"
 BASELINE = "unguided: nothing"
 KEEP = {"unguided": "unguided twin", "published": "published guidance"}
@@ -154,12 +169,14 @@ class Experiment:
 
     def steps(self, net: "Net") -> int:
         """Of a network's training."""
+        if net.from_nothing:
+            return 2 if self.tiny else STEPS_FROM_NOTHING
         return 2 if self.tiny else LAST_STEPS if VARIANTS[net.variant].last else STEPS
 
     @property
-    def smaller(self) -> dict[str, int]:
-        """What a rehearsal changes of the batches."""
-        return {"batch_size": 2} if self.tiny else {}
+    def batch(self) -> dict[str, int]:
+        """What is changed of the batches: from nothing, more steps of fewer slices; of a rehearsal, two slices."""
+        return {"batch_size": 2} if self.tiny else {"batch_size": 4} if self.start == NOTHING else {}
 
     def cases(self, split: str) -> list[Case]:
         """The studies of a split."""
@@ -196,19 +213,30 @@ class Net:
     seed: int
     patients: int | None = None
     site: str = ""
+    from_nothing: bool = False
 
     @property
     def name(self) -> str:
         """Of its file."""
         few = "" if self.patients is None else f"-{self.site}-{self.patients}"
-        return f"{'+'.join(self.task[1])}-{self.variant}-{self.seed}{few}"
+        return f"{'+'.join(self.task[1])}-{self.variant}-{self.seed}{few}{'-from-nothing' * self.from_nothing}"
+
+
+def started(experiment: Experiment, task: Task, dim: int, seed: int = 0) -> FixedTask:
+    """A network that vectors of so many features may guide, from the model that is the start, or from nothing."""
+    if experiment.start != NOTHING:
+        return converted(load_model(experiment.start), task, dim, seed)
+    with first_weights(seed, "guidance"):
+        network = CUNet(FORM, 3 * len(task[0]) + 1, len(task[1]), representation_dim=dim)
+    fixed = FixedTask(network, range(len(task[1])))
+    fixed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return fixed
 
 
 def start(experiment: Experiment, net: Net) -> FixedTask:
     """The network before its training."""
-    guide, shipped = experiment.guide(net.task), load_model(experiment.start)
-    dim = guide.model.config.representation.dim * len(net.task[1])
-    network = converted(shipped, net.task, dim, net.seed)
+    dim = experiment.guide(net.task).model.config.representation.dim * len(net.task[1])
+    network = started(experiment, net.task, dim, net.seed)
     if VARIANTS[net.variant].last:
         first = trained(experiment, replace(net, variant="unguided"))
         network.load_state_dict(first.state_dict())
@@ -225,13 +253,14 @@ def loss_of(experiment: Experiment, net: Net) -> Callable[[nn.Module, int], Tens
     """The loss of a network at a step."""
     sources, targets = net.task
     cases = experiment.training(net)
-    data = batches(cases, (*sources, *targets), net.seed, **experiment.smaller)
+    data = batches(cases, (*sources, *targets), net.seed, **experiment.batch)
     guides = guiding(VARIANTS[net.variant].learns, experiment.guide(net.task), cases, net.seed)
 
     def loss(network: nn.Module, step: int) -> Tensor:
         raw = ImageBatch(*(tensor.to(experiment.device) for tensor in data[step]))
         y_0 = guides(raw, step)
-        return error(network, raw, None if y_0 is None else y_0.to(experiment.device), len(targets))
+        y_0 = None if y_0 is None else y_0.to(experiment.device)
+        return error(network, raw, y_0, len(targets), as_published=net.from_nothing)
 
     return loss
 
@@ -244,13 +273,13 @@ def trained(experiment: Experiment, net: Net) -> FixedTask:
         network.load_state_dict(load_file(path))
         return network.eval()
     last = VARIANTS[net.variant].last
-    how = replace(HOW, learning_rate=1e-3 if last else 3e-4, warm_up=50, ema_decay=0.99)
+    how = HOW if net.from_nothing else replace(HOW, learning_rate=1e-3 if last else 3e-4, warm_up=50, ema_decay=0.99)
     averaged = fit(
         network,
         loss_of(experiment, net),
         experiment.steps(net),
         how,
-        fast=() if last else network.network.condition_layers(),
+        fast=() if last or net.from_nothing else network.network.condition_layers(),
         name=net.name,
         display=experiment.display,
     )
@@ -313,6 +342,10 @@ def planned(options: argparse.Namespace) -> list[tuple[Net, Sequence[str], str]]
         nets = [(Net(PUBLISHED, name, seed, few, site), OF_FEW[name]) for seed in options.seeds for name in OF_FEW]
         plan = [(net, wanted, f"{few} patients of {site}") for net, wanted in nets if net.variant in chosen]
         return plan + [(net, AT_VISITS[net.variant], f"{VISITS} of {site}") for net, _, _ in plan]
+    if options.start == NOTHING:
+        part = f"from {NOTHING}"
+        pairs = [(seed, name) for seed in options.seeds for name in FROM_NOTHING if name in chosen]
+        return [(Net(PUBLISHED, name, seed, from_nothing=True), FROM_NOTHING[name], part) for seed, name in pairs]
     for seed in options.seeds:
         for name in chosen:
             wanted = VARIANTS[name].always if seed else VARIANTS[name].completions
@@ -326,8 +359,8 @@ def say_how_long(experiment: Experiment, plan: Sequence[tuple[Net, Sequence[str]
     """Print steps times measured seconds a step, and studies to measure."""
     nets = {net for net, _, _ in plan if not (experiment.out / "guidance" / f"{net.name}.safetensors").exists()}
     images = sum(len(wanted) + 2 * any("images" in w for w in wanted) for _, wanted, _ in plan)
-    raw = batches(experiment.cases("train")[:2], (*PUBLISHED[0], *PUBLISHED[1]), 0, **experiment.smaller)[0]
-    took = seconds_a_step(converted(load_model(experiment.start), PUBLISHED, 256), raw, experiment.device)
+    raw = batches(experiment.cases("train")[:2], (*PUBLISHED[0], *PUBLISHED[1]), 0, **experiment.batch)[0]
+    took = seconds_a_step(started(experiment, PUBLISHED, 256), raw, experiment.device)
     steps = sum(map(experiment.steps, nets))
     studies = images * len(experiment.test())
     minutes = (steps * took + studies * SECONDS_A_STUDY) / 60
@@ -356,10 +389,12 @@ def main() -> None:
     options.add_argument("--only", nargs="+", choices=VARIANTS, default=[], metavar="NETWORK")
     options.add_argument("--site", choices=tuple(SITES), default="", help="with --patients and --start")
     options.add_argument("--patients", type=int, help="train unguided and true on so many of the site's")
-    options.add_argument("--start", default="default", help="a model that was trained without the site")
+    options.add_argument("--start", default="default", help="a model that was trained without the site, or nothing")
     given = arguments(options)
     if bool(given.site) != (given.patients is not None):
         options.error("--site and --patients go together.")
+    if (nothing := given.start == NOTHING) and given.site:
+        options.error("--start nothing is of all patients.")
     base, out = given.base, given.out
     kept = Kept(out, "guidance")
     if not given.table:
@@ -369,7 +404,7 @@ def main() -> None:
         plan, begin = planned(given), time.monotonic()
         say_how_long(experiment, plan)
         with measuring(kept) as work:
-            for task in (PUBLISHED,) if given.site else (PUBLISHED, THREE) if not given.only else ():
+            for task in (PUBLISHED,) if given.site else (PUBLISHED, THREE) if not (given.only or nothing) else ():
                 as_shipped(experiment, task, work)
             for net, wanted, part in plan:
                 measure_net(experiment, net, wanted, part, work)

@@ -128,14 +128,16 @@ def guiding(learns: str, guide: Guide, cases: Sequence[Case], seed: int) -> Call
     return truth
 
 
-def error(network: nn.Module, raw: ImageBatch, y_0: Tensor | None, targets: int) -> Tensor:
-    """The mean absolute error of a batch of sources, then targets, within the head, lesions weighted."""
+def error(
+    network: nn.Module, raw: ImageBatch, y_0: Tensor | None, targets: int, *, as_published: bool = False
+) -> Tensor:
+    """The mean error of a batch of sources, then targets, within the head: absolute, lesions weighted; or squared."""
     sources = raw.images.shape[1] - targets
     slices = raw.neighbours[:, : sources * 3]
     truth, present = raw.images[:, sources:], raw.present[:, sources:]
     prediction = network(network_inputs(slices, 3).contiguous(memory_format=torch.channels_last), y_0)
-    weight = (truth > 0) * present[:, :, None, None] * (1 + LESION_WEIGHT * raw.lesion)
-    total, count = synthesis_error(prediction, standardise(truth), weight, absolute=True)
+    weight = (truth > 0) * present[:, :, None, None] * (1 + (0 if as_published else LESION_WEIGHT) * raw.lesion)
+    total, count = synthesis_error(prediction, standardise(truth), weight, absolute=not as_published)
     return total / count.clamp(min=1)
 
 
