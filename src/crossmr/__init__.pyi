@@ -1,6 +1,7 @@
 """The public names, one per line: the only list of them. `__init__.py` and every type checker read it."""
 
 from crossmr.completion.cohort import CohortSettings as CohortSettings
+from crossmr.completion.cohort import CohortSummary as CohortSummary
 from crossmr.completion.cohort import complete_cohort as complete_cohort
 from crossmr.completion.study import Completed as Completed
 from crossmr.completion.study import complete as complete
