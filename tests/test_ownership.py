@@ -36,8 +36,8 @@ from crossmr.phantom import Phantom, write_cohort
 from crossmr.phantom import cohort as phantom_cohort
 from crossmr.picture import save_picture
 from crossmr.registry import export_model
-from crossmr.training.run import WRITTEN
-from crossmr.training.run import _refuse_foreign as refuse_run
+from crossmr.training.start import WRITTEN
+from crossmr.training.start import _refuse_foreign as refuse_run
 
 SETTINGS = InferenceSettings(ddim_steps=1, precision="float32")
 BIDS, CHALLENGE = (CohortSettings(profile=profile) for profile in ("bids", "challenge"))
