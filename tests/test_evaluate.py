@@ -11,11 +11,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, header_alone, image, make_head, rows_of, save_untrained, tree, write_study
+from conftest import SHAPE, Listener, header_alone, image, make_head, rows_of, save_untrained, tree, write_study
 from PIL import Image
 
 from crossmr import main_memory
 from crossmr.baselines import BASELINES, fit_baselines
+from crossmr.cli import report as report_command
 from crossmr.data.dataset import PreparedDataset
 from crossmr.data.naming import find_studies
 from crossmr.data.prepare import PrepareSettings, prepare
@@ -24,7 +25,8 @@ from crossmr.display import LOG, Display
 from crossmr.errors import ConfigError, ModelError, NamingError, OutputError, StudyError
 from crossmr.evaluation import evaluate as evaluation
 from crossmr.evaluation import predictors as module
-from crossmr.evaluation.evaluate import EvaluationSettings, evaluate, overlap_warnings
+from crossmr.evaluation.evaluate import EvaluationSettings, evaluate, warnings_of
+from crossmr.evaluation.measurements import measured_parts
 from crossmr.evaluation.measures import METRICS, measure, measure_contrasts
 from crossmr.evaluation.predictors import find_predictors, memory_needed, predict
 from crossmr.evaluation.subjects import find_subjects, subject_of_files
@@ -33,7 +35,7 @@ from crossmr.networks.inference import InferenceSettings, Synthesis
 from crossmr.networks.model import read_model
 from crossmr.networks.trained_on import names_of, remember
 from crossmr.output.report import report_evaluation
-from crossmr.parts import Part
+from crossmr.parts import WORK, Part
 from crossmr.picture import GAP, PANEL
 
 INFERENCE = InferenceSettings(ddim_steps=3, precision="float32")
@@ -234,7 +236,7 @@ def test_json_is_strict_and_holds_what_was_returned(evaluated, model):
 def test_cases_that_a_model_has_seen_are_named(evaluated):
     _, body, _ = evaluated
     assert body["overlap"] == {"known": True, "trained_on": ["A1"], "validated_on": ["B2"]}
-    assert overlap_warnings(body) == [
+    assert warnings_of(body) == [
         "The model was trained on 1 of these patients (A1): for them its numbers say nothing about new patients.",
         "The model was validated during training, and its standard deviations were calibrated, on 1 of these patients "
         "(B2): for them its numbers may be better than for new patients.",
@@ -269,7 +271,7 @@ def test_patients_of_the_model_s_own_set_are_known_without_a_list(cohort, tmp_pa
             nobody = {"known": known, "trained_on": [], "validated_on": []}
             assert body["overlap"] == nobody | ({key: body["cases"]} if known and key else {})
             if not known:
-                (warning,) = overlap_warnings(body)
+                (warning,) = warnings_of(body)
                 assert warning == "The model does not say on whom it was trained: these patients may be among them."
 
 
@@ -280,7 +282,7 @@ def test_all_visits_of_a_patient_who_was_seen_are_named(cohort, tmp_path):
     body = evaluate(model, tmp_path / "cohort", tmp_path / "out", SETTINGS)
     assert body["overlap"]["trained_on"] == ["P1_baseline", "P1_followup"]
     assert body["overlap"]["validated_on"] == ["P2_baseline"]
-    assert overlap_warnings(body)[0].startswith("The model was trained on 1 of these patients (P1_baseline, P1_fo")
+    assert warnings_of(body)[0].startswith("The model was trained on 1 of these patients (P1_baseline, P1_fo")
 
 
 def test_the_second_model_is_named_by_hash_and_training(evaluated, other, bare, cohort, tmp_path):
@@ -506,6 +508,46 @@ def test_the_spread_of_samples_is_an_uncertainty_too(other, cohort, tmp_path):
 
 
 # Datasets, cohorts and failures
+
+
+def test_a_damaged_evaluation_is_whole_after_the_same_command(bare, cohort, tmp_path):
+    """metrics.json is the same; tables and pictures come back."""
+    out, chosen = tmp_path / "out", settings()
+    evaluate(bare, cohort, out, chosen)
+    before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.suffix in (".csv", ".webp")}
+    assert before
+    for path in before:
+        (out / path).unlink()
+    evaluate(bare, cohort, out, chosen)
+    assert {path: (out / path).read_bytes() for path in before} == before
+    assert not (out / WORK).exists()
+
+
+def test_parts_that_are_measured_again_leave_nothing_behind(bare, cohort, tmp_path):
+    for number in (1, 2, 2, 1):
+        body = evaluate(bare, cohort, tmp_path / "out", settings(part=Part(number, 2)))
+    assert body["finished"]
+    assert not (tmp_path / "out" / WORK).exists()
+
+
+def test_parts_wait_while_all_is_measured_otherwise_and_a_report_names_them(bare, other, cohort, tmp_path):
+    out = tmp_path / "out"
+    evaluate(bare, cohort, out, settings(part=Part(1, 2)))
+    with pytest.raises(OutputError, match="not finished: of its parts there are 1/2"):
+        report_command(out)
+    evaluate(other, cohort, out, settings())
+    assert measured_parts(out) == ["1/2"]
+    body = evaluate(bare, cohort, out, settings(part=Part(2, 2)))
+    assert body["finished"]
+
+
+def test_parts_of_two_versions_are_not_joined(bare, cohort, tmp_path, monkeypatch):
+    evaluate(bare, cohort, tmp_path / "out", settings(part=Part(1, 2)))
+    monkeypatch.setattr(evaluation, "version", lambda name: "9.9")
+    listener = Listener()
+    body = evaluate(bare, cohort, tmp_path / "out", settings(part=Part(2, 2)), display=listener)
+    assert not body["finished"]
+    assert any("Part 1/2" in line and "is of other version of crossmr" in line for line in listener.said)
 
 
 def test_parts_that_name_the_usual_split_and_that_do_not_are_of_one_evaluation(bare, cohort, tmp_path):

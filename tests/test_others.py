@@ -1,5 +1,6 @@
 """Images of other programs: found by name, put on the scale of the studies, measured beside a model's."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from crossmr.data.head import Normalisation
 from crossmr.data.prepare import PrepareSettings, prepare
 from crossmr.errors import ConfigError, StudyError
 from crossmr.evaluation.challenge import ProtocolSettings, evaluate_by_protocol
-from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
+from crossmr.evaluation.evaluate import EvaluationSettings, evaluate, warnings_of
 from crossmr.evaluation.others import PREFIX, find_images, say_images
+from crossmr.evaluation.protocols import dropped_contrasts
 from crossmr.evaluation.subjects import find_subjects
 from crossmr.networks.inference import InferenceSettings
 from crossmr.output.report import report_evaluation
@@ -72,9 +74,10 @@ def test_the_truth_is_perfect_in_its_own_units_and_on_the_scale_of_a_set(cohort,
     assert images.name == f"{PREFIX}mine"
     for found in find_subjects(cohort):
         subject = found.read()
-        made = images.of(subject, ("t1c", "t2f"))
-        assert [*made] == ["t2f"]
-        np.testing.assert_allclose(made["t2f"], subject.volumes["t2f"], atol=1e-4)
+        assert {*images.files[subject.name]} == {"t2f"}
+        made, doubt = images.of(subject, "t2f")
+        np.testing.assert_allclose(made, subject.volumes["t2f"], atol=1e-4)
+        assert doubt == ""
 
 
 def scaled(cohort, folder, change):
@@ -108,7 +111,7 @@ def test_what_lies_beyond_the_scale_or_the_head_does_not_matter(cohort, tmp_path
     (images,) = find_images({"mine": scaled(cohort, tmp_path / "images", change)}, CASES, ALL)
     subject = find_subjects(cohort)[0].read()
     head = subject.head_of("t2f")
-    made = images.of(subject, ("t2f",))["t2f"]
+    made, _ = images.of(subject, "t2f")
     assert np.abs(made - subject.volumes["t2f"])[head].mean() < 2e-3
 
 
@@ -121,17 +124,17 @@ def test_other_units_are_refused(cohort, tmp_path, change):
     subject = find_subjects(cohort)[0].read()
     (images,) = find_images({"far": far}, CASES, ALL)
     with pytest.raises(StudyError, match=r"A1-t2f.nii.gz has other units: .* Write the images in"):
-        images.of(subject, ("t2f",))
+        images.of(subject, "t2f")
     wide = replace(subject, normalisation={"t2f": Normalisation(low=-4000, high=8000, air=-3000)})
     (images,) = find_images({"mine": scaled(cohort, tmp_path / "images", change)}, CASES, ALL)
     with pytest.raises(StudyError, match="has other units"):
-        images.of(wide, ("t2f",))
+        images.of(wide, "t2f")
 
 
 def test_the_true_scans_are_no_images(cohort):
     (images,) = find_images({"mine": cohort}, CASES, ALL)
     with pytest.raises(StudyError, match=r"A1-t2f.nii.gz is the true scan"):
-        images.of(find_subjects(cohort)[0].read(), ("t2f",))
+        images.of(find_subjects(cohort)[0].read(), "t2f")
 
 
 def test_a_smoother_image_is_not_stretched(cohort, tmp_path):
@@ -145,9 +148,7 @@ def test_a_smoother_image_is_not_stretched(cohort, tmp_path):
     (images,) = find_images({"mine": folder}, CASES, ALL)
     subject = find_subjects(cohort)[0].read()
     head = subject.head_of("t2f")
-    made, true = (
-        np.percentile(v[head], (25, 75)) for v in (images.of(subject, ("t2f",))["t2f"], subject.volumes["t2f"])
-    )
+    made, true = (np.percentile(v[head], (25, 75)) for v in (images.of(subject, "t2f")[0], subject.volumes["t2f"]))
     assert np.ptp(made) == pytest.approx(np.ptp(true) / 2, rel=0.01)
 
 
@@ -216,22 +217,24 @@ def test_what_lies_elsewhere_or_holds_no_numbers_is_left_out_with_a_word(cohort,
     (subject,) = [found.read() for found in find_subjects(cohort) if found.name == "A1"]
     nib.save(nib.Nifti1Image(np.ones((5, 6, 7), np.float32), np.eye(4)), folder / "A1-t2f.nii.gz")
     with pytest.raises(StudyError, match=r"A1: images: mine: A1-t2f.nii.gz is 5×6×7 at 1×1×1 mm, but the study is"):
-        find_images({"mine": folder}, CASES, ALL)[0].of(subject, ("t2f",))
+        find_images({"mine": folder}, CASES, ALL)[0].of(subject, "t2f")
 
 
 def test_studies_without_images_are_said_and_names_that_match_none_are_refused(cohort, model, tmp_path):
     folder = write_images(cohort, tmp_path / "images", cases=CASES[:2])
     listener = Listener()
-    evaluate(model, cohort, tmp_path / "out", settings(images={"mine": folder}), display=listener)
-    assert any("there are images of 2 of 3 studies" in line and "C3 lack" in line for line in listener.said)
-    assert any("by a training on whom, nobody here knows" in line for line in listener.said)
+    result = evaluate(model, cohort, tmp_path / "out", settings(images={"mine": folder}), display=listener)
+    said = warnings_of(result)
+    assert any("images of 2 of 3 studies were measured" in line and "C3 lack" in line for line in said)
+    assert any("by a training on whom, nobody here knows" in line for line in said)
+    assert "images of 2 of 3 studies were measured" in report_evaluation(tmp_path / "out").read_text()
     with pytest.raises(
         ConfigError, match=r"--images mine: .* has no t1c of these studies: it has A1, B2, and they are"
     ):
         find_images({"mine": folder}, CASES, ("t1c",))
     with pytest.raises(ConfigError, match="it has A1, B2, and they are Z9"):
         find_images({"mine": folder}, ("Z9",), ALL)
-    assert say_images([], CASES) == []
+    assert say_images([], [], CASES) == []
 
 
 def test_by_another_protocol_and_on_the_command_line(cohort, model, tmp_path):
@@ -259,3 +262,57 @@ def test_what_crossmr_wrote_itself_can_be_given(cohort, model, tmp_path):
     (images,) = find_images({"earlier": tmp_path / "made"}, CASES, ("t2f",))
     assert {case: [*files] for case, files in images.files.items()} == {case: ["t2f"] for case in CASES}
     assert all("std" not in path.name for files in images.files.values() for path in files.values())
+
+
+def test_what_crossmr_wrote_in_a_scan_s_units_is_refused(cohort, tmp_path):
+    """With --scale input it is in those of a source, not of the scan that is missing."""
+    folder = write_images(cohort, tmp_path / "made")
+    for path in folder.iterdir():
+        image = nib.load(path)
+        marked = nib.Nifti1Image(image.get_fdata(dtype=np.float32) * 50 + 100, image.affine)
+        marked.header["descrip"] = b"SYNTHETIC t2f by crossmr"
+        nib.save(marked, path)
+    (images,) = find_images({"made": folder}, CASES, ("t2f",))
+    with pytest.raises(StudyError, match=r"was written with --scale input.*--scale unit"):
+        images.of(find_subjects(cohort)[0].read(), "t2f")
+
+
+def test_units_that_may_be_others_are_said_and_measured(cohort, tmp_path):
+    folder = scaled(cohort, tmp_path / "images", lambda v: np.clip((v - 1 / 3) * 0.4 + 1 / 3 + 0.08, 0, 1))
+    (images,) = find_images({"mine": folder}, CASES, ALL)
+    image, doubt = images.of(find_subjects(cohort)[0].read(), "t2f")
+    assert image.any()
+    assert "may have other units, and is measured as it is: within the head its median lies 1.2 robust" in doubt
+
+
+def test_images_none_of_which_can_be_measured_fail_the_command_and_stand_in_the_record(cohort, model, tmp_path):
+    out = tmp_path / "out"
+    said = CliRunner().invoke(app, ["evaluate", str(model), str(cohort), "-o", str(out), "--images", f"x={cohort}"])
+    assert said.exit_code == 1
+    words = " ".join(said.output.split())
+    assert "images: x: images of 0 of 3 studies were measured, so it is in no table." in words
+    assert "3 studies: 0 failed, 3 measured" in words
+    body = json.loads((out / "metrics.json").read_text())
+    assert body["images"] == {"images: x": 0}
+    assert sum("is the true scan" in note for note in body["notes"]) == len(CASES) * len(ALL)
+    assert str(tmp_path) not in json.dumps(body)
+
+
+def test_of_the_challenge_s_dropped_contrasts_those_with_images_count(cohort, model, tmp_path):
+    """FLAIR alone has images; of two of the three studies it is what is dropped."""
+    folder = write_images(cohort, tmp_path / "images")
+    dropped = dropped_contrasts(CASES)
+    chosen = ProtocolSettings("brasyn", None, settings(images={"mine": folder}))
+    result = evaluate_by_protocol(model, cohort, tmp_path / "out", chosen)
+    count = [*dropped.values()].count("t2f")
+    assert 0 < count < len(CASES)
+    assert result["images"] == {"images: mine": count}
+    assert any(f"images of {count} of 3 studies were measured" in line for line in result["notes"])
+
+
+def test_a_name_stands_for_one_folder(cohort, model, tmp_path):
+    folders = [write_images(cohort, tmp_path / name) for name in ("a", "b")]
+    given = [part for folder in folders for part in ("--images", f"mine={folder}")]
+    said = CliRunner().invoke(app, ["evaluate", str(model), str(cohort), "-o", str(tmp_path / "out"), *given])
+    with pytest.raises(ConfigError, match="--images names 'mine' twice"):
+        raise said.exception

@@ -176,7 +176,7 @@ def test_an_evaluation_is_one_page(evaluated):
     for entry in body["uncertainty"]:
         assert f"{entry['ause']:.2f}" in page.text
     assert "3 patients: mean and range (fewer than 6: no interval); * differs from the first row" in page.text
-    assert "3 patients are too few for a significant difference from other models (p is 1 at least) or" in page.text
+    assert "3 patients are too few for a significant difference between models (p is 1 at least);" in page.text
 
 
 def test_the_page_of_an_evaluation_says_what_lesions_come_to(evaluated):

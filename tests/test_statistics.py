@@ -20,6 +20,8 @@ from crossmr.evaluation.measures import (
 )
 from crossmr.evaluation.statistics import (
     out_of_reach,
+    patients_of,
+    say_out_of_reach,
     summarise,
     summarise_calibration,
     summarise_contrasts,
@@ -150,12 +152,29 @@ def test_where_no_difference_can_be_significant_the_least_p_is_known(patients, r
         for name, shift in (("own", 0), ("against: x", 1), *((name, 2) for name in BASELINES))
     ]
     entries = summarise(rows)
-    assert out_of_reach(entries, baselines=False) == least
+    found = out_of_reach(entries)
+    assert found.get("against: x") == (least and (patients, least))
     holm_p = min(e["mae"]["p_holm_against_first"] for e in entries if e["predictor"] == "against: x")
     assert holm_p == pytest.approx(min(1, regions * 2.0 ** (1 - patients)))
-    of_baselines = out_of_reach(entries, baselines=True)
-    assert of_baselines == (p if (p := min(1.0, 3 * regions * 2.0 ** (1 - patients))) >= 0.05 else None)
-    assert out_of_reach([e for e in entries if e["predictor"] == "own"], baselines=False) is None
+    of_baselines = (patients, p) if (p := min(1.0, 3 * regions * 2.0 ** (1 - patients))) >= 0.05 else None
+    assert [found.get(name) for name in BASELINES] == [of_baselines] * len(BASELINES)
+    assert out_of_reach([e for e in entries if e["predictor"] == "own"]) == {}
+
+
+def test_images_of_few_patients_are_out_of_reach_by_their_own_number():
+    """Of twelve patients two have images of another program; the other models' tests are not out of reach."""
+    of = {"own": 12, "against: x": 12, "images: a": 2}
+    rows = [score(f"P{k}", name, mae=0.1 * k + 0.01 * len(name)) for name, count in of.items() for k in range(count)]
+    entries = summarise(rows)
+    assert patients_of(entries) == of
+    found = out_of_reach(entries)
+    assert found == {"images: a": (2, 0.5)}
+    holm_p = {e["predictor"]: e["mae"].get("p_holm_against_first") for e in entries}
+    assert holm_p["images: a"] == 0.5
+    assert holm_p["against: x"] == pytest.approx(2 * 2.0**-11)
+    assert say_out_of_reach(found, 12) == [
+        "2 patients are too few for a significant difference of images: a (p is 0.5 at least)"
+    ]
 
 
 def test_p_values_of_uncertainty_are_corrected_over_all_targets(paired):

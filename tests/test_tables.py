@@ -187,8 +187,16 @@ def test_an_interval_stands_beside_the_mean_of_six_patients():
 def test_a_table_says_where_two_models_cannot_differ_significantly(patients, caption):
     rows = [score(str(k), name, psnr=20.0 + k) for k in range(patients) for name in ("own", "against: x", "constant")]
     (table,) = tables(summarise(rows))
-    wanted = f"5 patients are too few for a significant difference between models: p is {caption} at least"
+    wanted = f"5 patients are too few for a significant difference between models (p is {caption} at least)"
     assert table.caption == (caption and wanted)
+
+
+def test_a_row_of_fewer_patients_says_of_how_many():
+    rows = [score(str(k), "own", psnr=20.0 + k) for k in range(8)] + [score("0", "images: [b]", psnr=30.0)]
+    (table,) = tables(summarise(rows))
+    assert "over 8 patients" in str(table.title)
+    assert [*table.columns[0].cells] == ["own", "images: \\[b]\nof 1 patient"]
+    assert "1 patient is too few for a significant difference of images: \\[b]" in str(table.caption)
 
 
 def test_every_subset_has_two_tables_for_each_predictor_but_the_baselines():

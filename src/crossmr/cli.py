@@ -48,8 +48,9 @@ from crossmr.command import (
     part_of,
     speaks,
 )
-from crossmr.errors import ConfigError, CrossmrError, CrossmrWarning, Interrupted
+from crossmr.errors import ConfigError, CrossmrError, CrossmrWarning, Interrupted, OutputError
 from crossmr.main_memory import keep_memory
+from crossmr.parts import WORK
 from crossmr.paths import check_completed, check_prepared
 from crossmr.ranks import started
 from crossmr.registry import find_model
@@ -303,10 +304,13 @@ def report(
     from crossmr.completion.cohort import finish_cohort
     from crossmr.completion.work import find_run
     from crossmr.display import Display
+    from crossmr.evaluation.measurements import measured_parts
     from crossmr.output.report import report_completion, report_evaluation
 
     if (out / "metrics.json").exists():
         page = report_evaluation(out)
+    elif parts := measured_parts(out):
+        raise OutputError(f"{out} holds an evaluation that is not finished: of its parts there are {', '.join(parts)}.")
     else:
         check_completed(out)
         if (layout := find_run(out)) is not None:
@@ -420,7 +424,7 @@ def evaluate(
     check_paths(out=out, studies=[data], models=[model, against])
     names, own = mapping_of(mapping), part_of(part)
     from crossmr.display import LOG
-    from crossmr.evaluation.evaluate import EvaluationSettings, overlap_warnings
+    from crossmr.evaluation.evaluate import EvaluationSettings, warnings_of
     from crossmr.evaluation.evaluate import evaluate as run
     from crossmr.evaluation.tables import tables, uncertainty_table
     from crossmr.networks.inference import InferenceSettings
@@ -441,7 +445,7 @@ def evaluate(
         every_subset=every_subset,
         guidances=tuple(guidance or ()),  # type: ignore[arg-type]
         against=against,
-        images={name: Path(folder) for name, folder in pairs(images, "--images", "unet=FOLDER").items()},
+        images={name: Path(folder) for name, folder in pairs(images, "--images", "unet=FOLDER", once=True).items()},
         inference=inference,
         mapping=names,
         patients=patients,
@@ -454,10 +458,15 @@ def evaluate(
         display.print_tables([uncertainty_table(result["uncertainty_by_target"])])
     waiting = f"part {own} is measured; others are not yet, or of other studies, models or settings"
     last = f"report: {report_evaluation(out)}" if result["finished"] else waiting
-    lines = [*(f"Warning: {text}" for text in overlap_warnings(result)), last]
+    lines = [*(f"Warning: {text}" for text in warnings_of(result)), last]
     counts = {"failed": len(result["failed"]), "measured": len(result["cases"])}
     record = {key: result[key] for key in ("summary", "contrasts", "uncertainty", "overlap", "model_sha256")}
-    return Summary(counts, result["failed"], f"every number is in {out}", record, lines, out / LOG)
+    where = f"every number is in {out}"
+    if not result["finished"]:
+        where = f"kept in {out / WORK} until all parts are measured"
+        where += f"; {out} still holds an earlier evaluation" * (out / "metrics.json").exists()
+    nothing = 0 in result["images"].values()
+    return Summary(counts, result["failed"], where, record, lines, out / LOG, doubtful=nothing)
 
 
 def _evaluate_by_protocol(
@@ -483,7 +492,8 @@ def _evaluate_by_protocol(
     record = {key: result[key] for key in ("summary", "overlap", "model_sha256")}
     lines = [f"Warning: {text}" for text in warnings_of(result)]
     out = paths[2]
-    return Summary(counts, result["failed"], f"every number is in {out}", record, lines, out / LOG)
+    nothing, where = 0 in result["images"].values(), f"every number is in {out}"
+    return Summary(counts, result["failed"], where, record, lines, out / LOG, doubtful=nothing)
 
 
 @app.command()

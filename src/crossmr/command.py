@@ -237,11 +237,13 @@ def check_extra(extra: str, *modules: str) -> None:
         raise ConfigError(f'{" and ".join(absent)} not installed. Install with: pip install "crossmr[{extra}]"')
 
 
-def pairs(items: Sequence[str] | None, option: str, example: str, *, joined_by: str = "") -> dict[str, str]:
+def pairs(
+    items: Sequence[str] | None, option: str, example: str, *, joined_by: str = "", once: bool = False
+) -> dict[str, str]:
     """Read KEY=VALUE as often as an option was given; of a key that comes twice the last, or all values, joined.
 
     Raises:
-        ConfigError: one that is none.
+        ConfigError: one that is none, or that comes twice with other values where each may come `once`.
     """
     read = dict[str, str]()
     for item in items or ():
@@ -249,6 +251,8 @@ def pairs(items: Sequence[str] | None, option: str, example: str, *, joined_by: 
         if not separator or not key or not value:
             raise ConfigError(f"{option} is '{item}'; expected KEY=VALUE, such as {example}.")
         key, value = key.strip(), value.strip()
+        if once and read.get(key, value) != value:
+            raise ConfigError(f"{option} names '{key}' twice: {read[key]} and {value}. Give each a name of its own.")
         read[key] = f"{read[key]}{joined_by}{value}" if joined_by and key in read else value
     return read
 

@@ -30,7 +30,7 @@ from crossmr.evaluation.evaluate import (
     versions,
     warn_of_memory,
 )
-from crossmr.evaluation.others import PREFIX, OtherImages, find_images, read_images, say_images
+from crossmr.evaluation.others import PREFIX, OtherImages, counted, find_images, read_images, say_images
 from crossmr.evaluation.overlap import Overlap, find_overlap, say_overlap
 from crossmr.evaluation.predictors import AGAINST, Predictor, find_predictors, predict
 from crossmr.evaluation.protocols import (
@@ -107,6 +107,10 @@ class ProtocolEvaluation(TypedDict):
     patients: dict[str, str]
     """Case → patient."""
     failed: dict[str, str]
+    images: dict[str, int]
+    """Name of other images → studies of which one was measured."""
+    notes: list[str]
+    """What the numbers of other images do not say."""
     model_sha256: str | None
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -119,6 +123,8 @@ class _Measured:
     patient: str
     scans: tuple[str, ...]
     scores: list[OtherScore]
+    notes: list[str]
+    """Of images of other programs: those that were not measured, and those in doubt."""
 
 
 def evaluate_by_protocol(
@@ -149,8 +155,6 @@ def evaluate_by_protocol(
         refuse_others(out, settings.protocol)
         refuse_foreign(out / "metrics.csv", partial(is_table, kind=OtherScore))
         with display.logged(out / LOG) as logging:
-            for line in say_images(images, [one.name for one in subjects]):
-                logging.say(f"warning: {line}")
 
             def measure_one(found: FoundSubject) -> _Measured:
                 warn_of_memory(found, predictors, logging)
@@ -162,7 +166,7 @@ def evaluate_by_protocol(
         if not measured:
             reason = next(iter(failed.values()), f"the split '{chosen.split or SPLIT}' is empty")
             raise StudyError(f"No study of {data} could be measured: {reason}")
-        result = _summarise(measured, predictors, settings, set_and_split(data, chosen))
+        result = _summarise(measured, predictors, settings, set_and_split(data, chosen), [one.name for one in images])
         result |= {"dropped": dropped, "failed": failed}
         write_csv(out / "metrics.csv", [score for one in measured.values() for score in one.scores])
         paths = {one.name: [*one.paths, data, out] for one in subjects}
@@ -179,7 +183,7 @@ def warnings_of(result: ProtocolEvaluation) -> list[str]:
         said += say_overlap("second model", result["against"]["overlap"], result["patients"])
     if result["segmenter"] is not None and not any(entry["measure"] in DICE for entry in result["summary"]):
         said.append("No Dice was measured: no study has labels.")
-    return said
+    return said + result["notes"]
 
 
 def summarise_scores(scores: Sequence[OtherScore]) -> list[OtherSummary]:
@@ -233,7 +237,9 @@ def _measure_study(
     """Measure one study; `dropped` is the contrast to be hidden, None for every one that the model makes."""
     study = found.study() if settings.segmenter is not None and found.study is not None else None
     subject = say_notes(found.read() if study is None else subject_of_study(study), display)
-    config, made = predictors[0].model.config, read_images(others, subject, display)
+    config, (made, doubts) = predictors[0].model.config, read_images(others, subject)
+    for line in doubts:
+        display.say(f"warning: {line}")
     if dropped is None:
         subsets = patterns(config, subject)
     else:
@@ -256,7 +262,7 @@ def _measure_study(
                 for name, values in _dice(settings.segmenter, study, subject, target, images).items():
                     measured.setdefault(name, {}).update(values)
             scores += [OtherScore(*common, name, what, v) for name, its in measured.items() for what, v in its.items()]
-    return _Measured(subject.patient, subject.scans, scores)
+    return _Measured(subject.patient, subject.scans, scores, doubts)
 
 
 def _dice(
@@ -276,8 +282,11 @@ def _summarise(
     predictors: Sequence[Predictor],
     settings: ProtocolSettings,
     of_set: tuple[str, str] | None,
+    images: Sequence[str],
 ) -> ProtocolEvaluation:
-    """What metrics.json says but for what failed or was dropped."""
+    """What metrics.json says but for what failed or was dropped; `images` are names of other images."""
+    of_images = {(s.predictor, name) for name, one in measured.items() for s in one.scores if s.predictor in images}
+    notes = [note for one in measured.values() for note in one.notes]
     own, second = predictors[0], next((p for p in predictors if p.name.startswith(AGAINST)), None)
     scans = {name: one.scans for name, one in measured.items()}
     patients, _ = merge({name: one.patient for name, one in measured.items()}, scans)
@@ -294,6 +303,8 @@ def _summarise(
         overlap=find_overlap(own.model, patients, scans, of_set),
         patients=dict(sorted(patients.items())),
         failed={},
+        images=counted(images, of_images),
+        notes=[*notes, *say_images(images, of_images, sorted(measured))],
         model_sha256=own.model.record.get("sha256"),
         settings=settings_of(own),
         versions=versions(),

@@ -27,6 +27,7 @@ from crossmr.evaluation.measurements import (
     Outcome,
     Picture,
     read_parts,
+    remove_parts,
     unlike_parts,
     write_part,
 )
@@ -38,7 +39,7 @@ from crossmr.evaluation.measures import (
     measure_contrasts,
     measure_uncertainty,
 )
-from crossmr.evaluation.others import PREFIX, OtherImages, find_images, read_images, say_images
+from crossmr.evaluation.others import PREFIX, OtherImages, counted, find_images, read_images, say_images
 from crossmr.evaluation.overlap import Overlap, find_overlap, say_overlap
 from crossmr.evaluation.predictors import AGAINST, Predictions, Predictor, find_predictors, memory_needed, predict
 from crossmr.evaluation.statistics import (
@@ -141,6 +142,10 @@ class Evaluation(TypedDict):
     patients: dict[str, str]
     """Case → patient."""
     failed: dict[str, str]
+    images: dict[str, int]
+    """Name of other images → studies of which one was measured."""
+    notes: list[str]
+    """What the numbers of other images do not say."""
     model_sha256: str | None
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -189,8 +194,6 @@ def evaluate(
         if part is None and not (out / "metrics.json").exists():
             write_json(out / "metrics.json", {"format": FORMAT, "finished": False})
         with display.logged(out / LOG) as logging, _kept(place, for_others=part is not None):
-            for line in say_images(images, [one.name for one in own]):
-                logging.say(f"warning: {line}")
             outcomes = _measure_all(own, predictors, images, place, settings, logging)
             paths = {one.name: [*one.paths, Path(data), out] for one in own}
             shareable = {one.name: names_only(one.failed, paths[one.name]) for one in outcomes if one.failed}
@@ -206,10 +209,13 @@ def evaluate(
             if not measured.scores and complete:
                 raise StudyError(f"No study of {data} could be measured: {next(iter(measured.failed.values()))}")
             measured = measured.by_patient()
-            evaluation = summarise_all(measured, predictors, of_set)
+            evaluation = summarise_all(measured, predictors, of_set, [one.name for one in images])
             evaluation["finished"] = complete
             if complete:
                 _publish(out, place, measured.rows(), {**evaluation, "failed": shareable})
+                if part is not None:
+                    remove_parts(out, part.of)
+                    _remove_work(place)
     return evaluation
 
 
@@ -220,18 +226,22 @@ def _kept(place: Path, *, for_others: bool) -> Iterator[None]:
         yield
     finally:
         if not for_others:
-            remove(place)
-            with suppress(OSError):  # parts of an evaluation may wait in it
-                place.parent.rmdir()
+            _remove_work(place)
+
+
+def _remove_work(place: Path) -> None:
+    remove(place)
+    with suppress(OSError):  # parts of an evaluation may wait beside it
+        place.parent.rmdir()
 
 
 def _publish(out: Path, place: Path, rows: Mapping[str, Sequence[Row]], body: Evaluation) -> None:
     """Put an evaluation in the place of an earlier one, of which nothing stays; metrics.json comes last.
 
-    Nothing is done where another part that ended at the same time has done it.
+    Nothing is done where another part that ended at the same time has done it, and has taken the pictures.
     """
     path = out / "metrics.json"
-    if path.exists() and digest(read_json(path, OutputError)) == digest(body):
+    if not place.exists() and path.exists() and digest(read_json(path, OutputError)) == digest(body):
         return
     write_json(path, {"format": FORMAT, "finished": False})
     remove(out / REPORT)
@@ -249,7 +259,6 @@ def _publish(out: Path, place: Path, rows: Mapping[str, Sequence[Row]], body: Ev
         with suppress(FileNotFoundError):  # another part that ended now has moved it
             (place / picture.relative_to(out)).replace(picture)
     write_json(path, body)
-    remove(out / WORK)
 
 
 def _key(
@@ -273,6 +282,7 @@ def _key(
         "--map": sorted((settings.mapping or {}).items()),
         "--every-subset": settings.every_subset,
         "guidance modes": settings.guidances,
+        "version of crossmr": version("crossmr"),
         "--images": [(one.name, case, m, path.name, _size(path)) for one in images for case, m, path in one],
     }
     inference = replace(settings.inference, device=predictors[0].model.device.type)  # any of its kind
@@ -300,8 +310,12 @@ def _measure_all(
     def measure_one(found: FoundSubject) -> Measurements:
         warn_of_memory(found, predictors, display, every_subset=settings.every_subset)
         subject = say_notes(found.read(), display)
-        made = read_images(images, subject, display)
-        return measure_subject(subject, predictors, place, made, every_subset=settings.every_subset)
+        made, doubts = read_images(images, subject)
+        for line in doubts:
+            display.say(f"warning: {line}")
+        measured = measure_subject(subject, predictors, place, made, every_subset=settings.every_subset)
+        measured.notes.extend(doubts)
+        return measured
 
     return [Outcome(name, measured, failed) for name, measured, failed in each_study(subjects, measure_one, display)]
 
@@ -412,9 +426,16 @@ def _panels(subject: Subject, sources: Sequence[str], predictions: Predictions) 
 
 
 def summarise_all(
-    measured: Measurements, predictors: Sequence[Predictor], of_set: tuple[str, str] | None = None
+    measured: Measurements,
+    predictors: Sequence[Predictor],
+    of_set: tuple[str, str] | None = None,
+    images: Sequence[str] = (),
 ) -> Evaluation:
-    """What metrics.json says of it all; `of_set` is the fingerprint and the split of the prepared dataset, if any."""
+    """What metrics.json says of it all.
+
+    `of_set` is the fingerprint and the split of the prepared dataset, if any; `images` are names of other images.
+    """
+    of_images = {(s.predictor, s.case) for s in measured.scores if s.predictor in images}
     own, second = predictors[0], next((p for p in predictors if p.name.startswith(AGAINST)), None)
     model = own.model
     return Evaluation(
@@ -433,6 +454,8 @@ def summarise_all(
         overlap=find_overlap(model, measured.patients, measured.scans, of_set),
         patients=dict(sorted(measured.patients.items())),
         failed=measured.failed,
+        images=counted(images, of_images),
+        notes=[*measured.notes, *say_images(images, of_images, sorted(measured.patients))],
         model_sha256=model.record.get("sha256"),
         settings=settings_of(own),
         versions=versions(),
@@ -479,9 +502,9 @@ def set_and_split(data: Path, settings: EvaluationSettings) -> tuple[str, str] |
     return None if dataset is None else (dataset.fingerprint, settings.split or SPLIT)
 
 
-def overlap_warnings(evaluation: Evaluation) -> list[str]:
-    """What the numbers do not say of new patients, in sentences."""
+def warnings_of(evaluation: Evaluation) -> list[str]:
+    """What the numbers do not say of new patients, and of other images, in sentences."""
     warnings = say_overlap("model", evaluation["overlap"], evaluation["patients"])
     if evaluation["against"] is not None:
         warnings += say_overlap("second model", evaluation["against"]["overlap"], evaluation["patients"])
-    return warnings
+    return warnings + evaluation.get("notes", [])  # which evaluations of earlier versions have not

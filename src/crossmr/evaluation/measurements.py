@@ -9,7 +9,7 @@ from typing import Any, TypedDict, TypeVar
 from crossmr.data.patients import merge
 from crossmr.errors import OutputError
 from crossmr.evaluation.measures import CalibrationPoint, ContrastScore, Row, Score, UncertaintyScore
-from crossmr.files import write_atomically
+from crossmr.files import remove, write_atomically
 from crossmr.parts import WORK, Part
 
 TABLES: dict[str, type[Row]] = {
@@ -47,6 +47,8 @@ class Measurements:
     """Case → SHA-256 of the voxels of each volume."""
     failed: dict[str, str] = field(default_factory=dict)
     """Case → reason."""
+    notes: list[str] = field(default_factory=list)
+    """Of images of other programs: those that were not measured, and those in doubt."""
 
     @classmethod
     def of(cls, outcomes: "Sequence[Outcome]") -> "Measurements":
@@ -71,6 +73,7 @@ class Measurements:
         self.pictures.extend(other.pictures)
         self.patients.update(other.patients)
         self.scans.update(other.scans)
+        self.notes.extend(other.notes)
 
     def by_patient(self) -> "Measurements":
         """The same, where cases that share a scan are of one patient."""
@@ -146,6 +149,18 @@ def unlike_parts(out: Path, of: int, key: Mapping[str, str]) -> dict[str, list[s
         elif theirs != key:
             unlike[str(part)] = sorted(name for name in {*theirs, *key} if theirs.get(name) != key.get(name))
     return unlike
+
+
+def measured_parts(out: Path) -> list[str]:
+    """The parts that are kept, such as '2/3'; none of a completion, which calls its own alike."""
+    names = [path.stem.replace("-of-", "/") for path in (out / WORK).glob("*-of-*.json") if path.stat().st_size > 2]
+    return sorted(names)
+
+
+def remove_parts(out: Path, of: int) -> None:
+    """Delete what so many parts kept; those of another number of parts may wait for theirs."""
+    for number in range(1, of + 1):
+        remove(_path(out, Part(number, of)))
 
 
 def _path(out: Path, part: Part) -> Path:

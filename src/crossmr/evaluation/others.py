@@ -16,13 +16,14 @@ import numpy as np
 from crossmr.data.head import DARKEST, MEDIAN_OF_HEAD, STD_OF_HEAD
 from crossmr.data.naming import find_studies
 from crossmr.data.volume import describe_grid, read_volume, said_displacement, same_grid, voxels_sha256
-from crossmr.display import Display
-from crossmr.errors import ConfigError, CrossmrError, StudyError
+from crossmr.errors import ConfigError, CrossmrError, StudyError, names_only
 from crossmr.evaluation.subjects import Array, Subject
 
 FAR, NARROW = 3.0, 0.15
 """Robust standard deviations of the truth: images whose median lies farther from the true one, or whose own deviation
 is smaller, have other units."""
+UNLIKE_FAR, UNLIKE_NARROW = 0.75, 0.5
+"""The same where they may have."""
 SLACK = 0.02
 """So far beyond 0 and 1 may images on crossmr's scale lie, but for a twentieth of their voxels at each end."""
 PREFIX = "images: "
@@ -42,17 +43,14 @@ class OtherImages:
         """Case, contrast and file of each image."""
         return ((case, m, path) for case, files in sorted(self.files.items()) for m, path in sorted(files.items()))
 
-    def of(self, subject: Subject, targets: Sequence[str]) -> dict[str, Array]:
-        """Its images of one study: target → (Z, Y, X) in [0, 1], as the subject's are, 0 where the truth has no head.
+    def of(self, subject: Subject, target: str) -> tuple[Array, str]:
+        """Its image of one study, (Z, Y, X) in [0, 1] as the subject's are, 0 where the truth has no head; and a doubt.
 
         Raises:
-            StudyError: one is on another grid, or has voxels of the head that are no numbers. VolumeError: unreadable.
+            StudyError: it is on another grid, in other units, or has voxels of the head that are no numbers.
+            VolumeError: unreadable.
         """
-        files = self.files.get(subject.name, {})
-        there = [target for target in targets if target in files and target in subject.volumes]
-        return {target: self._read(files[target], subject, target) for target in there}
-
-    def _read(self, path: Path, subject: Subject, target: str) -> Array:
+        path = self.files[subject.name][target]
         volume = read_volume(path)
         where = f"{self.name}: {path.name}"
         if volume.data.shape != subject.grid or (subject.whole is not None and not same_grid(volume, subject.whole)):
@@ -75,29 +73,40 @@ class OtherImages:
         least, most = np.percentile(inside, (5, 95))
         if least >= -SLACK and most <= 1 + SLACK:
             scales.append(np.clip(inside, DARKEST, 1))
+        elif volume.synthetic:
+            raise StudyError(
+                f"{subject.name}: {where} was written with --scale input, in another scan's units. Write it on "
+                "crossmr's scale from 0 to 1 (--scale unit)."
+            )
         image = np.zeros(head.shape, np.float32)
         image[head] = min(scales, key=lambda scaled: abs(float(np.median(scaled)) - MEDIAN_OF_HEAD))
         low, middle, high = np.percentile(image[head], (25, 50, 75))
         far, spread = abs(middle - MEDIAN_OF_HEAD) / STD_OF_HEAD, (high - low) / 1.349 / STD_OF_HEAD
+        how = (
+            f"within the head its median lies {far:.1f} robust standard deviations from the scan's, and its own is "
+            f"{spread:.2f} of the scan's. Write the images in the scan's units, or on crossmr's scale from 0 to 1"
+        )
         if far > FAR or spread < NARROW:
-            raise StudyError(
-                f"{subject.name}: {where} has other units: within the head its median lies {far:.1f} robust standard "
-                f"deviations from the scan's, and its own is {spread:.2f} of the scan's. Write the images in the "
-                "scan's units, or on crossmr's scale from 0 to 1 (--scale unit)."
-            )
-        return image
+            raise StudyError(f"{subject.name}: {where} has other units: {how} (--scale unit).")
+        unlike = bool(far > UNLIKE_FAR or spread < UNLIKE_NARROW)
+        return image, f"{subject.name}: {where} may have other units, and is measured as it is: {how}" * unlike
 
 
-def read_images(images: Sequence[OtherImages], subject: Subject, display: Display) -> dict[str, dict[str, Array]]:
-    """Name → target → volume of one study; one that cannot be measured is left out, with a word."""
-    made: dict[str, dict[str, Array]] = {}
+def read_images(images: Sequence[OtherImages], subject: Subject) -> tuple[dict[str, dict[str, Array]], list[str]]:
+    """Name → target → volume of one study, and what is to be said: an image that cannot be measured is left out."""
+    made, said = dict[str, dict[str, Array]](), list[str]()
     for one in images:
         for target in one.files.get(subject.name, ()):
+            if target not in subject.volumes:
+                continue
             try:
-                made.setdefault(one.name, {}).update(one.of(subject, [target]))
+                image, doubt = one.of(subject, target)
             except CrossmrError as error:
-                display.say(f"warning: not measured: {error}")
-    return made
+                said.append(f"not measured: {names_only(str(error), [one.folder])}")
+                continue
+            made.setdefault(one.name, {})[target] = image
+            said += [doubt] if doubt else []
+    return made, said
 
 
 def find_images(folders: Mapping[str, Path], cases: Collection[str], targets: Collection[str]) -> list[OtherImages]:
@@ -131,12 +140,21 @@ def _some(names: Collection[str]) -> str:
     return f"{', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
 
 
-def say_images(images: Sequence[OtherImages], cases: Collection[str]) -> list[str]:
-    """What the numbers of other images do not say: on whom their program was trained, and of whom they are lacking."""
+def counted(names: Sequence[str], measured: Collection[tuple[str, str]]) -> dict[str, int]:
+    """Name → cases of which an image was measured."""
+    return {name: sum(one == name for one, _ in measured) for name in names}
+
+
+def say_images(names: Sequence[str], measured: Collection[tuple[str, str]], cases: Collection[str]) -> list[str]:
+    """What the numbers of other images do not say: on whom their program was trained, and of whom they are lacking.
+
+    `measured` are pairs of a name and a case of which an image was measured.
+    """
     said = []
-    for one in images:
-        said.append(f"{one.name}: from which contrasts, and by a training on whom, nobody here knows.")
-        if lacking := [case for case in cases if not one.files.get(case)]:
-            had = f"{len(cases) - len(lacking)} of {len(cases)} studies"
-            said.append(f"{one.name}: there are images of {had}, and its means are over these; {_some(lacking)} lack.")
+    for name in names:
+        said.append(f"{name}: from which contrasts, and by a training on whom, nobody here knows.")
+        if lacking := [case for case in cases if (name, case) not in measured]:
+            had = len(cases) - len(lacking)
+            means = f"its means are over these; {_some(lacking)} lack" if had else "so it is in no table"
+            said.append(f"{name}: images of {had} of {len(cases)} studies were measured, {means}.")
     return said

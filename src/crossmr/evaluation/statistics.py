@@ -9,7 +9,7 @@ sets of sources.
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
 from crossmr import metrics
@@ -158,20 +158,42 @@ def summarise(scores: Sequence[Score]) -> list[Summary]:
     return summaries
 
 
-def out_of_reach(entries: Sequence[Summary], *, baselines: bool) -> float | None:
-    """The least corrected p that so few patients can give, where it is not significant; else None.
+def out_of_reach(entries: Sequence[Summary]) -> dict[str, tuple[int, float]]:
+    """Predictor → its patients, and the least corrected p that so few can give, where that is not significant.
 
-    `entries` are of one target from one set of sources; of the models other than the first, or of the baselines. Of n
-    pairs that all differ to one side Wilcoxon's test gives 2^(1-n), and Holm's procedure takes the least of m p-values
-    m times.
+    `entries` are of one target from one set of sources. Of n pairs that all differ to one side Wilcoxon's test gives
+    2^(1-n), and Holm's procedure takes the least of m p-values m times, where those of predictors with more patients
+    may be less.
     """
     others = [e for e in entries if "p_uncorrected_against_first" in e["psnr"]]
-    family = [e for e in others if (e["predictor"] in BASELINES) is baselines]
-    patients = max((entry["patients"] for entry in family), default=0)
-    counts = [sum(e[m].get("p_uncorrected_against_first") is not None for e in family) for m in METRICS]
-    tests = min((count for count in counts if count), default=0)
-    least = min(1.0, tests * 2.0 ** (1 - patients))
-    return least if tests and least >= SIGNIFICANT else None
+    patients = patients_of(others)
+    found = {}
+    for name, count in patients.items():
+        family = [e for e in others if (e["predictor"] in BASELINES) == (name in BASELINES)]
+        no_more = [e for e in family if patients[e["predictor"]] <= count]
+        counts = [sum(e[m].get("p_uncorrected_against_first") is not None for e in no_more) for m in METRICS]
+        tests = min((count for count in counts if count), default=0)
+        least = min(1.0, tests * 2.0 ** (1 - count))
+        if tests and least >= SIGNIFICANT:
+            found[name] = count, least
+    return found
+
+
+def patients_of(entries: Sequence[Summary]) -> dict[str, int]:
+    """Predictor → of how many patients its images are; not all of them may have a tumour."""
+    found: dict[str, int] = {}
+    for entry in entries:
+        found[entry["predictor"]] = max(entry["patients"], found.get(entry["predictor"], 0))
+    return found
+
+
+def say_out_of_reach(found: Mapping[str, tuple[int, float]], patients: int) -> list[str]:
+    """What `out_of_reach` found in a table of so many patients, in words."""
+    said = {}
+    for name, (count, p) in found.items():
+        who = "from baselines" if name in BASELINES else f"of {name}" if count < patients else "between models"
+        said[f"{count} patient{'s are' if count > 1 else ' is'} too few for a significant difference {who}"] = p
+    return [f"{text} (p is {p:.2g} at least)" for text, p in said.items()]
 
 
 def _summary(key: _Key, rows: Sequence[Score], own: Sequence[Score] | None) -> Summary:

@@ -15,7 +15,15 @@ from crossmr.baselines import BASELINES
 from crossmr.data.naming import in_usual_order
 from crossmr.errors import OutputError
 from crossmr.evaluation.measures import METRICS, STRUCTURES, Metric, Score, Structure
-from crossmr.evaluation.statistics import FEWEST, ContrastSummary, Summary, UncertaintySummary, out_of_reach
+from crossmr.evaluation.statistics import (
+    FEWEST,
+    ContrastSummary,
+    Summary,
+    UncertaintySummary,
+    out_of_reach,
+    patients_of,
+    say_out_of_reach,
+)
 from crossmr.files import write_atomically
 
 if TYPE_CHECKING:
@@ -202,22 +210,25 @@ def _target_table(entries: Sequence[Summary], contrasts: Sequence[ContrastSummar
     patients, (target, sources) = max(e["patients"] for e in entries), (entries[0]["target"], entries[0]["sources"])
     bounds = bounds_of(patients) if intervals else None
     table = _table(f"{target} from {sources}: mean{SPREADS[bounds]} over {patients} patients{TOO_FEW[bounds]}")
-    if (least := out_of_reach(entries, baselines=False)) is not None:
-        table.caption = (
-            f"{patients} patients are too few for a significant difference between models: p is {least:.2g} at least"
-        )
+    of_models = {name: few for name, few in out_of_reach(entries).items() if name not in BASELINES}
+    table.caption = "\n".join(map(escape, say_out_of_reach(of_models, patients))) or None
     table.add_column("predictor", no_wrap=True)
     for region, metric, _ in COLUMNS:
         table.add_column(f"{HEADINGS[metric]}\n{region}", justify="right", no_wrap=True)
     for heading in KEPT_HEADINGS.values():
         table.add_column(f"{heading}\nkept", justify="right", no_wrap=True)
     kept = {(e["predictor"], e["structure"]): e for e in contrasts if (e["target"], e["sources"]) == (target, sources)}
-    by_place = {(entry["predictor"], entry["region"]): entry for entry in entries}
+    by_place, own = {(entry["predictor"], entry["region"]): entry for entry in entries}, patients_of(entries)
     for predictor in dict.fromkeys(entry["predictor"] for entry in entries):
         cells = [_cell(by_place.get((predictor, r)), metric, digits, bounds) for r, metric, digits in COLUMNS]
         cells += [kept_cell(kept.get((predictor, structure))) for structure in STRUCTURES]
-        table.add_row(escape(predictor), *cells)
+        table.add_row(escape(_named(predictor, own[predictor], patients)), *cells)
     return table
+
+
+def _named(predictor: str, own: int, patients: int) -> str:
+    """A predictor, and of how many patients it has images where they are fewer than the table's."""
+    return predictor if own == patients else f"{predictor}\nof {own} patient{'s' * (own > 1)}"
 
 
 def _subsets_table(summary: Sequence[Summary], predictor: str, metric: Metric, digits: int) -> Table:

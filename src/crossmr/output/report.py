@@ -20,12 +20,19 @@ from crossmr.completion.study import DISCLAIMER, ENHANCEMENT
 from crossmr.completion.verdict import VERDICTS
 from crossmr.data.naming import display_name, in_usual_order
 from crossmr.errors import OutputError
-from crossmr.evaluation.evaluate import BY_PROTOCOL, Evaluation, overlap_warnings
+from crossmr.evaluation.evaluate import BY_PROTOCOL, Evaluation, warnings_of
 from crossmr.evaluation.measurements import Picture
 from crossmr.evaluation.measures import KEPT, STRUCTURES, Score
 from crossmr.evaluation.others import PREFIX
 from crossmr.evaluation.predictors import AGAINST
-from crossmr.evaluation.statistics import CalibrationSummary, ContrastSummary, Summary, out_of_reach
+from crossmr.evaluation.statistics import (
+    CalibrationSummary,
+    ContrastSummary,
+    Summary,
+    out_of_reach,
+    patients_of,
+    say_out_of_reach,
+)
 from crossmr.evaluation.tables import (
     BASELINE,
     COLUMNS,
@@ -84,6 +91,8 @@ class TargetTable:
     patients: int
     rows: Mapping[str, Mapping[str, Summary]]
     """Predictor → region → its metrics."""
+    fewer: Mapping[str, str]
+    """Predictor → of how many patients it has images, where they are fewer."""
     kept: Mapping[str, Sequence[str]]
     """Predictor → how often it keeps the contrast of each structure, as text."""
     bounds: Bounds | None
@@ -190,7 +199,7 @@ def report_evaluation(out: Path) -> Path:
             "failed": len(result["failed"]),
             "trained on": len(result["overlap"]["trained_on"]),
         },
-        "warnings": [DISCLAIMER, *overlap_warnings(result)],
+        "warnings": [DISCLAIMER, *warnings_of(result)],
         "result": result,
         "tables": _target_tables(result["summary"], result["contrasts"]),
         "subsets": _subset_table(result["summary"], result["own"], others),
@@ -266,9 +275,9 @@ def _target_tables(summary: Sequence[Summary], contrasts: Sequence[ContrastSumma
             for predictor in rows
         }
         patients = max(entry["patients"] for entry in entries)
-        least = {who: out_of_reach(entries, baselines=who == "baselines") for who in ("other models", "baselines")}
-        too_few = [f"from {who} (p is {p:.2g} at least)" for who, p in least.items() if p is not None]
-        tables.append(TargetTable(target, sources, patients, rows, kept, bounds_of(patients), too_few))
+        too_few, own = say_out_of_reach(out_of_reach(entries), patients), patients_of(entries)
+        fewer = {name: f"of {count} patient{'s' * (count > 1)}" for name, count in own.items() if count < patients}
+        tables.append(TargetTable(target, sources, patients, rows, fewer, kept, bounds_of(patients), too_few))
     return tables
 
 
