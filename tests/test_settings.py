@@ -1,5 +1,7 @@
 """What a caller of the training decides is checked when it is said."""
 
+from dataclasses import replace
+
 import pytest
 
 from crossmr.completion.study import complete
@@ -76,3 +78,33 @@ def test_settings_of_another_kind_are_refused_by_name(call, kind, settings):
         settings = TrainingSettings()
     with pytest.raises(ConfigError, match=rf"is .*; expected {kind}\(…\)"):
         call(settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainingSettings(seed=None), "seed is None; expected a whole number"),
+        (lambda: TrainingSettings(sources=3), "3 names no modality"),
+        (lambda: InferenceSettings(targets=3), "3 names no modality"),
+        (lambda: InferenceSettings(ddim_steps=None), "ddim_steps is None; expected a whole number"),
+        (lambda: EvaluationSettings(images="folder"), "images is 'folder'; expected a folder for each name"),
+        (lambda: EvaluationSettings(images={"a": None}), "expected a folder for each name"),
+        (lambda: replace(RECIPES["tiny"], by_set=None), "by_set is None; expected"),
+        (lambda: replace(RECIPES["tiny"], samples="many"), "samples is 'many'; expected int"),
+        (lambda: replace(RECIPES["tiny"], guidance="foo"), "guidance is 'foo'; it may be one of: joint, last, none"),
+        (lambda: replace(RECIPES["tiny"], any_subset="yes"), "any_subset is 'yes'; expected bool"),
+        (lambda: replace(RECIPES["tiny"], crop=48), "crop is 48; expected"),
+        (lambda: replace(RECIPES["tiny"], synthesis={}), r"synthesis is \{\}; expected SynthesisConfig"),
+        (lambda: replace(RECIPES["tiny"], synthesis_train=None), r"synthesis_train is None; expected TrainConfig"),
+        (lambda: replace(RECIPES["tiny"], lesion_draws=1.5), "lesion_draws is 1.5; expected int"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_in_one_line_when_they_are_made(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_settings_of_a_recipe_may_be_text_and_lists():
+    recipe = replace(RECIPES["tiny"], samples="4", crop=[48, 48])
+    assert (recipe.samples, recipe.crop) == (4, (48, 48))
+    assert hash(recipe)

@@ -24,6 +24,7 @@ from test_run import (  # noqa: F401  (fixtures)
     quick,
     records,
     resplit,
+    same,
     train,
     trained,
     weights,
@@ -301,3 +302,43 @@ def test_a_training_starts_from_no_other_network(prepared, trained, any_run, tmp
 def frozen(recipe: Recipe) -> Recipe:
     """The recipe with learning rates too small to change a weight."""
     return with_settings(recipe, {f"{name}_train.learning_rate": "1e-12" for name in STAGES})
+
+
+def test_a_run_goes_on_with_the_same_validation_patients_or_not_at_all(resplit, trained, tmp_path):
+    """Without its list the initial model leaves nobody out; the calibration would see those it learnt from."""
+    data, _, _ = resplit(("train", "train", "val", "test"), ("train", "val", "test"))
+    train(data, tmp_path / "run", initial=trained / "model", steps=1)
+    shutil.copytree(trained / "model", tmp_path / "stripped")
+    (tmp_path / "stripped" / "patients.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds a run that other patients validate.*patients\.json is beside it"):
+        train(data, tmp_path / "run", initial=tmp_path / "stripped", steps=1)
+    path = tmp_path / "run" / "run.json"  # as an earlier version wrote it
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "validation"})
+    )
+    train(data, tmp_path / "run", initial=trained / "model", steps=1)
+
+
+def test_a_finished_run_leaves_its_model_as_it_is_and_a_damaged_one_is_written_again(prepared, trained, tmp_path):
+    """Other runs may have started from it, and know it by its hash."""
+    shutil.copytree(trained, tmp_path / "run")
+    model = tmp_path / "run" / "model"
+    before = tree(model)
+    train(prepared, tmp_path / "run", steps=STEPS, seed=5)
+    assert tree(model) == before
+    next(model.glob("*.safetensors")).write_bytes(b"cut off")
+    train(prepared, tmp_path / "run", steps=STEPS, seed=5)
+    assert same(model, trained / "model")
+
+
+def test_a_set_that_grew_is_named_where_the_recipe_follows_from_it(tmp_path):
+    folder = tmp_path / "cohort"
+    for number in range(6):
+        write_study(folder, f"P-0000{number}-000", MODALITIES, seed=number, air=False)
+    recipe = replace(RECIPES["standard"], crop=(16, 16), synthesis=replace(SMALL.synthesis, channels=8, patch=2))
+    prepare(folder, tmp_path / "set", PrepareSettings(split=Split(0.6, 0.2, 0.2)))
+    train(tmp_path / "set", tmp_path / "run", recipe, steps=1)
+    write_study(folder, "P-00006-000", MODALITIES, seed=6, air=False)
+    prepare(folder, tmp_path / "set", PrepareSettings(split=Split(0.6, 0.2, 0.2)))
+    with pytest.raises(ConfigError, match="holds a run on another set, or on this one before it changed"):
+        train(tmp_path / "set", tmp_path / "run", recipe, steps=1)

@@ -42,16 +42,29 @@ def check_kind(value: Any, kind: type, name: str = "settings") -> None:
 
 
 def read_whole(settings: Any, *names: str) -> None:
-    """Make attributes of a frozen dataclass integers; None is what was not given.
+    """Make attributes of a frozen dataclass integers; None is what was not given, where that is the default.
 
     Raises:
         ConfigError: one that is no whole number.
     """
     for name in names:
-        if (value := getattr(settings, name)) is not None:
+        if (value := getattr(settings, name)) is not None or getattr(type(settings), name) is not None:
             if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number.")
             object.__setattr__(settings, name, int(getattr(settings, name)))
+
+
+def read_fields(settings: Any) -> None:
+    """Check every attribute of a frozen dataclass by its annotation; text, numbers and lists become what it says.
+
+    Raises:
+        ConfigError: one of another kind.
+    """
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if dataclasses.is_dataclass(hint):
+            check_kind(value, typing.cast(type[Any], hint), name)
+        object.__setattr__(settings, name, _parse(hint, _plain(value), name))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -166,7 +166,9 @@ def modality_names(given: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ConfigError: none is given, or a name spells several: 'T1ce FLAIR'.
     """
-    texts = (given,) if isinstance(given, str) else tuple(given)
+    texts = [given] if isinstance(given, str) else [*given] if isinstance(given, Iterable) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{given!r} names no modality; expected text such as 't2f', or a list of such.")
     names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
     if not names:
         raise ConfigError("No modality is named; name one, such as 't2f', or leave the setting out for all.")

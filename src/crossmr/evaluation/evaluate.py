@@ -104,6 +104,9 @@ class EvaluationSettings:
         check_kind(self.inference, InferenceSettings, "inference")
         read_text(self, "part", Part | None, Part.parse, "3/100")
         read_text(self, "patients", Path | None, Path, "patients.csv")
+        images: Any = self.images
+        if not isinstance(images, Mapping) or not all(isinstance(path, str | Path) for path in images.values()):
+            raise ConfigError(f"images is {images!r}; expected a folder for each name, such as {{'unet': 'IMAGES'}}.")
         read_text(self, "guidances", Sequence, lambda text: (text,), "unconditional")
         if "reference" in (*self.guidances, self.inference.guidance):
             raise ConfigError("An evaluation knows no reference; measure sample, unconditional or none.")

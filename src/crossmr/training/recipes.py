@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
-from crossmr.config import from_dict
+from crossmr.config import from_dict, read_fields
 from crossmr.errors import ConfigError
 from crossmr.networks.c_unet import SynthesisConfig
 from crossmr.networks.distribution import DistributionConfig
@@ -111,6 +111,7 @@ class Recipe:
     """With guidance 'last': training of the C-UNet's condition layers, when the rest is finished."""
 
     def __post_init__(self) -> None:
+        read_fields(self)
         if min(self.samples, self.lesion_draws) < 1:
             raise ConfigError("samples and lesion_draws are counts of at least 1.")
         if unknown := set(self.by_set) - set(BY_SET):

@@ -11,7 +11,7 @@ RUN/
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from crossmr.device import numerics
 from crossmr.display import LOG, SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, Interrupted, RankLost
 from crossmr.files import locked
-from crossmr.networks.model import INHERITED, CrossConditionedModel, calibrated_on, save_model
+from crossmr.networks.model import INHERITED, CrossConditionedModel, calibrated_on, read_model, save_model
 from crossmr.ranks import Ranks, joined
 from crossmr.training.calibration import calibration
 from crossmr.training.loop import Trainer, without_prefix
@@ -113,7 +113,10 @@ def _train_model(
     for line in _learnt_from(training):
         training.compute.display.say(line)
     model = _first_model(training, initial)
-    if _train_stages(training, model, chosen, steps):
+    finished, trained = _train_stages(training, model, chosen, steps)
+    if finished and not trained and training.compute.ranks.broadcast_json(lambda: _is_whole(training.folder / "model")):
+        return
+    if finished:
         if model.config.uncertainty:
             validated, say = training.usable(training.val), training.compute.display.say
             how = "calibrated on validation patients" if validated else "as they are, without validation patients"
@@ -126,6 +129,14 @@ def _train_model(
         if not training.compute.ranks.first:
             return
         save_model(training.folder / "model", model, record_of(training, initial), patients_of(training, initial))
+
+
+def _is_whole(model: Path) -> bool:
+    """Whether a model was saved and is as it was; then it stays, as other runs may have started from it."""
+    with suppress(CrossmrError):
+        read_model(model)
+        return True
+    return False
 
 
 def _not_calibrated(model: CrossConditionedModel) -> list[str]:
@@ -188,20 +199,23 @@ def _load_finished(training: Training, model: CrossConditionedModel, stage: str)
     return True
 
 
-def _train_stages(training: Training, model: CrossConditionedModel, chosen: Sequence[str], steps: int | None) -> bool:
-    """Train the chosen stages that are not finished, in their order; returns whether all stages are finished."""
-    order, say = training.config.stages, training.compute.display.say
+def _train_stages(
+    training: Training, model: CrossConditionedModel, chosen: Sequence[str], steps: int | None
+) -> tuple[bool, bool]:
+    """Train the chosen stages that are not finished, in their order: whether all are finished, and one was trained."""
+    order, say, trained = training.config.stages, training.compute.display.say, False
     for stage in order:
         if _load_finished(training, model, stage):
             say(f"{stage}: finished before")
         elif stage in chosen:
             _train_stage(training, model, stage, steps)
+            trained = True
         elif later := [name for name in chosen if order.index(name) > order.index(stage)]:
             raise ConfigError(f"Stage '{stage}' comes before '{later[0]}' and is not finished; train it first.")
         else:
             say(f"{stage}: not trained yet, so there is no model yet")
-            return False
-    return True
+            return False, trained
+    return True, trained
 
 
 def _train_stage(training: Training, model: CrossConditionedModel, name: str, steps: int | None) -> None:

@@ -17,7 +17,7 @@ from crossmr.data.naming import display_name, in_usual_order
 from crossmr.device import choose_device, choose_precision
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, ModelError, SetError
-from crossmr.files import is_record, read_json, refuse_foreign, write_json
+from crossmr.files import digest, is_record, read_json, refuse_foreign, write_json
 from crossmr.networks.model import FORMAT, CrossConditionedModel, ModelConfig
 from crossmr.networks.trained_on import FILE as PATIENTS
 from crossmr.networks.trained_on import FORMAT as PATIENTS_FORMAT
@@ -314,12 +314,14 @@ def _chosen_stages(config: ModelConfig, settings: TrainingSettings) -> tuple[str
 def _identity(training: Training, dataset: PreparedDataset, initial: CrossConditionedModel | None) -> dict[str, Any]:
     """What makes a run this one."""
     compute = training.compute
+    validation = sorted(case.name for case in training.val)
     identity = {
+        "set": dataset.fingerprint,
+        "validation": digest({"set": dataset.fingerprint, "cases": validation}),
         "recipe": to_dict(training.recipe),
         "sources": list(training.config.sources),
         "targets": list(training.config.targets),
         "seed": compute.seed,
-        "set": dataset.fingerprint,
         "precision": str(compute.dtype).removeprefix("torch."),
         "device": compute.device.type,
     }
@@ -349,8 +351,13 @@ def _check_identity(
                 f"Go on with --{key} {earlier[key]}, on a machine that has it, or name another folder."
             )
     for key, value in {"initial_model": None, **identity}.items():
-        if earlier.get(key) == value:
+        if earlier.get(key) == value or (key == "validation" and key not in earlier):  # as of earlier versions
             continue
+        if key == "validation":
+            raise ConfigError(
+                f"{folder} holds a run that other patients validate: the initial model said then whom it learnt from. "
+                "Go on with that one, whose patients.json is beside it, or name another folder."
+            )
         if key == "set":
             raise ConfigError(
                 f"{folder} holds a run on another set, or on this one before it changed. Prepare it as it was to go "
