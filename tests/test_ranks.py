@@ -348,7 +348,7 @@ def test_a_failure_of_its_own_each_process_tells(prepared, tmp_path):
 
 def test_torchrun_starts_the_command(prepared, tmp_path):
     sizes = [text for key, value in SIZES.items() for text in ("--set", f"{key}={value}")]
-    command = ["--no-python", sys.executable, "-c", "from crossmr.cli import main; main()"]
+    command = ["--no-python", "--", sys.executable, "-c", "from crossmr.cli import main; main()"]
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command),
