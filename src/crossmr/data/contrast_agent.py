@@ -115,6 +115,8 @@ _GIVEN = re.compile(
 """A word that may mean something else names an agent for sure behind one of these."""
 _WEAK_DENIAL = r"plain|simple|basal[ei]?|natives?|diretta|blanco"
 _AMBIGUOUS_DENIAL = re.compile(rf"\b(?:{_WEAK_DENIAL})\b")
+_SANS = re.compile(r"(?<![^\W_])(?<![ft]se[ _])(?:ss[ ._]+g(?:d|ado[^\W_]*)|s[ ._]+gado[^\W_]*)(?![^\W_])")
+"""French "sans", cut short, unless it may be a single shot."""
 _CJK = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
 _FOLDED = str.maketrans({"ı": "i", "ø": "o", "ł": "l", "ß": "ss", "đ": "d", "æ": "ae", "−": "-", "–": "-", "＋": "+"})
 
@@ -177,7 +179,8 @@ def says_agent(description: str) -> bool | None:
 
 def said_of_agent(description: str) -> Said:
     """What a description says of a contrast agent, and whether that is sure: "contrast" and "basal" may mean others."""
-    text = re.sub(r"(?:\b(?:gd|gad|km|ce|c) ?)?(?:\+ ?/ ?-|- ?/ ?\+|±)", " w wo ", plain(description))
+    text = re.sub(r"\bt1(\w*)[\W_]+c[. ]e\b", r"t1\1 ce", plain(description))
+    text = re.sub(r"(?:\b(?:gd|gad|km|ce|c) ?)?(?:\+ ?/ ?-|- ?/ ?\+|±)", " w wo ", _SANS.sub(" plain ", text))
     text = re.sub(rf"\b(?:{_WEAK_DENIAL}) ?[+/&] ?(?:{_column(0)})\b", " w wo ", text)
     text = re.sub(r"(?<!\w)c/(?:c\b|contrast)", " gd ", text)
     text = re.sub(r"(?<!\w)s(?:/ ?c\b|[/.] ?(?:contrast\w*|gd\b|gad\w*|km\b|mdc\b|inj\w*))", " unenhanced ", text)
@@ -202,10 +205,11 @@ def said_of_agent(description: str) -> Said:
 
 
 def plain(text: str) -> str:
-    """Lower case, without accents and peculiar letters."""
+    """Lower case, without accents, peculiar letters and the points of abbreviations."""
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).lower().translate(_FOLDED))
     text = "".join(letter for letter in text if not unicodedata.combining(letter) or letter in "\u3099\u309a")
-    return re.sub("т(?=[12])", "t", unicodedata.normalize("NFC", text)).replace("w/o", "wo")
+    text = re.sub(r"\bm[. ] ?d[. ] ?c\b", "mdc", unicodedata.normalize("NFC", text))
+    return re.sub("т(?=[12])", "t", text).replace("w/o", "wo")
 
 
 def spaced(text: str) -> str:
