@@ -88,7 +88,8 @@ class Inputs:
         wanted, others = lacking(acquired, model), self.beside.get(files.case, ())
         if self.series is not None:
             found = [
-                replace(one, name="a file beside the DICOM", why=_BESIDE) for one in unread_files(files, others, wanted)
+                replace(one, name="a file beside the DICOM", why=_BESIDE, called="")
+                for one in unread_files(files, others, wanted)
             ]
             return [*unread_series(self.series[files.case]), *found]
         return [*unread_files(files, others, wanted), *self.dicom.get(files.case, ())]
