@@ -145,6 +145,23 @@ def test_an_unused_series_is_synthesised_and_one_that_is_used_again_is_not(model
     assert not (out / case / f"{case}-t2f_synthetic_dicom").exists()
 
 
+def test_what_could_take_the_place_of_a_series_that_is_not_used_is_not_replaced(model, tmp_path):
+    """A person empties the one of two T2 that was taken: the other is no longer taken, nor is T2 synthesised."""
+    write(tmp_path / "in", "A")
+    path = tmp_path / "choice.csv"
+    ((case, _),) = {case.case: case for case in planned(tmp_path, model, path)}.items()
+    correct(path, case, _3="")
+    (doubted,) = planned(tmp_path, model, path)
+    assert ([*doubted.acquired], doubted.synthesise, doubted.unread) == (["t1n", "t2f"], [], ["t2w"])
+    assert doubted.not_synthesised["t2w"].startswith(
+        "series 2 may be it and was left out: no t2w, as a person chose; name it in the table, or mark it unused. To"
+    )
+    correct(path, case, _2="unused", _3="unused")
+    assert planned(tmp_path, model, path)[0].unread == []
+    correct(path, case, _2="T2")
+    assert "series 2 (chosen by a person)" in planned(tmp_path, model, path)[0].acquired["t2w"]
+
+
 def test_a_table_that_nobody_changed_says_nothing_of_what_is_new(model, tmp_path, capsys):
     """Neither another --map nor a series that arrives is a person's choice, and nothing is done again for it."""
     write(tmp_path / "in", "A")

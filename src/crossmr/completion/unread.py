@@ -31,6 +31,7 @@ from crossmr.dicom.contrast import recognise_contrast
 from crossmr.dicom.folders import first_dicom, is_own
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import FEWEST_SLICES, Series, find_series
+from crossmr.dicom.series_table import is_of_person
 from crossmr.errors import ConfigError, VolumeError
 from crossmr.files import walk
 
@@ -227,7 +228,9 @@ def _left_out(series: Series) -> Unread:
     if series.mapped and not decided and images > 3:  # a pattern may match localisers, too
         may_be = frozenset(series.mapped)
     why, called = f"was left out: {series.why}", ""
-    if "Export" in series.why or len(series.mapped) > 1:
+    if is_of_person(series.why):
+        why += "; name it in the table, or mark it unused"
+    elif "Export" in series.why or len(series.mapped) > 1:
         pass
     elif series.unreadable or (series.barred and verdict.modality is not None):
         why += "; export it again"
