@@ -174,7 +174,20 @@ def test_a_tag_of_with_and_without_is_unclear(text):
     "text",
     [
         *("REMOVED", "ANONYMIZED", "Anonymous", "XXXX", "xxx", "DEIDENTIFIED", "De-identified", "REDACTED", "DUMMY"),
-        *("[Removed by CTP]", "***", "unknown", "not removed", "Value deleted", "NULL", "MASKED", "ANON", "?", "Z9F3K"),
+        *(
+            "[Removed by CTP]",
+            "***",
+            "unknown",
+            "HIDDEN",
+            "NOT AVAILABLE",
+            "not removed",
+            "Value deleted",
+            "NULL",
+            "MASKED",
+            "ANON",
+            "?",
+            "Z9F3K",
+        ),
     ],
 )
 def test_a_placeholder_is_no_agent(text):

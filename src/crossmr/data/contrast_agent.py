@@ -123,9 +123,9 @@ _FOLDED = str.maketrans({"ı": "i", "ø": "o", "ł": "l", "ß": "ss", "đ": "d",
 _PLACEHOLDER = re.compile(
     r".*(?:remov|anonym|anon\b|de ?-?identif|deid|redact|dummy|confidential|mask|delet|withheld|blank|cleared|"
     r"scrub|pseudonym|unknown|undefined|unspecified|null|unbekannt|inconnu|desconocid|anonimiz|verwijderd|entfernt|"
-    r"supprime|eliminad|rimosso|usuniet|see |\bphi\b).*|(?:(\w)\1{2,})|[\W_]*[*?.#x]{2,}[\W_]*"
+    r"supprime|eliminad|rimosso|usuniet|hidden|not avail|see |\bphi\b).*|(?:(\w)\1{2,})|[\W_]*[*?.#x]{2,}[\W_]*"
 )
-"""What de-identifiers and archives write in the place of an agent: it says nothing."""
+"""What de-identifiers and archives write in the place of an agent, or of a name: it says nothing."""
 _NONE = re.compile(
     r"(?:no[nt]?\b.*|none.*|nil|nein|kein.*|n|n ?a|0+(?: 0+)?(?: ?ml)?|false|off|"
     r"ningun\w*|nenhum\w*|nao|nessun\w*|aucun\w*|"
@@ -146,7 +146,7 @@ def names_agent(text: str) -> bool | None:
         return None
     if not (words := folded(text)):
         return None if re.fullmatch(r"[\W_]*[*?.#]{2,}[\W_]*", text) else False  # "-"
-    if _PLACEHOLDER.fullmatch(words) or _BOTH.search(words):
+    if is_placeholder(text) or _BOTH.search(words):
         return None
     if _NONE.fullmatch(_DENIED.sub("unenhanced", words)):
         return False
@@ -156,7 +156,12 @@ def names_agent(text: str) -> bool | None:
 def is_unclear(text: str) -> bool:
     """Whether the text of Contrast/Bolus Agent is neither an agent that is known, nor a denial, nor a placeholder."""
     words = folded(text)
-    return bool(words) and names_agent(text) is None and _PLACEHOLDER.fullmatch(words) is None
+    return bool(words) and names_agent(text) is None and not is_placeholder(text)
+
+
+def is_placeholder(text: str) -> bool:
+    """Whether a text is what de-identifiers write in the place of an agent, a name or an ID."""
+    return _PLACEHOLDER.fullmatch(folded(text)) is not None
 
 
 class Said(NamedTuple):
