@@ -286,6 +286,8 @@ def test_a_word_alone_excludes_no_series_whose_tags_deny_it(given, modality):
         (acquisition(description="BRAIN MAP T1"), "map", "t1n"),
         (acquisition("SE", 500, 12, description="AX T1 TTP"), "perfusion", "t1n t1c"),
         (acquisition("SE", 500, 12, description="T1 SUB"), "subtraction", "t1n"),
+        (acquisition("GR", 9, 2.5, description="T1 VIBE nach TOF"), "angiogram", "t1n"),
+        (acquisition(agent=True, description="T1 MRV"), "angiogram", "t1c"),
         (acquisition(description="T2 perf"), "perfusion", "t2w"),
         (acquisition("SE", 4500, 95, description="tra HASTE venous"), "vessels", "t2w"),
         (acquisition(*MPRAGE[0], **MPRAGE[1], description="SAG 3D dyn"), "times", "t1n t1c"),

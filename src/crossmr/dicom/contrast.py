@@ -352,7 +352,7 @@ def _agrees(
     if denial == _PROTON_DENSITY:
         return modality != "t1c" and "t1" not in words
     if (denial in _COMPUTED and "DERIVED" in acquisition.kinds) or (
-        denial in _OF_VESSELS and (unprepared or not by_tags)
+        denial in _OF_VESSELS and (unprepared or not by_tags) and "t1" not in words
     ):
         return True
     if {"t1c": "t1n"}.get(modality or "", modality) in words:
