@@ -321,6 +321,7 @@ MADE = {"kinds": "DERIVED;PRIMARY;M", "agent": True}
         (acquisition("GR", 8, 3, variants=MP, description="Survey"), "localiser"),
         (acquisition("GR", 23, 3.5, variants=MP, description="TOF"), "angiogram"),
         (acquisition("GR", 5, 2.3, description="VIBE", flip_degrees=7), "proton density"),
+        *((acquisition("GR", 5, 2, kinds="ORIGINAL", description=text), "perfusion") for text in ("Ve", "kep", "TTP")),
         *((acquisition("IR", 3000, 10, 400, description=text), "keeps the sign") for text in ("PSIR", "T1 PSIR")),
         *(
             (acquisition("GR", 5, 1.7, description=text), "relaxation times")

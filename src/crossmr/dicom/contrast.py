@@ -120,7 +120,7 @@ _SYNTHETIC = "synthetic: computed from another acquisition"
 _PROTON_DENSITY = "weighted by proton density"
 _MAPPED_TIMES, _LOCALISER, _DIFFUSION = "a map of relaxation times", "a localiser or a calibration", "a diffusion image"
 _MAPS = frozenset({"a map", "a map of perfusion"})
-"""What short words say that mean something else of an original image: VE, VP, MAP."""
+"""What short words say that mean something else of an original image that is called a contrast: VE, VP, MAP."""
 _COMPUTED = _MAPS | {"a projection or a subtraction", "a subtraction", "a mask", "a perfusion map"}
 """What a word may say that is true of derived images alone."""
 _OF_VESSELS = frozenset({"an angiogram", "a flow image", "weighted by susceptibility"})
@@ -304,7 +304,7 @@ def _denials(acquisition: Acquisition, words: Collection[str], *, by_tags: bool)
         return [_SYNTHETIC]
     found = [word.removeprefix("not: ") for word in words if word.startswith("not: ")]
     found = [what for what in found if "t2f" not in words or what in _OF_FLAIR]
-    if kinds and "DERIVED" not in kinds:
+    if kinds and "DERIVED" not in kinds and not {*_ACQUIRED.values()}.isdisjoint(words):
         found = [what for what in found if what not in _MAPS]
     if by_tags:
         found = [what for what in found if not _cannot_be(what, acquisition, words)]
