@@ -145,6 +145,23 @@ def test_an_unused_series_is_synthesised_and_one_that_is_used_again_is_not(model
     assert not (out / case / f"{case}-t2f_synthetic_dicom").exists()
 
 
+def test_what_could_take_the_place_of_a_series_that_is_not_used_is_not_replaced(model, tmp_path):
+    """A person empties the one of two T2 that was taken: the other is no longer taken, nor is T2 synthesised."""
+    write(tmp_path / "in", "A")
+    path = tmp_path / "choice.csv"
+    ((case, _),) = {case.case: case for case in planned(tmp_path, model, path)}.items()
+    correct(path, case, _3="")
+    (doubted,) = planned(tmp_path, model, path)
+    assert ([*doubted.acquired], doubted.synthesise, doubted.unread) == (["t1n", "t2f"], [], ["t2w"])
+    assert doubted.not_synthesised["t2w"].startswith(
+        "series 2 may be it and was left out: no t2w, as a person chose; name it in the table, or mark it unused. To"
+    )
+    correct(path, case, _2="unused", _3="unused")
+    assert planned(tmp_path, model, path)[0].unread == []
+    correct(path, case, _2="T2")
+    assert "series 2 (chosen by a person)" in planned(tmp_path, model, path)[0].acquired["t2w"]
+
+
 def test_a_table_that_nobody_changed_says_nothing_of_what_is_new(model, tmp_path, capsys):
     """Neither another --map nor a series that arrives is a person's choice, and nothing is done again for it."""
     write(tmp_path / "in", "A")
@@ -169,22 +186,37 @@ def test_a_table_that_nobody_changed_says_nothing_of_what_is_new(model, tmp_path
     assert "other scans of this name" in completed(tmp_path, model, path).failed[case]
 
 
-def test_a_finished_study_stays_where_no_table_says_otherwise(model, tmp_path):
-    """Without the table, as where --map was taken away, and where the result is another study's."""
+@pytest.mark.parametrize("chosen", [{"_2": "T2", "_3": ""}, {"_2": "unused", "_3": "unused"}, {"_4": "unused"}])
+def test_what_a_person_chose_is_not_undone_without_the_table(chosen, model, tmp_path):
+    write(tmp_path / "in", "A")
+    path, out = tmp_path / "choice.csv", tmp_path / "out"
+    ((case, _),) = {case.case: case for case in planned(tmp_path, model, path)}.items()
+    correct(path, case, **chosen)
+    completed(tmp_path, model, path)
+    made, modality = tree(out / case), "t2f" if "_4" in chosen else "t2w"
+    why = f"{case}: a person chose its series ({modality}) when it was made, and no table says so now; it stays. Give "
+    assert planned(tmp_path, model, None)[0].failed.startswith(why)
+    assert completed(tmp_path, model, None).failed[case].startswith(why)
+    assert tree(out / case) == made
+    assert completed(tmp_path, model, path).skipped == [case]
+    assert completed(tmp_path, model, None, overwrite=True).failed == {}
+
+
+def test_a_finished_study_stays_where_it_is_another_ones(model, tmp_path):
     write(tmp_path / "in", "A")
     path = tmp_path / "choice.csv"
     ((case, _),) = {case.case: case for case in planned(tmp_path, model, path)}.items()
     correct(path, case, _2="T2", _3="")
     completed(tmp_path, model, path)
-    assert "other scans of this name" in completed(tmp_path, model, None).failed[case]
     manifest = tmp_path / "out" / case / "manifest.json"
     told = json.loads(manifest.read_text())
     for entry in told["series"]["taken"].values():
         entry["of"] = "another"
     manifest.write_text(json.dumps(told))
     correct(path, case, _2="", _3="T2")
-    assert "other scans of this name" in planned(tmp_path, model, path)[0].failed
-    assert "other scans of this name" in completed(tmp_path, model, path).failed[case]
+    for table in (path, None):
+        assert "other scans of this name" in planned(tmp_path, model, table)[0].failed
+        assert "other scans of this name" in completed(tmp_path, model, table).failed[case]
 
 
 def test_a_conversion_that_was_not_completed_does_not_hide_the_change(model, tmp_path, monkeypatch):

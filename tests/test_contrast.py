@@ -251,6 +251,16 @@ MPRAGE = (("GR IR", 2300, 2.98, 900), {"variants": MP})
         (acquisition(*MPRAGE[0], **MPRAGE[1], description="SAG 3D T1 NEUROQUANT"), "t1n"),
         (acquisition("SE IR", 9000, 110, 2500, description="SAG FLAIR LESIONQUANT"), "t2f"),
         (acquisition(*MPRAGE[0], **MPRAGE[1], description="T1 3D for segmentation"), "t1n"),
+        (acquisition("SE", 4500, 95, description="tra HASTE VP-Shunt"), "t2w"),
+        (acquisition("SE", 4500, 95, kinds="DERIVED;SECONDARY;MPR", description="T2 shunt VP"), "t2w"),
+        (acquisition("SE IR", 9000, 110, 2500, description="TIRM DARK FLUID V.P. shunt"), "t2f"),
+        (acquisition(description="SAG T1 VP SHUNT"), "t1n"),
+        *(
+            (acquisition("SE", 500, 12, kinds="ORIGINAL;PRIMARY", description=text), "t1n")
+            for text in ("BRAIN MAP T1", "STEALTH MAP T1", "AX T1 TTP", "T1 VE", "T1 SUB 1MM", "T1 0.9 sub 0.9 mm")
+        ),
+        (acquisition(description="T2 tra 30 Grad"), "t2w"),
+        (acquisition(description="Axial FLAIR MPR"), "t2f"),
     ],
 )
 def test_a_word_alone_excludes_no_series_whose_tags_deny_it(given, modality):
@@ -273,6 +283,16 @@ def test_a_word_alone_excludes_no_series_whose_tags_deny_it(given, modality):
         (acquisition(description="SyMRI FLAIR"), "synthetic", "t2f"),
         (acquisition(agent=True, description="T1 arteritis"), "vessels", "t1c"),
         (acquisition(description="T1 post GD perf"), "perfusion", "t1c"),
+        (acquisition(description="BRAIN MAP T1"), "map", "t1n"),
+        (acquisition("SE", 500, 12, description="AX T1 TTP"), "perfusion", "t1n t1c"),
+        (acquisition("SE", 500, 12, description="T1 SUB"), "subtraction", "t1n"),
+        (acquisition("GR", 9, 2.5, description="T1 VIBE nach TOF"), "angiogram", "t1n"),
+        (acquisition(agent=True, description="T1 MRV"), "angiogram", "t1c"),
+        (acquisition(description="T2 perf"), "perfusion", "t2w"),
+        (acquisition("SE", 4500, 95, description="tra HASTE venous"), "vessels", "t2w"),
+        (acquisition(*MPRAGE[0], **MPRAGE[1], description="SAG 3D dyn"), "times", "t1n t1c"),
+        (acquisition("GR", 5, 2.3, description="T1 VIBE", flip_degrees=7), "flip angle of 7°", "t1n"),
+        (acquisition("GR", 5, 2.3, description="STARVIBE", agent=True, flip_degrees=7), "proton density", "t1c"),
     ],
 )
 def test_a_word_against_all_else_leaves_a_doubt(given, what, may_be):
@@ -295,15 +315,21 @@ MADE = {"kinds": "DERIVED;PRIMARY;M", "agent": True}
         *((acquisition(description=text), "susceptibility") for text in ("T2 GRADIENT ECHO", "T2 HEMOFLASH", "GRE T2")),
         *(
             (acquisition("SE", 6000, 80, description=text), "diffusion")
-            for text in ("AX PROPELLER B1000", "AX B=1000", "dADC (mm2/s)", "Fractional Aniso.")
+            for text in ("AX PROPELLER B1000", "AX B=1000", "dADC (mm2/s)", "Fractional Aniso.", "ADC map", "DWI")
         ),
+        (acquisition("GR", 3.15, 1.37, agent=True, description="AAHScout"), "localiser"),
+        (acquisition("GR", 8, 3, variants=MP, description="Survey"), "localiser"),
+        (acquisition("GR", 23, 3.5, variants=MP, description="TOF"), "angiogram"),
+        (acquisition("GR", 5, 2.3, description="VIBE", flip_degrees=7), "proton density"),
+        *((acquisition("GR", 5, 2, kinds="ORIGINAL", description=text), "perfusion") for text in ("Ve", "kep", "TTP")),
         *((acquisition("IR", 3000, 10, 400, description=text), "keeps the sign") for text in ("PSIR", "T1 PSIR")),
         *(
             (acquisition("GR", 5, 1.7, description=text), "relaxation times")
             for text in ("T1 MAPPING FA 15", "QMAP T1", "T1 rho", "qT1")
         ),
-        (acquisition("SE", 4500, 95, description="T2 brain mask"), "mask"),
-        (acquisition("SE IR", 9000, 110, 2500, description="FLAIR change map"), "map"),
+        (acquisition("SE", 4500, 95, description="T2 brain mask", **MADE), "mask"),
+        (acquisition("SE IR", 9000, 110, 2500, description="FLAIR change map", **MADE), "map"),
+        (acquisition("SE", 500, 12, description="BRAIN MAP T1", **MADE), "map"),
         (acquisition("SE IR", 9000, 110, 2500, description="FLAIR*"), "too"),
         *((acquisition("GR", 8, 3, description=text), "calibration") for text in ("asset", "Ref_Head", "ASSET cal 2")),
         (acquisition("GR", 400, 0.016, description="oZTEo"), "short echo"),

@@ -39,7 +39,7 @@ SAID = {  # what scanners' operators write: with an agent, without
     ),
     "French": (
         "T1 après injection|T1 AVEC GADO|T1 injecté|T1 GADO|T1 post-gado",
-        "T1 sans injection de gado|T1 avant gado|T1 sans|T1 ss inj|T1 s/ inj",
+        "T1 sans injection de gado|T1 avant gado|T1 sans|T1 ss inj|T1 s/ inj|T1 SS GADO|T1 SS GD|T1 S GADO",
     ),
     "Spanish": (
         "T1 AX CON CONTRASTE|T1 C/C|T1 con gadolinio|T1 CIV|T1 C/CONTRASTE",
@@ -50,8 +50,8 @@ SAID = {  # what scanners' operators write: with an agent, without
         "T1 SEM CONTRASTE|T1 antes do contraste|T1 SEM",
     ),
     "Italian": (
-        "T1 con mdc|T1 dopo mdc|T1 con mezzo di contrasto|T1 MDC",
-        "T1 senza mdc|T1 s. mdc|T1 senza mezzo di contrasto|T1 basale",
+        "T1 con mdc|T1 dopo mdc|T1 con mezzo di contrasto|T1 MDC|T1 con m.d.c.|T1 M D C|T1 c.e.|T1 C E|T1_c.e.",
+        "T1 senza mdc|T1 s. mdc|T1 senza m.d.c.|T1 s/m.d.c.|T1 senza mezzo di contrasto|T1 basale",
     ),
     "Dutch": ("T1 met contrast|T1 na contrast|T1 na gado", "T1 zonder contrast|T1 voor contrast|T1 blanco"),
     "Polish": (
@@ -174,7 +174,20 @@ def test_a_tag_of_with_and_without_is_unclear(text):
     "text",
     [
         *("REMOVED", "ANONYMIZED", "Anonymous", "XXXX", "xxx", "DEIDENTIFIED", "De-identified", "REDACTED", "DUMMY"),
-        *("[Removed by CTP]", "***", "unknown", "not removed", "Value deleted", "NULL", "MASKED", "ANON", "?", "Z9F3K"),
+        *(
+            "[Removed by CTP]",
+            "***",
+            "unknown",
+            "HIDDEN",
+            "NOT AVAILABLE",
+            "not removed",
+            "Value deleted",
+            "NULL",
+            "MASKED",
+            "ANON",
+            "?",
+            "Z9F3K",
+        ),
     ],
 )
 def test_a_placeholder_is_no_agent(text):
@@ -187,6 +200,7 @@ def test_a_placeholder_is_no_agent(text):
     [
         *(("sin contraste", False), ("ohne", False), ("senza mdc", False), ("без контраста", False), ("なし", False)),
         *(("YOK", False), ("brak", False), ("geen", False), ("无", False), ("ingen", False), ("aucun", False)),
+        *(("m.d.c. 10 ml", True), ("m.d.c.", True), ("senza m.d.c.", False)),
         *(("Gadobutrol 7,5 ml", True), ("GD-DTPA", True), ("CLARISCAN", True), ("Con contraste", True), ("YES", True)),
         *(
             ("ガドビスト", True),

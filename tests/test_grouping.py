@@ -1,6 +1,7 @@
 """Which images are of one study, and of one series, where UIDs, numbers and tags say it badly."""
 
 import shutil
+from collections import defaultdict
 from functools import partial
 
 import dicoms
@@ -10,10 +11,12 @@ import pydicom
 import pytest
 from dicoms import OBLIQUE, edited, head, rounded, write
 
+from crossmr.completion.unread import unread_series
 from crossmr.data.volume import read_volume
 from crossmr.dicom.convert import convert
 from crossmr.dicom.grouping import announced_of, groups_of, moments_of, studies_of
 from crossmr.dicom.headers import read_header
+from crossmr.dicom.selection import choose
 from crossmr.dicom.series import find_series
 
 
@@ -126,8 +129,15 @@ def of_two_people(folder, *, frames, **tags):
     edited(folder.rglob("*.dcm"), edit)
 
 
+DATED = {"StudyDate": "20240131"}
+PLACEHOLDERS = ("ANONYMISIERT", "HIDDEN", "ANONIMIZADO", "NOT AVAILABLE", "ANONYME", "Removed by CTP")
+
+
 @pytest.mark.parametrize("frames", [True, False])
-@pytest.mark.parametrize("changed", [{}, {"PatientID": "0000"}, {"PatientID": "MRN-7"}])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"PatientID": "0000"}, {"PatientID": "MRN-7"}, *({"PatientID": p, **DATED} for p in PLACEHOLDERS)],
+)
 def test_two_people_under_one_made_up_name_are_two_cases(frames, changed, tmp_path):
     of_two_people(tmp_path, frames=frames, **UNNAMED | changed)
     scans = sorted(convert(tmp_path, tmp_path / "out"), key=lambda scans: -len(scans.series))
@@ -157,6 +167,70 @@ def test_a_patient_and_a_date_of_their_own_are_one_study_unless_a_series_comes_t
         shutil.rmtree(tmp_path / number)
     (together,) = convert(tmp_path, tmp_path / "o3")
     assert ([*together.series], together.notes) == (["t1n", "t2w", "t2f"], [])
+
+
+def test_people_of_other_names_under_one_made_up_id_are_two_cases(tmp_path):
+    of_two_people(tmp_path, frames=False, PatientID="ANON", **DATED)
+    for path in (tmp_path / "B").iterdir():
+        path.rename(tmp_path / "A" / path.name)
+
+    def name(image, _):
+        image.PatientName = "Roe^B" if image.SeriesNumber == 4 else "Meier^A" + "^" * (image.SeriesNumber == 3)
+
+    edited(tmp_path.rglob("*.dcm"), name)
+    assert sorted([*s.series] for s in convert(tmp_path, tmp_path / "out")) == [["t1n", "t2w"], ["t2f"]]
+
+
+def doubted(folder):
+    """Study by its contrasts → what it may have, too."""
+    studies = defaultdict(list)
+    for series in find_series(folder):
+        studies[series.study].append(series)
+    return {" ".join(choose(s)[0]): {m for one in unread_series(s) for m in one.may_be} for s in studies.values()}
+
+
+def test_a_frame_of_its_own_in_the_folder_of_a_nameless_patient_leaves_a_doubt(tmp_path):
+    """A patient who was repositioned; two that have a series each of one number are two people."""
+    write(tmp_path / "pat1", ("t1n", "t2w", "t2f"))
+
+    def edit(image, _):
+        del image.StudyInstanceUID
+        image.PatientID = image.PatientName = ""
+        image.FrameOfReferenceUID = "1.2.4" if image.SeriesNumber == 4 else "1.2.3"
+
+    edited(tmp_path.rglob("*.dcm"), edit)
+    assert doubted(tmp_path) == {"t1n t2w": {"t2f"}, "t2f": {"t1n", "t2w"}}
+    scans = {" ".join(one.series): one for one in convert(tmp_path, tmp_path / "out")}
+    assert scans["t1n t2w"].left_out["series 4"].startswith("in the same folder, but of another frame of reference")
+    assert scans["t2f"].notes[1].startswith("series 2, series 3 may be of this study: in the same folder")
+    (tmp_path / "pat1" / "4").rename(tmp_path / "4")
+    assert doubted(tmp_path) == {"t1n t2w": set(), "t2f": set()}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_study_of_two_ids_says_so_and_is_in_doubt_where_it_seems_one_patients(same, tmp_path):
+    write(tmp_path, ("t1n", "t2w", "t2f"))
+
+    def edit(image, _):
+        if image.SeriesNumber == 4:
+            image.PatientID = "MRN-0042 A"
+            image.PatientName = "Doe^Jane^^" if same else "Roe^Jane"
+
+    edited(tmp_path.rglob("*.dcm"), edit)
+    assert doubted(tmp_path) == {"t1n t2w": {"t2f"} if same else set(), "t2f": {"t1n", "t2w"} if same else set()}
+    for scans in convert(tmp_path, tmp_path / "out"):
+        assert scans.notes[0].startswith("its study's UID has images of another patient ID, too")
+        assert len(scans.left_out) == (0 if not same else 1 if "t1n" in scans.series else 2)
+
+
+def test_a_name_that_ends_in_empty_parts_is_the_same_patient(tmp_path):
+    write(tmp_path, ("t1n", "t2w"))
+
+    def edit(image, _):
+        image.PatientID, image.PatientName = "", "Doe^Jane" + "^" * (image.SeriesNumber == 3)
+
+    edited(tmp_path.rglob("*.dcm"), edit)
+    assert [[*s.series] for s in convert(tmp_path, tmp_path / "out")] == [["t1n", "t2w"]]
 
 
 def of_series_3(image, keyword, value):

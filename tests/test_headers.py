@@ -3,7 +3,7 @@
 import dicoms
 import pydicom
 import pytest
-from dicoms import OBLIQUE, head, write
+from dicoms import OBLIQUE, edited, head, write
 
 from crossmr.dicom.convert import convert
 from crossmr.dicom.folders import holds_dicom
@@ -64,3 +64,24 @@ def test_broken_elements_are_as_good_as_missing(tmp_path):
         path.write_bytes(content)
     (scans,) = convert(tmp_path / "in", tmp_path / "out")
     assert scans.series["t2f"].why == "its description"
+
+
+@pytest.mark.parametrize("habit", ["plain", "implicit, no suffix, shuffled"])
+def test_the_padding_of_signed_voxels(habit, tmp_path):
+    def pad(image, _):
+        image.PixelRepresentation, image.PixelPaddingValue = 1, -1000
+        image["PixelPaddingValue"].VR = "SS"
+
+    edited(dicoms.write_series(tmp_path, head(), OBLIQUE, habit=habit), pad)
+    assert [series.padding for series in find_series(tmp_path)] == [-1000]
+
+
+def test_a_class_that_is_stored_as_a_text_is_named(tmp_path):
+    def as_text(image, _):
+        del image.SOPClassUID
+        image.add_new(0x00080016, "LO", "1.2.840.10008.5.1.4.1.1.7")
+
+    write(tmp_path, ("t1n", "t2w"))
+    edited((tmp_path / "3").iterdir(), as_text)
+    _, captured = find_series(tmp_path)
+    assert captured.why.startswith("of SOP class Secondary Capture Image Storage")

@@ -4,9 +4,10 @@ import dicoms
 import numpy as np
 import pydicom
 import pytest
+from conftest import Listener
 from dicoms import OBLIQUE, edited, head, rounded, write
 
-from crossmr.dicom.convert import convert
+from crossmr.dicom.convert import convert, find_cases
 from crossmr.dicom.series import find_series
 from crossmr.errors import NamingError
 
@@ -127,6 +128,16 @@ def test_a_study_of_another_kind_alone_is_named_where_it_may_be_a_scan(tmp_path)
     assert sorted((s.patient, s.modality) for s in find_series(tmp_path)) == [("MRN-0042", "t1n"), ("MRN-1", None)]
     with pytest.raises(NamingError, match="no MR image"):
         convert(tmp_path / "MRN-2", tmp_path / "out")
+
+
+def test_a_study_of_captures_alone_is_said_where_its_patient_has_another_one(tmp_path):
+    listener, tags = Listener(), {"patient": "A", "description": "AX FLAIR"}
+    dicoms.write_series(tmp_path / "1", head(), OBLIQUE, number=1, patient="A")
+    dicoms.write_series(tmp_path / "2", head("t2f"), OBLIQUE, number=2, SOPClassUID=CAPTURED, date="20240601", **tags)
+    ((series,),) = find_cases(tmp_path, display=listener).values()
+    assert series.modality == "t1n"
+    (said,) = listener.said
+    assert said.startswith(f"{tmp_path / '2'}: a study of its own without MR images, left out: 24 images of SOP class")
 
 
 def test_reports_and_a_few_captures_are_no_scans(tmp_path):

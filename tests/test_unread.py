@@ -279,6 +279,7 @@ AGENT, PLAIN, UNTIMED = (
     {"RepetitionTime": None, "EchoTime": None},
 )
 T2 = {"RepetitionTime": 4500, "EchoTime": 95}
+FAST = {"ScanningSequence": "GR", "RepetitionTime": 5, "EchoTime": 2}
 CAPTURED, SEGMENTED = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "1.2.840.10008.5.1.4.1.1.66.4"
 TWICE = {"RepetitionTime": 3000, "EchoTime": 15}
 """Of which each place has two images."""
@@ -340,6 +341,23 @@ def test_a_faulty_series_may_be_what_a_person_says(tmp_path):
     for path in sorted((tmp_path / "3").iterdir())[3:]:
         path.unlink()
     assert unread_series(find_series(tmp_path, mapping)) == []
+
+
+@pytest.mark.parametrize(
+    ("made", "modality", "why"),
+    [
+        (("t1n", "T1 VIBE DCE", FAST), "t1n", "by its tags; name it, such as --map t1n='DESCRIPTION'. To"),
+        (("t1n", "T1 VIBE DCE", FAST), "t1c", "by its tags; name it, such as --map t1c='DESCRIPTION'. To"),
+        (("t1n", "", UNTIMED), "t2f", "tell its contrast; name it, such as --map t2f='series 2'. To"),
+        (("t2w", "T2 collo", T2), "t2w", "than the head; name it, such as --map t2w='DESCRIPTION'. To"),
+        (("t2w", "T2 lost", T2), "t2w", "some are missing. Export the whole series. To"),
+    ],
+)
+def test_the_remedy_names_what_is_missing(made, modality, why, tmp_path):
+    from crossmr.dicom.series import find_series
+
+    series_of(tmp_path, made)
+    assert why in reasons(unread_series(find_series(tmp_path)), [modality])[modality]
 
 
 def test_dicom_beside_nifti_belongs_to_the_nearest_study(tmp_path, model):

@@ -8,13 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from crossmr.completion.inputs import Inputs, PlannedCase, lacking
-from crossmr.completion.layout import Layout
 from crossmr.completion.unread import unread_series
 from crossmr.data.naming import display_name, in_usual_order
-from crossmr.dicom.convert import hash_of_images
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import Series
 from crossmr.dicom.series_table import (
@@ -23,14 +20,12 @@ from crossmr.dicom.series_table import (
     SeriesTable,
     about,
     decide,
-    is_of_person,
     keys_of,
     without_remedy,
     write_series_table,
 )
 from crossmr.display import Display
-from crossmr.errors import ConfigError, OutputError
-from crossmr.files import read_json
+from crossmr.errors import ConfigError
 from crossmr.networks.model import CrossConditionedModel
 
 BY_DESCRIPTION = "its description"
@@ -39,12 +34,8 @@ DESCRIPTIONS, NOT_TAKEN = 8, 20
 """So many descriptions of each contrast are named, and of what is not used."""
 
 
-def as_chosen(
-    inputs: Inputs, table: SeriesTable, display: Display, layout: Layout | None = None, *, whole: bool = True
-) -> Inputs:
+def as_chosen(inputs: Inputs, table: SeriesTable, display: Display, *, whole: bool = True) -> Inputs:
     """The inputs with the series that a person's table says; what it does not fit is said. `whole` as in `about`.
-
-    A case that was finished in `layout` counts as listed only if a person now says otherwise than when it was.
 
     Raises:
         ConfigError: they are no DICOM; or as `decide`.
@@ -57,38 +48,7 @@ def as_chosen(
     chosen = [case for case, of_case in decided.items() for one in of_case if one.why in (BY_PERSON, NOT_USED)]
     where = f"in {len({*chosen})} of {_studies(len(listed))}"
     display.say(f"{table.path.name}: a person has chosen {len(chosen)} series, {where}")
-    listed = {case for case in listed if _says_otherwise(decided[case], _finished(layout, case))}
     return replace(inputs, series=decided, listed=frozenset(listed))
-
-
-def _finished(layout: Layout | None, case: str) -> Mapping[str, Any] | None:
-    """The manifest of a case; None where it is not finished."""
-    path = layout and layout.folder(case) / "manifest.json"
-    try:
-        return read_json(path, OutputError) if path and path.is_file() else None
-    except OutputError:  # which is said when its turn comes
-        return None
-
-
-def _says_otherwise(all_series: Sequence[Series], manifest: Mapping[str, Any] | None) -> bool:
-    """Whether a study's series for a contrast is another than in a manifest by what a person says, or said then."""
-    if manifest is None:
-        return True
-    before = manifest.get("series", {}).get("taken", {})
-    refused = {name for name, why in manifest.get("series", {}).get("left_out", {}).items() if is_of_person(why)}
-    now = choose(all_series)[0]
-    whys = {hash_of_images(series): series.why for series in all_series}
-    for modality in {*before, *now}:
-        was, one = before.get(modality, {}), now.get(modality)
-        same = one is not None and was.get("of") == hash_of_images(one)
-        person = one is not None and one.why == BY_PERSON
-        if same and person == (was.get("why") == BY_PERSON):
-            continue
-        if person or is_of_person(was.get("why", "")) or is_of_person(whys.get(was.get("of", ""), "")):
-            return True
-        if one is not None and any(re.fullmatch(rf"{re.escape(one.name)}( \(\d+\))?", name) for name in refused):
-            return True
-    return False
 
 
 def _dicom(inputs: Inputs, path: Path) -> Mapping[str, Sequence[Series]]:

@@ -276,7 +276,7 @@ def _inputs(run: Run, cohort: Path | str | Sequence[Path | str]) -> Inputs:
     given: Any = {"keep_names": run.options.keep_names, "exclude": run.layout.out, "display": run.display}
     table = _series_table(run)
     inputs = find_inputs(paths_of(cohort), run.options.mapping, **given)
-    inputs = inputs if table is None else as_chosen(inputs, table, run.display, run.layout)
+    inputs = inputs if table is None else as_chosen(inputs, table, run.display)
     taken = {case: f"{case}: crossmr writes a file of this name into OUT. Rename the study." for case in RECORDS}
     faults = {case: taken[case] for case in inputs.cases if case in taken}
     return replace(inputs, faults=run.layout.clashes(inputs.cases) | faults)
@@ -363,7 +363,7 @@ def _dicom_of_part(run: Run, paths: Sequence[Path], *, note: bool) -> Inputs:
         cases |= found | {one.case: () for one in refused}
     own = [folder for path in paths for folder in folders_of_part(path, part, layout.out)]
     inputs = with_files_beside(Inputs(paths[0], series=cases, faults=faults), own, layout.out, display)
-    return inputs if table is None else as_chosen(inputs, table, display, layout, whole=part.of == 1)
+    return inputs if table is None else as_chosen(inputs, table, display, whole=part.of == 1)
 
 
 def _check_all(run: Run) -> None:

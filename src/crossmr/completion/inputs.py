@@ -5,6 +5,7 @@ whether a volume is a scan or a segmentation.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Any
 
 from crossmr.baselines import together
 from crossmr.completion.layout import EXPECTED, Layout, records_of
-from crossmr.completion.ownership import Now, arrived, other_scans, redo_reason, why_not_kept
+from crossmr.completion.ownership import Now, arrived, other_scans, redo_reason, why_not_kept, why_not_undone
 from crossmr.completion.private import SCANS
 from crossmr.completion.unread import (
     Unread,
@@ -36,7 +37,7 @@ from crossmr.dicom.convert import Scans, convert_case, find_cases, hash_of_image
 from crossmr.dicom.folders import holds_dicom
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import Series
-from crossmr.dicom.series_table import BY_PERSON
+from crossmr.dicom.series_table import BY_PERSON, is_of_person
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
 from crossmr.files import listed_once, read_json
@@ -88,26 +89,45 @@ class Inputs:
         wanted, others = lacking(acquired, model), self.beside.get(files.case, ())
         if self.series is not None:
             found = [
-                replace(one, name="a file beside the DICOM", why=_BESIDE) for one in unread_files(files, others, wanted)
+                replace(one, name="a file beside the DICOM", why=_BESIDE, called="")
+                for one in unread_files(files, others, wanted)
             ]
             return [*unread_series(self.series[files.case]), *found]
         return [*unread_files(files, others, wanted), *self.dicom.get(files.case, ())]
 
     def chosen_since(self, manifest: Mapping[str, Any], case: str) -> list[str]:
-        """The contrasts for which a person's table says otherwise than a finished case was completed from.
+        """The contrasts that a finished case has now from other series, or from none, if a person says so, or said it.
 
-        That is another series, or none, or that a person says it now. [] where the table has no line of the study, or
-        where the case was made of another study's series.
+        [] where the table has no line of the study, or where the case was made of another study's series.
         """
-        before = manifest.get("series", {}).get("taken", {})
-        if case not in self.listed or self.series is None:
+        before, whys = _taken_before(manifest), self._whys(manifest, case)
+        if case not in self.listed or self.series is None or not whys:
             return []
-        here = {hash_of_images(series) for series in self.series[case]}
-        if here.isdisjoint(entry.get("of") for entry in before.values()):
+        now, changed, by_person = choose(self.series[case])[0], list[str](), False
+        for modality in in_usual_order({*before, *now}):
+            was, one = before.get(modality, {}), now.get(modality)
+            then, today = was.get("why") == BY_PERSON, one is not None and one.why == BY_PERSON
+            if modality in before and one and (was.get("of"), then) == (hash_of_images(one), today):
+                continue
+            changed.append(modality)
+            by_person |= today or is_of_person(was.get("why", "")) or is_of_person(whys.get(was.get("of", ""), ""))
+            by_person |= one is not None and _was_refused(one, manifest)
+        return changed if by_person else []
+
+    def undone(self, manifest: Mapping[str, Any], case: str) -> list[str]:
+        """The contrasts for which a finished case would lose what a person chose, as no table says it now."""
+        if case in self.listed or self.series is None or not self._whys(manifest, case):
             return []
-        told = {m: (entry.get("of"), entry["why"] == BY_PERSON) for m, entry in before.items()}
-        now = {m: (hash_of_images(one), one.why == BY_PERSON) for m, one in choose(self.series[case])[0].items()}
-        return [m for m in in_usual_order({*told, *now}) if told.get(m) != now.get(m)]
+        before, now = _taken_before(manifest), choose(self.series[case])[0]
+        lost = {m for m, was in before.items() if was.get("why") == BY_PERSON}
+        lost -= {m for m, one in now.items() if before.get(m, {}).get("of") == hash_of_images(one)}
+        return in_usual_order(lost | {m for m, one in now.items() if _was_refused(one, manifest)})
+
+    def _whys(self, manifest: Mapping[str, Any], case: str) -> Mapping[str, str]:
+        """Each series of a case → why it is taken or not; none where a finished one was made of another study's."""
+        whys = {hash_of_images(series): series.why for series in (self.series or {}).get(case, ())}
+        another = whys.keys().isdisjoint(entry.get("of") for entry in _taken_before(manifest).values())
+        return {} if another else whys
 
     def convert(self, case: str, place: Path, *, keep_names: bool = False) -> tuple[StudyFiles, Scans]:
         """A study of DICOM as NIfTI in PLACE/CASE; without files where `refused` says why it is not."""
@@ -117,6 +137,18 @@ class Inputs:
         paths = [place / case / f"{case}-{modality}.nii.gz" for modality in scans.series]
         (files,) = (files for files in recognise(paths, root=place) if files.case == case)
         return files, scans
+
+
+def _taken_before(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Contrast → the series that a finished case was completed from."""
+    taken: Mapping[str, Any] = manifest.get("series", {}).get("taken", {})
+    return taken
+
+
+def _was_refused(series: Series, manifest: Mapping[str, Any]) -> bool:
+    """Whether a finished case had a series of this name left out by what a person chose."""
+    left_out, name = manifest.get("series", {}).get("left_out", {}), re.escape(series.name)
+    return any(is_of_person(why) and re.fullmatch(rf"{name}( \(\d+\))?", other) for other, why in left_out.items())
 
 
 @listed_once()
@@ -361,6 +393,8 @@ def _again(
 ) -> tuple[str, str]:
     """Why a finished case would be done again, and why it would fail, as it was made of other scans; '' if not."""
     manifest = read_json(layout.folder(files.case) / "manifest.json", OutputError)
+    if undone := inputs.undone(manifest, files.case):
+        return "", why_not_undone(files.case, undone)
     if inputs.series is None:
         now = _now_of_files(manifest, files, inputs, layout, model, settings)
     else:

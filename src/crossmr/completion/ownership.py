@@ -233,3 +233,11 @@ def why_not_kept(case: str, changed: Sequence[str]) -> str:
         f"{'is' if len(changed) == 1 else 'are'} not the same), which may be another patient's; it stays. "
         "Name another folder with -o, or replace it with --overwrite."
     )
+
+
+def why_not_undone(case: str, modalities: Sequence[str]) -> str:
+    """What to say of a finished case that would lose what a person chose."""
+    return (
+        f"{case}: a person chose its series ({', '.join(modalities)}) when it was made, and no table says so now; it "
+        "stays. Give that table by --series-table, or replace it with --overwrite."
+    )

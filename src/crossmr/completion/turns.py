@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from crossmr.completion.case import Run, images_of, is_finished, read_case, redo_reason_of_case
-from crossmr.completion.ownership import why_not_kept
+from crossmr.completion.ownership import why_not_kept, why_not_undone
 from crossmr.completion.private import SCANS
 from crossmr.completion.study import check_memory, memory_needed
 from crossmr.completion.work import ATTEMPTS
@@ -102,9 +102,12 @@ class Turns:
     def _convert(self, case: str, claim: Claim) -> tuple[Turn | None, str]:
         """A study of DICOM as NIfTI, or why it is not."""
         run, place = self.run, self.run.layout.records / SCANS
-        if is_finished(run, case) and (others := other_series(case, (run.inputs.series or {})[case], place)):
+        if is_finished(run, case):
             manifest = read_json(run.layout.folder(case) / "manifest.json", OutputError)
-            if not run.inputs.chosen_since(manifest, case):
+            if undone := run.inputs.undone(manifest, case):
+                return None, why_not_undone(case, undone)
+            others = other_series(case, (run.inputs.series or {})[case], place)
+            if others and not run.inputs.chosen_since(manifest, case):
                 return None, why_not_kept(case, others)
         files, scans = run.inputs.convert(case, place, keep_names=run.options.keep_names)
         for line in scans.lines():

@@ -31,6 +31,7 @@ from crossmr.dicom.contrast import recognise_contrast
 from crossmr.dicom.folders import first_dicom, is_own
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import FEWEST_SLICES, Series, find_series
+from crossmr.dicom.series_table import is_of_person
 from crossmr.errors import ConfigError, VolumeError
 from crossmr.files import walk
 
@@ -66,7 +67,13 @@ class Unread:
     may_be: frozenset[str]
     """Modalities."""
     why: str
-    """Why it was not used, and what to do."""
+    """Why it was not used, and what to do but to name it."""
+    called: str = ""
+    """What --map may name it by, as a user types it; '' where that does not help."""
+
+    def reason(self, modality: str) -> str:
+        """Why it was not used, and what to do where this contrast is missing."""
+        return f"{self.why}; name it, such as --map {modality}={self.called}" if self.called else self.why
 
 
 def unread_files(files: StudyFiles, others: Iterable[Path], lacking: Iterable[str]) -> list[Unread]:
@@ -75,13 +82,10 @@ def unread_files(files: StudyFiles, others: Iterable[Path], lacking: Iterable[st
     for path in (*files.unrecognised, *files.passed_over, *others):
         may_be = wanted & _possible(path, files)
         if may_be and not (is_volume(path.name) and _is_no_scan(path)):
-            why = why_unread(path)
-            example = f"--map {min(may_be)}='*{path.name.removeprefix(files.case)}'"
-            found.append(
-                Unread(
-                    path.name, may_be, why or f"has a name that says no contrast for sure; name it, such as {example}"
-                )
-            )
+            why, called = why_unread(path), ""
+            if not why:
+                why, called = "has a name that says no contrast for sure", f"'*{path.name.removeprefix(files.case)}'"
+            found.append(Unread(path.name, may_be, why, called))
     return found
 
 
@@ -223,10 +227,16 @@ def _left_out(series: Series) -> Unread:
         may_be = verdict.may_be
     if series.mapped and not decided and images > 3:  # a pattern may match localisers, too
         may_be = frozenset(series.mapped)
-    remedy = "" if "Export" in series.why else "; export it again"
-    if remedy and verdict.modality is None and not series.unreadable:
-        remedy = f"; name it, such as --map {min(may_be, default='t1c')}='DESCRIPTION'"
-    return Unread(series.name, may_be, f"was left out: {series.why}{remedy}")
+    why, called = f"was left out: {series.why}", ""
+    if is_of_person(series.why):
+        why += "; name it in the table, or mark it unused"
+    elif "Export" in series.why or len(series.mapped) > 1:
+        pass
+    elif series.unreadable or (series.barred and verdict.modality is not None):
+        why += "; export it again"
+    else:
+        called = "'DESCRIPTION'" if description else f"'{series.name}'"
+    return Unread(series.name, may_be, why, called)
 
 
 def _said(description: str) -> frozenset[str]:
@@ -267,7 +277,7 @@ def reasons(unread: Sequence[Unread], lacking: Iterable[str]) -> dict[str, str]:
         by_why: dict[str, list[str]] = defaultdict(list)
         for one in unread:
             if modality in one.may_be:
-                by_why[one.why].append(one.name)
+                by_why[one.reason(modality)].append(one.name)
         if by_why:
             told = "; ".join(f"{', '.join(dict.fromkeys(names))} may be it and {why}" for why, names in by_why.items())
             shown = display_name(modality)

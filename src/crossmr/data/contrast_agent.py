@@ -115,15 +115,17 @@ _GIVEN = re.compile(
 """A word that may mean something else names an agent for sure behind one of these."""
 _WEAK_DENIAL = r"plain|simple|basal[ei]?|natives?|diretta|blanco"
 _AMBIGUOUS_DENIAL = re.compile(rf"\b(?:{_WEAK_DENIAL})\b")
+_SANS = re.compile(r"(?<![^\W_])(?<![ft]se[ _])(?:ss[ ._]+g(?:d|ado[^\W_]*)|s[ ._]+gado[^\W_]*)(?![^\W_])")
+"""French "sans", cut short, unless it may be a single shot."""
 _CJK = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
 _FOLDED = str.maketrans({"ı": "i", "ø": "o", "ł": "l", "ß": "ss", "đ": "d", "æ": "ae", "−": "-", "–": "-", "＋": "+"})
 
 _PLACEHOLDER = re.compile(
     r".*(?:remov|anonym|anon\b|de ?-?identif|deid|redact|dummy|confidential|mask|delet|withheld|blank|cleared|"
     r"scrub|pseudonym|unknown|undefined|unspecified|null|unbekannt|inconnu|desconocid|anonimiz|verwijderd|entfernt|"
-    r"supprime|eliminad|rimosso|usuniet|see |\bphi\b).*|(?:(\w)\1{2,})|[\W_]*[*?.#x]{2,}[\W_]*"
+    r"supprime|eliminad|rimosso|usuniet|hidden|not avail|see |\bphi\b).*|(?:(\w)\1{2,})|[\W_]*[*?.#x]{2,}[\W_]*"
 )
-"""What de-identifiers and archives write in the place of an agent: it says nothing."""
+"""What de-identifiers and archives write in the place of an agent, or of a name: it says nothing."""
 _NONE = re.compile(
     r"(?:no[nt]?\b.*|none.*|nil|nein|kein.*|n|n ?a|0+(?: 0+)?(?: ?ml)?|false|off|"
     r"ningun\w*|nenhum\w*|nao|nessun\w*|aucun\w*|"
@@ -144,7 +146,7 @@ def names_agent(text: str) -> bool | None:
         return None
     if not (words := folded(text)):
         return None if re.fullmatch(r"[\W_]*[*?.#]{2,}[\W_]*", text) else False  # "-"
-    if _PLACEHOLDER.fullmatch(words) or _BOTH.search(words):
+    if is_placeholder(text) or _BOTH.search(words):
         return None
     if _NONE.fullmatch(_DENIED.sub("unenhanced", words)):
         return False
@@ -154,7 +156,12 @@ def names_agent(text: str) -> bool | None:
 def is_unclear(text: str) -> bool:
     """Whether the text of Contrast/Bolus Agent is neither an agent that is known, nor a denial, nor a placeholder."""
     words = folded(text)
-    return bool(words) and names_agent(text) is None and _PLACEHOLDER.fullmatch(words) is None
+    return bool(words) and names_agent(text) is None and not is_placeholder(text)
+
+
+def is_placeholder(text: str) -> bool:
+    """Whether a text is what de-identifiers write in the place of an agent, a name or an ID."""
+    return _PLACEHOLDER.fullmatch(folded(text)) is not None
 
 
 class Said(NamedTuple):
@@ -177,7 +184,8 @@ def says_agent(description: str) -> bool | None:
 
 def said_of_agent(description: str) -> Said:
     """What a description says of a contrast agent, and whether that is sure: "contrast" and "basal" may mean others."""
-    text = re.sub(r"(?:\b(?:gd|gad|km|ce|c) ?)?(?:\+ ?/ ?-|- ?/ ?\+|±)", " w wo ", plain(description))
+    text = re.sub(r"\bt1(\w*)[\W_]+c[. ]e\b", r"t1\1 ce", plain(description))
+    text = re.sub(r"(?:\b(?:gd|gad|km|ce|c) ?)?(?:\+ ?/ ?-|- ?/ ?\+|±)", " w wo ", _SANS.sub(" plain ", text))
     text = re.sub(rf"\b(?:{_WEAK_DENIAL}) ?[+/&] ?(?:{_column(0)})\b", " w wo ", text)
     text = re.sub(r"(?<!\w)c/(?:c\b|contrast)", " gd ", text)
     text = re.sub(r"(?<!\w)s(?:/ ?c\b|[/.] ?(?:contrast\w*|gd\b|gad\w*|km\b|mdc\b|inj\w*))", " unenhanced ", text)
@@ -202,10 +210,11 @@ def said_of_agent(description: str) -> Said:
 
 
 def plain(text: str) -> str:
-    """Lower case, without accents and peculiar letters."""
+    """Lower case, without accents, peculiar letters and the points of abbreviations."""
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).lower().translate(_FOLDED))
     text = "".join(letter for letter in text if not unicodedata.combining(letter) or letter in "\u3099\u309a")
-    return re.sub("т(?=[12])", "t", unicodedata.normalize("NFC", text)).replace("w/o", "wo")
+    text = re.sub(r"\bm[. ] ?d[. ] ?c\b", "mdc", unicodedata.normalize("NFC", text))
+    return re.sub("т(?=[12])", "t", text).replace("w/o", "wo")
 
 
 def spaced(text: str) -> str:

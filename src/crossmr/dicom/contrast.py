@@ -84,8 +84,8 @@ _NOT_WORDS = {
     "a diffusion image": r"\w*dwi|[esi]?dti|(?:[deis]|av)?adc|trace\w*|diff\w*|ep2d|epi|noddi|hardi|"
     r"b-?[1-9]\d{1,3}|fractional|aniso\w*",
     "a perfusion image": r"perf\w*|dsc|dce|asl|pcasl",
-    "a map of perfusion": r"k-?trans\w*|kep|v[ep]|iauc\w*|auc|ttp|pei|wash-?(?:in|out)|(?:r|rel-?)?cb[vf]|r?mtt|"
-    r"t-?max|pbp",
+    "a perfusion map": r"k-?trans\w*|iauc\w*|wash-?(?:in|out)|(?:r|rel-?)?cb[vf]|r?mtt|t-?max|pbp",
+    "a map of perfusion": r"kep|v[ep]|auc|ttp|pei",
     "one of several times": r"dyn\w*|time-?resolved|zeitaufgel\w*",
     "a functional image": r"fmri|bold",
     "a spectrum": r"spectro\w*|svs|csi",
@@ -106,8 +106,9 @@ _NOT_WORDS = {
 }
 """What a series is → the words of the description, or adjacent words joined by -, that say so; none is one of ours."""
 _HARMLESS = re.compile(
-    r"\b(?:(?:pre|post|peri|intra) ?op\w*|(?:large|full|wide|big|small) field|field of view|flow ?comp\w*|"
-    r"sub ?m(?:m|illi\w*)|phase ?(?:rl|lr|ap|pa|hf|fh|is|si|swap\w*|enc\w*|over\w*))\b"
+    r"\b(?:(?:pre|post|peri|intra) ?op\w*|(?:large|full|wide|big|small|low|high|bias) field|field (?:of view|strength)|"
+    r"v ?p ?shunt\w*|shunt\w* ?v ?p|flow ?comp\w*|\d+ ?grad|sub ?(?:\d+ ?)*m(?:m|illi\w*)|"
+    r"phase ?(?:rl|lr|ap|pa|hf|fh|is|si|swap\w*|enc\w*|over\w*))\b"
 )
 """Words that say how or when a series was acquired, of which a part would say that it is none of ours; folded."""
 _SPIN_ECHO_TRAIN = re.compile(r"\b(?:tse|fse|frfse|space|cube|vista)\b")
@@ -116,8 +117,11 @@ _T2_GRADIENT_ECHO = re.compile(r"\bt2\w*\b.*\b(?:gre|grad|gradient|ffe|fl[23]d)\
 _CALIBRATION = re.compile(r"asset(?: cal\w*)?(?: \d+)?")
 """Whole descriptions; in others the word means parallel imaging."""
 _SYNTHETIC = "synthetic: computed from another acquisition"
-_MAPPED_TIMES = "a map of relaxation times"
-_COMPUTED = frozenset({"a projection or a subtraction", "a subtraction", "a mask", "a map", "a map of perfusion"})
+_PROTON_DENSITY = "weighted by proton density"
+_MAPPED_TIMES, _LOCALISER, _DIFFUSION = "a map of relaxation times", "a localiser or a calibration", "a diffusion image"
+_MAPS = frozenset({"a map", "a map of perfusion"})
+"""What short words say that mean something else of an original image that is called a contrast: VE, VP, MAP."""
+_COMPUTED = _MAPS | {"a projection or a subtraction", "a subtraction", "a mask", "a perfusion map"}
 """What a word may say that is true of derived images alone."""
 _OF_VESSELS = frozenset({"an angiogram", "a flow image", "weighted by susceptibility"})
 """What is always acquired by gradient echoes without preparation."""
@@ -136,11 +140,9 @@ _NO_T1 = frozenset(
     }
 )
 """What is never acquired by a spin echo, or an inverted gradient echo, with the times of a T1."""
-_UNCERTAIN = (_NO_T1 - _OF_VESSELS) | {"a localiser or a calibration", "one of several times"}
-"""What a word says also of a T1 that was acquired for it, or after it, where no tags tell: T1 POST PERF."""
 _OF_FLAIR = frozenset({"a projection or a subtraction", "a mask", "a map", "a FLAIR weighted by T2*, too", _SYNTHETIC})
 """What words say of a FLAIR, too; others say when it was acquired, or for what: FLAIR EPI."""
-_WITH_AGENT = frozenset({"a perfusion image", "a map of perfusion", "one of several times"})
+_WITH_AGENT = frozenset({"a perfusion image", "a perfusion map", "a map of perfusion", "one of several times"})
 """What is mostly acquired with contrast agent."""
 _DIXON = re.compile(
     r"\b(?:dixon|mdixon|ideal|flex|vibe|lava|thrive)\b.*"
@@ -163,6 +165,7 @@ _PARTS_OF_HEAD = re.compile(
 )
 _WORD = {
     "t2f": r"flair|t2flair|\w*flair|tirm|darkfluid|dark-?fluid|fluid",
+    "t1": r"t1w?|t1n|st1\w*|t1-\w+",
     "t1n": r"t1w?|t1n|mprage|memprage|mpr|bravo|fspgr|spgr|ir-?fspgr|tfe|vibe|thrive|lava|mp2rage|ffe|st1\w*|t1-\w+",
     "t2w": r"t2w?|st2\w*|t2-\w+",
     "pdw": r"pdw?|proton",
@@ -210,8 +213,8 @@ class Acquisition:
 
 
 Reason = Literal["", "decided", "unclear", "denied", "directions", "few slices", "slices missing", "one place"]
-"""Why a series is left out: by the user, or by what it is; as nothing tells its contrast; as a word of its description
-says that it is none, and the rest that it is one; by where its slices lie."""
+"""Why a series is left out: by the user, or by what it is; as nothing tells its contrast; as one word or tag says that
+it is none, and the rest that it is one; by where its slices lie."""
 
 
 class Recognition(NamedTuple):
@@ -224,7 +227,7 @@ class Recognition(NamedTuple):
     reason: Reason = ""
     """Why it is left out, where more depends on that."""
     may_be: frozenset[str] = frozenset()
-    """The contrasts that it is by all that is known of it but one word of its description."""
+    """The contrasts that it is by all that is known of it but one word of its description, or its flip angle."""
 
 
 def resolve_agents(acquisitions: Sequence[Acquisition]) -> list[Acquisition]:
@@ -281,26 +284,32 @@ def recognise_contrast(acquisition: Acquisition) -> Recognition:
     if modality == "t1n":
         enhanced, evidence = _enhanced(acquisition, said_of_agent(acquisition.description))
         modality, why = "t1c" if enhanced else "t1n", f"{why}; {evidence}"
-    if (denial := _denial(acquisition, words)) and not (by_tags and _cannot_be(denial, acquisition, words)):
-        return _denied(denial, modality, acquisition, words, by_tags=by_tags)
+    if denials := _denials(acquisition, words, by_tags=by_tags):
+        return _denied(denials, modality, acquisition, words, by_tags=by_tags)
     return Recognition(modality, why, "unclear" if why.startswith("neither") else "")
 
 
 def _by_words(acquisition: Acquisition, words: Collection[str]) -> str | None:
     """The contrast that a description names, t1n for any T1; None where it names none, or two."""
     modality = next((m for m in ("t2f", "pdw", "t2w", "t1n") if m in words), None)
-    if {"t1n", "t2f"} <= {*words} and "t2w" not in words and (acquisition.te_ms or 0) <= 40:
+    if {"t1", "t2f"} <= {*words} and "t2w" not in words and (acquisition.te_ms or 0) <= 40:
         return "t1n"  # a T1-FLAIR
     return None if "t1n" in words and modality == "t2w" else modality
 
 
-def _denial(acquisition: Acquisition, words: Collection[str]) -> str:
-    """What words, or Image Type, say that a series is instead of a contrast; '' where they say nothing of that kind."""
-    if "SYNTHETIC" in acquisition.kinds:
-        return _SYNTHETIC
+def _denials(acquisition: Acquisition, words: Collection[str], *, by_tags: bool) -> list[str]:
+    """What words, Image Type or flip angle say that a series is instead of a contrast, the surest first."""
+    kinds = acquisition.kinds - {""}
+    if "SYNTHETIC" in kinds:
+        return [_SYNTHETIC]
     found = [word.removeprefix("not: ") for word in words if word.startswith("not: ")]
     found = [what for what in found if "t2f" not in words or what in _OF_FLAIR]
-    return min(found, key=lambda what: (what not in _WHATEVER_TAGS, what in _NO_T1, what), default="")
+    if kinds and "DERIVED" not in kinds and not {*_ACQUIRED.values()}.isdisjoint(words):
+        found = [what for what in found if what not in _MAPS]
+    if by_tags:
+        found = [what for what in found if not _cannot_be(what, acquisition, words)]
+    found.sort(key=lambda what: (what not in _WHATEVER_TAGS, what in _NO_T1, what))
+    return [*found, _PROTON_DENSITY] if by_tags and _of_small_flip(acquisition, words) else found
 
 
 def _cannot_be(denial: str, acquisition: Acquisition, words: Collection[str]) -> bool:
@@ -313,24 +322,44 @@ def _cannot_be(denial: str, acquisition: Acquisition, words: Collection[str]) ->
 
 
 def _denied(
-    denial: str, modality: str | None, acquisition: Acquisition, words: Collection[str], *, by_tags: bool
+    denials: Sequence[str], modality: str | None, acquisition: Acquisition, words: Collection[str], *, by_tags: bool
 ) -> Recognition:
-    """A series that one word says to be none of the contrasts: in doubt where all else says that it is one."""
-    said = "by its image type" if denial == _SYNTHETIC and "SYNTHETIC" in acquisition.kinds else "by its description"
-    named = {"t1c": "t1n"}.get(modality or "", modality) in words
-    likely = named and (by_tags or (modality in ("t1n", "t1c") and denial in _UNCERTAIN))
-    if modality is None or denial in _WHATEVER_TAGS or not (denial == _SYNTHETIC or likely):
-        return Recognition(None, f"{denial}, {said}")
-    unprepared = acquisition.families & {"GR", "SE"} == {"GR"} and not (
-        acquisition.ti_ms or "MP" in acquisition.variants
-    )
-    derived = "DERIVED" in acquisition.kinds or not acquisition.kinds - {""}
-    if (denial in _OF_VESSELS and unprepared) or (denial in _COMPUTED and derived):
+    """A series that a word or a tag says to be none of the contrasts: in doubt where all else says that it is one."""
+    settled = [what for what in denials if _agrees(what, modality, acquisition, words, by_tags=by_tags)]
+    denial = [*settled, *denials][0]
+    said = "by its description"
+    if denial == _PROTON_DENSITY:
+        said = f"by its flip angle of {acquisition.flip_degrees:g}° without preparation"
+    elif denial == _SYNTHETIC and "SYNTHETIC" in acquisition.kinds:
+        said = "by its image type"
+    if modality is None or settled:
         return Recognition(None, f"{denial}, {said}")
     unknown = modality == "t1n" and acquisition.agent is None and denial in _WITH_AGENT
     may_be = frozenset({"t1n", "t1c"} if unknown else {modality})
-    rest = "" if denial == _SYNTHETIC else f", and {display_name(modality)} by {'its tags' if by_tags else 'it, too'}"
+    other = "all else" if denial == _PROTON_DENSITY else "its tags" if by_tags else "it, too"
+    rest = "" if denial == _SYNTHETIC else f", and {display_name(modality)} by {other}"
     return Recognition(None, f"{denial}, {said}{rest}", "denied", may_be)
+
+
+def _agrees(
+    denial: str, modality: str | None, acquisition: Acquisition, words: Collection[str], *, by_tags: bool
+) -> bool:
+    """Whether what else is known of a series agrees with what a word or a tag says that it is instead of a contrast."""
+    gradient = acquisition.families & {"GR", "SE"} == {"GR"}
+    unprepared = gradient and not (acquisition.ti_ms or "MP" in acquisition.variants)
+    if denial == _SYNTHETIC or denial in _WHATEVER_TAGS:
+        return denial != _SYNTHETIC
+    if denial == _PROTON_DENSITY:
+        return modality != "t1c" and "t1" not in words
+    if (denial in _COMPUTED and "DERIVED" in acquisition.kinds) or (
+        denial in _OF_VESSELS and (unprepared or not by_tags) and "t1" not in words
+    ):
+        return True
+    if {"t1c": "t1n"}.get(modality or "", modality) in words:
+        return False
+    if gradient:
+        return unprepared or denial in _OF_VESSELS or denial == _LOCALISER
+    return denial == _DIFFUSION and modality == "t2w"  # some scanners call its spin echo so, not echo-planar
 
 
 def _none_of_ours(acquisition: Acquisition, words: Collection[str]) -> str:
@@ -398,15 +427,25 @@ def _by_gradient_echo(acquisition: Acquisition, words: Collection[str]) -> tuple
             return None, f"one inversion of an MP2RAGE, not its UNI ({why})"
     if acquisition.echoes > 2 and ti is None and "MP" not in variants:
         return None, f"one of {acquisition.echoes} gradient echoes ({why})"
-    prepared = ti is not None or "MP" in variants or "prepared" in words or (tr or 0) >= 1000
-    if not prepared and 0 < te < LEAST_ECHO_MS:
+    if not _is_prepared(acquisition, words) and 0 < te < LEAST_ECHO_MS:
         return None, f"an image of short echo, as of bone ({why})"
-    if not prepared and 0 < (acquisition.flip_degrees or 0) < LEAST_FLIP:
-        flip = f"{acquisition.flip_degrees:g}°"
-        return None, f"weighted by proton density: a gradient echo without preparation of {flip} ({why})"
     if ti is None and tr is not None and 14 <= tr <= 60 and "MP" not in variants and "t1n" not in words:
         return None, f"an angiogram or a susceptibility image by its times ({why}), and not called T1"
     return "t1n", why
+
+
+def _is_prepared(acquisition: Acquisition, words: Collection[str]) -> bool:
+    """Whether a gradient echo is prepared by an inversion, as an MPRAGE is."""
+    told = acquisition.ti_ms or "MP" in acquisition.variants or "prepared" in words
+    return bool(told) or (acquisition.tr_ms or 0) >= 1000
+
+
+def _of_small_flip(acquisition: Acquisition, words: Collection[str]) -> bool:
+    """Whether a series is a gradient echo whose flip angle is too small for a T1."""
+    gradient = (
+        "GR" in acquisition.families and "SE" not in acquisition.families and acquisition.acquired not in _ACQUIRED
+    )
+    return gradient and not _is_prepared(acquisition, words) and 0 < (acquisition.flip_degrees or 0) < LEAST_FLIP
 
 
 def _enhanced(acquisition: Acquisition, said: Said) -> tuple[bool, str]:

@@ -198,7 +198,7 @@ def _cases_in(
     folder: Path, mapping: Mapping[str, str] | None, *, keep_names: bool, exclude: Path | None, display: Display
 ) -> dict[str, list[Series]]:
     """As `find_cases`, but none where there is no MR image."""
-    all_series = find_series(folder, mapping, exclude)
+    all_series = find_series(folder, mapping, exclude, display)
     names = _cases(all_series, keep_names)
     cases: dict[str, list[Series]] = {name: [] for name in sorted(names.values())}
     for series in all_series:

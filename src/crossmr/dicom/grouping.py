@@ -1,14 +1,16 @@
 """Which images of DICOM are of one study, and of one series: what UIDs say, and where they do not, what they show."""
 
 import hashlib
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from crossmr.data.contrast_agent import is_placeholder
 from crossmr.dicom.contrast import means
 from crossmr.dicom.headers import (
     File,
@@ -31,7 +33,16 @@ _MADE_UP = re.compile(
     r"(ANON(YM(OUS|IZED|ISED|E)?)?|DE?IDENTIFIED|REMOVED|REDACTED|UNKNOWN|NONE|NULL|NA|NOID|NONAME|PATIENT(ID)?|"
     r"PSEUDONYM(IZED|ISED)?|TEST|X+|0+|9{3,}|1|12345\d*)"
 )
-"""An ID that is everybody's, without what lies between its letters."""
+"""An ID that is everybody's, without what lies between its letters; others are placeholders in some language."""
+OTHER_ID = (
+    "of another patient ID under this study's UID. Export it with the right one, or name it in the table of series"
+)
+"""Why a series that may be of a study is not."""
+OTHER_FRAME = (
+    "in the same folder, but of another frame of reference, and taken for another examination, as no study's UID says "
+    "more. Export it with that UID, or name it in the table of series"
+)
+"""The same of one without the UID of a study."""
 LONGEST_STUDY, NOON = 180000, "120000"
 """HHMMSS. Times of one day that differ by more than the first, as numbers, have midnight between them."""
 
@@ -64,7 +75,7 @@ def _without_uid(files: Sequence[File]) -> dict[str, list[File]]:
     """
     alike: dict[tuple[str, ...], list[File]] = defaultdict(list)
     for path, header in files:
-        alike[patient_of(header), text_of(header, "StudyDate")].append((path, header))
+        alike[_person_and_date(header)].append((path, header))
     studies: dict[str, list[File]] = {}
     for key, of_key in alike.items():
         known = not any(_is_made_up(header) for _, header in of_key)
@@ -130,11 +141,59 @@ def is_unnamed(files: Sequence[File]) -> bool:
     return any(not text_of(header, "StudyInstanceUID") and _is_made_up(header) for _, header in files)
 
 
+def kin_of(studies: Mapping[str, Sequence[File]]) -> dict[str, dict[str, str]]:
+    """Study → others whose series may be of it, too → why they are not.
+
+    That is another patient ID of one name and date of birth under one UID; without a UID another frame of reference in
+    one folder, where no ID and date of their own tell.
+    """
+    alike: dict[tuple[object, ...], set[str]] = defaultdict(set)
+    above = _folders_of_series([file for of_study in studies.values() for file in of_study])
+    for study, of_study in studies.items():
+        for path, header in of_study:
+            if uid := text_of(header, "StudyInstanceUID"):
+                alike[uid, *_name_and_birth(header)].add(study)
+            else:
+                alike[*_person_and_date(header), above.get(path.parent, path.parent)].add(study)
+    kin: dict[str, dict[str, str]] = defaultdict(dict)
+    for of_key in alike.values():
+        for study, other in itertools.permutations(sorted(of_key), 2):
+            if text_of(studies[study][0][1], "StudyInstanceUID"):
+                if _may_share_frame(studies[study], studies[other]):
+                    kin[study][other] = OTHER_ID
+            elif not _repeat((studies[study], studies[other])):
+                kin[study][other] = OTHER_FRAME
+    return kin
+
+
+def _may_share_frame(files: Sequence[File], others: Sequence[File]) -> bool:
+    """Whether images lie in one frame of reference, or do not say it."""
+    frames, other = ({text_of(header, "FrameOfReferenceUID") for _, header in lot} - {""} for lot in (files, others))
+    return not (frames and other and frames.isdisjoint(other))
+
+
+def _name_and_birth(header: Any) -> tuple[str, str]:
+    return _upper(header, "PatientName"), _upper(header, "PatientBirthDate")
+
+
+def _person_and_date(header: Any) -> tuple[str, ...]:
+    """What images without the UID of a study share: patient and date, and a name of their own where the ID is not."""
+    known, name, date = (_upper(header, keyword) for keyword in ("PatientID", "PatientName", "StudyDate"))
+    own = known and _is_everybodys(known) and not _is_everybodys(name)
+    return (known or name, date, name) if own else (known or name, date)
+
+
 def _is_made_up(header: Any) -> bool:
     """Whether patient's ID or study's date is missing, or one that de-identification puts in place of everybody's."""
-    patient, date = re.sub(r"[^A-Z0-9]", "", _upper(header, "PatientID")), text_of(header, "StudyDate")
+    date = text_of(header, "StudyDate")
     real_date = re.fullmatch(r"(19[89]|2\d\d)\d{5}", date) and not date.endswith("0101")
-    return not patient or bool(_MADE_UP.fullmatch(patient)) or not real_date
+    return _is_everybodys(_upper(header, "PatientID")) or not real_date
+
+
+def _is_everybodys(known: str) -> bool:
+    """Whether an ID or a name is missing, or one that de-identification puts in place of everybody's."""
+    bare = re.sub(r"[^A-Z0-9]", "", known)
+    return not bare or bool(_MADE_UP.fullmatch(bare)) or (is_placeholder(known) and not re.search(r"\d", known))
 
 
 def _patients(headers: Sequence[Any]) -> list[str]:
@@ -164,7 +223,8 @@ def patient_of(header: Any) -> str:
 
 
 def _upper(header: Any, keyword: str) -> str:
-    return " ".join(text_of(header, keyword).upper().split())
+    """A text without what says nothing: how it is spaced, small letters, the empty parts of a name at its end."""
+    return " ".join(text_of(header, keyword).upper().split()).rstrip("^ ")
 
 
 def moments_of(headers: Sequence[Any]) -> list[str]:

@@ -27,9 +27,9 @@ _TAGS = (
     *("NumberOfFrames", "EchoPulseSequence", "InversionRecovery", "SamplesPerPixel", "ManufacturerModelName"),
     *("PatientName", "FrameOfReferenceUID", "BodyPartExamined", "NumberOfTemporalPositions", "ContrastBolusStartTime"),
     *("PhaseContrast", "TimeOfFlightContrast", "EchoPlanarPulseSequence", "PatientBirthDate"),
-    *("FlipAngle", "PhotometricInterpretation", "PixelPaddingValue", "RescaleSlope", "RescaleIntercept"),
+    *("FlipAngle", "PhotometricInterpretation", "PixelPaddingValue", "PixelRepresentation", "RescaleSlope"),
     *("AcquisitionDate", "SeriesDate", "AcquisitionDateTime", "AcquisitionNumber", "ImagesInAcquisition"),
-    *("DerivationDescription", "ContributingEquipmentSequence"),
+    *("RescaleIntercept", "DerivationDescription", "ContributingEquipmentSequence"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 _PRIVATE = {
@@ -111,7 +111,8 @@ def why_not_read(header: Any) -> str:
     """What else an image is than an MR image, by its SOP class and its modality; '' for one that is read."""
     modality = text_of(header, "Modality") or "MR"
     if header.SOPClassUID not in MR:
-        return f"of SOP class {header.SOPClassUID.name}, which is not read"
+        name = import_pydicom().uid.UID(str(header.SOPClassUID)).name  # a wrong VR makes a text of it
+        return f"of SOP class {name}, which is not read"
     return "" if modality == "MR" else f"of modality {modality}, which is not read"
 
 

@@ -30,6 +30,7 @@ from crossmr.dicom.grouping import (
     announced_of,
     groups_of,
     is_unnamed,
+    kin_of,
     moments_of,
     patient_of,
     studies_of,
@@ -54,6 +55,7 @@ from crossmr.dicom.headers import (
     time_of,
     why_not_read,
 )
+from crossmr.display import SILENT, Display
 
 FEWEST_SLICES = 8
 MOST_CAPTURES = 3
@@ -68,6 +70,10 @@ UNNAMED = (
     "belong together. Look whether all are of one patient and one examination."
 )
 """Of a study whose UID is missing."""
+PARTED = (
+    "its study's UID has images of another patient ID, too, which are another study here: look whether both are of one "
+    "patient."
+)
 HALF_A_DAY = 120000
 """As the difference of two times of DICOM, HHMMSS; those that differ by more have midnight between them."""
 SHIFTED_MM = 1.0
@@ -142,11 +148,16 @@ class Series:
         return _name(self.number)
 
 
-def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude: Path | None = None) -> list[Series]:
+def find_series(
+    folder: Path,
+    mapping: Mapping[str, str] | None = None,
+    exclude: Path | None = None,
+    display: Display = SILENT,
+) -> list[Series]:
     """Every series of MR images under a folder, with its contrast, or the reason for leaving it out; sorted.
 
-    Images of other kinds are series that are left out, too, where they are of such a study, or may be scans.
-    `mapping` and `exclude` as in `convert`.
+    Images of other kinds are series that are left out, too, where they are of such a study, or may be scans; of another
+    study of a patient who has MR images, `display` says so alone. `mapping` and `exclude` as in `convert`.
     """
     pydicom = import_pydicom()
     mapping = {mapping_key(key): glob for key, glob in mapping.items()} if mapping else None
@@ -167,35 +178,64 @@ def find_series(folder: Path, mapping: Mapping[str, str] | None = None, exclude:
                 continue
             instances.add(image)
             (others if why_not_read(header) else files).append((path, header))
-        series: list[Series] = []
-        owners: dict[tuple[str, str], set[str]] = defaultdict(set)
-        for study, of_study in studies_of(files).items():
-            for _, header in of_study:
-                for whose in (patient_of(header), ""):
-                    owners[text_of(header, "StudyInstanceUID"), whose].add(study)
-            groups = [(without_copies(pydicom, group), echoes) for group, echoes in groups_of(of_study)]
-            short = announced_of([files for files, _ in groups])
-            unnamed = (UNNAMED,) if is_unnamed(of_study) else ()
-            begun = moments_of([group[0][1] for group, _ in groups])
-            order = sorted(
-                range(len(groups)), key=lambda k: (begun[k], number_of(groups[k][0][0][1], "SeriesNumber") or 0)
-            )
-            acquisitions = resolve_agents(
-                [replace(_acquisition(groups[k][0][0][1]), echoes=groups[k][1]) for k in order]
-            )
-            own = [
-                replace(
-                    _series(study, groups[k][0], a, mapping),
-                    time=begun[k],
-                    notes=(*unnamed, *_short(groups[k][0], *short[k])),
-                )
-                for k, a in zip(order, acquisitions, strict=True)
-            ]
-            patient = Counter(one.patient for one in own if one.patient).most_common(1)
-            series += [replace(one, patient=patient[0][0] if patient else "") for one in _beside_mapped(own)]
-        left = _not_read(others, owners, series, mapping)
-    series = [*_without_lost(series, unreadable), *left]
+        studies = studies_of(files)
+        series = [one for study, of_study in studies.items() for one in _of_study(pydicom, study, of_study, mapping)]
+        left = _not_read(others, _owners(studies), series, mapping, display)
+        kin = kin_of(studies)
+    series = [*_with_kin(_without_lost(series, unreadable), kin), *left]
     return sorted(series, key=lambda s: (s.patient, s.date, s.study, s.number or 0, s.time, str(s.images[0].path)))
+
+
+def _of_study(pydicom: Any, study: str, files: Sequence[File], mapping: Mapping[str, str] | None) -> list[Series]:
+    """The series of the images of one study."""
+    groups = [(without_copies(pydicom, group), echoes) for group, echoes in groups_of(files)]
+    short = announced_of([files for files, _ in groups])
+    parted = text_of(files[0][1], "StudyInstanceUID") not in ("", study)
+    notes = [*([UNNAMED] if is_unnamed(files) else []), *([PARTED] if parted else [])]
+    begun = moments_of([group[0][1] for group, _ in groups])
+    order = sorted(range(len(groups)), key=lambda k: (begun[k], number_of(groups[k][0][0][1], "SeriesNumber") or 0))
+    acquisitions = resolve_agents([replace(_acquisition(groups[k][0][0][1]), echoes=groups[k][1]) for k in order])
+    own = [
+        replace(
+            _series(study, groups[k][0], a, mapping), time=begun[k], notes=(*notes, *_short(groups[k][0], *short[k]))
+        )
+        for k, a in zip(order, acquisitions, strict=True)
+    ]
+    patient = Counter(one.patient for one in own if one.patient).most_common(1)
+    return [replace(one, patient=patient[0][0] if patient else "") for one in _beside_mapped(own)]
+
+
+def _owners(studies: Mapping[str, Sequence[File]]) -> dict[tuple[str, str], set[str]]:
+    """UID of a study and patient, and the UID alone → its studies."""
+    owners: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for study, of_study in studies.items():
+        for _, header in of_study:
+            for whose in (patient_of(header), ""):
+                owners[text_of(header, "StudyInstanceUID"), whose].add(study)
+    return owners
+
+
+def _with_kin(all_series: Sequence[Series], kin: Mapping[str, Mapping[str, str]]) -> list[Series]:
+    """The series, and in each study those of others that may be of it, left out in doubt: `kin_of`; it says so."""
+    of_study: dict[str, list[Series]] = defaultdict(list)
+    for series in all_series:
+        of_study[series.study].append(series)
+    for study, others in kin.items():
+        own = list(of_study[study])
+        for other, why in others.items():
+            theirs = [one for one in all_series if one.study == other and (one.modality or one.reason == "denied")]
+            said = f"{', '.join(one.name for one in theirs)} may be of this study: {why}."
+            own = [replace(one, notes=(*one.notes, said)) if theirs else one for one in own]
+            of_study[study] += [_stand_in(one, own[0], why) for one in theirs]
+        of_study[study][: len(own)] = own
+    return [series for of_one in of_study.values() for series in of_one]
+
+
+def _stand_in(series: Series, beside: Series, why: str) -> Series:
+    """A series of another study as one that is left out of this study."""
+    series = replace(series, study=beside.study, patient=beside.patient, date=beside.date)
+    reason: Reason = "denied" if series.reason == "denied" else ""
+    return replace(series, modality=None, why=why, reason=reason, mapped=(), notes=())
 
 
 def _short(files: Sequence[File], there: int, announced: int) -> list[str]:
@@ -210,6 +250,7 @@ def _not_read(
     owners: Mapping[tuple[str, str], Collection[str]],
     all_series: Sequence[Series],
     mapping: Mapping[str, str] | None,
+    display: Display,
 ) -> list[Series]:
     """Images of other kinds than MR as series that are left out: of the studies of MR images, or that may be scans.
 
@@ -236,8 +277,11 @@ def _not_read(
         series = _unread_kind(study, group, mapping)
         if study in patients:
             found.append(replace(series, patient=patients[study]))
-        elif series.reason != "decided" and series.patient not in patients.values():  # else captures of other studies
+        elif series.reason != "decided" and series.patient not in patients.values():
             found.append(series)
+        elif series.reason != "decided":
+            where, images = series.images[0].path.parent, len(series.images)
+            display.say(f"{where}: a study of its own without MR images, left out: {images} images {series.why}.")
     return found
 
 

@@ -227,8 +227,9 @@ def decide(all_series: Sequence[Series], table: SeriesTable) -> list[Series]:
     """The series of a study, with the contrasts that a person has chosen in a table.
 
     A line that nobody changed decides nothing, but that what a person chose of other series changes nothing of this
-    one: none takes the place of what is not used. A table without `recognised` does not tell what a person changed:
-    there a series is of a person's choice wherever another one would be taken than the table says.
+    one: none takes the place of what is not used, but may be what is missing then. A table without `recognised` does
+    not tell what a person changed: there a series is of a person's choice wherever another one would be taken than the
+    table says.
 
     What a file or its geometry makes unfit stays left out, with the reason.
 
@@ -268,7 +269,7 @@ def _with(
 ) -> list[Series]:
     """The series, of which those `by_person` are what their rows say, and no other one is of their contrasts.
 
-    Those `kept` stay what they are recognised as, if their rows say that, and are of no contrast, if these say that.
+    Those `kept` stay what they are recognised as, if their rows say that, and are left out in doubt, if these say that.
     """
     said = {k: row.contrast.replace(UNUSED, "") for k, row in enumerate(rows) if row and k in {*by_person, *kept}}
     named = {*said.values()} - {""}
@@ -288,7 +289,7 @@ def _with(
             series = replace(series, modality=None, why=why, reason="decided", mapped=())
         elif k in kept and series.modality:
             why = f"no {series.modality}, as {_BESIDE}"
-            series = replace(series, modality=None, why=why, reason="decided", mapped=())
+            series = replace(series, modality=None, why=why, reason="", mapped=(series.modality,))
         decided.append(series)
     return decided
 
