@@ -248,6 +248,17 @@ def test_one_name_in_several_places_is_doubtful(folders):
         assert doubts(studies(*(folder.replace("/", "_") for folder in twice))) == doubts(found)
 
 
+@pytest.mark.parametrize("sites", ["MRI_A MRI_B", "scan_A scan_B", "session_one session_two", "Site_01 Site_02"])
+@pytest.mark.parametrize("name", ["P01", "007"])
+def test_one_name_at_several_sites_is_doubtful(sites, name):
+    """However the sites are called: they may be visits, or copies."""
+    one, two = sites.split()
+    paths = [Path("c", site, f"{who}_T1.nii") for site in (one, two) for who in (name, 100 + len(site) + ord(site[-1]))]
+    found = recognise(paths, root=Path("c"))
+    assert {f"{one}_{name}", f"{two}_{name}"} <= {study.patient for study in found}
+    assert doubts(found) == [f"{one}_{name}, {two}_{name} are taken for studies of different patients"]
+
+
 def test_a_letter_after_a_number_and_names_with_and_without_a_last_word_are_doubtful():
     found = studies("P01a", "P01b", "P02A", "P03", "P03_op")
     assert [study.patient for study in found] == ["P01a", "P01b", "P02A", "P03", "P03_op"]

@@ -408,11 +408,10 @@ def test_each_name_is_read_once_with_its_folder():
     assert [names.case(path, reading) for path, reading in names.readings] == ["P2", "P1"]
 
 
-def test_one_name_at_several_sites_is_called_after_the_site() -> None:
-    """With all that this patient has there; copies of one image in other forms stay one study's, and are refused."""
+def test_all_cases_of_sites_that_share_a_name_are_called_after_their_site() -> None:
     found = recognise(
         [Path("c", f"{name}.nii") for name in ["A/P1_T1", "A/P1_T2", "A/P1_seg", "A/P1_x", "A/P1_fu_T1", "A/P2_T1"]]
-        + [Path("c", f"{name}.nii") for name in ["B/P1_T1", "B/P1_T2", "B/P1_seg", "B/P3_T1"]],
+        + [Path("c", f"{name}.nii") for name in ["B/P1_T1", "B/P1_T2", "B/P1_seg", "B/P2_T2", "B/P3_T1"]],
         root=Path("c"),
     )
     cases = {study.case: (study.patient, [path.name for path in study.paths()]) for study in found}
@@ -420,12 +419,72 @@ def test_one_name_at_several_sites_is_called_after_the_site() -> None:
         "A_P1": ("A_P1", ["P1_T1.nii", "P1_T2.nii", "P1_seg.nii", "P1_x.nii"]),
         "A_P1_fu": ("A_P1", ["P1_fu_T1.nii"]),
         "B_P1": ("B_P1", ["P1_T1.nii", "P1_T2.nii", "P1_seg.nii"]),
-        "P2": ("P2", ["P2_T1.nii"]),
-        "P3": ("P3", ["P3_T1.nii"]),
+        "A_P2": ("A_P2", ["P2_T1.nii"]),
+        "B_P2": ("B_P2", ["P2_T2.nii"]),
+        "B_P3": ("B_P3", ["P3_T1.nii"]),
     }
-    for first, other in (("rawdata", "B"), ("A", "preproc"), ("T1w", "T1"), ("x/A", "x/B")):
-        copies = [Path("c", folder, "P1_T1.nii") for folder in (first, other)]
-        assert [study.case for study in recognise(copies, root=Path("c"))] == ["P1"]
+
+
+@pytest.mark.parametrize(
+    ("files", "cases"),
+    [
+        ("A/{P1,P2}_T1.nii B/P1_FLAIR.nii B/P2_T1.nii", "A_P1 A_P2 B_P1 B_P2"),
+        ("siteA/P1_{T1,T2}.nii siteB/P1_{T1_MPRAGE,FLAIR}.nii", "siteA_P1 siteB_P1"),
+        (
+            "data/siteA/{P1,P2}_T1.nii data/siteB/P1_FLAIR.nii data/siteB/P2_T1.nii",
+            "siteA_P1 siteA_P2 siteB_P1 siteB_P2",
+        ),
+        ("{A,B}_nifti/P1_T1.nii A_nifti/P2_T1.nii B_nifti/P2_T2.nii", "A_nifti_P1 A_nifti_P2 B_nifti_P1 B_nifti_P2"),
+        ("Norman/{P1,P2}_T1.nii Origami/P1_T1.nii Origami/P2_T2.nii", "Norman_P1 Norman_P2 Origami_P1 Origami_P2"),
+        ("{x,y}/{A,B}/P1_T1.nii", "x_A_P1 x_B_P1 y_A_P1 y_B_P1"),
+        ("site1/P1/P1_T1.nii site10/P1_T1.nii", "site1_P1 site10_P1"),
+        ("{Hospital_A,Hospital_C}/P1_T1.nii", "Hospital_A_P1 Hospital_C_P1"),
+        ("{A,B,A_n4}/P1_T1.nii", "A_P1 B_P1"),
+        # folders of one contrast each, and visits
+        ("T1/A/P1_T1.nii T1/B/P1_T1.nii FLAIR/{A,B}/P1_FLAIR.nii", "A_P1 B_P1"),
+        ("one/{P1,P2}_T1.nii two/{P1,P2}_FLAIR.nii", "P1 P2"),
+        ("train/P1_baseline_T1.nii test/P1_followup_T1.nii", "P1_baseline P1_followup"),
+    ],
+)
+def test_folders_are_sites_where_one_case_has_one_contrast_in_several(files: str, cases: str) -> None:
+    assert cases_in(files) == sorted(cases.split())
+
+
+def cases_in(files: str) -> list[str]:
+    return [s.case for s in recognise([Path("c", file) for file in expand(files)], root=Path("c"))]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        "rawdata|B",
+        "A|preproc",
+        "T1w|T1",
+        "imgs|imgs_smoothed",
+        "imgs|imgs_denoised",
+        "cases|cases_cropped",
+        "images_cropped|images_full",
+        "cohort|cohort_completed",
+        "siteA_raw|siteA_n4",
+        "T1_images|T1gd_images",
+        "Gado|Nativ",
+        "mit KM|ohne KM",
+        "CE|nonCE",
+        "axial|sagittal",
+        "3T|7T",
+        "x/P1/1|x/P1/2",
+        "P1_a|P1_b",
+    ],
+)
+def test_copies_planes_and_agents_are_no_sites(folders: str) -> None:
+    """Two files of one contrast are refused, not taken for two patients."""
+    (found,) = recognise([Path("c", folder, "P1_T1.nii") for folder in folders.split("|")], root=Path("c"))
+    assert (found.case, found.patient) == ("P1", "P1")
+    with pytest.raises(NamingError, match="2 files claim to be t1n"):
+        found.images()
+
+
+def test_visits_are_no_sites() -> None:
     for first, other in (
         *(("baseline", "followup"), ("scan1", "scan2"), ("V1", "V2"), ("MR1", "MR2"), ("T0", "T3")),
         *(("M00", "M12"), ("d0129", "d0757")),

@@ -330,8 +330,9 @@ def recognise(
        does not depend on what lies beside, but for a hash where A_B/C and A/B_C would be one. Without `root`, it is
        preceded by as many parents as make it unique. A text without a digit that lies in several folders, none of them
        named after it, is no patient's: `P1/final_T1` and `P2/final_T2` are of P1 and P2, or of P1_final where P1 has
-       other texts, too. Where folders directly below `root` have an image of one name, each is called after its folder,
-       as is all that this patient has there: `siteA/P1_T1` and `siteB/P1_T1` are of siteA_P1 and siteB_P1.
+       other texts, too. Where folders beside one another have images of one contrast of a case, all cases in them are
+       called after them: `siteA/P1_T1` and `siteB/P1_T1` are of siteA_P1 and siteB_P1. But folders whose names differ
+       in nothing but what the images are, or of which one name begins with the other, hold copies: `T1`, `T1_n4`.
     3. The other files of the folder settle what a name leaves open: T2 in `P1_T2_FLAIR` is a visit beside `P1_T2_T1`,
        `post` in `post_T1` beside `post_FLAIR`; 2 in `2_T1` is the patient's number where others share it; `P1_POST` is
        T1ce beside `P1_FLAIR`; a file alone in a folder named after a contrast is that.
@@ -530,7 +531,8 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
     sure: `EORTC-26101-001` and so on may be the patients of one trial.
     """
     folders = {case: folder for folder, case in names.names.items()}
-    patients = {}
+    patients: dict[str, _Patient] = {}
+    sites: dict[str, str] = {}
     for case, files in studies.items():
         images = (file for file in files if file[1].meaning and not is_mask(file[1]))
         path, reading = next(images, next((file for file in files if file[1].meaning), files[0]))
@@ -539,7 +541,9 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
             case != reading.head and not parse_patient(reading.head).patient
         ):
             own = names.folder(path)
-        patients[case] = _patient(case, own, names.folder(path), root)
+        site = names.site(path, reading.head) if own is None else ""
+        sites[case] = site if reading.head.startswith(site) and case.startswith(site) else ""
+        patients[case] = _patient(case, own, names.folder(path), root, sites[case])
     if len(patients) > 2 and len({(p.name, p.folder) for p in patients.values()}) == 1:
         patients = {case: p if p.confidence == "sure" else _Patient(case) for case, p in patients.items()}
     called = folder_names({patient.folder for patient in patients.values() if patient.folder is not None}, root)
@@ -550,7 +554,20 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
         case: patient if patient.folder is None else patient._replace(name=called[patient.folder])
         for case, patient in patients.items()
     }
-    return _same_ends(patients, root)
+    return _at_several_sites(_same_ends(patients, root), sites)
+
+
+def _at_several_sites(patients: Mapping[str, "_Patient"], sites: Mapping[str, str]) -> dict[str, "_Patient"]:
+    """The patients, with `alike` of those who are told apart by nothing but the site before their names."""
+    of: dict[str, set[str]] = defaultdict(set)
+    bare = {case: patient.name.removeprefix(sites[case]) for case, patient in patients.items() if sites[case]}
+    for case, name in bare.items():
+        of[name].add(sites[case])
+    found = dict(patients)
+    for case, name in bare.items():
+        if len(of[name]) > 1:
+            found[case] = found[case]._replace(alike=(f"*{name}",))
+    return found
 
 
 def _same_ends(patients: dict[str, "_Patient"], root: Path | None) -> dict[str, "_Patient"]:
@@ -596,16 +613,17 @@ def _is_visit_of(case: str, rest: str, patient: str) -> bool:
     return patient == case and others == rest and is_visit(case) and is_visit(first)
 
 
-def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | None) -> _Patient:
-    """The patient that the case names, or else the folder that it is called after, or one above."""
+def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | None, site: str = "") -> _Patient:
+    """The patient that the case names, after its site's name, or else the folder that it is called after, or above."""
 
     def below(place: Path) -> bool:
         return bool(place.name) and (root is None or root in place.parents)
 
     if folder is None:
-        reading = parse_patient(case)
+        reading = parse_patient(case.removeprefix(site))
         if reading.patient:
-            return _Patient(reading.patient, reading.confidence, _said(look_alike(case)))
+            begins = look_alike(case.removeprefix(site))
+            return _Patient(f"{site}{reading.patient}", reading.confidence, _said(begins and f"{site}{begins}"))
         confidence, folder = reading.confidence, place_of_files
     elif below(folder):
         confidence = "sure"
@@ -622,9 +640,9 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
             known = is_visit(place.parent.name) or may_repeat(place.parent.name, "P1")
             bare = BARE.fullmatch(place.name) and not is_visit(place.parent.name)
             rest = after_time_point(place.name)
-            begins = bool(rest) and is_dated(place.name.removesuffix(rest))  # W1/01-23-1999-BRAIN-12345
+            dated_first = bool(rest) and is_dated(place.name.removesuffix(rest))  # W1/01-23-1999-BRAIN-12345
             numbered = re.search(r"\d", place.parent.name)
-            named = bare or (numbered and (begins or not known))  # V1/P01 is no visit of V1
+            named = bare or (numbered and (dated_first or not known))  # V1/P01 is no visit of V1
             own, higher = place.with_name(reading.patient), place.parent
             visits = [above for above in own.parents if below(above) and is_visit(above.name)]
             dated = any(is_dated(above.name) for above in visits)
@@ -637,7 +655,7 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
                 confidence = "weak"
             above = str(higher) if below(higher) and named else ""
             whole = place.name.endswith(reading.patient) and place == folder
-            alike = _said((begins and above) or look_alike(place.name) or above) if whole else ()
+            alike = _said((dated_first and above) or look_alike(place.name) or above) if whole else ()
             for visit in visits:  # baseline/P1, from the nearest up
                 own = visit.parent / own.relative_to(visit)
             while own.parent.name == own.name and below(own.parent):  # P1/P1_baseline

@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 from crossmr.data.bids import case_of, read_bids
@@ -20,6 +21,7 @@ from crossmr.data.words import (
     OTHER,
     Reading,
     agent_of_word,
+    are_copies,
     describes,
     is_raw,
     possible_contrasts,
@@ -38,8 +40,6 @@ _ANONYMOUS = frozenset(
 NNUNET = "dataset.json"
 _ADNI = re.compile(r"ADNI_(?P<subject>\d{3}_S_\d{4,5})_M[RT]_(?P<what>.+?)(_[Bb]r)?(_raw)?_\d{14,}(_\d+)?_S\d+_I\d+")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
-_OF_COPIES = re.compile(r"raw|orig|source|proc|deriv|strip|bet\b|regist|coreg|n4|norm|mni|nifti|space", re.I)
-"""What names of folders have in them that hold one patient's images in another form."""
 _AGENTS = re.compile(r"(pre|post|with|without|non?)[-_. ]?[a-z]", re.I)
 """How a folder's name begins that is of an agent and names no contrast: post_contrast, but not post, or contrast."""
 
@@ -127,7 +127,7 @@ class NamesInTree:
             together = _Beside(files)
             self.readings += [(path, self._settled(path, reading, together)) for path, reading in files]
         self.readings.sort(key=lambda file: file[0])
-        self._patients_of_sites = self._sites()
+        self._site_folders = self._sites()
         self.readings = [
             (path, replace(reading, head=f"{self.site(path, reading.head)}{reading.head}"))
             for path, reading in self.readings
@@ -166,38 +166,41 @@ class NamesInTree:
             return Reading(meaning=said)
         return reading
 
-    def _sites(self) -> dict[Path, set[str]]:
-        """Folders directly below the root that are named after sites, and the patients whose names others have, too.
+    def _sites(self) -> dict[Path, str]:
+        """Folders beside one another that are sites', and these: some case has images of one contrast in several.
 
-        Of these an image lies there under the name that it has in another such folder: `siteA/P1_T1` and `siteB/P1_T1`.
+        They hold no copies of one another (`are_copies`), and lie above the patients' own folders.
         """
-        folders: dict[tuple[str, Reading], set[Path]] = defaultdict(set)
+        holding: dict[Path, dict[tuple[str, ...], set[Path]]] = defaultdict(lambda: defaultdict(set))
         for path, reading in self.readings:
-            told = reading.meaning in CONTRASTS and not reading.mask and path not in self.mapped
-            if told and reading.head and not _is_vague(reading.head) and (top := self._top(path)):
-                folders[path.name, reading].add(top)
-        found: dict[Path, set[str]] = defaultdict(set)
-        for (_, reading), tops in folders.items():
-            if len(tops) > 1 and not any(self._says_no_site(top) for top in tops):
-                for top in tops:
-                    found[top].add(parse_patient(reading.head).patient)
+            if reading.meaning in CONTRASTS and not reading.mask and path not in self.mapped:
+                for folder in self._above_patient(path, reading.head):
+                    what = (reading.head, reading.visit, *self._visits_above(path), reading.meaning)
+                    holding[folder.parent][what].add(folder)
+        found: dict[Path, str] = {}
+        for together in holding.values():
+            found |= _called_after_sites({frozenset(folders) for folders in together.values() if len(folders) > 1})
         return found
 
-    def _top(self, path: Path) -> Path | None:
-        """The folder directly below the root that a file lies in."""
-        return next((folder for folder in path.parents if folder.parent == self.root and folder != self.root), None)
+    def _above_patient(self, path: Path, head: str) -> list[Path]:
+        """The folders below the root that a file lies in, above those that are named after its patient."""
+        if self.root is None or not (patient := parse_patient(head).patient) or _is_vague(head):
+            return []
+        above: list[Path] = []
+        for folder in path.parents:
+            if folder == self.root or self.root not in folder.parents:
+                break
+            named = folder.name.startswith(patient) and folder.name[len(patient) :][:1] in ("", *SEPARATORS)
+            above = [] if named or parse_patient(folder.name).patient == patient else [*above, folder]
+        return above
 
-    def _says_no_site(self, folder: Path) -> bool:
-        """Whether a folder is named after what its files are, as copies of others are, or after a time point."""
-        if self._says_no_case(folder) or not parse_patient(folder.name).patient:
-            return True
-        return _OF_COPIES.search(folder.name) is not None
-
-    def site(self, path: Path, name: str) -> str:
-        """What stands before the name of a case where other sites have such a patient, too: `siteA_` of P1; else ''."""
-        top = self._top(path) if self._patients_of_sites else None
-        patients = self._patients_of_sites.get(top, set()) if top else set[str]()
-        return f"{top.name}_" if top and name and parse_patient(name).patient in patients else ""
+    def site(self, path: Path, head: str) -> str:
+        """What stands before the name of a case that lies in the folder of a site: `siteA_`; else ''."""
+        if not self._site_folders or not head or _is_vague(head):
+            return ""
+        return "".join(
+            f"{self._site_folders[place]}_" for place in reversed(path.parents) if place in self._site_folders
+        )
 
     def _places(self) -> dict[Path, Path]:
         """Files whose heads name no patient, since they lie in several places and have no digit, and these places."""
@@ -332,6 +335,19 @@ class NamesInTree:
         """The folders below the root that are named after a time point alone: `P1/baseline/P1_T1`."""
         within = [folder for folder in path.parents if self.root in folder.parents]
         return [f.name for f in reversed(within) if not parse_patient(f.name).patient and not self._says_no_case(f)]
+
+
+def _called_after_sites(together: Collection[Collection[Path]]) -> dict[Path, str]:
+    """Of folders that hold the same cases, those that hold no copies of all others: the name of their site, each."""
+    site = {folder: [folder] for folders in together for folder in folders}
+    for folders in together:
+        for one, other in combinations(sorted(folders), 2):
+            if site[one] is not site[other] and are_copies(one.name, other.name):
+                site[one] += site[other]
+                site |= dict.fromkeys(site[other], site[one])
+    several = [folders for folders in together if len({id(site[folder]) for folder in folders}) > 1]
+    shortest = {folder: min(site[folder], key=lambda place: (len(place.name), place)) for folder in site}
+    return {folder: shortest[folder].name for folders in several for folder in folders}
 
 
 def _is_vague(head: str) -> bool:

@@ -117,6 +117,16 @@ _ONLY_AFTER = _set(
 _STRIPPING = _set("bet hdbet synthstrip strip stripped skullstrip skullstripped extracted")
 """Steps whose mask is of the brain: `T1_bet_mask`, but `T1_bet_seg` may be of a lesion."""
 _KINDS = frozenset(["seg", "segm", "segmentation", "segmentations", "mask", "masks", "labels"])
+_FORM_ROLES = _set("step space registered raw tissue noise sequence plane")
+_TEMPLATE = re.compile(r"(mni|icbm|sri)\d*(a?n?lin)?\w{0,8}|[a-z]*\d(\.\d)?t")
+"""A space, or a strength of the field: MNI152NLin2009, GE3T."""
+_FORM = re.compile(
+    r"(raw|source)data|sources?|proc|derived|derivatives?|registration|smooth(ed)?|resi[sz]ed|(down|up)sampled|"
+    r"(re)?scaled|z?scored?|padded|interpolated|isotropic|harmoni[sz]ed|anonymi[sz]ed|filtered|full|completed|backup|"
+    r"imgs?|images?(tr|ts)?|labels(tr|ts)|niis?|niftis?|scans?|data|datasets?|sets?|cohorts?|volumes?|vols?|imaging|sites?|cent(er|re)s?|"
+    r"hospitals?|clinics?|groups?|batch|\d+mm"
+)
+"""Words of folders of one cohort in some form, beside those of `_VOCABULARY`; and such as tell no cohorts apart."""
 _WORD = re.compile(r"[^-_. ()\[\]+,]+")
 _ARCHIVE = re.compile(r"VSD\.Brain(_\dmore)?\.XX\.[A-Z]\.(?=(MR|OT)\b|(MR|OT)_)", re.IGNORECASE)
 """How names of the Virtual Skeleton Database begin (BraTS 2013 to 2015, ISLES 2015): the same for every patient."""
@@ -288,6 +298,51 @@ def describes(name: str) -> bool:
     if words and words[-1].text.lower() in _KINDS and not re.search(r"\d", name):
         return True
     return any(word.has("step", "space", "registered") for word in words) and all(word.pieces for word in words)
+
+
+def says_form(text: str) -> bool:
+    """Whether a text says in which form an image is and nothing else: brain1, hdbet2, iso1mm, MNI152NLin2009."""
+    words = [word.text.lower() for word in _cut(text)]
+    known = [word for word in words if not re.fullmatch(r"\d{1,5}", word)]
+    return bool(known) and all(_TEMPLATE.fullmatch(word) or _is_form(word) for word in known)
+
+
+def _is_form(word: str) -> bool:
+    roles = {role for piece in _whole(word) for role, _ in piece.roles}
+    return bool(roles) and roles <= {*_FORM_ROLES, "copy", "link"} and not (word in _ONLY_AFTER and len(word) < 3)
+
+
+def _whole(word: str) -> tuple[Piece, ...]:
+    """The pieces of a word, whatever they say together."""
+    return (Piece(word, tuple(_ROLES[word])),) if word in _ROLES else _glued(word)
+
+
+def are_copies(one: str, other: str) -> bool:
+    """Whether folders beside one another, by their names, hold one cohort in several forms: imgs and imgs_smoothed.
+
+    So it is where nothing tells them apart but what their images are, or one name begins with the other.
+    """
+    first, second = sorted((_core(one), _core(other)), key=len)
+    if first == second[: len(first)]:
+        return True
+    short, long = sorted(("".join(first), "".join(second)), key=len)
+    return len(short) > 2 and long.startswith(short) and not (short[-1].isdigit() and long[len(short)].isdigit())
+
+
+@lru_cache(maxsize=10_000)
+def _core(name: str) -> tuple[str, ...]:
+    """The words of a folder's name that say neither what images in it are nor that they are images."""
+    words = _cut(name)
+    agent = any(word.has("agent") for word in words)
+    found = []
+    for word in words:
+        text = word.text.lower()
+        short = len(text) < 2 or text.isdigit() or (text in _ONLY_AFTER and len(text) < 3)
+        roles = {role for piece in _whole(text) for role, _ in piece.roles} - {"link", "copy", "mask"}
+        said = roles - (set() if agent else {"denial", "filler"})
+        if short or not (said or text in _KINDS or _FORM.fullmatch(text) or _TEMPLATE.fullmatch(text)):
+            found.append(text)
+    return tuple(found)
 
 
 def holds_labels(name: str) -> bool:
