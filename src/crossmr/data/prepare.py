@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crossmr.config import read_text, read_whole
-from crossmr.data.naming import StudyFiles, find_all, unmatched
+from crossmr.data.naming import StudyFiles, find_all, recognise, unmatched
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
 from crossmr.data.prepared_case import (
     FORMAT_VERSION,
@@ -106,7 +106,7 @@ def prepare(
         names = [study.case for study in studies]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
-                f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or {_remedy(folders)}."
+                f"The cohorts share study names ({', '.join(repeated[:3])}); rename them{_remedy(folders, studies)}."
             )
         unused = [path for cohort in found for path in cohort.unused]
         for text in (*unmatched(studies, settings.mapping), *_unused_labels(unused, folders)):
@@ -137,17 +137,18 @@ def prepare(
         return manifest
 
 
-def _remedy(folders: Sequence[Path]) -> str:
-    """How cohorts that share names of studies can be one set."""
+def _remedy(folders: Sequence[Path], studies: Sequence[StudyFiles]) -> str:
+    """How cohorts that share names of studies can be one set; '' where names would merge some of their studies."""
     whole = [Path(os.path.abspath(folder)) for folder in folders]
     above = Path(os.path.commonpath(whole))
-    same = above in whole or any(folder.parent != above for folder in whole)
-    where = (
-        "move the cohorts into one folder, and give that"
-        if same
-        else f"give {above}, the folder above all of them, alone"
+    if above in whole or any(folder.parent != above for folder in whole):
+        return ", or move the cohorts into one folder, each into one called after its site, and give that"
+    if len(recognise([path for study in studies for path in study.paths()], root=above)) < len(studies):
+        return ""
+    return (
+        f", or give {above}, the folder above all of them, alone: studies are then called after their cohort, too, "
+        f"such as {whole[0].name}_NAME"
     )
-    return f"{where}: studies are then called after their cohort, too, such as {whole[0].name}_NAME"
 
 
 def _unused_labels(unused: Sequence[Path], folders: Sequence[Path]) -> list[str]:
