@@ -450,6 +450,14 @@ def test_folders_are_sites_where_one_case_has_one_contrast_in_several(files: str
     assert cases_in(files) == sorted(cases.split())
 
 
+def test_one_case_of_two_folders_of_several_contrasts_is_doubtful() -> None:
+    """Nothing tells whether these are sites; folders of one contrast each are none."""
+    (found, _) = recognise([Path("c", file) for file in expand("A/P1_T1.nii A/P2_{T1,T2}.nii B/P1_FLAIR.nii")])
+    assert found.notes == ("its images lie in A and in B: are they of one patient?",)
+    for files in ("one/{P1,P2}_T1.nii two/{P1,P2}_FLAIR.nii", "P1/x/P1_T1.nii P1/y/P1_T2.nii P2/x/P2_T1.nii"):
+        assert not any(s.notes for s in recognise([Path("c", file) for file in expand(files)], root=Path("c")))
+
+
 def cases_in(files: str) -> list[str]:
     return [s.case for s in recognise([Path("c", file) for file in expand(files)], root=Path("c"))]
 

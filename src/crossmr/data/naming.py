@@ -43,7 +43,7 @@ from crossmr.data.visits import (
     parse_patient,
     says_nothing,
 )
-from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, holds_labels, is_raw, spelt
+from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, are_copies, holds_labels, is_raw, spelt
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
 from crossmr.paths import check_studies
@@ -372,12 +372,14 @@ def _recognise(
     cases = {case for _, case, reading in named if reading.meaning}
     in_folder: dict[Path, set[str]] = defaultdict(set)  # cases of the images, by folders of files and of cases
     below: dict[Path, set[str]] = defaultdict(set)  # by these and all folders above
+    contrasts: dict[Path, set[str]] = defaultdict(set)
     for path, case, reading in named:
         if reading.meaning:
             for folder in {path.parent, names.folder(path)}:
                 in_folder[folder].add(case)
             for folder in path.parents:
                 below[folder].add(case)
+                contrasts[folder].add(reading.meaning)
     of_one = {
         folder: min(here) if below[folder] == here and len(here) == 1 else None for folder, here in in_folder.items()
     }
@@ -407,10 +409,25 @@ def _recognise(
                 unused.append(path)
     patients = _patients(studies, names, root)
     found = [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
+    several = {folder for folder, cases in below.items() if len(cases) > 1 and len(contrasts[folder]) > 1}
+    found = [replace(study, notes=(*study.notes, *_apart(study, several))) for study in found]
     unused += [
         path for study in found if not study.labels for path in study.unrecognised if _folder_of_labels(path, root)
     ]
     return Found(found, sorted(unused))
+
+
+def _apart(study: StudyFiles, several: Collection[Path]) -> list[str]:
+    """What to say where images of a study lie in folders that may be two sites'; `several` hold cases and contrasts."""
+    first, *others = [path for paths in study.candidates.values() for path in paths] or [Path()]
+    for path in others:
+        above = Path(os.path.commonpath([first.parent, path.parent]))
+        if above in (first.parent, path.parent):
+            continue
+        one, other = (above / place.relative_to(above).parts[0] for place in (first, path))
+        if above in several and (one in several or other in several) and not are_copies(one.name, other.name):
+            return [f"its images lie in {one.name} and in {other.name}: are they of one patient?"]
+    return []
 
 
 def _called(named: Sequence[tuple[Path, str, Reading]], names: NamesInTree) -> dict[str, str]:
