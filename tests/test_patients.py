@@ -164,6 +164,25 @@ def test_visits_that_are_named_before_the_patient(first, patients):
         assert {study.case: study.patient for study in named} == {study.case: study.patient for study in found}
 
 
+@pytest.mark.parametrize(
+    "visits",
+    ["2019-03-01_MRI 2020-03-01_MRI", "Baseline_MRI Followup_MRI", "visit_1_MRI visit_2_MRI", "tp1_3T tp2_1.5T"],
+)
+@pytest.mark.parametrize("folder", ["{patient}/{visit}", "{visit}/{patient}", "x/{patient}/{visit}/anat"])
+def test_visits_whose_folders_say_more(visits, folder):
+    """The case has the folder's name, the patient not."""
+    paths = [
+        Path("c", folder.format(patient=p, visit=v), f"{p}_{m}.nii")
+        for p in ("P01", "P02")
+        for v in visits.split()
+        for m in ("T1", "T2")
+    ]
+    found = recognise(paths, root=Path("c"))
+    assert [s.case for s in found] == sorted(f"{p}_{v}" for p in ("P01", "P02") for v in visits.split())
+    assert [s.patient for s in found] == ["P01", "P01", "P02", "P02"]
+    assert doubts(found) == []
+
+
 def test_visits_before_numbers_are_doubtful():
     """20190101_0001 may be a day and a minute; 1 of baseline need not be 1 of followup."""
     by_name = studies("20190101_0001", "20200101_0001", "20190101_0002", "baseline_003", "followup_003")

@@ -10,6 +10,8 @@ weak     a letter with a number: T0, v2, m12, d3; scan1, exam2, MR1; a number of
          It counts only where what is left has a digit in it: `P01_T0` is of P01, but `GBM_M12` may be patient M12.
          A date after a name without any digit is weak, too, but counts: `DOE_JOHN_20190301`
 
+So are words behind a time point that name no patient: `P01_2019-03-01_MRI`, `P01_baseline_3T`.
+
 What follows `sub-` is BIDS' name of the patient and never a time point.
 
 A sure time point may stand before the patient, too: `baseline_P01`, `week4_P01`, `ses-1_sub-01`. It is taken away last,
@@ -30,8 +32,8 @@ _WORD = re.compile(r"[^-_. ]+")
 _DATE = r"(19|20)\d\d-?(0[1-9]|1[0-2])-?(0[1-9]|[12]\d|3[01])|(0[1-9]|[12]\d|3[01])-(0[1-9]|[12]\d|3[01])-(19|20)\d\d"
 _UNIT = "days?|weeks?|wks?|months?|mo|years?|yrs?"
 _VISIT = (
-    "baseline|base|bl|initial|screening|(early|late)?-?follow-?up|fu|recurrence|relapse|progression|"
-    "(pre|post|intra)(-?(op|operative|surgery|surgical|treatment|therapy|rt|radiotherapy))?"
+    "((early|late|immediate)-?)?(baseline|base|bl|initial|screening|diagnosis|follow-?up|fu|recurrence|relapse|progression|"
+    "(pre|post|intra)(-?(op|operative|surgery|surgical|treatment|therapy|rt|radiotherapy))?)"
 )
 _COUNTER = f"visits?|time-?point|time|tp|session|ses|{_UNIT}"
 _NUMBER = r"\d+[a-z]?(-\d{1,2})?"
@@ -68,19 +70,20 @@ def parse_patient(name: str) -> PatientName:
     kept = 2 if name.lower().startswith("sub-") else 0
     lower = [word[0].lower() for word in words]
     count, used, dated = len(words), set[Confidence]({"sure"}), False
-    while count > kept and (found := _time_point(lower[kept:count])) is not None:
-        taken, confidence = found
-        left = name[: words[count - taken - 1].end()] if count > taken else ""
-        if confidence == "weak" and (not _has_digit(left) if left else count < len(words)):
+    while count > kept and (found := _last_time_point(lower[kept:count])) is not None:
+        behind, taken, confidence = found
+        start = count - behind - taken
+        left = name[: words[start - 1].end()] if start else ""
+        if confidence == "weak" and (not _has_digit(left) if left else behind or count < len(words)):
             break
-        dated |= _is_date(words[count - taken : count])
-        count -= taken
+        dated |= _is_date(words[start : count - behind])
+        count = start
         used.add(confidence)
     first = 0 if kept else _leading(lower[:count])
     if first and _telling(lower[first:count]):
-        surely = _looks_like_patient(lower[first:count], after_date=_is_date(words[:first]))
+        surely = _looks_like_patient(lower[first:count], after_date=_begins_dated(words[:first]))
         first, used = (first, used | {surely}) if surely else (0, used)
-    dated |= _is_date(words[:first])
+    dated |= _begins_dated(words[:first])
     patient = name[words[first].start() : words[count - 1].end()] if count else ""
     if count - first < len(words) and not _telling(lower[first:count]):
         patient = ""
@@ -182,14 +185,43 @@ def _time_point(words: Sequence[str]) -> tuple[int, Confidence] | None:
     return None
 
 
+def _last_time_point(words: Sequence[str]) -> tuple[int, int, Confidence] | None:
+    """As `_time_point`, after how many words behind it that name no patient: baseline_MRI, 2019-03-01_3T."""
+    for behind in range(len(words)):
+        if behind and _telling(words[len(words) - behind :]):
+            break
+        if found := _time_point(words[: len(words) - behind]):
+            return None if behind and words[len(words) - behind - 1] in ("t1", "t2") else (behind, *found)
+    return None
+
+
 def _leading(words: Sequence[str]) -> int:
-    """How many of the first words surely are time points of the patient whom the others name; 0 where none is left."""
+    """How many of the first words surely are time points of the patient whom the others name; 0 where none is left.
+
+    With those beside them that name no patient: MRI_preop_P01, 2019-03-01_3T_P01.
+    """
     first = 0
-    while taken := next(
-        (n for n in range(min(_MOST_WORDS, len(words) - first - 1), 0, -1) if _is_leading(words[first:], n)), 0
-    ):
+    while first < len(words) - 1:
+        nothing = _telling_nothing(words[first:-1])
+        taken = next(
+            (
+                before + n
+                for before in range(nothing + 1)
+                for n in range(min(_MOST_WORDS, len(words) - first - before - 1), 0, -1)
+                if _is_leading(words[first + before :], n)
+            ),
+            0,
+        )
+        if not taken:
+            fields = (n for n in (2, 1) if first and first + n < len(words) and _is_field(words[first : first + n]))
+            return first + next(fields, 0)
         first += taken
     return first
+
+
+def _telling_nothing(words: Sequence[str]) -> int:
+    """How many of the first words name no patient."""
+    return next((count for count in range(len(words), 0, -1) if not _telling(words[:count])), 0)
 
 
 def _is_leading(words: Sequence[str], taken: int) -> bool:
@@ -218,6 +250,15 @@ def _looks_like_patient(words: Sequence[str], *, after_date: bool) -> Confidence
 
 def _is_date(words: Sequence[re.Match[str]]) -> bool:
     return _DATED.fullmatch("-".join(word[0].lower() for word in words)) is not None
+
+
+def _is_field(words: Sequence[str]) -> bool:
+    return _FIELD.fullmatch("-".join(words)) is not None
+
+
+def _begins_dated(words: Sequence[re.Match[str]]) -> bool:
+    """Whether a date is among the first words."""
+    return any(_is_date(words[first:end]) for end in range(len(words) + 1) for first in range(end))
 
 
 def _has_digit(text: str) -> bool:
