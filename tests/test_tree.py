@@ -260,6 +260,30 @@ class TestWhatOtherFilesSay:
             ("Ann_T1.nii x/Ann_T2.nii", "Ann x"),
             ("Ann/Ann_T1.nii raw/Ann/deep/Ann_T2.nii", "Ann"),
             ("set-T1/{Ann,Bob}_T1.nii set-T2/{Ann,Bob}_T2.nii", "Ann Bob"),
+            # nor is what says a series, a scanner or a form
+            ("PAT_A/MNI152NLin2009_T1.nii PAT_B/MNI152NLin2009_FLAIR.nii", "PAT_A PAT_B"),
+            ("PAT_A/{Series3_T1,Series4_T2,Series7_FLAIR}.nii PAT_B/{Series3_T1,Series4_FLAIR}.nii", "PAT_A PAT_B"),
+            *(
+                (f"PAT_A/{head}_T1.nii PAT_B/{head}_FLAIR.nii", "PAT_A PAT_B")
+                for head in [
+                    "3.000000",
+                    "IM-0001",
+                    "S003",
+                    "ser3",
+                    "brain1",
+                    "iso1mm",
+                    "MNI152NLin2009",
+                    "MRI_3T",
+                    "1.5T",
+                    "hdbet2",
+                ]
+            ),
+            (
+                "site1/{S3_T1,S4_T1,S5_T2}.nii site2/{S3_T1,S4_FLAIR}.nii",
+                "site1_S3 site1_S4 site1_S5 site2_S3 site2_S4",
+            ),
+            ("T1/{S3,S4}_T1.nii FLAIR/{S3,S4}_FLAIR.nii", "S3 S4"),
+            ("x/{S3,S4}_T1.nii x/S3_T2.nii", "S3 S4"),
             ("{baseline,followup}/{Ann,Bob}_T1.nii", "Ann_baseline Ann_followup Bob_baseline Bob_followup"),
         ],
     )
@@ -470,6 +494,8 @@ def cases_in(files: str) -> list[str]:
         "T1w|T1",
         "imgs|imgs_smoothed",
         "imgs|imgs_denoised",
+        "imgs|imgs_denoised|Ann",
+        "structural|structural_unstripped|S003",
         "cases|cases_cropped",
         "images_cropped|images_full",
         "cohort|cohort_completed",
@@ -486,8 +512,10 @@ def cases_in(files: str) -> list[str]:
 )
 def test_copies_planes_and_agents_are_no_sites(folders: str) -> None:
     """Two files of one contrast are refused, not taken for two patients."""
-    (found,) = recognise([Path("c", folder, "P1_T1.nii") for folder in folders.split("|")], root=Path("c"))
-    assert (found.case, found.patient) == ("P1", "P1")
+    one, other, *who = folders.split("|")
+    name = who[0] if who else "P1"
+    (found,) = recognise([Path("c", folder, f"{name}_T1.nii") for folder in (one, other)], root=Path("c"))
+    assert (found.case, found.patient) == (name, name)
     with pytest.raises(NamingError, match="2 files claim to be t1n"):
         found.images()
 

@@ -330,9 +330,10 @@ def recognise(
        does not depend on what lies beside, but for a hash where A_B/C and A/B_C would be one. Without `root`, it is
        preceded by as many parents as make it unique. A text without a digit that lies in several folders, none of them
        named after it, is no patient's: `P1/final_T1` and `P2/final_T2` are of P1 and P2, or of P1_final where P1 has
-       other texts, too. Where folders beside one another have images of one contrast of a case, all cases in them are
-       called after them: `siteA/P1_T1` and `siteB/P1_T1` are of siteA_P1 and siteB_P1. But folders whose names differ
-       in nothing but what the images are, or of which one name begins with the other, hold copies: `T1`, `T1_n4`.
+       other texts, too; nor is what may say a series, a scanner or a form: `P1/Series003_T1`, `P1/3T_T1`. Where folders
+       beside one another have images of one contrast of a case, all cases in them are called after them: `siteA/P1_T1`
+       and `siteB/P1_T1` are of siteA_P1 and siteB_P1. But folders whose names differ in nothing but what the images
+       are, or of which one name begins with the other, hold copies: `imgs`, `imgs_n4`.
     3. The other files of the folder settle what a name leaves open: T2 in `P1_T2_FLAIR` is a visit beside `P1_T2_T1`,
        `post` in `post_T1` beside `post_FLAIR`; 2 in `2_T1` is the patient's number where others share it; `P1_POST` is
        T1ce beside `P1_FLAIR`; a file alone in a folder named after a contrast is that.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from crossmr.data.bids import case_of, read_bids
 from crossmr.data.formats import stem_of
-from crossmr.data.visits import parse_patient
+from crossmr.data.visits import names_scan, parse_patient
 from crossmr.data.words import (
     CONTRASTS,
     LABEL,
@@ -23,9 +23,11 @@ from crossmr.data.words import (
     agent_of_word,
     are_copies,
     describes,
+    differ_in_form,
     is_raw,
     possible_contrasts,
     read_words,
+    says_form,
     spelt,
 )
 from crossmr.errors import ConfigError
@@ -203,29 +205,44 @@ class NamesInTree:
         )
 
     def _places(self) -> dict[Path, Path]:
-        """Files whose heads name no patient, since they lie in several places and have no digit, and these places."""
+        """Files whose heads name no patient, since they are vague and lie in several places, and these places."""
         found = {path: self._place(path, reading.head) for path, reading in self.readings if _is_vague(reading.head)}
-        places: dict[str, set[Path | None]] = defaultdict(set)
+        places: dict[str, dict[Path | None, set[str]]] = defaultdict(lambda: defaultdict(set))
         for path, reading in self.readings:
             if path in found and not is_mask(reading):
-                places[reading.head].add(found[path])
-        several = {path for path, reading in self.readings if len(places[reading.head]) > 1}
-        return {path: place for path, place in found.items() if path in several and place and place != self.root}
+                places[reading.head][found[path]].add(reading.meaning)
+        several = {head for head, held in places.items() if _lie_apart(held)}
+        items = {head for head in places if _is_item(head)}
+        of_items = {place for head in items & several for place in places[head]}
+        several |= {head for head in items if of_items & {*places[head]}}
+        return {
+            path: place
+            for path, reading in self.readings
+            if reading.head in several and (place := found.get(path)) and place != self.root
+        }
 
     def _by_place(self, places: Mapping[Path, Path]) -> list[File]:
         """The readings, with the place for a head that names no patient, or before it where the place has others.
 
         `P1/final_T1` and `P2/final_T2` are of P1 and P2; `HGG/Ann_T1`, with `HGG/Bob_T1` and `LGG/Ann_T1`, of HGG_Ann.
+        Series of a place are of one patient, `P1/Series3_T1` and `P1/Series4_T2`: but S3 and S4 that both have a T1 are
+        taken for patients.
         """
         heads: dict[Path | None, set[str]] = defaultdict(set)
+        of_contrast: dict[tuple[Path | None, str], set[str]] = defaultdict(set)
         for path, reading in self.readings:
             if reading.head and not is_mask(reading):
-                heads[places.get(path) or self._place(path, reading.head)].add(reading.head)
+                place = places.get(path) or self._place(path, reading.head)
+                heads[place].add(reading.head)
+                of_contrast[place, reading.meaning].add(reading.head)
+        people = any(meaning and len({*filter(_may_be_person, of)}) > 1 for (_, meaning), of in of_contrast.items())
         told = []
         for path, reading in self.readings:
             if place := places.get(path):
                 alone = "" if place in path.parents else self.names[place]
                 several = len(heads[place] | {reading.head}) > 1
+                if _is_item(reading.head):
+                    several &= people and _may_be_person(reading.head)
                 reading = replace(reading, head=f"{self.names[place]}_{reading.head}" if several else alone)
             told.append((path, reading))
         return told
@@ -350,10 +367,31 @@ def _called_after_sites(together: Collection[Collection[Path]]) -> dict[Path, st
     return {folder: shortest[folder].name for folders in several for folder in folders}
 
 
+def _lie_apart(held: Mapping[Path | None, Collection[str]]) -> bool:
+    """Whether places with the contrasts that they hold are several, and not copies of one: imgs and imgs_smoothed."""
+    (first, contrasts), *others = held.items()
+    for place, also in others:
+        copies = first and place and first.parent == place.parent and differ_in_form(first.name, place.name)
+        if not copies or not {*contrasts} & {*also}:
+            return True
+    return False
+
+
 def _is_vague(head: str) -> bool:
-    """Whether a head may name something else than a patient: it has no digit, or is a step's or a space's."""
+    """Whether a head may name something else than a patient: it has no digit, or says a step, a space or a series."""
     patient = parse_patient(head).patient
-    return bool(patient) and (describes(patient) or not re.search(r"\d", patient))
+    return bool(patient) and (describes(patient) or not re.search(r"\d", patient) or _is_item(head))
+
+
+def _is_item(head: str) -> bool:
+    """Whether a head says which series an image is, of which scanner, or in which form."""
+    patient = parse_patient(head).patient
+    return bool(patient) and (names_scan(patient) or says_form(patient))
+
+
+def _may_be_person(head: str) -> bool:
+    """Whether a head that may be a series' is one that may be a patient's: S003, unlike Series003."""
+    return re.fullmatch(r"[A-Za-z]{1,2}-?\d+", head) is not None
 
 
 def _contrast_of_folder(name: str) -> str:

@@ -49,6 +49,11 @@ _SITE = r"site|cent(er|re)|hospital|clinic|cohort|group|dataset|set|batch|scanne
 _ANYTHING = frozenset({"mr", "mri", "brain", "head", "scan", "scans", "exam", "study", "nifti", "images", "anat"})
 """Words that name no patient: where nothing else is left, the name says a time point alone."""
 _FIELD = re.compile(r"\b(\d-)?\dt\b")
+_SCAN = re.compile(
+    r"(series|ser|se|im|img|image|ex|exam|study|scan|mri?|acq|run|vol|volume|file|brain|head)-?\d+|([eis]-?\d+){1,2}|"
+    r"\d{1,4}-(0{6}|ser(ies)?)|[a-z]*\d(-\d)?t"
+)
+"""What names a series, or a scanner, in a name of an archive or a converter: Series003, IM-0001, 3.000000, GE3T."""
 _SEX_OR_AGE = re.compile(r"[mfw](-\d{1,3}y?|\d{1,3}y)?|\d{1,3}y")
 _HOUR = re.compile(r"(0[1-9]|1\d|2[0-3])[0-5]\d([0-5]\d)?")
 
@@ -143,6 +148,12 @@ def looks_like_patient(name: str, *, after_date: bool) -> Confidence | None:
 def says_nothing(name: str) -> bool:
     """Whether a name has only words that name no patient: Brain_3T."""
     return not _telling([word[0].lower() for word in _WORD.finditer(name)])
+
+
+def names_scan(name: str) -> bool:
+    """Whether a name may say no more than which series it is, or of which scanner: IM-0001, S003, 3.000000, MRI_3T."""
+    said = _telling([word[0].lower() for word in _WORD.finditer(name)])
+    return not said or _SCAN.fullmatch(said) is not None
 
 
 def may_repeat(first: str, rest: str) -> bool | None:

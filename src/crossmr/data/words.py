@@ -329,6 +329,11 @@ def are_copies(one: str, other: str) -> bool:
     return len(short) > 2 and long.startswith(short) and not (short[-1].isdigit() and long[len(short)].isdigit())
 
 
+def differ_in_form(one: str, other: str) -> bool:
+    """Whether names of folders differ in nothing but the form of their images, and no number."""
+    return _core(one) == _core(other) and re.findall(r"\d+", one) == re.findall(r"\d+", other)
+
+
 @lru_cache(maxsize=10_000)
 def _core(name: str) -> tuple[str, ...]:
     """The words of a folder's name that say neither what images in it are nor that they are images."""
