@@ -138,6 +138,11 @@ LAYOUTS = {
         "OAS30001_MR_d0129/anat4/sub-OAS30001_ses-d0129_FLAIR.nii.gz",
         {"sub-OAS30001_ses-d0129": "t1n t2w t2f"},
     ),
+    "OASIS-3, as its archive has it": (
+        "OAS30001_MR_d0129/anat2/NIFTI/sub-OAS30001_sess-d0129_T1w.nii.gz "
+        "OAS30001_MR_d0757/anat2/NIFTI/sub-OAS30001_sess-d0757_acq-TSE_T2w.nii.gz",
+        {"sub-OAS30001_sess-d0129": "t1n", "sub-OAS30001_sess-d0757": "t2w"},
+    ),
     "RSNA-MICCAI": (
         "train/00000/FLAIR/scan.nii.gz train/00000/T1w/scan.nii.gz train/00000/T1wCE/scan.nii.gz "
         "train/00000/T2w/scan.nii.gz train/00002/FLAIR/scan.nii.gz",
@@ -185,6 +190,7 @@ PATIENTS = {  # of those layouts where a patient has several studies
     "BraTS 2024": "BraTS-GLI-00005 BraTS-GLI-00005",
     "UCSF-POSTOP-GLIOMA": "100010 100010",
     "LUMIERE": "Patient-001 Patient-001",
+    "OASIS-3, as its archive has it": "sub-OAS30001 sub-OAS30001",
     "MSLesSeg": "P1 P1 P2 P54",
     "Yale metastases": "YG_0BCZ YG_0BCZ",
 }
@@ -600,5 +606,5 @@ def test_whatever_the_names_every_image_is_in_one_study_once(names: list[str]) -
     listed = [path for study in found for path in study.paths()]
     assert len({study.case for study in found}) == len(found)
     assert len(set(listed)) == len(listed)
-    assert all(re.search("seg|mask", path.name) for path in {*paths} - {*listed})
+    assert all(re.search("seg|mask", str(path)) for path in {*paths} - {*listed})
     assert recognise(paths[::-1], root=Path("c")) == found

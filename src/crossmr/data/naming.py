@@ -19,11 +19,13 @@ from typing import NamedTuple
 from crossmr.data.bids import EXCLUDED, ROOT, dataset_of, enhanced_by_sidecar, last_runs
 from crossmr.data.formats import header_of, is_archive, is_nifti, is_volume, stem_of, without_images_of_pairs
 from crossmr.data.tree import (
+    BARE,
     NNUNET,
     SEPARATORS,
     Channels,
     File,
     NamesInTree,
+    OwnersOfLabels,
     alternatives,
     folder_names,
     is_mask,
@@ -43,7 +45,7 @@ from crossmr.data.visits import (
     parse_patient,
     says_nothing,
 )
-from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, are_copies, holds_labels, is_raw, spelt
+from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, are_copies, holds_masks, is_raw, says_no_label, spelt
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
 from crossmr.paths import check_studies
@@ -53,8 +55,6 @@ MODALITIES = CONTRASTS
 DISPLAY_NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
 """Names of the modalities for people to read."""
 
-BARE = re.compile(r"\d{1,3}|(19|20)\d\d")
-"""A folder's name that may be a patient's of one cohort, or the number of a visit, but never tells people apart."""
 LONGEST = 160
 """Bytes of a case's name; file systems have names of 255, and what is written of a case has more in its own."""
 _SPELLINGS = ("t1n", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2w", "t2", "t2f", "flair", "pdw", "pd")
@@ -86,6 +86,8 @@ class StudyFiles:
     """How surely the name says who the patient is; see `visits`."""
     alike: tuple[str, ...] = ()
     """How names of this patient's other studies may begin, as GBM_07, or end, as *P01; none where there is no doubt."""
+    guessed: bool = False
+    """Whether the segmentation is one by its folder, not by its name: one that is no valid one is then not used."""
     notes: tuple[str, ...] = ()
     """What is doubtful of the files: what the voxels said where their names left it open, or whose they are."""
 
@@ -344,7 +346,9 @@ def recognise(
        fewest words beside, lies in the plane of most files, is the last run, and is NIfTI; the others are
        `passed_over`. Two alike are refused, by `StudyFiles.images()`.
     6. Masks and segmentations make no case: they join that of their name or folder. In a folder of labels, `labels/P1`
-       is the segmentation of the one study that is called P1, or whose folder is, as is `labels/P1/seg`.
+       is the segmentation of the one study that is called P1, or whose folder is, as is `labels/P1/seg`; but for files
+       whose names say something else, or that lie in the folder of another case or time point. `masks/P1_T1` is a mask
+       there where P1 has images elsewhere. Of several that are ones by their folders alone, none is used.
 
     A `mapping` from modality to a glob on the file name adds to these rules, for instance
     `{"t1n": "*_MPRAGE.nii.gz|*_BRAVO.nii.gz", "swi": "*_SWI*"}` (case-sensitive; of several globs with `|` between them
@@ -385,24 +389,24 @@ def _recognise(
         folder: min(here) if below[folder] == here and len(here) == 1 else None for folder, here in in_folder.items()
     }
 
-    called = _called(named, names)
+    owners = OwnersOfLabels([file for file in named if file[2].meaning], names)
+    guessed = names.guessed
     studies: dict[str, list[File]] = defaultdict(list)
     unused: list[Path] = []
     for path, case, reading in named:
-        if not reading.meaning and (labelled := called.get(_of_labels(path, stem_of(path.name), called, root))):
+        stem = stem_of(path.name)
+        if not reading.meaning and not says_no_label(stem) and (labelled := owners.of(path, stem)):
+            guessed.add(path)
             studies[labelled].append((path, Reading(meaning=LABEL, mask=True, extras=1)))
             continue
         own = case if reading.meaning or (reading.head and case in cases) else _assign(path, cases, of_one, names)
-        studies[own].append((path, reading))
+        if own in cases or not cases or not names.folder_of_labels(path):
+            studies[own].append((path, reading))
+        else:
+            unused.append(path)
     for path, reading in names.readings:
         if is_mask(reading):
-            case = names.case(path, reading) if reading.meaning else ""
-            assigned = _assign(path, cases, of_one, names)
-            own = case if case in cases or (case and assigned not in cases) else assigned
-            if own not in cases and reading.meaning == LABEL:
-                name = reading.head or (stem_of(path.name) if path in names.mapped else "")
-                if labelled := called.get(_of_labels(path, name, called, root)):
-                    own, reading = labelled, replace(reading, head="", visit="")
+            own, reading = _of_mask(path, reading, cases, of_one, names, owners)
             # A mask makes no case, except where there is nothing else, or where a mapping says what it is.
             if own in cases or not named or path in names.mapped:
                 studies[own].append((path, reading))
@@ -413,7 +417,7 @@ def _recognise(
     several = {folder for folder, cases in below.items() if len(cases) > 1 and len(contrasts[folder]) > 1}
     found = [replace(study, notes=(*study.notes, *_apart(study, several))) for study in found]
     unused += [
-        path for study in found if not study.labels for path in study.unrecognised if _folder_of_labels(path, root)
+        path for study in found if not study.labels for path in study.unrecognised if names.folder_of_labels(path)
     ]
     return Found(found, sorted(unused))
 
@@ -431,29 +435,26 @@ def _apart(study: StudyFiles, several: Collection[Path]) -> list[str]:
     return []
 
 
-def _called(named: Sequence[tuple[Path, str, Reading]], names: NamesInTree) -> dict[str, str]:
-    """Names of images' cases, and of their folders, that are of one case → the case."""
-    called: dict[str, set[str]] = defaultdict(set)
-    for path, case, reading in named:
-        if reading.meaning:
-            for name in {case, reading.head, names.folder(path).name} - {""}:
-                called[name].add(case)
-    return {name: min(cases) for name, cases in called.items() if len(cases) == 1}
-
-
-def _folder_of_labels(path: Path, root: Path | None) -> Path | None:
-    """The folder above a file, below the root, that is named after labels of lesions."""
-    within = (folder for folder in path.parents if root is not None and root in folder.parents)
-    return next((folder for folder in within if holds_labels(folder.name)), None)
-
-
-def _of_labels(path: Path, name: str, called: Mapping[str, str], root: Path | None) -> str:
-    """By which name a file in a folder of labels is a case's: by its own, or that of a folder below; else ''."""
-    folder = _folder_of_labels(path, root)
-    if folder is None:
-        return ""
-    below = [place.name for place in path.parents if folder in place.parents]
-    return next((one for one in (name, *below) if one in called), "")
+def _of_mask(
+    path: Path,
+    reading: Reading,
+    cases: Collection[str],
+    of_one: Mapping[Path, str | None],
+    names: NamesInTree,
+    owners: OwnersOfLabels,
+) -> tuple[str, Reading]:
+    """The case of a mask, which need not be one of `cases`, and its reading."""
+    case = names.case(path, reading) if reading.meaning else ""
+    assigned = _assign(path, cases, of_one, names)
+    own = case if case in cases or (case and assigned not in cases) else assigned
+    beside = of_one.get(path.parent) == own
+    if own in cases and not beside and owners.contradicts(path, "", own, named=True):
+        own = case if case not in cases else ""
+    if own not in cases and reading.meaning == LABEL:
+        name = reading.head or (stem_of(path.name) if path in names.mapped else "")
+        if labelled := owners.of(path, name):
+            return labelled, replace(reading, head="", visit="")
+    return own, reading
 
 
 def _short(case: str) -> str:
@@ -492,7 +493,11 @@ def _study(case: str, files: list[File], patient: "_Patient", names: NamesInTree
         most = max(planes[reading.plane] for _, reading in alike)
         in_plane = {path: reading.run for path, reading in alike if planes[reading.plane] == most}
         chosen[modality] = tuple(last_runs(in_plane))
-    labels = _labels(case, by_meaning.get(LABEL, []))
+    labels = _labels(case, by_meaning.get(LABEL, []), names)
+    guessed = bool(labels) and {*labels} <= names.guessed
+    notes: tuple[str, ...] = ()
+    if guessed and len(labels) > 1:
+        notes, labels = (_several_guessed(len(labels)),), ()
     used = {path for paths in (*chosen.values(), labels) for path in paths}
     others = [path for path, _ in by_meaning.get(OTHER, [])]
     return StudyFiles(
@@ -502,25 +507,38 @@ def _study(case: str, files: list[File], patient: "_Patient", names: NamesInTree
         alike=patient.alike,
         candidates=chosen,
         labels=labels,
+        guessed=guessed,
+        notes=notes,
         unrecognised=tuple(others),
         passed_over=tuple(sorted({path for path, _ in files} - used - {*others})),
     )
 
 
-def _labels(case: str, files: Sequence[File]) -> tuple[Path, ...]:
+def _several_guessed(count: int) -> str:
+    return (
+        f"{count} files may be its segmentation, by the folders in which they lie: none is used. "
+        "Call the one of the lesion after the study, such as NAME_seg.nii.gz."
+    )
+
+
+def _labels(case: str, files: Sequence[File], names: NamesInTree) -> tuple[Path, ...]:
     """The segmentation: of this very name, by a person, of no single contrast, with the fewest words beside.
 
-    Masks of several contrasts, such as `P1_T1_mask` and `P1_T2_mask`, are none: they are of the head.
+    Of those that are ones by their folders alone, labels are preferred to masks, which may be of the brain. Masks of
+    several contrasts, such as `P1_T1_mask` and `P1_T2_mask`, are none: they are of the head.
     """
     if not files:
         return ()
 
     def rank(file: File) -> tuple[int, ...]:
         path, reading = file
+        folder = names.folder_of_labels(path) if path in names.guessed else None
         return (
             int(reading.head not in ("", case)),
             int(reading.automatic),
             int(bool(reading.contrasts)),
+            int(path in names.guessed),
+            int(folder is not None and holds_masks(folder.name)),
             reading.extras,
             int(not is_nifti(path.name)),
         )

@@ -24,6 +24,8 @@ from crossmr.data.words import (
     are_copies,
     describes,
     differ_in_form,
+    holds_kind_of_labels,
+    holds_labels,
     is_raw,
     possible_contrasts,
     read_words,
@@ -45,6 +47,8 @@ _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _AGENTS = re.compile(r"(pre|post|with|without|non?)[-_. ]?[a-z]", re.I)
 """How a folder's name begins that is of an agent and names no contrast: post_contrast, but not post, or contrast."""
 
+BARE = re.compile(r"\d{1,3}|(19|20)\d\d")
+"""A folder's name that may be a patient's of one cohort, or the number of a visit, but never tells people apart."""
 Channels = Mapping[str, str]
 """Number of a channel of nnU-Net, such as '0000' → the modality, '' where it is another."""
 
@@ -129,6 +133,10 @@ class NamesInTree:
             together = _Beside(files)
             self.readings += [(path, self._settled(path, reading, together)) for path, reading in files]
         self.readings.sort(key=lambda file: file[0])
+        self._of_labels = self._folders_of_labels()
+        self.guessed: set[Path] = set()
+        """Files that are taken for segmentations by their folder, not by their name."""
+        self.readings = [self._in_folder_of_labels(file) for file in self.readings]
         self._site_folders = self._sites()
         self.readings = [
             (path, replace(reading, head=f"{self.site(path, reading.head)}{reading.head}"))
@@ -167,6 +175,55 @@ class NamesInTree:
         if alone and path.parent.name and (said := self._said_by_folder(path)):
             return Reading(meaning=said)
         return reading
+
+    def _folders_of_labels(self) -> set[Path]:
+        """Folders below the root that are named after labels, but those of images, as tumor/ is with tumor/P1/T1.
+
+        Of images it is where all images lie in such folders; if it is called after lesions, also where its cases have
+        none elsewhere, or where one has several contrasts in it, or a contrast that it has elsewhere, too.
+        """
+        below_root = (folder for folder in self._below if self.root is not None and self.root in folder.parents)
+        named = {folder for folder in below_root if holds_labels(folder.name)}
+        inside: dict[Path, set[tuple[str, str]]] = defaultdict(set)
+        outside: dict[str, set[str]] = defaultdict(set)
+        for path, reading in self.readings:
+            if reading.meaning in CONTRASTS and not reading.mask and path not in self.mapped:
+                who = reading.head or self.folder(path).name
+                within = named & {*path.parents}
+                for folder in within:
+                    inside[folder].add((who, reading.meaning))
+                if not within:
+                    outside[who].add(reading.meaning)
+        found = {folder for folder in named if not inside[folder]}
+        for folder in named - found:
+            count = Counter(who for who, _ in inside[folder])
+            twice = any(count[who] > 1 or meaning in outside.get(who, ()) for who, meaning in inside[folder])
+            elsewhere = any(outside.get(who) for who in count) and not twice
+            if elsewhere or (outside and holds_kind_of_labels(folder.name)):
+                found.add(folder)
+        return found
+
+    def folder_of_labels(self, path: Path) -> Path | None:
+        """The nearest folder above a file that holds labels of lesions."""
+        return next((folder for folder in path.parents if folder in self._of_labels), None)
+
+    def _in_folder_of_labels(self, file: File) -> File:
+        """The file, as a mask where it has a contrast's name in a folder of labels: the one on which it was drawn."""
+        path, reading = file
+        if (
+            is_mask(reading)
+            or reading.meaning not in CONTRASTS
+            or path in self.mapped
+            or not self.folder_of_labels(path)
+        ):
+            return file
+        self.guessed.add(path)
+        return path, replace(reading, meaning=LABEL, mask=True, extras=reading.extras + 1)
+
+    def telling_folders(self, path: Path) -> list[str]:
+        """Names of the folders below the root that a file lies in, but of those that say what its files are."""
+        within = [folder for folder in path.parents if self.root is None or self.root in folder.parents]
+        return [f.name for f in reversed(within) if f.name and f not in self._of_labels and not self._says_no_case(f)]
 
     def _sites(self) -> dict[Path, str]:
         """Folders beside one another that are sites', and these: some case has images of one contrast in several.
@@ -352,6 +409,52 @@ class NamesInTree:
         """The folders below the root that are named after a time point alone: `P1/baseline/P1_T1`."""
         within = [folder for folder in path.parents if self.root in folder.parents]
         return [f.name for f in reversed(within) if not parse_patient(f.name).patient and not self._says_no_case(f)]
+
+
+class OwnersOfLabels:
+    """Whose a file in a folder of labels is, by its name and the folders that it lies in."""
+
+    def __init__(self, images: Iterable[tuple[Path, str, Reading]], names: NamesInTree) -> None:
+        self._names = names
+        self._called: dict[str, set[str]] = defaultdict(set)
+        self._whole: dict[frozenset[str], set[str]] = defaultdict(set)
+        self._folders: dict[str, set[str]] = defaultdict(set)
+        self._words: dict[str, set[str]] = defaultdict(set)
+        for path, case, reading in images:
+            folders = names.telling_folders(path)
+            head = reading.head.removeprefix(names.site(path, reading.head))
+            self._folders[case] |= {*folders}
+            called = {case, head, reading.head, names.folder(path).name, parse_patient(case).patient} - {""}
+            self._words[case] |= {*folders, *called, parse_patient(head).patient}
+            self._whole[frozenset({*folders, head} - {""})].add(case)
+            for name in called:
+                if parse_patient(name).patient and not BARE.fullmatch(name):
+                    self._called[name].add(case)
+        self._known = {word for words in self._words.values() for word in words}
+
+    def of(self, path: Path, name: str) -> str:
+        """The only case that the file is of: by its name, or that of a folder below the one of labels; else ''.
+
+        A number or a time point alone is nobody's: then all folders have to be those of the images.
+        """
+        folder = self._names.folder_of_labels(path)
+        if folder is None:
+            return ""
+        cases = self._whole.get(frozenset({*self._names.telling_folders(path), name} - {""}), set())
+        below = [place.name for place in path.parents if folder in place.parents]
+        for one in (name, *below):
+            if not cases:
+                cases = {case for case in self._called.get(one, ()) if not self.contradicts(path, name, case)}
+        return min(cases) if len(cases) == 1 else ""
+
+    def contradicts(self, path: Path, name: str, case: str, *, named: bool = False) -> bool:
+        """Whether a file's folders are those of another case or time point, or, unless it is `named`, unknown ones."""
+        said = [*self._names.telling_folders(path), name]
+        left = [word for word in said if word and word not in self._words[case]]
+        if any(word in self._known or not parse_patient(word).patient for word in left):
+            return True
+        others = {word for word in self._folders[case] - {*said} if parse_patient(word).patient}
+        return not named and any(not are_copies(word, other) for word in left for other in others)
 
 
 def _called_after_sites(together: Collection[Collection[Path]]) -> dict[Path, str]:

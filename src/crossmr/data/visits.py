@@ -35,12 +35,12 @@ _VISIT = (
     "((early|late|immediate)-?)?(baseline|base|bl|initial|screening|diagnosis|follow-?up|fu|recurrence|relapse|progression|"
     "(pre|post|intra)(-?(op|operative|surgery|surgical|treatment|therapy|rt|radiotherapy))?)"
 )
-_COUNTER = f"visits?|time-?point|time|tp|session|ses|{_UNIT}"
+_COUNTER = f"visits?|time-?point|time|tp|session|sess?|{_UNIT}"
 _NUMBER = r"\d+[a-z]?(-\d{1,2})?"
 # What the last words of a name, joined by "-" and in lower case, may be; the longest that fits is taken.
 _DATED = re.compile(rf"({_DATE})(-?t?\d{{4}}(\d\d)?)?")
 _SURE = re.compile(
-    rf"{_DATED.pattern}|({_VISIT})(-?{_NUMBER})?|({_COUNTER})-?({_NUMBER}|[a-z])|\d+-?({_UNIT})|ses-[a-z0-9+]+"
+    rf"{_DATED.pattern}|({_VISIT})(-?{_NUMBER})?|({_COUNTER})-?({_NUMBER}|[a-z])|\d+-?({_UNIT})|sess?-[a-z0-9+]+"
 )
 _WEAK = re.compile(r"[tvmwdy]\d{1,4}|(scan|exam|study|mri?|acq)-?\d{1,3}")
 _MOST_WORDS = 5

@@ -78,7 +78,8 @@ _HINTS = {
     r"mit|avec",
     "without": r"nativ?e?|plain|unenh.*|non?con.*|ohne|sans|sin|sem|zonder|without|wo|uten|utan",
     "copy": r"n4.*|bias|ss|skull.*|noreg|res|nu|norm|rawavg",
-    "none": r"mask.*|.*mask|seg.*|.*segm?|.*segmentation.*|label.*|lesion.*|tumou?r.*|aparc.*|parc.*|ribbon|wm.*|pve.*|"
+    "mask": r"mask.*|.*mask|seg.*|.*segm?|.*segmentation.*|label.*|lesion.*|tumou?r.*",
+    "none": r"aparc.*|parc.*|ribbon|wm.*|pve.*|"
     r"prob.*|filled|.*field.*|warp.*|xfm|transform.*|jacobian.*|displacement.*|deformation.*|synth.*|pred.*|generated|"
     r"ct|pet|suv.*|dose|spect|dwi.*|e?adc.*|fa|md|ad|rd|l[123]|b\d+|bvals?|trace.*|colfa|dki|noddi|hardi|diff.*|swi.*|swan|venobold|"
     r"phase|pha|magnitude|t2star.*|t2s|t2\*|r[12](star)?|t[12]map|.*locali[sz]er.*|loc|scout.*|survey.*|mi?n?ip|tof.*|"
@@ -260,8 +261,8 @@ def possible_contrasts(name: str) -> frozenset[str]:
     None where it says something else: a mask, a map, a diffusion image, an angiogram. A T1 may be enhanced, unless a
     word says that it is a copy of another one, or was acquired without contrast agent.
     """
-    said = {hint for word in re.split(r"[^\w*+]+|_", name.lower()) if word for hint in _hints(word)}
-    if "none" in said:
+    said = _said(name)
+    if said & {"none", "mask"}:
         return frozenset()
     found = said & {"t2w", "t2f", "pdw"}
     if {"t2w", "t2f"} <= said and "t1" not in said:  # T2_FLAIR
@@ -271,6 +272,15 @@ def possible_contrasts(name: str) -> frozenset[str]:
         found |= {"t1n"} if {"with", "without"} <= said else set()
     found = found or ({"t1c"} if "with" in said else {"t1n"} if "without" in said else set())
     return frozenset(found or CONTRASTS)
+
+
+def says_no_label(name: str) -> bool:
+    """Whether the name of a file says that it is neither a contrast nor of a lesion: DWI, perf, brain, prob."""
+    return "none" in _said(name)
+
+
+def _said(name: str) -> set[str]:
+    return {hint for word in re.split(r"[^\w*+]+|_", name.lower()) if word for hint in _hints(word)}
 
 
 def agent_of_word(word: str) -> bool | None:
@@ -285,8 +295,10 @@ def _hints(word: str) -> set[str]:
     kinds = {kind for kind, _ in roles}
     if kinds & {"step", "raw", "registered"} or ("tissue" in kinds and word in ("brain", "skull", "head")):
         found.add("copy")
-    elif kinds & {"mask", "tissue", "other", "space"}:
+    elif kinds & {"tissue", "other", "space"}:
         found.add("none")
+    elif "mask" in kinds:
+        found.add("mask")
     return found | {hint for hint, words in _HINTS_OF.items() if words.fullmatch(word)}
 
 
@@ -355,6 +367,17 @@ def holds_labels(name: str) -> bool:
     words = _cut(re.sub(r"(?i)^labels(tr|ts)$", "labels", name))
     known = all(word.has("mask", "origin", "noise") and not word.has("tissue") for word in words)
     return known and any(word.has("mask") for word in words)
+
+
+def holds_kind_of_labels(name: str) -> bool:
+    """Whether a folder's name ends with a word for masks themselves, not for what they are of, as lesions does."""
+    words = _cut(name)
+    return bool(words) and words[-1].text.lower() in {*_KINDS, "label", "labelstr", "labelsts", "msk"}
+
+
+def holds_masks(name: str) -> bool:
+    """Whether a folder is named after masks, which may be of the brain, too."""
+    return any(word.text.lower() in ("mask", "masks", "msk") for word in _cut(name))
 
 
 def is_raw(name: str) -> bool:
@@ -450,6 +473,8 @@ def _tail(words: Sequence[Word], literal: bool) -> tuple[list[Word], Doubt]:
             admitted, first = contrast == "flair" and named[-1] in ("t1", "t2"), _visit_instead(word)
         elif named:
             admitted, first = True, ""
+        elif re.fullmatch(r"p\d", word.text.lower()) and not any(w.has("contrast") or _implied(w) for w in words[:at]):
+            break  # P2_seg is of P2
         else:
             admitted, first = _admits(word, words[at + 1 :], contrast, first=at == 0)
         if not admitted or (literal and first):
