@@ -224,6 +224,19 @@ def test_what_is_no_patient_makes_no_two_studies_one_patients(folders):
     assert f"{one}, {two} are taken for studies of different patients" in doubts(found)
 
 
+@pytest.mark.parametrize("name", ["GE3T", "S01", "brain01", "Prisma", "GBM", "anon", "MR BRAIN W WO 70553", "P01"])
+@pytest.mark.parametrize("between", ["_", "/"])
+@pytest.mark.parametrize(("days", "others"), [(4, 0), (11, 1)])
+def test_a_name_after_every_date_is_nobodys(name, between, days, others):
+    """A scanner's, or a disease's: all studies, or very many, are never one patient's by that alone, as is said."""
+    found = in_folders(*(f"201903{day:02}{between}{name}" for day in range(1, 1 + days)), *["P7"] * others)
+    assert len({study.patient for study in found}) == days + others
+    assert len(doubts(found)) == 1
+    few = in_folders(*(f"201903{day:02}{between}{who}" for day in (1, 2) for who in ("GE3T", "S01")))
+    assert {study.confidence for study in few} == {"weak"}
+    assert len(doubts(few)) == 2
+
+
 def test_days_in_a_patients_folder_are_doubtful():
     """A patient's days, described: TCIA's way."""
     found = in_folders("W1/01-23-1999-NA-MR BRAIN-12345", "W1/03-23-1999-NA-MR BRAIN-22345", "W2/01-23-2000-MR-32345")

@@ -143,6 +143,15 @@ LAYOUTS = {
         "OAS30001_MR_d0757/anat2/NIFTI/sub-OAS30001_sess-d0757_acq-TSE_T2w.nii.gz",
         {"sub-OAS30001_sess-d0129": "t1n", "sub-OAS30001_sess-d0757": "t2w"},
     ),
+    "RHUH-GBM": (
+        "RHUH-0001/0/RHUH-0001_0_{t1,t1ce,t2,flair,adc,segmentations}.nii.gz "
+        "RHUH-0001/1/RHUH-0001_1_{t1,t1ce,t2,flair,adc,segmentations}.nii.gz",
+        {"RHUH-0001_0": "t1n t1c t2w t2f seg", "RHUH-0001_1": "t1n t1c t2w t2f seg"},
+    ),
+    "BraTS-Reg": (
+        "BraTSReg_002/BraTSReg_002_{00_0000,01_0262}_{t1,t1ce,t2,flair}.nii.gz",
+        {"BraTSReg_002_00_0000": "t1n t1c t2w t2f", "BraTSReg_002_01_0262": "t1n t1c t2w t2f"},
+    ),
     "RSNA-MICCAI": (
         "train/00000/FLAIR/scan.nii.gz train/00000/T1w/scan.nii.gz train/00000/T1wCE/scan.nii.gz "
         "train/00000/T2w/scan.nii.gz train/00002/FLAIR/scan.nii.gz",
@@ -189,7 +198,9 @@ PATIENTS = {  # of those layouts where a patient has several studies
     "ADNI": "002_S_0295 002_S_0295",
     "BraTS 2024": "BraTS-GLI-00005 BraTS-GLI-00005",
     "UCSF-POSTOP-GLIOMA": "100010 100010",
+    "BraTS-Reg": "BraTSReg_002 BraTSReg_002",
     "LUMIERE": "Patient-001 Patient-001",
+    "RHUH-GBM": "RHUH-0001 RHUH-0001",
     "OASIS-3, as its archive has it": "sub-OAS30001 sub-OAS30001",
     "MSLesSeg": "P1 P1 P2 P54",
     "Yale metastases": "YG_0BCZ YG_0BCZ",
@@ -407,6 +418,15 @@ class TestFoldersOfOneContrast:
     )
     def test_files_of_the_same_name_in_them_are_of_one_patient(self, files: str, cases: dict[str, str]) -> None:
         assert {case: " ".join(images) for case, images in found_in(*files.split()).items()} == cases
+
+
+def test_the_way_to_a_template_is_no_image() -> None:
+    """SPM's y_T1 of T1, in whichever folder; y_T1 alone is of a patient called y."""
+    assert found_in("P1/{T1,y_T1,iy_T1}.nii", "P2/{T1,mri/y_T1}.nii") == {
+        "P1": {"t1n": "T1.nii"},
+        "P2": {"t1n": "T1.nii"},
+    }
+    assert found_in("y_T1.nii").keys() == {"y"}
 
 
 def test_of_two_planes_the_one_of_most_files_is_taken() -> None:

@@ -36,6 +36,9 @@ from crossmr.data.visits import after_time_point, is_dated, is_visit, look_alike
         ("UPENN-GBM-00001_11 UPENN-GBM-00001_21", "UPENN-GBM-00001", "fair"),
         ("P01_T0 P01_T1 P01_v2 P01_m12 P01_d3 P01_scan1 P01_scan2 P01_MR1", "P01", "weak"),
         ("UCSD-PTGBM-0002_01 UCSD-PTGBM-0002_02", "UCSD-PTGBM-0002", "weak"),
+        ("BraTSReg_002_00_0000 BraTSReg_002_01_0262", "BraTSReg_002", "weak"),
+        ("20190301_GE3T 20200301_GE3T", "GE3T", "weak"),
+        ("baseline_01_P003 baseline_02_P003", "P003", "weak"),
         ("DOE_JOHN_20190301 DOE_JOHN_20200301", "DOE_JOHN", "weak"),
     ],
 )

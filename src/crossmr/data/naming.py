@@ -34,6 +34,7 @@ from crossmr.data.tree import (
 )
 from crossmr.data.visits import (
     CONFIDENCES,
+    LARGEST_FAMILY,
     Confidence,
     after_first,
     after_time_point,
@@ -42,6 +43,7 @@ from crossmr.data.visits import (
     look_alike,
     looks_like_patient,
     may_repeat,
+    names_scan,
     parse_patient,
     says_nothing,
 )
@@ -573,7 +575,10 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
         images = (file for file in files if file[1].meaning and not is_mask(file[1]))
         path, reading = next(images, next((file for file in files if file[1].meaning), files[0]))
         own = folders.get(case)
-        if (own is None and not reading.head and reading.visit) or (
+        named = case == "_".join(filter(None, (reading.head, reading.visit))) and parse_patient(reading.head).patient
+        if named and not names.is_placed(path):  # RHUH-0001_0 of RHUH-0001/0
+            own = None
+        elif (own is None and not reading.head and reading.visit) or (
             case != reading.head and not parse_patient(reading.head).patient
         ):
             own = names.folder(path)
@@ -590,7 +595,23 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
         case: patient if patient.folder is None else patient._replace(name=called[patient.folder])
         for case, patient in patients.items()
     }
-    return _at_several_sites(_same_ends(patients, root), sites)
+    return _at_several_sites(_no_large_families(_same_ends(patients, root)), sites)
+
+
+def _no_large_families(patients: Mapping[str, "_Patient"]) -> dict[str, "_Patient"]:
+    """The patients, but all studies, or too many, that only a time point before a common name makes one patient's.
+
+    That name is rather a scanner's, or a disease: 20190301_GE3T and 20190402_GE3T.
+    """
+    of: dict[str, list[str]] = defaultdict(list)
+    for case, patient in patients.items():
+        of[patient.name].append(case)
+    found = dict(patients)
+    for cases in of.values():
+        rests = {after_time_point(case) for case in cases}
+        if len(cases) > 1 and all(rests) and (len(cases) == len(patients) or len(cases) > LARGEST_FAMILY):
+            found |= {case: _Patient(case, "weak", (f"*{min(rests)}",)) for case in cases}
+    return found
 
 
 def _at_several_sites(patients: Mapping[str, "_Patient"], sites: Mapping[str, str]) -> dict[str, "_Patient"]:
@@ -687,7 +708,7 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
             surely = looks_like_patient(own.name, after_date=dated)
             if visits and not surely and (dated or not BARE.fullmatch(own.name)):  # 2019-03-01/0915 is an hour
                 higher, named, visits = visits[-1].parent, True, []
-            elif (visits and not surely) or (dated and own.name.isdecimal()):
+            elif visits and (not surely or names_scan(own.name) or (dated and own.name.isdecimal())):
                 confidence = "weak"
             above = str(higher) if below(higher) and named else ""
             whole = place.name.endswith(reading.patient) and place == folder

@@ -43,6 +43,8 @@ _ANONYMOUS = frozenset(
 )
 NNUNET = "dataset.json"
 _ADNI = re.compile(r"ADNI_(?P<subject>\d{3}_S_\d{4,5})_M[RT]_(?P<what>.+?)(_[Bb]r)?(_raw)?_\d{14,}(_\d+)?_S\d+_I\d+")
+_DEFORMATION = re.compile(r"(i?y|u|v|jy?|wj)_")
+"""How SPM calls what leads from an image to a template: y_T1 of T1."""
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _AGENTS = re.compile(r"(pre|post|with|without|non?)[-_. ]?[a-z]", re.I)
 """How a folder's name begins that is of an agent and names no contrast: post_contrast, but not post, or contrast."""
@@ -126,6 +128,7 @@ class NamesInTree:
                 )
         self._visits = _visits([file for files in beside.values() for file in files])
         self._below = _below([file for files in beside.values() for file in files], self.mapped)
+        self._stems = {stem_of(path.name) for path in paths}
         self._children: dict[Path, set[Path]] = defaultdict(set)
         for folder in self._below:
             self._children[folder.parent].add(folder)
@@ -150,9 +153,12 @@ class NamesInTree:
         )
         if places:
             self.readings = self._by_place(places)
+        self._placed = {*places}
 
     def _settled(self, path: Path, reading: Reading, beside: "_Beside") -> Reading:
         """The reading that the other files of a folder leave of those that a name allows."""
+        if (spm := _DEFORMATION.match(stem_of(path.name))) and stem_of(path.name)[spm.end() :] in self._stems:
+            return Reading()
         if reading.meaning == LABEL and beside.has_tissues(stem_of(path.name)):
             return replace(reading, meaning=OTHER)
         if reading.doubt:
@@ -277,6 +283,10 @@ class NamesInTree:
             for path, reading in self.readings
             if reading.head in several and (place := found.get(path)) and place != self.root
         }
+
+    def is_placed(self, path: Path) -> bool:
+        """Whether a file's head is the name of its folder, since its own names no patient."""
+        return path in self._placed
 
     def _by_place(self, places: Mapping[Path, Path]) -> list[File]:
         """The readings, with the place for a head that names no patient, or before it where the place has others.

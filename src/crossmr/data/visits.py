@@ -6,7 +6,8 @@ there is something; what is left names the patient.
 sure     a date; a word of a visit, with a number or without: baseline, followup, fu2, preop, post, recurrence; a
          counter with its number: visit2, Timepoint_1, week-040, 6months; BIDS' `ses-` with its label
 fair     a number of up to three digits after one of five or more: BraTS-GLI-00000-001, UPENN-GBM-00001_21
-weak     a letter with a number: T0, v2, m12, d3; scan1, exam2, MR1; a number of up to three digits after one of four.
+weak     a letter with a number: T0, v2, m12, d3; scan1, exam2, MR1; a number of up to three digits after one of four;
+         a number and days after a patient's: `BraTSReg_002_01_0262`.
          It counts only where what is left has a digit in it: `P01_T0` is of P01, but `GBM_M12` may be patient M12.
          A date after a name without any digit is weak, too, but counts: `DOE_JOHN_20190301`
 
@@ -42,7 +43,10 @@ _DATED = re.compile(rf"({_DATE})(-?t?\d{{4}}(\d\d)?)?")
 _SURE = re.compile(
     rf"{_DATED.pattern}|({_VISIT})(-?{_NUMBER})?|({_COUNTER})-?({_NUMBER}|[a-z])|\d+-?({_UNIT})|sess?-[a-z0-9+]+"
 )
+_NUMBERED_VISIT = re.compile(rf"({_VISIT})-\d+")
 _WEAK = re.compile(r"[tvmwdy]\d{1,4}|(scan|exam|study|mri?|acq)-?\d{1,3}")
+LARGEST_FAMILY = 10
+"""More studies than this, named alike, are taken for many patients, not for many visits of one."""
 _MOST_WORDS = 5
 _PART = r"(train|training|test|testing|val|validation)(set)?\d*"
 _SITE = r"site|cent(er|re)|hospital|clinic|cohort|group|dataset|set|batch|scanner|part|fold"
@@ -89,6 +93,8 @@ def parse_patient(name: str) -> PatientName:
         surely = _looks_like_patient(lower[first:count], after_date=_begins_dated(words[:first]))
         first, used = (first, used | {surely}) if surely else (0, used)
     dated |= _begins_dated(words[:first])
+    if _NUMBERED_VISIT.fullmatch("-".join(lower[:first])):  # baseline_01_P003 may be of a centre 01
+        used.add("weak")
     patient = name[words[first].start() : words[count - 1].end()] if count else ""
     if count - first < len(words) and not _telling(lower[first:count]):
         patient = ""
@@ -188,6 +194,8 @@ def _time_point(words: Sequence[str]) -> tuple[int, Confidence] | None:
         for taken in range(min(_MOST_WORDS, len(words)), 0, -1):
             if rule.fullmatch("-".join(words[-taken:])):
                 return taken, confidence
+    if len(words) > 2 and re.fullmatch(r"\d{3,}-0\d-\d{4}", "-".join(words[-3:])):  # BraTSReg_002_01_0262
+        return 2, "weak"
     if len(words) > 1 and re.fullmatch(r"\d{1,3}", words[-1]) and re.fullmatch(r"\d{4,}", words[-2]):
         if len(words[-2]) > 4:
             return 1, "fair"
@@ -252,7 +260,7 @@ def _looks_like_patient(words: Sequence[str], *, after_date: bool) -> Confidence
         return None
     if any(letter.isalpha() for letter in said):
         if _has_digit(said):
-            return "sure"
+            return "weak" if _SCAN.fullmatch(said) else "sure"
         return "weak" if len(said) > 1 else None
     if "-" in said or re.fullmatch(r"\d{1,3}|(19|20)\d\d", said) or (after_date and _HOUR.fullmatch(said)):
         return None
