@@ -680,6 +680,20 @@ def test_prepare_names_labels_that_it_does_not_use(tmp_path):
     assert note.startswith("note on P1: the segmentation *-seg.nii.gz is not used: it covers more than 40% of the head")
 
 
+def test_a_4d_image_of_all_contrasts_is_to_be_split(tmp_path):
+    """As the Medical Segmentation Decathlon has them: their labels are called after them already."""
+    write_study(tmp_path / "cohort", "P1", ("t1n", "t2f"))
+    for folder, shape in (("imagesTr", (8, 8, 8, 4)), ("labelsTr", (8, 8, 8))):
+        (tmp_path / "cohort" / "Task01" / folder).mkdir(parents=True)
+        nib.save(image(np.zeros(shape, np.uint8)), tmp_path / "cohort" / "Task01" / folder / "BRATS_001.nii.gz")
+    said = []
+    prepare(tmp_path / "cohort", tmp_path / "set", display=listening(said))
+    warnings = [line for line in said if line.startswith("warning: BRATS") or "lesion labels" in line]
+    assert len(warnings) == 1
+    assert "BRATS_001.nii.gz is a 4D image" in warnings[0]
+    assert "BRATS_001_t1n.nii.gz" in warnings[0]
+
+
 def test_a_set_that_grows_keeps_the_part_of_everybody_it_knows(tmp_path):
     cohort, split = tmp_path / "cohort", PrepareSettings(split=Split(0.5, 0.25, 0.25))
     for seed, case in enumerate(("P1_T0", "B", "C", "D")):

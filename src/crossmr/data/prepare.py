@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crossmr.config import read_text, read_whole
+from crossmr.data.formats import stem_of
 from crossmr.data.naming import StudyFiles, find_all, recognise, unmatched
+from crossmr.data.nifti import read_header
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
 from crossmr.data.prepared_case import (
     FORMAT_VERSION,
@@ -109,7 +111,10 @@ def prepare(
                 f"The cohorts share study names ({', '.join(repeated[:3])}); rename them{_remedy(folders, studies)}."
             )
         unused = [path for cohort in found for path in cohort.unused]
-        for text in (*unmatched(studies, settings.mapping), *_unused_labels(unused, folders)):
+        unknown = (path for study in studies if not study.candidates for path in study.unrecognised)
+        series = [path.name for path in unknown if unused and _is_series(path)]
+        unused = [path for path in unused if path.name not in series]
+        for text in (*unmatched(studies, settings.mapping), *_unused_labels(unused, folders), *_to_split(series)):
             display.say(f"warning: {text}")
         entries = {} if settings.patients is None else read_patients(settings.patients)
         if settings.patients is not None:
@@ -162,6 +167,24 @@ def _unused_labels(unused: Sequence[Path], folders: Sequence[Path]) -> list[str]
     return [
         f"{count} used for no study: {', '.join(names)}{', …' if len(unused) > 3 else ''}. Call each after its study "
         "(P1_seg.nii.gz, labels/P1.nii.gz), or name them with --map seg='*_NAME.nii.gz'."
+    ]
+
+
+def _is_series(path: Path) -> bool:
+    """Whether a volume is several in one file: 4D."""
+    header = read_header(path)
+    return header is not None and len(header.get_data_shape()) > 3 and header.get_data_shape()[3] > 1
+
+
+def _to_split(names: Sequence[str]) -> list[str]:
+    """What to say of files that hold all contrasts of a study, as the Medical Segmentation Decathlon's."""
+    if not names:
+        return []
+    stem = stem_of(names[0])
+    count = f"{names[0]} is a 4D image" if len(names) == 1 else f"{len(names)} files are 4D images ({names[0]} …)"
+    return [
+        f"{count}, of which no study is read. Split each into one file for each contrast, called after it "
+        f"({stem}_t1n.nii.gz), for instance with fslsplit."
     ]
 
 
