@@ -113,6 +113,7 @@ class NamesInTree:
         self.enhanced = enhanced
         self.mapped: set[Path] = set()
         self._folders: dict[Path, Path] = {}
+        self._no_case: dict[Path, bool] = {}
         globs = [(mapping_key(key), alternatives(glob)) for key, glob in (mapping or {}).items()]
         self.readings: list[File] = []
         beside: dict[Path, list[File]] = defaultdict(list)
@@ -362,6 +363,11 @@ class NamesInTree:
 
     def _says_no_case(self, folder: Path) -> bool:
         """Whether a folder is named after what its files are: their format, a step of processing, their contrast."""
+        if folder not in self._no_case:
+            self._no_case[folder] = self._names_files(folder)
+        return self._no_case[folder]
+
+    def _names_files(self, folder: Path) -> bool:
         if folder.name.lower() in _ANONYMOUS or describes(folder.name):
             return True
         if folder.name.lower() == "pre":
