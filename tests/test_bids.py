@@ -66,6 +66,7 @@ def test_other_names_are_none(name: str) -> None:
 
 def test_the_case_is_subject_and_session() -> None:
     assert case_of("sub-01_ses-02_acq-x_T1w") == "sub-01_ses-02"
+    assert case_of("sub-01_sess-02_T1w") == "sub-01_sess-02"  # OASIS-3
     assert case_of("sub-01_T1w") == "sub-01"
     assert case_of("P1_T1w") == "P1_T1w"
 
@@ -88,6 +89,14 @@ def test_the_plainest_name_and_the_last_run_are_taken(names: list[str], taken: s
     (study,) = recognise(files)
     assert study.images() == {"t1n": Path(f"sub-1/anat/sub-1_{taken}.nii.gz")}
     assert {*study.passed_over} == {*files} - {study.images()["t1n"]}
+
+
+@pytest.mark.parametrize("lesion", ["label-lesion_mask", "desc-lesion_mask", "label-tumor_dseg", "mask"])
+def test_tissues_are_no_label_beside_a_lesion_s(lesion: str) -> None:
+    """The dseg of fMRIPrep is of tissues."""
+    files = [Path(f"sub-01/anat/sub-01_{name}.nii.gz") for name in ("T1w", "dseg", lesion)]
+    (found,) = recognise(files)
+    assert found.label() == files[2]
 
 
 def test_an_image_in_the_space_of_another_is_preferred() -> None:

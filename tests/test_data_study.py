@@ -373,6 +373,18 @@ def test_a_probability_map_is_no_label(tmp_path):
     refusal(VolumeError, lambda: from_folder(tmp_path), "P1: P1-seg.nii.gz", "not a segmentation", "Threshold")
 
 
+@pytest.mark.parametrize("grid", [SHAPE, (28, 32, 23)])
+def test_a_file_that_is_a_label_by_its_folder_alone_stops_no_study(tmp_path, grid):
+    write_study(tmp_path / "images", "P1", ("t1n", "t2w"))
+    (tmp_path / "labels").mkdir()
+    nib.save(image(np.full(grid, 0.3, np.float32)), tmp_path / "labels" / "P1.nii.gz")
+    study = from_folder(tmp_path)
+    assert study.labels is None
+    (note,) = study.notes
+    assert note.startswith("the segmentation *.nii.gz is not used: *.nii.gz: is ")
+    assert str(tmp_path) not in note
+
+
 def test_the_segmentation_is_left_alone_on_request(tmp_path):
     write_study(tmp_path, "P1", replace={"seg": np.full(SHAPE, 0.3, np.float32)})
     (files,) = find_studies(tmp_path)

@@ -135,6 +135,7 @@ def test_a_derivative_elsewhere_does_not_say_where_the_scans_lie(dataset, model,
 def test_any_name_becomes_a_bids_name(model, tmp_path):
     assert bids_entities("BraTS-GLI-00000-000") == ("sub-BraTSGLI00000000",)
     assert bids_entities("sub-01_ses-b") == ("sub-01", "ses-b")
+    assert bids_entities("sub-01_sess-b") == ("sub-01", "ses-b")
     (tmp_path / "A-1").mkdir()
     nib.save(image(make_head("t1n")), tmp_path / "A-1" / "A-1-t1n.nii.gz")
     complete_cohort(tmp_path / "A-1", tmp_path / "out", model, SETTINGS, BIDS)

@@ -9,6 +9,7 @@ from crossmr.data.naming import (
     LONGEST,
     MODALITIES,
     StudyFiles,
+    _recognise,
     find_all,
     find_studies,
     modality_name,
@@ -268,6 +269,88 @@ def test_labels_of_no_study_are_known(tmp_path: Path) -> None:
     touch(tmp_path, "labels/P-1_seg.nii", "labels/P2.nii", "P9_seg.nii", "P1/P1_brain_mask.nii")
     unused = [str(path.relative_to(tmp_path)) for path in find_all(tmp_path).unused]
     assert unused == ["P1/labels/final.nii", "P9_seg.nii", "labels/P-1_seg.nii", "labels/P2.nii"]
+
+
+def labelled(*files: str) -> tuple[dict[str, str], list[str]]:
+    """Case → its segmentation, and what is used for no study, of files below a folder c."""
+    found = _recognise([Path("c", f"{file}.nii") for file in files], None, Path("c"), None, ())
+    labels = {study.case: study.label() for study in found.studies}
+    return (
+        {case: str(label.relative_to("c"))[:-4] for case, label in labels.items() if label},
+        [str(path.relative_to("c"))[:-4] for path in found.unused],
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "label"),
+    [
+        ("P1/preop/T1 P2/postop/T1", "labels/P2/preop"),
+        ("P1/2019-01-01/P1_T1", "labels/P1/2020-05-05/seg"),
+        ("P1/2019-01-01/P1_T1", "labels/2020-05-05/P1_seg"),
+        ("siteA/images/P1/P1_T1 siteB/images/P3/P3_T1", "siteB/labels/P1"),
+        ("siteA/images/P1/P1_T1 siteB/images/P3/P3_T1", "siteB/labels/P1_seg"),
+        ("Group1/01/T1 Group2/02/T1", "labels/Group2/01/seg"),
+        ("P1/1/T1 P2/2/T1", "labels/1/seg"),
+        ("P1/preop/T1 P2/postop/T1", "labels/preop"),
+        ("A/x/P1/T1 B/P2/T1", "labels/other/P1"),
+        ("images/P1_T1 images/P2_T1", "masks/P3_FLAIR"),
+    ],
+)
+def test_labels_of_another_patient_visit_or_site_are_not_used(files: str, label: str) -> None:
+    assert labelled(*files.split(), label) == ({}, [label])
+
+
+@pytest.mark.parametrize(
+    ("files", "label", "case"),
+    [
+        ("P1/preop/T1 P2/postop/T1", "labels/P2/postop", "P2_postop"),
+        ("P1/2019-01-01/P1_T1 P1/2020-05-05/P1_T1", "labels/P1/2020-05-05/seg", "P1_2020-05-05"),
+        ("P1/2019-01-01/P1_T1 P2/2019-01-01/P2_T1", "labels/P2_seg", "P2_2019-01-01"),
+        ("siteA/images/P1_T1 siteB/images/P1_T1", "siteB/labels/P1", "siteB_P1"),
+        ("siteA/images/P1_T1 siteB/images/P1_T1", "labels/siteB/P1_seg", "siteB_P1"),
+        ("Group1/01/T1 Group2/02/T1", "labels/Group2/02/seg", "Group2_02"),
+        ("images/1/T1 images/2/T1", "labels/2", "images_2"),
+        ("images/P1/T1 images/P2/T1", "train/labels/expert/P2/final", "images_P2"),
+        ("images/P1/T1 images/P2/T1", "train/labels/P2", "images_P2"),
+        ("rawdata/sub-1/anat/sub-1_T1w", "derivatives/lesions/sub-1/sub-1_mask", "sub-1"),
+        ("images/P1_T1 images/P1_T2 images/P2_T1", "masks/P1_FLAIR", "P1"),  # drawn on FLAIR
+        ("P1/T1 P1/T2 P2/T1", "P1/masks/FLAIR", "P1"),
+    ],
+)
+def test_labels_join_the_study_that_no_folder_contradicts(files: str, label: str, case: str) -> None:
+    assert labelled(*files.split(), label) == ({case: label}, [])
+
+
+@pytest.mark.parametrize("group", ["tumor", "lesion", "wmh", "ROI", "GT"])
+@pytest.mark.parametrize("name", ["{}/{}", "{}/{}_"])
+def test_a_folder_of_patients_is_none_of_labels(group: str, name: str) -> None:
+    """What lies beside their images is no segmentation by its folder."""
+    names = (f"{name.format(place, who)}/".replace("_/", "_") for place, who in ((group, "P1"), ("control", "P2")))
+    first, other = names
+    files = [f"{first}{m}" for m in ("T1", "FLAIR", "DWI", "perf")] + [f"{other}{m}" for m in ("T1", "DTI")]
+    assert labelled(*files) == ({}, [])
+    found = recognise([Path("c", f"{file}.nii") for file in files], root=Path("c"))
+    assert sorted([*study.images()] for study in found) == [["t1n"], ["t1n", "t2f"]]
+
+
+def test_what_says_something_else_is_no_label_by_its_folder() -> None:
+    assert labelled("images/P1_T1", "labels/P1/DWI", "labels/P1/P1_prob") == (
+        {},
+        ["labels/P1/DWI", "labels/P1/P1_prob"],
+    )
+
+
+def test_of_several_labels_by_folder_those_of_lesions_are_preferred_or_none_is_used() -> None:
+    assert labelled("images/P1_T1", "labels/P1", "masks/P1") == ({"P1": "labels/P1"}, [])
+    raters = [Path("c", f"{file}.nii") for file in ("images/P1_T1", "masks/rater1/P1", "masks/rater2/P1")]
+    (found,) = recognise(raters, root=Path("c"))
+    assert found.label() is None
+    assert found.passed_over == tuple(raters[1:])
+    (note,) = found.notes
+    assert "2 files may be its segmentation, by the folders" in note
+    named = raters[1].with_name("P1_seg.nii")  # as the note advises
+    (found,) = recognise([raters[0], named, raters[2]], root=Path("c"))
+    assert (found.label(), found.notes) == (named, ())
 
 
 def test_a_mapping_names_labels_of_any_place(tmp_path: Path) -> None:

@@ -164,6 +164,25 @@ def test_visits_that_are_named_before_the_patient(first, patients):
         assert {study.case: study.patient for study in named} == {study.case: study.patient for study in found}
 
 
+@pytest.mark.parametrize(
+    "visits",
+    ["2019-03-01_MRI 2020-03-01_MRI", "Baseline_MRI Followup_MRI", "visit_1_MRI visit_2_MRI", "tp1_3T tp2_1.5T"],
+)
+@pytest.mark.parametrize("folder", ["{patient}/{visit}", "{visit}/{patient}", "x/{patient}/{visit}/anat"])
+def test_visits_whose_folders_say_more(visits, folder):
+    """The case has the folder's name, the patient not."""
+    paths = [
+        Path("c", folder.format(patient=p, visit=v), f"{p}_{m}.nii")
+        for p in ("P01", "P02")
+        for v in visits.split()
+        for m in ("T1", "T2")
+    ]
+    found = recognise(paths, root=Path("c"))
+    assert [s.case for s in found] == sorted(f"{p}_{v}" for p in ("P01", "P02") for v in visits.split())
+    assert [s.patient for s in found] == ["P01", "P01", "P02", "P02"]
+    assert doubts(found) == []
+
+
 def test_visits_before_numbers_are_doubtful():
     """20190101_0001 may be a day and a minute; 1 of baseline need not be 1 of followup."""
     by_name = studies("20190101_0001", "20200101_0001", "20190101_0002", "baseline_003", "followup_003")
@@ -203,6 +222,19 @@ def test_what_is_no_patient_makes_no_two_studies_one_patients(folders):
     assert len({study.patient for study in found}) == len(folders.split())
     one, two = (folder.replace("/", "_") for folder in folders.split()[:2])
     assert f"{one}, {two} are taken for studies of different patients" in doubts(found)
+
+
+@pytest.mark.parametrize("name", ["GE3T", "S01", "brain01", "Prisma", "GBM", "anon", "MR BRAIN W WO 70553", "P01"])
+@pytest.mark.parametrize("between", ["_", "/"])
+@pytest.mark.parametrize(("days", "others"), [(4, 0), (11, 1)])
+def test_a_name_after_every_date_is_nobodys(name, between, days, others):
+    """A scanner's, or a disease's: all studies, or very many, are never one patient's by that alone, as is said."""
+    found = in_folders(*(f"201903{day:02}{between}{name}" for day in range(1, 1 + days)), *["P7"] * others)
+    assert len({study.patient for study in found}) == days + others
+    assert len(doubts(found)) == 1
+    few = in_folders(*(f"201903{day:02}{between}{who}" for day in (1, 2) for who in ("GE3T", "S01")))
+    assert {study.confidence for study in few} == {"weak"}
+    assert len(doubts(few)) == 2
 
 
 def test_days_in_a_patients_folder_are_doubtful():
@@ -246,6 +278,17 @@ def test_one_name_in_several_places_is_doubtful(folders):
     assert doubts(found) == [f"{of} are taken for studies of different patients"]
     if "00" not in folders and "imgs" not in folders:
         assert doubts(studies(*(folder.replace("/", "_") for folder in twice))) == doubts(found)
+
+
+@pytest.mark.parametrize("sites", ["MRI_A MRI_B", "scan_A scan_B", "session_one session_two", "Site_01 Site_02"])
+@pytest.mark.parametrize("name", ["P01", "007"])
+def test_one_name_at_several_sites_is_doubtful(sites, name):
+    """However the sites are called: they may be visits, or copies."""
+    one, two = sites.split()
+    paths = [Path("c", site, f"{who}_T1.nii") for site in (one, two) for who in (name, 100 + len(site) + ord(site[-1]))]
+    found = recognise(paths, root=Path("c"))
+    assert {f"{one}_{name}", f"{two}_{name}"} <= {study.patient for study in found}
+    assert doubts(found) == [f"{one}_{name}, {two}_{name} are taken for studies of different patients"]
 
 
 def test_a_letter_after_a_number_and_names_with_and_without_a_last_word_are_doubtful():

@@ -229,8 +229,21 @@ def test_cohorts_that_share_names_are_one_set_by_the_folder_above(tmp_path, fold
 def test_the_remedy_for_shared_names_where_no_folder_is_above_all_cohorts_alone(tmp_path):
     for folder in ("a", "b/c"):
         write_study(tmp_path / folder, "P1")
-    with pytest.raises(ConfigError, match=r"\(P1\); rename them, or move the cohorts into one folder, and give that: "):
+    with pytest.raises(
+        ConfigError, match=r"\(P1\); rename them, or move the cohorts into one folder, each into one call"
+    ):
         prepare([tmp_path / "a", tmp_path / "b" / "c"], tmp_path / "set")
+
+
+def test_no_remedy_for_shared_names_merges_studies(tmp_path):
+    """By their names, one folder's T1 and the other's FLAIR would be of one P1, and copies would be refused."""
+    for folder, contrast in (("A", "t1n"), ("B", "t2f"), ("B_n4", "t2f")):
+        (tmp_path / folder).mkdir()
+        write_study(tmp_path / "made", "P1", (contrast,))
+        (tmp_path / "made" / "P1" / f"P1-{contrast}.nii.gz").rename(tmp_path / folder / f"P1-{contrast}.nii.gz")
+    for one, other in (("A", "B"), ("B", "B_n4")):
+        with pytest.raises(ConfigError, match=r"\(P1\); rename them\.$"):
+            prepare([tmp_path / one, tmp_path / other], tmp_path / "set")
 
 
 def test_a_mapping_tells_the_modalities(tmp_path):
@@ -665,6 +678,20 @@ def test_prepare_names_labels_that_it_does_not_use(tmp_path):
     )
     (note,) = (line for line in said if line.startswith("note"))
     assert note.startswith("note on P1: the segmentation *-seg.nii.gz is not used: it covers more than 40% of the head")
+
+
+def test_a_4d_image_of_all_contrasts_is_to_be_split(tmp_path):
+    """As the Medical Segmentation Decathlon has them: their labels are called after them already."""
+    write_study(tmp_path / "cohort", "P1", ("t1n", "t2f"))
+    for folder, shape in (("imagesTr", (8, 8, 8, 4)), ("labelsTr", (8, 8, 8))):
+        (tmp_path / "cohort" / "Task01" / folder).mkdir(parents=True)
+        nib.save(image(np.zeros(shape, np.uint8)), tmp_path / "cohort" / "Task01" / folder / "BRATS_001.nii.gz")
+    said = []
+    prepare(tmp_path / "cohort", tmp_path / "set", display=listening(said))
+    warnings = [line for line in said if line.startswith("warning: BRATS") or "lesion labels" in line]
+    assert len(warnings) == 1
+    assert "BRATS_001.nii.gz is a 4D image" in warnings[0]
+    assert "BRATS_001_t1n.nii.gz" in warnings[0]
 
 
 def test_a_set_that_grows_keeps_the_part_of_everybody_it_knows(tmp_path):

@@ -138,6 +138,20 @@ LAYOUTS = {
         "OAS30001_MR_d0129/anat4/sub-OAS30001_ses-d0129_FLAIR.nii.gz",
         {"sub-OAS30001_ses-d0129": "t1n t2w t2f"},
     ),
+    "OASIS-3, as its archive has it": (
+        "OAS30001_MR_d0129/anat2/NIFTI/sub-OAS30001_sess-d0129_T1w.nii.gz "
+        "OAS30001_MR_d0757/anat2/NIFTI/sub-OAS30001_sess-d0757_acq-TSE_T2w.nii.gz",
+        {"sub-OAS30001_sess-d0129": "t1n", "sub-OAS30001_sess-d0757": "t2w"},
+    ),
+    "RHUH-GBM": (
+        "RHUH-0001/0/RHUH-0001_0_{t1,t1ce,t2,flair,adc,segmentations}.nii.gz "
+        "RHUH-0001/1/RHUH-0001_1_{t1,t1ce,t2,flair,adc,segmentations}.nii.gz",
+        {"RHUH-0001_0": "t1n t1c t2w t2f seg", "RHUH-0001_1": "t1n t1c t2w t2f seg"},
+    ),
+    "BraTS-Reg": (
+        "BraTSReg_002/BraTSReg_002_{00_0000,01_0262}_{t1,t1ce,t2,flair}.nii.gz",
+        {"BraTSReg_002_00_0000": "t1n t1c t2w t2f", "BraTSReg_002_01_0262": "t1n t1c t2w t2f"},
+    ),
     "RSNA-MICCAI": (
         "train/00000/FLAIR/scan.nii.gz train/00000/T1w/scan.nii.gz train/00000/T1wCE/scan.nii.gz "
         "train/00000/T2w/scan.nii.gz train/00002/FLAIR/scan.nii.gz",
@@ -184,7 +198,10 @@ PATIENTS = {  # of those layouts where a patient has several studies
     "ADNI": "002_S_0295 002_S_0295",
     "BraTS 2024": "BraTS-GLI-00005 BraTS-GLI-00005",
     "UCSF-POSTOP-GLIOMA": "100010 100010",
+    "BraTS-Reg": "BraTSReg_002 BraTSReg_002",
     "LUMIERE": "Patient-001 Patient-001",
+    "RHUH-GBM": "RHUH-0001 RHUH-0001",
+    "OASIS-3, as its archive has it": "sub-OAS30001 sub-OAS30001",
     "MSLesSeg": "P1 P1 P2 P54",
     "Yale metastases": "YG_0BCZ YG_0BCZ",
 }
@@ -260,6 +277,30 @@ class TestWhatOtherFilesSay:
             ("Ann_T1.nii x/Ann_T2.nii", "Ann x"),
             ("Ann/Ann_T1.nii raw/Ann/deep/Ann_T2.nii", "Ann"),
             ("set-T1/{Ann,Bob}_T1.nii set-T2/{Ann,Bob}_T2.nii", "Ann Bob"),
+            # nor is what says a series, a scanner or a form
+            ("PAT_A/MNI152NLin2009_T1.nii PAT_B/MNI152NLin2009_FLAIR.nii", "PAT_A PAT_B"),
+            ("PAT_A/{Series3_T1,Series4_T2,Series7_FLAIR}.nii PAT_B/{Series3_T1,Series4_FLAIR}.nii", "PAT_A PAT_B"),
+            *(
+                (f"PAT_A/{head}_T1.nii PAT_B/{head}_FLAIR.nii", "PAT_A PAT_B")
+                for head in [
+                    "3.000000",
+                    "IM-0001",
+                    "S003",
+                    "ser3",
+                    "brain1",
+                    "iso1mm",
+                    "MNI152NLin2009",
+                    "MRI_3T",
+                    "1.5T",
+                    "hdbet2",
+                ]
+            ),
+            (
+                "site1/{S3_T1,S4_T1,S5_T2}.nii site2/{S3_T1,S4_FLAIR}.nii",
+                "site1_S3 site1_S4 site1_S5 site2_S3 site2_S4",
+            ),
+            ("T1/{S3,S4}_T1.nii FLAIR/{S3,S4}_FLAIR.nii", "S3 S4"),
+            ("x/{S3,S4}_T1.nii x/S3_T2.nii", "S3 S4"),
             ("{baseline,followup}/{Ann,Bob}_T1.nii", "Ann_baseline Ann_followup Bob_baseline Bob_followup"),
         ],
     )
@@ -379,6 +420,15 @@ class TestFoldersOfOneContrast:
         assert {case: " ".join(images) for case, images in found_in(*files.split()).items()} == cases
 
 
+def test_the_way_to_a_template_is_no_image() -> None:
+    """SPM's y_T1 of T1, in whichever folder; y_T1 alone is of a patient called y."""
+    assert found_in("P1/{T1,y_T1,iy_T1}.nii", "P2/{T1,mri/y_T1}.nii") == {
+        "P1": {"t1n": "T1.nii"},
+        "P2": {"t1n": "T1.nii"},
+    }
+    assert found_in("y_T1.nii").keys() == {"y"}
+
+
 def test_of_two_planes_the_one_of_most_files_is_taken() -> None:
     found = study(*(f"P1/{name}.nii" for name in ("SAG_T1", "AX_T1_POST", "AX_T2", "COR_T2", "AX_FLAIR")))
     assert names(found)["t2w"] == "AX_T2.nii"
@@ -408,11 +458,10 @@ def test_each_name_is_read_once_with_its_folder():
     assert [names.case(path, reading) for path, reading in names.readings] == ["P2", "P1"]
 
 
-def test_one_name_at_several_sites_is_called_after_the_site() -> None:
-    """With all that this patient has there; copies of one image in other forms stay one study's, and are refused."""
+def test_all_cases_of_sites_that_share_a_name_are_called_after_their_site() -> None:
     found = recognise(
         [Path("c", f"{name}.nii") for name in ["A/P1_T1", "A/P1_T2", "A/P1_seg", "A/P1_x", "A/P1_fu_T1", "A/P2_T1"]]
-        + [Path("c", f"{name}.nii") for name in ["B/P1_T1", "B/P1_T2", "B/P1_seg", "B/P3_T1"]],
+        + [Path("c", f"{name}.nii") for name in ["B/P1_T1", "B/P1_T2", "B/P1_seg", "B/P2_T2", "B/P3_T1"]],
         root=Path("c"),
     )
     cases = {study.case: (study.patient, [path.name for path in study.paths()]) for study in found}
@@ -420,12 +469,84 @@ def test_one_name_at_several_sites_is_called_after_the_site() -> None:
         "A_P1": ("A_P1", ["P1_T1.nii", "P1_T2.nii", "P1_seg.nii", "P1_x.nii"]),
         "A_P1_fu": ("A_P1", ["P1_fu_T1.nii"]),
         "B_P1": ("B_P1", ["P1_T1.nii", "P1_T2.nii", "P1_seg.nii"]),
-        "P2": ("P2", ["P2_T1.nii"]),
-        "P3": ("P3", ["P3_T1.nii"]),
+        "A_P2": ("A_P2", ["P2_T1.nii"]),
+        "B_P2": ("B_P2", ["P2_T2.nii"]),
+        "B_P3": ("B_P3", ["P3_T1.nii"]),
     }
-    for first, other in (("rawdata", "B"), ("A", "preproc"), ("T1w", "T1"), ("x/A", "x/B")):
-        copies = [Path("c", folder, "P1_T1.nii") for folder in (first, other)]
-        assert [study.case for study in recognise(copies, root=Path("c"))] == ["P1"]
+
+
+@pytest.mark.parametrize(
+    ("files", "cases"),
+    [
+        ("A/{P1,P2}_T1.nii B/P1_FLAIR.nii B/P2_T1.nii", "A_P1 A_P2 B_P1 B_P2"),
+        ("siteA/P1_{T1,T2}.nii siteB/P1_{T1_MPRAGE,FLAIR}.nii", "siteA_P1 siteB_P1"),
+        (
+            "data/siteA/{P1,P2}_T1.nii data/siteB/P1_FLAIR.nii data/siteB/P2_T1.nii",
+            "siteA_P1 siteA_P2 siteB_P1 siteB_P2",
+        ),
+        ("{A,B}_nifti/P1_T1.nii A_nifti/P2_T1.nii B_nifti/P2_T2.nii", "A_nifti_P1 A_nifti_P2 B_nifti_P1 B_nifti_P2"),
+        ("Norman/{P1,P2}_T1.nii Origami/P1_T1.nii Origami/P2_T2.nii", "Norman_P1 Norman_P2 Origami_P1 Origami_P2"),
+        ("{x,y}/{A,B}/P1_T1.nii", "x_A_P1 x_B_P1 y_A_P1 y_B_P1"),
+        ("site1/P1/P1_T1.nii site10/P1_T1.nii", "site1_P1 site10_P1"),
+        ("{Hospital_A,Hospital_C}/P1_T1.nii", "Hospital_A_P1 Hospital_C_P1"),
+        ("{A,B,A_n4}/P1_T1.nii", "A_P1 B_P1"),
+        # folders of one contrast each, and visits
+        ("T1/A/P1_T1.nii T1/B/P1_T1.nii FLAIR/{A,B}/P1_FLAIR.nii", "A_P1 B_P1"),
+        ("one/{P1,P2}_T1.nii two/{P1,P2}_FLAIR.nii", "P1 P2"),
+        ("train/P1_baseline_T1.nii test/P1_followup_T1.nii", "P1_baseline P1_followup"),
+    ],
+)
+def test_folders_are_sites_where_one_case_has_one_contrast_in_several(files: str, cases: str) -> None:
+    assert cases_in(files) == sorted(cases.split())
+
+
+def test_one_case_of_two_folders_of_several_contrasts_is_doubtful() -> None:
+    """Nothing tells whether these are sites; folders of one contrast each are none."""
+    (found, _) = recognise([Path("c", file) for file in expand("A/P1_T1.nii A/P2_{T1,T2}.nii B/P1_FLAIR.nii")])
+    assert found.notes == ("its images lie in A and in B: are they of one patient?",)
+    for files in ("one/{P1,P2}_T1.nii two/{P1,P2}_FLAIR.nii", "P1/x/P1_T1.nii P1/y/P1_T2.nii P2/x/P2_T1.nii"):
+        assert not any(s.notes for s in recognise([Path("c", file) for file in expand(files)], root=Path("c")))
+
+
+def cases_in(files: str) -> list[str]:
+    return [s.case for s in recognise([Path("c", file) for file in expand(files)], root=Path("c"))]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        "rawdata|B",
+        "A|preproc",
+        "T1w|T1",
+        "imgs|imgs_smoothed",
+        "imgs|imgs_denoised",
+        "imgs|imgs_denoised|Ann",
+        "structural|structural_unstripped|S003",
+        "cases|cases_cropped",
+        "images_cropped|images_full",
+        "cohort|cohort_completed",
+        "siteA_raw|siteA_n4",
+        "T1_images|T1gd_images",
+        "Gado|Nativ",
+        "mit KM|ohne KM",
+        "CE|nonCE",
+        "axial|sagittal",
+        "3T|7T",
+        "x/P1/1|x/P1/2",
+        "P1_a|P1_b",
+    ],
+)
+def test_copies_planes_and_agents_are_no_sites(folders: str) -> None:
+    """Two files of one contrast are refused, not taken for two patients."""
+    one, other, *who = folders.split("|")
+    name = who[0] if who else "P1"
+    (found,) = recognise([Path("c", folder, f"{name}_T1.nii") for folder in (one, other)], root=Path("c"))
+    assert (found.case, found.patient) == (name, name)
+    with pytest.raises(NamingError, match="2 files claim to be t1n"):
+        found.images()
+
+
+def test_visits_are_no_sites() -> None:
     for first, other in (
         *(("baseline", "followup"), ("scan1", "scan2"), ("V1", "V2"), ("MR1", "MR2"), ("T0", "T3")),
         *(("M00", "M12"), ("d0129", "d0757")),
@@ -505,5 +626,5 @@ def test_whatever_the_names_every_image_is_in_one_study_once(names: list[str]) -
     listed = [path for study in found for path in study.paths()]
     assert len({study.case for study in found}) == len(found)
     assert len(set(listed)) == len(listed)
-    assert all(re.search("seg|mask", path.name) for path in {*paths} - {*listed})
+    assert all(re.search("seg|mask", str(path)) for path in {*paths} - {*listed})
     assert recognise(paths[::-1], root=Path("c")) == found

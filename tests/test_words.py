@@ -56,6 +56,8 @@ from crossmr.data.words import LABEL, describes, holds_labels, is_raw, possible_
         ("NO_T1", "NO", "t1n"),
         ("T2_P1_FLAIR", "T2_P1", "t2f"),
         # segmentations
+        ("P2_seg P2_lesion_mask", "P2", LABEL),  # acceleration is no word but of a contrast
+        ("P1_T1_p2_seg", "P1", LABEL),
         ("P1_seg P1_mask_FLAIR P1_FLAIR_lesion P1_T1_mask P1_consensus_gt P1_tumor_segmentation P1_mask1", "P1", LABEL),
         ("P1_T1_pred_seg P1_predicted_FLAIR_lesion P1_manual_seg", "P1", LABEL),
         ("P1_T1_bet_seg P1_FLAIR_bet_lesion_mask P1_bet_tumor", "P1", LABEL),

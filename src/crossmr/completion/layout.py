@@ -212,8 +212,8 @@ class Layout:
 
 
 def bids_entities(case: str) -> tuple[str, ...]:
-    """`sub-X` and, where the case has one, `ses-Y`."""
-    match = re.fullmatch(r"(sub-[A-Za-z0-9+]+)(?:_(ses-[A-Za-z0-9+]+))?", case)
+    """`sub-X` and, where the case has one, `ses-Y`, which OASIS-3 writes `sess-Y`."""
+    match = re.fullmatch(r"(sub-[A-Za-z0-9+]+)(?:_(ses-[A-Za-z0-9+]+))?", case.replace("_sess-", "_ses-"))
     if match is None:
         return (f"sub-{re.sub('[^A-Za-z0-9]', '', case) or digest(case)[:10]}",)
     return tuple(part for part in match.groups() if part)

@@ -14,7 +14,8 @@ from crossmr.data.words import LABEL, OTHER, Reading, agent_of_word, possible_co
 ROOT = "dataset_description.json"
 EXCLUDED = frozenset({"derivatives", "sourcedata", "code", "stimuli"})
 """Folders of a dataset that hold no scans of its own."""
-_CASE = re.compile(r"sub-[A-Za-z0-9+]+(_ses-[A-Za-z0-9+]+)?(?=_|$)")
+_CASE = re.compile(r"sub-[A-Za-z0-9+]+(_sess?-[A-Za-z0-9+]+)?(?=_|$)")
+"""OASIS-3 writes sess- for a session."""
 _FILE = re.compile(
     _CASE.pattern + r"(?P<entities>(_[A-Za-z]+-[A-Za-z0-9+.]+)*)_(?P<suffix>[A-Za-z0-9]+)(?P<dup>__dup-?\d+)?"
 )
@@ -27,6 +28,7 @@ _TISSUE = re.compile(
     re.I,
 )
 """What `desc-` and `label-` say of a mask that is of no lesion; the latter by the specification's list of tissues."""
+_LESION = re.compile(r"lesion|tumou?r|wmh|stroke|infarct|edema|metast", re.I)
 _FLUID = re.compile(r".*(flair|t2f|darkfluid|tirm).*", re.I)
 
 
@@ -42,7 +44,9 @@ def read_bids(stem: str) -> Reading | None:
     entities = dict(entity.split("-", 1) for entity in found["entities"].split("_") if entity)
     meaning = _meaning(found["suffix"], entities)
     modality = meaning if meaning not in (LABEL, OTHER) else ""
-    beside = [key for key in entities if key not in ("run", "ce")]
+    lesion = any(_LESION.search(text) for text in (found["suffix"], *(entities.get(k, "") for k in ("desc", "label"))))
+    beside = [key for key in entities if key not in ("run", "ce", *(("desc", "label") if lesion else ()))]
+    beside += ["dseg"] if found["suffix"] == "dseg" and not lesion else []  # of tissues, as fMRIPrep's
     run = re.sub(r"\D", "", entities.get("run", "")) or "0"
     return Reading(
         case_of(stem),

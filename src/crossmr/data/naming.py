@@ -19,11 +19,13 @@ from typing import NamedTuple
 from crossmr.data.bids import EXCLUDED, ROOT, dataset_of, enhanced_by_sidecar, last_runs
 from crossmr.data.formats import header_of, is_archive, is_nifti, is_volume, stem_of, without_images_of_pairs
 from crossmr.data.tree import (
+    BARE,
     NNUNET,
     SEPARATORS,
     Channels,
     File,
     NamesInTree,
+    OwnersOfLabels,
     alternatives,
     folder_names,
     is_mask,
@@ -32,6 +34,7 @@ from crossmr.data.tree import (
 )
 from crossmr.data.visits import (
     CONFIDENCES,
+    LARGEST_FAMILY,
     Confidence,
     after_first,
     after_time_point,
@@ -40,10 +43,11 @@ from crossmr.data.visits import (
     look_alike,
     looks_like_patient,
     may_repeat,
+    names_scan,
     parse_patient,
     says_nothing,
 )
-from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, holds_labels, is_raw, spelt
+from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, are_copies, holds_masks, is_raw, says_no_label, spelt
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
 from crossmr.paths import check_studies
@@ -53,8 +57,6 @@ MODALITIES = CONTRASTS
 DISPLAY_NAMES = {"t1n": "T1", "t1c": "T1ce", "t2w": "T2", "t2f": "FLAIR", "pdw": "PD"}
 """Names of the modalities for people to read."""
 
-BARE = re.compile(r"\d{1,3}|(19|20)\d\d")
-"""A folder's name that may be a patient's of one cohort, or the number of a visit, but never tells people apart."""
 LONGEST = 160
 """Bytes of a case's name; file systems have names of 255, and what is written of a case has more in its own."""
 _SPELLINGS = ("t1n", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2w", "t2", "t2f", "flair", "pdw", "pd")
@@ -86,6 +88,8 @@ class StudyFiles:
     """How surely the name says who the patient is; see `visits`."""
     alike: tuple[str, ...] = ()
     """How names of this patient's other studies may begin, as GBM_07, or end, as *P01; none where there is no doubt."""
+    guessed: bool = False
+    """Whether the segmentation is one by its folder, not by its name: one that is no valid one is then not used."""
     notes: tuple[str, ...] = ()
     """What is doubtful of the files: what the voxels said where their names left it open, or whose they are."""
 
@@ -332,8 +336,10 @@ def recognise(
        does not depend on what lies beside, but for a hash where A_B/C and A/B_C would be one. Without `root`, it is
        preceded by as many parents as make it unique. A text without a digit that lies in several folders, none of them
        named after it, is no patient's: `P1/final_T1` and `P2/final_T2` are of P1 and P2, or of P1_final where P1 has
-       other texts, too. Where folders directly below `root` have an image of one name, each is called after its folder,
-       as is all that this patient has there: `siteA/P1_T1` and `siteB/P1_T1` are of siteA_P1 and siteB_P1.
+       other texts, too; nor is what may say a series, a scanner or a form: `P1/Series003_T1`, `P1/3T_T1`. Where folders
+       beside one another have images of one contrast of a case, all cases in them are called after them: `siteA/P1_T1`
+       and `siteB/P1_T1` are of siteA_P1 and siteB_P1. But folders whose names differ in nothing but what the images
+       are, or of which one name begins with the other, hold copies: `imgs`, `imgs_n4`.
     3. The other files of the folder settle what a name leaves open: T2 in `P1_T2_FLAIR` is a visit beside `P1_T2_T1`,
        `post` in `post_T1` beside `post_FLAIR`; 2 in `2_T1` is the patient's number where others share it; `P1_POST` is
        T1ce beside `P1_FLAIR`; a file alone in a folder named after a contrast is that.
@@ -344,7 +350,9 @@ def recognise(
        fewest words beside, lies in the plane of most files, is the last run, and is NIfTI; the others are
        `passed_over`. Two alike are refused, by `StudyFiles.images()`.
     6. Masks and segmentations make no case: they join that of their name or folder. In a folder of labels, `labels/P1`
-       is the segmentation of the one study that is called P1, or whose folder is, as is `labels/P1/seg`.
+       is the segmentation of the one study that is called P1, or whose folder is, as is `labels/P1/seg`; but for files
+       whose names say something else, or that lie in the folder of another case or time point. `masks/P1_T1` is a mask
+       there where P1 has images elsewhere. Of several that are ones by their folders alone, none is used.
 
     A `mapping` from modality to a glob on the file name adds to these rules, for instance
     `{"t1n": "*_MPRAGE.nii.gz|*_BRAVO.nii.gz", "swi": "*_SWI*"}` (case-sensitive; of several globs with `|` between them
@@ -373,34 +381,36 @@ def _recognise(
     cases = {case for _, case, reading in named if reading.meaning}
     in_folder: dict[Path, set[str]] = defaultdict(set)  # cases of the images, by folders of files and of cases
     below: dict[Path, set[str]] = defaultdict(set)  # by these and all folders above
+    contrasts: dict[Path, set[str]] = defaultdict(set)
     for path, case, reading in named:
         if reading.meaning:
             for folder in {path.parent, names.folder(path)}:
                 in_folder[folder].add(case)
             for folder in path.parents:
                 below[folder].add(case)
+                contrasts[folder].add(reading.meaning)
     of_one = {
         folder: min(here) if below[folder] == here and len(here) == 1 else None for folder, here in in_folder.items()
     }
 
-    called = _called(named, names)
+    owners = OwnersOfLabels([file for file in named if file[2].meaning], names)
+    guessed = names.guessed
     studies: dict[str, list[File]] = defaultdict(list)
     unused: list[Path] = []
     for path, case, reading in named:
-        if not reading.meaning and (labelled := called.get(_of_labels(path, stem_of(path.name), called, root))):
+        stem = stem_of(path.name)
+        if not reading.meaning and not says_no_label(stem) and (labelled := owners.of(path, stem)):
+            guessed.add(path)
             studies[labelled].append((path, Reading(meaning=LABEL, mask=True, extras=1)))
             continue
         own = case if reading.meaning or (reading.head and case in cases) else _assign(path, cases, of_one, names)
-        studies[own].append((path, reading))
+        if own in cases or not cases or not names.folder_of_labels(path):
+            studies[own].append((path, reading))
+        else:
+            unused.append(path)
     for path, reading in names.readings:
         if is_mask(reading):
-            case = names.case(path, reading) if reading.meaning else ""
-            assigned = _assign(path, cases, of_one, names)
-            own = case if case in cases or (case and assigned not in cases) else assigned
-            if own not in cases and reading.meaning == LABEL:
-                name = reading.head or (stem_of(path.name) if path in names.mapped else "")
-                if labelled := called.get(_of_labels(path, name, called, root)):
-                    own, reading = labelled, replace(reading, head="", visit="")
+            own, reading = _of_mask(path, reading, cases, of_one, names, owners)
             # A mask makes no case, except where there is nothing else, or where a mapping says what it is.
             if own in cases or not named or path in names.mapped:
                 studies[own].append((path, reading))
@@ -408,35 +418,47 @@ def _recognise(
                 unused.append(path)
     patients = _patients(studies, names, root)
     found = [_study(case, studies[case], patients[case], names) for case in sorted(studies)]
+    several = {folder for folder, cases in below.items() if len(cases) > 1 and len(contrasts[folder]) > 1}
+    found = [replace(study, notes=(*study.notes, *_apart(study, several))) for study in found]
     unused += [
-        path for study in found if not study.labels for path in study.unrecognised if _folder_of_labels(path, root)
+        path for study in found if not study.labels for path in study.unrecognised if names.folder_of_labels(path)
     ]
     return Found(found, sorted(unused))
 
 
-def _called(named: Sequence[tuple[Path, str, Reading]], names: NamesInTree) -> dict[str, str]:
-    """Names of images' cases, and of their folders, that are of one case → the case."""
-    called: dict[str, set[str]] = defaultdict(set)
-    for path, case, reading in named:
-        if reading.meaning:
-            for name in {case, reading.head, names.folder(path).name} - {""}:
-                called[name].add(case)
-    return {name: min(cases) for name, cases in called.items() if len(cases) == 1}
+def _apart(study: StudyFiles, several: Collection[Path]) -> list[str]:
+    """What to say where images of a study lie in folders that may be two sites'; `several` hold cases and contrasts."""
+    first, *others = [path for paths in study.candidates.values() for path in paths] or [Path()]
+    for path in others:
+        above = Path(os.path.commonpath([first.parent, path.parent]))
+        if above in (first.parent, path.parent):
+            continue
+        one, other = (above / place.relative_to(above).parts[0] for place in (first, path))
+        if above in several and (one in several or other in several) and not are_copies(one.name, other.name):
+            return [f"its images lie in {one.name} and in {other.name}: are they of one patient?"]
+    return []
 
 
-def _folder_of_labels(path: Path, root: Path | None) -> Path | None:
-    """The folder above a file, below the root, that is named after labels of lesions."""
-    within = (folder for folder in path.parents if root is not None and root in folder.parents)
-    return next((folder for folder in within if holds_labels(folder.name)), None)
-
-
-def _of_labels(path: Path, name: str, called: Mapping[str, str], root: Path | None) -> str:
-    """By which name a file in a folder of labels is a case's: by its own, or that of a folder below; else ''."""
-    folder = _folder_of_labels(path, root)
-    if folder is None:
-        return ""
-    below = [place.name for place in path.parents if folder in place.parents]
-    return next((one for one in (name, *below) if one in called), "")
+def _of_mask(
+    path: Path,
+    reading: Reading,
+    cases: Collection[str],
+    of_one: Mapping[Path, str | None],
+    names: NamesInTree,
+    owners: OwnersOfLabels,
+) -> tuple[str, Reading]:
+    """The case of a mask, which need not be one of `cases`, and its reading."""
+    case = names.case(path, reading) if reading.meaning else ""
+    assigned = _assign(path, cases, of_one, names)
+    own = case if case in cases or (case and assigned not in cases) else assigned
+    beside = of_one.get(path.parent) == own
+    if own in cases and not beside and owners.contradicts(path, "", own, named=True):
+        own = case if case not in cases else ""
+    if own not in cases and reading.meaning == LABEL:
+        name = reading.head or (stem_of(path.name) if path in names.mapped else "")
+        if labelled := owners.of(path, name):
+            return labelled, replace(reading, head="", visit="")
+    return own, reading
 
 
 def _short(case: str) -> str:
@@ -475,7 +497,11 @@ def _study(case: str, files: list[File], patient: "_Patient", names: NamesInTree
         most = max(planes[reading.plane] for _, reading in alike)
         in_plane = {path: reading.run for path, reading in alike if planes[reading.plane] == most}
         chosen[modality] = tuple(last_runs(in_plane))
-    labels = _labels(case, by_meaning.get(LABEL, []))
+    labels = _labels(case, by_meaning.get(LABEL, []), names)
+    guessed = bool(labels) and {*labels} <= names.guessed
+    notes: tuple[str, ...] = ()
+    if guessed and len(labels) > 1:
+        notes, labels = (_several_guessed(len(labels)),), ()
     used = {path for paths in (*chosen.values(), labels) for path in paths}
     others = [path for path, _ in by_meaning.get(OTHER, [])]
     return StudyFiles(
@@ -485,25 +511,38 @@ def _study(case: str, files: list[File], patient: "_Patient", names: NamesInTree
         alike=patient.alike,
         candidates=chosen,
         labels=labels,
+        guessed=guessed,
+        notes=notes,
         unrecognised=tuple(others),
         passed_over=tuple(sorted({path for path, _ in files} - used - {*others})),
     )
 
 
-def _labels(case: str, files: Sequence[File]) -> tuple[Path, ...]:
+def _several_guessed(count: int) -> str:
+    return (
+        f"{count} files may be its segmentation, by the folders in which they lie: none is used. "
+        "Call the one of the lesion after the study, such as NAME_seg.nii.gz."
+    )
+
+
+def _labels(case: str, files: Sequence[File], names: NamesInTree) -> tuple[Path, ...]:
     """The segmentation: of this very name, by a person, of no single contrast, with the fewest words beside.
 
-    Masks of several contrasts, such as `P1_T1_mask` and `P1_T2_mask`, are none: they are of the head.
+    Of those that are ones by their folders alone, labels are preferred to masks, which may be of the brain. Masks of
+    several contrasts, such as `P1_T1_mask` and `P1_T2_mask`, are none: they are of the head.
     """
     if not files:
         return ()
 
     def rank(file: File) -> tuple[int, ...]:
         path, reading = file
+        folder = names.folder_of_labels(path) if path in names.guessed else None
         return (
             int(reading.head not in ("", case)),
             int(reading.automatic),
             int(bool(reading.contrasts)),
+            int(path in names.guessed),
+            int(folder is not None and holds_masks(folder.name)),
             reading.extras,
             int(not is_nifti(path.name)),
         )
@@ -532,16 +571,22 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
     sure: `EORTC-26101-001` and so on may be the patients of one trial.
     """
     folders = {case: folder for folder, case in names.names.items()}
-    patients = {}
+    patients: dict[str, _Patient] = {}
+    sites: dict[str, str] = {}
     for case, files in studies.items():
         images = (file for file in files if file[1].meaning and not is_mask(file[1]))
         path, reading = next(images, next((file for file in files if file[1].meaning), files[0]))
         own = folders.get(case)
-        if (own is None and not reading.head and reading.visit) or (
+        named = case == "_".join(filter(None, (reading.head, reading.visit))) and parse_patient(reading.head).patient
+        if named and not names.is_placed(path):  # RHUH-0001_0 of RHUH-0001/0
+            own = None
+        elif (own is None and not reading.head and reading.visit) or (
             case != reading.head and not parse_patient(reading.head).patient
         ):
             own = names.folder(path)
-        patients[case] = _patient(case, own, names.folder(path), root)
+        site = names.site(path, reading.head) if own is None else ""
+        sites[case] = site if reading.head.startswith(site) and case.startswith(site) else ""
+        patients[case] = _patient(case, own, names.folder(path), root, sites[case])
     if len(patients) > 2 and len({(p.name, p.folder) for p in patients.values()}) == 1:
         patients = {case: p if p.confidence == "sure" else _Patient(case) for case, p in patients.items()}
     called = folder_names({patient.folder for patient in patients.values() if patient.folder is not None}, root)
@@ -552,7 +597,36 @@ def _patients(studies: Mapping[str, list[File]], names: NamesInTree, root: Path 
         case: patient if patient.folder is None else patient._replace(name=called[patient.folder])
         for case, patient in patients.items()
     }
-    return _same_ends(patients, root)
+    return _at_several_sites(_no_large_families(_same_ends(patients, root)), sites)
+
+
+def _no_large_families(patients: Mapping[str, "_Patient"]) -> dict[str, "_Patient"]:
+    """The patients, but all studies, or too many, that only a time point before a common name makes one patient's.
+
+    That name is rather a scanner's, or a disease: 20190301_GE3T and 20190402_GE3T.
+    """
+    of: dict[str, list[str]] = defaultdict(list)
+    for case, patient in patients.items():
+        of[patient.name].append(case)
+    found = dict(patients)
+    for cases in of.values():
+        rests = {after_time_point(case) for case in cases}
+        if len(cases) > 1 and all(rests) and (len(cases) == len(patients) or len(cases) > LARGEST_FAMILY):
+            found |= {case: _Patient(case, "weak", (f"*{min(rests)}",)) for case in cases}
+    return found
+
+
+def _at_several_sites(patients: Mapping[str, "_Patient"], sites: Mapping[str, str]) -> dict[str, "_Patient"]:
+    """The patients, with `alike` of those who are told apart by nothing but the site before their names."""
+    of: dict[str, set[str]] = defaultdict(set)
+    bare = {case: patient.name.removeprefix(sites[case]) for case, patient in patients.items() if sites[case]}
+    for case, name in bare.items():
+        of[name].add(sites[case])
+    found = dict(patients)
+    for case, name in bare.items():
+        if len(of[name]) > 1:
+            found[case] = found[case]._replace(alike=(f"*{name}",))
+    return found
 
 
 def _same_ends(patients: dict[str, "_Patient"], root: Path | None) -> dict[str, "_Patient"]:
@@ -598,16 +672,17 @@ def _is_visit_of(case: str, rest: str, patient: str) -> bool:
     return patient == case and others == rest and is_visit(case) and is_visit(first)
 
 
-def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | None) -> _Patient:
-    """The patient that the case names, or else the folder that it is called after, or one above."""
+def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | None, site: str = "") -> _Patient:
+    """The patient that the case names, after its site's name, or else the folder that it is called after, or above."""
 
     def below(place: Path) -> bool:
         return bool(place.name) and (root is None or root in place.parents)
 
     if folder is None:
-        reading = parse_patient(case)
+        reading = parse_patient(case.removeprefix(site))
         if reading.patient:
-            return _Patient(reading.patient, reading.confidence, _said(look_alike(case)))
+            begins = look_alike(case.removeprefix(site))
+            return _Patient(f"{site}{reading.patient}", reading.confidence, _said(begins and f"{site}{begins}"))
         confidence, folder = reading.confidence, place_of_files
     elif below(folder):
         confidence = "sure"
@@ -624,9 +699,9 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
             known = is_visit(place.parent.name) or may_repeat(place.parent.name, "P1")
             bare = BARE.fullmatch(place.name) and not is_visit(place.parent.name)
             rest = after_time_point(place.name)
-            begins = bool(rest) and is_dated(place.name.removesuffix(rest))  # W1/01-23-1999-BRAIN-12345
+            dated_first = bool(rest) and is_dated(place.name.removesuffix(rest))  # W1/01-23-1999-BRAIN-12345
             numbered = re.search(r"\d", place.parent.name)
-            named = bare or (numbered and (begins or not known))  # V1/P01 is no visit of V1
+            named = bare or (numbered and (dated_first or not known))  # V1/P01 is no visit of V1
             own, higher = place.with_name(reading.patient), place.parent
             visits = [above for above in own.parents if below(above) and is_visit(above.name)]
             dated = any(is_dated(above.name) for above in visits)
@@ -635,11 +710,11 @@ def _patient(case: str, folder: Path | None, place_of_files: Path, root: Path | 
             surely = looks_like_patient(own.name, after_date=dated)
             if visits and not surely and (dated or not BARE.fullmatch(own.name)):  # 2019-03-01/0915 is an hour
                 higher, named, visits = visits[-1].parent, True, []
-            elif (visits and not surely) or (dated and own.name.isdecimal()):
+            elif visits and (not surely or names_scan(own.name) or (dated and own.name.isdecimal())):
                 confidence = "weak"
             above = str(higher) if below(higher) and named else ""
             whole = place.name.endswith(reading.patient) and place == folder
-            alike = _said((begins and above) or look_alike(place.name) or above) if whole else ()
+            alike = _said((dated_first and above) or look_alike(place.name) or above) if whole else ()
             for visit in visits:  # baseline/P1, from the nearest up
                 own = visit.parent / own.relative_to(visit)
             while own.parent.name == own.name and below(own.parent):  # P1/P1_baseline

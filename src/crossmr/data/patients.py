@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from crossmr.data.naming import StudyFiles
+from crossmr.data.visits import LARGEST_FAMILY
 from crossmr.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("case", "patient", "part")
-LARGEST_FAMILY = 10
-"""More studies than this, named alike, are taken for many patients, not for many visits of one."""
 SHOWN = 5
 
 

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crossmr.config import read_text, read_whole
-from crossmr.data.naming import StudyFiles, find_all, unmatched
+from crossmr.data.formats import stem_of
+from crossmr.data.naming import StudyFiles, find_all, recognise, unmatched
+from crossmr.data.nifti import read_header
 from crossmr.data.patients import SPLITS, Entry, assign, grouping, merge, read_patients, several_studies
 from crossmr.data.prepared_case import (
     FORMAT_VERSION,
@@ -106,10 +108,13 @@ def prepare(
         names = [study.case for study in studies]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
-                f"The cohorts share study names ({', '.join(repeated[:3])}); rename them, or {_remedy(folders)}."
+                f"The cohorts share study names ({', '.join(repeated[:3])}); rename them{_remedy(folders, studies)}."
             )
         unused = [path for cohort in found for path in cohort.unused]
-        for text in (*unmatched(studies, settings.mapping), *_unused_labels(unused, folders)):
+        unknown = (path for study in studies if not study.candidates for path in study.unrecognised)
+        series = [path.name for path in unknown if unused and _is_series(path)]
+        unused = [path for path in unused if path.name not in series]
+        for text in (*unmatched(studies, settings.mapping), *_unused_labels(unused, folders), *_to_split(series)):
             display.say(f"warning: {text}")
         entries = {} if settings.patients is None else read_patients(settings.patients)
         if settings.patients is not None:
@@ -137,17 +142,18 @@ def prepare(
         return manifest
 
 
-def _remedy(folders: Sequence[Path]) -> str:
-    """How cohorts that share names of studies can be one set."""
+def _remedy(folders: Sequence[Path], studies: Sequence[StudyFiles]) -> str:
+    """How cohorts that share names of studies can be one set; '' where names would merge some of their studies."""
     whole = [Path(os.path.abspath(folder)) for folder in folders]
     above = Path(os.path.commonpath(whole))
-    same = above in whole or any(folder.parent != above for folder in whole)
-    where = (
-        "move the cohorts into one folder, and give that"
-        if same
-        else f"give {above}, the folder above all of them, alone"
+    if above in whole or any(folder.parent != above for folder in whole):
+        return ", or move the cohorts into one folder, each into one called after its site, and give that"
+    if len(recognise([path for study in studies for path in study.paths()], root=above)) < len(studies):
+        return ""
+    return (
+        f", or give {above}, the folder above all of them, alone: studies are then called after their cohort, too, "
+        f"such as {whole[0].name}_NAME"
     )
-    return f"{where}: studies are then called after their cohort, too, such as {whole[0].name}_NAME"
 
 
 def _unused_labels(unused: Sequence[Path], folders: Sequence[Path]) -> list[str]:
@@ -161,6 +167,24 @@ def _unused_labels(unused: Sequence[Path], folders: Sequence[Path]) -> list[str]
     return [
         f"{count} used for no study: {', '.join(names)}{', …' if len(unused) > 3 else ''}. Call each after its study "
         "(P1_seg.nii.gz, labels/P1.nii.gz), or name them with --map seg='*_NAME.nii.gz'."
+    ]
+
+
+def _is_series(path: Path) -> bool:
+    """Whether a volume is several in one file: 4D."""
+    header = read_header(path)
+    return header is not None and len(header.get_data_shape()) > 3 and header.get_data_shape()[3] > 1
+
+
+def _to_split(names: Sequence[str]) -> list[str]:
+    """What to say of files that hold all contrasts of a study, as the Medical Segmentation Decathlon's."""
+    if not names:
+        return []
+    stem = stem_of(names[0])
+    count = f"{names[0]} is a 4D image" if len(names) == 1 else f"{len(names)} files are 4D images ({names[0]} …)"
+    return [
+        f"{count}, of which no study is read. Split each into one file for each contrast, called after it "
+        f"({stem}_t1n.nii.gz), for instance with fslsplit."
     ]
 
 

@@ -29,7 +29,7 @@ from crossmr.data.naming import StudyFiles, display_name, in_usual_order
 from crossmr.data.nifti import is_synthetic, read_header
 from crossmr.data.registration import Registered, RegistrationMode, register_rigidly
 from crossmr.data.volume import Volume, describe_grid, displacement_mm, read_grid, read_labels, read_volume, same_grid
-from crossmr.errors import StudyError, VolumeError
+from crossmr.errors import StudyError, VolumeError, names_only
 
 EVERYTHING: Box = (slice(None), slice(None), slice(None))
 SMALLEST_MM, LARGEST_MM = 5, 1000
@@ -138,7 +138,8 @@ def load_study(
         allow: the modalities to read; by default all.
         register: which volumes are registered to the first one; the notes say how far each was moved.
         labels: whether the segmentation is read, and a study with several of them refused. One that cannot be of a
-            lesion is not used, nor, with `register`, one on the grid of no volume; a note says so.
+            lesion is not used, nor, with `register`, one on the grid of no volume, nor one that is a segmentation by
+            its folder alone and is not valid; a note says so.
 
     Raises:
         NamingError, VolumeError, StudyError: one line that names the case, the volume and the remedy.
@@ -166,7 +167,10 @@ def load_study(
         if nan is not None:
             notes.append(_nan_note(m, nan, head.parts.get(m, head.mask) if volumes[m] is volume else None))
     notes += [*skull_note(volumes, head.stripped), *_less_note(head)]
-    lesion = None if label is None else _lesion(case, label, before, moved, register)
+    lesion = None
+    if label is not None:
+        guessed = isinstance(source, StudyFiles) and source.guessed
+        lesion = (_if_valid if guessed else _lesion)(case, label, before, moved, register)
     spacing_mm = next(iter(volumes.values())).spacing_mm
     if lesion and lesion.labels is not None and (why := not_a_lesion(lesion.labels, head.mask, spacing_mm)):
         lesion = _Lesion(why=why)
@@ -313,6 +317,27 @@ def _lesion(
     except VolumeError as error:
         raise VolumeError(f"{case}: {error}") from error
     return _Lesion(as_counted(labels, case), tuple(int(value) for value in np.unique(stored) if value))
+
+
+def _if_valid(
+    case: str,
+    label: Path,
+    volumes: Mapping[str, Volume],
+    moved: Mapping[str, Registered],
+    register: RegistrationMode,
+) -> _Lesion:
+    """As `_lesion`, of a file of which its folder alone says that it holds labels: why one is not used that is none.
+
+    Raises:
+        VolumeError: the file cannot be read at the moment.
+    """
+    try:
+        return _lesion(case, label, volumes, moved, register)
+    except VolumeError as error:
+        if isinstance(reason := error.__cause__ and error.__cause__.__cause__, OSError) and reason.errno is not None:
+            raise
+        said = names_only(str(error).removeprefix(f"{case}: "), [label])
+        return _Lesion(why=said.replace(case, "*").rstrip("."))
 
 
 def _name(case: str, modality: str, image: Any) -> str:

@@ -9,21 +9,27 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 from crossmr.data.bids import case_of, read_bids
 from crossmr.data.formats import stem_of
-from crossmr.data.visits import parse_patient
+from crossmr.data.visits import names_scan, parse_patient
 from crossmr.data.words import (
     CONTRASTS,
     LABEL,
     OTHER,
     Reading,
     agent_of_word,
+    are_copies,
     describes,
+    differ_in_form,
+    holds_kind_of_labels,
+    holds_labels,
     is_raw,
     possible_contrasts,
     read_words,
+    says_form,
     spelt,
 )
 from crossmr.errors import ConfigError
@@ -37,12 +43,14 @@ _ANONYMOUS = frozenset(
 )
 NNUNET = "dataset.json"
 _ADNI = re.compile(r"ADNI_(?P<subject>\d{3}_S_\d{4,5})_M[RT]_(?P<what>.+?)(_[Bb]r)?(_raw)?_\d{14,}(_\d+)?_S\d+_I\d+")
+_DEFORMATION = re.compile(r"(i?y|u|v|jy?|wj)_")
+"""How SPM calls what leads from an image to a template: y_T1 of T1."""
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
-_OF_COPIES = re.compile(r"raw|orig|source|proc|deriv|strip|bet\b|regist|coreg|n4|norm|mni|nifti|space", re.I)
-"""What names of folders have in them that hold one patient's images in another form."""
 _AGENTS = re.compile(r"(pre|post|with|without|non?)[-_. ]?[a-z]", re.I)
 """How a folder's name begins that is of an agent and names no contrast: post_contrast, but not post, or contrast."""
 
+BARE = re.compile(r"\d{1,3}|(19|20)\d\d")
+"""A folder's name that may be a patient's of one cohort, or the number of a visit, but never tells people apart."""
 Channels = Mapping[str, str]
 """Number of a channel of nnU-Net, such as '0000' → the modality, '' where it is another."""
 
@@ -105,6 +113,7 @@ class NamesInTree:
         self.enhanced = enhanced
         self.mapped: set[Path] = set()
         self._folders: dict[Path, Path] = {}
+        self._no_case: dict[Path, bool] = {}
         globs = [(mapping_key(key), alternatives(glob)) for key, glob in (mapping or {}).items()]
         self.readings: list[File] = []
         beside: dict[Path, list[File]] = defaultdict(list)
@@ -120,6 +129,7 @@ class NamesInTree:
                 )
         self._visits = _visits([file for files in beside.values() for file in files])
         self._below = _below([file for files in beside.values() for file in files], self.mapped)
+        self._stems = {stem_of(path.name) for path in paths}
         self._children: dict[Path, set[Path]] = defaultdict(set)
         for folder in self._below:
             self._children[folder.parent].add(folder)
@@ -127,7 +137,11 @@ class NamesInTree:
             together = _Beside(files)
             self.readings += [(path, self._settled(path, reading, together)) for path, reading in files]
         self.readings.sort(key=lambda file: file[0])
-        self._patients_of_sites = self._sites()
+        self._of_labels = self._folders_of_labels()
+        self.guessed: set[Path] = set()
+        """Files that are taken for segmentations by their folder, not by their name."""
+        self.readings = [self._in_folder_of_labels(file) for file in self.readings]
+        self._site_folders = self._sites()
         self.readings = [
             (path, replace(reading, head=f"{self.site(path, reading.head)}{reading.head}"))
             for path, reading in self.readings
@@ -140,9 +154,12 @@ class NamesInTree:
         )
         if places:
             self.readings = self._by_place(places)
+        self._placed = {*places}
 
     def _settled(self, path: Path, reading: Reading, beside: "_Beside") -> Reading:
         """The reading that the other files of a folder leave of those that a name allows."""
+        if (spm := _DEFORMATION.match(stem_of(path.name))) and stem_of(path.name)[spm.end() :] in self._stems:
+            return Reading()
         if reading.meaning == LABEL and beside.has_tissues(stem_of(path.name)):
             return replace(reading, meaning=OTHER)
         if reading.doubt:
@@ -166,63 +183,134 @@ class NamesInTree:
             return Reading(meaning=said)
         return reading
 
-    def _sites(self) -> dict[Path, set[str]]:
-        """Folders directly below the root that are named after sites, and the patients whose names others have, too.
+    def _folders_of_labels(self) -> set[Path]:
+        """Folders below the root that are named after labels, but those of images, as tumor/ is with tumor/P1/T1.
 
-        Of these an image lies there under the name that it has in another such folder: `siteA/P1_T1` and `siteB/P1_T1`.
+        Of images it is where all images lie in such folders; if it is called after lesions, also where its cases have
+        none elsewhere, or where one has several contrasts in it, or a contrast that it has elsewhere, too.
         """
-        folders: dict[tuple[str, Reading], set[Path]] = defaultdict(set)
+        below_root = (folder for folder in self._below if self.root is not None and self.root in folder.parents)
+        named = {folder for folder in below_root if holds_labels(folder.name)}
+        inside: dict[Path, set[tuple[str, str]]] = defaultdict(set)
+        outside: dict[str, set[str]] = defaultdict(set)
         for path, reading in self.readings:
-            told = reading.meaning in CONTRASTS and not reading.mask and path not in self.mapped
-            if told and reading.head and not _is_vague(reading.head) and (top := self._top(path)):
-                folders[path.name, reading].add(top)
-        found: dict[Path, set[str]] = defaultdict(set)
-        for (_, reading), tops in folders.items():
-            if len(tops) > 1 and not any(self._says_no_site(top) for top in tops):
-                for top in tops:
-                    found[top].add(parse_patient(reading.head).patient)
+            if reading.meaning in CONTRASTS and not reading.mask and path not in self.mapped:
+                who = reading.head or self.folder(path).name
+                within = named & {*path.parents}
+                for folder in within:
+                    inside[folder].add((who, reading.meaning))
+                if not within:
+                    outside[who].add(reading.meaning)
+        found = {folder for folder in named if not inside[folder]}
+        for folder in named - found:
+            count = Counter(who for who, _ in inside[folder])
+            twice = any(count[who] > 1 or meaning in outside.get(who, ()) for who, meaning in inside[folder])
+            elsewhere = any(outside.get(who) for who in count) and not twice
+            if elsewhere or (outside and holds_kind_of_labels(folder.name)):
+                found.add(folder)
         return found
 
-    def _top(self, path: Path) -> Path | None:
-        """The folder directly below the root that a file lies in."""
-        return next((folder for folder in path.parents if folder.parent == self.root and folder != self.root), None)
+    def folder_of_labels(self, path: Path) -> Path | None:
+        """The nearest folder above a file that holds labels of lesions."""
+        return next((folder for folder in path.parents if folder in self._of_labels), None)
 
-    def _says_no_site(self, folder: Path) -> bool:
-        """Whether a folder is named after what its files are, as copies of others are, or after a time point."""
-        if self._says_no_case(folder) or not parse_patient(folder.name).patient:
-            return True
-        return _OF_COPIES.search(folder.name) is not None
+    def _in_folder_of_labels(self, file: File) -> File:
+        """The file, as a mask where it has a contrast's name in a folder of labels: the one on which it was drawn."""
+        path, reading = file
+        if (
+            is_mask(reading)
+            or reading.meaning not in CONTRASTS
+            or path in self.mapped
+            or not self.folder_of_labels(path)
+        ):
+            return file
+        self.guessed.add(path)
+        return path, replace(reading, meaning=LABEL, mask=True, extras=reading.extras + 1)
 
-    def site(self, path: Path, name: str) -> str:
-        """What stands before the name of a case where other sites have such a patient, too: `siteA_` of P1; else ''."""
-        top = self._top(path) if self._patients_of_sites else None
-        patients = self._patients_of_sites.get(top, set()) if top else set[str]()
-        return f"{top.name}_" if top and name and parse_patient(name).patient in patients else ""
+    def telling_folders(self, path: Path) -> list[str]:
+        """Names of the folders below the root that a file lies in, but of those that say what its files are."""
+        within = [folder for folder in path.parents if self.root is None or self.root in folder.parents]
+        return [f.name for f in reversed(within) if f.name and f not in self._of_labels and not self._says_no_case(f)]
+
+    def _sites(self) -> dict[Path, str]:
+        """Folders beside one another that are sites', and these: some case has images of one contrast in several.
+
+        They hold no copies of one another (`are_copies`), and lie above the patients' own folders.
+        """
+        holding: dict[Path, dict[tuple[str, ...], set[Path]]] = defaultdict(lambda: defaultdict(set))
+        for path, reading in self.readings:
+            if reading.meaning in CONTRASTS and not reading.mask and path not in self.mapped:
+                for folder in self._above_patient(path, reading.head):
+                    what = (reading.head, reading.visit, *self._visits_above(path), reading.meaning)
+                    holding[folder.parent][what].add(folder)
+        found: dict[Path, str] = {}
+        for together in holding.values():
+            found |= _called_after_sites({frozenset(folders) for folders in together.values() if len(folders) > 1})
+        return found
+
+    def _above_patient(self, path: Path, head: str) -> list[Path]:
+        """The folders below the root that a file lies in, above those that are named after its patient."""
+        if self.root is None or not (patient := parse_patient(head).patient) or _is_vague(head):
+            return []
+        above: list[Path] = []
+        for folder in path.parents:
+            if folder == self.root or self.root not in folder.parents:
+                break
+            named = folder.name.startswith(patient) and folder.name[len(patient) :][:1] in ("", *SEPARATORS)
+            above = [] if named or parse_patient(folder.name).patient == patient else [*above, folder]
+        return above
+
+    def site(self, path: Path, head: str) -> str:
+        """What stands before the name of a case that lies in the folder of a site: `siteA_`; else ''."""
+        if not self._site_folders or not head or _is_vague(head):
+            return ""
+        return "".join(
+            f"{self._site_folders[place]}_" for place in reversed(path.parents) if place in self._site_folders
+        )
 
     def _places(self) -> dict[Path, Path]:
-        """Files whose heads name no patient, since they lie in several places and have no digit, and these places."""
+        """Files whose heads name no patient, since they are vague and lie in several places, and these places."""
         found = {path: self._place(path, reading.head) for path, reading in self.readings if _is_vague(reading.head)}
-        places: dict[str, set[Path | None]] = defaultdict(set)
+        places: dict[str, dict[Path | None, set[str]]] = defaultdict(lambda: defaultdict(set))
         for path, reading in self.readings:
             if path in found and not is_mask(reading):
-                places[reading.head].add(found[path])
-        several = {path for path, reading in self.readings if len(places[reading.head]) > 1}
-        return {path: place for path, place in found.items() if path in several and place and place != self.root}
+                places[reading.head][found[path]].add(reading.meaning)
+        several = {head for head, held in places.items() if _lie_apart(held)}
+        items = {head for head in places if _is_item(head)}
+        of_items = {place for head in items & several for place in places[head]}
+        several |= {head for head in items if of_items & {*places[head]}}
+        return {
+            path: place
+            for path, reading in self.readings
+            if reading.head in several and (place := found.get(path)) and place != self.root
+        }
+
+    def is_placed(self, path: Path) -> bool:
+        """Whether a file's head is the name of its folder, since its own names no patient."""
+        return path in self._placed
 
     def _by_place(self, places: Mapping[Path, Path]) -> list[File]:
         """The readings, with the place for a head that names no patient, or before it where the place has others.
 
         `P1/final_T1` and `P2/final_T2` are of P1 and P2; `HGG/Ann_T1`, with `HGG/Bob_T1` and `LGG/Ann_T1`, of HGG_Ann.
+        Series of a place are of one patient, `P1/Series3_T1` and `P1/Series4_T2`: but S3 and S4 that both have a T1 are
+        taken for patients.
         """
         heads: dict[Path | None, set[str]] = defaultdict(set)
+        of_contrast: dict[tuple[Path | None, str], set[str]] = defaultdict(set)
         for path, reading in self.readings:
             if reading.head and not is_mask(reading):
-                heads[places.get(path) or self._place(path, reading.head)].add(reading.head)
+                place = places.get(path) or self._place(path, reading.head)
+                heads[place].add(reading.head)
+                of_contrast[place, reading.meaning].add(reading.head)
+        people = any(meaning and len({*filter(_may_be_person, of)}) > 1 for (_, meaning), of in of_contrast.items())
         told = []
         for path, reading in self.readings:
             if place := places.get(path):
                 alone = "" if place in path.parents else self.names[place]
                 several = len(heads[place] | {reading.head}) > 1
+                if _is_item(reading.head):
+                    several &= people and _may_be_person(reading.head)
                 reading = replace(reading, head=f"{self.names[place]}_{reading.head}" if several else alone)
             told.append((path, reading))
         return told
@@ -275,6 +363,11 @@ class NamesInTree:
 
     def _says_no_case(self, folder: Path) -> bool:
         """Whether a folder is named after what its files are: their format, a step of processing, their contrast."""
+        if folder not in self._no_case:
+            self._no_case[folder] = self._names_files(folder)
+        return self._no_case[folder]
+
+    def _names_files(self, folder: Path) -> bool:
         if folder.name.lower() in _ANONYMOUS or describes(folder.name):
             return True
         if folder.name.lower() == "pre":
@@ -334,10 +427,90 @@ class NamesInTree:
         return [f.name for f in reversed(within) if not parse_patient(f.name).patient and not self._says_no_case(f)]
 
 
+class OwnersOfLabels:
+    """Whose a file in a folder of labels is, by its name and the folders that it lies in."""
+
+    def __init__(self, images: Iterable[tuple[Path, str, Reading]], names: NamesInTree) -> None:
+        self._names = names
+        self._called: dict[str, set[str]] = defaultdict(set)
+        self._whole: dict[frozenset[str], set[str]] = defaultdict(set)
+        self._folders: dict[str, set[str]] = defaultdict(set)
+        self._words: dict[str, set[str]] = defaultdict(set)
+        for path, case, reading in images:
+            folders = names.telling_folders(path)
+            head = reading.head.removeprefix(names.site(path, reading.head))
+            self._folders[case] |= {*folders}
+            called = {case, head, reading.head, names.folder(path).name, parse_patient(case).patient} - {""}
+            self._words[case] |= {*folders, *called, parse_patient(head).patient}
+            self._whole[frozenset({*folders, head} - {""})].add(case)
+            for name in called:
+                if parse_patient(name).patient and not BARE.fullmatch(name):
+                    self._called[name].add(case)
+        self._known = {word for words in self._words.values() for word in words}
+
+    def of(self, path: Path, name: str) -> str:
+        """The only case that the file is of: by its name, or that of a folder below the one of labels; else ''.
+
+        A number or a time point alone is nobody's: then all folders have to be those of the images.
+        """
+        folder = self._names.folder_of_labels(path)
+        if folder is None:
+            return ""
+        cases = self._whole.get(frozenset({*self._names.telling_folders(path), name} - {""}), set())
+        below = [place.name for place in path.parents if folder in place.parents]
+        for one in (name, *below):
+            if not cases:
+                cases = {case for case in self._called.get(one, ()) if not self.contradicts(path, name, case)}
+        return min(cases) if len(cases) == 1 else ""
+
+    def contradicts(self, path: Path, name: str, case: str, *, named: bool = False) -> bool:
+        """Whether a file's folders are those of another case or time point, or, unless it is `named`, unknown ones."""
+        said = [*self._names.telling_folders(path), name]
+        left = [word for word in said if word and word not in self._words[case]]
+        if any(word in self._known or not parse_patient(word).patient for word in left):
+            return True
+        others = {word for word in self._folders[case] - {*said} if parse_patient(word).patient}
+        return not named and any(not are_copies(word, other) for word in left for other in others)
+
+
+def _called_after_sites(together: Collection[Collection[Path]]) -> dict[Path, str]:
+    """Of folders that hold the same cases, those that hold no copies of all others: the name of their site, each."""
+    site = {folder: [folder] for folders in together for folder in folders}
+    for folders in together:
+        for one, other in combinations(sorted(folders), 2):
+            if site[one] is not site[other] and are_copies(one.name, other.name):
+                site[one] += site[other]
+                site |= dict.fromkeys(site[other], site[one])
+    several = [folders for folders in together if len({id(site[folder]) for folder in folders}) > 1]
+    shortest = {folder: min(site[folder], key=lambda place: (len(place.name), place)) for folder in site}
+    return {folder: shortest[folder].name for folders in several for folder in folders}
+
+
+def _lie_apart(held: Mapping[Path | None, Collection[str]]) -> bool:
+    """Whether places with the contrasts that they hold are several, and not copies of one: imgs and imgs_smoothed."""
+    (first, contrasts), *others = held.items()
+    for place, also in others:
+        copies = first and place and first.parent == place.parent and differ_in_form(first.name, place.name)
+        if not copies or not {*contrasts} & {*also}:
+            return True
+    return False
+
+
 def _is_vague(head: str) -> bool:
-    """Whether a head may name something else than a patient: it has no digit, or is a step's or a space's."""
+    """Whether a head may name something else than a patient: it has no digit, or says a step, a space or a series."""
     patient = parse_patient(head).patient
-    return bool(patient) and (describes(patient) or not re.search(r"\d", patient))
+    return bool(patient) and (describes(patient) or not re.search(r"\d", patient) or _is_item(head))
+
+
+def _is_item(head: str) -> bool:
+    """Whether a head says which series an image is, of which scanner, or in which form."""
+    patient = parse_patient(head).patient
+    return bool(patient) and (names_scan(patient) or says_form(patient))
+
+
+def _may_be_person(head: str) -> bool:
+    """Whether a head that may be a series' is one that may be a patient's: S003, unlike Series003."""
+    return re.fullmatch(r"[A-Za-z]{1,2}-?\d+", head) is not None
 
 
 def _contrast_of_folder(name: str) -> str:

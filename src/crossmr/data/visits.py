@@ -6,9 +6,12 @@ there is something; what is left names the patient.
 sure     a date; a word of a visit, with a number or without: baseline, followup, fu2, preop, post, recurrence; a
          counter with its number: visit2, Timepoint_1, week-040, 6months; BIDS' `ses-` with its label
 fair     a number of up to three digits after one of five or more: BraTS-GLI-00000-001, UPENN-GBM-00001_21
-weak     a letter with a number: T0, v2, m12, d3; scan1, exam2, MR1; a number of up to three digits after one of four.
+weak     a letter with a number: T0, v2, m12, d3; scan1, exam2, MR1; a number of up to three digits after one of four;
+         a number and days after a patient's: `BraTSReg_002_01_0262`.
          It counts only where what is left has a digit in it: `P01_T0` is of P01, but `GBM_M12` may be patient M12.
          A date after a name without any digit is weak, too, but counts: `DOE_JOHN_20190301`
+
+So are words behind a time point that name no patient: `P01_2019-03-01_MRI`, `P01_baseline_3T`.
 
 What follows `sub-` is BIDS' name of the patient and never a time point.
 
@@ -30,23 +33,31 @@ _WORD = re.compile(r"[^-_. ]+")
 _DATE = r"(19|20)\d\d-?(0[1-9]|1[0-2])-?(0[1-9]|[12]\d|3[01])|(0[1-9]|[12]\d|3[01])-(0[1-9]|[12]\d|3[01])-(19|20)\d\d"
 _UNIT = "days?|weeks?|wks?|months?|mo|years?|yrs?"
 _VISIT = (
-    "baseline|base|bl|initial|screening|(early|late)?-?follow-?up|fu|recurrence|relapse|progression|"
-    "(pre|post|intra)(-?(op|operative|surgery|surgical|treatment|therapy|rt|radiotherapy))?"
+    "((early|late|immediate)-?)?(baseline|base|bl|initial|screening|diagnosis|follow-?up|fu|recurrence|relapse|progression|"
+    "(pre|post|intra)(-?(op|operative|surgery|surgical|treatment|therapy|rt|radiotherapy))?)"
 )
-_COUNTER = f"visits?|time-?point|time|tp|session|ses|{_UNIT}"
+_COUNTER = f"visits?|time-?point|time|tp|session|sess?|{_UNIT}"
 _NUMBER = r"\d+[a-z]?(-\d{1,2})?"
 # What the last words of a name, joined by "-" and in lower case, may be; the longest that fits is taken.
 _DATED = re.compile(rf"({_DATE})(-?t?\d{{4}}(\d\d)?)?")
 _SURE = re.compile(
-    rf"{_DATED.pattern}|({_VISIT})(-?{_NUMBER})?|({_COUNTER})-?({_NUMBER}|[a-z])|\d+-?({_UNIT})|ses-[a-z0-9+]+"
+    rf"{_DATED.pattern}|({_VISIT})(-?{_NUMBER})?|({_COUNTER})-?({_NUMBER}|[a-z])|\d+-?({_UNIT})|sess?-[a-z0-9+]+"
 )
+_NUMBERED_VISIT = re.compile(rf"({_VISIT})-\d+")
 _WEAK = re.compile(r"[tvmwdy]\d{1,4}|(scan|exam|study|mri?|acq)-?\d{1,3}")
+LARGEST_FAMILY = 10
+"""More studies than this, named alike, are taken for many patients, not for many visits of one."""
 _MOST_WORDS = 5
 _PART = r"(train|training|test|testing|val|validation)(set)?\d*"
 _SITE = r"site|cent(er|re)|hospital|clinic|cohort|group|dataset|set|batch|scanner|part|fold"
 _ANYTHING = frozenset({"mr", "mri", "brain", "head", "scan", "scans", "exam", "study", "nifti", "images", "anat"})
 """Words that name no patient: where nothing else is left, the name says a time point alone."""
 _FIELD = re.compile(r"\b(\d-)?\dt\b")
+_SCAN = re.compile(
+    r"(series|ser|se|im|img|image|ex|exam|study|scan|mri?|acq|run|vol|volume|file|brain|head)-?\d+|([eis]-?\d+){1,2}|"
+    r"\d{1,4}-(0{6}|ser(ies)?)|[a-z]*\d(-\d)?t"
+)
+"""What names a series, or a scanner, in a name of an archive or a converter: Series003, IM-0001, 3.000000, GE3T."""
 _SEX_OR_AGE = re.compile(r"[mfw](-\d{1,3}y?|\d{1,3}y)?|\d{1,3}y")
 _HOUR = re.compile(r"(0[1-9]|1\d|2[0-3])[0-5]\d([0-5]\d)?")
 
@@ -68,19 +79,22 @@ def parse_patient(name: str) -> PatientName:
     kept = 2 if name.lower().startswith("sub-") else 0
     lower = [word[0].lower() for word in words]
     count, used, dated = len(words), set[Confidence]({"sure"}), False
-    while count > kept and (found := _time_point(lower[kept:count])) is not None:
-        taken, confidence = found
-        left = name[: words[count - taken - 1].end()] if count > taken else ""
-        if confidence == "weak" and (not _has_digit(left) if left else count < len(words)):
+    while count > kept and (found := _last_time_point(lower[kept:count])) is not None:
+        behind, taken, confidence = found
+        start = count - behind - taken
+        left = name[: words[start - 1].end()] if start else ""
+        if confidence == "weak" and (not _has_digit(left) if left else behind or count < len(words)):
             break
-        dated |= _is_date(words[count - taken : count])
-        count -= taken
+        dated |= _is_date(words[start : count - behind])
+        count = start
         used.add(confidence)
     first = 0 if kept else _leading(lower[:count])
     if first and _telling(lower[first:count]):
-        surely = _looks_like_patient(lower[first:count], after_date=_is_date(words[:first]))
+        surely = _looks_like_patient(lower[first:count], after_date=_begins_dated(words[:first]))
         first, used = (first, used | {surely}) if surely else (0, used)
-    dated |= _is_date(words[:first])
+    dated |= _begins_dated(words[:first])
+    if _NUMBERED_VISIT.fullmatch("-".join(lower[:first])):  # baseline_01_P003 may be of a centre 01
+        used.add("weak")
     patient = name[words[first].start() : words[count - 1].end()] if count else ""
     if count - first < len(words) and not _telling(lower[first:count]):
         patient = ""
@@ -142,6 +156,12 @@ def says_nothing(name: str) -> bool:
     return not _telling([word[0].lower() for word in _WORD.finditer(name)])
 
 
+def names_scan(name: str) -> bool:
+    """Whether a name may say no more than which series it is, or of which scanner: IM-0001, S003, 3.000000, MRI_3T."""
+    said = _telling([word[0].lower() for word in _WORD.finditer(name)])
+    return not said or _SCAN.fullmatch(said) is not None
+
+
 def may_repeat(first: str, rest: str) -> bool | None:
     """Whether `first` may be a time point or a site of the patient `rest`: V1 of P01, 2019 of P01, siteA of P01.
 
@@ -174,6 +194,8 @@ def _time_point(words: Sequence[str]) -> tuple[int, Confidence] | None:
         for taken in range(min(_MOST_WORDS, len(words)), 0, -1):
             if rule.fullmatch("-".join(words[-taken:])):
                 return taken, confidence
+    if len(words) > 2 and re.fullmatch(r"\d{3,}-0\d-\d{4}", "-".join(words[-3:])):  # BraTSReg_002_01_0262
+        return 2, "weak"
     if len(words) > 1 and re.fullmatch(r"\d{1,3}", words[-1]) and re.fullmatch(r"\d{4,}", words[-2]):
         if len(words[-2]) > 4:
             return 1, "fair"
@@ -182,14 +204,43 @@ def _time_point(words: Sequence[str]) -> tuple[int, Confidence] | None:
     return None
 
 
+def _last_time_point(words: Sequence[str]) -> tuple[int, int, Confidence] | None:
+    """As `_time_point`, after how many words behind it that name no patient: baseline_MRI, 2019-03-01_3T."""
+    for behind in range(len(words)):
+        if behind and _telling(words[len(words) - behind :]):
+            break
+        if found := _time_point(words[: len(words) - behind]):
+            return None if behind and words[len(words) - behind - 1] in ("t1", "t2") else (behind, *found)
+    return None
+
+
 def _leading(words: Sequence[str]) -> int:
-    """How many of the first words surely are time points of the patient whom the others name; 0 where none is left."""
+    """How many of the first words surely are time points of the patient whom the others name; 0 where none is left.
+
+    With those beside them that name no patient: MRI_preop_P01, 2019-03-01_3T_P01.
+    """
     first = 0
-    while taken := next(
-        (n for n in range(min(_MOST_WORDS, len(words) - first - 1), 0, -1) if _is_leading(words[first:], n)), 0
-    ):
+    while first < len(words) - 1:
+        nothing = _telling_nothing(words[first:-1])
+        taken = next(
+            (
+                before + n
+                for before in range(nothing + 1)
+                for n in range(min(_MOST_WORDS, len(words) - first - before - 1), 0, -1)
+                if _is_leading(words[first + before :], n)
+            ),
+            0,
+        )
+        if not taken:
+            fields = (n for n in (2, 1) if first and first + n < len(words) and _is_field(words[first : first + n]))
+            return first + next(fields, 0)
         first += taken
     return first
+
+
+def _telling_nothing(words: Sequence[str]) -> int:
+    """How many of the first words name no patient."""
+    return next((count for count in range(len(words), 0, -1) if not _telling(words[:count])), 0)
 
 
 def _is_leading(words: Sequence[str], taken: int) -> bool:
@@ -209,7 +260,7 @@ def _looks_like_patient(words: Sequence[str], *, after_date: bool) -> Confidence
         return None
     if any(letter.isalpha() for letter in said):
         if _has_digit(said):
-            return "sure"
+            return "weak" if _SCAN.fullmatch(said) else "sure"
         return "weak" if len(said) > 1 else None
     if "-" in said or re.fullmatch(r"\d{1,3}|(19|20)\d\d", said) or (after_date and _HOUR.fullmatch(said)):
         return None
@@ -218,6 +269,15 @@ def _looks_like_patient(words: Sequence[str], *, after_date: bool) -> Confidence
 
 def _is_date(words: Sequence[re.Match[str]]) -> bool:
     return _DATED.fullmatch("-".join(word[0].lower() for word in words)) is not None
+
+
+def _is_field(words: Sequence[str]) -> bool:
+    return _FIELD.fullmatch("-".join(words)) is not None
+
+
+def _begins_dated(words: Sequence[re.Match[str]]) -> bool:
+    """Whether a date is among the first words."""
+    return any(_is_date(words[first:end]) for end in range(len(words) + 1) for first in range(end))
 
 
 def _has_digit(text: str) -> bool:

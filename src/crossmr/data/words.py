@@ -78,7 +78,8 @@ _HINTS = {
     r"mit|avec",
     "without": r"nativ?e?|plain|unenh.*|non?con.*|ohne|sans|sin|sem|zonder|without|wo|uten|utan",
     "copy": r"n4.*|bias|ss|skull.*|noreg|res|nu|norm|rawavg",
-    "none": r"mask.*|.*mask|seg.*|.*segm?|.*segmentation.*|label.*|lesion.*|tumou?r.*|aparc.*|parc.*|ribbon|wm.*|pve.*|"
+    "mask": r"mask.*|.*mask|seg.*|.*segm?|.*segmentation.*|label.*|lesion.*|tumou?r.*",
+    "none": r"aparc.*|parc.*|ribbon|wm.*|pve.*|"
     r"prob.*|filled|.*field.*|warp.*|xfm|transform.*|jacobian.*|displacement.*|deformation.*|synth.*|pred.*|generated|"
     r"ct|pet|suv.*|dose|spect|dwi.*|e?adc.*|fa|md|ad|rd|l[123]|b\d+|bvals?|trace.*|colfa|dki|noddi|hardi|diff.*|swi.*|swan|venobold|"
     r"phase|pha|magnitude|t2star.*|t2s|t2\*|r[12](star)?|t[12]map|.*locali[sz]er.*|loc|scout.*|survey.*|mi?n?ip|tof.*|"
@@ -117,6 +118,16 @@ _ONLY_AFTER = _set(
 _STRIPPING = _set("bet hdbet synthstrip strip stripped skullstrip skullstripped extracted")
 """Steps whose mask is of the brain: `T1_bet_mask`, but `T1_bet_seg` may be of a lesion."""
 _KINDS = frozenset(["seg", "segm", "segmentation", "segmentations", "mask", "masks", "labels"])
+_FORM_ROLES = _set("step space registered raw tissue noise sequence plane")
+_TEMPLATE = re.compile(r"(mni|icbm|sri)\d*(a?n?lin)?\w{0,8}|[a-z]*\d(\.\d)?t")
+"""A space, or a strength of the field: MNI152NLin2009, GE3T."""
+_FORM = re.compile(
+    r"(raw|source)data|sources?|proc|derived|derivatives?|registration|smooth(ed)?|resi[sz]ed|(down|up)sampled|"
+    r"(re)?scaled|z?scored?|padded|interpolated|isotropic|harmoni[sz]ed|anonymi[sz]ed|filtered|full|completed|backup|"
+    r"imgs?|images?(tr|ts)?|labels(tr|ts)|niis?|niftis?|scans?|data|datasets?|sets?|cohorts?|volumes?|vols?|imaging|sites?|cent(er|re)s?|"
+    r"hospitals?|clinics?|groups?|batch|\d+mm"
+)
+"""Words of folders of one cohort in some form, beside those of `_VOCABULARY`; and such as tell no cohorts apart."""
 _WORD = re.compile(r"[^-_. ()\[\]+,]+")
 _ARCHIVE = re.compile(r"VSD\.Brain(_\dmore)?\.XX\.[A-Z]\.(?=(MR|OT)\b|(MR|OT)_)", re.IGNORECASE)
 """How names of the Virtual Skeleton Database begin (BraTS 2013 to 2015, ISLES 2015): the same for every patient."""
@@ -250,8 +261,8 @@ def possible_contrasts(name: str) -> frozenset[str]:
     None where it says something else: a mask, a map, a diffusion image, an angiogram. A T1 may be enhanced, unless a
     word says that it is a copy of another one, or was acquired without contrast agent.
     """
-    said = {hint for word in re.split(r"[^\w*+]+|_", name.lower()) if word for hint in _hints(word)}
-    if "none" in said:
+    said = _said(name)
+    if said & {"none", "mask"}:
         return frozenset()
     found = said & {"t2w", "t2f", "pdw"}
     if {"t2w", "t2f"} <= said and "t1" not in said:  # T2_FLAIR
@@ -261,6 +272,15 @@ def possible_contrasts(name: str) -> frozenset[str]:
         found |= {"t1n"} if {"with", "without"} <= said else set()
     found = found or ({"t1c"} if "with" in said else {"t1n"} if "without" in said else set())
     return frozenset(found or CONTRASTS)
+
+
+def says_no_label(name: str) -> bool:
+    """Whether the name of a file says that it is neither a contrast nor of a lesion: DWI, perf, brain, prob."""
+    return "none" in _said(name)
+
+
+def _said(name: str) -> set[str]:
+    return {hint for word in re.split(r"[^\w*+]+|_", name.lower()) if word for hint in _hints(word)}
 
 
 def agent_of_word(word: str) -> bool | None:
@@ -275,8 +295,10 @@ def _hints(word: str) -> set[str]:
     kinds = {kind for kind, _ in roles}
     if kinds & {"step", "raw", "registered"} or ("tissue" in kinds and word in ("brain", "skull", "head")):
         found.add("copy")
-    elif kinds & {"mask", "tissue", "other", "space"}:
+    elif kinds & {"tissue", "other", "space"}:
         found.add("none")
+    elif "mask" in kinds:
+        found.add("mask")
     return found | {hint for hint, words in _HINTS_OF.items() if words.fullmatch(word)}
 
 
@@ -290,11 +312,72 @@ def describes(name: str) -> bool:
     return any(word.has("step", "space", "registered") for word in words) and all(word.pieces for word in words)
 
 
+def says_form(text: str) -> bool:
+    """Whether a text says in which form an image is and nothing else: brain1, hdbet2, iso1mm, MNI152NLin2009."""
+    words = [word.text.lower() for word in _cut(text)]
+    known = [word for word in words if not re.fullmatch(r"\d{1,5}", word)]
+    return bool(known) and all(_TEMPLATE.fullmatch(word) or _is_form(word) for word in known)
+
+
+def _is_form(word: str) -> bool:
+    roles = {role for piece in _whole(word) for role, _ in piece.roles}
+    return bool(roles) and roles <= {*_FORM_ROLES, "copy", "link"} and not (word in _ONLY_AFTER and len(word) < 3)
+
+
+def _whole(word: str) -> tuple[Piece, ...]:
+    """The pieces of a word, whatever they say together."""
+    return (Piece(word, tuple(_ROLES[word])),) if word in _ROLES else _glued(word)
+
+
+def are_copies(one: str, other: str) -> bool:
+    """Whether folders beside one another, by their names, hold one cohort in several forms: imgs and imgs_smoothed.
+
+    So it is where nothing tells them apart but what their images are, or one name begins with the other.
+    """
+    first, second = sorted((_core(one), _core(other)), key=len)
+    if first == second[: len(first)]:
+        return True
+    short, long = sorted(("".join(first), "".join(second)), key=len)
+    return len(short) > 2 and long.startswith(short) and not (short[-1].isdigit() and long[len(short)].isdigit())
+
+
+def differ_in_form(one: str, other: str) -> bool:
+    """Whether names of folders differ in nothing but the form of their images, and no number."""
+    return _core(one) == _core(other) and re.findall(r"\d+", one) == re.findall(r"\d+", other)
+
+
+@lru_cache(maxsize=10_000)
+def _core(name: str) -> tuple[str, ...]:
+    """The words of a folder's name that say neither what images in it are nor that they are images."""
+    words = _cut(name)
+    agent = any(word.has("agent") for word in words)
+    found = []
+    for word in words:
+        text = word.text.lower()
+        short = len(text) < 2 or text.isdigit() or (text in _ONLY_AFTER and len(text) < 3)
+        roles = {role for piece in _whole(text) for role, _ in piece.roles} - {"link", "copy", "mask"}
+        said = roles - (set() if agent else {"denial", "filler"})
+        if short or not (said or text in _KINDS or _FORM.fullmatch(text) or _TEMPLATE.fullmatch(text)):
+            found.append(text)
+    return tuple(found)
+
+
 def holds_labels(name: str) -> bool:
     """Whether a folder is named after segmentations of lesions and nothing else: labels, labelsTr, Tumor-Masks."""
     words = _cut(re.sub(r"(?i)^labels(tr|ts)$", "labels", name))
     known = all(word.has("mask", "origin", "noise") and not word.has("tissue") for word in words)
     return known and any(word.has("mask") for word in words)
+
+
+def holds_kind_of_labels(name: str) -> bool:
+    """Whether a folder's name ends with a word for masks themselves, not for what they are of, as lesions does."""
+    words = _cut(name)
+    return bool(words) and words[-1].text.lower() in {*_KINDS, "label", "labelstr", "labelsts", "msk"}
+
+
+def holds_masks(name: str) -> bool:
+    """Whether a folder is named after masks, which may be of the brain, too."""
+    return any(word.text.lower() in ("mask", "masks", "msk") for word in _cut(name))
 
 
 def is_raw(name: str) -> bool:
@@ -390,6 +473,8 @@ def _tail(words: Sequence[Word], literal: bool) -> tuple[list[Word], Doubt]:
             admitted, first = contrast == "flair" and named[-1] in ("t1", "t2"), _visit_instead(word)
         elif named:
             admitted, first = True, ""
+        elif re.fullmatch(r"p\d", word.text.lower()) and not any(w.has("contrast") or _implied(w) for w in words[:at]):
+            break  # P2_seg is of P2
         else:
             admitted, first = _admits(word, words[at + 1 :], contrast, first=at == 0)
         if not admitted or (literal and first):
