@@ -115,6 +115,7 @@ def _train_model(
     model = _first_model(training, initial)
     finished, trained = _train_stages(training, model, chosen, steps)
     if finished and not trained and training.compute.ranks.broadcast_json(lambda: _is_whole(training.folder / "model")):
+        training.compute.display.say("model: finished before")
         return
     if finished:
         if model.config.uncertainty:
