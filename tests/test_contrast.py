@@ -462,3 +462,9 @@ def test_an_unknown_word_is_an_agent_where_other_series_lack_it():
 )
 def test_what_of_the_head_a_series_shows(part, description, shown):
     assert covers(part, description) == shown
+
+
+@pytest.mark.parametrize("text", ["Loc Sag SSFSE", "SURVEY BRAIN HASTE", "pCASL", "fMRI rest"])
+def test_a_spin_echo_that_is_called_something_else_and_no_contrast_is_left_out_without_a_doubt(text):
+    told = recognise_contrast(acquisition("SE", 4000, 80, description=text))
+    assert (told.modality, told.reason) == (None, "")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from crossmr.data.contrast_agent import is_unclear, names_agent, said_of_agent, says_agent
+from crossmr.data.contrast_agent import is_placeholder, is_unclear, names_agent, said_of_agent, says_agent
 from crossmr.dicom.contrast import Acquisition, recognise_contrast
 
 
@@ -214,3 +214,15 @@ def test_a_placeholder_is_no_agent(text):
 )
 def test_agent_in_other_languages(text, named):
     assert names_agent(text) is named
+
+
+@pytest.mark.parametrize("text", ["AX T1 FAT S GADO", "T1 FAT.S GADO", "T1 F S GADO"])
+def test_an_s_of_saturation_denies_no_agent(text):
+    assert said_of_agent(text).agent is not False
+
+
+def test_an_agent_beside_a_word_of_de_identification_is_named():
+    assert names_agent("Dotarem hidden") is True
+    assert names_agent("Gadovist not available") is True
+    assert is_placeholder("HIDDEN")
+    assert is_placeholder("not available")

@@ -11,6 +11,7 @@ import pydicom
 import pytest
 from dicoms import OBLIQUE, edited, head, rounded, write
 
+from crossmr.completion.inputs import find_inputs
 from crossmr.completion.unread import unread_series
 from crossmr.data.volume import read_volume
 from crossmr.dicom.convert import convert
@@ -18,6 +19,7 @@ from crossmr.dicom.grouping import announced_of, groups_of, moments_of, studies_
 from crossmr.dicom.headers import read_header
 from crossmr.dicom.selection import choose
 from crossmr.dicom.series import find_series
+from crossmr.display import SILENT
 
 
 def test_the_files_of_two_series_are_two_groups_of_one_study(tmp_path):
@@ -221,6 +223,30 @@ def test_one_study_of_two_ids_says_so_and_is_in_doubt_where_it_seems_one_patient
     for scans in convert(tmp_path, tmp_path / "out"):
         assert scans.notes[0].startswith("its study's UID has images of another patient ID, too")
         assert len(scans.left_out) == (0 if not same else 1 if "t1n" in scans.series else 2)
+
+
+def test_people_whose_names_were_removed_are_no_kin_under_one_uid(tmp_path):
+    """After de-identification one UID of a study may be everybody's."""
+    write(tmp_path, ("t1n", "t2w", "t2f"))
+
+    def edit(image, _):
+        image.PatientID, image.PatientName, image.PatientBirthDate = f"SUB00{image.SeriesNumber == 4:d}", "ANON", ""
+
+    edited(tmp_path.rglob("*.dcm"), edit)
+    assert doubted(tmp_path) == {"t1n t2w": set(), "t2f": set()}
+
+
+def test_what_lies_beside_one_of_two_ids_is_still_found(tmp_path):
+    """Series of the other ID, which stand in for a doubt, do not make its files nobody's."""
+    write(tmp_path / "A", ("t1n", "t2w"))
+    write(tmp_path / "B", ("t1c",))
+    edited((tmp_path / "B").rglob("*.dcm"), lambda image, _: setattr(image, "PatientID", "MRN-0042 A"))
+    (tmp_path / "A" / "FLAIR.7z").write_bytes(b"x")
+    inputs = find_inputs([tmp_path], None, display=SILENT)
+    of_a = [case for case, all_series in inputs.series.items() if any(s.modality == "t2w" for s in all_series)]
+    assert {case: [path.name for path in files] for case, files in inputs.beside.items() if files} == {
+        case: ["FLAIR.7z"] for case in of_a
+    }
 
 
 def test_a_name_that_ends_in_empty_parts_is_the_same_patient(tmp_path):

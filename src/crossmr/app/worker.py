@@ -27,7 +27,7 @@ from crossmr.data.formats import ending_of, half, is_volume, parts
 from crossmr.data.naming import DISPLAY_NAMES, MODALITIES, StudyFiles, display_name
 from crossmr.dicom.folders import first_dicom
 from crossmr.dicom.selection import choose
-from crossmr.dicom.series import Series
+from crossmr.dicom.series import Series, own_series
 from crossmr.display import Display, Task
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError, names_only
 from crossmr.files import read_json, write_json
@@ -191,6 +191,7 @@ def _rows(case: str, inputs: Inputs) -> dict[str, Any]:
     chosen, _, _ = choose(all_series)
     taken = {id(series): modality for modality, series in chosen.items()}
     doubtful = {one.name for one in unread_series(all_series)}
+    all_series = own_series(all_series)
     keys: Counter[str] = Counter()
     for series in all_series:
         key = _key(case, series)
@@ -238,7 +239,7 @@ def _sort(
         if inputs.series is None:
             mapping = _link_files(case, scans, place)
         else:
-            mapping = _link_series(case, inputs.series[case["case"]], place)
+            mapping = _link_series(case, own_series(inputs.series[case["case"]]), place)
         if any(place.iterdir()):
             batches.append((place.parent, mapping))
     return batches

@@ -36,7 +36,7 @@ from crossmr.data.words import possible_contrasts
 from crossmr.dicom.convert import Scans, convert_case, find_cases, hash_of_images, other_series
 from crossmr.dicom.folders import holds_dicom
 from crossmr.dicom.selection import choose
-from crossmr.dicom.series import Series
+from crossmr.dicom.series import Series, own_series
 from crossmr.dicom.series_table import BY_PERSON, is_of_person
 from crossmr.display import SILENT, Display
 from crossmr.errors import ConfigError, CrossmrError, NamingError, OutputError
@@ -238,7 +238,8 @@ def _told_apart(studies: Sequence[StudyFiles], mapping: Mapping[str, str] | None
 
 def _as_files(case: str, all_series: Sequence[Series]) -> StudyFiles:
     """A study of DICOM as one of files, to see what lies by them."""
-    return StudyFiles(case, case, {"": tuple(image.path for series in all_series for image in series.images)}, (), ())
+    images = tuple(image.path for series in own_series(all_series) for image in series.images)
+    return StudyFiles(case, case, {"": images}, (), ())
 
 
 def _say_unmatched(studies: Sequence[StudyFiles], mapping: Mapping[str, str] | None, display: Display) -> None:

@@ -115,15 +115,17 @@ _GIVEN = re.compile(
 """A word that may mean something else names an agent for sure behind one of these."""
 _WEAK_DENIAL = r"plain|simple|basal[ei]?|natives?|diretta|blanco"
 _AMBIGUOUS_DENIAL = re.compile(rf"\b(?:{_WEAK_DENIAL})\b")
-_SANS = re.compile(r"(?<![^\W_])(?<![ft]se[ _])(?:ss[ ._]+g(?:d|ado[^\W_]*)|s[ ._]+gado[^\W_]*)(?![^\W_])")
-"""French "sans", cut short, unless it may be a single shot."""
+_SANS = re.compile(
+    r"(?<![^\W_])(?<![ft]se[ _])(?<!fat[ ._])(?<!\bf[ ._])(?:ss[ ._]+g(?:d|ado[^\W_]*)|s[ _]+gado[^\W_]*)(?![^\W_])"
+)
+"""French "sans", cut short, unless it may be a single shot or saturation."""
 _CJK = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
 _FOLDED = str.maketrans({"ı": "i", "ø": "o", "ł": "l", "ß": "ss", "đ": "d", "æ": "ae", "−": "-", "–": "-", "＋": "+"})
 
 _PLACEHOLDER = re.compile(
     r".*(?:remov|anonym|anon\b|de ?-?identif|deid|redact|dummy|confidential|mask|delet|withheld|blank|cleared|"
     r"scrub|pseudonym|unknown|undefined|unspecified|null|unbekannt|inconnu|desconocid|anonimiz|verwijderd|entfernt|"
-    r"supprime|eliminad|rimosso|usuniet|hidden|not avail|see |\bphi\b).*|(?:(\w)\1{2,})|[\W_]*[*?.#x]{2,}[\W_]*"
+    r"supprime|eliminad|rimosso|usuniet|see |\bphi\b).*|(?:(\w)\1{2,})|[\W_]*[*?.#x]{2,}[\W_]*|hidden|not avail\w*"
 )
 """What de-identifiers and archives write in the place of an agent, or of a name: it says nothing."""
 _NONE = re.compile(

@@ -123,6 +123,7 @@ _MAPS = frozenset({"a map", "a map of perfusion"})
 """What short words say that mean something else of an original image that is called a contrast: VE, VP, MAP."""
 _COMPUTED = _MAPS | {"a projection or a subtraction", "a subtraction", "a mask", "a perfusion map"}
 """What a word may say that is true of derived images alone."""
+_OF_FUNCTION = frozenset({"a perfusion image", "a functional image"})
 _OF_VESSELS = frozenset({"an angiogram", "a flow image", "weighted by susceptibility"})
 """What is always acquired by gradient echoes without preparation."""
 _WHATEVER_TAGS = frozenset(
@@ -359,6 +360,8 @@ def _agrees(
         return False
     if gradient:
         return unprepared or denial in _OF_VESSELS or denial == _LOCALISER
+    if denial in (_LOCALISER, *_OF_FUNCTION):
+        return True
     return denial == _DIFFUSION and modality == "t2w"  # some scanners call its spin echo so, not echo-planar
 
 

@@ -144,32 +144,29 @@ def is_unnamed(files: Sequence[File]) -> bool:
 def kin_of(studies: Mapping[str, Sequence[File]]) -> dict[str, dict[str, str]]:
     """Study → others whose series may be of it, too → why they are not.
 
-    That is another patient ID of one name and date of birth under one UID; without a UID another frame of reference in
-    one folder, where no ID and date of their own tell.
+    That is another patient ID of one name and date of birth under one UID, unless frames of reference contradict;
+    without a UID another frame of reference in one folder, where no ID and date of their own tell.
     """
     alike: dict[tuple[object, ...], set[str]] = defaultdict(set)
     above = _folders_of_series([file for of_study in studies.values() for file in of_study])
     for study, of_study in studies.items():
         for path, header in of_study:
             if uid := text_of(header, "StudyInstanceUID"):
-                alike[uid, *_name_and_birth(header)].add(study)
+                if not _is_everybodys(_upper(header, "PatientName")):
+                    alike[uid, *_name_and_birth(header)].add(study)
             else:
                 alike[*_person_and_date(header), above.get(path.parent, path.parent)].add(study)
     kin: dict[str, dict[str, str]] = defaultdict(dict)
+    several = set[str]().union(*(of_key for of_key in alike.values() if len(of_key) > 1))
+    frames = {s: {text_of(header, "FrameOfReferenceUID") for _, header in studies[s]} - {""} for s in several}
     for of_key in alike.values():
         for study, other in itertools.permutations(sorted(of_key), 2):
             if text_of(studies[study][0][1], "StudyInstanceUID"):
-                if _may_share_frame(studies[study], studies[other]):
+                if not (frames[study] and frames[other] and frames[study].isdisjoint(frames[other])):
                     kin[study][other] = OTHER_ID
             elif not _repeat((studies[study], studies[other])):
                 kin[study][other] = OTHER_FRAME
     return kin
-
-
-def _may_share_frame(files: Sequence[File], others: Sequence[File]) -> bool:
-    """Whether images lie in one frame of reference, or do not say it."""
-    frames, other = ({text_of(header, "FrameOfReferenceUID") for _, header in lot} - {""} for lot in (files, others))
-    return not (frames and other and frames.isdisjoint(other))
 
 
 def _name_and_birth(header: Any) -> tuple[str, str]:

@@ -27,6 +27,8 @@ from crossmr.dicom.contrast import (
     resolve_agents,
 )
 from crossmr.dicom.grouping import (
+    OTHER_FRAME,
+    OTHER_ID,
     announced_of,
     groups_of,
     is_unnamed,
@@ -236,6 +238,11 @@ def _stand_in(series: Series, beside: Series, why: str) -> Series:
     series = replace(series, study=beside.study, patient=beside.patient, date=beside.date)
     reason: Reason = "denied" if series.reason == "denied" else ""
     return replace(series, modality=None, why=why, reason=reason, mapped=(), notes=())
+
+
+def own_series(all_series: Sequence[Series]) -> list[Series]:
+    """The series of a study without those of others that may be of it."""
+    return [series for series in all_series if series.why not in (OTHER_ID, OTHER_FRAME)]
 
 
 def _short(files: Sequence[File], there: int, announced: int) -> list[str]:
