@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_naming import names, study, touch
 
 from crossmr.data.formats import stem_of
-from crossmr.data.naming import find_studies, recognise
+from crossmr.data.naming import StudyFiles, find_studies, recognise
 from crossmr.data.tree import NamesInTree, folder_names
 from crossmr.errors import NamingError
 
@@ -628,3 +628,73 @@ def test_whatever_the_names_every_image_is_in_one_study_once(names: list[str]) -
     assert len(set(listed)) == len(listed)
     assert all(re.search("seg|mask", str(path)) for path in {*paths} - {*listed})
     assert recognise(paths[::-1], root=Path("c")) == found
+
+
+def recognised(*files: str) -> list[StudyFiles]:
+    """The studies of files below one root; braces are alternatives."""
+    return recognise([Path("/r") / file for text in files for file in expand(text)], root=Path("/r"))
+
+
+@pytest.mark.parametrize("case", ["B12", "AD_001", "MD_001", "DIR_01", "L1_baseline_3T", "WMH_001_MR1"])
+def test_a_label_called_like_a_case_is_its_label_whatever_its_words_may_say(case: str) -> None:
+    (found,) = recognised(f"images/{case}_{{T1,FLAIR}}.nii.gz", f"labels/{case}.nii.gz")
+    assert found.labels == (Path(f"/r/labels/{case}.nii.gz"),)
+
+
+@pytest.mark.parametrize(
+    "folders", ["cohort external", "images external", "data data2", "scan rescan", "UCL UCLA", "pre-chemo post-chemo"]
+)
+def test_folders_that_are_no_forms_of_one_another_are_no_copies(folders: str) -> None:
+    found = recognised(*(f"{folder}/P01/P01_{{T1,FLAIR}}.nii.gz" for folder in folders.split()))
+    assert [len(study.images()) for study in found] == [2, 2]
+
+
+@pytest.mark.parametrize("folders", ["imgs imgs_smoothed", "cohort cohort_completed", "cohort_cropped cohort_full"])
+def test_folders_that_are_forms_of_one_another_are_copies(folders: str) -> None:
+    (found,) = recognised(*(f"{folder}/P01/P01_{{T1,FLAIR}}.nii.gz" for folder in folders.split()))
+    with pytest.raises(NamingError, match="2 files claim to be"):
+        found.images()
+
+
+def test_of_train_and_test_the_repeated_cases_alone_are_called_after_them() -> None:
+    """So that the visits of a patient who lies in both are of one patient."""
+    found = recognised(
+        *(f"training/BraTS-GLI-0000{k}-000/BraTS-GLI-0000{k}-000-{{t1n,t2f}}.nii.gz" for k in (1, 2, 3)),
+        *(f"validation/BraTS-GLI-0000{k}/BraTS-GLI-0000{k}-t1n.nii.gz" for k in ("1-001", "2-000", "4-000")),
+    )
+    by_patient = {}
+    for one in found:
+        by_patient.setdefault(one.patient, []).append(one.case)
+    assert by_patient["BraTS-GLI-00001"] == ["BraTS-GLI-00001-000", "BraTS-GLI-00001-001"]
+    assert {"training_BraTS-GLI-00002-000", "validation_BraTS-GLI-00002-000", "BraTS-GLI-00003-000"} <= {
+        one.case for one in found
+    }
+
+
+@pytest.mark.parametrize("name", ["{0}/P01/T1.nii.gz", "{0}_P01_T1.nii.gz"])
+def test_a_patient_of_many_dates_stays_one(name: str) -> None:
+    dates = [f"2019-{month:02d}-01" for month in range(1, 13)]
+    found = recognised(*map(name.format, dates), "2019-01-02/P02/T1.nii.gz", "2019-01-02/P03/T1.nii.gz")
+    assert {one.patient for one in found} == {"P01", "P02", "P03"}
+
+
+def test_series_of_people_whose_folder_s_name_holds_a_contrast_s_are_theirs() -> None:
+    """PD is no contrast in UCSF-PDGM-0004."""
+    found = recognised(*(f"UCSF-PDGM-000{k}/Series003_T1.nii.gz" for k in (4, 5)))
+    assert len(found) == 2
+
+
+def test_a_patient_called_u_has_images_whatever_others_are_called() -> None:
+    found = recognised("u/u_T1.nii.gz", "Meier/T1.nii.gz")
+    assert [[*one.images()] for one in found] == [["t1n"], ["t1n"]]
+
+
+def test_many_folders_with_one_name_in_them_are_read_in_good_time() -> None:
+    """Whether they are copies is not asked of each pair."""
+    files = [f"Meier{k:04d}/AX7D_T1.nii.gz" for k in range(1500)]
+    assert len(recognised(*files)) == 1500
+
+
+def test_a_smooth_lesion_mask_is_not_taken_for_the_mask() -> None:
+    (found,) = recognised("sub-01/anat/sub-01_{T1w,FLAIR,label-lesion_mask,label-lesion_desc-smooth_mask}.nii.gz")
+    assert found.label() == Path("/r/sub-01/anat/sub-01_label-lesion_mask.nii.gz")

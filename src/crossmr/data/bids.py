@@ -45,8 +45,8 @@ def read_bids(stem: str) -> Reading | None:
     meaning = _meaning(found["suffix"], entities)
     modality = meaning if meaning not in (LABEL, OTHER) else ""
     lesion = any(_LESION.search(text) for text in (found["suffix"], *(entities.get(k, "") for k in ("desc", "label"))))
-    beside = [key for key in entities if key not in ("run", "ce", *(("desc", "label") if lesion else ()))]
-    beside += ["dseg"] if found["suffix"] == "dseg" and not lesion else []  # of tissues, as fMRIPrep's
+    beside = [key for key in entities if key not in ("run", "ce")]
+    beside += ["dseg"] * 3 if found["suffix"] == "dseg" and not lesion else []  # of tissues, as fMRIPrep's
     run = re.sub(r"\D", "", entities.get("run", "")) or "0"
     return Reading(
         case_of(stem),

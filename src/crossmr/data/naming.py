@@ -399,7 +399,8 @@ def _recognise(
     unused: list[Path] = []
     for path, case, reading in named:
         stem = stem_of(path.name)
-        if not reading.meaning and not says_no_label(stem) and (labelled := owners.of(path, stem)):
+        may_label = not reading.meaning and (owners.knows(stem) or not says_no_label(stem))  # B12 is a patient
+        if may_label and (labelled := owners.of(path, stem)):
             guessed.add(path)
             studies[labelled].append((path, Reading(meaning=LABEL, mask=True, extras=1)))
             continue
@@ -611,7 +612,9 @@ def _no_large_families(patients: Mapping[str, "_Patient"]) -> dict[str, "_Patien
     found = dict(patients)
     for cases in of.values():
         rests = {after_time_point(case) for case in cases}
-        if len(cases) > 1 and all(rests) and (len(cases) == len(patients) or len(cases) > LARGEST_FAMILY):
+        surely = all(looks_like_patient(rest, after_date=True) == "sure" for rest in rests)
+        many = len(cases) > LARGEST_FAMILY and not surely
+        if len(cases) > 1 and all(rests) and (len(cases) == len(patients) or many):
             found |= {case: _Patient(case, "weak", (f"*{min(rests)}",)) for case in cases}
     return found
 

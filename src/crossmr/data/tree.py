@@ -14,7 +14,7 @@ from pathlib import Path
 
 from crossmr.data.bids import case_of, read_bids
 from crossmr.data.formats import stem_of
-from crossmr.data.visits import names_scan, parse_patient
+from crossmr.data.visits import names_part, names_scan, parse_patient
 from crossmr.data.words import (
     CONTRASTS,
     LABEL,
@@ -51,6 +51,8 @@ _AGENTS = re.compile(r"(pre|post|with|without|non?)[-_. ]?[a-z]", re.I)
 
 BARE = re.compile(r"\d{1,3}|(19|20)\d\d")
 """A folder's name that may be a patient's of one cohort, or the number of a visit, but never tells people apart."""
+MOST_FORMS = 20
+"""Folders beside one another that may hold one cohort in several forms; more are sites, or patients."""
 Channels = Mapping[str, str]
 """Number of a channel of nnU-Net, such as '0000' → the modality, '' where it is another."""
 
@@ -129,18 +131,19 @@ class NamesInTree:
                 )
         self._visits = _visits([file for files in beside.values() for file in files])
         self._below = _below([file for files in beside.values() for file in files], self.mapped)
-        self._stems = {stem_of(path.name) for path in paths}
         self._children: dict[Path, set[Path]] = defaultdict(set)
         for folder in self._below:
             self._children[folder.parent].add(folder)
-        for files in beside.values():
-            together = _Beside(files)
-            self.readings += [(path, self._settled(path, reading, together)) for path, reading in files]
+        together = {folder: _Beside(files) for folder, files in beside.items()}
+        for folder, files in beside.items():
+            above = together.get(folder.parent)
+            self.readings += [(path, self._settled(path, reading, together[folder], above)) for path, reading in files]
         self.readings.sort(key=lambda file: file[0])
         self._of_labels = self._folders_of_labels()
         self.guessed: set[Path] = set()
         """Files that are taken for segmentations by their folder, not by their name."""
         self.readings = [self._in_folder_of_labels(file) for file in self.readings]
+        self._repeated: dict[Path, set[str]] = defaultdict(set)
         self._site_folders = self._sites()
         self.readings = [
             (path, replace(reading, head=f"{self.site(path, reading.head)}{reading.head}"))
@@ -156,9 +159,10 @@ class NamesInTree:
             self.readings = self._by_place(places)
         self._placed = {*places}
 
-    def _settled(self, path: Path, reading: Reading, beside: "_Beside") -> Reading:
+    def _settled(self, path: Path, reading: Reading, beside: "_Beside", above: "_Beside | None") -> Reading:
         """The reading that the other files of a folder leave of those that a name allows."""
-        if (spm := _DEFORMATION.match(stem_of(path.name))) and stem_of(path.name)[spm.end() :] in self._stems:
+        spm = _DEFORMATION.match(stem := stem_of(path.name))
+        if spm and any(stem[spm.end() :] in files.stems for files in (beside, above) if files):
             return Reading()
         if reading.meaning == LABEL and beside.has_tissues(stem_of(path.name)):
             return replace(reading, meaning=OTHER)
@@ -245,7 +249,13 @@ class NamesInTree:
                     holding[folder.parent][what].add(folder)
         found: dict[Path, str] = {}
         for together in holding.values():
-            found |= _called_after_sites({frozenset(folders) for folders in together.values() if len(folders) > 1})
+            alike = {what: folders for what, folders in together.items() if len(folders) > 1}
+            called = _called_after_sites({frozenset(folders) for folders in alike.values()})
+            found |= called
+            if called and all(names_part(folder.name) for folder in called):  # they have few cases in common
+                for (head, *_), folders in alike.items():
+                    for folder in folders & called.keys():
+                        self._repeated[folder] |= {head, f"{called[folder]}_{head}"}
         return found
 
     def _above_patient(self, path: Path, head: str) -> list[Path]:
@@ -265,7 +275,9 @@ class NamesInTree:
         if not self._site_folders or not head or _is_vague(head):
             return ""
         return "".join(
-            f"{self._site_folders[place]}_" for place in reversed(path.parents) if place in self._site_folders
+            f"{self._site_folders[place]}_"
+            for place in reversed(path.parents)
+            if place in self._site_folders and head in self._repeated.get(place, {head})
         )
 
     def _places(self) -> dict[Path, Path]:
@@ -328,7 +340,9 @@ class NamesInTree:
         ):
             place = place.parent
         said = read_words(place.name)  # P1-T1 is of P1, unless it is where nothing else is
-        return place.with_name(said.head) if place != self.root and said.head and said.meaning in CONTRASTS else place
+        numbered = re.search(r"\d{3}", place.name[len(said.head) :])  # UCSF-PDGM-0004 is of nobody called UCSF
+        named = place != self.root and said.head and said.meaning in CONTRASTS and not numbered
+        return place.with_name(said.head) if named else place
 
     def _said_by_folders_alike(self, path: Path) -> str:
         """The contrast of a folder whose files are named after patients: `T1/P1.nii` beside `T2/P1.nii`.
@@ -463,6 +477,10 @@ class OwnersOfLabels:
                 cases = {case for case in self._called.get(one, ()) if not self.contradicts(path, name, case)}
         return min(cases) if len(cases) == 1 else ""
 
+    def knows(self, name: str) -> bool:
+        """Whether some case is called so."""
+        return name in self._called
+
     def contradicts(self, path: Path, name: str, case: str, *, named: bool = False) -> bool:
         """Whether a file's folders are those of another case or time point, or, unless it is `named`, unknown ones."""
         said = [*self._names.telling_folders(path), name]
@@ -477,7 +495,7 @@ def _called_after_sites(together: Collection[Collection[Path]]) -> dict[Path, st
     """Of folders that hold the same cases, those that hold no copies of all others: the name of their site, each."""
     site = {folder: [folder] for folders in together for folder in folders}
     for folders in together:
-        for one, other in combinations(sorted(folders), 2):
+        for one, other in combinations(sorted(folders) if len(folders) <= MOST_FORMS else (), 2):
             if site[one] is not site[other] and are_copies(one.name, other.name):
                 site[one] += site[other]
                 site |= dict.fromkeys(site[other], site[one])

@@ -162,6 +162,11 @@ def names_scan(name: str) -> bool:
     return not said or _SCAN.fullmatch(said) is not None
 
 
+def names_part(name: str) -> bool:
+    """Whether a name is that of a part of a cohort: train, validation_set."""
+    return re.fullmatch(_PART, "".join(word[0].lower() for word in _WORD.finditer(name))) is not None
+
+
 def may_repeat(first: str, rest: str) -> bool | None:
     """Whether `first` may be a time point or a site of the patient `rest`: V1 of P01, 2019 of P01, siteA of P01.
 
@@ -170,7 +175,7 @@ def may_repeat(first: str, rest: str) -> bool | None:
     words = [word[0].lower() for word in _WORD.finditer(first)]
     visit = _WEAK.fullmatch("-".join(words)) is not None or re.fullmatch(r"(19|20)\d\d", first) is not None
     place = re.fullmatch(rf"({_SITE})\d*", "".join(words)) is not None
-    part = re.fullmatch(_PART, "".join(words)) is not None
+    part = names_part(first)
     known, bare = visit or part, re.fullmatch(r"\d{1,3}", rest) is not None
     if bare and (not known or (part and _has_digit(first))):  # training01_01 is of training01
         return False

@@ -329,16 +329,32 @@ def _whole(word: str) -> tuple[Piece, ...]:
     return (Piece(word, tuple(_ROLES[word])),) if word in _ROLES else _glued(word)
 
 
+_PLAIN = re.compile(
+    r"imgs?|images?|scans?|data|datasets?|sets?|cohorts?|volumes?|vols?|imaging|sites?|cent(er|re)s?|hospitals?|"
+    r"clinics?|groups?|batch|mri?|niis?|niftis?"
+)
+"""Words of a folder of images that say neither whose they are nor in which form."""
+_BEFORE_OR_AFTER = re.compile(r"(?<![a-z])(?:pre|post)(?![a-z])", re.I)
+
+
 def are_copies(one: str, other: str) -> bool:
     """Whether folders beside one another, by their names, hold one cohort in several forms: imgs and imgs_smoothed.
 
-    So it is where nothing tells them apart but what their images are, or one name begins with the other.
+    So it is where nothing tells them apart but what their images are, or one name begins with the other: images is no
+    form of external, UCL none of UCLA, and pre-chemo none of post-chemo.
     """
-    first, second = sorted((_core(one), _core(other)), key=len)
-    if first == second[: len(first)]:
+    if _BEFORE_OR_AFTER.findall(one) != _BEFORE_OR_AFTER.findall(other):
+        return False
+    (first, shorter), (second, _) = sorted(
+        ((_core(name), name) for name in (one, other)), key=lambda pair: len(pair[0])
+    )
+    low, high = sorted((one.lower(), other.lower()), key=len)
+    begins = high.startswith(low) and high[len(low) :][:1] in ("", *"-_. ")
+    plain = all(_PLAIN.fullmatch(word.text.lower()) for word in _cut(shorter))
+    if first == second[: len(first)] and (first or not second or begins or not plain):
         return True
     short, long = sorted(("".join(first), "".join(second)), key=len)
-    return len(short) > 2 and long.startswith(short) and not (short[-1].isdigit() and long[len(short)].isdigit())
+    return len(short) > 2 and long.startswith(short) and says_form(long[len(short) :])
 
 
 def differ_in_form(one: str, other: str) -> bool:
