@@ -23,7 +23,7 @@ from crossmr.completion.status import Line, line_of, read_manifests, reasons_of,
 from crossmr.completion.study import read_reference, registering
 from crossmr.completion.turns import Turns, read_ahead
 from crossmr.completion.work import FINISH, PATHS, Work
-from crossmr.data.tree import mapping_key
+from crossmr.data.mapping import mapping_key
 from crossmr.device import ends_the_run
 from crossmr.dicom.convert import cases_of_part, check_scans
 from crossmr.dicom.folders import begins_with_dicom, folders_of_part

@@ -29,9 +29,9 @@ from crossmr.completion.unread import (
 )
 from crossmr.completion.verdict import despite
 from crossmr.data.enhancement import doubtful_files, tell_apart
+from crossmr.data.mapping import mapping_key
 from crossmr.data.naming import StudyFiles, find_studies, in_usual_order, recognise, study_of, unmatched
 from crossmr.data.study import check_headers
-from crossmr.data.tree import mapping_key
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.convert import Scans, convert_case, find_cases, hash_of_images, other_series
 from crossmr.dicom.folders import holds_dicom

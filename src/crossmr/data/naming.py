@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from crossmr.data.bids import EXCLUDED, ROOT, dataset_of, enhanced_by_sidecar, last_runs
 from crossmr.data.formats import header_of, is_archive, is_nifti, is_volume, stem_of, without_images_of_pairs
+from crossmr.data.mapping import alternatives
 from crossmr.data.people import Patient, patients_by_name
 from crossmr.data.tree import (
     NNUNET,
@@ -26,7 +27,6 @@ from crossmr.data.tree import (
     File,
     NamesInTree,
     OwnersOfLabels,
-    alternatives,
     is_mask,
     read_channels,
 )

@@ -12,8 +12,9 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-from crossmr.data.bids import case_of, read_bids
+from crossmr.data.bids import read_bids
 from crossmr.data.formats import stem_of
+from crossmr.data.mapping import alternatives, case_by_glob, mapping_key
 from crossmr.data.visits import names_part, names_scan, parse_patient
 from crossmr.data.words import (
     CONTRASTS,
@@ -32,7 +33,6 @@ from crossmr.data.words import (
     says_form,
     spelt,
 )
-from crossmr.errors import ConfigError
 from crossmr.files import digest
 
 SEPARATORS = "-_. "
@@ -120,8 +120,8 @@ class NamesInTree:
         self.readings: list[File] = []
         beside: dict[Path, list[File]] = defaultdict(list)
         for path in paths:
-            fitting = [(key, next((g for g in some if _fits(path, g)), "")) for key, some in globs]
-            matches = [Reading(_glob_case(path.name, glob), meaning=key) for key, glob in fitting if glob]
+            fitting = [(key, next((g for g in some if fnmatch.fnmatchcase(path.name, g)), "")) for key, some in globs]
+            matches = [Reading(case_by_glob(path.name, glob), meaning=key) for key, glob in fitting if glob]
             if matches:
                 self.mapped.add(path)
                 self.readings += [(path, match) for match in matches]
@@ -580,10 +580,6 @@ def _visits(files: Iterable[File]) -> set[tuple[str, str]]:
     return found | {(head, visit) for (head, _), several in doubtful.items() if len(several) > 1 for visit in several}
 
 
-def _fits(path: Path, glob: str) -> bool:
-    return fnmatch.fnmatchcase(path.name, glob)
-
-
 def _below(files: Iterable[File], mapped: Iterable[Path]) -> dict[Path, list[File]]:
     """Each folder → the files in it and below."""
     below: dict[Path, list[File]] = defaultdict(list)
@@ -597,39 +593,6 @@ def _read_name(name: str) -> Reading:
     """What a file name says by itself."""
     stem = stem_of(name)
     return read_bids(stem) or read_words(stem)
-
-
-def alternatives(glob: str) -> list[str]:
-    """The patterns of one contrast in a mapping: `*_MPRAGE.nii.gz|*_BRAVO.nii.gz`; `[|]` is the character itself.
-
-    Raises:
-        ConfigError: it is no text.
-    """
-    if not isinstance(glob, str):
-        raise ConfigError(f"mapping: {glob!r} is no pattern; expected one, or several as '*_MPRAGE*|*_BRAVO*'.")
-    return re.split(r"(?<!\[)\|", glob)
-
-
-def mapping_key(key: str) -> str:
-    """The canonical name that a key of a mapping stands for.
-
-    Raises:
-        ConfigError: a key that cannot name a modality.
-    """
-    meaning = spelt(key.lower())
-    if meaning or re.fullmatch(r"[a-z0-9]+", key):
-        return meaning or key
-    raise ConfigError(
-        f"mapping: {key!r} cannot name a modality: expected one of {', '.join(CONTRASTS)}, 'seg', "
-        "or a new name in lower-case letters and digits, such as swi."
-    )
-
-
-def _glob_case(name: str, glob: str) -> str:
-    if not glob.startswith("*"):
-        return ""
-    match = re.match("(.*?)" + fnmatch.translate(glob[1:]), name, re.DOTALL)
-    return case_of(match[1].rstrip(SEPARATORS)) if match else ""
 
 
 def _joined(words: Mapping[Path, tuple[str, ...]]) -> dict[Path, str]:

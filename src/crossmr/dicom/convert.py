@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from crossmr.data.tree import mapping_key
+from crossmr.data.mapping import mapping_key
 from crossmr.dicom.agents import in_question, tell_apart
 from crossmr.dicom.converter import convert_series, cut_off, find_converter, read_series
 from crossmr.dicom.folders import CONVERTED, folders_of_part

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from crossmr.data.contrast_agent import is_unclear, names_agent
-from crossmr.data.tree import alternatives, mapping_key
+from crossmr.data.mapping import alternatives, mapping_key
 from crossmr.data.words import possible_contrasts
 from crossmr.dicom.contrast import (
     Acquisition,
