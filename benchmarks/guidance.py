@@ -137,7 +137,7 @@ AT_VISITS = {
 FROM_NOTHING = {
     "unguided": ("nothing",),
     "published": VARIANTS["published"].completions,
-    "true": (*OF_TRUE, "training mean"),
+    "true": (*OF_TRUE, "training mean", "ridge regression", "mean of 8 vectors given the sources"),
 }
 VISITS = "visits"
 BASELINE = "unguided: nothing"
