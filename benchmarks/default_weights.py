@@ -198,7 +198,8 @@ def ship(folder: Path, study: Path, prepared: Path, display: Display) -> None:
         network.half()
     with tempfile.TemporaryDirectory() as temporary:
         half = Path(temporary) / "default"
-        save_model(half, model, record, [patients_in(prepared)])
+        own = patients_in(prepared)  # of all rounds, which learn from this set: those before have nobody else
+        save_model(half, model, record, [own, *(PatientList(own.salt) for _ in model.patients[1:])])
         size = sum(path.stat().st_size for path in half.iterdir()) / 2**20
         if size > LARGEST_MIB:
             raise SystemExit(f"{folder} has {size:.1f} MiB; wanted at most {LARGEST_MIB:g}.")

@@ -11,9 +11,10 @@ import pytest
 
 from crossmr.cli import main
 from crossmr.evaluation.evaluate import EvaluationSettings, evaluate
+from crossmr.evaluation.overlap import find_overlap
 from crossmr.networks.model import read_model
 from crossmr.phantom import write_cohort
-from crossmr.registry import find_model
+from crossmr.registry import find_model, load_model
 
 CARD = (Path(__file__).parents[1] / "MODEL_CARD.md").read_text()
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
@@ -35,8 +36,9 @@ def test_they_are_small_and_the_card_says_which_they_are():
     assert model.config.any_subset
     assert model.config.modalities == MODALITIES
     assert model.record["sha256"][:12] in CARD
-    (known,) = model.patients
+    known, *before = model.patients  # the rounds before learnt from nobody else
     assert len(known.salt) == 32
+    assert not any(one.train or one.val for one in before)
     assert all(len(name) == 16 for name in (*known.train, *known.val))  # no patient is named
     for word in ("TCGA", "BraTS", "CC BY", "not a medical device", "enhancement"):
         assert word in CARD
@@ -73,3 +75,9 @@ def test_every_subset_is_better_than_the_mean_image_and_near_the_linear_regressi
         assert own > brain[sources, target, "linear regression"] - 2.5
         if target != "t2w":  # the card says so: T2 is its weakest, and all phantoms have one template
             assert own > brain[sources, target, "mean image"] + 1
+
+
+def test_they_say_of_every_round_of_their_training_on_whom_it_was():
+    """So that an evaluation does not say that nobody knows."""
+    found = find_overlap(load_model("default"), {"case": "Nobody"}, {"case": ()})
+    assert found == {"known": True, "trained_on": [], "validated_on": []}
