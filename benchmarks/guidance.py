@@ -345,9 +345,9 @@ def planned(options: argparse.Namespace) -> list[tuple[Net, Sequence[str], str]]
     if options.start == NOTHING:
         part = f"from {NOTHING}"
         pairs = [(seed, name) for seed in options.seeds for name in FROM_NOTHING if name in chosen]
-        nets = [Net(PUBLISHED, name, seed, from_nothing=True) for seed, name in pairs]
-        plan = [(net, FROM_NOTHING[net.variant], part) for net in nets]
-        return plan + [(n, AT_VISITS[n.variant], f"{VISITS}, {part}") for n in nets if n.variant in AT_VISITS]
+        fresh = [Net(PUBLISHED, name, seed, from_nothing=True) for seed, name in pairs]
+        plan = [(net, FROM_NOTHING[net.variant], part) for net in fresh]
+        return plan + [(n, AT_VISITS[n.variant], f"{VISITS}, {part}") for n in fresh if n.variant in AT_VISITS]
     for seed in options.seeds:
         for name in chosen:
             wanted = VARIANTS[name].always if seed else VARIANTS[name].completions
