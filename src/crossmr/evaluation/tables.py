@@ -222,13 +222,14 @@ def _target_table(entries: Sequence[Summary], contrasts: Sequence[ContrastSummar
     for predictor in dict.fromkeys(entry["predictor"] for entry in entries):
         cells = [_cell(by_place.get((predictor, r)), metric, digits, bounds) for r, metric, digits in COLUMNS]
         cells += [kept_cell(kept.get((predictor, structure))) for structure in STRUCTURES]
-        table.add_row(escape(_named(predictor, own[predictor], patients)), *cells)
+        named = "\n".join(filter(None, (predictor, of_fewer(own[predictor], patients))))
+        table.add_row(escape(named), *cells)
     return table
 
 
-def _named(predictor: str, own: int, patients: int) -> str:
-    """A predictor, and of how many patients it has images where they are fewer than the table's."""
-    return predictor if own == patients else f"{predictor}\nof {own} patient{'s' * (own > 1)}"
+def of_fewer(own: int, patients: int) -> str:
+    """Of how many patients a predictor has images, where they are fewer than the table's; else ''."""
+    return "" if own == patients else f"of {own} patient{'s' * (own > 1)}"
 
 
 def _subsets_table(summary: Sequence[Summary], predictor: str, metric: Metric, digits: int) -> Table:

@@ -43,6 +43,7 @@ from crossmr.evaluation.tables import (
     Bounds,
     bounds_of,
     kept_cell,
+    of_fewer,
     read_scores,
 )
 from crossmr.files import REPORT, is_page, read_json, refuse_foreign, write_atomically
@@ -92,7 +93,7 @@ class TargetTable:
     rows: Mapping[str, Mapping[str, Summary]]
     """Predictor → region → its metrics."""
     fewer: Mapping[str, str]
-    """Predictor → of how many patients it has images, where they are fewer."""
+    """Predictor → of how many patients it has images, where they are fewer; else ''."""
     kept: Mapping[str, Sequence[str]]
     """Predictor → how often it keeps the contrast of each structure, as text."""
     bounds: Bounds | None
@@ -276,7 +277,7 @@ def _target_tables(summary: Sequence[Summary], contrasts: Sequence[ContrastSumma
         }
         patients = max(entry["patients"] for entry in entries)
         too_few, own = say_out_of_reach(out_of_reach(entries), patients), patients_of(entries)
-        fewer = {name: f"of {count} patient{'s' * (count > 1)}" for name, count in own.items() if count < patients}
+        fewer = {name: of_fewer(count, patients) for name, count in own.items()}
         tables.append(TargetTable(target, sources, patients, rows, fewer, kept, bounds_of(patients), too_few))
     return tables
 
