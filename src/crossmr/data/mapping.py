@@ -4,7 +4,7 @@ import fnmatch
 import re
 
 from crossmr.data.bids import case_of
-from crossmr.data.words import CONTRASTS, spelt
+from crossmr.data.words import CONTRASTS, SEPARATORS, spelt
 from crossmr.errors import ConfigError
 
 
@@ -39,4 +39,4 @@ def case_by_glob(name: str, glob: str) -> str:
     if not glob.startswith("*"):
         return ""
     match = re.match("(.*?)" + fnmatch.translate(glob[1:]), name, re.DOTALL)
-    return case_of(match[1].rstrip("-_. ")) if match else ""
+    return case_of(match[1].rstrip(SEPARATORS)) if match else ""

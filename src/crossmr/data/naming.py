@@ -22,7 +22,6 @@ from crossmr.data.mapping import alternatives
 from crossmr.data.people import Patient, patients_by_name
 from crossmr.data.tree import (
     NNUNET,
-    SEPARATORS,
     Channels,
     File,
     NamesInTree,
@@ -33,7 +32,18 @@ from crossmr.data.tree import (
 from crossmr.data.visits import (
     Confidence,
 )
-from crossmr.data.words import CONTRASTS, LABEL, OTHER, Reading, are_copies, holds_masks, is_raw, says_no_label, spelt
+from crossmr.data.words import (
+    CONTRASTS,
+    LABEL,
+    OTHER,
+    SEPARATORS,
+    Reading,
+    are_copies,
+    holds_masks,
+    is_raw,
+    says_no_label,
+    spelt,
+)
 from crossmr.errors import ConfigError, NamingError
 from crossmr.files import walk
 from crossmr.paths import check_studies

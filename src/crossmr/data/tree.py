@@ -20,6 +20,7 @@ from crossmr.data.words import (
     CONTRASTS,
     LABEL,
     OTHER,
+    SEPARATORS,
     Reading,
     agent_of_word,
     are_copies,
@@ -35,7 +36,6 @@ from crossmr.data.words import (
 )
 from crossmr.files import digest
 
-SEPARATORS = "-_. "
 # Folders named after the kind of their files, not after a patient, such as BIDS' anat/.
 _ANONYMOUS = frozenset(
     {"anat", "nifti", "nii", "mri", "images", "scans", "resources", "files"}

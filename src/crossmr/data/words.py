@@ -15,6 +15,8 @@ from crossmr.data.visits import trailing_visit
 
 CONTRASTS = ("t1n", "t1c", "t2w", "t2f", "pdw")
 """Names of the contrasts: T1, T1ce, T2, FLAIR, PD."""
+SEPARATORS = "-_. "
+"""What stands between the words of a name."""
 LABEL, OTHER = "label", ""
 """Meanings that are no contrast: a segmentation of a disease, and whatever is unknown or no anatomical image."""
 
@@ -349,7 +351,7 @@ def are_copies(one: str, other: str) -> bool:
         ((_core(name), name) for name in (one, other)), key=lambda pair: len(pair[0])
     )
     low, high = sorted((one.lower(), other.lower()), key=len)
-    begins = high.startswith(low) and high[len(low) :][:1] in ("", *"-_. ")
+    begins = high.startswith(low) and high[len(low) :][:1] in ("", *SEPARATORS)
     plain = all(_PLAIN.fullmatch(word.text.lower()) for word in _cut(shorter))
     if first == second[: len(first)] and (first or not second or begins or not plain):
         return True
